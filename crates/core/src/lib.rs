@@ -1,0 +1,17 @@
+//! What a PiSync sync event *is*: validated types, the wire format that server and agent share, and
+//! the pure rules about streaks. Nothing here does I/O, is async, or reads a clock.
+
+pub mod decimal;
+pub mod figures;
+pub mod sync_event;
+pub mod text;
+pub mod timestamp;
+pub mod violation;
+
+mod lenient;
+
+pub use figures::{JobFigures, StreakCount};
+pub use sync_event::{Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
+pub use text::{DeviceId, JobName};
+pub use timestamp::Timestamp;
+pub use violation::Violation;

@@ -1,0 +1,291 @@
+//! A device's report of one sync run, and how it is read from JSON.
+//!
+//! The fast path is a single strict pass of serde over the body, borrowing from it. Only a body that
+//! fails it is read again by the lenient reader, which accepts what the Node service accepted (numeric
+//! strings, other date forms) and otherwise names every wrong field at once.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::{
+    DeviceId, JobName, Timestamp, Violation,
+    decimal::{self, Scaled},
+    lenient,
+};
+
+/// The largest count that a report may hold, 2³¹ − 1: what the Node service's integer columns take.
+pub const MAX_COUNT: u32 = i32::MAX.unsigned_abs();
+/// The most bytes that a report may say it moved, 2⁵³ − 1: what a JSON number holds exactly.
+pub const MAX_BYTES_SYNCED: u64 = (1 << 53) - 1;
+/// The longest metadata, in bytes of its JSON text.
+pub const MAX_METADATA_BYTES: usize = 4096;
+
+/// One validated sync report.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SyncEvent {
+    /// Who reports.
+    pub device_id: DeviceId,
+    /// When the device says it ran.
+    pub timestamp: Timestamp,
+    /// Files transferred, at most [`MAX_COUNT`].
+    pub total_files_synced: u32,
+    /// Errors met, at most [`MAX_COUNT`]; more than none makes this a failed sync.
+    pub total_errors: u32,
+    /// Measured speed, if one was measured.
+    pub internet_speed: Option<Mbps>,
+    /// Which of the device's jobs this was.
+    pub job: Option<JobName>,
+    /// How long it took.
+    pub duration: Option<SyncDuration>,
+    /// Bytes moved, at most [`MAX_BYTES_SYNCED`].
+    pub bytes_synced: Option<u64>,
+    /// Whatever else the device wants kept.
+    pub metadata: Option<Metadata>,
+}
+
+impl SyncEvent {
+    /// A failed sync is one with errors.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.total_errors > 0
+    }
+
+    /// Reads one event from a JSON body. `latest` is the latest `timestamp` to accept: now plus the
+    /// allowed clock skew.
+    ///
+    /// # Errors
+    /// [`ParseError::Malformed`] when the body is not JSON, else [`ParseError::Invalid`] with every
+    /// wrong field.
+    pub fn from_json(body: &[u8], latest: Timestamp) -> Result<Self, ParseError> {
+        match serde_json::from_slice::<StrictWire>(body).ok().and_then(StrictWire::validate) {
+            Some(event) if event.timestamp <= latest => Ok(event),
+            _ => lenient::read_sync_event(body, latest),
+        }
+    }
+}
+
+/// Why a body is no sync event.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ParseError {
+    /// Not JSON at all; says where it stops being JSON.
+    Malformed(String),
+    /// JSON, with these fields wrong.
+    Invalid(Vec<Violation>),
+}
+
+/// The wire format as agents and scripts send it when they send it right.
+#[derive(Deserialize)]
+struct StrictWire<'a> {
+    device_id: &'a str,
+    timestamp: &'a str,
+    total_files_synced: u32,
+    total_errors: u32,
+    #[serde(borrow)]
+    internet_speed: Option<&'a RawValue>,
+    job: Option<&'a str>,
+    #[serde(borrow)]
+    duration_seconds: Option<&'a RawValue>,
+    bytes_synced: Option<u64>,
+    #[serde(borrow)]
+    metadata: Option<&'a RawValue>,
+}
+
+impl StrictWire<'_> {
+    /// `None` sends the body to the lenient reader, which knows the words.
+    fn validate(self) -> Option<SyncEvent> {
+        fn number<T>(
+            raw: Option<&RawValue>,
+            read: impl Fn(&str) -> Option<T>,
+        ) -> Option<Option<T>> {
+            raw.map_or(Some(None), |raw| read(raw.get()).map(Some))
+        }
+        if self.total_files_synced > MAX_COUNT || self.total_errors > MAX_COUNT {
+            return None;
+        }
+        if self.bytes_synced.is_some_and(|bytes| bytes > MAX_BYTES_SYNCED) {
+            return None;
+        }
+        Some(SyncEvent {
+            device_id: DeviceId::new(self.device_id).ok()?,
+            timestamp: Timestamp::parse_iso8601(self.timestamp)?,
+            total_files_synced: self.total_files_synced,
+            total_errors: self.total_errors,
+            internet_speed: number(self.internet_speed, |text| Mbps::parse(text).ok())?,
+            job: self.job.map(JobName::new).transpose().ok()?,
+            duration: number(self.duration_seconds, |text| SyncDuration::parse(text).ok())?,
+            bytes_synced: self.bytes_synced,
+            metadata: self.metadata.map(|raw| Metadata::new(raw.get())).transpose().ok()?,
+        })
+    }
+}
+
+/// Why a number is refused. [`fmt::Display`] gives the words that follow the quoted field name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NumberError {
+    /// Not a number.
+    NotANumber,
+    /// A fraction where a whole number is due.
+    NotAnInteger,
+    /// Below zero.
+    Negative,
+    /// Above this, as it reads in decimal.
+    TooLarge(&'static str),
+}
+
+impl fmt::Display for NumberError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotANumber => formatter.write_str("must be a number"),
+            Self::NotAnInteger => formatter.write_str("must be an integer"),
+            Self::Negative => formatter.write_str("must be greater than or equal to 0"),
+            Self::TooLarge(most) => write!(formatter, "must be less than or equal to {most}"),
+        }
+    }
+}
+
+/// Reads `text` scaled by `10^scale` into `0..=most`; `most_text` is that bound as it reads unscaled.
+pub(crate) fn parse_bounded(
+    text: &str,
+    scale: u32,
+    most: i64,
+    most_text: &'static str,
+) -> Result<Scaled, NumberError> {
+    let scaled = decimal::parse_scaled(text, scale).ok_or(NumberError::NotANumber)?;
+    if scaled.value < 0 {
+        return Err(NumberError::Negative);
+    }
+    if scaled.value > most {
+        return Err(NumberError::TooLarge(most_text));
+    }
+    Ok(scaled)
+}
+
+/// A speed from 0 to 99,999,999.99 Mbps in hundredths, the Node service's `numeric(10,2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mbps(i64);
+
+impl Mbps {
+    const MAX_HUNDREDTHS: i64 = 9_999_999_999;
+
+    /// Reads decimal text, rounding to two decimals half away from zero, then checks the range.
+    ///
+    /// # Errors
+    /// When it is no number, or outside the range once rounded.
+    pub fn parse(text: &str) -> Result<Self, NumberError> {
+        parse_bounded(text, 2, Self::MAX_HUNDREDTHS, "99999999.99").map(|scaled| Self(scaled.value))
+    }
+
+    /// A stored value; `None` outside the range.
+    #[must_use]
+    pub fn from_hundredths(hundredths: i64) -> Option<Self> {
+        (0..=Self::MAX_HUNDREDTHS).contains(&hundredths).then_some(Self(hundredths))
+    }
+
+    /// The speed in hundredths of Mbps.
+    #[must_use]
+    pub fn hundredths(self) -> i64 {
+        self.0
+    }
+}
+
+/// Ten integer digits fit a double exactly enough that two decimals come out as they went in.
+#[expect(clippy::cast_precision_loss, reason = "at most 34 bits")]
+impl From<Mbps> for f64 {
+    fn from(speed: Mbps) -> Self {
+        speed.0 as Self / 100.0
+    }
+}
+
+/// How long a sync took: 0 to 31,536,000 seconds (a year) in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SyncDuration(i64);
+
+impl SyncDuration {
+    const MAX_MILLISECONDS: i64 = 31_536_000_000;
+
+    /// Reads decimal seconds, rounding to three decimals half away from zero, then checks the range.
+    ///
+    /// # Errors
+    /// When it is no number, or outside the range once rounded.
+    pub fn parse(text: &str) -> Result<Self, NumberError> {
+        parse_bounded(text, 3, Self::MAX_MILLISECONDS, "31536000").map(|scaled| Self(scaled.value))
+    }
+
+    /// A stored value; `None` outside the range.
+    #[must_use]
+    pub fn from_milliseconds(milliseconds: i64) -> Option<Self> {
+        (0..=Self::MAX_MILLISECONDS).contains(&milliseconds).then_some(Self(milliseconds))
+    }
+
+    /// The duration in milliseconds.
+    #[must_use]
+    pub fn milliseconds(self) -> i64 {
+        self.0
+    }
+}
+
+/// Seconds.
+#[expect(clippy::cast_precision_loss, reason = "at most 35 bits")]
+impl From<SyncDuration> for f64 {
+    fn from(duration: SyncDuration) -> Self {
+        duration.0 as Self / 1000.0
+    }
+}
+
+/// A JSON object of at most [`MAX_METADATA_BYTES`], kept as the text that was sent.
+#[derive(Debug, Clone, Serialize)]
+#[serde(transparent)]
+pub struct Metadata(Box<RawValue>);
+
+/// Why metadata is refused. [`fmt::Display`] gives the words that follow the quoted field name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MetadataError {
+    /// JSON, but no object; or an object that no JSON reader would give back: nested beyond 128
+    /// levels, with a number beyond a double, or with half a surrogate pair.
+    NotAnObject,
+    /// More text than is kept.
+    TooLong,
+}
+
+impl fmt::Display for MetadataError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAnObject => formatter.write_str("must be of type object"),
+            Self::TooLong => {
+                write!(formatter, "must be at most {MAX_METADATA_BYTES} bytes of JSON text")
+            }
+        }
+    }
+}
+
+impl Metadata {
+    /// Checks and keeps `text`.
+    ///
+    /// # Errors
+    /// When it is too long or not a JSON object.
+    pub fn new(text: &str) -> Result<Self, MetadataError> {
+        if text.len() > MAX_METADATA_BYTES {
+            return Err(MetadataError::TooLong);
+        }
+        // Read in full, so that what history gives back can be read by whoever asks for it.
+        serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text)
+            .ok()
+            .and_then(|_| RawValue::from_string(text.to_owned()).ok())
+            .map(Self)
+            .ok_or(MetadataError::NotAnObject)
+    }
+
+    /// The JSON text as it was sent.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.0.get()
+    }
+}
+
+impl PartialEq for Metadata {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_str() == other.as_str()
+    }
+}

@@ -1,0 +1,124 @@
+//! Short texts that name things: devices and their jobs. Made once at the edge; everything inside
+//! trusts them to be free of control characters and within their length.
+
+use std::{borrow::Borrow, fmt, sync::Arc};
+
+use serde::{Serialize, Serializer};
+
+/// Why a text cannot be a name. [`fmt::Display`] gives the words that follow the quoted field name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextError {
+    /// Nothing between the quotes.
+    Empty,
+    /// More characters than allowed; carries the most that are.
+    TooLong(usize),
+    /// A control character, which would forge log lines and which PostgreSQL refuses when it is NUL.
+    ControlCharacter,
+}
+
+impl fmt::Display for TextError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => formatter.write_str("is not allowed to be empty"),
+            Self::TooLong(most) => {
+                write!(formatter, "length must be less than or equal to {most} characters long")
+            }
+            Self::ControlCharacter => formatter.write_str("must not contain control characters"),
+        }
+    }
+}
+
+/// Checks that `text` has 1 to `most` characters and no control character.
+///
+/// # Errors
+/// The first rule that is broken.
+pub fn check_text(text: &str, most: usize) -> Result<(), TextError> {
+    if text.is_empty() {
+        return Err(TextError::Empty);
+    }
+    // Bytes are at least as many as characters: counting is only needed beyond.
+    if text.len() > most && text.chars().nth(most).is_some() {
+        return Err(TextError::TooLong(most));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(TextError::ControlCharacter);
+    }
+    Ok(())
+}
+
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $most:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// The most characters it may have.
+            pub const MAX_CHARACTERS: usize = $most;
+
+            /// Checks and takes `text`.
+            ///
+            /// # Errors
+            /// When it is empty, too long or has a control character.
+            pub fn new(text: &str) -> Result<Self, TextError> {
+                check_text(text, Self::MAX_CHARACTERS)?;
+                Ok(Self(text.into()))
+            }
+
+            /// The text itself.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str(&self.0)
+            }
+        }
+
+        impl Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+    };
+}
+
+name! {
+    /// What a device calls itself: 1 to 255 characters, no control characters. Cheap to clone.
+    DeviceId, 255
+}
+
+name! {
+    /// Which of a device's jobs a sync belongs to: 1 to 100 characters, no control characters.
+    JobName, 100
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_are_counted_in_characters() {
+        assert!(DeviceId::new(&"ü".repeat(255)).is_ok());
+        assert_eq!(DeviceId::new(&"ü".repeat(256)), Err(TextError::TooLong(255)));
+        assert_eq!(DeviceId::new(""), Err(TextError::Empty));
+        assert_eq!(JobName::new(&"j".repeat(101)), Err(TextError::TooLong(100)));
+    }
+
+    #[test]
+    fn control_characters_are_refused() {
+        for text in ["\0", "pi\n1", "pi\u{7f}", "pi\u{85}"] {
+            assert_eq!(DeviceId::new(text), Err(TextError::ControlCharacter), "{text:?}");
+        }
+        assert!(DeviceId::new("Schule Müller / Gerät 7").is_ok());
+    }
+}

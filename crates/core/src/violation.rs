@@ -1,0 +1,56 @@
+//! One wrong field of a request, in the shape and wording that the Node service's clients know.
+
+use serde::Serialize;
+use serde_json::Value;
+
+/// Longest text that is echoed back in [`Violation::value`], in characters. An answer must not grow
+/// with what was sent.
+const ECHO_LIMIT: usize = 256;
+
+/// A field that was refused, why, and what was sent.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Violation {
+    /// The field's name as in the request; empty when the whole body is meant.
+    pub field: &'static str,
+    /// Says what is expected, for instance `"total_errors" must be an integer`.
+    pub message: String,
+    /// What was sent, shortened; absent when nothing was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value: Option<Value>,
+}
+
+impl Violation {
+    /// A violation of `field` whose message reads `"field" <rule>`.
+    #[must_use]
+    pub fn of(field: &'static str, rule: &str, value: Option<Value>) -> Self {
+        Self::worded(field, format!("\"{field}\" {rule}"), value)
+    }
+
+    /// A violation with a message of its own.
+    #[must_use]
+    pub fn worded(field: &'static str, message: impl Into<String>, value: Option<Value>) -> Self {
+        Self { field, message: message.into(), value: value.map(shorten) }
+    }
+
+    /// The field is required and was not sent.
+    #[must_use]
+    pub fn required(field: &'static str) -> Self {
+        Self::of(field, "is required", None)
+    }
+}
+
+/// Bounds what is echoed: long texts are cut, large structures named instead of repeated.
+fn shorten(value: Value) -> Value {
+    match value {
+        Value::String(text) if text.chars().nth(ECHO_LIMIT).is_some() => {
+            Value::String(text.chars().take(ECHO_LIMIT).chain(['…']).collect())
+        }
+        Value::Array(items) if !items.is_empty() => {
+            Value::String(format!("an array of {} items", items.len()))
+        }
+        Value::Object(fields) if !fields.is_empty() => {
+            Value::String(format!("an object of {} fields", fields.len()))
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,3 @@
+//! PiSync.
+pub mod clock;
+pub mod store;

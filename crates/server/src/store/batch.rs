@@ -1,0 +1,94 @@
+//! A batch of events on its way into a store, and what came of it.
+
+use pisync_core::{DeviceId, JobFigures, JobName, SyncEvent, Timestamp};
+
+/// Events that are stored together, in the order in which they arrived.
+#[derive(Debug)]
+pub struct Batch {
+    /// When the server received them: their `created_at`.
+    pub received: Timestamp,
+    /// At least one.
+    pub events: Vec<SyncEvent>,
+}
+
+/// What became of a batch that was committed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// The events' ids, in the batch's order.
+    pub ids: Vec<i64>,
+    /// Devices that were seen for the first time.
+    pub new_devices: Vec<DeviceId>,
+    /// Jobs that this batch made or kept failing.
+    pub streaks: Vec<FailureStreak>,
+}
+
+/// A job's failures since its last success, after a batch that had failures of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailureStreak {
+    /// Whose job.
+    pub device_id: DeviceId,
+    /// Which; `None` for events that name no job.
+    pub job: Option<JobName>,
+    /// The streak before the batch, as far as its events followed each other.
+    pub before: i64,
+    /// The streak now.
+    pub after: i64,
+}
+
+/// What a batch adds to one device's job.
+pub(super) struct JobShare<'a> {
+    /// Position in the batch of one of its events.
+    pub(super) position: usize,
+    pub(super) device_id: &'a DeviceId,
+    pub(super) job: Option<&'a JobName>,
+    pub(super) figures: JobFigures,
+}
+
+impl JobShare<'_> {
+    /// The job as both stores key it: events without one share the empty name.
+    pub(super) fn job_key(&self) -> &str {
+        self.job.map_or("", JobName::as_str)
+    }
+
+    /// The streak to report, given what it came to.
+    pub(super) fn streak(&self, after: i64) -> Option<FailureStreak> {
+        let added = self.figures.consecutive_failures;
+        (added > 0).then(|| FailureStreak {
+            device_id: self.device_id.clone(),
+            job: self.job.cloned(),
+            before: (after - added).max(0),
+            after,
+        })
+    }
+}
+
+impl Batch {
+    /// The positions of the events in byte-wise order of device and job, then of arrival. All nodes
+    /// touch rows in this order, so that they never wait for each other in a circle.
+    pub(super) fn order(&self) -> Vec<usize> {
+        let key = |position: usize| {
+            let event = &self.events[position];
+            (&event.device_id, &event.job, position)
+        };
+        let mut order: Vec<usize> = (0..self.events.len()).collect();
+        order.sort_unstable_by(|left, right| key(*left).cmp(&key(*right)));
+        order
+    }
+
+    /// What the batch adds to each device's job, given the [`Self::order`].
+    pub(super) fn shares(&self, order: &[usize]) -> Vec<JobShare<'_>> {
+        let event = |position: &usize| &self.events[*position];
+        order
+            .chunk_by(|left, right| {
+                let (left, right) = (event(left), event(right));
+                left.device_id == right.device_id && left.job == right.job
+            })
+            .filter_map(|positions| {
+                let figures = JobFigures::fold(positions.iter().map(event), self.received)?;
+                let position = *positions.first()?;
+                let SyncEvent { device_id, job, .. } = &self.events[position];
+                Some(JobShare { position, device_id, job: job.as_ref(), figures })
+            })
+            .collect()
+    }
+}

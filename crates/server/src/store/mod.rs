@@ -1,0 +1,376 @@
+//! Where devices, events and figures are kept. The rest of the program sees one trait of coarse
+//! methods, each its own transaction; the two implementations are private to this module. Nothing
+//! here knows HTTP or reads a clock.
+
+mod batch;
+pub mod migrations;
+mod postgres;
+mod sqlite;
+mod target;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use pisync_core::{DeviceId, JobFigures, JobName, Timestamp};
+use serde_json::value::RawValue;
+
+pub use batch::{Batch, FailureStreak, Written};
+pub use target::{PostgresTarget, SslMode, Target};
+
+/// What can go wrong in a store, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database is away, busy or full: nothing was changed, and trying again later may work.
+    #[error("the database is unavailable: {0}")]
+    Unavailable(String),
+    /// The connection died while a transaction was being committed, so it may or may not have been.
+    /// Writing the same batch again finds out first.
+    #[error("the connection was lost during a commit: {0}")]
+    OutcomeUnknown(String),
+    /// The database refused the data itself; nothing was changed, and trying again won't help.
+    #[error("the database refused the data: {0}")]
+    Rejected(String),
+    /// Whatever writes has come to its end; only a restart of the process helps.
+    #[error("the writer has stopped")]
+    Stopped,
+    /// Anything else: a bug, a foreign schema, a damaged file.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Everything the program keeps. Each method is one transaction.
+#[async_trait]
+pub trait Store: Send + Sync {
+    /// Asks the database for a sign of life.
+    async fn ping(&self) -> Result<(), StoreError>;
+
+    /// What ingest writes through. There is one per server; it owns the connection it writes on.
+    fn event_writer(&self) -> Box<dyn EventWriter>;
+
+    /// A device's figures and one page of its events; `None` for an unknown device.
+    async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError>;
+
+    /// Devices that failed repeatedly, worst first.
+    async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError>;
+
+    /// The whole fleet's figures. `active_since` bounds `active_devices`.
+    async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError>;
+
+    /// One page of devices.
+    async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError>;
+
+    /// One device and its jobs; `None` when unknown.
+    async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError>;
+
+    /// Changes what people say of a device; false when it is unknown.
+    async fn update_device(
+        &self,
+        device_id: &DeviceId,
+        change: &DeviceChange,
+    ) -> Result<bool, StoreError>;
+
+    /// Removes a device with all its events and figures and tells how many events went; `None` when
+    /// it is unknown.
+    async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError>;
+
+    /// Does what must be done from time to time, such as making partitions ahead of need.
+    async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;
+
+    /// How busy the connections for reading are.
+    fn pool_usage(&self) -> PoolUsage;
+}
+
+/// Writes batches of events. One task owns it.
+#[async_trait]
+pub trait EventWriter: Send {
+    /// Stores a batch in one transaction, figures included, and returns once it is committed.
+    ///
+    /// # Errors
+    /// After any error but [`StoreError::OutcomeUnknown`] nothing of the batch is stored. After that
+    /// one, writing the same batch (the same `Arc`) again stores it exactly once.
+    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError>;
+
+    /// Whether writing could work now; connects again if need be.
+    async fn probe(&mut self) -> Result<(), StoreError>;
+}
+
+/// Which of a device's events to list.
+#[derive(Debug, Clone)]
+pub struct HistoryQuery {
+    /// Whose.
+    pub device_id: DeviceId,
+    /// Only this job's.
+    pub job: Option<JobName>,
+    /// Not before this `timestamp`.
+    pub from: Option<Timestamp>,
+    /// Not after this `timestamp`.
+    pub until: Option<Timestamp>,
+    /// At most so many.
+    pub limit: u32,
+    /// After so many.
+    pub offset: u64,
+}
+
+/// A page of a device's history.
+#[derive(Debug)]
+pub struct SyncHistory {
+    /// Over everything the device ever reported.
+    pub figures: Figures,
+    /// Newest first by `timestamp`, then by id.
+    pub events: Vec<StoredEvent>,
+    /// How many events the query can page to.
+    pub total_events: u64,
+}
+
+/// An event as it is kept. Foreign SQL may have written it, so ranges are not taken for granted.
+#[derive(Debug)]
+pub struct StoredEvent {
+    /// Unique over all devices.
+    pub id: i64,
+    /// When the device says it ran.
+    pub timestamp: Timestamp,
+    /// Files transferred.
+    pub total_files_synced: i64,
+    /// Errors met.
+    pub total_errors: i64,
+    /// Hundredths of Mbps.
+    pub internet_speed: Option<i64>,
+    /// Which of the device's jobs.
+    pub job: Option<String>,
+    /// Milliseconds.
+    pub duration: Option<i64>,
+    /// Bytes moved.
+    pub bytes_synced: Option<i64>,
+    /// The JSON text that was sent.
+    pub metadata: Option<Box<RawValue>>,
+    /// When the server received it.
+    pub created_at: Timestamp,
+    /// When the row was last changed; PiSync never changes one.
+    pub updated_at: Timestamp,
+}
+
+/// What a device, or a fleet, adds up to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Syncs reported.
+    pub total_syncs: i64,
+    /// Syncs with errors.
+    pub failed_syncs: i64,
+    /// Sum of files.
+    pub total_files_synced: i64,
+    /// Sum of errors.
+    pub total_errors: i64,
+    /// Sum of the measured speeds, hundredths of Mbps.
+    pub speed_sum: i64,
+    /// How many syncs measured one.
+    pub speed_count: i64,
+    /// Earliest sync by its own date.
+    pub first_sync: Option<Timestamp>,
+    /// Latest sync by its own date.
+    pub last_sync: Option<Timestamp>,
+    /// Latest sync without errors.
+    pub last_success: Option<Timestamp>,
+    /// Latest sync with errors.
+    pub last_failure: Option<Timestamp>,
+    /// The worst streak among the jobs.
+    pub consecutive_failures: i64,
+    /// When the server last received an event.
+    pub last_seen: Option<Timestamp>,
+}
+
+impl From<JobFigures> for Figures {
+    fn from(job: JobFigures) -> Self {
+        Self {
+            total_syncs: job.total_syncs,
+            failed_syncs: job.failed_syncs,
+            total_files_synced: job.total_files_synced,
+            total_errors: job.total_errors,
+            speed_sum: job.speed_sum,
+            speed_count: job.speed_count,
+            first_sync: Some(job.first_sync),
+            last_sync: Some(job.last_sync),
+            last_success: job.last_success,
+            last_failure: job.last_failure,
+            consecutive_failures: job.consecutive_failures,
+            last_seen: Some(job.last_received),
+        }
+    }
+}
+
+/// A device and its figures over all jobs.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// What it calls itself.
+    pub device_id: String,
+    /// What people call it.
+    pub name: Option<String>,
+    /// Which group people put it in.
+    pub group: Option<String>,
+    /// When it was first seen.
+    pub created_at: Timestamp,
+    /// Zeros and nothing while it has not reported.
+    pub figures: Figures,
+}
+
+/// A device with the figures of each of its jobs.
+#[derive(Debug)]
+pub struct DeviceWithJobs {
+    /// The device and its sums.
+    pub device: Device,
+    /// Each job's name (`None` for events that name no job) and figures, by name.
+    pub jobs: Vec<(Option<String>, Figures)>,
+}
+
+/// One page of a longer list.
+#[derive(Debug)]
+pub struct Page<T> {
+    /// What is on the page.
+    pub items: Vec<T>,
+    /// How many there are on all pages.
+    pub total: u64,
+}
+
+/// Which devices failed repeatedly.
+#[derive(Debug, Clone)]
+pub struct FailureQuery {
+    /// At least so many failures.
+    pub threshold: u32,
+    /// Count the current streak instead of all failures of all time.
+    pub consecutive: bool,
+    /// At most so many devices; all when `None`.
+    pub limit: Option<u32>,
+    /// After so many.
+    pub offset: u64,
+}
+
+/// The whole fleet.
+#[derive(Debug)]
+pub struct FleetStats {
+    /// Registered devices, those that never reported included.
+    pub total_devices: u64,
+    /// Devices from which something was received since the given instant.
+    pub active_devices: u64,
+    /// Sums over all devices; the times and the streak are not meaningful here.
+    pub figures: Figures,
+    /// The ten devices with the latest syncs.
+    pub recent_devices: Vec<Device>,
+}
+
+/// Which devices to list, and in which order.
+#[derive(Debug, Clone)]
+pub struct DeviceQuery {
+    /// Part of the device id or name, whatever the case of ASCII letters.
+    pub search: Option<String>,
+    /// Only of this group.
+    pub group: Option<String>,
+    /// By what.
+    pub sort: DeviceSort,
+    /// Largest or latest first.
+    pub descending: bool,
+    /// At most so many.
+    pub limit: u32,
+    /// After so many.
+    pub offset: u64,
+}
+
+/// What a list of devices can be sorted by. Ties go by device id; what is missing comes last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceSort {
+    /// Byte by byte.
+    DeviceId,
+    /// What people call it.
+    Name,
+    /// First seen.
+    CreatedAt,
+    /// Last received from.
+    LastSeen,
+    /// Latest sync by its own date.
+    LastSync,
+    /// Latest sync without errors.
+    LastSuccess,
+    /// Syncs reported.
+    TotalSyncs,
+    /// Syncs with errors.
+    FailedSyncs,
+    /// Current streak.
+    ConsecutiveFailures,
+}
+
+/// What to change about a device: `None` leaves a field alone, `Some(None)` empties it.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceChange {
+    /// What people call it.
+    pub name: Option<Option<String>>,
+    /// Its group.
+    pub group: Option<Option<String>>,
+}
+
+/// Connections for reading.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolUsage {
+    /// The most there can be.
+    pub max: usize,
+    /// In use right now.
+    pub in_use: usize,
+    /// Requests that wait for one.
+    pub waiting: usize,
+}
+
+/// Opens the store that `target` names, whose schema must be current (see [`migrations`]).
+///
+/// # Errors
+/// When it cannot be opened; the message says what to do.
+pub async fn open(target: &Target) -> Result<Arc<dyn Store>, StoreError> {
+    match target {
+        Target::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path)?)),
+        Target::Postgres(postgres) => {
+            Ok(Arc::new(postgres::PostgresStore::connect(postgres).await?))
+        }
+    }
+}
+
+/// Creates the PostgreSQL database that `target` names; false when there was nothing to create. An
+/// SQLite file is made by the first migration.
+///
+/// # Errors
+/// When PostgreSQL cannot be reached or refuses.
+pub async fn create_database(target: &Target) -> Result<bool, StoreError> {
+    match target {
+        Target::Sqlite(_) => Ok(false),
+        Target::Postgres(postgres) => postgres::create_database(postgres).await,
+    }
+}
+
+/// Keeps others from changing the same SQLite file under a running server, for as long as it lives.
+/// PostgreSQL looks after itself.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "held for its lock")] Option<std::fs::File>);
+
+/// Claims `target` for this process.
+///
+/// # Errors
+/// When another process holds it.
+pub fn claim(target: &Target) -> Result<Claim, StoreError> {
+    match target {
+        Target::Sqlite(path) => sqlite::lock_file(path).map(Some).map(Claim),
+        Target::Postgres(_) => Ok(Claim(None)),
+    }
+}
+
+/// Metadata as it was stored; text that is no JSON (foreign SQL can write it) is given as a string.
+fn stored_metadata(text: String) -> Option<Box<RawValue>> {
+    RawValue::from_string(text).or_else(|_| RawValue::from_string("\"not JSON\"".to_owned())).ok()
+}
+
+/// The pattern for `like … escape '\'` that finds `text` anywhere, taken literally.
+fn like_pattern(text: &str) -> String {
+    let mut pattern = String::from("%");
+    for character in text.chars() {
+        if matches!(character, '%' | '_' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(character);
+    }
+    pattern.push('%');
+    pattern
+}

@@ -1,0 +1,158 @@
+//! Migrations on the embedded store.
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use pisync_core::Timestamp;
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+
+use super::{
+    connection::{open_for_writing, store_error},
+    reads::time,
+};
+use crate::store::{
+    StoreError,
+    migrations::{Applied, Contents, Migration, MigrationDatabase, Source},
+};
+
+/// The file is opened for each step, and made by the first that writes. Everything here blocks: it
+/// runs from the command line and before a server starts.
+pub(crate) struct SqliteMigrations {
+    path: PathBuf,
+}
+
+impl SqliteMigrations {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Runs `change` in one transaction that no other writer can be in the middle of.
+    fn change(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<bool>,
+    ) -> Result<bool, StoreError> {
+        let mut connection = open_for_writing(&self.path)?;
+        let run = || {
+            // Off while tables are rebuilt; what refers to what is checked before the commit.
+            connection.pragma_update(None, "foreign_keys", false)?;
+            let transaction =
+                connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let changed = change(&transaction)?;
+            let dangling: Option<String> = transaction
+                .query_row("pragma foreign_key_check", [], |row| row.get(0))
+                .optional()?;
+            if let Some(table) = dangling {
+                let problem = format!("rows of {table} would refer to nothing");
+                return Err(rusqlite::Error::ToSqlConversionFailure(problem.into()));
+            }
+            transaction.commit()?;
+            Ok(changed)
+        };
+        run().map_err(store_error)
+    }
+}
+
+#[async_trait]
+impl MigrationDatabase for SqliteMigrations {
+    async fn contents(&mut self) -> Result<Contents, StoreError> {
+        if !self.path.exists() {
+            return Ok(Contents::Ours(Vec::new()));
+        }
+        let read = || -> rusqlite::Result<Contents> {
+            let connection = Connection::open(&self.path)?;
+            let exists = |table: &str| has_table(&connection, table);
+            if exists("pisync_migrations")? {
+                return applied(&connection).map(Contents::Ours);
+            }
+            for table in ["devices", "sync_events"] {
+                if exists(table)? {
+                    return Ok(Contents::Foreign(table));
+                }
+            }
+            Ok(Contents::Ours(Vec::new()))
+        };
+        read().map_err(|error| {
+            StoreError::Failed(format!("cannot read {}: {error}", self.path.display()))
+        })
+    }
+
+    async fn apply(
+        &mut self,
+        migration: &Migration,
+        batch: i64,
+        now: Timestamp,
+    ) -> Result<bool, StoreError> {
+        const CREATE_TABLE: &str = "
+            create table if not exists pisync_migrations (
+                id         integer primary key autoincrement,
+                name       text    not null unique,
+                source     text    not null,
+                checksum   text    not null,
+                batch      integer not null,
+                applied_at integer not null
+            ) strict
+        ";
+        const RECORD: &str = "
+            insert into pisync_migrations (name, source, checksum, batch, applied_at)
+            values (?1, ?2, ?3, ?4, ?5)
+        ";
+        self.change(|transaction| {
+            transaction.execute_batch(CREATE_TABLE)?;
+            if is_applied(transaction, &migration.name)? {
+                return Ok(false);
+            }
+            transaction.execute_batch(&migration.up)?;
+            transaction.execute(
+                RECORD,
+                params![
+                    migration.name,
+                    migration.source.as_str(),
+                    migration.checksum(),
+                    batch,
+                    now.as_millisecond()
+                ],
+            )?;
+            Ok(true)
+        })
+    }
+
+    async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError> {
+        self.change(|transaction| {
+            if !is_applied(transaction, &migration.name)? {
+                return Ok(false);
+            }
+            transaction.execute_batch(&migration.down)?;
+            transaction
+                .execute("delete from pisync_migrations where name = ?1", [&migration.name])?;
+            Ok(true)
+        })
+    }
+}
+
+fn has_table(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
+    const EXISTS: &str =
+        "select exists (select 1 from sqlite_schema where type = 'table' and name = ?1)";
+    connection.query_row(EXISTS, [table], |row| row.get(0))
+}
+
+fn is_applied(transaction: &Transaction<'_>, name: &str) -> rusqlite::Result<bool> {
+    const EXISTS: &str = "select exists (select 1 from pisync_migrations where name = ?1)";
+    transaction.query_row(EXISTS, [name], |row| row.get(0))
+}
+
+fn applied(connection: &Connection) -> rusqlite::Result<Vec<Applied>> {
+    connection
+        .prepare(
+            "select name, source, checksum, batch, applied_at from pisync_migrations order by id",
+        )?
+        .query_map([], |row| {
+            Ok(Applied {
+                name: row.get(0)?,
+                source: Source::parse(&row.get::<_, String>(1)?),
+                checksum: row.get(2)?,
+                batch: row.get(3)?,
+                applied_at: time(row, 4)?,
+            })
+        })?
+        .collect()
+}
