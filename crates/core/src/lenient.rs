@@ -287,11 +287,11 @@ mod tests {
     }
 
     /// The violations' fields and messages.
-    fn complaints(body: &str) -> Vec<(&'static str, String)> {
+    fn complaints(body: &str) -> Vec<(String, String)> {
         match read(body) {
             Err(ParseError::Invalid(violations)) => violations
                 .into_iter()
-                .map(|violation| (violation.field, violation.message))
+                .map(|violation| (violation.field.into_owned(), violation.message))
                 .collect(),
             other => panic!("{body} gave {other:?}"),
         }
@@ -347,9 +347,12 @@ mod tests {
         assert_eq!(
             complaints("{}"),
             ["device_id", "timestamp", "total_files_synced", "total_errors"]
-                .map(|field| (field, format!("\"{field}\" is required"))),
+                .map(|field| (field.to_owned(), format!("\"{field}\" is required"))),
         );
-        assert_eq!(complaints("[]"), [("", "\"value\" must be of type object".to_owned())]);
+        assert_eq!(
+            complaints("[]"),
+            [(String::new(), "\"value\" must be of type object".to_owned())]
+        );
         let all_wrong = json!({
             "device_id": 7, "timestamp": 1, "total_files_synced": 1.5, "total_errors": -1,
             "internet_speed": -3, "job": "", "duration_seconds": "x", "bytes_synced": -1, "metadata": 5,

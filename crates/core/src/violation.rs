@@ -1,5 +1,7 @@
 //! One wrong field of a request, in the shape and wording that the Node service's clients know.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use serde_json::Value;
 
@@ -11,7 +13,7 @@ const ECHO_LIMIT: usize = 256;
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Violation {
     /// The field's name as in the request; empty when the whole body is meant.
-    pub field: &'static str,
+    pub field: Cow<'static, str>,
     /// Says what is expected, for instance `"total_errors" must be an integer`.
     pub message: String,
     /// What was sent, shortened; absent when nothing was.
@@ -22,14 +24,20 @@ pub struct Violation {
 impl Violation {
     /// A violation of `field` whose message reads `"field" <rule>`.
     #[must_use]
-    pub fn of(field: &'static str, rule: &str, value: Option<Value>) -> Self {
-        Self::worded(field, format!("\"{field}\" {rule}"), value)
+    pub fn of(field: impl Into<Cow<'static, str>>, rule: &str, value: Option<Value>) -> Self {
+        let field = field.into();
+        let message = format!("\"{field}\" {rule}");
+        Self::worded(field, message, value)
     }
 
     /// A violation with a message of its own.
     #[must_use]
-    pub fn worded(field: &'static str, message: impl Into<String>, value: Option<Value>) -> Self {
-        Self { field, message: message.into(), value: value.map(shorten) }
+    pub fn worded(
+        field: impl Into<Cow<'static, str>>,
+        message: impl Into<String>,
+        value: Option<Value>,
+    ) -> Self {
+        Self { field: field.into(), message: message.into(), value: value.map(shorten) }
     }
 
     /// The field is required and was not sent.

@@ -1,3 +1,12 @@
-//! PiSync.
+//! The PiSync server. `cli` reads what was typed, `app` wires the rest: HTTP in front, ingest and
+//! store behind, and nothing looks back.
+
+pub mod app;
+pub mod cli;
 pub mod clock;
+pub mod config;
+pub mod http;
+pub mod ingest;
+pub mod logs;
+pub mod metrics;
 pub mod store;

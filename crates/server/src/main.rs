@@ -1,1 +1,5 @@
-fn main() {}
+//! The `pisync` program; everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    pisync::cli::main()
+}

@@ -76,6 +76,9 @@ pub trait Store: Send + Sync {
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;
 
+    /// Leaves everything in order at the end; nothing may be written afterwards.
+    async fn close(&self) -> Result<(), StoreError>;
+
     /// How busy the connections for reading are.
     fn pool_usage(&self) -> PoolUsage;
 }
@@ -176,6 +179,29 @@ pub struct Figures {
     pub consecutive_failures: i64,
     /// When the server last received an event.
     pub last_seen: Option<Timestamp>,
+}
+
+impl Figures {
+    /// Syncs without errors.
+    #[must_use]
+    pub fn successful_syncs(&self) -> i64 {
+        self.total_syncs - self.failed_syncs
+    }
+
+    /// Share of syncs without errors, 0 to 1; `None` before the first sync.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for people to read")]
+    pub fn success_ratio(&self) -> Option<f64> {
+        (self.total_syncs > 0).then(|| self.successful_syncs() as f64 / self.total_syncs as f64)
+    }
+
+    /// Mean of the measured speeds in Mbps, rounded to 2 decimals; `None` when none was measured.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "rounded to hundredths of a mean")]
+    pub fn avg_internet_speed(&self) -> Option<f64> {
+        (self.speed_count > 0)
+            .then(|| (self.speed_sum as f64 / self.speed_count as f64).round() / 100.0)
+    }
 }
 
 impl From<JobFigures> for Figures {

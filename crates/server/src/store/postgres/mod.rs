@@ -123,6 +123,11 @@ impl Store for PostgresStore {
         partitions::ensure_ahead(&mut connection, now).await
     }
 
+    async fn close(&self) -> Result<(), StoreError> {
+        self.pool.close();
+        Ok(())
+    }
+
     fn pool_usage(&self) -> PoolUsage {
         let status = self.pool.status();
         PoolUsage {

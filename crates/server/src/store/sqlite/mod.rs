@@ -101,6 +101,11 @@ impl Store for SqliteStore {
         self.writer.call(writer::WriteConnection::optimize).await
     }
 
+    /// Brings everything from the log into the file, which can then be copied by itself.
+    async fn close(&self) -> Result<(), StoreError> {
+        self.writer.call(writer::WriteConnection::checkpoint).await
+    }
+
     fn pool_usage(&self) -> PoolUsage {
         self.readers.usage()
     }

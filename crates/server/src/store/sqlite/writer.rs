@@ -191,6 +191,11 @@ impl WriteConnection {
         Ok(Some(u64::try_from(events).unwrap_or(u64::MAX)))
     }
 
+    /// Copies the log into the file and empties it.
+    pub(super) fn checkpoint(&mut self) -> rusqlite::Result<()> {
+        self.connection.query_row("pragma wal_checkpoint(truncate)", [], |_| Ok(()))
+    }
+
     /// Lets SQLite refresh its statistics where they have become stale.
     pub(super) fn optimize(&mut self) -> rusqlite::Result<()> {
         self.connection.execute_batch("pragma optimize")

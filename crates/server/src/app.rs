@@ -1,0 +1,159 @@
+//! The one place that wires everything together: store, ingest and HTTP, and their beginning and end.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+
+use crate::{
+    clock::Clock,
+    http::{self, ApiParts, HttpSettings},
+    ingest::Ingest,
+    metrics::Metrics,
+    store::{
+        self, Store, StoreError, Target,
+        migrations::{MigrationError, Migrator},
+    },
+};
+
+/// How often the store looks after itself.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
+/// How often it tries again when that failed.
+const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
+
+/// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
+/// under way get, it stays within 30 s.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
+
+/// What a server is told to be.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The database.
+    pub target: Target,
+    /// Where users' own migrations are; need not exist.
+    pub migrations_dir: PathBuf,
+    /// Whether to run pending migrations at the start.
+    pub auto_migrate: bool,
+    /// The API.
+    pub http: HttpSettings,
+}
+
+/// Why a server did not start, or ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The schema is not what it must be.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
+    /// Migrations are pending and may not be run.
+    #[error(
+        "pending migrations: {}; run `pisync migrate up`, or let the server do it with AUTO_MIGRATE=true",
+        .0.join(", ")
+    )]
+    PendingMigrations(Vec<String>),
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A part of the server has died.
+    #[error("{0}; the server stops")]
+    Died(String),
+}
+
+/// Runs a server on `listener` until `shutdown` comes; then everything that was accepted is committed
+/// and answered before it returns.
+///
+/// # Errors
+/// See [`AppError`].
+pub async fn run(
+    settings: Settings,
+    clock: Clock,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), AppError> {
+    // A SQLite file belongs to one server, also while it migrates.
+    let _claim = store::claim(&settings.target)?;
+    migrate(&settings, &clock).await?;
+    let store = store::open(&settings.target).await?;
+    store.maintain(clock.now()).await?;
+
+    let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
+    let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
+    let address = listener.local_addr().map_err(|error| died(&error))?;
+    let (ingest, task) = Ingest::new(store.event_writer(), clock.clone(), Arc::clone(&metrics));
+    let (stop_ingest, stopped) = oneshot::channel::<()>();
+    let mut ingest_task = tokio::spawn(task.run(async {
+        let _ = stopped.await;
+    }));
+    let mut maintenance = Maintenance(tokio::spawn(maintain(Arc::clone(&store), clock.clone())));
+    let parts =
+        ApiParts { store: Arc::clone(&store), ingest, clock, metrics, port: address.port() };
+    let router = http::router(parts, &settings.http);
+
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        database = %settings.target,
+        "PiSync is ready on http://{address}; its documentation is at /api-docs"
+    );
+    tokio::select! {
+        () = http::serve(listener, router, shutdown) => {}
+        ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
+        ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
+    }
+    drop(stop_ingest);
+    match tokio::time::timeout(DRAIN_TIMEOUT, ingest_task).await {
+        Ok(Ok(result)) => result?,
+        Ok(Err(error)) => return Err(died(&error)),
+        Err(_) => return Err(died(&"the database did not take what was queued in time")),
+    }
+    if let Err(error) = store.close().await {
+        // Everything is stored all the same, and the next start sees to the rest.
+        tracing::warn!(%error, "cannot close the database properly");
+    }
+    Ok(())
+}
+
+/// A background task, which ends with its owner.
+struct Maintenance(JoinHandle<()>);
+
+impl Drop for Maintenance {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn ended_early(
+    what: &str,
+    ended: Result<Result<(), StoreError>, tokio::task::JoinError>,
+) -> AppError {
+    AppError::Died(match ended {
+        Ok(Ok(())) => format!("{what} ended early"),
+        Ok(Err(error)) => format!("{what} ended early: {error}"),
+        Err(error) => format!("{what} ended early: {error}"),
+    })
+}
+
+/// Brings the schema up to date, or says why the server cannot start with it.
+async fn migrate(settings: &Settings, clock: &Clock) -> Result<(), AppError> {
+    let mut migrator = Migrator::new(&settings.target, &settings.migrations_dir).await?;
+    if settings.auto_migrate || matches!(settings.target, Target::Sqlite(_)) {
+        for name in migrator.up(clock.now()).await? {
+            tracing::info!(migration = name, "migration applied");
+        }
+        return Ok(());
+    }
+    let pending = migrator.check().await?;
+    if pending.is_empty() { Ok(()) } else { Err(AppError::PendingMigrations(pending)) }
+}
+
+async fn maintain(store: Arc<dyn Store>, clock: Clock) {
+    let mut pause = MAINTENANCE_INTERVAL;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = match store.maintain(clock.now()).await {
+            Ok(()) => MAINTENANCE_INTERVAL,
+            Err(error) => {
+                tracing::warn!(%error, "maintenance failed; it will be tried again");
+                MAINTENANCE_RETRY
+            }
+        };
+    }
+}

@@ -1,0 +1,36 @@
+//! `pisync db setup`: from nothing to a database that a server can use.
+
+use clap::{Args, Subcommand};
+
+use super::migrate;
+use crate::{
+    config::{DatabaseArgs, MigrationArgs},
+    store,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct DbCommand {
+    #[command(subcommand)]
+    action: Action,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Create the database if it is missing, then apply all migrations
+    Setup,
+}
+
+pub(super) async fn run(command: &DbCommand) -> Result<(), String> {
+    let Action::Setup = command.action;
+    let target = command.database.target().map_err(|error| error.to_string())?;
+    if store::create_database(&target).await.map_err(|error| error.to_string())? {
+        println!("created {target}");
+    }
+    migrate::up(&target, &command.migrations.migrations_dir).await?;
+    println!("{target} is ready");
+    Ok(())
+}

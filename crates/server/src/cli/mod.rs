@@ -1,0 +1,185 @@
+//! The command line: what was typed, and one file per command.
+
+mod db;
+mod migrate;
+mod openapi;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::ServeArgs;
+
+/// Did every device sync? A server that Raspberry Pi fleets report their file-sync runs to.
+///
+/// Without a command it serves. Every option can also be set by the environment variable named with
+/// it, or in a file .env in the working directory; the command line goes first, the file last.
+#[derive(Debug, Parser)]
+#[command(name = "pisync", version, after_help = EXAMPLES, arg_required_else_help = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  pisync                                   serve on http://localhost:3000, data in data/pisync.db
+  pisync serve --port 8080 --host 0.0.0.0  serve on every interface
+  DATABASE_URL=postgres://pisync@localhost/pisync pisync db setup
+                                           create the PostgreSQL database and its tables
+  pisync migrate status                    what is applied and what is pending
+
+Exit status: 0 success, 1 failure, 2 wrong usage.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server (also without a command)
+    Serve(Box<ServeArgs>),
+    /// Change the database's schema, forth and back
+    Migrate(migrate::MigrateCommand),
+    /// Prepare a database
+    Db(db::DbCommand),
+    /// Print the API's OpenAPI document
+    Openapi,
+}
+
+/// Settings in `.env` whose names no command knows: most likely a typo.
+#[derive(Debug, Default)]
+struct EnvFile {
+    unknown: Vec<String>,
+}
+
+/// Runs the command that was typed.
+#[must_use]
+pub fn main() -> ExitCode {
+    let env_file = match read_env_file() {
+        Ok(env_file) => env_file,
+        Err(message) => return fail(&message),
+    };
+    let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&format!("cannot start: {error}")),
+    };
+    let result = runtime.block_on(async {
+        match cli.command {
+            Some(Command::Serve(arguments)) => serve::run(&arguments, &env_file).await,
+            Some(Command::Migrate(command)) => migrate::run(&command).await,
+            Some(Command::Db(command)) => db::run(&command).await,
+            Some(Command::Openapi) => openapi::run(),
+            // `with_default_command` has seen to it.
+            None => Err("no command".to_owned()),
+        }
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => fail(&message),
+    }
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("pisync: {message}");
+    ExitCode::FAILURE
+}
+
+/// `pisync` and `pisync --port 80` mean `pisync serve …`.
+fn with_default_command(mut arguments: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let serve = match arguments.get(1).map(|argument| argument.to_string_lossy()) {
+        None => true,
+        Some(first) => {
+            first.starts_with('-') && !["-h", "--help", "-V", "--version"].contains(&&*first)
+        }
+    };
+    if serve {
+        arguments.insert(arguments.len().min(1), "serve".into());
+    }
+    arguments
+}
+
+/// Takes over the settings in `.env`, where the environment does not have them already.
+fn read_env_file() -> Result<EnvFile, String> {
+    let path = std::path::Path::new(".env");
+    if !path.exists() {
+        return Ok(EnvFile::default());
+    }
+    let bad = |error: dotenvy::Error| format!("cannot read .env: {error}");
+    let mut unknown = Vec::new();
+    let known = known_variables();
+    for entry in dotenvy::from_path_iter(path).map_err(bad)? {
+        let (name, _) = entry.map_err(bad)?;
+        if !known.contains(&name) {
+            unknown.push(name);
+        }
+    }
+    dotenvy::from_path(path).map_err(bad)?;
+    Ok(EnvFile { unknown })
+}
+
+/// The environment variables that any command reads.
+fn known_variables() -> Vec<String> {
+    fn collect(command: &clap::Command, names: &mut Vec<String>) {
+        let variables = command.get_arguments().filter_map(clap::Arg::get_env);
+        names.extend(variables.map(|name| name.to_string_lossy().into_owned()));
+        for inner in command.get_subcommands() {
+            collect(inner, names);
+        }
+    }
+    let mut names = Vec::new();
+    collect(&Cli::command(), &mut names);
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serving_is_the_default() {
+        let typed = |arguments: &[&str]| -> Vec<String> {
+            let arguments = arguments.iter().map(std::ffi::OsString::from).collect();
+            with_default_command(arguments)
+                .into_iter()
+                .map(|argument| argument.into_string().unwrap())
+                .collect()
+        };
+        assert_eq!(typed(&["pisync"]), ["pisync", "serve"]);
+        assert_eq!(typed(&["pisync", "--port", "1"]), ["pisync", "serve", "--port", "1"]);
+        assert_eq!(typed(&["pisync", "--help"]), ["pisync", "--help"]);
+        assert_eq!(typed(&["pisync", "migrate", "up"]), ["pisync", "migrate", "up"]);
+    }
+
+    #[test]
+    fn every_documented_variable_is_known() {
+        let known = known_variables();
+        for name in [
+            "PORT",
+            "HOST",
+            "NODE_ENV",
+            "APP_ENV",
+            "LOG_LEVEL",
+            "LOG_DIR",
+            "DATABASE_URL",
+            "DB_HOST",
+            "DB_PORT",
+            "DB_NAME",
+            "DB_USER",
+            "DB_PASSWORD",
+            "DATA_DIR",
+            "RATE_LIMIT_SYNC_PER_MINUTE",
+            "RATE_LIMIT_API_PER_MINUTE",
+            "TRUSTED_PROXIES",
+            "CORS_ORIGINS",
+            "MAX_CLOCK_SKEW_SECONDS",
+            "MIGRATIONS_DIR",
+            "AUTO_MIGRATE",
+        ] {
+            assert!(known.iter().any(|one| one == name), "{name}");
+        }
+    }
+}

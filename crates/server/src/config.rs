@@ -1,0 +1,440 @@
+//! Settings as they are typed: flags, environment variables and a `.env` file in the working
+//! directory mean the same. Turned here into what the rest of the program works with.
+
+use std::{net::IpAddr, path::PathBuf, str::FromStr};
+
+use axum::http::{HeaderValue, Uri};
+use clap::{Args, ValueEnum};
+use ipnet::IpNet;
+
+use crate::{
+    app,
+    http::HttpSettings,
+    logs::{LogLevel, LogSettings},
+    store::{PostgresTarget, SslMode, Target},
+};
+
+/// Which database.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Database")]
+pub struct DatabaseArgs {
+    /// Where the database is: postgres://user:password@host:port/database (several hosts separated by
+    /// commas; sslmode and sslrootcert as in libpq), or sqlite:PATH. Goes before DB_* and DATA_DIR
+    #[arg(long, env = "DATABASE_URL", global = true, hide_env_values = true, value_name = "URL")]
+    database_url: Option<Secret>,
+    /// PostgreSQL host, or several separated by commas [default: localhost, if any DB_* is set]
+    #[arg(long, env = "DB_HOST", global = true)]
+    db_host: Option<String>,
+    /// PostgreSQL port, or one per host [default: 5432]
+    #[arg(long, env = "DB_PORT", global = true)]
+    db_port: Option<String>,
+    /// PostgreSQL database [default: pisync]
+    #[arg(long, env = "DB_NAME", global = true)]
+    db_name: Option<String>,
+    /// PostgreSQL user [default: postgres]
+    #[arg(long, env = "DB_USER", global = true)]
+    db_user: Option<String>,
+    /// PostgreSQL password
+    #[arg(long, env = "DB_PASSWORD", global = true, hide_env_values = true)]
+    db_password: Option<Secret>,
+    /// Folder of the SQLite file pisync.db, which is used when nothing says PostgreSQL
+    #[arg(long, env = "DATA_DIR", global = true, default_value = "data")]
+    data_dir: PathBuf,
+}
+
+/// Users' own migrations.
+#[derive(Debug, Clone, Args)]
+pub struct MigrationArgs {
+    /// Folder of your own migrations, which run after PiSync's; need not exist
+    #[arg(
+        long,
+        env = "MIGRATIONS_DIR",
+        global = true,
+        default_value = "migrations",
+        help_heading = "Database"
+    )]
+    pub migrations_dir: PathBuf,
+}
+
+/// Everything about a running server.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub struct ServeArgs {
+    /// TCP port
+    #[arg(long, env = "PORT", default_value_t = 3000)]
+    port: u16,
+    /// Address to listen on; 0.0.0.0 or :: for every interface
+    #[arg(long, env = "HOST", default_value = "127.0.0.1")]
+    host: String,
+    /// What the server is used for: decides how the console log looks [default: development]
+    #[arg(long, env = "APP_ENV")]
+    app_env: Option<AppEnv>,
+    /// The Node service's name for APP_ENV
+    #[arg(long, env = "NODE_ENV", hide = true)]
+    node_env: Option<String>,
+    /// How far ahead of the server's clock an event may be dated
+    #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
+    max_clock_skew_seconds: u32,
+    /// Not there yet; refused rather than ignored
+    #[arg(long, env = "AUTH", hide = true)]
+    auth: Option<String>,
+    /// Not there yet
+    #[arg(long, env = "RETENTION_DAYS", hide = true)]
+    retention_days: Option<String>,
+
+    /// Requests a minute from one address to POST /api/sync-event; 0 is no limit
+    #[arg(
+        long,
+        env = "RATE_LIMIT_SYNC_PER_MINUTE",
+        default_value_t = 50,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    rate_limit_sync_per_minute: u32,
+    /// Requests a minute from one address to the rest of the API; 0 is no limit
+    #[arg(
+        long,
+        env = "RATE_LIMIT_API_PER_MINUTE",
+        default_value_t = 20,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    rate_limit_api_per_minute: u32,
+    /// Proxies (addresses or networks, separated by commas) whose X-Forwarded-For or Forwarded is believed
+    #[arg(long, env = "TRUSTED_PROXIES", value_name = "ADDRESSES", help_heading = "Limits")]
+    trusted_proxies: Option<String>,
+    /// Origins (separated by commas) whose web pages may call the API, for instance https://fleet.example
+    #[arg(long, env = "CORS_ORIGINS", value_name = "ORIGINS", help_heading = "Limits")]
+    cors_origins: Option<String>,
+
+    /// How much to log: error, warn, info, debug or trace
+    #[arg(long, env = "LOG_LEVEL", default_value = "info", help_heading = "Logs")]
+    log_level: LogLevel,
+    /// Folder of combined.log and error.log; empty for the console alone
+    #[arg(long, env = "LOG_DIR", default_value = "logs", help_heading = "Logs")]
+    log_dir: String,
+
+    #[command(flatten)]
+    pub(crate) database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+    /// Run pending migrations at the start; if false, a server on PostgreSQL refuses to start with
+    /// pending ones
+    #[arg(
+        long,
+        env = "AUTO_MIGRATE",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL",
+        help_heading = "Database"
+    )]
+    auto_migrate: bool,
+}
+
+/// Development or production.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AppEnv {
+    /// Lines for people on the console.
+    Development,
+    /// JSON lines on the console.
+    Production,
+}
+
+/// Text that is never shown.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("[hidden]")
+    }
+}
+
+/// A setting that makes no sense, in words that say which and why.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+fn wrong<T>(message: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError(message.into()))
+}
+
+/// A value that was given and is not empty: `DB_PASSWORD=` in a `.env` file means none.
+fn given(value: Option<&String>) -> Option<&str> {
+    value.map(String::as_str).filter(|value| !value.is_empty())
+}
+
+/// The items of a list separated by commas.
+fn items(list: Option<&String>) -> impl Iterator<Item = &str> {
+    given(list)
+        .into_iter()
+        .flat_map(|list| list.split(','))
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+}
+
+impl ServeArgs {
+    /// Where to listen.
+    #[must_use]
+    pub fn address(&self) -> (&str, u16) {
+        (&self.host, self.port)
+    }
+
+    /// Whether only this machine can reach the server.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        self.host == "localhost"
+            || self.host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+    }
+
+    /// What to log.
+    #[must_use]
+    pub fn log_settings(&self) -> LogSettings {
+        let node_env = match self.node_env.as_deref() {
+            Some("production") => AppEnv::Production,
+            _ => AppEnv::Development,
+        };
+        LogSettings {
+            level: self.log_level,
+            dir: given(Some(&self.log_dir)).map(PathBuf::from),
+            json_console: self.app_env.unwrap_or(node_env) == AppEnv::Production,
+        }
+    }
+
+    /// Settings that are understood but do nothing yet, for a line in the log.
+    #[must_use]
+    pub fn without_effect(&self) -> Option<&'static str> {
+        given(self.retention_days.as_ref())
+            .filter(|days| *days != "0")
+            .map(|_| "RETENTION_DAYS is set, but this version keeps events for ever")
+    }
+
+    /// What the server is to be.
+    ///
+    /// # Errors
+    /// When a setting makes no sense.
+    pub fn settings(&self) -> Result<app::Settings, ConfigError> {
+        match given(self.auth.as_ref()) {
+            None | Some("auto" | "off") => {}
+            Some("required") => {
+                return wrong(
+                    "AUTH=required: this version has no keys yet and would serve everybody; put it behind a proxy that asks for one, and unset AUTH",
+                );
+            }
+            Some(other) => return wrong(format!("AUTH={other}: expected auto, off or required")),
+        }
+        let mut trusted_proxies = Vec::new();
+        for item in items(self.trusted_proxies.as_ref()) {
+            match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
+                Ok(net) => trusted_proxies.push(net),
+                Err(_) => {
+                    return wrong(format!(
+                        "TRUSTED_PROXIES: {item:?} is neither an address nor a network such as 10.0.0.0/8"
+                    ));
+                }
+            }
+        }
+        let mut cors_origins = Vec::new();
+        for item in items(self.cors_origins.as_ref()) {
+            match origin(item) {
+                Some(origin) => cors_origins.push(origin),
+                None => {
+                    return wrong(format!(
+                        "CORS_ORIGINS: {item:?} is no origin such as https://fleet.example (no path, no *)"
+                    ));
+                }
+            }
+        }
+        Ok(app::Settings {
+            target: self.database.target()?,
+            migrations_dir: self.migrations.migrations_dir.clone(),
+            auto_migrate: self.auto_migrate,
+            http: HttpSettings {
+                max_clock_skew_seconds: self.max_clock_skew_seconds,
+                sync_per_minute: self.rate_limit_sync_per_minute,
+                api_per_minute: self.rate_limit_api_per_minute,
+                trusted_proxies,
+                cors_origins,
+            },
+        })
+    }
+}
+
+/// An origin as browsers send it: scheme, host and port, nothing behind.
+fn origin(text: &str) -> Option<HeaderValue> {
+    let uri: Uri = text.parse().ok()?;
+    let (scheme, authority) = (uri.scheme_str()?, uri.authority()?);
+    let exact = format!("{scheme}://{authority}");
+    (exact == text).then(|| HeaderValue::try_from(exact).ok())?
+}
+
+impl DatabaseArgs {
+    /// The database that is meant.
+    ///
+    /// # Errors
+    /// When the settings do not name one.
+    pub fn target(&self) -> Result<Target, ConfigError> {
+        if let Some(url) = given(self.database_url.as_ref().map(|secret| &secret.0)) {
+            return parse_url(url);
+        }
+        let [host, port, name, user] = [&self.db_host, &self.db_port, &self.db_name, &self.db_user]
+            .map(|value| given(value.as_ref()));
+        let password = given(self.db_password.as_ref().map(|secret| &secret.0));
+        if [host, port, name, user, password].iter().all(Option::is_none) {
+            return Ok(Target::Sqlite(self.data_dir.join("pisync.db")));
+        }
+        let mut config = tokio_postgres::Config::new();
+        for host in host.unwrap_or("localhost").split(',') {
+            config.host(host.trim());
+        }
+        for port in port.unwrap_or("5432").split(',') {
+            match port.trim().parse() {
+                Ok(port) => config.port(port),
+                Err(_) => return wrong(format!("DB_PORT: {port:?} is no port")),
+            };
+        }
+        config.dbname(name.unwrap_or("pisync")).user(user.unwrap_or("postgres"));
+        if let Some(password) = password {
+            config.password(password);
+        }
+        let (ssl_mode, ssl_root_cert) = (SslMode::Prefer, None);
+        Ok(Target::Postgres(Box::new(PostgresTarget { config, ssl_mode, ssl_root_cert })))
+    }
+}
+
+/// Reads a database URL. What it says of TLS is understood here, for the driver knows only half of it.
+fn parse_url(url: &str) -> Result<Target, ConfigError> {
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        let path = path.strip_prefix("//").unwrap_or(path);
+        if path.is_empty() {
+            return wrong("DATABASE_URL: sqlite: needs a path, for instance sqlite:data/pisync.db");
+        }
+        return Ok(Target::Sqlite(path.into()));
+    }
+    if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+        return wrong("DATABASE_URL must begin with postgres:// or sqlite:");
+    }
+    let (base, query) = url.split_once('?').unwrap_or((url, ""));
+    let mut ssl_mode = SslMode::Prefer;
+    let mut ssl_root_cert = None;
+    let mut rest = Vec::new();
+    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+        match parameter.split_once('=') {
+            Some(("sslmode", mode)) => {
+                ssl_mode = match mode {
+                    "disable" => SslMode::Disable,
+                    "allow" | "prefer" => SslMode::Prefer,
+                    "require" => SslMode::Require,
+                    "verify-ca" => SslMode::VerifyCa,
+                    "verify-full" => SslMode::VerifyFull,
+                    other => return wrong(format!("DATABASE_URL: sslmode={other} is unknown")),
+                }
+            }
+            Some(("sslrootcert", path)) => {
+                let path = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
+                ssl_root_cert = Some(PathBuf::from(path.into_owned()));
+            }
+            _ => rest.push(parameter),
+        }
+    }
+    let plain =
+        if rest.is_empty() { base.to_owned() } else { format!("{base}?{}", rest.join("&")) };
+    let mut config: tokio_postgres::Config = plain.parse().map_err(|error| {
+        ConfigError(format!(
+            "DATABASE_URL: {error}; special characters in the password must be percent-encoded"
+        ))
+    })?;
+    if config.get_dbname().is_none() {
+        config.dbname("pisync");
+    }
+    Ok(Target::Postgres(Box::new(PostgresTarget { config, ssl_mode, ssl_root_cert })))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct TestCli {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> ServeArgs {
+        TestCli::parse_from([&["pisync"], arguments].concat()).serve
+    }
+
+    fn target(arguments: &[&str]) -> String {
+        match parse(arguments).settings() {
+            Ok(settings) => settings.target.to_string(),
+            Err(error) => format!("error: {error}"),
+        }
+    }
+
+    #[test]
+    fn nothing_given_means_sqlite() {
+        assert_eq!(target(&[]), "SQLite data/pisync.db");
+        assert_eq!(target(&["--data-dir", "/srv"]), "SQLite /srv/pisync.db");
+        assert_eq!(target(&["--db-host", "", "--database-url", ""]), "SQLite data/pisync.db");
+        assert_eq!(target(&["--database-url", "sqlite:x.db"]), "SQLite x.db");
+        assert_eq!(target(&["--database-url", "sqlite:///x.db"]), "SQLite /x.db");
+    }
+
+    #[test]
+    fn any_of_the_node_services_settings_means_postgresql() {
+        assert_eq!(target(&["--db-name", "fleet"]), "PostgreSQL localhost:5432/fleet");
+        assert_eq!(
+            target(&["--db-host", "a,b", "--db-port", "5432,5433", "--db-password", "p@ss"]),
+            "PostgreSQL a:5432,b:5433/pisync"
+        );
+        assert!(target(&["--db-port", "x"]).starts_with("error: DB_PORT"));
+    }
+
+    #[test]
+    fn urls_and_their_tls() {
+        let url = "postgres://u:secret@a,b:5433/db?sslmode=verify-full&sslrootcert=%2Fca.pem&connect_timeout=3";
+        assert_eq!(target(&["--database-url", url]), "PostgreSQL a:5432,b:5433/db");
+        let arguments = parse(&["--database-url", url, "--db-password", "secret"]);
+        assert!(!format!("{arguments:?}").contains("secret"), "{arguments:?}");
+        let Ok(Target::Postgres(postgres)) = arguments.database.target() else { panic!() };
+        assert_eq!(postgres.ssl_mode, SslMode::VerifyFull);
+        assert_eq!(postgres.ssl_root_cert, Some(PathBuf::from("/ca.pem")));
+        assert!(!format!("{postgres:?}").contains("secret"));
+        for bad in ["mysql://x", "postgres://u@h/db?sslmode=maybe", "postgres://h/db?typo=1"] {
+            assert!(target(&["--database-url", bad]).starts_with("error: DATABASE_URL"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn lists() {
+        let settings = parse(&[
+            "--trusted-proxies",
+            "127.0.0.1, 10.0.0.0/8,::1",
+            "--cors-origins",
+            "https://fleet.example,http://localhost:8080",
+        ])
+        .settings()
+        .unwrap();
+        assert_eq!(settings.http.trusted_proxies.len(), 3);
+        assert_eq!(settings.http.cors_origins.len(), 2);
+        for bad in [
+            ["--trusted-proxies", "proxy"],
+            ["--cors-origins", "*"],
+            ["--cors-origins", "https://fleet.example/"],
+            ["--auth", "required"],
+            ["--auth", "maybe"],
+        ] {
+            assert!(parse(&bad).settings().is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The OpenAPI document's frame and Swagger UI at `/api-docs`, from files inside the program: it works
+//! without the internet.
+
+use std::collections::BTreeMap;
+
+use axum::{
+    Router,
+    middleware::map_response,
+    response::{IntoResponse, Response},
+};
+use utoipa::{
+    OpenApi,
+    openapi::{OpenApi as Document, PathItem, path::Operation},
+};
+use utoipa_swagger_ui::SwaggerUi;
+
+use super::error::ApiError;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "PiSync",
+        description = "Did every device sync, which ones fail, which ones went silent?\n\n\
+            Devices report each file-sync run with `POST /api/sync-event`; the other endpoints tell \
+            what became of the fleet. Every answer is JSON. Successful ones are wrapped in \
+            `{\"success\": true, \"message\": …, \"data\": …}`, errors in \
+            `{\"success\": false, \"error\": …}`, with `details` for each wrong field. Times are \
+            RFC 3339 in UTC with milliseconds. Every answer carries `X-Request-Id`, which is found \
+            again in the server's log; requests that are counted carry `RateLimit-*`.",
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
+    ),
+    tags(
+        (name = "Sync events", description = "What devices send."),
+        (name = "Devices", description = "What is known of each device."),
+        (name = "Fleet", description = "What is known of all of them."),
+        (name = "Health", description = "How the server itself is."),
+        (name = "About", description = "What this is."),
+    ),
+)]
+struct Outline;
+
+/// The document without its endpoints.
+pub(super) fn outline() -> Document {
+    let mut document = Outline::openapi();
+    // The workspace's authors and contact are nobody's business here.
+    document.info.contact = None;
+    document
+}
+
+/// Every endpoint by method and path, with its summary.
+pub(super) fn endpoints(document: &Document) -> BTreeMap<String, String> {
+    let mut endpoints = BTreeMap::new();
+    for (path, item) in &document.paths.paths {
+        for (method, operation) in operations(item) {
+            let summary = operation.summary.clone().unwrap_or_default();
+            endpoints.insert(format!("{method} {path}"), summary);
+        }
+    }
+    endpoints
+}
+
+fn operations(item: &PathItem) -> impl Iterator<Item = (&'static str, &Operation)> {
+    [
+        ("GET", &item.get),
+        ("POST", &item.post),
+        ("PUT", &item.put),
+        ("PATCH", &item.patch),
+        ("DELETE", &item.delete),
+    ]
+    .into_iter()
+    .filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
+}
+
+/// Swagger UI and the document it shows.
+pub(super) fn router(document: Document) -> Router {
+    let pages: Router = SwaggerUi::new("/api-docs").url("/api-docs/openapi.json", document).into();
+    pages.layer(map_response(json_when_missing))
+}
+
+/// A file that Swagger UI does not have is answered like every unknown route.
+async fn json_when_missing(response: Response) -> Response {
+    if response.status().is_success() || response.status().is_redirection() {
+        response
+    } else {
+        ApiError::NotFound("Route").into_response()
+    }
+}

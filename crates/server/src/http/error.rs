@@ -1,0 +1,215 @@
+//! The one error type of the HTTP API and the one place where it becomes an answer.
+
+use std::borrow::Cow;
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use pisync_core::Violation;
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::{IntoResponses, ToSchema};
+
+use crate::{ingest::IngestError, store::StoreError};
+
+/// Seconds after which to try again when the server has too much to do.
+const RETRY_WHEN_OVERLOADED: u32 = 2;
+
+/// Seconds after which to try again when the database is away.
+const RETRY_WHEN_AWAY: u32 = 5;
+
+/// Everything that can be answered instead of what was asked for.
+#[derive(Debug)]
+pub(super) enum ApiError {
+    /// 400: these fields are wrong.
+    Validation(Vec<Violation>),
+    /// 400: the body is not JSON; says where.
+    Malformed(String),
+    /// 404: there is no such thing; says what.
+    NotFound(&'static str),
+    /// 405.
+    MethodNotAllowed,
+    /// 408: the body did not arrive in time.
+    BodyTimeout,
+    /// 413: the body is larger than so many bytes.
+    BodyTooLarge(usize),
+    /// 415: says what is expected.
+    UnsupportedMediaType(&'static str),
+    /// 429: so many seconds until the next request is allowed.
+    TooManyRequests(u64),
+    /// 503: too much to do.
+    Overloaded,
+    /// 503: the database is away.
+    DatabaseAway,
+    /// 500: the text is for the log and never sent.
+    Internal(String),
+}
+
+/// The text of a 500 or the like, on its way to the log.
+#[derive(Debug, Clone)]
+pub(super) struct ErrorDetail(pub(super) String);
+
+/// An error answer.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({
+    "success": false,
+    "error": "Validation failed",
+    "details": [{"field": "total_errors", "message": "\"total_errors\" must be an integer", "value": 1.5}],
+}))]
+pub(super) struct ErrorBody {
+    /// Always false.
+    success: bool,
+    /// What is wrong, for a person to read.
+    error: String,
+    /// Every wrong field at once; only when fields are wrong.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    details: Vec<FieldError>,
+}
+
+/// A wrong field.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct FieldError {
+    /// The field's name; empty when the whole body is meant.
+    #[schema(value_type = String)]
+    field: Cow<'static, str>,
+    /// What is expected of it.
+    message: String,
+    /// What was sent, shortened; absent when nothing was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value: Option<Value>,
+}
+
+impl From<Violation> for FieldError {
+    fn from(violation: Violation) -> Self {
+        Self { field: violation.field, message: violation.message, value: violation.value }
+    }
+}
+
+/// What any request may be answered.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(super) enum AnyTime {
+    /// Too many requests from this address; `Retry-After` says when to come back.
+    #[response(status = 429)]
+    TooManyRequests(#[to_schema] ErrorBody),
+    /// Something went wrong inside; the log knows it by the request id.
+    #[response(status = 500)]
+    Internal(#[to_schema] ErrorBody),
+    /// Too much to do, or the database is away; `Retry-After` says when to come back.
+    #[response(status = 503)]
+    Unavailable(#[to_schema] ErrorBody),
+}
+
+/// What a request with a JSON body may be answered, besides.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(super) enum WithBody {
+    /// Malformed JSON, or wrong fields: `details` names every one of them.
+    #[response(status = 400)]
+    Invalid(#[to_schema] ErrorBody),
+    /// The body did not arrive in time.
+    #[response(status = 408)]
+    Timeout(#[to_schema] ErrorBody),
+    /// The body is too large.
+    #[response(status = 413)]
+    TooLarge(#[to_schema] ErrorBody),
+    /// The body is not declared to be JSON.
+    #[response(status = 415)]
+    UnsupportedMediaType(#[to_schema] ErrorBody),
+}
+
+impl ApiError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Validation(_) | Self::Malformed(_) => StatusCode::BAD_REQUEST,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Overloaded | Self::DatabaseAway => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    fn retry_after(&self) -> Option<HeaderValue> {
+        match self {
+            Self::TooManyRequests(seconds) => Some(HeaderValue::from(*seconds)),
+            Self::Overloaded => Some(HeaderValue::from(RETRY_WHEN_OVERLOADED)),
+            Self::DatabaseAway => Some(HeaderValue::from(RETRY_WHEN_AWAY)),
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let retry_after = self.retry_after();
+        let closes = matches!(self, Self::BodyTimeout | Self::BodyTooLarge(_));
+        let mut details = Vec::new();
+        let mut log = None;
+        let error = match self {
+            Self::Validation(violations) => {
+                details = violations.into_iter().map(FieldError::from).collect();
+                "Validation failed".to_owned()
+            }
+            Self::Malformed(where_) => format!("Malformed JSON: {where_}"),
+            Self::NotFound(what) => format!("{what} not found"),
+            Self::MethodNotAllowed => "Method not allowed".to_owned(),
+            Self::BodyTimeout => "The request's body did not arrive in time".to_owned(),
+            Self::BodyTooLarge(most) => {
+                format!("The request's body is larger than {most} bytes")
+            }
+            Self::UnsupportedMediaType(expected) => format!("Unsupported media type: {expected}"),
+            Self::TooManyRequests(_) => {
+                "Too many requests from this IP, please try again later".to_owned()
+            }
+            Self::Overloaded => "The server is overloaded, please try again later".to_owned(),
+            Self::DatabaseAway => {
+                "The database is temporarily unavailable, please try again later".to_owned()
+            }
+            Self::Internal(detail) => {
+                log = Some(ErrorDetail(detail));
+                "Internal server error".to_owned()
+            }
+        };
+        let body = ErrorBody { success: false, error, details };
+        let mut response = (status, Json(body)).into_response();
+        if let Some(retry_after) = retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, retry_after);
+        }
+        if closes {
+            // The rest of the body is not worth reading.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Some(log) = log {
+            response.extensions_mut().insert(log);
+        }
+        response
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
+            StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
+                Self::Internal(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<IngestError> for ApiError {
+    fn from(error: IngestError) -> Self {
+        match error {
+            IngestError::Overloaded => Self::Overloaded,
+            IngestError::Unavailable => Self::DatabaseAway,
+            IngestError::Failed(detail) => Self::Internal(detail),
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! Whether the server is well: for people, load balancers and orchestrators. Not counted by the rate
+//! limits and, for `/health`, not in the envelope: the Node service answered it so.
+
+use axum::{
+    Json,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use pisync_core::Timestamp;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::SharedState;
+
+pub(super) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new()
+        .routes(routes!(get_health))
+        .routes(routes!(get_liveness))
+        .routes(routes!(get_readiness))
+}
+
+/// How the server is.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"status": "OK", "port": 3000, "timestamp": "2026-11-22T14:58:20.597Z"}))]
+struct Health {
+    /// `OK`, or `UNAVAILABLE` while the database is away.
+    status: &'static str,
+    /// Where the server listens.
+    port: u16,
+    #[schema(value_type = String, format = DateTime)]
+    timestamp: Timestamp,
+}
+
+impl Health {
+    fn ok(state: &SharedState) -> Json<Self> {
+        Json(Self { status: "OK", port: state.port, timestamp: state.clock.now() })
+    }
+}
+
+/// Is the server there?
+#[utoipa::path(
+    get,
+    path = "/health",
+    tag = "Health",
+    responses((status = 200, description = "It is.", body = Health)),
+)]
+async fn get_health(State(state): State<SharedState>) -> impl IntoResponse {
+    Health::ok(&state)
+}
+
+/// Is the process alive?
+///
+/// Does not ask the database: restarting the server would not bring that back.
+#[utoipa::path(
+    get,
+    path = "/health/live",
+    tag = "Health",
+    responses((status = 200, description = "It is.", body = Health)),
+)]
+async fn get_liveness(State(state): State<SharedState>) -> impl IntoResponse {
+    Health::ok(&state)
+}
+
+/// Can it serve requests?
+///
+/// Asks the database.
+#[utoipa::path(
+    get,
+    path = "/health/ready",
+    tag = "Health",
+    responses(
+        (status = 200, description = "It can.", body = Health),
+        (status = 503, description = "The database is away, or the server is shutting down.", body = Health),
+    ),
+)]
+async fn get_readiness(State(state): State<SharedState>) -> Response {
+    if state.ingest.is_available() && state.store.ping().await.is_ok() {
+        return Health::ok(&state).into_response();
+    }
+    let health = Health { status: "UNAVAILABLE", port: state.port, timestamp: state.clock.now() };
+    (StatusCode::SERVICE_UNAVAILABLE, Json(health)).into_response()
+}

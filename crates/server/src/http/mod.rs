@@ -1,0 +1,173 @@
+//! The JSON API. One file per resource, each with its types, handlers, routes and documentation; here
+//! they are put together, with everything that happens around every request.
+
+mod client_address;
+mod devices;
+mod docs;
+mod envelope;
+mod error;
+mod extract;
+mod figures;
+mod health;
+mod metrics;
+mod observe;
+mod rate_limit;
+mod repeated_failures;
+mod security_headers;
+mod serve;
+mod stats;
+mod sync_event;
+mod sync_history;
+mod welcome;
+
+use std::{any::Any, collections::BTreeMap, sync::Arc};
+
+use axum::{
+    Router,
+    http::{HeaderName, HeaderValue, Method, header},
+    middleware,
+    response::{IntoResponse, Response},
+};
+use ipnet::IpNet;
+use pisync_core::Timestamp;
+use tower_http::{catch_panic::CatchPanicLayer, compression::CompressionLayer, cors::CorsLayer};
+use utoipa_axum::router::OpenApiRouter;
+
+pub use serve::serve;
+
+use self::{error::ApiError, observe::RequestIds, rate_limit::RateLimits};
+use crate::{clock::Clock, ingest::Ingest, metrics::Metrics, store::Store};
+
+/// How the API is to behave.
+#[derive(Debug, Clone)]
+pub struct HttpSettings {
+    /// How far ahead of the server's clock an event may be dated, in seconds.
+    pub max_clock_skew_seconds: u32,
+    /// Requests a minute from one address to the endpoints that devices report to; 0 is no limit.
+    pub sync_per_minute: u32,
+    /// Requests a minute from one address to the rest of the API; 0 is no limit.
+    pub api_per_minute: u32,
+    /// Proxies whose word on a client's address is taken.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Origins whose pages may call the API.
+    pub cors_origins: Vec<HeaderValue>,
+}
+
+/// What every handler can reach.
+pub struct ApiState {
+    store: Arc<dyn Store>,
+    ingest: Ingest,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    limits: RateLimits,
+    trusted_proxies: Vec<IpNet>,
+    request_ids: RequestIds,
+    /// Milliseconds.
+    max_clock_skew: i64,
+    port: u16,
+    /// Every endpoint by method and path, with its summary.
+    endpoints: BTreeMap<String, String>,
+}
+
+type SharedState = Arc<ApiState>;
+
+impl ApiState {
+    /// Since when a device must have been heard from to be active.
+    fn active_since(&self) -> Timestamp {
+        self.clock.now().saturating_add_milliseconds(-stats::ACTIVE_MILLISECONDS)
+    }
+}
+
+/// What the API stands on.
+pub struct ApiParts {
+    /// Where everything is kept.
+    pub store: Arc<dyn Store>,
+    /// Where events go.
+    pub ingest: Ingest,
+    /// What time it is.
+    pub clock: Clock,
+    /// Where measurements go.
+    pub metrics: Arc<Metrics>,
+    /// Where the server listens.
+    pub port: u16,
+}
+
+/// Routes and document of all resources.
+fn resources() -> OpenApiRouter<SharedState> {
+    // Answers that can be long are compressed; the hot path's answer is not worth the work.
+    let compressed = OpenApiRouter::new()
+        .merge(sync_history::router())
+        .merge(repeated_failures::router())
+        .merge(stats::router())
+        .merge(devices::router())
+        .merge(welcome::router())
+        .merge(metrics::router())
+        .layer(CompressionLayer::new());
+    OpenApiRouter::with_openapi(docs::outline())
+        .merge(sync_event::router())
+        .merge(compressed)
+        .merge(health::router())
+}
+
+/// The OpenAPI document, as JSON.
+///
+/// # Errors
+/// When it cannot be written, which no input can cause.
+pub fn openapi_json() -> Result<String, serde_json::Error> {
+    let mut text = resources().into_openapi().to_pretty_json()?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// The whole API.
+pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
+    let (routes, document) = resources().split_for_parts();
+    let state = Arc::new(ApiState {
+        store: parts.store,
+        ingest: parts.ingest,
+        request_ids: RequestIds::new(&parts.clock),
+        clock: parts.clock,
+        metrics: parts.metrics,
+        limits: RateLimits::new(settings.sync_per_minute, settings.api_per_minute),
+        trusted_proxies: settings.trusted_proxies.clone(),
+        max_clock_skew: i64::from(settings.max_clock_skew_seconds) * 1000,
+        port: parts.port,
+        endpoints: docs::endpoints(&document),
+    });
+    let mut router = routes
+        .with_state(Arc::clone(&state))
+        .merge(docs::router(document))
+        .fallback(async || ApiError::NotFound("Route"))
+        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed);
+    if !settings.cors_origins.is_empty() {
+        router = router.layer(cors(&settings.cors_origins));
+    }
+    router
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(state, observe::observe))
+}
+
+fn cors(origins: &[HeaderValue]) -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(origins.to_vec())
+        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION])
+        .expose_headers([
+            header::RETRY_AFTER,
+            observe::REQUEST_ID,
+            HeaderName::from_static("ratelimit-limit"),
+            HeaderName::from_static("ratelimit-remaining"),
+            HeaderName::from_static("ratelimit-reset"),
+        ])
+}
+
+/// A bug costs one request, not the process.
+#[expect(clippy::needless_pass_by_value, reason = "the layer's signature")]
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_default();
+    ApiError::Internal(format!("a handler panicked: {text}")).into_response()
+}

@@ -1,0 +1,156 @@
+//! What happens around every request: its id, the rate limit, security headers, measurements, the log.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+use super::{
+    SharedState, client_address,
+    error::{ApiError, ErrorDetail},
+    security_headers,
+    serve::Peer,
+};
+use crate::clock::Clock;
+
+/// The header that carries a request's id.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Longest request id that is taken over from the client.
+const MAX_REQUEST_ID: usize = 64;
+
+/// A request that takes longer is worth a line in the log.
+const SLOW: Duration = Duration::from_secs(1);
+
+/// Stands for the route of requests that match none: a label must not grow with what is asked for.
+const UNMATCHED: &str = "unmatched";
+
+/// Makes request ids: the time of the start and a running number, so that the ids of two runs or two
+/// nodes rarely meet.
+pub(super) struct RequestIds {
+    prefix: String,
+    next: AtomicU64,
+}
+
+impl RequestIds {
+    pub(super) fn new(clock: &Clock) -> Self {
+        // The process id tells apart nodes of one machine that start together.
+        let start = clock.now().as_millisecond() ^ (i64::from(std::process::id()) << 40);
+        Self { prefix: format!("{start:012x}"), next: AtomicU64::new(1) }
+    }
+
+    /// The client's own id when it is sane, else a new one.
+    fn of(&self, headers: &HeaderMap) -> HeaderValue {
+        let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+        if let Some(id) = headers.get(REQUEST_ID)
+            && (1..=MAX_REQUEST_ID).contains(&id.len())
+            && id.as_bytes().iter().copied().all(sane)
+        {
+            return id.clone();
+        }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        HeaderValue::try_from(format!("{}-{number:x}", self.prefix))
+            .unwrap_or(HeaderValue::from_static("none"))
+    }
+}
+
+/// The middleware around everything.
+pub(super) async fn observe(
+    State(state): State<SharedState>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let started = Instant::now();
+    let request_id = state.request_ids.of(request.headers());
+    let method = method_name(request.method());
+    let matched = request.extensions().get::<MatchedPath>().cloned();
+    let route = matched.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let client =
+        peer.map(|peer| client_address::resolve(peer, request.headers(), &state.trusted_proxies));
+    let path = request.uri().path().to_owned();
+
+    let rate = client.and_then(|client| state.limits.check(request.method(), route, client));
+    let mut response = match rate.as_ref().and_then(|rate| rate.retry_after) {
+        Some(seconds) => ApiError::TooManyRequests(seconds).into_response(),
+        None => next.run(request).await,
+    };
+
+    let duration = started.elapsed();
+    let status = response.status();
+    state.metrics.answered(method, route, status.as_u16(), duration);
+    let detail = response.extensions_mut().remove::<ErrorDetail>();
+    let headers = response.headers_mut();
+    if let Some(rate) = rate {
+        rate.write(headers);
+    }
+    security_headers::write(headers, route);
+    let line =
+        Line { method, path: &path, status, duration, client, detail, request_id: &request_id };
+    line.log();
+    headers.insert(REQUEST_ID, request_id);
+    response
+}
+
+/// One request in the log.
+struct Line<'a> {
+    method: &'static str,
+    path: &'a str,
+    status: StatusCode,
+    duration: Duration,
+    client: Option<std::net::IpAddr>,
+    detail: Option<ErrorDetail>,
+    request_id: &'a HeaderValue,
+}
+
+impl Line<'_> {
+    fn log(&self) {
+        macro_rules! line {
+            ($level:ident, $message:literal) => {
+                tracing::$level!(
+                    method = self.method,
+                    path = self.path,
+                    status = self.status.as_u16(),
+                    milliseconds = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
+                    client = self.client.map(tracing::field::display),
+                    request_id = self.request_id.to_str().unwrap_or_default(),
+                    error = self.detail.as_ref().map(|detail| detail.0.as_str()),
+                    $message
+                )
+            };
+        }
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            // Expected while the database is away, which has an error line of its own.
+            line!(warn, "request refused for now");
+        } else if self.status.is_server_error() {
+            line!(error, "request failed");
+        } else if self.duration >= SLOW {
+            line!(warn, "slow request");
+        } else if self.status.is_client_error() {
+            line!(info, "request refused");
+        } else {
+            line!(debug, "request answered");
+        }
+    }
+}
+
+/// The method as a label: a client can make up others.
+fn method_name(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "OTHER",
+    }
+}

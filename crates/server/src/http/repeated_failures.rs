@@ -1,0 +1,119 @@
+//! `GET /api/devices/repeated-failures`: which devices keep failing.
+
+use axum::extract::State;
+use pisync_core::Timestamp;
+use serde::Serialize;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    SharedState,
+    envelope::Success,
+    error::{AnyTime, ApiError, ErrorBody},
+    extract::Query,
+};
+use crate::store::{Device, FailureQuery};
+
+const DEFAULT_THRESHOLD: u32 = 3;
+
+pub(super) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(get_repeated_failures))
+}
+
+/// The query as the document describes it; [`Query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes the query, is never made")]
+struct FailureParameters {
+    /// At least so many failures.
+    #[param(minimum = 1, maximum = 100, default = 3)]
+    threshold: Option<u32>,
+    /// Count the failures since the last success instead of those of all time.
+    #[param(default = false)]
+    consecutive: Option<bool>,
+    /// The most devices to list; all when absent.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// How many of the worst to pass over.
+    #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
+    offset: Option<u64>,
+}
+
+/// The devices that failed at least `threshold` times.
+#[derive(Serialize, ToSchema)]
+struct FailureData {
+    threshold: u32,
+    /// How many devices there are on all pages.
+    total_devices: u64,
+    /// Most failures first, then the latest failure, then by `device_id`.
+    devices: Vec<FailingDevice>,
+}
+
+/// A device that keeps failing.
+#[derive(Serialize, ToSchema)]
+struct FailingDevice {
+    device_id: String,
+    /// Syncs with errors, of all time.
+    total_failed_syncs: i64,
+    /// Failures dated after the last success; of a device with several jobs, those of the worst.
+    consecutive_failures: i64,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    last_failed_sync: Option<Timestamp>,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    last_success: Option<Timestamp>,
+    /// When it was first seen.
+    #[schema(value_type = String, format = DateTime)]
+    device_registered: Timestamp,
+    /// When the server last heard from it.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    last_seen: Option<Timestamp>,
+}
+
+impl From<Device> for FailingDevice {
+    fn from(device: Device) -> Self {
+        Self {
+            device_id: device.device_id,
+            total_failed_syncs: device.figures.failed_syncs,
+            consecutive_failures: device.figures.consecutive_failures,
+            last_failed_sync: device.figures.last_failure,
+            last_success: device.figures.last_success,
+            device_registered: device.created_at,
+            last_seen: device.figures.last_seen,
+        }
+    }
+}
+
+/// Devices that failed repeatedly
+///
+/// A failed sync is one with `total_errors` above 0.
+#[utoipa::path(
+    get,
+    path = "/api/devices/repeated-failures",
+    tag = "Devices",
+    params(FailureParameters),
+    responses(
+        (status = 200, description = "The devices, worst first.", body = Success<FailureData>),
+        (status = 400, description = "Wrong parameters: `details` names every one of them.", body = ErrorBody),
+        AnyTime,
+    ),
+)]
+async fn get_repeated_failures(
+    State(state): State<SharedState>,
+    mut query: Query,
+) -> Result<Success<FailureData>, ApiError> {
+    let threshold = query.integer("threshold", 1..=100).and_then(|value| u32::try_from(value).ok());
+    let failure_query = FailureQuery {
+        threshold: threshold.unwrap_or(DEFAULT_THRESHOLD),
+        consecutive: query.boolean("consecutive"),
+        limit: query.limit(),
+        offset: query.offset(),
+    };
+    query.finish()?;
+    let page = state.store.repeated_failures(&failure_query).await?;
+    let data = FailureData {
+        threshold: failure_query.threshold,
+        total_devices: page.total,
+        devices: page.items.into_iter().map(FailingDevice::from).collect(),
+    };
+    Ok(Success::new("Devices with repeated failures retrieved successfully", data))
+}

@@ -1,0 +1,98 @@
+//! `GET /api/stats`: the whole fleet in one look.
+
+use axum::extract::State;
+use pisync_core::Timestamp;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    SharedState,
+    envelope::Success,
+    error::{AnyTime, ApiError},
+    figures::success_rate,
+};
+use crate::store::{Device, FleetStats};
+
+/// A device is active when it was heard from within so many milliseconds: 24 hours.
+pub(super) const ACTIVE_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
+
+pub(super) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(get_stats))
+}
+
+/// The fleet's figures, over all devices and all time.
+#[derive(Serialize, ToSchema)]
+struct StatsData {
+    total_devices: u64,
+    total_sync_events: i64,
+    /// Syncs with errors.
+    total_failures: i64,
+    total_files_synced: i64,
+    total_errors: i64,
+    /// Per cent of syncs without errors; 0 when there are none.
+    overall_success_rate: f64,
+    /// Mean of the measured speeds in Mbps; null when none was measured.
+    avg_internet_speed: Option<f64>,
+    /// Devices that the server heard from in the last 24 hours.
+    active_devices_24h: u64,
+    /// The 10 devices with the latest syncs.
+    recent_devices: Vec<RecentDevice>,
+}
+
+/// A device that synced lately.
+#[derive(Serialize, ToSchema)]
+struct RecentDevice {
+    device_id: String,
+    total_syncs: i64,
+    total_files_synced: i64,
+    total_errors: i64,
+    failed_syncs: i64,
+    /// By its own date.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    last_sync: Option<Timestamp>,
+}
+
+impl From<Device> for RecentDevice {
+    fn from(device: Device) -> Self {
+        Self {
+            device_id: device.device_id,
+            total_syncs: device.figures.total_syncs,
+            total_files_synced: device.figures.total_files_synced,
+            total_errors: device.figures.total_errors,
+            failed_syncs: device.figures.failed_syncs,
+            last_sync: device.figures.last_sync,
+        }
+    }
+}
+
+impl From<FleetStats> for StatsData {
+    fn from(stats: FleetStats) -> Self {
+        Self {
+            total_devices: stats.total_devices,
+            total_sync_events: stats.figures.total_syncs,
+            total_failures: stats.figures.failed_syncs,
+            total_files_synced: stats.figures.total_files_synced,
+            total_errors: stats.figures.total_errors,
+            overall_success_rate: success_rate(&stats.figures),
+            avg_internet_speed: stats.figures.avg_internet_speed(),
+            active_devices_24h: stats.active_devices,
+            recent_devices: stats.recent_devices.into_iter().map(RecentDevice::from).collect(),
+        }
+    }
+}
+
+/// Fleet statistics
+#[utoipa::path(
+    get,
+    path = "/api/stats",
+    tag = "Fleet",
+    responses(
+        (status = 200, description = "The fleet's figures.", body = Success<StatsData>),
+        AnyTime,
+    ),
+)]
+async fn get_stats(State(state): State<SharedState>) -> Result<Success<StatsData>, ApiError> {
+    let stats = state.store.fleet_stats(state.active_since()).await?;
+    Ok(Success::new("System statistics retrieved successfully", stats.into()))
+}

@@ -1,0 +1,180 @@
+//! Where log lines go: the console, and JSON lines in `combined.log` and `error.log`, whose current
+//! files keep these names while yesterday's are renamed. Lines are handed to threads of their own: a
+//! request never waits for a disk, and when lines come faster than it can take them, some are dropped.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, IsTerminal},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use file_rotate::{
+    ContentLimit, FileRotate, TimeFrequency,
+    compression::Compression,
+    suffix::{AppendTimestamp, DateFrom, FileLimit},
+};
+use tracing::{Level, Subscriber, level_filters::LevelFilter};
+use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
+use tracing_subscriber::{
+    Layer, filter::Targets, fmt, layer::SubscriberExt, registry::LookupSpan,
+    util::SubscriberInitExt,
+};
+
+/// Days of log files that are kept beside the current ones.
+const DAYS_KEPT: usize = 14;
+
+/// How much to log. Understands the Node service's names too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogLevel(Level);
+
+impl FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim().to_ascii_lowercase().as_str() {
+            "error" => Ok(Self(Level::ERROR)),
+            "warn" | "warning" => Ok(Self(Level::WARN)),
+            // Winston's http stands between info and verbose: answered requests, which are debug here.
+            "info" | "http" => Ok(Self(Level::INFO)),
+            "verbose" | "debug" => Ok(Self(Level::DEBUG)),
+            "silly" | "trace" => Ok(Self(Level::TRACE)),
+            _ => Err("expected error, warn, info, debug or trace (or http, verbose, silly)".into()),
+        }
+    }
+}
+
+/// What to log, and where.
+#[derive(Debug, Clone)]
+pub struct LogSettings {
+    /// From which level on.
+    pub level: LogLevel,
+    /// The folder of the files; `None` for the console alone.
+    pub dir: Option<PathBuf>,
+    /// JSON lines on the console too, for whatever collects them; else lines for people.
+    pub json_console: bool,
+}
+
+/// Writes what is left when it is dropped.
+#[must_use = "log lines are lost once this is dropped"]
+#[derive(Debug)]
+pub struct LogGuard(#[expect(dead_code, reason = "held for its drop")] Vec<WorkerGuard>);
+
+/// Starts logging for the whole process.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
+    let mut guards = Vec::new();
+    let mut keep = |writer: (NonBlocking, WorkerGuard)| {
+        guards.push(writer.1);
+        writer.0
+    };
+    let console = keep(tracing_appender::non_blocking(io::stdout()));
+    let console = if settings.json_console {
+        json_lines(console).boxed()
+    } else {
+        fmt::layer().with_writer(console).with_ansi(io::stdout().is_terminal()).boxed()
+    };
+    let mut layers = vec![console];
+    if let Some(dir) = &settings.dir {
+        let combined = keep(tracing_appender::non_blocking(open(dir, "combined.log")?));
+        let error = keep(tracing_appender::non_blocking(open(dir, "error.log")?));
+        layers.push(json_lines(combined).boxed());
+        layers.push(json_lines(error).with_filter(LevelFilter::ERROR).boxed());
+    }
+    // Libraries have little to say that interests an operator.
+    let LogLevel(level) = settings.level;
+    let libraries = if level == Level::TRACE { Level::TRACE } else { level.min(Level::WARN) };
+    let targets = Targets::new().with_default(libraries).with_target("pisync", level);
+    tracing_subscriber::registry()
+        .with(layers)
+        .with(targets)
+        .try_init()
+        .map_err(|error| error.to_string())?;
+    Ok(LogGuard(guards))
+}
+
+fn json_lines<S>(writer: NonBlocking) -> impl Layer<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    fmt::layer()
+        .json()
+        .flatten_event(true)
+        .with_current_span(false)
+        .with_span_list(false)
+        .with_writer(writer)
+}
+
+/// A log file that is renamed to `NAME.YYYY-MM-DD` when the next day's first line comes.
+fn open(dir: &Path, name: &str) -> Result<FileRotate<AppendTimestamp>, String> {
+    let path = dir.join(name);
+    // The library would panic; this says what to do.
+    fs::create_dir_all(dir)
+        .and_then(|()| OpenOptions::new().create(true).append(true).open(&path))
+        .map_err(|error| {
+            format!(
+                "cannot write {}: {error}; set LOG_DIR to a folder that the server may write, or to nothing to log to the console alone",
+                path.display()
+            )
+        })?;
+    Ok(FileRotate::new(
+        path,
+        AppendTimestamp::with_format(
+            "%Y-%m-%d",
+            FileLimit::MaxFiles(DAYS_KEPT),
+            DateFrom::DateYesterday,
+        ),
+        ContentLimit::Time(TimeFrequency::Daily),
+        Compression::None,
+        None,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn the_node_services_levels_are_understood() {
+        for (name, level) in [
+            ("error", Level::ERROR),
+            ("http", Level::INFO),
+            ("verbose", Level::DEBUG),
+            ("SILLY", Level::TRACE),
+        ] {
+            assert_eq!(name.parse(), Ok(LogLevel(level)));
+        }
+        assert!("loud".parse::<LogLevel>().is_err());
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "dates the file as of yesterday")]
+    fn yesterdays_file_is_renamed_and_old_ones_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let current = dir.path().join("combined.log");
+        for day in 1..=20 {
+            fs::write(dir.path().join(format!("combined.log.2026-01-{day:02}")), "old\n").unwrap();
+        }
+        fs::write(&current, "yesterday\n").unwrap();
+        let yesterday = std::time::SystemTime::now() - Duration::from_secs(24 * 60 * 60);
+        fs::File::options().append(true).open(&current).unwrap().set_modified(yesterday).unwrap();
+
+        let mut file = open(dir.path(), "combined.log").unwrap();
+        file.write_all(b"today\n").unwrap();
+
+        assert_eq!(fs::read_to_string(&current).unwrap(), "today\n");
+        let mut others: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name != "combined.log")
+            .collect();
+        others.sort();
+        assert_eq!(others.len(), DAYS_KEPT);
+        let newest = dir.path().join(others.last().unwrap());
+        assert_eq!(fs::read_to_string(newest).unwrap(), "yesterday\n");
+    }
+}
