@@ -47,7 +47,7 @@ const ID_RESERVE: usize = 2_048;
 
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 
-const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1)";
+const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";
 
 /// Answers the devices that are new. A row is new when no transaction has locked or replaced a version
 /// of it before: its `xmax` is 0.
