@@ -309,13 +309,12 @@ async fn active_devices_are_those_received_from(fixture: &TestStore) {
 
 async fn recent_devices_are_the_latest_ten(fixture: &TestStore) {
     let mut writer = fixture.writer();
-    // The later half share one date, and the tenth place falls among those that share another. They
+    // Five share one date and ten another, so that the tenth place falls among equals; and they
     // register in another order than that of their ids.
-    let events = (0..15_i64)
-        .rev()
-        .map(|number| success(&format!("pi-{number:02}"), at(if number < 5 { 100 } else { 50 })))
-        .collect();
-    write(&mut *writer, events).await;
+    for number in (0..15).rev() {
+        let date = at(if number < 5 { 100 } else { 50 });
+        write(&mut *writer, vec![success(&format!("pi-{number:02}"), date)]).await;
+    }
     // An older sync of another job does not count, nor does when it was received.
     write_at(&mut *writer, at(60), vec![of_job("x", success("pi-14", at(-100)))]).await;
     let stats = fixture.store.fleet_stats(now()).await.unwrap();
