@@ -168,7 +168,7 @@ impl TestDatabase {
 
     /// Removes the database. A test that fails does not come here: a folder goes when it is dropped,
     /// the server's databases go with the server.
-    async fn remove(self) {
+    pub(crate) async fn remove(self) {
         match self.place {
             Place::File(folder) => folder.close().unwrap(),
             Place::SharedServer(name) => PostgresServer::shared().drop_database(&name).await,

@@ -25,7 +25,8 @@ run() {
 # Sorting by language where PostgreSQL can, as most servers do: a column that is meant to sort byte by
 # byte must say so itself.
 create() {
-    set -- --auth=trust --username=pisync --encoding=UTF8 --locale=C --no-sync "$folder/data"
+    set -- --auth=trust --username=pisync --encoding=UTF8 --locale=C --no-sync \
+        --wal-segsize=1 "$folder/data"
     run initdb --locale-provider=icu --icu-locale=en-US "$@" || run initdb "$@"
 }
 
