@@ -50,10 +50,11 @@ impl JobShare<'_> {
         self.job.map_or("", JobName::as_str)
     }
 
-    /// The streak to report, given what it came to.
+    /// The streak to report, given what it came to; none when a success that arrived before has
+    /// answered the batch's failures.
     pub(super) fn streak(&self, after: i64) -> Option<FailureStreak> {
         let added = self.figures.consecutive_failures;
-        (added > 0).then(|| FailureStreak {
+        (added > 0 && after > 0).then(|| FailureStreak {
             device_id: self.device_id.clone(),
             job: self.job.cloned(),
             before: (after - added).max(0),

@@ -207,13 +207,23 @@ impl Migrator {
                 (POSTGRES, Box::new(PostgresMigrations::connect(postgres).await?))
             }
         };
+        let embedded_names: Vec<&str> = embedded.iter().map(|(name, ..)| *name).collect();
         let embedded = embedded.iter().map(|(name, up, down)| Migration {
             name: (*name).to_owned(),
             source: Source::Embedded,
             up: (*up).to_owned(),
             down: (*down).to_owned(),
         });
-        let known = embedded.chain(read_folder(folder)?).collect();
+        let users = read_folder(folder)?;
+        if let Some(taken) = users.iter().find(|user| embedded_names.contains(&user.name.as_str()))
+        {
+            // It would count as applied without ever having run.
+            return Err(MigrationError::BadFile(format!(
+                "{}: PiSync has a migration of this name itself; give yours another",
+                folder.join(&taken.name).display()
+            )));
+        }
+        let known = embedded.chain(users).collect();
         Ok(Self { known, database })
     }
 

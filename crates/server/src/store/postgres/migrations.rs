@@ -118,6 +118,14 @@ async fn contents(client: &Client) -> Result<Contents, tokio_postgres::Error> {
         select name, source, checksum, batch, applied_at from pisync_migrations order by id
     ";
     const IS_NODE_SERVICE: &str = "select exists (select from migrations where filename = $1)";
+    let mut table_of_our_name = None;
+    for table in ["devices", "sync_events"] {
+        if table_of_our_name.is_none() && has_table(client, table).await? {
+            table_of_our_name = Some(table);
+        }
+    }
+    // Looked for last: another server may be making them all just now, in one transaction, and must
+    // not be taken for somebody else.
     if has_table(client, "pisync_migrations").await? {
         let rows = client.query(APPLIED, &[]).await?;
         let applied: Result<Vec<_>, _> = rows
@@ -134,14 +142,10 @@ async fn contents(client: &Client) -> Result<Contents, tokio_postgres::Error> {
             .collect();
         return applied.map(Contents::Ours);
     }
-    for table in ["devices", "sync_events"] {
-        if has_table(client, table).await? {
-            let node_service = has_column(client, "migrations", "filename").await?
-                && client.query_one(IS_NODE_SERVICE, &[&NODE_MIGRATION]).await?.try_get(0)?;
-            return Ok(if node_service { Contents::NodeService } else { Contents::Foreign(table) });
-        }
-    }
-    Ok(Contents::Ours(Vec::new()))
+    let Some(table) = table_of_our_name else { return Ok(Contents::Ours(Vec::new())) };
+    let node_service = has_column(client, "migrations", "filename").await?
+        && client.query_one(IS_NODE_SERVICE, &[&NODE_MIGRATION]).await?.try_get(0)?;
+    Ok(if node_service { Contents::NodeService } else { Contents::Foreign(table) })
 }
 
 async fn has_table(client: &Client, table: &str) -> Result<bool, tokio_postgres::Error> {

@@ -92,15 +92,18 @@ pub(super) async fn repeated_failures(
     connection: &mut Object,
     query: &FailureQuery,
 ) -> Result<Page<Device>, Error> {
-    let measure =
-        if query.consecutive { "max(j.consecutive_failures)" } else { "sum(j.failed_syncs)" };
+    let measure = if query.consecutive {
+        "max(j.consecutive_failures)"
+    } else {
+        "sum(j.failed_syncs)::bigint"
+    };
     let select = format!(
         r#"select {DEVICE_COLUMNS}, {SUMS}
              from device_jobs j
              join devices d using (device_id)
             group by d.device_id
            having {measure} >= $1
-            order by {measure} desc, max(j.last_failure) desc, d.device_id
+            order by {measure} desc, max(j.last_failure) desc nulls last, d.device_id
             limit $2 offset $3"#
     );
     let count = format!(

@@ -358,9 +358,10 @@ impl PostgresEventWriter {
         {
             attempt < RETRIES
         } else if code == SqlState::FOREIGN_KEY_VIOLATION {
-            // A device was deleted behind our back: register it again.
+            // A device was deleted behind our back, perhaps after the deletion and this batch had
+            // met in a deadlock: register it again.
             self.last_seen.clear();
-            attempt == 0
+            attempt < RETRIES
         } else if code == SqlState::CHECK_VIOLATION {
             // Perhaps the partition is missing: look again.
             attempt == 0 && std::mem::take(&mut self.months).len() > 0

@@ -60,9 +60,11 @@ impl MigrationDatabase for SqliteMigrations {
         }
         let read = || -> rusqlite::Result<Contents> {
             let connection = Connection::open(&self.path)?;
-            let exists = |table: &str| has_table(&connection, table);
+            // One moment throughout: another server may be making the tables just now.
+            let snapshot = connection.unchecked_transaction()?;
+            let exists = |table: &str| has_table(&snapshot, table);
             if exists("pisync_migrations")? {
-                return applied(&connection).map(Contents::Ours);
+                return applied(&snapshot).map(Contents::Ours);
             }
             for table in ["devices", "sync_events"] {
                 if exists(table)? {

@@ -116,10 +116,11 @@ pub(super) fn fleet_stats(
     let select_sums = format!("select {SUMS} from device_jobs j");
     let select_recent = format!(
         "with recent as (
-            select device, max(last_sync) as last_sync
-              from device_jobs
-             group by device
-             order by last_sync desc
+            select j.device, max(j.last_sync) as last_sync
+              from device_jobs j
+              join devices d on d.id = j.device
+             group by j.device
+             order by max(j.last_sync) desc, d.device_id
              limit 10
          )
          select {DEVICE_COLUMNS}, {SUMS}

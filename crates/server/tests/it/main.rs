@@ -1,0 +1,14 @@
+//! PiSync as a whole, against real databases. One binary, so that all tests share one PostgreSQL.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on fails by panicking"
+)]
+
+#[macro_use]
+mod support;
+
+mod migrations;
+mod store_contract;

@@ -1,0 +1,9 @@
+//! What the rest of the program may expect of a store, whichever it is. Everything goes through the
+//! trait; where a test looks behind it, or is about one store alone, it says why.
+
+mod devices;
+mod faults;
+mod figures;
+mod history;
+mod nodes;
+mod streaks;

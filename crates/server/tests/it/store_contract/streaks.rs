@@ -1,0 +1,115 @@
+//! Figures and streaks are the same in whatever order and whatever batches events arrive.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use pisync::store::{Figures, Store};
+use pisync_core::{DeviceId, Mbps, SyncEvent, Timestamp};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
+use tokio::{runtime::Handle, sync::Mutex, task::block_in_place};
+
+use crate::support::{
+    events::{at, batch_at, device_id, job_name, recount, sum},
+    store::TestStore,
+};
+
+both_stores!(any_order_and_any_batches_add_up_the_same);
+
+/// An event to be, of the device with this number. The ranges are small, so that events of one job
+/// share an instant, and come late, all the time.
+#[derive(Debug, Clone)]
+struct Report {
+    device: u8,
+    job: Option<u8>,
+    second: i64,
+    total_errors: u32,
+    speed: Option<i64>,
+}
+
+impl Report {
+    /// The event, of a device that is named after `prefix`.
+    fn event(&self, prefix: &str) -> SyncEvent {
+        SyncEvent {
+            device_id: device_id(&format!("{prefix}-{}", self.device)),
+            timestamp: at(self.second),
+            total_files_synced: 3,
+            total_errors: self.total_errors,
+            internet_speed: self.speed.and_then(Mbps::from_hundredths),
+            job: self.job.map(|job| job_name(&format!("job-{job}"))),
+            duration: None,
+            bytes_synced: None,
+            metadata: None,
+        }
+    }
+}
+
+fn report() -> impl Strategy<Value = Report> {
+    (0..3_u8, prop::option::of(0..2_u8), 0..8_i64, 0..3_u32, prop::option::of(0..500_i64)).prop_map(
+        |(device, job, second, errors, speed)| Report {
+            device,
+            job,
+            second,
+            // More failures than successes, or there would be no streaks to speak of.
+            total_errors: errors,
+            speed,
+        },
+    )
+}
+
+/// Batches in their order of arrival, each with the second in which it is received.
+fn batches() -> impl Strategy<Value = Vec<(i64, Vec<Report>)>> {
+    prop::collection::vec((0..5_i64, prop::collection::vec(report(), 1..8)), 1..12)
+}
+
+/// What the store says of a device's jobs, and of the device.
+pub(super) async fn figures_of(
+    store: &dyn Store,
+    device: &DeviceId,
+) -> (BTreeMap<Option<String>, Figures>, Figures) {
+    let found = store.device(device).await.unwrap().unwrap();
+    (found.jobs.into_iter().collect(), found.device.figures)
+}
+
+async fn any_order_and_any_batches_add_up_the_same(fixture: &TestStore) {
+    // A case takes some ten commits, which cost more on PostgreSQL.
+    let cases = if fixture.is_postgres() { 25 } else { 50 };
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    // All cases share a database and a writer with its memory: devices are new in each.
+    let case_number = AtomicU32::new(0);
+    let writer = Mutex::new(fixture.writer());
+    let check = |batches: Vec<(i64, Vec<Report>)>| {
+        let case_number = case_number.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("case-{case_number}");
+        let work = async {
+            let mut writer = writer.lock().await;
+            let mut sent: Vec<(Timestamp, SyncEvent)> = Vec::new();
+            for (second, reports) in &batches {
+                let events: Vec<_> = reports.iter().map(|report| report.event(&prefix)).collect();
+                let received = at(*second);
+                sent.extend(events.iter().map(|event| (received, event.clone())));
+                let written = writer.write(&batch_at(received, events)).await.unwrap();
+                // What a batch reports of streaks is what then stands in the store.
+                let counted = recount(&sent);
+                for streak in &written.streaks {
+                    let job = streak.job.as_ref().map(|job| job.as_str().to_owned());
+                    let expected = counted[&streak.device_id][&job].consecutive_failures;
+                    prop_assert_eq!(streak.after, expected);
+                    prop_assert!(expected > 0 && streak.before < expected);
+                }
+            }
+            for (device_id, jobs) in recount(&sent) {
+                let (found_jobs, found) = figures_of(&*fixture.store, &device_id).await;
+                prop_assert_eq!(&found_jobs, &jobs);
+                prop_assert_eq!(found, sum(jobs.values()));
+            }
+            Ok(())
+        };
+        block_in_place(|| Handle::current().block_on(work))
+    };
+    TestRunner::new(config).run(&batches(), check).unwrap();
+}

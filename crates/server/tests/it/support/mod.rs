@@ -1,0 +1,7 @@
+//! What tests stand on: databases to work in, events to store, and the naive truth to compare with.
+
+pub(crate) mod events;
+pub(crate) mod postgres;
+pub(crate) mod proxy;
+#[macro_use]
+pub(crate) mod store;

@@ -1,0 +1,221 @@
+//! Databases to test in, on both stores, and the macro that runs one test body on each.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use pisync::store::{self, EventWriter, Store, Target, migrations::Migrator};
+use tempfile::TempDir;
+
+use super::{
+    events::now,
+    postgres::{self, PostgresServer},
+};
+
+/// Makes `sqlite::name` and `postgres::name` out of each test body that it is given the name of:
+///
+/// ```ignore
+/// both_stores!(a_device_is_found);
+///
+/// async fn a_device_is_found(fixture: &TestStore) { … }
+/// ```
+///
+/// The argument may be anything that implements [`Fixture`]. The bodies may also stand in the macro
+/// (`both_stores! { async fn a_device_is_found(fixture: &TestStore) { … } }`), but rustfmt does not
+/// look into it. Once per module, since it makes two modules in it.
+macro_rules! both_stores {
+    ($($name:ident),+ $(,)?) => {
+        mod sqlite {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    $crate::support::store::on_sqlite(super::$name).await;
+                }
+            )+
+        }
+        mod postgres {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    $crate::support::store::on_postgres(super::$name).await;
+                }
+            )+
+        }
+    };
+    ($(async fn $name:ident($fixture:ident: $kind:ty) $body:block)+) => {
+        $(async fn $name($fixture: $kind) $body)+
+        both_stores!($($name),+);
+    };
+}
+
+/// What a test body is given, made from an empty database.
+pub(crate) trait Fixture: Sized {
+    /// Prepares `database` and keeps it for as long as this lives.
+    async fn prepare(database: TestDatabase) -> Self;
+
+    /// Gives the database back.
+    fn into_database(self) -> TestDatabase;
+}
+
+/// Runs a test body on a fresh SQLite file.
+pub(crate) async fn on_sqlite<F: Fixture>(body: impl AsyncFnOnce(&F)) {
+    run(TestDatabase::sqlite(), body).await;
+}
+
+/// Runs a test body on a fresh PostgreSQL database.
+pub(crate) async fn on_postgres<F: Fixture>(body: impl AsyncFnOnce(&F)) {
+    run(TestDatabase::postgres().await, body).await;
+}
+
+async fn run<F: Fixture>(database: TestDatabase, body: impl AsyncFnOnce(&F)) {
+    let fixture = F::prepare(database).await;
+    body(&fixture).await;
+    fixture.into_database().remove().await;
+}
+
+/// A database with nothing in it yet.
+pub(crate) struct TestDatabase {
+    pub(crate) target: Target,
+    place: Place,
+}
+
+enum Place {
+    File(TempDir),
+    /// The database's name.
+    SharedServer(String),
+    /// Whoever made it removes it.
+    Elsewhere,
+}
+
+impl TestDatabase {
+    /// The name of an SQLite file that does not exist yet.
+    pub(crate) fn sqlite() -> Self {
+        let folder = tempfile::Builder::new().prefix("pisync-sqlite-").tempdir().unwrap();
+        Self { target: Target::Sqlite(folder.path().join("pisync.db")), place: Place::File(folder) }
+    }
+
+    /// A new database on the shared PostgreSQL server.
+    pub(crate) async fn postgres() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(1);
+        let name = format!("test_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let target = PostgresServer::shared().create_database(&name).await;
+        Self { target: Target::Postgres(Box::new(target)), place: Place::SharedServer(name) }
+    }
+
+    /// A database that the test has made and sees to, such as one on a server of its own.
+    pub(crate) fn elsewhere(target: Target) -> Self {
+        Self { target, place: Place::Elsewhere }
+    }
+
+    /// Runs the migrations that are part of the program.
+    pub(crate) async fn migrate(&self) {
+        self.migrator(Path::new("/nonexistent")).await.up(now()).await.unwrap();
+    }
+
+    /// Something to run migrations with; `folder` holds the users' own.
+    pub(crate) async fn migrator(&self, folder: &Path) -> Migrator {
+        Migrator::new(&self.target, folder).await.unwrap()
+    }
+
+    /// Runs SQL behind the store's back, on a connection of its own.
+    pub(crate) async fn execute(&self, sql: &str) {
+        match &self.target {
+            Target::Sqlite(path) => {
+                rusqlite::Connection::open(path).unwrap().execute_batch(sql).unwrap();
+            }
+            Target::Postgres(target) => {
+                postgres::connect(&target.config).await.batch_execute(sql).await.unwrap();
+            }
+        }
+    }
+
+    /// The names of all tables, but for the databases' own.
+    pub(crate) async fn tables(&self) -> Vec<String> {
+        match &self.target {
+            Target::Sqlite(path) => {
+                let connection = rusqlite::Connection::open(path).unwrap();
+                let mut select = connection
+                    .prepare(
+                        r"select name from sqlite_schema
+                           where type = 'table' and name not like 'sqlite\_%' escape '\'
+                           order by name",
+                    )
+                    .unwrap();
+                select.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+            }
+            Target::Postgres(target) => {
+                const TABLES: &str = "
+                    select tablename::text from pg_tables where schemaname = 'public'
+                     order by tablename collate \"C\"
+                ";
+                let client = postgres::connect(&target.config).await;
+                client.query(TABLES, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+            }
+        }
+    }
+
+    /// The file, on SQLite.
+    pub(crate) fn file(&self) -> Option<PathBuf> {
+        match &self.target {
+            Target::Sqlite(path) => Some(path.clone()),
+            Target::Postgres(_) => None,
+        }
+    }
+
+    /// Removes the database. A test that fails does not come here: a folder goes when it is dropped,
+    /// the server's databases go with the server.
+    pub(crate) async fn remove(self) {
+        match self.place {
+            Place::File(folder) => folder.close().unwrap(),
+            Place::SharedServer(name) => PostgresServer::shared().drop_database(&name).await,
+            Place::Elsewhere => {}
+        }
+    }
+}
+
+impl Fixture for TestDatabase {
+    async fn prepare(database: TestDatabase) -> Self {
+        database
+    }
+
+    fn into_database(self) -> TestDatabase {
+        self
+    }
+}
+
+/// An open store in a database with the current schema.
+pub(crate) struct TestStore {
+    pub(crate) database: TestDatabase,
+    pub(crate) store: Arc<dyn Store>,
+}
+
+impl TestStore {
+    pub(crate) fn target(&self) -> &Target {
+        &self.database.target
+    }
+
+    pub(crate) fn is_postgres(&self) -> bool {
+        matches!(self.database.target, Target::Postgres(_))
+    }
+
+    pub(crate) fn writer(&self) -> Box<dyn EventWriter> {
+        self.store.event_writer()
+    }
+}
+
+impl Fixture for TestStore {
+    async fn prepare(database: TestDatabase) -> Self {
+        database.migrate().await;
+        let store = store::open(&database.target).await.unwrap();
+        store.maintain(now()).await.unwrap();
+        Self { database, store }
+    }
+
+    fn into_database(self) -> TestDatabase {
+        self.database
+    }
+}
