@@ -65,7 +65,7 @@ struct DeviceParameters {
     group: Option<String>,
     /// By what to sort; with a minus sign before it, largest or latest first. What is missing comes
     /// last, ties go by `device_id`.
-    #[param(inline, default = "device_id")]
+    #[param(inline)]
     sort: Option<SortName>,
     /// The most devices to list.
     #[param(minimum = 1, maximum = 1000, default = 50)]
@@ -83,6 +83,7 @@ impl utoipa::PartialSchema for SortName {
         utoipa::openapi::ObjectBuilder::new()
             .schema_type(utoipa::openapi::schema::Type::String)
             .enum_values(Some(SORTS.map(|(name, _)| name)))
+            .default(Some(SORTS[0].0.into()))
             .into()
     }
 }
