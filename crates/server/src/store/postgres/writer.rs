@@ -364,7 +364,7 @@ impl PostgresEventWriter {
             attempt < RETRIES
         } else if code == SqlState::CHECK_VIOLATION {
             // Perhaps the partition is missing: look again.
-            attempt == 0 && std::mem::take(&mut self.months).len() > 0
+            attempt == 0 && !std::mem::take(&mut self.months).is_empty()
         } else if code == SqlState::FEATURE_NOT_SUPPORTED
             || code == SqlState::INVALID_SQL_STATEMENT_NAME
             || code == SqlState::READ_ONLY_SQL_TRANSACTION
