@@ -100,25 +100,31 @@ struct DeviceList {
 /// Where the page stands.
 #[derive(Serialize, ToSchema)]
 struct DevicePagination {
+    #[schema(example = 50)]
     limit: u32,
+    #[schema(example = 0)]
     offset: u64,
     /// How many devices there are on all pages.
+    #[schema(example = 5000)]
     total_devices: u64,
 }
 
 /// A device, with its figures over all its jobs.
 #[derive(Serialize, ToSchema)]
 struct DeviceData {
+    #[schema(example = "pi-device-001")]
     device_id: String,
     /// What people call it.
+    #[schema(example = "Library, north wall")]
     name: Option<String>,
     /// Which group people put it in.
+    #[schema(example = "school-17")]
     group: Option<String>,
     /// When it was first seen.
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
     device_registered: Timestamp,
     /// When the server last heard from it; null when never.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
     #[serde(flatten)]
     figures: DeviceFigures,
@@ -150,9 +156,10 @@ struct DeviceDetail {
 #[derive(Serialize, ToSchema)]
 struct JobData {
     /// Null for events that name no job.
+    #[schema(example = "nightly-backup")]
     job: Option<String>,
     /// When the server last heard of it.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
     #[serde(flatten)]
     figures: DeviceFigures,
@@ -185,8 +192,10 @@ struct DeviceUpdate {
 /// A device that was removed.
 #[derive(Serialize, ToSchema)]
 struct DeletedDevice {
+    #[schema(example = "pi-device-001")]
     device_id: String,
     /// How many of its events were removed with it.
+    #[schema(example = 412)]
     deleted_events: u64,
 }
 
