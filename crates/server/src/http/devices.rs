@@ -2,7 +2,7 @@
 
 use axum::extract::{Request, State};
 use pisync_core::{Timestamp, Violation, text::check_text};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -11,7 +11,7 @@ use super::{
     SharedState,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, WithBody},
-    extract::{DevicePath, Query, json_body},
+    extract::{DevicePath, DevicePathParameter, Query, json_body},
     figures::DeviceFigures,
 };
 use crate::store::{Device, DeviceChange, DeviceQuery, DeviceSort, DeviceWithJobs};
@@ -177,7 +177,8 @@ impl From<DeviceWithJobs> for DeviceDetail {
 }
 
 /// What to change. Absent fields stay as they are, null empties one; other fields are refused.
-#[derive(ToSchema)]
+#[derive(ToSchema, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[schema(example = json!({"name": "Library, north wall", "group": "school-17"}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct DeviceUpdate {
@@ -246,7 +247,7 @@ async fn list_devices(
     get,
     path = "/api/device/{device_id}",
     tag = "Devices",
-    params(("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255)),
+    params(DevicePathParameter),
     responses(
         (status = 200, description = "The device.", body = Success<DeviceDetail>),
         (status = 400, description = "Not a possible device id.", body = ErrorBody),
@@ -267,7 +268,7 @@ async fn get_device(
     patch,
     path = "/api/device/{device_id}",
     tag = "Devices",
-    params(("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255)),
+    params(DevicePathParameter),
     request_body = DeviceUpdate,
     responses(
         (status = 200, description = "The device as it is now.", body = Success<DeviceDetail>),
@@ -298,7 +299,7 @@ async fn update_device(
     delete,
     path = "/api/device/{device_id}",
     tag = "Devices",
-    params(("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255)),
+    params(DevicePathParameter),
     responses(
         (status = 200, description = "Removed.", body = Success<DeletedDevice>),
         (status = 400, description = "Not a possible device id.", body = ErrorBody),

@@ -11,7 +11,7 @@ use super::{
     SharedState,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody},
-    extract::{DevicePath, Query},
+    extract::{DevicePath, DevicePathParameter, Query},
     figures::DeviceFigures,
 };
 use crate::store::{HistoryQuery, StoredEvent, SyncHistory};
@@ -132,7 +132,7 @@ impl HistoryEvent {
     path = "/api/device/{device_id}/sync-history",
     tag = "Devices",
     params(
-        ("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255),
+        DevicePathParameter,
         HistoryParameters,
     ),
     responses(
