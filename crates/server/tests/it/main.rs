@@ -11,4 +11,5 @@
 mod support;
 
 mod migrations;
+mod node_wire;
 mod store_contract;
