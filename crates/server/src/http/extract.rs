@@ -9,6 +9,7 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body as _;
 use pisync_core::{
     DeviceId, JobName, Timestamp, Violation, decimal::parse_scaled, text::check_text,
 };
@@ -26,6 +27,10 @@ pub(super) async fn json_body(
     timeout: Duration,
 ) -> Result<Bytes, ApiError> {
     check_media_type(request.headers())?;
+    // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+    if request.body().size_hint().lower() > limit as u64 {
+        return Err(ApiError::BodyTooLarge(limit));
+    }
     let body = Limited::new(request.into_body(), limit);
     match tokio::time::timeout(timeout, body.collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
