@@ -13,3 +13,4 @@ mod support;
 mod migrations;
 mod node_wire;
 mod store_contract;
+mod sync_event;
