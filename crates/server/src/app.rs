@@ -94,7 +94,7 @@ pub async fn run(
         "PiSync is ready on http://{address}; its documentation is at /api-docs"
     );
     tokio::select! {
-        () = http::serve(listener, router, shutdown) => {}
+        () = http::serve(listener, router, settings.http.timeouts, shutdown) => {}
         ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
         ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
     }

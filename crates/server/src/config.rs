@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::{
     app,
-    http::HttpSettings,
+    http::{HttpSettings, Timeouts},
     logs::{LogLevel, LogSettings},
     store::{PostgresTarget, SslMode, Target},
 };
@@ -263,6 +263,7 @@ impl ServeArgs {
                 api_per_minute: self.rate_limit_api_per_minute,
                 trusted_proxies,
                 cors_origins,
+                timeouts: Timeouts::default(),
             },
         })
     }

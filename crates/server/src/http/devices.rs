@@ -282,7 +282,7 @@ async fn update_device(
     DevicePath(device_id): DevicePath,
     request: Request,
 ) -> Result<Success<DeviceDetail>, ApiError> {
-    let body = json_body(request, BODY_LIMIT).await?;
+    let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
     let change = read_change(&body)?;
     if !state.store.update_device(&device_id, &change).await? {
         return Err(ApiError::NotFound("Device"));

@@ -9,6 +9,7 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body as _;
 use pisync_core::{
     DeviceId, JobName, Timestamp, Violation, decimal::parse_scaled, text::check_text,
 };
@@ -17,17 +18,22 @@ use utoipa::IntoParams;
 
 use super::error::ApiError;
 
-/// How long a body may take to arrive in full. 64 KiB at the 20 kbit/s of a poor mobile link.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// The largest offset: what a JSON number holds exactly.
 const MAX_OFFSET: u64 = (1 << 53) - 1;
 
-/// Reads a JSON body of at most `limit` bytes.
-pub(super) async fn json_body(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+/// Reads a JSON body of at most `limit` bytes, which may take so long to arrive in full.
+pub(super) async fn json_body(
+    request: Request,
+    limit: usize,
+    timeout: Duration,
+) -> Result<Bytes, ApiError> {
     check_media_type(request.headers())?;
+    // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+    if request.body().size_hint().lower() > limit as u64 {
+        return Err(ApiError::BodyTooLarge(limit));
+    }
     let body = Limited::new(request.into_body(), limit);
-    match tokio::time::timeout(BODY_TIMEOUT, body.collect()).await {
+    match tokio::time::timeout(timeout, body.collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::BodyTooLarge(limit)),
         // The connection broke or the framing was wrong; nobody may be left to read the answer.

@@ -20,7 +20,7 @@ mod sync_event;
 mod sync_history;
 mod welcome;
 
-use std::{any::Any, collections::BTreeMap, sync::Arc};
+use std::{any::Any, collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -51,6 +51,24 @@ pub struct HttpSettings {
     pub trusted_proxies: Vec<IpNet>,
     /// Origins whose pages may call the API.
     pub cors_origins: Vec<HeaderValue>,
+    /// How long clients may dawdle.
+    pub timeouts: Timeouts,
+}
+
+/// How long a client may take to send a request. Not for users to set, but for tests to shorten.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// For a request's head, and how long a connection may stay open between requests.
+    pub head: Duration,
+    /// For a body to arrive in full.
+    pub body: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        // 64 KiB at the 20 kbit/s of a poor mobile link take 26 s.
+        Self { head: Duration::from_secs(30), body: Duration::from_secs(30) }
+    }
 }
 
 /// What every handler can reach.
@@ -64,6 +82,7 @@ pub struct ApiState {
     request_ids: RequestIds,
     /// Milliseconds.
     max_clock_skew: i64,
+    body_timeout: Duration,
     port: u16,
     /// Every endpoint by method and path, with its summary.
     endpoints: BTreeMap<String, String>,
@@ -131,6 +150,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         limits: RateLimits::new(settings.sync_per_minute, settings.api_per_minute),
         trusted_proxies: settings.trusted_proxies.clone(),
         max_clock_skew: i64::from(settings.max_clock_skew_seconds) * 1000,
+        body_timeout: settings.timeouts.body,
         port: parts.port,
         endpoints: docs::endpoints(&document),
     });

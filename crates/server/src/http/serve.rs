@@ -12,8 +12,7 @@ use hyper_util::{
 use tokio::net::TcpListener;
 use tower::ServiceExt;
 
-/// How long a connection may take to send a request's head, or stay open between requests.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+use super::Timeouts;
 
 /// How long requests under way may take to finish when the server stops. Ingest then has the rest of
 /// the 30 s after which a supervisor would kill the process.
@@ -28,7 +27,12 @@ pub(super) struct Peer(pub(super) SocketAddr);
 
 /// Serves `router` until `shutdown` comes, then takes nothing more in and returns when the requests
 /// under way are answered, or after 20 s.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<Output = ()>) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    timeouts: Timeouts,
+    shutdown: impl Future<Output = ()>,
+) {
     let graceful = GracefulShutdown::new();
     tokio::pin!(shutdown);
     loop {
@@ -53,7 +57,7 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
+            .header_read_timeout(timeouts.head)
             .serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
         tokio::spawn(async move {

@@ -118,7 +118,7 @@ async fn create_sync_event(
     State(state): State<SharedState>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let body = json_body(request, BODY_LIMIT).await?;
+    let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
     let latest = state.clock.now().saturating_add_milliseconds(state.max_clock_skew);
     let event = SyncEvent::from_json(&body, latest).map_err(|error| match error {
         ParseError::Malformed(where_) => ApiError::Malformed(where_),

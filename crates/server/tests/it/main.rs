@@ -9,5 +9,11 @@
 #[macro_use]
 mod support;
 
+mod devices;
 mod migrations;
+mod node_wire;
+mod repeated_failures;
+mod stats;
 mod store_contract;
+mod sync_event;
+mod sync_history;

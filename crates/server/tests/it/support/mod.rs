@@ -1,7 +1,9 @@
 //! What tests stand on: databases to work in, events to store, and the naive truth to compare with.
 
 pub(crate) mod events;
+pub(crate) mod http;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
+pub(crate) mod server;
 #[macro_use]
 pub(crate) mod store;

@@ -1,0 +1,114 @@
+//! `GET /api/stats`: the fleet's figures add up over every device, and tell who is active.
+
+use serde_json::{Value, json};
+
+use crate::support::{
+    events::at,
+    http::{column, event, failure, success, with},
+    server::TestServer,
+};
+
+both_stores!(
+    an_empty_fleet,
+    every_device_counts,
+    active_devices_by_when_they_were_heard_from,
+    the_ten_most_recent_devices,
+    rates_are_rounded,
+);
+
+async fn stats(server: &TestServer) -> Value {
+    server.get("/api/stats").await.data(200)
+}
+
+async fn an_empty_fleet(server: &TestServer) {
+    assert_eq!(
+        stats(server).await,
+        json!({
+            "total_devices": 0,
+            "total_sync_events": 0,
+            "total_failures": 0,
+            "total_files_synced": 0,
+            "total_errors": 0,
+            "overall_success_rate": 0.0,
+            "avg_internet_speed": null,
+            "active_devices_24h": 0,
+            "recent_devices": [],
+        })
+    );
+}
+
+/// The Node service summed at most 100 devices.
+async fn every_device_counts(server: &TestServer) {
+    for device in 0..120 {
+        let fields = json!({
+            "total_files_synced": 10 + device, "total_errors": i32::from(device % 4 == 0) * 3,
+            "internet_speed": (device % 2 == 0).then_some(0.01),
+        });
+        server.store(&with(event(&format!("pi-{device}")), &fields)).await;
+    }
+    let found = stats(server).await;
+    let expected = json!({
+        "total_devices": 120,
+        "total_sync_events": 120,
+        "total_failures": 30,
+        "total_files_synced": 120 * 10 + 119 * 120 / 2,
+        "total_errors": 90,
+        "overall_success_rate": 75.0,
+        "avg_internet_speed": 0.01,
+        "active_devices_24h": 120,
+    });
+    assert_eq!(with(found.clone(), &expected), found);
+    assert_eq!(found["recent_devices"].as_array().unwrap().len(), 10);
+}
+
+async fn active_devices_by_when_they_were_heard_from(server: &TestServer) {
+    const DAY: i64 = 24 * 60 * 60;
+    let active = async || stats(server).await["active_devices_24h"].take();
+    // What a device says of the time does not matter.
+    server.store(&success("first", at(-30 * DAY))).await;
+    server.clock.set(at(1));
+    server.store(&success("second", at(0))).await;
+    assert_eq!(active().await, 2);
+    server.clock.set(at(DAY));
+    assert_eq!(active().await, 2, "exactly 24 hours ago is within them");
+    server.clock.set(at(DAY).saturating_add_milliseconds(1));
+    assert_eq!(active().await, 1);
+    server.clock.set(at(DAY + 2));
+    assert_eq!(active().await, 0);
+    assert_eq!(stats(server).await["total_devices"], 2);
+    server.store(&failure("first", at(-DAY))).await;
+    assert_eq!(active().await, 1);
+}
+
+async fn the_ten_most_recent_devices(server: &TestServer) {
+    for device in 0..12 {
+        server.store(&success(&format!("pi-{device:02}"), at(-100 + device))).await;
+    }
+    // By the syncs' own dates, not by when they were received: this one arrives last.
+    server.store(&success("from-long-ago", at(-1000))).await;
+    server.store(&failure("pi-05", at(-99))).await;
+    let recent = stats(server).await["recent_devices"].take();
+    let expected: Vec<_> = (2..12).rev().map(|device| format!("pi-{device:02}")).collect();
+    assert_eq!(column(&recent, "device_id"), expected);
+    assert_eq!(
+        recent[6],
+        json!({
+            "device_id": "pi-05",
+            "total_syncs": 2,
+            "total_files_synced": 1,
+            "total_errors": 1,
+            "failed_syncs": 1,
+            "last_sync": at(-95),
+        })
+    );
+}
+
+async fn rates_are_rounded(server: &TestServer) {
+    for second in 0..3 {
+        let event = if second == 0 { failure("pi", at(-9)) } else { success("pi", at(-second)) };
+        server.store(&with(event, &json!({"internet_speed": second}))).await;
+    }
+    let found = stats(server).await;
+    assert_eq!(found["overall_success_rate"], 66.67);
+    assert_eq!(found["avg_internet_speed"], 1.0);
+}
