@@ -9,6 +9,7 @@
 #[macro_use]
 mod support;
 
+mod api_document;
 mod devices;
 mod migrations;
 mod node_wire;
