@@ -10,6 +10,7 @@
 #[macro_use]
 mod support;
 
+mod around_requests;
 mod devices;
 mod migrations;
 mod node_wire;
