@@ -15,8 +15,8 @@ use crate::{
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Files are named YYYY-MM-DD-NN-name.up.sql and .down.sql. Each runs in a transaction; what was applied
-stands in the table pisync_migrations.")]
+Files are named YYYY-MM-DD-NN-name.up.sql and .down.sql. Each runs in a
+transaction; what was applied stands in the table pisync_migrations.")]
 pub(super) struct MigrateCommand {
     #[command(subcommand)]
     action: Action,

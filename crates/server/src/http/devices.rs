@@ -2,7 +2,7 @@
 
 use axum::extract::{Request, State};
 use pisync_core::{Timestamp, Violation, text::check_text};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -11,7 +11,7 @@ use super::{
     SharedState,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, WithBody},
-    extract::{DevicePath, Query, json_body},
+    extract::{DevicePath, DevicePathParameter, Query, json_body},
     figures::DeviceFigures,
 };
 use crate::store::{Device, DeviceChange, DeviceQuery, DeviceSort, DeviceWithJobs};
@@ -65,7 +65,7 @@ struct DeviceParameters {
     group: Option<String>,
     /// By what to sort; with a minus sign before it, largest or latest first. What is missing comes
     /// last, ties go by `device_id`.
-    #[param(inline, default = "device_id")]
+    #[param(inline)]
     sort: Option<SortName>,
     /// The most devices to list.
     #[param(minimum = 1, maximum = 1000, default = 50)]
@@ -83,6 +83,7 @@ impl utoipa::PartialSchema for SortName {
         utoipa::openapi::ObjectBuilder::new()
             .schema_type(utoipa::openapi::schema::Type::String)
             .enum_values(Some(SORTS.map(|(name, _)| name)))
+            .default(Some(SORTS[0].0.into()))
             .into()
     }
 }
@@ -99,25 +100,31 @@ struct DeviceList {
 /// Where the page stands.
 #[derive(Serialize, ToSchema)]
 struct DevicePagination {
+    #[schema(example = 50)]
     limit: u32,
+    #[schema(example = 0)]
     offset: u64,
     /// How many devices there are on all pages.
+    #[schema(example = 5000)]
     total_devices: u64,
 }
 
 /// A device, with its figures over all its jobs.
 #[derive(Serialize, ToSchema)]
 struct DeviceData {
+    #[schema(example = "pi-device-001")]
     device_id: String,
     /// What people call it.
+    #[schema(example = "Library, north wall")]
     name: Option<String>,
     /// Which group people put it in.
+    #[schema(example = "school-17")]
     group: Option<String>,
     /// When it was first seen.
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
     device_registered: Timestamp,
     /// When the server last heard from it; null when never.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
     #[serde(flatten)]
     figures: DeviceFigures,
@@ -149,9 +156,10 @@ struct DeviceDetail {
 #[derive(Serialize, ToSchema)]
 struct JobData {
     /// Null for events that name no job.
+    #[schema(example = "nightly-backup")]
     job: Option<String>,
     /// When the server last heard of it.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
     #[serde(flatten)]
     figures: DeviceFigures,
@@ -169,7 +177,8 @@ impl From<DeviceWithJobs> for DeviceDetail {
 }
 
 /// What to change. Absent fields stay as they are, null empties one; other fields are refused.
-#[derive(ToSchema)]
+#[derive(ToSchema, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[schema(example = json!({"name": "Library, north wall", "group": "school-17"}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct DeviceUpdate {
@@ -184,8 +193,10 @@ struct DeviceUpdate {
 /// A device that was removed.
 #[derive(Serialize, ToSchema)]
 struct DeletedDevice {
+    #[schema(example = "pi-device-001")]
     device_id: String,
     /// How many of its events were removed with it.
+    #[schema(example = 412)]
     deleted_events: u64,
 }
 
@@ -236,7 +247,7 @@ async fn list_devices(
     get,
     path = "/api/device/{device_id}",
     tag = "Devices",
-    params(("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255)),
+    params(DevicePathParameter),
     responses(
         (status = 200, description = "The device.", body = Success<DeviceDetail>),
         (status = 400, description = "Not a possible device id.", body = ErrorBody),
@@ -257,7 +268,7 @@ async fn get_device(
     patch,
     path = "/api/device/{device_id}",
     tag = "Devices",
-    params(("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255)),
+    params(DevicePathParameter),
     request_body = DeviceUpdate,
     responses(
         (status = 200, description = "The device as it is now.", body = Success<DeviceDetail>),
@@ -288,7 +299,7 @@ async fn update_device(
     delete,
     path = "/api/device/{device_id}",
     tag = "Devices",
-    params(("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255)),
+    params(DevicePathParameter),
     responses(
         (status = 200, description = "Removed.", body = Success<DeletedDevice>),
         (status = 400, description = "Not a possible device id.", body = ErrorBody),

@@ -93,13 +93,13 @@ impl From<Violation> for FieldError {
 pub(super) enum AnyTime {
     /// Too many requests from this address; `Retry-After` says when to come back.
     #[response(status = 429)]
-    TooManyRequests(#[to_schema] ErrorBody),
+    TooManyRequests(ErrorBody),
     /// Something went wrong inside; the log knows it by the request id.
     #[response(status = 500)]
-    Internal(#[to_schema] ErrorBody),
+    Internal(ErrorBody),
     /// Too much to do, or the database is away; `Retry-After` says when to come back.
     #[response(status = 503)]
-    Unavailable(#[to_schema] ErrorBody),
+    Unavailable(ErrorBody),
 }
 
 /// What a request with a JSON body may be answered, besides.
@@ -108,16 +108,16 @@ pub(super) enum AnyTime {
 pub(super) enum WithBody {
     /// Malformed JSON, or wrong fields: `details` names every one of them.
     #[response(status = 400)]
-    Invalid(#[to_schema] ErrorBody),
+    Invalid(ErrorBody),
     /// The body did not arrive in time.
     #[response(status = 408)]
-    Timeout(#[to_schema] ErrorBody),
+    Timeout(ErrorBody),
     /// The body is too large.
     #[response(status = 413)]
-    TooLarge(#[to_schema] ErrorBody),
+    TooLarge(ErrorBody),
     /// The body is not declared to be JSON.
     #[response(status = 415)]
-    UnsupportedMediaType(#[to_schema] ErrorBody),
+    UnsupportedMediaType(ErrorBody),
 }
 
 impl ApiError {

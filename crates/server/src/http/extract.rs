@@ -14,6 +14,7 @@ use pisync_core::{
     DeviceId, JobName, Timestamp, Violation, decimal::parse_scaled, text::check_text,
 };
 use serde_json::Value;
+use utoipa::IntoParams;
 
 use super::error::ApiError;
 
@@ -61,6 +62,21 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
         }
         _ => Err(ApiError::UnsupportedMediaType(EXPECTED)),
     }
+}
+
+/// The path as the document describes it; [`DevicePath`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "describes the path, is never made")]
+pub(super) struct DevicePathParameter {
+    /// What the device calls itself.
+    #[param(
+        min_length = 1,
+        max_length = 255,
+        pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$",
+        example = "pi-device-001"
+    )]
+    device_id: String,
 }
 
 /// The device named in the path.

@@ -9,27 +9,35 @@ use crate::store::Figures;
 /// What a device, or one of its jobs, adds up to over everything it ever reported.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct DeviceFigures {
+    #[schema(example = 412)]
     total_syncs: i64,
+    #[schema(example = 150)]
     total_files_synced: i64,
+    #[schema(example = 2)]
     total_errors: i64,
     /// Mean of the measured speeds in Mbps; null when none was measured.
+    #[schema(example = 45.6)]
     avg_internet_speed: Option<f64>,
     /// The earliest sync by its own date.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-01T00:00:03.000Z")]
     first_sync: Option<Timestamp>,
     /// The latest sync by its own date.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_sync: Option<Timestamp>,
     /// The latest sync without errors.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_success: Option<Timestamp>,
     /// Syncs with errors.
+    #[schema(example = 3)]
     failed_syncs: i64,
     /// Syncs without errors.
+    #[schema(example = 409)]
     successful_syncs: i64,
     /// Per cent of syncs without errors; 0 when there are none.
+    #[schema(example = 99.27)]
     success_rate: f64,
     /// Failures dated after the last success; of a device with several jobs, those of the worst.
+    #[schema(example = 0)]
     consecutive_failures: i64,
 }
 

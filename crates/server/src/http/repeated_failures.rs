@@ -42,8 +42,10 @@ struct FailureParameters {
 /// The devices that failed at least `threshold` times.
 #[derive(Serialize, ToSchema)]
 struct FailureData {
+    #[schema(example = 3)]
     threshold: u32,
     /// How many devices there are on all pages.
+    #[schema(example = 5000)]
     total_devices: u64,
     /// Most failures first, then the latest failure, then by `device_id`.
     devices: Vec<FailingDevice>,
@@ -52,20 +54,23 @@ struct FailureData {
 /// A device that keeps failing.
 #[derive(Serialize, ToSchema)]
 struct FailingDevice {
+    #[schema(example = "pi-device-001")]
     device_id: String,
     /// Syncs with errors, of all time.
+    #[schema(example = 3)]
     total_failed_syncs: i64,
     /// Failures dated after the last success; of a device with several jobs, those of the worst.
+    #[schema(example = 0)]
     consecutive_failures: i64,
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]
     last_failed_sync: Option<Timestamp>,
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_success: Option<Timestamp>,
     /// When it was first seen.
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
     device_registered: Timestamp,
     /// When the server last heard from it.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
 }
 

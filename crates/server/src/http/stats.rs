@@ -24,17 +24,25 @@ pub(super) fn router() -> OpenApiRouter<SharedState> {
 /// The fleet's figures, over all devices and all time.
 #[derive(Serialize, ToSchema)]
 struct StatsData {
+    #[schema(example = 5000)]
     total_devices: u64,
+    #[schema(example = 2060000)]
     total_sync_events: i64,
     /// Syncs with errors.
+    #[schema(example = 14200)]
     total_failures: i64,
+    #[schema(example = 150)]
     total_files_synced: i64,
+    #[schema(example = 2)]
     total_errors: i64,
     /// Per cent of syncs without errors; 0 when there are none.
+    #[schema(example = 99.31)]
     overall_success_rate: f64,
     /// Mean of the measured speeds in Mbps; null when none was measured.
+    #[schema(example = 45.6)]
     avg_internet_speed: Option<f64>,
     /// Devices that the server heard from in the last 24 hours.
+    #[schema(example = 4987)]
     active_devices_24h: u64,
     /// The 10 devices with the latest syncs.
     recent_devices: Vec<RecentDevice>,
@@ -43,13 +51,18 @@ struct StatsData {
 /// A device that synced lately.
 #[derive(Serialize, ToSchema)]
 struct RecentDevice {
+    #[schema(example = "pi-device-001")]
     device_id: String,
+    #[schema(example = 412)]
     total_syncs: i64,
+    #[schema(example = 150)]
     total_files_synced: i64,
+    #[schema(example = 2)]
     total_errors: i64,
+    #[schema(example = 3)]
     failed_syncs: i64,
     /// By its own date.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_sync: Option<Timestamp>,
 }
 

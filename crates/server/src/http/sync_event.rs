@@ -24,7 +24,8 @@ pub(super) fn router() -> OpenApiRouter<SharedState> {
     OpenApiRouter::new().routes(routes!(create_sync_event))
 }
 
-/// The body as the document describes it; it is read by `pisync_core`. Unknown fields are ignored.
+// Describes the body; `pisync_core` reads it.
+/// What a device reports of one sync run. Unknown fields are ignored.
 #[derive(ToSchema)]
 #[schema(as = SyncEvent, example = json!({
     "device_id": "pi-device-001",
@@ -70,26 +71,32 @@ pub(super) struct NewSyncEvent {
 #[derive(Serialize, ToSchema)]
 pub(super) struct CreatedSyncEvent {
     /// Unique over all devices.
+    #[schema(example = 1)]
     id: i64,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "pi-device-001")]
     device_id: DeviceId,
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     timestamp: Timestamp,
+    #[schema(example = 150)]
     total_files_synced: u32,
+    #[schema(example = 2)]
     total_errors: u32,
+    #[schema(example = 45.6)]
     internet_speed: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, example = "nightly-backup")]
     job: Option<JobName>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = 73.25)]
     duration_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = 104857600)]
     bytes_synced: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     metadata: Option<Metadata>,
     /// When the server received it.
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     created_at: Timestamp,
 }
 

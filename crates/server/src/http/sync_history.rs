@@ -11,7 +11,7 @@ use super::{
     SharedState,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody},
-    extract::{DevicePath, Query},
+    extract::{DevicePath, DevicePathParameter, Query},
     figures::DeviceFigures,
 };
 use crate::store::{HistoryQuery, StoredEvent, SyncHistory};
@@ -47,6 +47,7 @@ struct HistoryParameters {
 /// A device's figures and one page of its events.
 #[derive(Serialize, ToSchema)]
 struct HistoryData {
+    #[schema(example = "pi-device-001")]
     device_id: String,
     /// Over all of the device's events, whatever the query.
     stats: DeviceFigures,
@@ -58,37 +59,48 @@ struct HistoryData {
 /// Where the page stands.
 #[derive(Serialize, ToSchema)]
 struct HistoryPagination {
+    #[schema(example = 50)]
     limit: u32,
+    #[schema(example = 0)]
     offset: u64,
     /// How many events the query can page to.
+    #[schema(example = 412)]
     total_events: u64,
 }
 
 /// One reported sync.
 #[derive(Serialize, ToSchema)]
 struct HistoryEvent {
+    #[schema(example = 1)]
     id: i64,
+    #[schema(example = "pi-device-001")]
     device_id: String,
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     timestamp: Timestamp,
+    #[schema(example = 150)]
     total_files_synced: i64,
+    #[schema(example = 2)]
     total_errors: i64,
     /// Mbps.
+    #[schema(example = 45.6)]
     internet_speed: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "nightly-backup")]
     job: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = 73.25)]
     duration_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = 104857600)]
     bytes_synced: Option<i64>,
     /// As it was sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     metadata: Option<Box<RawValue>>,
     /// When the server received it.
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     created_at: Timestamp,
-    #[schema(value_type = String, format = DateTime)]
+    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     updated_at: Timestamp,
 }
 
@@ -120,7 +132,7 @@ impl HistoryEvent {
     path = "/api/device/{device_id}/sync-history",
     tag = "Devices",
     params(
-        ("device_id" = String, Path, description = "What the device calls itself.", min_length = 1, max_length = 255),
+        DevicePathParameter,
         HistoryParameters,
     ),
     responses(

@@ -69,7 +69,7 @@ async fn create(client: &mut Client, month: Date) -> Result<(), tokio_postgres::
          );
          alter table sync_events attach partition {name}
              for values from ('{month} 00:00+00') to ('{end} 00:00+00');
-         alter table {name} drop constraint {name}_month;"
+         alter table {name} drop constraint if exists {name}_month;"
     );
     transaction.batch_execute(&statements).await?;
     transaction.commit().await

@@ -347,10 +347,11 @@ impl PostgresEventWriter {
             // An idle connection that a restarted server has closed shows only now.
             return if attempt == 0 { Ok(()) } else { Err(store_error(error)) };
         }
-        if let Some(session) = &self.session
-            && session.connection.client.batch_execute("rollback").await.is_err()
-        {
-            self.session = None;
+        if let Some(session) = &self.session {
+            let rollback = session.connection.client.batch_execute("rollback");
+            if !matches!(tokio::time::timeout(WRITE_TIMEOUT, rollback).await, Ok(Ok(()))) {
+                self.session = None;
+            }
         }
         let Some(code) = error.code().cloned() else { return Err(store_error(error)) };
         let again = if code == SqlState::T_R_DEADLOCK_DETECTED
@@ -362,9 +363,9 @@ impl PostgresEventWriter {
             // met in a deadlock: register it again.
             self.last_seen.clear();
             attempt < RETRIES
-        } else if code == SqlState::CHECK_VIOLATION {
-            // Perhaps the partition is missing: look again.
-            attempt == 0 && std::mem::take(&mut self.months).len() > 0
+        } else if code == SqlState::CHECK_VIOLATION && names_no_constraint(&error) {
+            // The month's partition is missing after all: somebody has dropped or detached it.
+            !std::mem::take(&mut self.months).is_empty() && attempt < RETRIES
         } else if code == SqlState::FEATURE_NOT_SUPPORTED
             || code == SqlState::INVALID_SQL_STATEMENT_NAME
             || code == SqlState::READ_ONLY_SQL_TRANSACTION
@@ -392,6 +393,7 @@ impl EventWriter for PostgresEventWriter {
 
         for attempt in 0.. {
             self.committing = false;
+            let reuses_session = self.session.is_some();
             let work = async {
                 self.prepare(batch).await?;
                 let ids = ids.get_or_insert_with(|| {
@@ -408,6 +410,11 @@ impl EventWriter for PostgresEventWriter {
                     Ok(()) => continue,
                     Err(error) => error,
                 },
+                // An idle connection that a restarted server has closed shows only now.
+                Ok(Err(StoreError::Unavailable(_))) if attempt == 0 && reuses_session => {
+                    self.session = None;
+                    continue;
+                }
                 Ok(Err(error)) => error,
                 Err(_) if self.committing => StoreError::OutcomeUnknown(NO_ANSWER.into()),
                 Err(_) => StoreError::Unavailable(NO_ANSWER.into()),
@@ -618,6 +625,11 @@ fn find_share<'a, 'b>(
         shares.binary_search_by(|share| (share.device_id.as_str(), share.job_key()).cmp(&key));
     let streak = row.try_get(2)?;
     Ok(found.ok().map(|position| (&shares[position], streak)))
+}
+
+/// A row that no partition takes violates a check that has no name.
+fn names_no_constraint(error: &Error) -> bool {
+    error.as_db_error().is_some_and(|error| error.constraint().is_none())
 }
 
 /// The first column of rows.

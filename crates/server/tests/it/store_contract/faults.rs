@@ -12,7 +12,11 @@ use crate::support::{
     store::{Fixture, TestDatabase, TestStore},
 };
 
-both_stores!(what_the_database_refuses_leaves_nothing_behind, a_device_that_others_delete);
+both_stores!(
+    what_the_database_refuses_leaves_nothing_behind,
+    a_device_that_others_delete,
+    a_file_is_claimed_by_one,
+);
 
 /// How many events of a device are stored, counted by looking at them.
 async fn stored(fixture: &TestStore, device: &str) -> usize {
@@ -71,6 +75,20 @@ async fn a_device_that_others_delete(fixture: &TestStore) {
     assert_eq!(written.new_devices, [device_id("pi")]);
     assert_eq!(written.streaks[0].after, 1);
     assert_eq!((stored(fixture, "pi").await, stored(fixture, "other").await), (1, 2));
+}
+
+/// One server per file; PostgreSQL takes as many as come.
+async fn a_file_is_claimed_by_one(fixture: &TestStore) {
+    let claim = store::claim(fixture.target()).unwrap();
+    let second = store::claim(fixture.target());
+    if fixture.is_postgres() {
+        second.unwrap();
+        return;
+    }
+    let error = second.unwrap_err();
+    assert!(error.to_string().contains("in use by a running PiSync server"), "{error}");
+    drop(claim);
+    store::claim(fixture.target()).unwrap();
 }
 
 /// A store, and a writer to the same database that goes through a proxy.
@@ -214,6 +232,23 @@ async fn what_was_acknowledged_survives_a_crash() {
         writer.write(&next).await.unwrap();
         assert_eq!(stored(&fixture, "pi").await, 2 * number + 2);
     }
+}
+
+/// As retention by hand would do it, or a restored dump.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_that_others_drop_is_made_again() {
+    let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
+    let mut writer = fixture.writer();
+    write(&mut *writer, vec![success("pi", at(0))]).await;
+    fixture.database.execute("drop table sync_events_2026_11").await;
+    let ids = write(&mut *writer, vec![success("pi", at(1)), failure("new", at(1))]).await.ids;
+    assert_eq!(ids.len(), 2);
+    assert_eq!(stored(&fixture, "new").await, 1);
+    // One that was detached is attached again, with what is in it.
+    let detach = "alter table sync_events detach partition sync_events_2026_11";
+    fixture.database.execute(detach).await;
+    write(&mut *writer, vec![success("new", at(2))]).await;
+    assert_eq!(stored(&fixture, "new").await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use pisync::store::{Batch, EventWriter, Figures, Written};
-use pisync_core::{DeviceId, JobName, SyncEvent, Timestamp};
+use pisync_core::{DeviceId, JobName, Mbps, SyncEvent, Timestamp};
 
 /// The present in all tests: 2026-11-22T12:00:00.000Z.
 pub(crate) fn now() -> Timestamp {
@@ -98,7 +98,7 @@ fn recount_job(sent: &[&(Timestamp, SyncEvent)]) -> Figures {
         failed_syncs: count(events().filter(failed).count()),
         total_files_synced: events().map(|event| i64::from(event.total_files_synced)).sum(),
         total_errors: events().map(|event| i64::from(event.total_errors)).sum(),
-        speed_sum: speeds().map(|speed| speed.hundredths()).sum(),
+        speed_sum: speeds().map(Mbps::hundredths).sum(),
         speed_count: count(speeds().count()),
         first_sync: events().map(|event| event.timestamp).min(),
         last_sync: events().map(|event| event.timestamp).max(),
