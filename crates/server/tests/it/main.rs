@@ -12,6 +12,7 @@ mod support;
 
 mod around_requests;
 mod devices;
+mod ingest;
 mod migrations;
 mod node_wire;
 mod repeated_failures;
