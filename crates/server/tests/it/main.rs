@@ -11,6 +11,7 @@
 mod support;
 
 mod around_requests;
+mod command_line;
 mod devices;
 mod ingest;
 mod migrations;
