@@ -336,7 +336,12 @@ fn parse_url(url: &str) -> Result<Target, ConfigError> {
                     "require" => SslMode::Require,
                     "verify-ca" => SslMode::VerifyCa,
                     "verify-full" => SslMode::VerifyFull,
-                    other => return wrong(format!("DATABASE_URL: sslmode={other} is unknown")),
+                    // Not repeated: after a password that is not encoded, it may be part of that.
+                    _ => {
+                        return wrong(
+                            "DATABASE_URL: sslmode must be disable, allow, prefer, require, verify-ca or verify-full",
+                        );
+                    }
                 }
             }
             Some(("sslrootcert", path)) => {

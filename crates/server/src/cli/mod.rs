@@ -103,7 +103,14 @@ fn read_env_file() -> Result<EnvFile, String> {
     if !path.exists() {
         return Ok(EnvFile::default());
     }
-    let bad = |error: dotenvy::Error| format!("cannot read .env: {error}");
+    let bad = |error: dotenvy::Error| match error {
+        // The library would repeat the line, and there are passwords in this file.
+        dotenvy::Error::LineParse(line, _) => format!(
+            "cannot read .env: line {} is malformed; put a value with spaces or quotes into single quotes",
+            line_number(path, &line)
+        ),
+        error => format!("cannot read .env: {error}"),
+    };
     let mut unknown = Vec::new();
     let known = known_variables();
     for entry in dotenvy::from_path_iter(path).map_err(bad)? {
@@ -114,6 +121,13 @@ fn read_env_file() -> Result<EnvFile, String> {
     }
     dotenvy::from_path(path).map_err(bad)?;
     Ok(EnvFile { unknown })
+}
+
+/// Where in the file `line` is.
+fn line_number(path: &std::path::Path, line: &str) -> usize {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let before = text.find(line).map_or("", |start| &text[..start]);
+    before.matches('\n').count() + 1
 }
 
 /// The environment variables that any command reads.

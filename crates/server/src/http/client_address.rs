@@ -8,6 +8,10 @@ use ipnet::IpNet;
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
+/// Who sent a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Client(pub(super) IpAddr);
+
 /// The client's address: the peer, or, when that is a trusted proxy, the last address in the
 /// forwarding header that is not one. `X-Forwarded-For` goes before `Forwarded`; a proxy must strip
 /// the one that it does not write itself.

@@ -158,13 +158,13 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         .with_state(Arc::clone(&state))
         .merge(docs::router(document))
         .fallback(async || ApiError::NotFound("Route"))
-        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed);
+        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), rate_limit::limit));
     if !settings.cors_origins.is_empty() {
         router = router.layer(cors(&settings.cors_origins));
     }
-    router
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn_with_state(state, observe::observe))
+    router.layer(middleware::from_fn_with_state(state, observe::observe))
 }
 
 fn cors(origins: &[HeaderValue]) -> CorsLayer {

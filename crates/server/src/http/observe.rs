@@ -1,4 +1,4 @@
-//! What happens around every request: its id, the rate limit, security headers, measurements, the log.
+//! What happens around every request: its id, security headers, measurements, the log.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -9,12 +9,13 @@ use axum::{
     extract::{MatchedPath, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode},
     middleware::Next,
-    response::{IntoResponse, Response},
+    response::Response,
 };
 
 use super::{
-    SharedState, client_address,
-    error::{ApiError, ErrorDetail},
+    SharedState,
+    client_address::{self, Client},
+    error::ErrorDetail,
     security_headers,
     serve::Peer,
 };
@@ -64,7 +65,7 @@ impl RequestIds {
 /// The middleware around everything.
 pub(super) async fn observe(
     State(state): State<SharedState>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let started = Instant::now();
@@ -77,20 +78,16 @@ pub(super) async fn observe(
         peer.map(|peer| client_address::resolve(peer, request.headers(), &state.trusted_proxies));
     let path = request.uri().path().to_owned();
 
-    let rate = client.and_then(|client| state.limits.check(request.method(), route, client));
-    let mut response = match rate.as_ref().and_then(|rate| rate.retry_after) {
-        Some(seconds) => ApiError::TooManyRequests(seconds).into_response(),
-        None => next.run(request).await,
-    };
+    if let Some(client) = client {
+        request.extensions_mut().insert(Client(client));
+    }
+    let mut response = next.run(request).await;
 
     let duration = started.elapsed();
     let status = response.status();
     state.metrics.answered(method, route, status.as_u16(), duration);
     let detail = response.extensions_mut().remove::<ErrorDetail>();
     let headers = response.headers_mut();
-    if let Some(rate) = rate {
-        rate.write(headers);
-    }
     security_headers::write(headers, route);
     let line =
         Line { method, path: &path, status, duration, client, detail, request_id: &request_id };

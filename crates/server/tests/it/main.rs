@@ -2,6 +2,7 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::panic,
     reason = "a test that cannot go on fails by panicking"
 )]
@@ -10,7 +11,10 @@
 mod support;
 
 mod api_document;
+mod around_requests;
+mod command_line;
 mod devices;
+mod ingest;
 mod migrations;
 mod node_wire;
 mod repeated_failures;

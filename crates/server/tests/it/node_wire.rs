@@ -326,7 +326,7 @@ async fn health(server: &TestServer) {
 }
 
 /// What Helmet sent.
-const HELMET: [(&str, &str); 11] = [
+pub(super) const HELMET: [(&str, &str); 11] = [
     ("cross-origin-opener-policy", "same-origin"),
     ("cross-origin-resource-policy", "same-origin"),
     ("origin-agent-cluster", "?1"),

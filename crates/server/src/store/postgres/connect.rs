@@ -105,6 +105,10 @@ impl Connector {
                 });
                 Ok(Connection { client, driver })
             }
+            Ok(Err(error)) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME) => {
+                let hint = "create it with `pisync db setup`, or set DB_NAME to another";
+                Err(StoreError::Unavailable(format!("{}; {hint}", describe(&error))))
+            }
             Ok(Err(error)) => Err(StoreError::Unavailable(describe(&error))),
             Err(_) => Err(StoreError::Unavailable("PostgreSQL does not answer".into())),
         }

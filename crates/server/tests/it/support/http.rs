@@ -92,9 +92,14 @@ impl Client {
 
 /// Sends a request and takes in the whole answer.
 pub(crate) async fn send(request: RequestBuilder) -> Answer {
-    let response = request.send().await.unwrap_or_else(|error| panic!("no answer: {error:?}"));
+    try_send(request).await.unwrap_or_else(|error| panic!("no answer: {error:?}"))
+}
+
+/// The same where there may be no answer.
+pub(crate) async fn try_send(request: RequestBuilder) -> Result<Answer, reqwest::Error> {
+    let response = request.send().await?;
     let (status, headers) = (response.status().as_u16(), response.headers().clone());
-    Answer { status, headers, body: response.bytes().await.unwrap() }
+    Ok(Answer { status, headers, body: response.bytes().await? })
 }
 
 /// What came back.

@@ -3,6 +3,7 @@
 pub(crate) mod events;
 pub(crate) mod http;
 pub(crate) mod postgres;
+pub(crate) mod program;
 pub(crate) mod proxy;
 pub(crate) mod server;
 #[macro_use]

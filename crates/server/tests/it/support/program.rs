@@ -1,0 +1,232 @@
+//! The real program, run as a user runs it: a process in a folder of its own, with its arguments and
+//! environment and nothing else.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::http::Client;
+
+/// No command may take longer, however loaded the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Goes with its folder.
+pub(crate) struct Program {
+    folder: TempDir,
+    environment: Vec<(String, String)>,
+}
+
+impl Program {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::Builder::new().prefix("pisync-program-").tempdir().unwrap();
+        Self { folder, environment: Vec::new() }
+    }
+
+    /// With another environment variable.
+    #[expect(clippy::needless_pass_by_value, reason = "short to write down")]
+    pub(crate) fn with(mut self, name: &str, value: impl ToString) -> Self {
+        self.environment.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// With a file in the working directory.
+    pub(crate) fn with_file(self, name: &str, text: &str) -> Self {
+        std::fs::write(self.path(name), text).unwrap();
+        self
+    }
+
+    /// A path in the working directory.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The names of what is in a folder of the working directory, in order.
+    pub(crate) fn names_in(&self, folder: &str) -> Vec<String> {
+        names_in(&self.path(folder))
+    }
+
+    /// The lines of a log file, each of which is JSON.
+    pub(crate) fn log(&self, name: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path("logs").join(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
+    }
+
+    fn start(&self, arguments: &[&str]) -> Running {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_pisync"))
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = lines_of(child.stdout.take().unwrap());
+        let stderr = lines_of(child.stderr.take().unwrap());
+        Running { child, stdout, stderr, said: String::new() }
+    }
+
+    /// Runs a command that ends by itself.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
+        self.start(arguments).wait()
+    }
+
+    /// Starts a server and returns when it is ready.
+    pub(crate) fn serve(&self, arguments: &[&str]) -> Serving {
+        let mut running = self.start(arguments);
+        let ready = running.wait_for("PiSync is ready on http://");
+        let address = ready.split("http://").nth(1).unwrap();
+        let address = address.split(';').next().unwrap().parse().expect(&ready);
+        Serving { running, client: Client::new(address) }
+    }
+}
+
+fn names_in(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Reads lines as they come, so that the program never waits for its reader.
+fn lines_of(output: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(output).lines() {
+            // Nobody listens any more when the test has ended.
+            let Ok(()) = sender.send(line.unwrap()) else { return };
+        }
+    });
+    receiver
+}
+
+/// A process, which ends with its owner.
+struct Running {
+    child: Child,
+    stdout: Receiver<String>,
+    stderr: Receiver<String>,
+    /// What was taken from stdout already.
+    said: String,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Running {
+    /// The next line on stdout with this in it.
+    fn wait_for(&mut self, text: &str) -> String {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(line) = self.stdout.recv_timeout(left) else {
+                let errors: Vec<_> = self.stderr.try_iter().collect();
+                panic!("{text:?} does not come; it said:\n{}\n{}", self.said, errors.join("\n"));
+            };
+            self.said += &line;
+            self.said.push('\n');
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    fn wait(mut self) -> Ended {
+        let until = Instant::now() + PATIENCE;
+        // The output ends with the process.
+        let rest = |lines: &Receiver<String>| {
+            let mut text = String::new();
+            loop {
+                match lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                    Ok(line) => text = text + &line + "\n",
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return text,
+                    Err(mpsc::RecvTimeoutError::Timeout) => {
+                        panic!("it does not end; it said:\n{text}")
+                    }
+                }
+            }
+        };
+        let stderr = rest(&self.stderr);
+        let stdout = std::mem::take(&mut self.said) + &rest(&self.stdout);
+        Ended { status: self.child.wait().unwrap(), stdout, stderr }
+    }
+}
+
+/// A server that runs as a process, and a client of it.
+pub(crate) struct Serving {
+    running: Running,
+    pub(crate) client: Client,
+}
+
+impl Serving {
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.client.address()
+    }
+
+    /// Sends a signal, as supervisors and terminals do.
+    pub(crate) fn signal(&self, name: &str) {
+        let pid = self.running.child.id().to_string();
+        let status = Command::new("kill").args(["-s", name, &pid]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(self) -> Ended {
+        self.running.wait()
+    }
+
+    /// Stops it the way a supervisor does; it must end well.
+    #[track_caller]
+    pub(crate) fn stop(self) -> Ended {
+        self.signal("TERM");
+        let ended = self.wait();
+        assert_eq!(ended.code(), 0, "{ended:?}");
+        ended
+    }
+}
+
+/// What a process said, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Ended {
+    #[track_caller]
+    pub(crate) fn code(&self) -> i32 {
+        self.status.code().expect("an exit code")
+    }
+
+    /// What a command said that ended well.
+    #[track_caller]
+    pub(crate) fn success(&self) -> &str {
+        assert_eq!((self.code(), self.stderr.as_str()), (0, ""), "{self:?}");
+        &self.stdout
+    }
+
+    /// The one line with which a command failed.
+    #[track_caller]
+    pub(crate) fn failure(&self) -> &str {
+        assert_eq!(self.code(), 1, "{self:?}");
+        assert_eq!(self.stderr.lines().count(), 1, "{self:?}");
+        self.stderr.trim_end().strip_prefix("pisync: ").expect("the program's name")
+    }
+}
