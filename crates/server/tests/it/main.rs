@@ -12,6 +12,7 @@ mod support;
 
 mod api_document;
 mod around_requests;
+mod browser;
 mod command_line;
 mod devices;
 mod ingest;
