@@ -1,8 +1,9 @@
 //! Group commit: the way of every event into the store.
 //!
 //! One task owns the store's writer. It takes everything that waits in a bounded queue, stores it in
-//! one transaction, and only then answers each waiter. There is no timer: a batch is what gathered
-//! while the last one was being committed. A full queue and an absent database are answered at once.
+//! one transaction, and goes on with the next; a second task answers each waiter once the store says that
+//! the batch is on disk. There is no timer: a batch is what gathered while the last one was being
+//! committed. A full queue and an absent database are answered at once.
 
 use std::{
     sync::{
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{Batch, EventWriter, StoreError, Written},
+    store::{Batch, Durable, EventWriter, StoreError, Written},
 };
 
 /// Events that may wait. 5,000 devices reporting at the same second must find room; a waiting event
@@ -28,6 +29,9 @@ const QUEUE_EVENTS: usize = 8_192;
 /// Events per transaction. Beyond some hundreds a larger batch gains nothing, and everybody in it
 /// waits longer.
 const BATCH_EVENTS: usize = 1_024;
+
+/// Batches that may be committed and not on disk yet. Beyond, the disk is what everybody waits for.
+const UNDURABLE_BATCHES: usize = 4;
 
 /// How often to look whether the database is back.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
@@ -64,14 +68,41 @@ pub enum IngestError {
 
 struct Submission {
     event: SyncEvent,
-    reply: oneshot::Sender<Result<Receipt, IngestError>>,
+    reply: Reply,
+}
+
+type Reply = oneshot::Sender<Result<Receipt, IngestError>>;
+
+/// Whether the database is there, and a line in the log when that changes.
+#[derive(Debug)]
+struct Availability(AtomicBool);
+
+impl Availability {
+    fn is_available(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn went_away(&self, why: &str) {
+        if self.0.swap(false, Ordering::Relaxed) {
+            tracing::error!(
+                error = why,
+                "the database is unavailable; events are answered 503 until it is back"
+            );
+        }
+    }
+
+    fn came_back(&self) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            tracing::info!("the database is back; events are accepted again");
+        }
+    }
 }
 
 /// The entrance. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Ingest {
     queue: mpsc::Sender<Submission>,
-    available: Arc<AtomicBool>,
+    availability: Arc<Availability>,
     metrics: Arc<Metrics>,
 }
 
@@ -84,16 +115,16 @@ impl Ingest {
         metrics: Arc<Metrics>,
     ) -> (Self, IngestTask) {
         let (queue, waiting) = mpsc::channel(QUEUE_EVENTS);
-        let available = Arc::new(AtomicBool::new(true));
+        let availability = Arc::new(Availability(AtomicBool::new(true)));
         let entrance =
-            Self { queue, available: Arc::clone(&available), metrics: Arc::clone(&metrics) };
-        (entrance, IngestTask { writer, waiting, available, clock, metrics })
+            Self { queue, availability: Arc::clone(&availability), metrics: Arc::clone(&metrics) };
+        (entrance, IngestTask { writer, waiting, availability, clock, metrics })
     }
 
     /// Whether events are being stored at present.
     #[must_use]
     pub fn is_available(&self) -> bool {
-        self.available.load(Ordering::Relaxed)
+        self.availability.is_available()
     }
 
     /// Stores `event` and returns once it is committed.
@@ -130,7 +161,7 @@ impl Ingest {
 pub struct IngestTask {
     writer: Box<dyn EventWriter>,
     waiting: mpsc::Receiver<Submission>,
-    available: Arc<AtomicBool>,
+    availability: Arc<Availability>,
     clock: Clock,
     metrics: Arc<Metrics>,
 }
@@ -141,6 +172,24 @@ impl IngestTask {
     /// # Errors
     /// When the writer has come to its end. The process cannot go on without it.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), StoreError> {
+        let (committed, acknowledging) = mpsc::channel(UNDURABLE_BATCHES);
+        let acknowledger = Acknowledger {
+            committed: acknowledging,
+            availability: Arc::clone(&self.availability),
+            metrics: Arc::clone(&self.metrics),
+        };
+        // Both end together: this one's channel closes when the other returns.
+        let (taken, acknowledged) =
+            tokio::join!(self.take(committed, shutdown), acknowledger.run());
+        taken.and(acknowledged)
+    }
+
+    /// Takes submissions until the end.
+    async fn take(
+        &mut self,
+        committed: mpsc::Sender<Committed>,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), StoreError> {
         tokio::pin!(shutdown);
         let mut closing = false;
         let mut submissions = Vec::with_capacity(BATCH_EVENTS);
@@ -157,28 +206,28 @@ impl IngestTask {
                         return Ok(());
                     }
                     self.metrics.queue_events.set(i64::try_from(self.waiting.len()).unwrap_or(0));
-                    if self.available.load(Ordering::Relaxed) {
-                        self.store(submissions.drain(..)).await?;
+                    if self.availability.is_available() {
+                        self.store(submissions.drain(..), &committed).await?;
                     } else {
                         // They came in while the database was being found away.
                         refuse(submissions.drain(..));
                     }
                 }
-                () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
+                () = tokio::time::sleep(PROBE_INTERVAL), if !self.availability.is_available() => {
                     if self.writer.probe().await.is_ok() {
-                        self.available.store(true, Ordering::Relaxed);
-                        tracing::info!("the database is back; events are accepted again");
+                        self.availability.came_back();
                     }
                 }
             }
         }
     }
 
-    /// Stores submissions and answers them. When the database refuses the batch for the data in it,
-    /// the batch is halved until the culprit stands alone: the others lose nothing.
+    /// Commits submissions and passes them on to be answered. When the database refuses the batch for
+    /// the data in it, the batch is halved until the culprit stands alone: the others lose nothing.
     async fn store(
         &mut self,
         submissions: impl Iterator<Item = Submission>,
+        committed: &mpsc::Sender<Committed>,
     ) -> Result<(), StoreError> {
         let received = self.clock.now();
         let whole: (Vec<_>, Vec<_>) = submissions
@@ -192,13 +241,11 @@ impl IngestTask {
                 continue;
             }
             let batch = Arc::new(Batch { received, events });
-            let started = Instant::now();
-            let error = match self.write(&batch).await {
-                Ok(written) => {
-                    self.record(&batch, &written, started.elapsed());
-                    for (reply, id) in replies.into_iter().zip(written.ids) {
-                        let _ = reply.send(Ok(Receipt { id, created_at: received }));
-                    }
+            let began = Instant::now();
+            let error = match self.commit(&batch).await {
+                Ok((written, durable)) => {
+                    let batch = Committed { batch, written, durable, replies, began };
+                    committed.send(batch).await.map_err(|_| StoreError::Stopped)?;
                     continue;
                 }
                 Err(StoreError::Stopped) => return Err(StoreError::Stopped),
@@ -211,27 +258,19 @@ impl IngestTask {
                 parts.push((batch.events[..middle].to_vec(), replies));
                 continue;
             }
-            let answer = match &error {
-                StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) => {
-                    IngestError::Unavailable
-                }
-                _ => IngestError::Failed(error.to_string()),
-            };
-            for reply in replies {
-                let _ = reply.send(Err(answer.clone()));
-            }
+            answer_all(replies, &error);
         }
         Ok(())
     }
 
-    /// Writes a batch; when the outcome is unknown, tries to learn it for a while. Says when the
+    /// Commits a batch; when the outcome is unknown, tries to learn it for a while. Says when the
     /// database has gone away.
-    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
-        let started = Instant::now();
-        let mut result = self.writer.write(batch).await;
+    async fn commit(&mut self, batch: &Arc<Batch>) -> Result<(Written, Durable), StoreError> {
+        let began = Instant::now();
+        let mut result = self.writer.commit(batch).await;
         while let Err(StoreError::OutcomeUnknown(why)) = &result {
-            self.went_away(why);
-            if started.elapsed() > SETTLE_TIMEOUT {
+            self.availability.went_away(why);
+            if began.elapsed() > SETTLE_TIMEOUT {
                 break;
             }
             // Those in the queue are certainly not stored: they need not wait for the outcome.
@@ -241,25 +280,52 @@ impl IngestTask {
             }
             refuse(waiting.into_iter());
             tokio::time::sleep(SETTLE_INTERVAL).await;
-            result = self.writer.write(batch).await;
+            result = self.writer.commit(batch).await;
         }
         match &result {
-            Err(StoreError::Unavailable(why)) => self.went_away(why),
-            Ok(_) if !self.available.swap(true, Ordering::Relaxed) => {
-                tracing::info!("the database is back; events are accepted again");
-            }
-            _ => {}
+            Err(StoreError::Unavailable(why)) => self.availability.went_away(why),
+            Ok(_) => self.availability.came_back(),
+            Err(_) => {}
         }
         result
     }
+}
 
-    fn went_away(&self, why: &str) {
-        if self.available.swap(false, Ordering::Relaxed) {
-            tracing::error!(
-                error = why,
-                "the database is unavailable; events are answered 503 until it is back"
-            );
+/// A batch that is committed, and those who wait for it to be on disk.
+struct Committed {
+    batch: Arc<Batch>,
+    written: Written,
+    durable: Durable,
+    replies: Vec<Reply>,
+    began: Instant,
+}
+
+/// Answers waiters, batch by batch, once their events are on disk.
+struct Acknowledger {
+    committed: mpsc::Receiver<Committed>,
+    availability: Arc<Availability>,
+    metrics: Arc<Metrics>,
+}
+
+impl Acknowledger {
+    async fn run(mut self) -> Result<(), StoreError> {
+        while let Some(committed) = self.committed.recv().await {
+            let Committed { batch, written, durable, replies, began } = committed;
+            match durable.wait().await {
+                Ok(()) => {
+                    self.record(&batch, &written, began.elapsed());
+                    for (reply, id) in replies.into_iter().zip(written.ids) {
+                        let _ = reply.send(Ok(Receipt { id, created_at: batch.received }));
+                    }
+                }
+                Err(StoreError::Stopped) => return Err(StoreError::Stopped),
+                Err(error) => {
+                    self.availability.went_away(&error.to_string());
+                    answer_all(replies, &error);
+                }
+            }
         }
+        Ok(())
     }
 
     fn record(&self, batch: &Batch, written: &Written, duration: Duration) {
@@ -293,6 +359,17 @@ impl IngestTask {
                 );
             }
         }
+    }
+}
+
+/// Answers everybody with the same error.
+fn answer_all(replies: Vec<Reply>, error: &StoreError) {
+    let answer = match error {
+        StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) => IngestError::Unavailable,
+        _ => IngestError::Failed(error.to_string()),
+    };
+    for reply in replies {
+        let _ = reply.send(Err(answer.clone()));
     }
 }
 

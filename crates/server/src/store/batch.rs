@@ -1,6 +1,9 @@
 //! A batch of events on its way into a store, and what came of it.
 
 use pisync_core::{DeviceId, JobFigures, JobName, SyncEvent, Timestamp};
+use tokio::sync::oneshot;
+
+use super::StoreError;
 
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
@@ -20,6 +23,40 @@ pub struct Written {
     pub new_devices: Vec<DeviceId>,
     /// Jobs that this batch made or kept failing.
     pub streaks: Vec<FailureStreak>,
+}
+
+/// Tells when what was committed has reached the disk.
+#[derive(Debug)]
+#[must_use = "what is committed may still be lost in a power cut"]
+pub struct Durable(Option<oneshot::Receiver<Result<(), StoreError>>>);
+
+impl Durable {
+    /// The commit itself reached the disk.
+    pub(super) fn already() -> Self {
+        Self(None)
+    }
+
+    /// Somebody will say.
+    pub(super) fn told_by(told: oneshot::Receiver<Result<(), StoreError>>) -> Self {
+        Self(Some(told))
+    }
+
+    /// Whether [`Self::wait`] returns at once.
+    #[must_use]
+    pub fn is_already(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Returns once it is on disk.
+    ///
+    /// # Errors
+    /// When the disk refuses; what was committed may be lost in a power cut, or not.
+    pub async fn wait(self) -> Result<(), StoreError> {
+        match self.0 {
+            None => Ok(()),
+            Some(told) => told.await.unwrap_or(Err(StoreError::Stopped)),
+        }
+    }
 }
 
 /// A job's failures since its last success, after a batch that had failures of it.

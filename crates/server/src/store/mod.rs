@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use pisync_core::{DeviceId, JobFigures, JobName, Timestamp};
 use serde_json::value::RawValue;
 
-pub use batch::{Batch, FailureStreak, Written};
+pub use batch::{Batch, Durable, FailureStreak, Written};
 pub use target::{PostgresTarget, SslMode, Target};
 
 /// What can go wrong in a store, by what the caller can do about it.
@@ -86,12 +86,24 @@ pub trait Store: Send + Sync {
 /// Writes batches of events. One task owns it.
 #[async_trait]
 pub trait EventWriter: Send {
-    /// Stores a batch in one transaction, figures included, and returns once it is committed.
+    /// Stores a batch in one transaction, figures included, and returns once it is committed. It is
+    /// safe from a power cut when [`Durable::wait`] says so, and must not be acknowledged before; the
+    /// next batch may be committed meanwhile.
     ///
     /// # Errors
     /// After any error but [`StoreError::OutcomeUnknown`] nothing of the batch is stored. After that
-    /// one, writing the same batch (the same `Arc`) again stores it exactly once.
-    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError>;
+    /// one, committing the same batch (the same `Arc`) again stores it exactly once.
+    async fn commit(&mut self, batch: &Arc<Batch>) -> Result<(Written, Durable), StoreError>;
+
+    /// Commits a batch and returns once it is on disk.
+    ///
+    /// # Errors
+    /// As [`Self::commit`], and as [`Durable::wait`].
+    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+        let (written, durable) = self.commit(batch).await?;
+        durable.wait().await?;
+        Ok(written)
+    }
 
     /// Whether writing could work now; connects again if need be.
     async fn probe(&mut self) -> Result<(), StoreError>;

@@ -10,7 +10,9 @@
 #[macro_use]
 mod support;
 
+mod api_document;
 mod around_requests;
+mod browser;
 mod command_line;
 mod devices;
 mod ingest;

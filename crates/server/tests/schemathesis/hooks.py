@@ -1,7 +1,5 @@
 """What the OpenAPI document can say only in words, and something to be found."""
 
-from datetime import datetime, timezone
-
 import schemathesis
 
 KNOWN_DEVICE = "pi-device-001"
@@ -9,10 +7,10 @@ KNOWN_DEVICE = "pi-device-001"
 
 @schemathesis.hook
 def map_body(context, body):
-    """An event must not be dated in the future: dates that are go back to the first millennium."""
+    """An event must not be dated in the future: those of this millennium go back by one."""
     if isinstance(body, dict) and isinstance(body.get("timestamp"), str):
         timestamp = body["timestamp"]
-        if timestamp[:4].isdigit() and int(timestamp[:4]) >= datetime.now(timezone.utc).year:
+        if timestamp[:4].isdigit() and int(timestamp[:4]) >= 2000:
             body = {**body, "timestamp": "1" + timestamp[1:]}
     return body
 

@@ -24,7 +24,9 @@ use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
     partitions,
 };
-use crate::store::{Batch, EventWriter, FailureStreak, StoreError, Written, batch::JobShare};
+use crate::store::{
+    Batch, Durable, EventWriter, FailureStreak, StoreError, Written, batch::JobShare,
+};
 
 /// Longest time for one batch before the connection is given up. Far more than any batch takes; it
 /// is for a server that has stopped answering.
@@ -382,7 +384,7 @@ impl PostgresEventWriter {
 
 #[async_trait]
 impl EventWriter for PostgresEventWriter {
-    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+    async fn commit(&mut self, batch: &Arc<Batch>) -> Result<(Written, Durable), StoreError> {
         let unsettled =
             self.unsettled.take().filter(|unsettled| Arc::ptr_eq(&unsettled.batch, batch));
         let may_be_stored = unsettled.is_some();
@@ -402,7 +404,7 @@ impl EventWriter for PostgresEventWriter {
                 Ok::<_, StoreError>(self.transact(batch, ids, may_be_stored).await)
             };
             let error = match tokio::time::timeout(WRITE_TIMEOUT, work).await {
-                Ok(Ok(Ok(written))) => return Ok(written),
+                Ok(Ok(Ok(written))) => return Ok((written, Durable::already())),
                 Ok(Ok(Err(error))) if self.committing && is_connection_lost(&error) => {
                     StoreError::OutcomeUnknown(describe(&error))
                 }

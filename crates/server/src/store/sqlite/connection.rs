@@ -48,7 +48,8 @@ pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
         // Before anything is written: a file cannot be changed to this later without rewriting it.
         connection.pragma_update(None, "auto_vacuum", "incremental")?;
         connection.pragma_update(None, "journal_mode", "wal")?;
-        // An acknowledged event survives a power cut: every commit is synced to the disk.
+        // What is committed survives a power cut: every commit is synced to the disk. The server's
+        // writer sees to that itself (see there).
         connection.pragma_update(None, "synchronous", "full")?;
         connection.pragma_update(None, "foreign_keys", true)?;
         connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;

@@ -36,7 +36,10 @@ pub(super) struct SqliteStore {
 impl SqliteStore {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let connection = connection::open_for_writing(path)?;
-        Ok(Self { writer: WriterThread::start(connection)?, readers: Arc::new(Readers::new(path)) })
+        Ok(Self {
+            writer: WriterThread::start(connection, path)?,
+            readers: Arc::new(Readers::new(path)),
+        })
     }
 
     /// Runs `read` on a connection for reading, off the async threads.
@@ -89,12 +92,12 @@ impl Store for SqliteStore {
         change: &DeviceChange,
     ) -> Result<bool, StoreError> {
         let (device_id, change) = (device_id.clone(), change.clone());
-        self.writer.call(move |connection| connection.update_device(&device_id, &change)).await
+        self.writer.change(move |connection| connection.update_device(&device_id, &change)).await
     }
 
     async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError> {
         let device_id = device_id.clone();
-        self.writer.call(move |connection| connection.delete_device(&device_id)).await
+        self.writer.change(move |connection| connection.delete_device(&device_id)).await
     }
 
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {

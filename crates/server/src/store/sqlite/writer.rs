@@ -1,6 +1,11 @@
 //! The thread that owns the only connection for writing, and what it does.
+//!
+//! Its commits do not wait for the disk (`synchronous=normal`: the log is written, and synced before each
+//! checkpoint). A second thread syncs the log after a commit, and only then is anybody told that what was
+//! committed is safe. So the next batch is being written while the last one is being synced, and several
+//! commits may share one sync.
 
-use std::{collections::HashMap, sync::Arc, thread};
+use std::{collections::HashMap, fs::File, path::Path, sync::Arc, thread};
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, JobFigures, StreakCount, SyncEvent, Timestamp};
@@ -11,7 +16,7 @@ use super::{
     connection::store_error,
     reads::{optional_time, time},
 };
-use crate::store::{Batch, DeviceChange, EventWriter, StoreError, Written};
+use crate::store::{Batch, DeviceChange, Durable, EventWriter, StoreError, Written};
 
 /// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
 /// that people make.
@@ -22,26 +27,51 @@ const REMEMBERED_DEVICES: usize = 100_000;
 
 type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 
-/// A handle on the thread, which ends when the last handle is gone.
+/// A handle on both threads, which end when the last handle is gone.
 #[derive(Clone)]
 pub(super) struct WriterThread {
     calls: mpsc::Sender<Call>,
+    syncs: mpsc::UnboundedSender<SyncRequest>,
 }
 
+/// Somebody who waits for the log to be on disk.
+type SyncRequest = oneshot::Sender<Result<(), StoreError>>;
+
 impl WriterThread {
-    pub(super) fn start(connection: Connection) -> Result<Self, StoreError> {
-        let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
+    /// Starts both threads for the database at `path`, which `connection` has open.
+    pub(super) fn start(connection: Connection, path: &Path) -> Result<Self, StoreError> {
+        connection.pragma_update(None, "synchronous", "normal").map_err(store_error)?;
+        let (calls, mut waiting_calls) = mpsc::channel::<Call>(WAITING_CALLS);
+        let (syncs, waiting_syncs) = mpsc::unbounded_channel();
         let mut connection =
             WriteConnection { connection, devices: HashMap::new(), data_version: None };
-        thread::Builder::new()
-            .name("sqlite-writer".into())
-            .spawn(move || {
-                while let Some(call) = waiting.blocking_recv() {
-                    call(&mut connection);
-                }
-            })
-            .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
-        Ok(Self { calls })
+        let mut log = path.as_os_str().to_owned();
+        log.push("-wal");
+        spawn("sqlite-writer", move || {
+            while let Some(call) = waiting_calls.blocking_recv() {
+                call(&mut connection);
+            }
+        })?;
+        spawn("sqlite-sync", move || sync_log(Path::new(&log), waiting_syncs))?;
+        Ok(Self { calls, syncs })
+    }
+
+    /// Asks for everything committed so far to be synced.
+    fn sync(&self) -> Durable {
+        let (sync, told) = oneshot::channel();
+        // When the thread is gone, waiting says so.
+        let _ = self.syncs.send(sync);
+        Durable::told_by(told)
+    }
+
+    /// Runs `work`, which commits something, and returns once that is on disk.
+    pub(super) async fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut WriteConnection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let result = self.call(work).await?;
+        self.sync().wait().await?;
+        Ok(result)
     }
 
     /// Runs `work` on the thread.
@@ -59,6 +89,34 @@ impl WriterThread {
     }
 }
 
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), StoreError> {
+    thread::Builder::new()
+        .name(name.into())
+        .spawn(work)
+        .map(drop)
+        .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))
+}
+
+/// Syncs the log as often as somebody waits for it; whoever came while the last sync ran shares the next.
+fn sync_log(log: &Path, mut waiting: mpsc::UnboundedReceiver<SyncRequest>) {
+    while let Some(first) = waiting.blocking_recv() {
+        let mut syncs = vec![first];
+        while let Ok(next) = waiting.try_recv() {
+            syncs.push(next);
+        }
+        // Opened each time: it costs little beside the sync, and is the right file whatever became of
+        // the last one. SQLite holds no locks on it that closing could drop.
+        let result = File::open(log).and_then(|file| file.sync_data());
+        for sync in syncs {
+            let told = match &result {
+                Ok(()) => Ok(()),
+                Err(error) => Err(StoreError::Unavailable(format!("cannot sync the log: {error}"))),
+            };
+            let _ = sync.send(told);
+        }
+    }
+}
+
 /// Ingest's way to the thread.
 pub(super) struct SqliteEventWriter {
     thread: WriterThread,
@@ -72,9 +130,15 @@ impl SqliteEventWriter {
 
 #[async_trait]
 impl EventWriter for SqliteEventWriter {
-    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+    async fn commit(&mut self, batch: &Arc<Batch>) -> Result<(Written, Durable), StoreError> {
         let batch = Arc::clone(batch);
-        self.thread.call(move |connection| connection.write(&batch)).await
+        let thread = self.thread.clone();
+        self.thread
+            .call(move |connection| {
+                let written = connection.write(&batch)?;
+                Ok((written, thread.sync()))
+            })
+            .await
     }
 
     /// Takes the write lock and a little space in the log, so that a full disk shows.
