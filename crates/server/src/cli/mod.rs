@@ -99,35 +99,52 @@ fn with_default_command(mut arguments: Vec<std::ffi::OsString>) -> Vec<std::ffi:
 
 /// Takes over the settings in `.env`, where the environment does not have them already.
 fn read_env_file() -> Result<EnvFile, String> {
-    let path = std::path::Path::new(".env");
-    if !path.exists() {
-        return Ok(EnvFile::default());
-    }
+    let text = match std::fs::read_to_string(".env") {
+        Ok(text) => without_substitution(&text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(EnvFile::default()),
+        Err(error) => return Err(format!("cannot read .env: {error}")),
+    };
     let bad = |error: dotenvy::Error| match error {
         // The library would repeat the line, and there are passwords in this file.
-        dotenvy::Error::LineParse(line, _) => format!(
-            "cannot read .env: line {} is malformed; put a value with spaces or quotes into single quotes",
-            line_number(path, &line)
-        ),
+        dotenvy::Error::LineParse(line, _) => {
+            let before = text.find(&line).map_or("", |start| &text[..start]);
+            format!(
+                "cannot read .env: line {} is malformed; put a value with spaces or quotes into single quotes",
+                before.matches('\n').count() + 1
+            )
+        }
         error => format!("cannot read .env: {error}"),
     };
     let mut unknown = Vec::new();
     let known = known_variables();
-    for entry in dotenvy::from_path_iter(path).map_err(bad)? {
+    for entry in dotenvy::from_read_iter(text.as_bytes()) {
         let (name, _) = entry.map_err(bad)?;
         if !known.contains(&name) {
             unknown.push(name);
         }
     }
-    dotenvy::from_path(path).map_err(bad)?;
+    dotenvy::from_read(text.as_bytes()).map_err(bad)?;
     Ok(EnvFile { unknown })
 }
 
-/// Where in the file `line` is.
-fn line_number(path: &std::path::Path, line: &str) -> usize {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let before = text.find(line).map_or("", |start| &text[..start]);
-    before.matches('\n').count() + 1
+/// The text of a `.env` file with dollar signs that mean themselves, as they did to the Node service.
+/// The library would put variables in their place: a password would quietly become another.
+fn without_substitution(text: &str) -> String {
+    let mut literal = String::with_capacity(text.len());
+    let (mut quote, mut escaped) = (None, false);
+    for character in text.chars() {
+        match character {
+            '\n' => (quote, escaped) = (None, false),
+            _ if escaped => escaped = false,
+            '\\' if quote != Some('\'') => escaped = true,
+            '\'' | '"' if quote.is_none() => quote = Some(character),
+            _ if quote == Some(character) => quote = None,
+            '$' if quote != Some('\'') => literal.push('\\'),
+            _ => {}
+        }
+        literal.push(character);
+    }
+    literal
 }
 
 /// The environment variables that any command reads.

@@ -482,6 +482,18 @@ fn a_malformed_file_of_settings() {
 }
 
 #[test]
+fn dollar_signs_in_the_file_mean_themselves() {
+    for value in
+        ["da$PORT", "\"da$PORT\"", "'da$PORT'", "da\\$PORT", "'da'\"$\"PORT # it's a folder"]
+    {
+        let text = format!("# whose server isn't ours\nPORT=0\nDATA_DIR={value}\n");
+        let program = Program::new().with_file(".env", &text);
+        program.run(&["db", "setup"]).success();
+        assert_eq!(program.names_in("."), [".env", "da$PORT"], "{value}");
+    }
+}
+
+#[test]
 fn without_a_folder_for_logs() {
     let program = Program::new().with("PORT", 0).with("LOG_DIR", "");
     let ended = program.serve(&[]).stop();
