@@ -3,8 +3,12 @@
 use std::{collections::HashMap, sync::Arc, thread};
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, JobFigures, StreakCount, SyncEvent, Timestamp};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use pisync_core::{
+    DeviceId, JobFigures, JobName, Mbps, Metadata, StreakCount, SyncDuration, SyncEvent, Timestamp,
+};
+use rusqlite::{
+    CachedStatement, Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params,
+};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -103,8 +107,7 @@ impl WriteConnection {
     fn write(&mut self, batch: &Batch) -> rusqlite::Result<Written> {
         let order = batch.order();
         let shares = batch.shares(&order);
-        let mut written =
-            Written { ids: Vec::with_capacity(batch.events.len()), ..Written::default() };
+        let mut written = Written::default();
 
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -139,16 +142,16 @@ impl WriteConnection {
             }
         }
 
-        for (event, number) in batch.events.iter().zip(&numbers) {
-            written.ids.push(insert_event(&transaction, *number, event, batch.received)?);
-        }
+        written.ids = insert_events(&transaction, batch, &numbers)?;
 
+        let mut jobs = JobStatements::prepare(&transaction)?;
         for share in &shares {
             let number = numbers[share.position];
-            let figures = add_figures(&transaction, number, share.job_key(), &share.figures)?;
+            let figures = jobs.add(number, share.job_key(), &share.figures)?;
             written.streaks.extend(share.streak(figures.consecutive_failures));
         }
 
+        drop(jobs);
         transaction.commit()?;
         self.devices
             .extend(found.into_iter().map(|(device_id, number)| (device_id.clone(), number)));
@@ -227,100 +230,114 @@ fn find_or_add(
         .map(|number| (number, true))
 }
 
-fn insert_event(
+/// Inserts a batch's events, whose devices have these `numbers`, and returns their ids.
+fn insert_events(
     transaction: &Transaction<'_>,
-    device: i64,
-    event: &SyncEvent,
-    received: Timestamp,
-) -> rusqlite::Result<i64> {
+    batch: &Batch,
+    numbers: &[i64],
+) -> rusqlite::Result<Vec<i64>> {
     const INSERT_EVENT: &str = "
         insert into sync_events (
             device, timestamp, total_files_synced, total_errors, internet_speed,
             job, duration, bytes_synced, metadata, created_at
         ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
     ";
-    transaction.prepare_cached(INSERT_EVENT)?.insert(params![
-        device,
-        event.timestamp.as_millisecond(),
-        event.total_files_synced,
-        event.total_errors,
-        event.internet_speed.map(pisync_core::Mbps::hundredths),
-        event.job.as_ref().map(pisync_core::JobName::as_str),
-        event.duration.map(pisync_core::SyncDuration::milliseconds),
-        event.bytes_synced.map(u64::cast_signed),
-        event.metadata.as_ref().map(pisync_core::Metadata::as_str),
-        received.as_millisecond(),
-    ])
-}
-
-/// Adds `new` to what is stored of a job, whose events are already inserted, and returns the sum.
-fn add_figures(
-    transaction: &Transaction<'_>,
-    device: i64,
-    job: &str,
-    new: &JobFigures,
-) -> rusqlite::Result<JobFigures> {
-    const SELECT_FIGURES: &str = "
-        select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
-               first_sync, last_sync, last_success, last_failure, consecutive_failures, last_received
-          from device_jobs
-         where device = ?1 and job = ?2
-    ";
-    const REPLACE_FIGURES: &str = "
-        replace into device_jobs (
-            device, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-            speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
-            last_received
-        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
-    ";
-    let stored = transaction
-        .prepare_cached(SELECT_FIGURES)?
-        .query_row(params![device, job], job_figures)
-        .optional()?;
-    let figures = match stored {
-        None => *new,
-        Some(mut figures) => {
-            if figures.add(new) == StreakCount::Recount {
-                figures.consecutive_failures =
-                    recount_streak(transaction, device, job, figures.last_success)?;
-            }
-            figures
-        }
+    let mut insert = transaction.prepare_cached(INSERT_EVENT)?;
+    let insert_one = |(event, number): (&SyncEvent, &i64)| {
+        insert.insert(params![
+            number,
+            event.timestamp.as_millisecond(),
+            event.total_files_synced,
+            event.total_errors,
+            event.internet_speed.map(Mbps::hundredths),
+            event.job.as_ref().map(JobName::as_str),
+            event.duration.map(SyncDuration::milliseconds),
+            event.bytes_synced.map(u64::cast_signed),
+            event.metadata.as_ref().map(Metadata::as_str),
+            batch.received.as_millisecond(),
+        ])
     };
-    transaction.prepare_cached(REPLACE_FIGURES)?.execute(params![
-        device,
-        job,
-        figures.total_syncs,
-        figures.failed_syncs,
-        figures.total_files_synced,
-        figures.total_errors,
-        figures.speed_sum,
-        figures.speed_count,
-        figures.first_sync.as_millisecond(),
-        figures.last_sync.as_millisecond(),
-        figures.last_success.map(Timestamp::as_millisecond),
-        figures.last_failure.map(Timestamp::as_millisecond),
-        figures.consecutive_failures,
-        figures.last_received.as_millisecond(),
-    ])?;
-    Ok(figures)
+    batch.events.iter().zip(numbers).map(insert_one).collect()
 }
 
-fn recount_streak(
-    transaction: &Transaction<'_>,
-    device: i64,
-    job: &str,
-    last_success: Option<Timestamp>,
-) -> rusqlite::Result<i64> {
-    const COUNT_UNANSWERED_FAILURES: &str = "
-        select count(*)
-          from sync_events
-         where device = ?1 and ifnull(job, '') = ?2 and total_errors > 0 and timestamp > ?3
-    ";
-    let after = last_success.map_or(i64::MIN, Timestamp::as_millisecond);
-    transaction
-        .prepare_cached(COUNT_UNANSWERED_FAILURES)?
-        .query_row(params![device, job, after], |row| row.get(0))
+/// The statements on `device_jobs`, looked up once per batch.
+struct JobStatements<'a> {
+    select: CachedStatement<'a>,
+    insert: CachedStatement<'a>,
+    update: CachedStatement<'a>,
+    count_unanswered_failures: CachedStatement<'a>,
+}
+
+impl<'a> JobStatements<'a> {
+    fn prepare(transaction: &'a Transaction<'_>) -> rusqlite::Result<Self> {
+        const SELECT: &str = "
+            select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
+                   first_sync, last_sync, last_success, last_failure, consecutive_failures,
+                   last_received
+              from device_jobs
+             where device = ?1 and job = ?2
+        ";
+        const INSERT: &str = "
+            insert into device_jobs (
+                device, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
+                speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
+                last_received
+            ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
+        ";
+        const UPDATE: &str = "
+            update device_jobs
+               set total_syncs = ?3, failed_syncs = ?4, total_files_synced = ?5, total_errors = ?6,
+                   speed_sum = ?7, speed_count = ?8, first_sync = ?9, last_sync = ?10,
+                   last_success = ?11, last_failure = ?12, consecutive_failures = ?13,
+                   last_received = ?14
+             where device = ?1 and job = ?2
+        ";
+        const COUNT_UNANSWERED_FAILURES: &str = "
+            select count(*)
+              from sync_events
+             where device = ?1 and ifnull(job, '') = ?2 and total_errors > 0 and timestamp > ?3
+        ";
+        Ok(Self {
+            select: transaction.prepare_cached(SELECT)?,
+            insert: transaction.prepare_cached(INSERT)?,
+            update: transaction.prepare_cached(UPDATE)?,
+            count_unanswered_failures: transaction.prepare_cached(COUNT_UNANSWERED_FAILURES)?,
+        })
+    }
+
+    /// Adds `new` to what is stored of a job, whose events are already inserted, and returns the sum.
+    fn add(&mut self, device: i64, job: &str, new: &JobFigures) -> rusqlite::Result<JobFigures> {
+        let stored = self.select.query_row(params![device, job], job_figures).optional()?;
+        let (figures, write) = match stored {
+            None => (*new, &mut self.insert),
+            Some(mut figures) => {
+                if figures.add(new) == StreakCount::Recount {
+                    let after = figures.last_success.map_or(i64::MIN, Timestamp::as_millisecond);
+                    figures.consecutive_failures = self
+                        .count_unanswered_failures
+                        .query_row(params![device, job, after], |row| row.get(0))?;
+                }
+                (figures, &mut self.update)
+            }
+        };
+        write.execute(params![
+            device,
+            job,
+            figures.total_syncs,
+            figures.failed_syncs,
+            figures.total_files_synced,
+            figures.total_errors,
+            figures.speed_sum,
+            figures.speed_count,
+            figures.first_sync.as_millisecond(),
+            figures.last_sync.as_millisecond(),
+            figures.last_success.map(Timestamp::as_millisecond),
+            figures.last_failure.map(Timestamp::as_millisecond),
+            figures.consecutive_failures,
+            figures.last_received.as_millisecond(),
+        ])?;
+        Ok(figures)
+    }
 }
 
 fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
