@@ -8,13 +8,16 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::support::{
-    events::at,
-    http::{column, event, failure, send, success, try_send, with},
-    postgres::{PostgresServer, connect},
-    program::Program,
-    server::unused_address,
-    store::{Fixture, TestDatabase},
+use crate::{
+    migrations::NODE_SERVICE,
+    support::{
+        events::at,
+        http::{column, event, failure, send, success, try_send, with},
+        postgres::{PostgresServer, connect},
+        program::Program,
+        server::unused_address,
+        store::{Fixture, TestDatabase},
+    },
 };
 
 both_stores!(
@@ -604,34 +607,6 @@ async fn setup_creates_a_missing_database() {
     program.serve(&[]).stop();
     server.drop_database(name).await;
 }
-
-/// Enough of what the Node service's own migration made.
-const NODE_SERVICE: &str = "
-    create table devices (
-        id serial primary key,
-        device_id varchar(255) unique not null,
-        created_at timestamp default current_timestamp,
-        updated_at timestamp default current_timestamp
-    );
-    create table sync_events (
-        id serial primary key,
-        device_id varchar(255) not null references devices (device_id) on delete cascade,
-        timestamp timestamp not null,
-        total_files_synced integer not null default 0,
-        total_errors integer not null default 0,
-        internet_speed decimal(10, 2),
-        created_at timestamp default current_timestamp,
-        updated_at timestamp default current_timestamp
-    );
-    create table migrations (
-        id serial primary key,
-        filename varchar(255) unique not null,
-        executed_at timestamp default current_timestamp
-    );
-    insert into migrations (filename) values ('001_create_devices_and_sync_events_tables.js');
-    insert into devices (device_id) values ('pi-1');
-    insert into sync_events (device_id, timestamp) values ('pi-1', '2025-06-17 10:30:00');
-";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_services_database_is_refused_and_left_unchanged() {

@@ -412,7 +412,7 @@ async fn several_servers_migrate_at_once() {
 }
 
 /// What the Node service's own migration made.
-const NODE_SERVICE: &str = "
+pub(crate) const NODE_SERVICE: &str = "
     create table devices (
         id serial primary key,
         device_id varchar(255) unique not null,
