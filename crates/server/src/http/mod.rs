@@ -20,17 +20,16 @@ mod sync_event;
 mod sync_history;
 mod welcome;
 
-use std::{any::Any, collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     http::{HeaderName, HeaderValue, Method, header},
     middleware,
-    response::{IntoResponse, Response},
 };
 use ipnet::IpNet;
 use pisync_core::Timestamp;
-use tower_http::{catch_panic::CatchPanicLayer, compression::CompressionLayer, cors::CorsLayer};
+use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa_axum::router::OpenApiRouter;
 
 pub use serve::serve;
@@ -158,9 +157,12 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         .with_state(Arc::clone(&state))
         .merge(docs::router(document))
         .fallback(async || ApiError::NotFound("Route"))
-        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), rate_limit::limit));
+        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed);
+    // Each layer costs every request some allocations: there are as few as can be.
+    if state.limits.are_on() {
+        router =
+            router.layer(middleware::from_fn_with_state(Arc::clone(&state), rate_limit::limit));
+    }
     if !settings.cors_origins.is_empty() {
         router = router.layer(cors(&settings.cors_origins));
     }
@@ -179,15 +181,4 @@ fn cors(origins: &[HeaderValue]) -> CorsLayer {
             HeaderName::from_static("ratelimit-remaining"),
             HeaderName::from_static("ratelimit-reset"),
         ])
-}
-
-/// A bug costs one request, not the process.
-#[expect(clippy::needless_pass_by_value, reason = "the layer's signature")]
-fn panicked(panic: Box<dyn Any + Send>) -> Response {
-    let text = panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_default();
-    ApiError::Internal(format!("a handler panicked: {text}")).into_response()
 }

@@ -1,6 +1,8 @@
 //! What happens around every request: its id, security headers, measurements, the log.
 
 use std::{
+    any::Any,
+    panic::AssertUnwindSafe,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
@@ -9,13 +11,14 @@ use axum::{
     extract::{MatchedPath, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
+use futures_util::FutureExt;
 
 use super::{
     SharedState,
     client_address::{self, Client},
-    error::ErrorDetail,
+    error::{ApiError, ErrorDetail},
     security_headers,
     serve::Peer,
 };
@@ -81,7 +84,9 @@ pub(super) async fn observe(
     if let Some(client) = client {
         request.extensions_mut().insert(Client(client));
     }
-    let mut response = next.run(request).await;
+    // A bug costs one request, not the process.
+    let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+    let mut response = answered.unwrap_or_else(|panic| panicked(panic.as_ref()).into_response());
 
     let duration = started.elapsed();
     let status = response.status();
@@ -94,6 +99,14 @@ pub(super) async fn observe(
     line.log();
     headers.insert(REQUEST_ID, request_id);
     response
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> ApiError {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    ApiError::Internal(format!("a handler panicked: {}", text.unwrap_or_default()))
 }
 
 /// One request in the log.

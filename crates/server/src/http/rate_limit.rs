@@ -62,6 +62,11 @@ impl RateLimits {
         Self { sync: Limit::new(sync_per_minute), api: Limit::new(api_per_minute) }
     }
 
+    /// Whether anything is limited at all.
+    pub(super) fn are_on(&self) -> bool {
+        self.sync.is_some() || self.api.is_some()
+    }
+
     /// Counts a request; `None` when it is not limited.
     fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
         let limit = match route {
