@@ -166,8 +166,7 @@ impl IngestTask {
                 }
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
-                        self.available.store(true, Ordering::Relaxed);
-                        tracing::info!("the database is back; events are accepted again");
+                        self.came_back();
                     }
                 }
             }
@@ -245,10 +244,8 @@ impl IngestTask {
         }
         match &result {
             Err(StoreError::Unavailable(why)) => self.went_away(why),
-            Ok(_) if !self.available.swap(true, Ordering::Relaxed) => {
-                tracing::info!("the database is back; events are accepted again");
-            }
-            _ => {}
+            Ok(_) => self.came_back(),
+            Err(_) => {}
         }
         result
     }
@@ -259,6 +256,12 @@ impl IngestTask {
                 error = why,
                 "the database is unavailable; events are answered 503 until it is back"
             );
+        }
+    }
+
+    fn came_back(&self) {
+        if !self.available.swap(true, Ordering::Relaxed) {
+            tracing::info!("the database is back; events are accepted again");
         }
     }
 

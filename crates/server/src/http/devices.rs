@@ -10,7 +10,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     SharedState,
     envelope::Success,
-    error::{AnyTime, ApiError, ErrorBody, WithBody},
+    error::{AnyTime, ApiError, ErrorBody, OfDevice, WithBody, WithQuery},
     extract::{DevicePath, DevicePathParameter, Query, json_body},
     figures::DeviceFigures,
 };
@@ -210,7 +210,7 @@ struct DeletedDevice {
     params(DeviceParameters),
     responses(
         (status = 200, description = "One page of devices.", body = Success<DeviceList>),
-        (status = 400, description = "Wrong parameters: `details` names every one of them.", body = ErrorBody),
+        WithQuery,
         AnyTime,
     ),
 )]
@@ -251,7 +251,7 @@ async fn list_devices(
     responses(
         (status = 200, description = "The device.", body = Success<DeviceDetail>),
         (status = 400, description = "Not a possible device id.", body = ErrorBody),
-        (status = 404, description = "No such device.", body = ErrorBody),
+        OfDevice,
         AnyTime,
     ),
 )]
@@ -272,7 +272,7 @@ async fn get_device(
     request_body = DeviceUpdate,
     responses(
         (status = 200, description = "The device as it is now.", body = Success<DeviceDetail>),
-        (status = 404, description = "No such device.", body = ErrorBody),
+        OfDevice,
         WithBody,
         AnyTime,
     ),
@@ -303,7 +303,7 @@ async fn update_device(
     responses(
         (status = 200, description = "Removed.", body = Success<DeletedDevice>),
         (status = 400, description = "Not a possible device id.", body = ErrorBody),
-        (status = 404, description = "No such device.", body = ErrorBody),
+        OfDevice,
         AnyTime,
     ),
 )]

@@ -120,6 +120,24 @@ pub(super) enum WithBody {
     UnsupportedMediaType(ErrorBody),
 }
 
+/// What a request with query parameters may be answered, besides.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(super) enum WithQuery {
+    /// Wrong parameters: `details` names every one of them.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+}
+
+/// What a request about a device may be answered, besides.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(super) enum OfDevice {
+    /// No such device.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+}
+
 impl ApiError {
     fn status(&self) -> StatusCode {
         match self {

@@ -9,7 +9,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     SharedState,
     envelope::Success,
-    error::{AnyTime, ApiError, ErrorBody},
+    error::{AnyTime, ApiError, WithQuery},
     extract::Query,
 };
 use crate::store::{Device, FailureQuery};
@@ -98,7 +98,7 @@ impl From<Device> for FailingDevice {
     params(FailureParameters),
     responses(
         (status = 200, description = "The devices, worst first.", body = Success<FailureData>),
-        (status = 400, description = "Wrong parameters: `details` names every one of them.", body = ErrorBody),
+        WithQuery,
         AnyTime,
     ),
 )]

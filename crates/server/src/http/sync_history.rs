@@ -10,7 +10,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     SharedState,
     envelope::Success,
-    error::{AnyTime, ApiError, ErrorBody},
+    error::{AnyTime, ApiError, OfDevice, WithQuery},
     extract::{DevicePath, DevicePathParameter, Query},
     figures::DeviceFigures,
 };
@@ -137,8 +137,8 @@ impl HistoryEvent {
     ),
     responses(
         (status = 200, description = "The device's history.", body = Success<HistoryData>),
-        (status = 400, description = "Wrong parameters: `details` names every one of them.", body = ErrorBody),
-        (status = 404, description = "No such device.", body = ErrorBody),
+        WithQuery,
+        OfDevice,
         AnyTime,
     ),
 )]

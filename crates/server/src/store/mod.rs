@@ -11,7 +11,7 @@ mod target;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, JobFigures, JobName, Timestamp};
+use pisync_core::{DeviceId, JobName, Timestamp};
 use serde_json::value::RawValue;
 
 pub use batch::{Batch, FailureStreak, Written};
@@ -204,25 +204,6 @@ impl Figures {
     }
 }
 
-impl From<JobFigures> for Figures {
-    fn from(job: JobFigures) -> Self {
-        Self {
-            total_syncs: job.total_syncs,
-            failed_syncs: job.failed_syncs,
-            total_files_synced: job.total_files_synced,
-            total_errors: job.total_errors,
-            speed_sum: job.speed_sum,
-            speed_count: job.speed_count,
-            first_sync: Some(job.first_sync),
-            last_sync: Some(job.last_sync),
-            last_success: job.last_success,
-            last_failure: job.last_failure,
-            consecutive_failures: job.consecutive_failures,
-            last_seen: Some(job.last_received),
-        }
-    }
-}
-
 /// A device and its figures over all jobs.
 #[derive(Debug, Clone)]
 pub struct Device {
@@ -320,6 +301,24 @@ pub enum DeviceSort {
     FailedSyncs,
     /// Current streak.
     ConsecutiveFailures,
+}
+
+impl DeviceSort {
+    /// What to sort devices `d` by, in either store's SQL; and, when that is a figure, the sum over
+    /// `device_jobs` that must be joined as `f.key`.
+    fn expressions(self) -> (&'static str, Option<&'static str>) {
+        match self {
+            Self::DeviceId => ("d.device_id", None),
+            Self::Name => ("d.name", None),
+            Self::CreatedAt => ("d.created_at", None),
+            Self::LastSeen => ("f.key", Some("max(last_received)")),
+            Self::LastSync => ("f.key", Some("max(last_sync)")),
+            Self::LastSuccess => ("f.key", Some("max(last_success)")),
+            Self::TotalSyncs => ("f.key", Some("sum(total_syncs)")),
+            Self::FailedSyncs => ("f.key", Some("sum(failed_syncs)")),
+            Self::ConsecutiveFailures => ("f.key", Some("max(consecutive_failures)")),
+        }
+    }
 }
 
 /// What to change about a device: `None` leaves a field alone, `Some(None)` empties it.

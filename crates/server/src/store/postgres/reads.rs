@@ -5,8 +5,8 @@ use pisync_core::{DeviceId, JobName, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use crate::store::{
-    Device, DeviceQuery, DeviceSort, DeviceWithJobs, FailureQuery, Figures, FleetStats,
-    HistoryQuery, Page, StoredEvent, SyncHistory, like_pattern, stored_metadata,
+    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, HistoryQuery, Page,
+    StoredEvent, SyncHistory, like_pattern, stored_metadata,
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
@@ -171,17 +171,7 @@ pub(super) async fn devices(
     "#;
     let direction = if query.descending { "desc" } else { "asc" };
     // Figures are summed for the whole fleet only when it is sorted by them, else for the page alone.
-    let (key, join) = match query.sort {
-        DeviceSort::DeviceId => ("d.device_id", None),
-        DeviceSort::Name => ("d.name", None),
-        DeviceSort::CreatedAt => ("d.created_at", None),
-        DeviceSort::LastSeen => ("f.key", Some("max(last_received)")),
-        DeviceSort::LastSync => ("f.key", Some("max(last_sync)")),
-        DeviceSort::LastSuccess => ("f.key", Some("max(last_success)")),
-        DeviceSort::TotalSyncs => ("f.key", Some("sum(total_syncs)")),
-        DeviceSort::FailedSyncs => ("f.key", Some("sum(failed_syncs)")),
-        DeviceSort::ConsecutiveFailures => ("f.key", Some("max(consecutive_failures)")),
-    };
+    let (key, join) = query.sort.expressions();
     let join = join.map_or_else(String::new, |expression| {
         format!(
             "left join (select device_id, {expression} as key from device_jobs group by device_id) f

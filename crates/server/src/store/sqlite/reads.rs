@@ -5,8 +5,8 @@ use pisync_core::{DeviceId, JobName, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params, types::Type};
 
 use crate::store::{
-    Device, DeviceQuery, DeviceSort, DeviceWithJobs, FailureQuery, Figures, FleetStats,
-    HistoryQuery, Page, StoredEvent, SyncHistory, like_pattern, stored_metadata,
+    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, HistoryQuery, Page,
+    StoredEvent, SyncHistory, like_pattern, stored_metadata,
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
@@ -159,17 +159,7 @@ pub(super) fn devices(
     "#;
     let direction = if query.descending { "desc" } else { "asc" };
     // Figures are summed for the whole fleet only when it is sorted by them, else for the page alone.
-    let (key, join) = match query.sort {
-        DeviceSort::DeviceId => ("d.device_id", None),
-        DeviceSort::Name => ("d.name", None),
-        DeviceSort::CreatedAt => ("d.created_at", None),
-        DeviceSort::LastSeen => ("f.key", Some("max(last_received)")),
-        DeviceSort::LastSync => ("f.key", Some("max(last_sync)")),
-        DeviceSort::LastSuccess => ("f.key", Some("max(last_success)")),
-        DeviceSort::TotalSyncs => ("f.key", Some("sum(total_syncs)")),
-        DeviceSort::FailedSyncs => ("f.key", Some("sum(failed_syncs)")),
-        DeviceSort::ConsecutiveFailures => ("f.key", Some("max(consecutive_failures)")),
-    };
+    let (key, join) = query.sort.expressions();
     let join = join.map_or_else(String::new, |expression| {
         format!(
             "left join (select device, {expression} as key from device_jobs group by device) f
@@ -229,7 +219,11 @@ pub(super) fn device(
     Ok(Some(DeviceWithJobs { device, jobs: jobs(&snapshot, number)? }))
 }
 
-fn device_number(connection: &Connection, device_id: &DeviceId) -> rusqlite::Result<Option<i64>> {
+/// The number that stands for a device in the other tables.
+pub(super) fn device_number(
+    connection: &Connection,
+    device_id: &DeviceId,
+) -> rusqlite::Result<Option<i64>> {
     connection
         .prepare_cached("select id from devices where device_id = ?1")?
         .query_row([device_id.as_str()], |row| row.get(0))

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     connection::store_error,
-    reads::{optional_time, time},
+    reads::{device_number, optional_time, time},
 };
 use crate::store::{Batch, DeviceChange, EventWriter, StoreError, Written};
 
@@ -203,16 +203,6 @@ impl WriteConnection {
     pub(super) fn optimize(&mut self) -> rusqlite::Result<()> {
         self.connection.execute_batch("pragma optimize")
     }
-}
-
-fn device_number(
-    transaction: &Transaction<'_>,
-    device_id: &DeviceId,
-) -> rusqlite::Result<Option<i64>> {
-    transaction
-        .prepare_cached("select id from devices where device_id = ?1")?
-        .query_row([device_id.as_str()], |row| row.get(0))
-        .optional()
 }
 
 /// A device's number, and whether the device is new.
