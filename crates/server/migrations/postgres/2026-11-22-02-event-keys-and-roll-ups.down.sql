@@ -1,0 +1,6 @@
+-- loses: figures by day and hour of events that are no longer kept
+drop index idx_sync_events_created_at;
+create index idx_sync_events_created_at on sync_events using brin (created_at);
+drop table roll_up_state;
+drop table fleet_hours;
+drop table device_days;
