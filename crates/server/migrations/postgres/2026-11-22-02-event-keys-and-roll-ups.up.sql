@@ -50,3 +50,21 @@ insert into roll_up_state (id) values (1);
 drop index idx_sync_events_created_at;
 create index idx_sync_events_created_at on sync_events using brin (created_at)
   with (autosummarize = on);
+
+-- What a device calls its events. With it, sending an event again changes nothing.
+alter table sync_events add column event_id varchar(64) collate "C";
+
+-- A partitioned table cannot hold a unique (device_id, event_id), so the keys are a table of their own,
+-- pruned by age. No foreign key: the events' own one has been checked in the same transaction, and a
+-- deleted device's keys go with it.
+create table event_keys (
+    device_id  varchar(255) collate "C" not null,
+    event_id   varchar(64) collate "C" not null,
+    -- The event: sync_events.id and timestamp.
+    id         bigint not null,
+    timestamp  timestamptz not null,
+    created_at timestamptz not null,
+    primary key (device_id, event_id)
+);
+
+create index idx_event_keys_created_at on event_keys using brin (created_at);

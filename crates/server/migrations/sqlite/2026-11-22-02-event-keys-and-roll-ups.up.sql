@@ -39,3 +39,19 @@ create table roll_up_state (
 ) strict;
 
 insert into roll_up_state (id, folded_id) values (1, 0);
+
+-- What a device calls its events. With it, sending an event again changes nothing.
+alter table sync_events add column event_id text;
+
+-- Outlives the events themselves, and is pruned by age: a table of its own.
+create table event_keys (
+    device     integer not null references devices (id) on delete cascade,
+    event_id   text    not null,
+    -- sync_events.id
+    id         integer not null,
+    created_at integer not null,
+    primary key (device, event_id)
+) strict, without rowid;
+
+-- Grows at its end only, so ingest hardly pays for it.
+create index idx_event_keys_created_at on event_keys (created_at);

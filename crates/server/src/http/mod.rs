@@ -17,6 +17,7 @@ mod security_headers;
 mod serve;
 mod stats;
 mod sync_event;
+mod sync_events;
 mod sync_history;
 mod welcome;
 
@@ -123,6 +124,7 @@ fn resources() -> OpenApiRouter<SharedState> {
         .layer(CompressionLayer::new());
     OpenApiRouter::with_openapi(docs::outline())
         .merge(sync_event::router())
+        .merge(sync_events::router())
         .merge(compressed)
         .merge(health::router())
 }

@@ -73,7 +73,7 @@ impl RateLimits {
             // Not counted: what is asked often and costs little, and what a browser loads in one go.
             "/health" | "/health/live" | "/health/ready" | "/metrics" => return None,
             route if route.starts_with("/api-docs") => return None,
-            "/api/sync-event" if *method == Method::POST => &self.sync,
+            "/api/sync-event" | "/api/sync-events" if *method == Method::POST => &self.sync,
             _ => &self.api,
         };
         limit.as_ref().map(|limit| limit.check(client))

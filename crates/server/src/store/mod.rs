@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use pisync_core::{DeviceId, JobName, Timestamp};
 use serde_json::value::RawValue;
 
-pub use batch::{Batch, FailureStreak, Written};
+pub use batch::{Batch, Duplicate, FailureStreak, Written};
 pub use target::{PostgresTarget, SslMode, Target};
 
 /// What can go wrong in a store, by what the caller can do about it.
@@ -126,10 +126,12 @@ pub struct SyncHistory {
 }
 
 /// An event as it is kept. Foreign SQL may have written it, so ranges are not taken for granted.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct StoredEvent {
     /// Unique over all devices.
     pub id: i64,
+    /// What the device calls it.
+    pub event_id: Option<String>,
     /// When the device says it ran.
     pub timestamp: Timestamp,
     /// Files transferred.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use pisync::store::Target;
-use pisync_core::SyncEvent;
+use pisync_core::{Arrival, SyncEvent};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -91,7 +91,10 @@ async fn everything_that_came_at_once_adds_up(server: &TestServer) {
         assert_eq!(event["total_files_synced"], data["total_files_synced"], "answers got mixed up");
     }
 
-    let parse = |event: &Value| SyncEvent::from_json(event.to_string().as_bytes(), now()).unwrap();
+    let parse = |event: &Value| {
+        let arrival = Arrival { received: now(), latest: now() };
+        SyncEvent::from_json(event.to_string().as_bytes(), arrival).unwrap()
+    };
     let sent: Vec<_> = events.iter().map(|event| (now(), parse(event))).collect();
     for (device_id, jobs) in recount(&sent) {
         let found = server.get(&format!("/api/device/{device_id}")).await.data(200);

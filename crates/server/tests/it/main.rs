@@ -22,4 +22,5 @@ mod repeated_failures;
 mod stats;
 mod store_contract;
 mod sync_event;
+mod sync_events;
 mod sync_history;

@@ -2,6 +2,7 @@
 //! trait; where a test looks behind it, or is about one store alone, it says why.
 
 mod devices;
+mod event_ids;
 mod faults;
 mod figures;
 mod history;

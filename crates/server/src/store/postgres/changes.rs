@@ -61,12 +61,14 @@ async fn try_delete_device(
     // The device first: its row lock keeps ingest from adding events meanwhile.
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for update";
     const DELETE_EVENTS: &str = "delete from sync_events where device_id = $1";
+    const DELETE_KEYS: &str = "delete from event_keys where device_id = $1";
     const DELETE_DEVICE: &str = "delete from devices where device_id = $1";
     let transaction = connection.transaction().await?;
     if transaction.query_opt(LOCK_DEVICE, &[&device_id.as_str()]).await?.is_none() {
         return Ok(None);
     }
     let events = transaction.execute(DELETE_EVENTS, &[&device_id.as_str()]).await?;
+    transaction.execute(DELETE_KEYS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_DEVICE, &[&device_id.as_str()]).await?;
     transaction.commit().await?;
     Ok(Some(events))

@@ -6,6 +6,7 @@ mod connect;
 mod migrations;
 mod partitions;
 mod reads;
+mod statements;
 mod tls;
 mod writer;
 

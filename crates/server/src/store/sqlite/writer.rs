@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, thread};
 
 use async_trait::async_trait;
 use pisync_core::{
-    DeviceId, JobFigures, JobName, Mbps, Metadata, StreakCount, SyncDuration, SyncEvent, Timestamp,
+    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, StreakCount, SyncDuration, Timestamp,
 };
 use rusqlite::{
     CachedStatement, Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params,
@@ -13,9 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     connection::store_error,
-    reads::{device_number, optional_time, time},
+    reads::{EVENT_COLUMNS, device_number, optional_time, stored_event, time},
 };
-use crate::store::{Batch, DeviceChange, EventWriter, StoreError, Written};
+use crate::store::{Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written};
 
 /// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
 /// that people make.
@@ -106,7 +106,6 @@ impl WriteConnection {
     /// Stores a batch with its figures in one transaction.
     fn write(&mut self, batch: &Batch) -> rusqlite::Result<Written> {
         let order = batch.order();
-        let shares = batch.shares(&order);
         let mut written = Written::default();
 
         let transaction =
@@ -142,10 +141,14 @@ impl WriteConnection {
             }
         }
 
-        written.ids = insert_events(&transaction, batch, &numbers)?;
+        insert_events(&transaction, batch, &numbers, &mut written)?;
 
+        let mut counting = order;
+        if !written.duplicates.is_empty() {
+            counting.retain(|position| !written.is_duplicate(*position));
+        }
         let mut jobs = JobStatements::prepare(&transaction)?;
-        for share in &shares {
+        for share in &batch.shares(&counting) {
             let number = numbers[share.position];
             let figures = jobs.add(number, share.job_key(), &share.figures)?;
             written.streaks.extend(share.streak(figures.consecutive_failures));
@@ -220,21 +223,32 @@ fn find_or_add(
         .map(|number| (number, true))
 }
 
-/// Inserts a batch's events, whose devices have these `numbers`, and returns their ids.
+/// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
+/// before, and notes their ids.
 fn insert_events(
     transaction: &Transaction<'_>,
     batch: &Batch,
     numbers: &[i64],
-) -> rusqlite::Result<Vec<i64>> {
+    written: &mut Written,
+) -> rusqlite::Result<()> {
     const INSERT_EVENT: &str = "
         insert into sync_events (
             device, timestamp, total_files_synced, total_errors, internet_speed,
-            job, duration, bytes_synced, metadata, created_at
-        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+            job, duration, bytes_synced, metadata, created_at, event_id
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
     ";
     let mut insert = transaction.prepare_cached(INSERT_EVENT)?;
-    let insert_one = |(event, number): (&SyncEvent, &i64)| {
-        insert.insert(params![
+    let mut keys = EventKeys { transaction, statements: None };
+    written.ids.reserve_exact(batch.events.len());
+    for (position, (event, number)) in batch.events.iter().zip(numbers).enumerate() {
+        if let Some(event_id) = &event.event_id
+            && let Some(id) = keys.find(*number, event_id)?
+        {
+            written.ids.push(id);
+            written.duplicates.push(Duplicate { position, first: keys.event(id)? });
+            continue;
+        }
+        let id = insert.insert(params![
             number,
             event.timestamp.as_millisecond(),
             event.total_files_synced,
@@ -245,9 +259,56 @@ fn insert_events(
             event.bytes_synced.map(u64::cast_signed),
             event.metadata.as_ref().map(Metadata::as_str),
             batch.received.as_millisecond(),
-        ])
-    };
-    batch.events.iter().zip(numbers).map(insert_one).collect()
+            event.event_id.as_ref().map(EventId::as_str),
+        ])?;
+        written.ids.push(id);
+        if let Some(event_id) = &event.event_id {
+            keys.add(*number, event_id, id, batch.received)?;
+        }
+    }
+    Ok(())
+}
+
+/// The statements on `event_keys`, looked up when the first event of a batch has an id of its own.
+struct EventKeys<'a> {
+    transaction: &'a Transaction<'a>,
+    statements: Option<(CachedStatement<'a>, CachedStatement<'a>)>,
+}
+
+impl<'a> EventKeys<'a> {
+    fn statements(&mut self) -> rusqlite::Result<&mut (CachedStatement<'a>, CachedStatement<'a>)> {
+        const FIND: &str = "select id from event_keys where device = ?1 and event_id = ?2";
+        const ADD: &str = "
+            insert into event_keys (device, event_id, id, created_at) values (?1, ?2, ?3, ?4)
+        ";
+        let statements = match self.statements.take() {
+            Some(statements) => statements,
+            None => (self.transaction.prepare_cached(FIND)?, self.transaction.prepare_cached(ADD)?),
+        };
+        Ok(self.statements.insert(statements))
+    }
+
+    fn find(&mut self, device: i64, event_id: &EventId) -> rusqlite::Result<Option<i64>> {
+        let (find, _) = self.statements()?;
+        find.query_row(params![device, event_id.as_str()], |row| row.get(0)).optional()
+    }
+
+    fn add(
+        &mut self,
+        device: i64,
+        event_id: &EventId,
+        id: i64,
+        received: Timestamp,
+    ) -> rusqlite::Result<()> {
+        let (_, add) = self.statements()?;
+        add.execute(params![device, event_id.as_str(), id, received.as_millisecond()]).map(|_| ())
+    }
+
+    /// The event that was first reported, if it is still kept.
+    fn event(&self, id: i64) -> rusqlite::Result<Option<StoredEvent>> {
+        let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
+        self.transaction.prepare_cached(&select)?.query_row([id], stored_event).optional()
+    }
 }
 
 /// The statements on `device_jobs`, looked up once per batch.
