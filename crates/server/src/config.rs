@@ -75,6 +75,15 @@ pub struct ServeArgs {
     /// How far ahead of the server's clock an event may be dated
     #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
     max_clock_skew_seconds: u32,
+    /// How long a device may send an event again, under the same event_id, without it being stored twice
+    #[arg(
+        long,
+        env = "EVENT_ID_RETENTION_DAYS",
+        default_value_t = 90,
+        value_name = "DAYS",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    event_id_retention_days: u32,
     /// Not there yet; refused rather than ignored
     #[arg(long, env = "AUTH", hide = true)]
     auth: Option<String>,
@@ -257,6 +266,7 @@ impl ServeArgs {
             target: self.database.target()?,
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,
+            event_id_retention_days: self.event_id_retention_days,
             http: HttpSettings {
                 max_clock_skew_seconds: self.max_clock_skew_seconds,
                 sync_per_minute: self.rate_limit_sync_per_minute,

@@ -219,6 +219,7 @@ mod tests {
             "TRUSTED_PROXIES",
             "CORS_ORIGINS",
             "MAX_CLOCK_SKEW_SECONDS",
+            "EVENT_ID_RETENTION_DAYS",
             "MIGRATIONS_DIR",
             "AUTO_MIGRATE",
         ] {

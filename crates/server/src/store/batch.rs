@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use pisync_core::{
-    DeviceId, EventId, JobFigures, JobName, Mbps, SyncDuration, SyncEvent, Timestamp,
+    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
 };
 
 use super::StoredEvent;
@@ -129,7 +129,7 @@ impl Batch {
             job: event.job.as_ref().map(ToString::to_string),
             duration: event.duration.map(SyncDuration::milliseconds),
             bytes_synced: event.bytes_synced.map(u64::cast_signed),
-            metadata: event.metadata.as_ref().map(|metadata| metadata.to_raw_value()),
+            metadata: event.metadata.as_ref().map(Metadata::to_raw_value),
             created_at: self.received,
             updated_at: self.received,
         }

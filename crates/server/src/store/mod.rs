@@ -73,6 +73,9 @@ pub trait Store: Send + Sync {
     /// it is unknown.
     async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError>;
 
+    /// Forgets some thousand event ids received before `before`; tells whether there may be more.
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError>;
+
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;
 

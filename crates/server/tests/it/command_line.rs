@@ -361,7 +361,7 @@ async fn an_inner_error_is_in_the_log_alone(installed: &Installed) {
 }
 
 /// Every variable that a server reads, but for the Node service's names and those without effect yet.
-const VARIABLES: [&str; 19] = [
+const VARIABLES: [&str; 20] = [
     "PORT",
     "HOST",
     "APP_ENV",
@@ -379,6 +379,7 @@ const VARIABLES: [&str; 19] = [
     "TRUSTED_PROXIES",
     "CORS_ORIGINS",
     "MAX_CLOCK_SKEW_SECONDS",
+    "EVENT_ID_RETENTION_DAYS",
     "MIGRATIONS_DIR",
     "AUTO_MIGRATE",
 ];

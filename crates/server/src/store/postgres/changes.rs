@@ -1,10 +1,13 @@
 //! What people change about devices.
 
 use deadpool_postgres::Object;
-use pisync_core::DeviceId;
+use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
 use crate::store::DeviceChange;
+
+/// Event ids that are forgotten in one statement.
+const FORGOTTEN_AT_ONCE: i64 = 5_000;
 
 /// How often a deletion that met a deadlock is tried again.
 const RETRIES: u32 = 5;
@@ -34,6 +37,23 @@ pub(super) async fn update_device(
         )
         .await?;
     Ok(changed > 0)
+}
+
+pub(super) async fn forget_event_ids(
+    connection: &Object,
+    before: Timestamp,
+) -> Result<bool, Error> {
+    // Old ones lie together, and the BRIN index knows where.
+    const FORGET: &str = "
+        delete from event_keys
+         where ctid = any (array(
+                   select ctid from event_keys where created_at < $1 limit $2 for update skip locked
+               ))
+    ";
+    let statement = connection.prepare_cached(FORGET).await?;
+    let forgotten =
+        connection.execute(&statement, &[&before.to_jiff(), &FORGOTTEN_AT_ONCE]).await?;
+    Ok(forgotten == FORGOTTEN_AT_ONCE.cast_unsigned())
 }
 
 pub(super) async fn delete_device(

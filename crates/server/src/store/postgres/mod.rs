@@ -119,6 +119,10 @@ impl Store for PostgresStore {
         self.call(async |connection| changes::delete_device(connection, device_id).await).await
     }
 
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
+        self.call(async |connection| changes::forget_event_ids(connection, before).await).await
+    }
+
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
         let mut connection = self.connection().await?;
         partitions::ensure_ahead(&mut connection, now).await

@@ -90,8 +90,7 @@ const INSERT_EVENTS: &str = "
            )
 ";
 
-/// Recounts the jobs that the upsert, in the same transaction, has marked with -1. The rule is that of
-/// [`pisync_core::StreakCount::Recount`].
+/// The rule is that of [`pisync_core::StreakCount::Recount`].
 const RECOUNT_STREAKS: &str = "
     update device_jobs stored
        set consecutive_failures = (
@@ -103,9 +102,7 @@ const RECOUNT_STREAKS: &str = "
                   and event.timestamp > coalesce(stored.last_success, '-infinity')
            )
       from unnest($1::text[], $2::text[]) as batch (device_id, job)
-     where stored.device_id = batch.device_id
-       and stored.job = batch.job
-       and stored.consecutive_failures < 0
+     where stored.device_id = batch.device_id and stored.job = batch.job
     returning stored.device_id, stored.job, stored.consecutive_failures
 ";
 
@@ -267,18 +264,26 @@ impl<'a> JobColumns<'a> {
         ];
         client.query(&statements.upsert_jobs, &parameters).await
     }
+}
 
-    /// Recounts the streaks that the upsert could not tell; answers those jobs.
-    pub(super) async fn recount(
-        &self,
-        client: &Client,
-        statements: &Statements,
-    ) -> Result<Vec<Row>, Error> {
-        if self.device_ids.is_empty() {
-            return Ok(Vec::new());
+/// Recounts the streaks that the upsert could not tell, given its answer; answers those jobs.
+pub(super) async fn recount(
+    client: &Client,
+    statements: &Statements,
+    failing: &[Row],
+) -> Result<Vec<Row>, Error> {
+    let mut device_ids: Vec<&str> = Vec::new();
+    let mut jobs: Vec<&str> = Vec::new();
+    for row in failing {
+        if row.try_get::<_, i64>(2)? < 0 {
+            device_ids.push(row.try_get(0)?);
+            jobs.push(row.try_get(1)?);
         }
-        client.query(&statements.recount_streaks, &[&self.device_ids, &self.jobs]).await
     }
+    if device_ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    client.query(&statements.recount_streaks, &[&device_ids, &jobs]).await
 }
 
 /// The events of a batch in the order in which rows are touched, a vector per column.

@@ -1,4 +1,4 @@
-//! Ingest's own connection: a batch is one transaction, sent in one go, commit included.
+//! Ingest's own connection: a batch is one transaction of two round trips.
 //!
 //! The order of statements is what makes streaks exact with several nodes. The upsert of `device_jobs`
 //! locks the rows; a streak that must be recounted is recounted in a later statement, whose snapshot
@@ -22,7 +22,7 @@ use tokio_postgres::{Error, Row, error::SqlState};
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
     partitions,
-    statements::{EventColumns, JobColumns, KeptEvents, KeyColumns, Statements},
+    statements::{EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount},
 };
 use crate::store::{
     Batch, Duplicate, EventWriter, FailureStreak, StoreError, Written, batch::JobShare,
@@ -138,8 +138,7 @@ impl PostgresEventWriter {
         }
     }
 
-    /// Sends the whole transaction without waiting for an answer. When a statement fails, the commit
-    /// behind it rolls back.
+    /// Sends everything but the commit without waiting for an answer.
     async fn write_in_one_go(&mut self, batch: &Batch, ids: &[i64]) -> Result<Written, Error> {
         let Some(Session { connection, statements }) = &self.session else {
             return Ok(Written::default());
@@ -160,33 +159,33 @@ impl PostgresEventWriter {
             }
         };
 
-        self.committing = true;
-        // Polled in this order, so sent in this order.
-        let ((begun, new_devices, keyed, failing, inserted), (recounted, taken, committed)) =
-            future::join(
-                future::join5(
-                    client.batch_execute("begin"),
-                    statements.upsert_devices(client, &unseen, received),
-                    keys.insert(client, statements, received),
-                    jobs.upsert(client, statements, received),
-                    events.insert(client, statements, received),
-                ),
-                future::join3(
-                    jobs.recount(client, statements),
-                    take_ids,
-                    client.batch_execute("commit"),
-                ),
-            )
-            .await;
+        self.open = true;
+        // Polled in this order, so sent in this order, without waiting for each other's answers.
+        let ((begun, new_devices, keyed, failing, inserted), taken) = future::join(
+            future::join5(
+                client.batch_execute("begin"),
+                statements.upsert_devices(client, &unseen, received),
+                keys.insert(client, statements, received),
+                jobs.upsert(client, statements, received),
+                events.insert(client, statements, received),
+            ),
+            take_ids,
+        )
+        .await;
         begun?;
         let new_devices = new_devices?;
         keyed?;
         let failing = failing?;
         inserted?;
-        let recounted = recounted?;
         let taken = taken?;
+        self.committing = true;
+        let (recounted, committed) =
+            future::join(recount(client, statements, &failing), client.batch_execute("commit"))
+                .await;
+        // The recount first: when it fails, the commit behind it has rolled back.
+        let recounted = recounted?;
         committed?;
-        self.committing = false;
+        (self.open, self.committing) = (false, false);
 
         let streaks = streaks(&shares, &failing, &recounted)?;
         let seen = owned(&shares, &unseen);
@@ -227,11 +226,10 @@ impl PostgresEventWriter {
         let jobs = JobColumns::new(&shares);
         let failing = jobs.upsert(client, statements, received).await?;
         EventColumns::new(batch, &order, ids).insert(client, statements, received).await?;
-        let recounted = jobs.recount(client, statements).await?;
+        let recounted = recount(client, statements, &failing).await?;
         self.committing = true;
         client.batch_execute("commit").await?;
-        self.committing = false;
-        self.open = false;
+        (self.open, self.committing) = (false, false);
 
         written.new_devices = new_devices;
         written.streaks = streaks(&shares, &failing, &recounted)?;

@@ -97,6 +97,10 @@ impl Store for SqliteStore {
         self.writer.call(move |connection| connection.delete_device(&device_id)).await
     }
 
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
+        self.writer.call(move |connection| connection.forget_event_ids(before)).await
+    }
+
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
         self.writer.call(writer::WriteConnection::optimize).await
     }

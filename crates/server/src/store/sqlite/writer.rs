@@ -24,6 +24,9 @@ const WAITING_CALLS: usize = 64;
 /// Devices whose numbers are remembered, some 10 MiB of them. Beyond, all are forgotten and read again.
 const REMEMBERED_DEVICES: usize = 100_000;
 
+/// Event ids that are forgotten in one transaction, some 10 ms of work.
+const FORGOTTEN_AT_ONCE: u16 = 1_000;
+
 type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 
 /// A handle on the thread, which ends when the last handle is gone.
@@ -195,6 +198,22 @@ impl WriteConnection {
         transaction.commit()?;
         self.devices.remove(device_id);
         Ok(Some(u64::try_from(events).unwrap_or(u64::MAX)))
+    }
+
+    pub(super) fn forget_event_ids(&mut self, before: Timestamp) -> rusqlite::Result<bool> {
+        const FORGET: &str = "
+            delete from event_keys
+             where (device, event_id) in (
+                       select device, event_id
+                         from event_keys
+                        where created_at < ?1
+                        order by created_at
+                        limit ?2
+                   )
+        ";
+        let forgotten =
+            self.connection.execute(FORGET, params![before.as_millisecond(), FORGOTTEN_AT_ONCE])?;
+        Ok(forgotten == usize::from(FORGOTTEN_AT_ONCE))
     }
 
     /// Copies the log into the file and empties it.

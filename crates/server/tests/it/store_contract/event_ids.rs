@@ -18,6 +18,7 @@ both_stores!(
     ids_are_the_devices_own,
     what_is_no_longer_kept,
     a_deleted_device_starts_anew,
+    old_ids_are_forgotten,
     copies_that_arrive_at_the_same_moment,
 );
 
@@ -129,6 +130,22 @@ async fn a_deleted_device_starts_anew(fixture: &TestStore) {
     assert_eq!(positions, [1]);
     assert_eq!(written.new_devices, [device_id("pi")]);
     assert_eq!(total_syncs(fixture, "pi").await, 1);
+}
+
+async fn old_ids_are_forgotten(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let event = |id: usize| called(&id.to_string(), success("pi", at(0)));
+    write_at(&mut *writer, at(-100), (0..6_000).map(event).collect()).await;
+    write_at(&mut *writer, at(-50), vec![event(6_000)]).await;
+    let mut steps = 1;
+    while fixture.store.forget_event_ids(at(-50)).await.unwrap() {
+        steps += 1;
+    }
+    assert!(steps > 1, "all at once");
+    let written = write(&mut *writer, vec![event(0), event(5_999), event(6_000)]).await;
+    let positions: Vec<_> = written.duplicates.iter().map(|one| one.position).collect();
+    assert_eq!(positions, [2]);
+    assert_eq!(total_syncs(fixture, "pi").await, 6_003);
 }
 
 /// Through several writers, as several servers have them on PostgreSQL; those of one SQLite file take
