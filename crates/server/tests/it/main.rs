@@ -23,3 +23,4 @@ mod stats;
 mod store_contract;
 mod sync_event;
 mod sync_history;
+mod verify;

@@ -5,5 +5,5 @@ mod devices;
 mod faults;
 mod figures;
 mod history;
-mod nodes;
+pub(crate) mod nodes;
 mod streaks;
