@@ -4,6 +4,7 @@ mod db;
 mod migrate;
 mod openapi;
 mod serve;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -40,6 +41,8 @@ enum Command {
     Migrate(migrate::MigrateCommand),
     /// Prepare a database
     Db(db::DbCommand),
+    /// Recount all figures from the raw events and report what differs
+    Verify(verify::VerifyCommand),
     /// Print the API's OpenAPI document
     Openapi,
 }
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
             Some(Command::Serve(arguments)) => serve::run(&arguments, &env_file).await,
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
+            Some(Command::Verify(command)) => verify::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.
             None => Err("no command".to_owned()),

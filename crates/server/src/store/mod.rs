@@ -7,6 +7,7 @@ pub mod migrations;
 mod postgres;
 mod sqlite;
 mod target;
+mod verify;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use serde_json::value::RawValue;
 
 pub use batch::{Batch, Duplicate, FailureStreak, Written};
 pub use target::{PostgresTarget, SslMode, Target};
+pub use verify::{FigureDifference, JobDifference, Verified};
 
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +77,11 @@ pub trait Store: Send + Sync {
 
     /// Forgets some thousand event ids received before `before`; tells whether there may be more.
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError>;
+
+    /// Recounts the figures of one page of devices, those after the device `after`, from their raw events,
+    /// as of one moment. With `repair` it then writes what the events add up to, each device in a short
+    /// transaction of its own; the answer still tells what was found. Safe beside running servers.
+    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError>;
 
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;

@@ -14,9 +14,9 @@ use crate::{
         events::at,
         http::{column, event, failure, send, success, try_send, with},
         postgres::{PostgresServer, connect},
-        program::Program,
+        program::{Installed, Program, url},
         server::unused_address,
-        store::{Fixture, TestDatabase},
+        store::TestDatabase,
     },
 };
 
@@ -33,44 +33,6 @@ both_stores!(
 
 /// The migration that is part of the program.
 const EMBEDDED: [&str; 2] = ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups"];
-
-/// A program, and a database that it is told of.
-struct Installed {
-    program: Program,
-    database: TestDatabase,
-}
-
-impl Fixture for Installed {
-    async fn prepare(database: TestDatabase) -> Self {
-        let program = Program::new()
-            .with("DATABASE_URL", url(&database.target))
-            .with("PORT", 0)
-            .with("RATE_LIMIT_SYNC_PER_MINUTE", 0)
-            .with("RATE_LIMIT_API_PER_MINUTE", 0);
-        Self { program, database }
-    }
-
-    fn into_database(self) -> TestDatabase {
-        self.database
-    }
-}
-
-impl Installed {
-    fn is_postgres(&self) -> bool {
-        matches!(self.database.target, Target::Postgres(_))
-    }
-}
-
-fn url(target: &Target) -> String {
-    match target {
-        Target::Sqlite(path) => format!("sqlite:{}", path.display()),
-        Target::Postgres(target) => {
-            let config = &target.config;
-            let (port, name) = (config.get_ports()[0], config.get_dbname().unwrap());
-            format!("postgres://{}@127.0.0.1:{port}/{name}", config.get_user().unwrap())
-        }
-    }
-}
 
 /// What `migrate status` says of each migration, by name.
 fn status(program: &Program) -> Vec<(String, String)> {

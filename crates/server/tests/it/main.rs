@@ -24,3 +24,4 @@ mod store_contract;
 mod sync_event;
 mod sync_events;
 mod sync_history;
+mod verify;

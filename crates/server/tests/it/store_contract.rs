@@ -6,5 +6,5 @@ mod event_ids;
 mod faults;
 mod figures;
 mod history;
-mod nodes;
+pub(crate) mod nodes;
 mod streaks;

@@ -98,7 +98,7 @@ impl EventWriter for SqliteEventWriter {
 
 /// The connection, with what it remembers between transactions.
 pub(super) struct WriteConnection {
-    connection: Connection,
+    pub(super) connection: Connection,
     /// The numbers of devices, as far as committed.
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
@@ -331,7 +331,7 @@ impl<'a> EventKeys<'a> {
 }
 
 /// The statements on `device_jobs`, looked up once per batch.
-struct JobStatements<'a> {
+pub(super) struct JobStatements<'a> {
     select: CachedStatement<'a>,
     insert: CachedStatement<'a>,
     update: CachedStatement<'a>,
@@ -339,7 +339,7 @@ struct JobStatements<'a> {
 }
 
 impl<'a> JobStatements<'a> {
-    fn prepare(transaction: &'a Transaction<'_>) -> rusqlite::Result<Self> {
+    pub(super) fn prepare(transaction: &'a Transaction<'_>) -> rusqlite::Result<Self> {
         const SELECT: &str = "
             select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
                    first_sync, last_sync, last_success, last_failure, consecutive_failures,
@@ -376,7 +376,12 @@ impl<'a> JobStatements<'a> {
     }
 
     /// Adds `new` to what is stored of a job, whose events are already inserted, and returns the sum.
-    fn add(&mut self, device: i64, job: &str, new: &JobFigures) -> rusqlite::Result<JobFigures> {
+    pub(super) fn add(
+        &mut self,
+        device: i64,
+        job: &str,
+        new: &JobFigures,
+    ) -> rusqlite::Result<JobFigures> {
         let stored = self.select.query_row(params![device, job], job_figures).optional()?;
         let (figures, write) = match stored {
             None => (*new, &mut self.insert),
@@ -410,7 +415,7 @@ impl<'a> JobStatements<'a> {
     }
 }
 
-fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
+pub(super) fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
     Ok(JobFigures {
         total_syncs: row.get(0)?,
         failed_syncs: row.get(1)?,

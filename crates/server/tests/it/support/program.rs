@@ -11,10 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pisync::store::Target;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::http::Client;
+use super::{
+    http::Client,
+    store::{Fixture, TestDatabase},
+};
 
 /// No command may take longer, however loaded the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -228,5 +232,44 @@ impl Ended {
         assert_eq!(self.code(), 1, "{self:?}");
         assert_eq!(self.stderr.lines().count(), 1, "{self:?}");
         self.stderr.trim_end().strip_prefix("pisync: ").expect("the program's name")
+    }
+}
+
+/// A program, and a database that it is told of.
+pub(crate) struct Installed {
+    pub(crate) program: Program,
+    pub(crate) database: TestDatabase,
+}
+
+impl Fixture for Installed {
+    async fn prepare(database: TestDatabase) -> Self {
+        let program = Program::new()
+            .with("DATABASE_URL", url(&database.target))
+            .with("PORT", 0)
+            .with("RATE_LIMIT_SYNC_PER_MINUTE", 0)
+            .with("RATE_LIMIT_API_PER_MINUTE", 0);
+        Self { program, database }
+    }
+
+    fn into_database(self) -> TestDatabase {
+        self.database
+    }
+}
+
+impl Installed {
+    pub(crate) fn is_postgres(&self) -> bool {
+        matches!(self.database.target, Target::Postgres(_))
+    }
+}
+
+/// The database as `DATABASE_URL` names it.
+pub(crate) fn url(target: &Target) -> String {
+    match target {
+        Target::Sqlite(path) => format!("sqlite:{}", path.display()),
+        Target::Postgres(target) => {
+            let config = &target.config;
+            let (port, name) = (config.get_ports()[0], config.get_dbname().unwrap());
+            format!("postgres://{}@127.0.0.1:{port}/{name}", config.get_user().unwrap())
+        }
     }
 }

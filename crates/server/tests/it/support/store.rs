@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use pisync::store::{self, EventWriter, Store, Target, migrations::Migrator};
+use pisync::store::{self, EventWriter, JobDifference, Store, Target, migrations::Migrator};
 use tempfile::TempDir;
 
 use super::{
@@ -185,6 +185,27 @@ impl Fixture for TestDatabase {
     fn into_database(self) -> TestDatabase {
         self
     }
+}
+
+/// Recounts all figures and gives those that are not what the events add up to.
+pub(crate) async fn differences(store: &dyn Store, repair: bool) -> Vec<JobDifference> {
+    let (mut found, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.verify(after.as_deref(), repair).await.unwrap();
+        found.extend(page.differences);
+        after = page.next;
+        if after.is_none() {
+            return found;
+        }
+    }
+}
+
+/// All figures must be what the events add up to.
+#[track_caller]
+pub(crate) fn assert_right(differences: &[JobDifference]) {
+    let figures: Vec<_> =
+        differences.iter().map(|job| (&job.device_id, &job.job, job.figures())).collect();
+    assert!(figures.is_empty(), "{figures:#?}");
 }
 
 /// An open store in a database with the current schema.
