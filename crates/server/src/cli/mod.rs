@@ -1,6 +1,7 @@
 //! The command line: what was typed, and one file per command.
 
 mod db;
+mod key;
 mod migrate;
 mod openapi;
 mod serve;
@@ -29,6 +30,7 @@ Examples:
   DATABASE_URL=postgres://pisync@localhost/pisync pisync db setup
                                            create the PostgreSQL database and its tables
   pisync migrate status                    what is applied and what is pending
+  pisync key create --scope admin          a key that opens everything, shown this once
 
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
@@ -40,6 +42,8 @@ enum Command {
     Migrate(migrate::MigrateCommand),
     /// Prepare a database
     Db(db::DbCommand),
+    /// Make, list and revoke API keys
+    Key(key::KeyCommand),
     /// Print the API's OpenAPI document
     Openapi,
 }
@@ -71,6 +75,7 @@ pub fn main() -> ExitCode {
             Some(Command::Serve(arguments)) => serve::run(&arguments, &env_file).await,
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
+            Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.
             None => Err("no command".to_owned()),
@@ -218,6 +223,7 @@ mod tests {
             "RATE_LIMIT_API_PER_MINUTE",
             "TRUSTED_PROXIES",
             "CORS_ORIGINS",
+            "AUTH",
             "MAX_CLOCK_SKEW_SECONDS",
             "MIGRATIONS_DIR",
             "AUTO_MIGRATE",

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    SharedState,
+    SharedState, auth,
     envelope::Success,
     error::{AnyTime, ApiError, WithBody},
     extract::json_body,
@@ -107,6 +107,7 @@ pub(super) struct CreatedSyncEvent {
     post,
     path = "/api/sync-event",
     tag = "Sync events",
+    security(("key" = ["ingest"])),
     request_body = NewSyncEvent,
     responses(
         (status = 201, description = "Stored.", body = Success<CreatedSyncEvent>),
@@ -118,12 +119,16 @@ async fn create_sync_event(
     State(state): State<SharedState>,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let key = auth::key_of(&request);
     let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
     let latest = state.clock.now().saturating_add_milliseconds(state.max_clock_skew);
     let event = SyncEvent::from_json(&body, latest).map_err(|error| match error {
         ParseError::Malformed(where_) => ApiError::Malformed(where_),
         ParseError::Invalid(violations) => ApiError::Validation(violations),
     })?;
+    if let Some(key) = key {
+        auth::check_report(&state, &key, &event.device_id).await?;
+    }
     let receipt = state.ingest.submit(event.clone()).await?;
     let created = CreatedSyncEvent {
         id: receipt.id,

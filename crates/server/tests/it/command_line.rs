@@ -31,8 +31,18 @@ both_stores!(
     an_inner_error_is_in_the_log_alone,
 );
 
-/// The migration that is part of the program.
-const EMBEDDED: &str = "2026-11-22-01-sync-events";
+/// The migrations that are part of the program.
+const EMBEDDED: [&str; 2] = ["2026-11-22-01-sync-events", "2026-11-22-03-keys"];
+
+/// A line for each of them, in this order.
+fn each<'a>(names: impl IntoIterator<Item = &'a str>, before: &str) -> String {
+    names.into_iter().map(|name| format!("{before}{name}\n")).collect()
+}
+
+/// Their names, each with this state.
+fn all(state: &str) -> Vec<(String, String)> {
+    EMBEDDED.iter().map(|name| pair(name, state)).collect()
+}
 
 /// A program, and a database that it is told of.
 struct Installed {
@@ -61,7 +71,7 @@ impl Installed {
     }
 }
 
-fn url(target: &Target) -> String {
+pub(crate) fn url(target: &Target) -> String {
     match target {
         Target::Sqlite(path) => format!("sqlite:{}", path.display()),
         Target::Postgres(target) => {
@@ -91,28 +101,29 @@ fn pair(name: &str, state: &str) -> (String, String) {
 
 async fn migrations_forth_and_back(installed: &Installed) {
     let Installed { program, database } = installed;
-    assert_eq!(status(program), [pair(EMBEDDED, "pending")]);
+    assert_eq!(status(program), all("pending"));
     let up = program.run(&["migrate", "up"]);
-    assert_eq!(up.success(), format!("applied   {EMBEDDED}\n"));
-    assert_eq!(status(program), [pair(EMBEDDED, "applied")]);
+    assert_eq!(up.success(), each(EMBEDDED, "applied   "));
+    assert_eq!(status(program), all("applied"));
     let again = program.run(&["migrate", "up"]);
     assert_eq!(again.success(), "nothing to do: every migration is applied\n");
 
     let tables = database.tables().await;
     assert!(tables.contains(&"sync_events".to_owned()));
-    for arguments in [&["migrate", "down"][..], &["migrate", "down", "7"], &["migrate", "rollback"]]
+    for arguments in
+        [&["migrate", "down", "2"][..], &["migrate", "down", "7"], &["migrate", "rollback"]]
     {
         let refused = program.run(arguments);
         assert_eq!(refused.code(), 1);
-        let expected = format!("  {EMBEDDED}: every device and every sync event\n");
+        let expected = format!("  {}: every device and every sync event\n", EMBEDDED[0]);
         assert!(refused.stderr.contains(&expected), "{refused:?}");
         assert!(refused.stderr.ends_with("nothing was done; go on with --yes\n"), "{refused:?}");
         assert_eq!(database.tables().await, tables);
     }
-    let down = program.run(&["migrate", "down", "--yes"]);
-    assert_eq!(down.success(), format!("taken back {EMBEDDED}\n"));
+    let down = program.run(&["migrate", "down", "2", "--yes"]);
+    assert_eq!(down.success(), each(EMBEDDED.into_iter().rev(), "taken back "));
     assert!(!database.tables().await.contains(&"sync_events".to_owned()));
-    assert_eq!(status(program), [pair(EMBEDDED, "pending")]);
+    assert_eq!(status(program), all("pending"));
     let nothing = program.run(&["migrate", "down"]);
     assert_eq!(nothing.success(), "nothing to do: no migration is applied\n");
     program.run(&["migrate", "up"]).success();
@@ -132,22 +143,23 @@ async fn a_rollback_takes_back_what_the_last_up_applied(installed: &Installed) {
             .unwrap();
         std::fs::write(program.path(files[1]), format!("drop table {table}")).unwrap();
     }
-    let names: Vec<_> = status(program).into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names.len(), 3);
+    let mut names: Vec<_> = status(program).into_iter().map(|(name, _)| name).collect();
+    let names = names.split_off(EMBEDDED.len());
+    assert_eq!(names.len(), 2);
     assert!(
-        names[1].ends_with("-01-add-sites") && names[2].ends_with("-02-add-rooms"),
+        names[0].ends_with("-01-add-sites") && names[1].ends_with("-02-add-rooms"),
         "{names:?}"
     );
 
     let up = program.run(&["migrate", "up"]);
-    assert_eq!(up.success(), format!("applied   {}\napplied   {}\n", names[1], names[2]));
+    assert_eq!(up.success(), format!("applied   {}\napplied   {}\n", names[0], names[1]));
     assert!(database.tables().await.contains(&"sites".to_owned()));
     // Their files say nothing of losses.
     let rollback = program.run(&["migrate", "rollback"]);
-    assert_eq!(rollback.success(), format!("taken back {}\ntaken back {}\n", names[2], names[1]));
+    assert_eq!(rollback.success(), format!("taken back {}\ntaken back {}\n", names[1], names[0]));
     assert_eq!(
         status(program),
-        [pair(EMBEDDED, "applied"), pair(&names[1], "pending"), pair(&names[2], "pending")]
+        [all("applied"), vec![pair(&names[0], "pending"), pair(&names[1], "pending")]].concat()
     );
     assert!(!database.tables().await.contains(&"sites".to_owned()));
 
@@ -157,11 +169,11 @@ async fn a_rollback_takes_back_what_the_last_up_applied(installed: &Installed) {
     }
     assert_eq!(program.names_in("migrations").len(), 4);
     // A statement that is wrong is told with the name of its migration, and leaves nothing behind.
-    let broken = format!("{}.up.sql", names[2]);
+    let broken = format!("{}.up.sql", names[1]);
     std::fs::write(program.path("migrations").join(broken), "create table rooms (id nonsense(")
         .unwrap();
     let failure = program.run(&["migrate", "up"]);
-    let problem = format!("migration {} failed and was undone: ", names[2]);
+    let problem = format!("migration {} failed and was undone: ", names[1]);
     assert!(failure.failure().starts_with(&problem), "{failure:?}");
     assert!(!database.tables().await.contains(&"rooms".to_owned()));
 }
@@ -170,7 +182,7 @@ async fn database_setup(installed: &Installed) {
     let Installed { program, database } = installed;
     let ready = format!("{} is ready\n", database.target);
     let first = program.run(&["db", "setup"]);
-    assert_eq!(first.success(), format!("applied   {EMBEDDED}\n{ready}"));
+    assert_eq!(first.success(), each(EMBEDDED, "applied   ") + &ready);
     let second = program.run(&["db", "setup"]);
     assert_eq!(second.success(), ready);
     let serving = program.serve(&[]);
@@ -182,7 +194,8 @@ async fn pending_migrations_at_the_start(installed: &Installed) {
     let Installed { program, database } = installed;
     if installed.is_postgres() {
         let refused = program.run(&["serve", "--auto-migrate", "false"]);
-        let expected = format!("pending migrations: {EMBEDDED}; run `pisync migrate up`");
+        let expected =
+            format!("pending migrations: {}; run `pisync migrate up`", EMBEDDED.join(", "));
         assert!(refused.failure().starts_with(&expected), "{refused:?}");
         assert!(database.tables().await.is_empty());
         program.run(&["migrate", "up"]).success();
@@ -346,7 +359,8 @@ async fn an_inner_error_is_in_the_log_alone(installed: &Installed) {
 }
 
 /// Every variable that a server reads, but for the Node service's names and those without effect yet.
-const VARIABLES: [&str; 19] = [
+const VARIABLES: [&str; 20] = [
+    "AUTH",
     "PORT",
     "HOST",
     "APP_ENV",
@@ -427,7 +441,6 @@ fn wrong_settings_are_told_in_one_line() {
         ),
         ("DATABASE_URL", "sqlite:", "DATABASE_URL: sqlite: needs a path"),
         ("DB_PORT", "five", "DB_PORT: \"five\" is no port"),
-        ("AUTH", "required", "AUTH=required: this version has no keys yet"),
         ("AUTH", "maybe", "AUTH=maybe: expected auto, off or required"),
         ("HOST", "no such host", "cannot listen on no such host:"),
         ("LOG_DIR", "file/logs", "cannot write file/logs/combined.log: "),
@@ -529,7 +542,7 @@ fn two_servers_cannot_share_a_sqlite_file() {
         assert!(refused.failure().starts_with(expected), "{arguments:?}: {refused:?}");
     }
     // Looking does no harm.
-    assert_eq!(status(&program), [pair(EMBEDDED, "applied")]);
+    assert_eq!(status(&program), all("applied"));
     first.stop();
     program.serve(&[]).stop();
     // Nor does a server that was killed leave the file locked.
@@ -600,7 +613,8 @@ async fn setup_creates_a_missing_database() {
     assert!(refused.failure().contains("\"made_by_setup\" does not exist"), "{refused:?}");
     assert!(refused.failure().contains("pisync db setup"), "{refused:?}");
     let setup = program.run(&["db", "setup"]);
-    let expected = format!("created {database}\napplied   {EMBEDDED}\n{database} is ready\n");
+    let expected =
+        format!("created {database}\n{}{database} is ready\n", each(EMBEDDED, "applied   "));
     assert_eq!(setup.success(), expected);
     let again = program.run(&["db", "setup"]);
     assert_eq!(again.success(), format!("{database} is ready\n"));

@@ -33,7 +33,21 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 1] = ["2026-11-22-01-sync-events"];
+const EMBEDDED: [&str; 2] = ["2026-11-22-01-sync-events", "2026-11-22-03-keys"];
+
+/// All of them in this state, then `others`.
+fn embedded_and<'a>(
+    state: &'static str,
+    others: &[(&'a str, &'static str)],
+) -> Vec<(&'a str, &'static str)> {
+    let embedded: Vec<_> = EMBEDDED.iter().map(|name| (*name, state)).collect();
+    [&embedded, others].concat()
+}
+
+/// Latest first, as they are taken back.
+fn embedded_backwards() -> Vec<&'static str> {
+    EMBEDDED.into_iter().rev().collect()
+}
 
 fn no_folder() -> &'static Path {
     Path::new("/nonexistent")
@@ -107,7 +121,7 @@ async fn up_fill_down_to_nothing_and_up_again(database: &TestDatabase) {
 
         let all = migrator.last(usize::MAX).await.unwrap();
         assert!(all.iter().all(|migration| migration.losses().count() > 0));
-        assert_eq!(migrator.down(&all).await.unwrap(), EMBEDDED);
+        assert_eq!(migrator.down(&all).await.unwrap(), embedded_backwards());
         assert_eq!(database.tables().await, ["pisync_migrations"]);
         assert_eq!(migrator.check().await.unwrap(), EMBEDDED);
         // There is nothing more to take back.
@@ -133,18 +147,19 @@ async fn status_lists_what_is_applied_then_what_is_pending(database: &TestDataba
     let folder = folder(&[RACKS, SITES]);
     let mut without = database.migrator(no_folder()).await;
     let mut with = database.migrator(folder.path()).await;
-    let pending = [(EMBEDDED[0], "pending"), (SITES.0, "pending"), (RACKS.0, "pending")];
+    let pending = embedded_and("pending", &[(SITES.0, "pending"), (RACKS.0, "pending")]);
     assert_eq!(status(&mut with).await, described(&pending));
     assert_eq!(database.tables().await, [""; 0], "status has changed something");
 
     without.up(now()).await.unwrap();
-    let partly = [(EMBEDDED[0], "applied"), (SITES.0, "pending"), (RACKS.0, "pending")];
+    let partly = embedded_and("applied", &[(SITES.0, "pending"), (RACKS.0, "pending")]);
     assert_eq!(status(&mut with).await, described(&partly));
     with.up(at(5)).await.unwrap();
     let found = with.status().await.unwrap();
     let found: Vec<_> = found.iter().map(|one| (one.source, one.applied_at)).collect();
     let user = (Source::User, Some(at(5)));
-    assert_eq!(found, [(Source::Embedded, Some(now())), user, user]);
+    let embedded = EMBEDDED.map(|_| (Source::Embedded, Some(now())));
+    assert_eq!(found, [&embedded[..], &[user, user]].concat());
 }
 
 async fn users_migrations_run_after_the_programs_own(database: &TestDatabase) {
@@ -152,17 +167,18 @@ async fn users_migrations_run_after_the_programs_own(database: &TestDatabase) {
     let folder = folder(&[RACKS, SITES]);
     std::fs::write(folder.path().join("README.md"), "Not a migration.").unwrap();
     let mut migrator = database.migrator(folder.path()).await;
-    let expected = [EMBEDDED[0], SITES.0, RACKS.0];
+    let expected = [&EMBEDDED[..], &[SITES.0, RACKS.0]].concat();
     assert_eq!(migrator.up(now()).await.unwrap(), expected);
     let last = migrator.last_batch().await.unwrap();
-    assert_eq!(names(&last), [RACKS.0, SITES.0, EMBEDDED[0]]);
+    assert_eq!(names(&last), [vec![RACKS.0, SITES.0], embedded_backwards()].concat());
     assert_eq!(names(&migrator.last(2).await.unwrap()), [RACKS.0, SITES.0]);
     assert_eq!(migrator.down(&last[..1]).await.unwrap(), [RACKS.0]);
     let tables = database.tables().await;
     assert!(tables.contains(&"sites".to_owned()) && !tables.contains(&"racks".to_owned()));
-    let partly = [(EMBEDDED[0], "applied"), (SITES.0, "applied"), (RACKS.0, "pending")];
+    let partly = embedded_and("applied", &[(SITES.0, "applied"), (RACKS.0, "pending")]);
     assert_eq!(status(&mut migrator).await, described(&partly));
-    assert_eq!(migrator.down(&last).await.unwrap(), [SITES.0, EMBEDDED[0]]);
+    let rest = [vec![SITES.0], embedded_backwards()].concat();
+    assert_eq!(migrator.down(&last).await.unwrap(), rest);
     assert_eq!(database.tables().await, ["pisync_migrations"]);
 }
 
@@ -178,9 +194,9 @@ async fn each_up_is_a_batch_of_its_own(database: &TestDatabase) {
     std::fs::write(folder.path().join(format!("{name}.down.sql")), down).unwrap();
     let mut migrator = database.migrator(folder.path()).await;
     assert_eq!(migrator.up(now()).await.unwrap(), [SITES.0]);
-    for expected in [SITES.0, RACKS.0, EMBEDDED[0]] {
+    for expected in [vec![SITES.0], vec![RACKS.0], embedded_backwards()] {
         let last = migrator.last_batch().await.unwrap();
-        assert_eq!(names(&last), [expected]);
+        assert_eq!(names(&last), expected);
         migrator.down(&last).await.unwrap();
     }
     assert_eq!(names(&migrator.last_batch().await.unwrap()), [""; 0]);
@@ -199,7 +215,7 @@ async fn an_edited_migration_is_noticed(database: &TestDatabase) {
         assert!(edited(migrator.last(1).await.unwrap_err()));
         assert!(edited(migrator.last_batch().await.unwrap_err()));
         let described =
-            described(&[(EMBEDDED[0], "applied"), (name, "edited since"), (RACKS.0, "pending")]);
+            described(&embedded_and("applied", &[(name, "edited since"), (RACKS.0, "pending")]));
         assert_eq!(status(&mut migrator).await, described);
     }
     assert_eq!(database.migrator(before.path()).await.check().await.unwrap(), [""; 0]);
@@ -210,7 +226,7 @@ async fn missing_files_are_noticed_when_they_are_needed(database: &TestDatabase)
     database.migrator(before.path()).await.up(now()).await.unwrap();
     let after = folder(&[RACKS]);
     let mut migrator = database.migrator(after.path()).await;
-    let expected = [(EMBEDDED[0], "applied"), (SITES.0, "files missing"), (RACKS.0, "applied")];
+    let expected = embedded_and("applied", &[(SITES.0, "files missing"), (RACKS.0, "applied")]);
     assert_eq!(status(&mut migrator).await, described(&expected));
     // A server starts all the same: what was applied is there.
     assert_eq!(migrator.check().await.unwrap(), [""; 0]);
@@ -237,7 +253,7 @@ async fn a_failing_migration_leaves_nothing_behind(database: &TestDatabase) {
         assert!(matches!(&error, MigrationError::Run { name, .. } if name == broken), "{error:?}");
         let tables = database.tables().await;
         assert!(tables.contains(&"sites".to_owned()) && !tables.contains(&"racks".to_owned()));
-        let expected = [(EMBEDDED[0], "applied"), (SITES.0, "applied"), (broken, "pending")];
+        let expected = embedded_and("applied", &[(SITES.0, "applied"), (broken, "pending")]);
         assert_eq!(status(&mut migrator).await, described(&expected));
     }
     // Once mended it runs.
@@ -255,7 +271,7 @@ async fn a_failing_rollback_leaves_everything(database: &TestDatabase) {
     let error = migrator.down(&all).await.unwrap_err();
     assert!(matches!(&error, MigrationError::Run { name: of, .. } if of == name), "{error:?}");
     assert_eq!(database.tables().await, tables);
-    let expected = [(EMBEDDED[0], "applied"), (name, "applied")];
+    let expected = embedded_and("applied", &[(name, "applied")]);
     assert_eq!(status(&mut migrator).await, described(&expected));
 }
 
@@ -276,7 +292,7 @@ async fn a_newer_database_is_left_alone(database: &TestDatabase) {
     assert!(is_newer(migrator.up(now()).await.unwrap_err()));
     assert!(is_newer(migrator.last(1).await.unwrap_err()));
     let expected =
-        [(EMBEDDED[0], "applied"), (newer, "from a newer version"), (SITES.0, "pending")];
+        embedded_and("applied", &[(newer, "from a newer version"), (SITES.0, "pending")]);
     assert_eq!(status(&mut migrator).await, described(&expected));
     assert!(!database.tables().await.contains(&"sites".to_owned()));
 }
@@ -339,7 +355,7 @@ async fn a_new_pair_of_files_runs(database: &TestDatabase) {
     }
     // Also as they are, before anything is filled in.
     let mut migrator = database.migrator(&folder).await;
-    assert_eq!(migrator.up(now()).await.unwrap().len(), 1 + 2);
+    assert_eq!(migrator.up(now()).await.unwrap().len(), EMBEDDED.len() + 2);
     let last = migrator.last(2).await.unwrap();
     assert_eq!(last[0].losses().collect::<Vec<_>>(), ["nothing"]);
     assert_eq!(
@@ -355,7 +371,8 @@ async fn asking_while_another_server_migrates(database: &TestDatabase) {
     let up = tokio::spawn(async move { migrating.up(now()).await.unwrap() });
     while !up.is_finished() {
         let pending = asking.check().await.unwrap();
-        assert!(pending.is_empty() || pending == EMBEDDED, "{pending:?}");
+        let pending: Vec<_> = pending.iter().map(String::as_str).collect();
+        assert!(EMBEDDED.ends_with(&pending), "{pending:?}");
     }
     assert_eq!(up.await.unwrap(), EMBEDDED);
     assert_eq!(asking.check().await.unwrap(), [""; 0]);
@@ -365,7 +382,7 @@ async fn asking_while_another_server_migrates(database: &TestDatabase) {
 async fn asking_after_a_missing_file_does_not_make_it() {
     let database = TestDatabase::sqlite();
     let mut migrator = database.migrator(no_folder()).await;
-    assert_eq!(status(&mut migrator).await, described(&[(EMBEDDED[0], "pending")]));
+    assert_eq!(status(&mut migrator).await, described(&embedded_and("pending", &[])));
     assert_eq!(migrator.check().await.unwrap(), EMBEDDED);
     assert_eq!(names(&migrator.last(1).await.unwrap()), [""; 0]);
     let file = database.file().unwrap();
@@ -401,10 +418,12 @@ async fn several_servers_migrate_at_once() {
         }
         let mut applied = servers.join_all().await.concat();
         applied.sort();
-        assert_eq!(applied, [SITES.0, RACKS.0, EMBEDDED[0]], "each exactly once");
+        let mut once = [&[SITES.0, RACKS.0], &EMBEDDED[..]].concat();
+        once.sort_unstable();
+        assert_eq!(applied, once, "each exactly once");
         let mut migrator = database.migrator(folder.path()).await;
         // Whoever applied which, they ran in this order.
-        let expected = [(EMBEDDED[0], "applied"), (SITES.0, "applied"), (RACKS.0, "applied")];
+        let expected = embedded_and("applied", &[(SITES.0, "applied"), (RACKS.0, "applied")]);
         assert_eq!(status(&mut migrator).await, described(&expected));
         drop(migrator);
         database.remove().await;

@@ -4,15 +4,17 @@ use deadpool_postgres::Object;
 use pisync_core::DeviceId;
 use tokio_postgres::{Error, error::SqlState};
 
-use crate::store::DeviceChange;
+use super::keys;
+use crate::store::{Actor, DeviceChange, keys::NewAuditEntry};
 
 /// How often a deletion that met a deadlock is tried again.
 const RETRIES: u32 = 5;
 
 pub(super) async fn update_device(
-    connection: &Object,
+    connection: &mut Object,
     device_id: &DeviceId,
     change: &DeviceChange,
+    by: &Actor,
 ) -> Result<bool, Error> {
     const UPDATE_DEVICE: &str = r#"
         update devices
@@ -20,8 +22,9 @@ pub(super) async fn update_device(
                "group" = case when $4 then $5 else "group" end
          where device_id = $1
     "#;
-    let statement = connection.prepare_cached(UPDATE_DEVICE).await?;
-    let changed = connection
+    let transaction = connection.transaction().await?;
+    let statement = transaction.prepare_cached(UPDATE_DEVICE).await?;
+    let changed = transaction
         .execute(
             &statement,
             &[
@@ -33,16 +36,22 @@ pub(super) async fn update_device(
             ],
         )
         .await?;
-    Ok(changed > 0)
+    if changed == 0 {
+        return Ok(false);
+    }
+    keys::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change)).await?;
+    transaction.commit().await?;
+    Ok(true)
 }
 
 pub(super) async fn delete_device(
     connection: &mut Object,
     device_id: &DeviceId,
+    by: &Actor,
 ) -> Result<Option<u64>, Error> {
     let mut attempt = 0;
     loop {
-        match try_delete_device(connection, device_id).await {
+        match try_delete_device(connection, device_id, by).await {
             // Ingest touches rows in another order; one of the two tries again.
             Err(error)
                 if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempt < RETRIES =>
@@ -57,6 +66,7 @@ pub(super) async fn delete_device(
 async fn try_delete_device(
     connection: &mut Object,
     device_id: &DeviceId,
+    by: &Actor,
 ) -> Result<Option<u64>, Error> {
     // The device first: its row lock keeps ingest from adding events meanwhile.
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for update";
@@ -68,6 +78,7 @@ async fn try_delete_device(
     }
     let events = transaction.execute(DELETE_EVENTS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_DEVICE, &[&device_id.as_str()]).await?;
+    keys::record(&transaction, by, &NewAuditEntry::device_deleted(device_id, events)).await?;
     transaction.commit().await?;
     Ok(Some(events))
 }

@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod keys;
 mod migrations;
 mod partitions;
 mod reads;
@@ -22,8 +23,8 @@ use self::{
     writer::PostgresEventWriter,
 };
 use super::{
-    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery, FleetStats,
-    HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
+    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
+    FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
 };
 
 /// How long a sign of life may take.
@@ -109,13 +110,20 @@ impl Store for PostgresStore {
         &self,
         device_id: &DeviceId,
         change: &DeviceChange,
+        by: &Actor,
     ) -> Result<bool, StoreError> {
-        self.call(async |connection| changes::update_device(connection, device_id, change).await)
-            .await
+        self.call(async |connection| {
+            changes::update_device(connection, device_id, change, by).await
+        })
+        .await
     }
 
-    async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError> {
-        self.call(async |connection| changes::delete_device(connection, device_id).await).await
+    async fn delete_device(
+        &self,
+        device_id: &DeviceId,
+        by: &Actor,
+    ) -> Result<Option<u64>, StoreError> {
+        self.call(async |connection| changes::delete_device(connection, device_id, by).await).await
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {

@@ -289,10 +289,10 @@ fn stored_event(row: &Row) -> Result<StoredEvent, Error> {
     })
 }
 
-fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {
+pub(super) fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {
     Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
 }
 
-fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
+pub(super) fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
     row.try_get(column).map(Timestamp::truncate)
 }
