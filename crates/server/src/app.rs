@@ -1,13 +1,14 @@
 //! The one place that wires everything together: store, ingest and HTTP, and their beginning and end.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 use crate::{
     clock::Clock,
-    http::{self, ApiParts, HttpSettings},
+    http::{self, ApiParts, AuthMode, HttpSettings},
     ingest::Ingest,
+    keys::{self, Keyring},
     metrics::Metrics,
     store::{
         self, Store, StoreError, Target,
@@ -61,6 +62,11 @@ pub enum AppError {
     /// The database cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Everybody could reach the server, and nobody has a key.
+    #[error(
+        "listening on {0} needs a key, and there is none yet: make one with `pisync key create --scope admin`, or let everybody in with AUTH=off"
+    )]
+    NoAdminKey(SocketAddr),
     /// A part of the server has died.
     #[error("{0}; the server stops")]
     Died(String),
@@ -84,20 +90,24 @@ pub async fn run(
     store.maintain(clock.now()).await?;
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
-    let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
     let address = listener.local_addr().map_err(|error| died(&error))?;
+    let keyring = Arc::new(Keyring::default());
+    keyring.refresh(&*store).await?;
+    check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
+    let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
     let (ingest, task) = Ingest::new(store.event_writer(), clock.clone(), Arc::clone(&metrics));
     let (stop_ingest, stopped) = oneshot::channel::<()>();
     let mut ingest_task = tokio::spawn(task.run(async {
         let _ = stopped.await;
     }));
-    let mut maintenance = Maintenance(tokio::spawn(maintain(
+    let mut maintenance = Background(tokio::spawn(maintain(
         Arc::clone(&store),
         clock.clone(),
         settings.event_id_retention_days,
     )));
-    let parts =
-        ApiParts { store: Arc::clone(&store), ingest, clock, metrics, port: address.port() };
+    let mut following =
+        Background(tokio::spawn(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
+    let parts = ApiParts { store: Arc::clone(&store), ingest, clock, metrics, keyring, address };
     let router = http::router(parts, &settings.http);
 
     tracing::info!(
@@ -109,6 +119,7 @@ pub async fn run(
         () = http::serve(listener, router, settings.http.timeouts, shutdown) => {}
         ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
         ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
+        ended = &mut following.0 => return Err(ended_early("following keys", ended.map(Ok))),
     }
     drop(stop_ingest);
     match tokio::time::timeout(DRAIN_TIMEOUT, ingest_task).await {
@@ -124,9 +135,9 @@ pub async fn run(
 }
 
 /// A background task, which ends with its owner.
-struct Maintenance(JoinHandle<()>);
+struct Background(JoinHandle<()>);
 
-impl Drop for Maintenance {
+impl Drop for Background {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -141,6 +152,23 @@ fn ended_early(
         Ok(Err(error)) => format!("{what} ended early: {error}"),
         Err(error) => format!("{what} ended early: {error}"),
     })
+}
+
+/// Whether a server may listen at `address`: not before the whole network, with nobody able to get in or
+/// everybody by mistake.
+fn check_keys(auth: AuthMode, address: SocketAddr, has_admin: bool) -> Result<(), AppError> {
+    let is_loopback = address.ip().to_canonical().is_loopback();
+    match auth {
+        AuthMode::Auto if !is_loopback && !has_admin => return Err(AppError::NoAdminKey(address)),
+        AuthMode::Off if !is_loopback => tracing::warn!(
+            "listening beyond this machine with AUTH=off: whoever reaches the server can read and write everything"
+        ),
+        AuthMode::Required if !has_admin => tracing::warn!(
+            "nobody can change anything yet: make a key with `pisync key create --scope admin`"
+        ),
+        AuthMode::Auto | AuthMode::Off | AuthMode::Required => {}
+    }
+    Ok(())
 }
 
 /// Brings the schema up to date, or says why the server cannot start with it.

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::{
     app,
-    http::{HttpSettings, Timeouts},
+    http::{AuthMode, HttpSettings, Timeouts},
     logs::{LogLevel, LogSettings},
     store::{PostgresTarget, SslMode, Target},
 };
@@ -84,9 +84,10 @@ pub struct ServeArgs {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     event_id_retention_days: u32,
-    /// Not there yet; refused rather than ignored
-    #[arg(long, env = "AUTH", hide = true)]
-    auth: Option<String>,
+    /// Whom to ask for a key: auto (everybody, except, when HOST is this machine alone, its own users),
+    /// off (nobody) or required (everybody)
+    #[arg(long, env = "AUTH", default_value = "auto", value_name = "WHEN")]
+    auth: String,
     /// Not there yet
     #[arg(long, env = "RETENTION_DAYS", hide = true)]
     retention_days: Option<String>,
@@ -197,13 +198,6 @@ impl ServeArgs {
         (&self.host, self.port)
     }
 
-    /// Whether only this machine can reach the server.
-    #[must_use]
-    pub fn is_loopback(&self) -> bool {
-        self.host == "localhost"
-            || self.host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
-    }
-
     /// What to log.
     #[must_use]
     pub fn log_settings(&self) -> LogSettings {
@@ -231,15 +225,12 @@ impl ServeArgs {
     /// # Errors
     /// When a setting makes no sense.
     pub fn settings(&self) -> Result<app::Settings, ConfigError> {
-        match given(self.auth.as_ref()) {
-            None | Some("auto" | "off") => {}
-            Some("required") => {
-                return wrong(
-                    "AUTH=required: this version has no keys yet and would serve everybody; put it behind a proxy that asks for one, and unset AUTH",
-                );
-            }
-            Some(other) => return wrong(format!("AUTH={other}: expected auto, off or required")),
-        }
+        let auth = match self.auth.as_str() {
+            "" | "auto" => AuthMode::Auto,
+            "off" => AuthMode::Off,
+            "required" => AuthMode::Required,
+            other => return wrong(format!("AUTH={other}: expected auto, off or required")),
+        };
         let mut trusted_proxies = Vec::new();
         for item in items(self.trusted_proxies.as_ref()) {
             match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
@@ -268,6 +259,7 @@ impl ServeArgs {
             auto_migrate: self.auto_migrate,
             event_id_retention_days: self.event_id_retention_days,
             http: HttpSettings {
+                auth,
                 max_clock_skew_seconds: self.max_clock_skew_seconds,
                 sync_per_minute: self.rate_limit_sync_per_minute,
                 api_per_minute: self.rate_limit_api_per_minute,
@@ -447,7 +439,6 @@ mod tests {
             ["--trusted-proxies", "proxy"],
             ["--cors-origins", "*"],
             ["--cors-origins", "https://fleet.example/"],
-            ["--auth", "required"],
             ["--auth", "maybe"],
         ] {
             assert!(parse(&bad).settings().is_err(), "{bad:?}");

@@ -7,6 +7,8 @@ pub mod clock;
 pub mod config;
 pub mod http;
 pub mod ingest;
+pub mod keys;
 pub mod logs;
 pub mod metrics;
+pub mod random;
 pub mod store;

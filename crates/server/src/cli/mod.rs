@@ -1,6 +1,7 @@
 //! The command line: what was typed, and one file per command.
 
 mod db;
+mod key;
 mod migrate;
 mod openapi;
 mod serve;
@@ -30,6 +31,7 @@ Examples:
   DATABASE_URL=postgres://pisync@localhost/pisync pisync db setup
                                            create the PostgreSQL database and its tables
   pisync migrate status                    what is applied and what is pending
+  pisync key create --scope admin          a key that opens everything, shown this once
 
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
@@ -43,6 +45,8 @@ enum Command {
     Db(db::DbCommand),
     /// Recount all figures from the raw events and report what differs
     Verify(verify::VerifyCommand),
+    /// Make, list and revoke API keys
+    Key(key::KeyCommand),
     /// Print the API's OpenAPI document
     Openapi,
 }
@@ -75,6 +79,7 @@ pub fn main() -> ExitCode {
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,
+            Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.
             None => Err("no command".to_owned()),
@@ -222,6 +227,7 @@ mod tests {
             "RATE_LIMIT_API_PER_MINUTE",
             "TRUSTED_PROXIES",
             "CORS_ORIGINS",
+            "AUTH",
             "MAX_CLOCK_SKEW_SECONDS",
             "EVENT_ID_RETENTION_DAYS",
             "MIGRATIONS_DIR",

@@ -21,11 +21,6 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
     if let Some(warning) = arguments.without_effect() {
         tracing::warn!("{warning}");
     }
-    if !arguments.is_loopback() {
-        tracing::warn!(
-            "listening beyond this machine without keys: whoever reaches the server can read and write everything"
-        );
-    }
     let shutdown = shutdown_signal()?;
     let listener = listen(arguments).await?;
     let result = app::run(settings, Clock::system(), listener, shutdown).await;

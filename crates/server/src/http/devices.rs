@@ -9,6 +9,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState,
+    auth::By,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, OfDevice, WithBody, WithQuery},
     extract::{DevicePath, DevicePathParameter, Query, json_body},
@@ -207,6 +208,7 @@ struct DeletedDevice {
     get,
     path = "/api/devices",
     tag = "Devices",
+    security(("key" = ["read"])),
     params(DeviceParameters),
     responses(
         (status = 200, description = "One page of devices.", body = Success<DeviceList>),
@@ -247,6 +249,7 @@ async fn list_devices(
     get,
     path = "/api/device/{device_id}",
     tag = "Devices",
+    security(("key" = ["read"])),
     params(DevicePathParameter),
     responses(
         (status = 200, description = "The device.", body = Success<DeviceDetail>),
@@ -268,6 +271,7 @@ async fn get_device(
     patch,
     path = "/api/device/{device_id}",
     tag = "Devices",
+    security(("key" = ["admin"])),
     params(DevicePathParameter),
     request_body = DeviceUpdate,
     responses(
@@ -280,11 +284,12 @@ async fn get_device(
 async fn update_device(
     State(state): State<SharedState>,
     DevicePath(device_id): DevicePath,
+    By(actor): By,
     request: Request,
 ) -> Result<Success<DeviceDetail>, ApiError> {
     let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
     let change = read_change(&body)?;
-    if !state.store.update_device(&device_id, &change).await? {
+    if !state.store.update_device(&device_id, &change, &actor).await? {
         return Err(ApiError::NotFound("Device"));
     }
     // Somebody may have deleted it meanwhile.
@@ -299,6 +304,7 @@ async fn update_device(
     delete,
     path = "/api/device/{device_id}",
     tag = "Devices",
+    security(("key" = ["admin"])),
     params(DevicePathParameter),
     responses(
         (status = 200, description = "Removed.", body = Success<DeletedDevice>),
@@ -310,9 +316,10 @@ async fn update_device(
 async fn delete_device(
     State(state): State<SharedState>,
     DevicePath(device_id): DevicePath,
+    By(actor): By,
 ) -> Result<Success<DeletedDevice>, ApiError> {
     let deleted_events =
-        state.store.delete_device(&device_id).await?.ok_or(ApiError::NotFound("Device"))?;
+        state.store.delete_device(&device_id, &actor).await?.ok_or(ApiError::NotFound("Device"))?;
     tracing::info!(%device_id, deleted_events, "device deleted");
     let data = DeletedDevice { device_id: device_id.as_str().to_owned(), deleted_events };
     Ok(Success::new("Device deleted successfully", data))

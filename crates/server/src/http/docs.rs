@@ -10,11 +10,15 @@ use axum::{
 };
 use utoipa::{
     OpenApi,
-    openapi::{OpenApi as Document, PathItem, path::Operation},
+    openapi::{
+        OpenApi as Document, PathItem,
+        path::Operation,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
 };
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::error::ApiError;
+use super::{auth::SECURITY_SCHEME, error::ApiError};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -26,7 +30,8 @@ use super::error::ApiError;
             `{\"success\": true, \"message\": …, \"data\": …}`, errors in \
             `{\"success\": false, \"error\": …}`, with `details` for each wrong field. Times are \
             RFC 3339 in UTC with milliseconds. Every answer carries `X-Request-Id`, which is found \
-            again in the server's log; requests that are counted carry `RateLimit-*`.",
+            again in the server's log; requests that are counted carry `RateLimit-*`. A key is sent as \
+            `Authorization: Bearer psk_\u{2026}`.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
     tags(
@@ -44,6 +49,19 @@ pub(super) fn outline() -> Document {
     let mut document = Outline::openapi();
     // The workspace's authors and contact are nobody's business here.
     document.info.contact = None;
+    let key = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .bearer_format("psk_\u{2026}")
+        .description(Some(
+            "A key of the scope that the operation names: `ingest`, `read`, or `admin`, which opens \
+             everything. Make one with `pisync key create`. On a laptop none is needed: a server that \
+             listens on this machine alone serves its own users without.",
+        ))
+        .build();
+    document
+        .components
+        .get_or_insert_default()
+        .add_security_scheme(SECURITY_SCHEME, SecurityScheme::Http(key));
     document
 }
 
@@ -59,7 +77,7 @@ pub(super) fn endpoints(document: &Document) -> BTreeMap<String, String> {
     endpoints
 }
 
-fn operations(item: &PathItem) -> impl Iterator<Item = (&'static str, &Operation)> {
+pub(super) fn operations(item: &PathItem) -> impl Iterator<Item = (&'static str, &Operation)> {
     [
         ("GET", &item.get),
         ("POST", &item.post),

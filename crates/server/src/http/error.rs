@@ -12,7 +12,10 @@ use serde::Serialize;
 use serde_json::Value;
 use utoipa::{IntoResponses, ToSchema};
 
-use crate::{ingest::IngestError, store::StoreError};
+use crate::{
+    ingest::IngestError,
+    store::{Scope, StoreError},
+};
 
 /// Seconds after which to try again when the server has too much to do.
 const RETRY_WHEN_OVERLOADED: u32 = 2;
@@ -27,6 +30,14 @@ pub(super) enum ApiError {
     Validation(Vec<Violation>),
     /// 400: the body is not JSON; says where.
     Malformed(String),
+    /// 401: no key; says what to send.
+    KeyNeeded(&'static str),
+    /// 401: a key that opens nothing; says why.
+    WrongKey(&'static str),
+    /// 403: the key opens other things than this scope.
+    WrongScope(Scope),
+    /// 403: the key is for other devices.
+    OtherDevice,
     /// 404: there is no such thing; says what.
     NotFound(&'static str),
     /// 405.
@@ -93,6 +104,12 @@ impl From<Violation> for FieldError {
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]
 pub(super) enum AnyTime {
+    /// No key, or one that is not known, has expired or was revoked.
+    #[response(status = 401)]
+    Unauthorized(ErrorBody),
+    /// The key opens other things.
+    #[response(status = 403)]
+    Forbidden(ErrorBody),
     /// Too many requests from this address; `Retry-After` says when to come back.
     #[response(status = 429)]
     TooManyRequests(ErrorBody),
@@ -144,6 +161,8 @@ impl ApiError {
     fn status(&self) -> StatusCode {
         match self {
             Self::Validation(_) | Self::Malformed(_) => StatusCode::BAD_REQUEST,
+            Self::KeyNeeded(_) | Self::WrongKey(_) => StatusCode::UNAUTHORIZED,
+            Self::WrongScope(_) | Self::OtherDevice => StatusCode::FORBIDDEN,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -153,6 +172,19 @@ impl ApiError {
             Self::Overloaded | Self::DatabaseAway => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
+    }
+
+    /// What RFC 6750 has a server say of keys.
+    fn challenge(&self) -> Option<HeaderValue> {
+        let challenge = match self {
+            Self::KeyNeeded(_) => r#"Bearer realm="pisync""#,
+            Self::WrongKey(_) => r#"Bearer realm="pisync", error="invalid_token""#,
+            Self::WrongScope(_) | Self::OtherDevice => {
+                r#"Bearer realm="pisync", error="insufficient_scope""#
+            }
+            _ => return None,
+        };
+        Some(HeaderValue::from_static(challenge))
     }
 
     fn retry_after(&self) -> Option<HeaderValue> {
@@ -169,6 +201,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = self.status();
         let retry_after = self.retry_after();
+        let challenge = self.challenge();
         let closes =
             matches!(self, Self::BodyTimeout | Self::BodyTooLarge(_) | Self::TooManyEvents(_));
         let mut details = Vec::new();
@@ -179,6 +212,11 @@ impl IntoResponse for ApiError {
                 "Validation failed".to_owned()
             }
             Self::Malformed(where_) => format!("Malformed JSON: {where_}"),
+            Self::KeyNeeded(what) | Self::WrongKey(what) => what.to_owned(),
+            Self::WrongScope(scope) => {
+                format!("This key does not open this: a key of the scope {} does", scope.as_str())
+            }
+            Self::OtherDevice => "This key is for other devices".to_owned(),
             Self::NotFound(what) => format!("{what} not found"),
             Self::MethodNotAllowed => "Method not allowed".to_owned(),
             Self::BodyTimeout => "The request's body did not arrive in time".to_owned(),
@@ -205,6 +243,9 @@ impl IntoResponse for ApiError {
         let mut response = (status, Json(body)).into_response();
         if let Some(retry_after) = retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, retry_after);
+        }
+        if let Some(challenge) = challenge {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
         }
         if closes {
             // The rest of the body is not worth reading.

@@ -1,5 +1,5 @@
 //! Whether the server is well: for people, load balancers and orchestrators. Not counted by the rate
-//! limits and, for `/health`, not in the envelope: the Node service answered it so.
+//! limits, open to everybody (a load balancer has no key), and, for `/health`, not in the envelope: the Node service answered it so.
 
 use axum::{
     Json,
@@ -44,6 +44,7 @@ impl Health {
     get,
     path = "/health",
     tag = "Health",
+    security(()),
     responses((status = 200, description = "It is.", body = Health)),
 )]
 async fn get_health(State(state): State<SharedState>) -> impl IntoResponse {
@@ -57,6 +58,7 @@ async fn get_health(State(state): State<SharedState>) -> impl IntoResponse {
     get,
     path = "/health/live",
     tag = "Health",
+    security(()),
     responses((status = 200, description = "It is.", body = Health)),
 )]
 async fn get_liveness(State(state): State<SharedState>) -> impl IntoResponse {
@@ -70,6 +72,7 @@ async fn get_liveness(State(state): State<SharedState>) -> impl IntoResponse {
     get,
     path = "/health/ready",
     tag = "Health",
+    security(()),
     responses(
         (status = 200, description = "It can.", body = Health),
         (status = 503, description = "The database is away, or the server is shutting down.", body = Health),

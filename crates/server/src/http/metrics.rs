@@ -5,7 +5,10 @@ use std::time::Duration;
 use axum::{extract::State, http::header, response::IntoResponse};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{SharedState, error::ApiError};
+use super::{
+    SharedState,
+    error::{AnyTime, ApiError},
+};
 
 /// The fleet's figures are left out of a scrape when the database takes longer than this: the process's
 /// own figures matter most when it is slow.
@@ -23,7 +26,11 @@ pub(super) fn router() -> OpenApiRouter<SharedState> {
     get,
     path = "/metrics",
     tag = "Health",
-    responses((status = 200, description = "The measurements.", body = String, content_type = "text/plain")),
+    security(("key" = ["read"])),
+    responses(
+        (status = 200, description = "The measurements.", body = String, content_type = "text/plain"),
+        AnyTime,
+    ),
 )]
 async fn get_metrics(State(state): State<SharedState>) -> Result<impl IntoResponse, ApiError> {
     state.metrics.set_pool(state.store.pool_usage());

@@ -1,6 +1,8 @@
 //! The JSON API. One file per resource, each with its types, handlers, routes and documentation; here
 //! they are put together, with everything that happens around every request.
 
+mod admission;
+mod auth;
 mod client_address;
 mod devices;
 mod docs;
@@ -21,7 +23,7 @@ mod sync_events;
 mod sync_history;
 mod welcome;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -33,14 +35,17 @@ use pisync_core::Timestamp;
 use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa_axum::router::OpenApiRouter;
 
+pub use auth::AuthMode;
 pub use serve::serve;
 
-use self::{error::ApiError, observe::RequestIds, rate_limit::RateLimits};
-use crate::{clock::Clock, ingest::Ingest, metrics::Metrics, store::Store};
+use self::{auth::Gate, error::ApiError, observe::RequestIds, rate_limit::RateLimits};
+use crate::{clock::Clock, ingest::Ingest, keys::Keyring, metrics::Metrics, store::Store};
 
 /// How the API is to behave.
 #[derive(Debug, Clone)]
 pub struct HttpSettings {
+    /// Whether to ask for keys.
+    pub auth: AuthMode,
     /// How far ahead of the server's clock an event may be dated, in seconds.
     pub max_clock_skew_seconds: u32,
     /// Requests a minute from one address to the endpoints that devices report to; 0 is no limit.
@@ -77,7 +82,10 @@ pub struct ApiState {
     ingest: Ingest,
     clock: Clock,
     metrics: Arc<Metrics>,
+    gate: Gate,
     limits: RateLimits,
+    /// Whether requests are admitted by a layer within CORS rather than by `observe`.
+    admits_within_cors: bool,
     trusted_proxies: Vec<IpNet>,
     request_ids: RequestIds,
     /// Milliseconds.
@@ -107,8 +115,10 @@ pub struct ApiParts {
     pub clock: Clock,
     /// Where measurements go.
     pub metrics: Arc<Metrics>,
+    /// The keys that open it.
+    pub keyring: Arc<Keyring>,
     /// Where the server listens.
-    pub port: u16,
+    pub address: SocketAddr,
 }
 
 /// Routes and document of all resources.
@@ -142,7 +152,17 @@ pub fn openapi_json() -> Result<String, serde_json::Error> {
 /// The whole API.
 pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     let (routes, document) = resources().split_for_parts();
+    let gate = Gate::new(
+        settings.auth,
+        parts.address.ip(),
+        parts.keyring,
+        parts.clock.clone(),
+        settings.cors_origins.clone(),
+        &document,
+    );
     let state = Arc::new(ApiState {
+        gate,
+        admits_within_cors: !settings.cors_origins.is_empty(),
         store: parts.store,
         ingest: parts.ingest,
         request_ids: RequestIds::new(&parts.clock),
@@ -152,7 +172,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         trusted_proxies: settings.trusted_proxies.clone(),
         max_clock_skew: i64::from(settings.max_clock_skew_seconds) * 1000,
         body_timeout: settings.timeouts.body,
-        port: parts.port,
+        port: parts.address.port(),
         endpoints: docs::endpoints(&document),
     });
     let mut router = routes
@@ -161,12 +181,10 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         .fallback(async || ApiError::NotFound("Route"))
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed);
     // Each layer costs every request some allocations: there are as few as can be.
-    if state.limits.are_on() {
-        router =
-            router.layer(middleware::from_fn_with_state(Arc::clone(&state), rate_limit::limit));
-    }
-    if !settings.cors_origins.is_empty() {
-        router = router.layer(cors(&settings.cors_origins));
+    if state.admits_within_cors {
+        router = router
+            .layer(middleware::from_fn_with_state(Arc::clone(&state), admission::layer))
+            .layer(cors(&settings.cors_origins));
     }
     router.layer(middleware::from_fn_with_state(state, observe::observe))
 }
@@ -177,6 +195,7 @@ fn cors(origins: &[HeaderValue]) -> CorsLayer {
         .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION])
         .expose_headers([
+            header::WWW_AUTHENTICATE,
             header::RETRY_AFTER,
             observe::REQUEST_ID,
             HeaderName::from_static("ratelimit-limit"),

@@ -16,7 +16,7 @@ use axum::{
 use futures_util::FutureExt;
 
 use super::{
-    SharedState,
+    SharedState, admission,
     client_address::{self, Client},
     error::{ApiError, ErrorDetail},
     security_headers,
@@ -85,7 +85,15 @@ pub(super) async fn observe(
         request.extensions_mut().insert(Client(client));
     }
     // A bug costs one request, not the process.
-    let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+    let answering = async {
+        if state.admits_within_cors {
+            next.run(request).await
+        } else {
+            let route = matched.as_ref().map_or("", MatchedPath::as_str);
+            admission::admit(&state, route, request, next).await
+        }
+    };
+    let answered = AssertUnwindSafe(answering).catch_unwind().await;
     let mut response = answered.unwrap_or_else(|panic| panicked(panic.as_ref()).into_response());
 
     let duration = started.elapsed();

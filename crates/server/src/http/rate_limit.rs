@@ -8,20 +8,13 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
-use axum::{
-    extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method},
-    middleware::Next,
-    response::{IntoResponse, Response},
-};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use governor::{
     Quota, RateLimiter,
     clock::{Clock, DefaultClock},
     middleware::StateInformationMiddleware,
     state::keyed::DashMapStateStore,
 };
-
-use super::{SharedState, client_address::Client, error::ApiError};
 
 /// Addresses that are counted one by one, some 10 MiB of them. While there are more, newcomers share
 /// [`BUCKETS`] accounts: memory stays bounded whatever addresses are made up.
@@ -30,25 +23,6 @@ const BUCKETS: u128 = 65_536;
 
 /// Old addresses are forgotten after so many requests.
 const TIDY_EVERY: u32 = 4_096;
-
-/// The middleware that counts. It stands within CORS: a page can read that it asks too often, and what
-/// browsers ask beforehand is not counted.
-pub(super) async fn limit(
-    State(state): State<SharedState>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
-    let client = request.extensions().get::<Client>();
-    let rate = client.and_then(|client| state.limits.check(request.method(), route, client.0));
-    let Some(rate) = rate else { return next.run(request).await };
-    let mut response = match rate.retry_after {
-        Some(seconds) => ApiError::TooManyRequests(seconds).into_response(),
-        None => next.run(request).await,
-    };
-    rate.write(response.headers_mut());
-    response
-}
 
 /// The limits of one server.
 pub(super) struct RateLimits {
@@ -62,13 +36,8 @@ impl RateLimits {
         Self { sync: Limit::new(sync_per_minute), api: Limit::new(api_per_minute) }
     }
 
-    /// Whether anything is limited at all.
-    pub(super) fn are_on(&self) -> bool {
-        self.sync.is_some() || self.api.is_some()
-    }
-
     /// Counts a request; `None` when it is not limited.
-    fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
+    pub(super) fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
         let limit = match route {
             // Not counted: what is asked often and costs little, and what a browser loads in one go.
             "/health" | "/health/live" | "/health/ready" | "/metrics" => return None,
@@ -139,16 +108,16 @@ fn key(client: IpAddr) -> u128 {
 }
 
 /// How an address stands with a limit.
-struct Rate {
+pub(super) struct Rate {
     limit: u32,
     remaining: u32,
     /// Seconds until the next request is allowed, when this one is not.
-    retry_after: Option<u64>,
+    pub(super) retry_after: Option<u64>,
 }
 
 impl Rate {
     /// Tells it in the headers of draft-ietf-httpapi-ratelimit-headers-06, as the Node service did.
-    fn write(&self, headers: &mut HeaderMap) {
+    pub(super) fn write(&self, headers: &mut HeaderMap) {
         // The bucket fills evenly, so what is missing takes its share of the minute.
         let missing = u64::from(self.limit - self.remaining.min(self.limit));
         let reset = (missing * 60).div_ceil(u64::from(self.limit));

@@ -95,6 +95,7 @@ impl From<Device> for FailingDevice {
     get,
     path = "/api/devices/repeated-failures",
     tag = "Devices",
+    security(("key" = ["read"])),
     params(FailureParameters),
     responses(
         (status = 200, description = "The devices, worst first.", body = Success<FailureData>),

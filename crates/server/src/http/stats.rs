@@ -100,6 +100,7 @@ impl From<FleetStats> for StatsData {
     get,
     path = "/api/stats",
     tag = "Fleet",
+    security(("key" = ["read"])),
     responses(
         (status = 200, description = "The fleet's figures.", body = Success<StatsData>),
         AnyTime,

@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    ApiState, SharedState,
+    ApiState, SharedState, auth,
     envelope::Success,
     error::{AnyTime, ApiError, WithBody},
     extract::json_body,
@@ -209,6 +209,7 @@ impl ApiState {
         description = "Does the same as `event_id`; when both are sent, they must be equal.",
         min_length = 1, max_length = 64, pattern = r"^[!-~]([ -~]*[!-~])?$",
     )),
+    security(("key" = ["ingest"])),
     request_body = NewSyncEvent,
     responses(
         (status = 201, description = "Stored.", body = Success<CreatedSyncEvent>),
@@ -226,6 +227,7 @@ async fn create_sync_event(
     request: Request,
 ) -> Result<Response, ApiError> {
     let idempotency_key = request.headers().get(IDEMPOTENCY_KEY).cloned();
+    let key = auth::key_of(&request);
     let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
     let mut event = SyncEvent::from_json(&body, state.arrival()).map_err(|error| match error {
         ParseError::Malformed(where_) => ApiError::Malformed(where_),
@@ -233,6 +235,9 @@ async fn create_sync_event(
     })?;
     if let Some(key) = idempotency_key {
         event.event_id = Some(read_idempotency_key(&key, event.event_id.as_ref())?);
+    }
+    if let Some(key) = key {
+        auth::check_report(&state, &key, &event.device_id).await?;
     }
     match state.ingest.submit(event.clone()).await? {
         Receipt::Created { id, created_at } => {

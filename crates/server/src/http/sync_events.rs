@@ -3,7 +3,7 @@
 //! The body is read as it arrives: decompressed, cut into events, each of them checked. What is
 //! bounded is counted after decompression.
 
-use std::{io, pin::Pin, time::Duration};
+use std::{collections::BTreeSet, io, pin::Pin, time::Duration};
 
 use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::{
@@ -26,7 +26,7 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    SharedState,
+    SharedState, auth,
     envelope::Success,
     error::{AnyTime, ApiError, FieldError, WithBody},
     sync_event::{IDEMPOTENCY_KEY, NewSyncEvent},
@@ -101,6 +101,7 @@ enum EventResult {
     post,
     path = "/api/sync-events",
     tag = "Sync events",
+    security(("key" = ["ingest"])),
     request_body(
         description = "The events. `Content-Encoding` gzip and zstd are understood.",
         content(
@@ -126,6 +127,7 @@ async fn create_sync_events(
         let value = key.to_str().ok().map(Into::into);
         return Err(ApiError::Validation(vec![Violation::of("Idempotency-Key", rule, value)]));
     }
+    let key = auth::key_of(&request);
     let format = format(headers)?;
     let encoding = Encoding::of(headers)?;
     let mut reading = Reading::new(&state.ingest, state.arrival(), format);
@@ -139,6 +141,13 @@ async fn create_sync_events(
         },
     )?;
     let Reading { events, room, rejected, .. } = reading;
+    if let Some(key) = key {
+        // One event that the key may not report is a mistake about all of them.
+        let devices: BTreeSet<_> = events.iter().map(|event| &event.device_id).collect();
+        for device_id in devices {
+            auth::check_report(&state, &key, device_id).await?;
+        }
+    }
     let receipts = state.ingest.submit_many(events, room).await?;
     Ok(Success::new("Sync events processed", BatchResult::new(receipts, rejected)))
 }

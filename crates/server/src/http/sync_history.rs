@@ -134,6 +134,7 @@ impl HistoryEvent {
     get,
     path = "/api/device/{device_id}/sync-history",
     tag = "Devices",
+    security(("key" = ["read"])),
     params(
         DevicePathParameter,
         HistoryParameters,

@@ -40,6 +40,7 @@ fn welcome(state: &SharedState) -> Json<Welcome> {
     get,
     path = "/",
     tag = "About",
+    security(("key" = ["read"])),
     responses((status = 200, description = "What this is.", body = Welcome), AnyTime),
 )]
 async fn get_root(State(state): State<SharedState>) -> impl IntoResponse {
@@ -51,6 +52,7 @@ async fn get_root(State(state): State<SharedState>) -> impl IntoResponse {
     get,
     path = "/api",
     tag = "About",
+    security(("key" = ["read"])),
     responses((status = 200, description = "What this is.", body = Welcome), AnyTime),
 )]
 async fn get_api(State(state): State<SharedState>) -> impl IntoResponse {

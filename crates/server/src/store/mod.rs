@@ -3,6 +3,7 @@
 //! here knows HTTP or reads a clock.
 
 mod batch;
+mod keys;
 pub mod migrations;
 mod postgres;
 mod sqlite;
@@ -16,6 +17,9 @@ use pisync_core::{DeviceId, JobName, Timestamp};
 use serde_json::value::RawValue;
 
 pub use batch::{Batch, Duplicate, FailureStreak, Written};
+pub use keys::{
+    Actor, ApiKey, AuditEntry, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope, Via,
+};
 pub use target::{PostgresTarget, SslMode, Target};
 pub use verify::{FigureDifference, JobDifference, Verified};
 
@@ -42,7 +46,7 @@ pub enum StoreError {
 
 /// Everything the program keeps. Each method is one transaction.
 #[async_trait]
-pub trait Store: Send + Sync {
+pub trait Store: KeyStore + Send + Sync {
     /// Asks the database for a sign of life.
     async fn ping(&self) -> Result<(), StoreError>;
 
@@ -64,16 +68,22 @@ pub trait Store: Send + Sync {
     /// One device and its jobs; `None` when unknown.
     async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError>;
 
-    /// Changes what people say of a device; false when it is unknown.
+    /// Changes what people say of a device, and says in the audit log who did; false when it is
+    /// unknown.
     async fn update_device(
         &self,
         device_id: &DeviceId,
         change: &DeviceChange,
+        by: &Actor,
     ) -> Result<bool, StoreError>;
 
     /// Removes a device with all its events and figures and tells how many events went; `None` when
-    /// it is unknown.
-    async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError>;
+    /// it is unknown. The audit log says who did it.
+    async fn delete_device(
+        &self,
+        device_id: &DeviceId,
+        by: &Actor,
+    ) -> Result<Option<u64>, StoreError>;
 
     /// Forgets some thousand event ids received before `before`; tells whether there may be more.
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError>;

@@ -3,10 +3,14 @@
 
 use std::{path::Path, process::Stdio};
 
+use pisync::{http::AuthMode, store::Scope};
 use serde_json::Value;
 use tokio::process::Command;
 
-use crate::support::server::TestServer;
+use crate::support::{
+    server::TestServer,
+    store::{TestDatabase, wish},
+};
 
 both_stores!(schemathesis_finds_nothing);
 
@@ -17,7 +21,15 @@ const SCHEMATHESIS: &str =
 /// Requests of each kind per operation. More find little more, and take their time.
 const EXAMPLES: &str = "25";
 
-async fn schemathesis_finds_nothing(server: &TestServer) {
+async fn schemathesis_finds_nothing(database: &TestDatabase) {
+    database.migrate().await;
+    let (_, key) = database.make_key(wish(Scope::Admin)).await;
+    // It also tries whether it gets in without the key.
+    let server =
+        TestServer::start_with(TestDatabase::elsewhere(database.target.clone()), |settings| {
+            settings.http.auth = AuthMode::Required;
+        })
+        .await;
     assert!(Path::new(SCHEMATHESIS).exists(), "no schemathesis here: run ./scripts/test");
     // It leaves files where it runs.
     let folder = tempfile::tempdir().unwrap();
@@ -32,6 +44,7 @@ async fn schemathesis_finds_nothing(server: &TestServer) {
         .args(["run", &server.url("/api-docs/openapi.json")])
         // The same requests in each run: what fails once fails again.
         .args(["--max-examples", EXAMPLES, "--generation-deterministic", "--no-color"])
+        .args(["--header", &format!("Authorization: Bearer {key}")])
         .current_dir(folder.path())
         .stdin(Stdio::null())
         .output()
@@ -40,6 +53,7 @@ async fn schemathesis_finds_nothing(server: &TestServer) {
     let report = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{report}\n{}", String::from_utf8_lossy(&output.stderr));
     assert!(report.contains(&format!("Tested: {}", operations())), "{report}");
+    server.stop().await;
 }
 
 /// How many there are in the document.

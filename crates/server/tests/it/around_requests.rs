@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use pisync::http::Timeouts;
+use pisync::http::{AuthMode, Timeouts};
 use reqwest::{Method, StatusCode, header::HeaderValue};
 use serde_json::{Value, json};
 
@@ -103,7 +103,7 @@ async fn unknown_paths_are_answered_404() {
     }
     for path in ["/api-docs/nothing.js", "/api-docs/../Cargo.toml", "/api-docs/%2e%2e/x"] {
         let mut connection = server.connect().await;
-        connection.write(format!("GET {path} HTTP/1.1\r\nhost: pisync\r\n\r\n")).await;
+        connection.write(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
         let answer = connection.answer().await;
         assert_eq!(answer.status, 404, "{path}");
         assert!(answer.body.contains("Route not found"), "{path}: {}", answer.body);
@@ -276,7 +276,7 @@ async fn pages_of_configured_origins_may_call() {
     }
     // Preflights are not counted: these are the first five requests. Then the page is told, too.
     let foreign = from_page(&server, "https://elsewhere.example", Method::GET, "/api/stats").await;
-    foreign.data(200);
+    foreign.error(401);
     assert!(!foreign.headers.contains_key("access-control-allow-origin"));
     for (path, status) in [
         ("/api/stats", 200),
@@ -413,6 +413,7 @@ async fn a_trusted_proxy_is_believed() {
     let server = TestServer::on_sqlite(|settings| {
         settings.api_per_minute = 1;
         settings.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+        settings.auth = AuthMode::Off;
     })
     .await;
     let x = "x-forwarded-for";
@@ -437,6 +438,7 @@ async fn anybody_else_is_not_believed() {
     let server = TestServer::on_sqlite(|settings| {
         settings.api_per_minute = 1;
         settings.trusted_proxies = vec!["192.0.2.0/24".parse().unwrap()];
+        settings.auth = AuthMode::Off;
     })
     .await;
     assert_eq!(passed_on(&server, "x-forwarded-for", "203.0.113.1").await, 200);
@@ -455,7 +457,7 @@ const LITTLE: Duration = Duration::from_millis(300);
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_sends_no_head_is_cut_off() {
     let server = impatient(|timeouts| timeouts.head = LITTLE).await;
-    for start in ["", "GET /heal", "GET /health HTTP/1.1\r\nhost: pisync\r\nx-slow: "] {
+    for start in ["", "GET /heal", "GET /health HTTP/1.1\r\nhost: localhost\r\nx-slow: "] {
         let mut connection = server.connect().await;
         connection.write(start).await;
         let last_words = connection.rest().await;
@@ -463,7 +465,7 @@ async fn whoever_sends_no_head_is_cut_off() {
     }
     // Also who has been answered and says nothing more.
     let mut connection = server.connect().await;
-    connection.write("GET /health HTTP/1.1\r\nhost: pisync\r\n\r\n").await;
+    connection.write("GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
     assert_eq!(connection.answer().await.status, 200);
     assert_eq!(connection.rest().await, "");
     server.stop().await;
@@ -473,7 +475,7 @@ async fn whoever_sends_no_head_is_cut_off() {
 async fn a_slow_body_is_answered_408() {
     let server = impatient(|timeouts| timeouts.body = LITTLE).await;
     let head =
-        "POST /api/sync-event HTTP/1.1\r\nhost: pisync\r\ncontent-type: application/json\r\n";
+        "POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n";
     for body in [
         "content-length: 100\r\n\r\n{\"device_id\"",
         "transfer-encoding: chunked\r\n\r\n3\r\n{\"d\r\n",
@@ -495,7 +497,7 @@ async fn a_slow_body_is_answered_408() {
 async fn a_body_that_ends_early_is_not_stored() {
     let server = TestServer::on_sqlite(|_| {}).await;
     let head =
-        "POST /api/sync-event HTTP/1.1\r\nhost: pisync\r\ncontent-type: application/json\r\n";
+        "POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n";
     let event = event("pi").to_string();
     // The JSON is complete; what it was announced as is not.
     for framing in [
@@ -523,7 +525,7 @@ async fn a_body_that_ends_early_is_not_stored() {
 async fn one_connection_carries_many_requests() {
     let server = TestServer::on_sqlite(|_| {}).await;
     let post = |headers: &str, body: &str| {
-        format!("POST /api/sync-event HTTP/1.1\r\nhost: pisync\r\n{headers}\r\n{body}")
+        format!("POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n{body}")
     };
     let event = event("pi").to_string();
     let length = format!("content-length: {}\r\n", event.len());
@@ -542,7 +544,7 @@ async fn one_connection_carries_many_requests() {
         (post(&length, &event), 415),
         (post(&declared, &event).replace("/api/sync-event", "/nothing"), 404),
         (post(&declared, &event).replace("POST", "PUT"), 405),
-        ("GET /health HTTP/1.1\r\nhost: pisync\r\n\r\n".to_owned(), 200),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n".to_owned(), 200),
         (post(&declared, &event.replace("pi", "!\u{7f}")), 400),
         (post(&declared, &event), 201),
     ];

@@ -32,7 +32,8 @@ both_stores!(
 );
 
 /// The migration that is part of the program.
-const EMBEDDED: [&str; 2] = ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups"];
+const EMBEDDED: [&str; 3] =
+    ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups", "2026-11-22-03-keys"];
 
 /// What `migrate status` says of each migration, by name.
 fn status(program: &Program) -> Vec<(String, String)> {
@@ -72,21 +73,27 @@ async fn migrations_forth_and_back(installed: &Installed) {
 
     let tables = database.tables().await;
     assert!(tables.contains(&"sync_events".to_owned()));
+    let [first, second, third] = EMBEDDED;
     for arguments in [&["migrate", "down"][..], &["migrate", "down", "7"], &["migrate", "rollback"]]
     {
         let refused = program.run(arguments);
         assert_eq!(refused.code(), 1);
-        let expected = format!("  {}: figures by day and hour of events", EMBEDDED[1]);
+        let expected = format!("  {third}: every API key and the audit log\n");
         assert!(refused.stderr.contains(&expected), "{refused:?}");
-        let first = format!("  {}: every device and every sync event\n", EMBEDDED[0]);
-        assert_eq!(refused.stderr.contains(&first), arguments != ["migrate", "down"]);
+        for expected in [
+            format!("  {second}: figures by day and hour of events"),
+            format!("  {first}: every device and every sync event\n"),
+        ] {
+            let all = arguments != ["migrate", "down"];
+            assert_eq!(refused.stderr.contains(&expected), all, "{refused:?}");
+        }
         assert!(refused.stderr.ends_with("nothing was done; go on with --yes\n"), "{refused:?}");
         assert_eq!(database.tables().await, tables);
     }
     let down = program.run(&["migrate", "down", "--yes"]);
-    assert_eq!(down.success(), format!("taken back {}\n", EMBEDDED[1]));
+    assert_eq!(down.success(), format!("taken back {third}\n"));
     let down = program.run(&["migrate", "down", "7", "--yes"]);
-    assert_eq!(down.success(), format!("taken back {}\n", EMBEDDED[0]));
+    assert_eq!(down.success(), format!("taken back {second}\ntaken back {first}\n"));
     assert!(!database.tables().await.contains(&"sync_events".to_owned()));
     assert_eq!(status(program), embedded("pending"));
     let nothing = program.run(&["migrate", "down"]);
@@ -405,7 +412,6 @@ fn wrong_settings_are_told_in_one_line() {
         ),
         ("DATABASE_URL", "sqlite:", "DATABASE_URL: sqlite: needs a path"),
         ("DB_PORT", "five", "DB_PORT: \"five\" is no port"),
-        ("AUTH", "required", "AUTH=required: this version has no keys yet"),
         ("AUTH", "maybe", "AUTH=maybe: expected auto, off or required"),
         ("HOST", "no such host", "cannot listen on no such host:"),
         ("LOG_DIR", "file/logs", "cannot write file/logs/combined.log: "),

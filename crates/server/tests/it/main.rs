@@ -16,6 +16,7 @@ mod browser;
 mod command_line;
 mod devices;
 mod ingest;
+mod keys;
 mod migrations;
 mod node_wire;
 mod repeated_failures;

@@ -377,11 +377,11 @@ async fn the_headers_of_any_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn cross_origin_requests_are_answered_without_leave() {
+async fn cross_origin_requests_are_refused_without_a_key() {
     let server = TestServer::on_sqlite(|_| {}).await;
     let request = server.request(reqwest::Method::GET, "/api/stats");
     let answer = send(request.header("origin", "https://elsewhere.example")).await;
-    answer.data(200);
+    answer.error(401);
     assert!(answer.headers.keys().all(|name| !name.as_str().starts_with("access-control")));
     server.stop().await;
 }

@@ -355,7 +355,7 @@ fn body_of(bytes: usize) -> String {
 async fn report_raw(client: &Client, head: &str, body: &[u8]) -> RawAnswer {
     let mut connection = client.connect().await;
     let request = format!(
-        "POST /api/sync-event HTTP/1.1\r\nhost: pisync\r\ncontent-type: application/json\r\n{head}\r\n"
+        "POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{head}\r\n"
     );
     connection.write([request.as_bytes(), body].concat()).await;
     connection.answer().await

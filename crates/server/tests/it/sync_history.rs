@@ -187,7 +187,7 @@ async fn awkward_device_ids(server: &TestServer) {
 /// A request whose path goes over the wire as it stands here: clients resolve dots before they send.
 async fn get_raw(server: &TestServer, path: &str) -> (u16, Value) {
     let mut connection = server.connect().await;
-    connection.write(format!("GET {path} HTTP/1.1\r\nhost: pisync\r\n\r\n")).await;
+    connection.write(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
     let answer = connection.answer().await;
     (answer.status, serde_json::from_str(&answer.body).unwrap())
 }

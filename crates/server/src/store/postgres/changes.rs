@@ -4,7 +4,8 @@ use deadpool_postgres::Object;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use crate::store::DeviceChange;
+use super::keys;
+use crate::store::{Actor, DeviceChange, keys::NewAuditEntry};
 
 /// Event ids that are forgotten in one statement.
 const FORGOTTEN_AT_ONCE: i64 = 5_000;
@@ -13,9 +14,10 @@ const FORGOTTEN_AT_ONCE: i64 = 5_000;
 const RETRIES: u32 = 5;
 
 pub(super) async fn update_device(
-    connection: &Object,
+    connection: &mut Object,
     device_id: &DeviceId,
     change: &DeviceChange,
+    by: &Actor,
 ) -> Result<bool, Error> {
     const UPDATE_DEVICE: &str = r#"
         update devices
@@ -23,8 +25,9 @@ pub(super) async fn update_device(
                "group" = case when $4 then $5 else "group" end
          where device_id = $1
     "#;
-    let statement = connection.prepare_cached(UPDATE_DEVICE).await?;
-    let changed = connection
+    let transaction = connection.transaction().await?;
+    let statement = transaction.prepare_cached(UPDATE_DEVICE).await?;
+    let changed = transaction
         .execute(
             &statement,
             &[
@@ -36,7 +39,12 @@ pub(super) async fn update_device(
             ],
         )
         .await?;
-    Ok(changed > 0)
+    if changed == 0 {
+        return Ok(false);
+    }
+    keys::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change)).await?;
+    transaction.commit().await?;
+    Ok(true)
 }
 
 pub(super) async fn forget_event_ids(
@@ -59,10 +67,11 @@ pub(super) async fn forget_event_ids(
 pub(super) async fn delete_device(
     connection: &mut Object,
     device_id: &DeviceId,
+    by: &Actor,
 ) -> Result<Option<u64>, Error> {
     let mut attempt = 0;
     loop {
-        match try_delete_device(connection, device_id).await {
+        match try_delete_device(connection, device_id, by).await {
             // Ingest touches rows in another order; one of the two tries again.
             Err(error)
                 if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempt < RETRIES =>
@@ -77,6 +86,7 @@ pub(super) async fn delete_device(
 async fn try_delete_device(
     connection: &mut Object,
     device_id: &DeviceId,
+    by: &Actor,
 ) -> Result<Option<u64>, Error> {
     // The device first: its row lock keeps ingest from adding events meanwhile.
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for update";
@@ -90,6 +100,7 @@ async fn try_delete_device(
     let events = transaction.execute(DELETE_EVENTS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_KEYS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_DEVICE, &[&device_id.as_str()]).await?;
+    keys::record(&transaction, by, &NewAuditEntry::device_deleted(device_id, events)).await?;
     transaction.commit().await?;
     Ok(Some(events))
 }

@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod keys;
 mod migrations;
 mod partitions;
 mod reads;
@@ -24,9 +25,9 @@ use self::{
     writer::PostgresEventWriter,
 };
 use super::{
-    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery, FleetStats,
-    HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory, Verified,
-    verify::devices_of,
+    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
+    FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
+    Verified, verify::devices_of,
 };
 
 /// How long a sign of life may take.
@@ -112,13 +113,20 @@ impl Store for PostgresStore {
         &self,
         device_id: &DeviceId,
         change: &DeviceChange,
+        by: &Actor,
     ) -> Result<bool, StoreError> {
-        self.call(async |connection| changes::update_device(connection, device_id, change).await)
-            .await
+        self.call(async |connection| {
+            changes::update_device(connection, device_id, change, by).await
+        })
+        .await
     }
 
-    async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError> {
-        self.call(async |connection| changes::delete_device(connection, device_id).await).await
+    async fn delete_device(
+        &self,
+        device_id: &DeviceId,
+        by: &Actor,
+    ) -> Result<Option<u64>, StoreError> {
+        self.call(async |connection| changes::delete_device(connection, device_id, by).await).await
     }
 
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {

@@ -297,10 +297,10 @@ pub(super) fn stored_event(row: &Row, first: usize) -> Result<StoredEvent, Error
     })
 }
 
-fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {
+pub(super) fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {
     Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
 }
 
-fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
+pub(super) fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
     row.try_get(column).map(Timestamp::truncate)
 }

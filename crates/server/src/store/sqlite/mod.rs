@@ -2,6 +2,7 @@
 //! connections for reading that the write-ahead log keeps out of its way.
 
 mod connection;
+mod keys;
 mod migrations;
 mod reads;
 mod verify;
@@ -24,8 +25,9 @@ use self::{
     writer::{SqliteEventWriter, WriterThread},
 };
 use super::{
-    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery, FleetStats,
-    HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory, Verified, verify::devices_of,
+    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
+    FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory, Verified,
+    verify::devices_of,
 };
 
 /// See the module.
@@ -88,14 +90,19 @@ impl Store for SqliteStore {
         &self,
         device_id: &DeviceId,
         change: &DeviceChange,
+        by: &Actor,
     ) -> Result<bool, StoreError> {
-        let (device_id, change) = (device_id.clone(), change.clone());
-        self.writer.call(move |connection| connection.update_device(&device_id, &change)).await
+        let (device_id, change, by) = (device_id.clone(), change.clone(), *by);
+        self.writer.call(move |connection| connection.update_device(&device_id, &change, &by)).await
     }
 
-    async fn delete_device(&self, device_id: &DeviceId) -> Result<Option<u64>, StoreError> {
-        let device_id = device_id.clone();
-        self.writer.call(move |connection| connection.delete_device(&device_id)).await
+    async fn delete_device(
+        &self,
+        device_id: &DeviceId,
+        by: &Actor,
+    ) -> Result<Option<u64>, StoreError> {
+        let (device_id, by) = (device_id.clone(), *by);
+        self.writer.call(move |connection| connection.delete_device(&device_id, &by)).await
     }
 
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {

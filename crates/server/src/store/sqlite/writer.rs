@@ -13,9 +13,13 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     connection::store_error,
+    keys,
     reads::{EVENT_COLUMNS, device_number, optional_time, stored_event, time},
 };
-use crate::store::{Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written};
+use crate::store::{
+    Actor, Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written,
+    keys::NewAuditEntry,
+};
 
 /// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
 /// that people make.
@@ -164,12 +168,20 @@ impl WriteConnection {
         Ok(written)
     }
 
+    /// For what has nothing to do with events.
+    pub(super) fn connection(&mut self) -> &mut Connection {
+        &mut self.connection
+    }
+
     pub(super) fn update_device(
         &mut self,
         device_id: &DeviceId,
         change: &DeviceChange,
+        by: &Actor,
     ) -> rusqlite::Result<bool> {
-        let changed = self.connection.execute(
+        let transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let changed = transaction.execute(
             r#"
             update devices
                set name    = iif(?2, ?3, name),
@@ -184,20 +196,31 @@ impl WriteConnection {
                 change.group.as_ref().and_then(Option::as_ref),
             ],
         )?;
-        Ok(changed > 0)
+        if changed == 0 {
+            return Ok(false);
+        }
+        keys::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change))?;
+        transaction.commit()?;
+        Ok(true)
     }
 
-    pub(super) fn delete_device(&mut self, device_id: &DeviceId) -> rusqlite::Result<Option<u64>> {
+    pub(super) fn delete_device(
+        &mut self,
+        device_id: &DeviceId,
+        by: &Actor,
+    ) -> rusqlite::Result<Option<u64>> {
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let Some(number) = device_number(&transaction, device_id)? else {
             return Ok(None);
         };
         let events = transaction.execute("delete from sync_events where device = ?1", [number])?;
+        let events = u64::try_from(events).unwrap_or(u64::MAX);
         transaction.execute("delete from devices where id = ?1", [number])?;
+        keys::record(&transaction, by, &NewAuditEntry::device_deleted(device_id, events))?;
         transaction.commit()?;
         self.devices.remove(device_id);
-        Ok(Some(u64::try_from(events).unwrap_or(u64::MAX)))
+        Ok(Some(events))
     }
 
     pub(super) fn forget_event_ids(&mut self, before: Timestamp) -> rusqlite::Result<bool> {

@@ -3,7 +3,7 @@
 use pisync::store::{Device, DeviceChange, DeviceQuery, DeviceSort, HistoryQuery, Page};
 
 use crate::support::{
-    events::{at, device_id, failure, now, of_job, success, write, write_at},
+    events::{at, device_id, failure, now, of_job, somebody, success, write, write_at},
     store::TestStore,
 };
 
@@ -48,7 +48,7 @@ async fn register(fixture: &TestStore, devices: &[&str]) {
 }
 
 async fn change(fixture: &TestStore, device: &str, change: DeviceChange) {
-    assert!(fixture.store.update_device(&device_id(device), &change).await.unwrap());
+    assert!(fixture.store.update_device(&device_id(device), &change, &somebody()).await.unwrap());
 }
 
 fn name(text: &str) -> DeviceChange {
@@ -251,9 +251,15 @@ async fn an_unknown_device_is_not_changed(fixture: &TestStore) {
     register(fixture, &["pi"]).await;
     for unknown in ["Pi", "pi ", "p_"] {
         let unknown = device_id(unknown);
-        assert!(!fixture.store.update_device(&unknown, &name("x")).await.unwrap());
-        assert!(!fixture.store.update_device(&unknown, &DeviceChange::default()).await.unwrap());
-        assert_eq!(fixture.store.delete_device(&unknown).await.unwrap(), None);
+        assert!(!fixture.store.update_device(&unknown, &name("x"), &somebody()).await.unwrap());
+        assert!(
+            !fixture
+                .store
+                .update_device(&unknown, &DeviceChange::default(), &somebody())
+                .await
+                .unwrap()
+        );
+        assert_eq!(fixture.store.delete_device(&unknown, &somebody()).await.unwrap(), None);
     }
     assert_eq!(ids(fixture, &all()).await, ["pi"]);
 }
@@ -267,8 +273,11 @@ async fn deleting_takes_everything(fixture: &TestStore) {
     // In another month, too.
     write_at(&mut *writer, at(40 * 86_400), vec![success("gone", at(0))]).await;
 
-    assert_eq!(fixture.store.delete_device(&device_id("gone")).await.unwrap(), Some(7));
-    assert_eq!(fixture.store.delete_device(&device_id("gone")).await.unwrap(), None);
+    assert_eq!(
+        fixture.store.delete_device(&device_id("gone"), &somebody()).await.unwrap(),
+        Some(7)
+    );
+    assert_eq!(fixture.store.delete_device(&device_id("gone"), &somebody()).await.unwrap(), None);
     assert!(fixture.store.device(&device_id("gone")).await.unwrap().is_none());
     assert_eq!(ids(fixture, &all()).await, ["kept"]);
     let stats = fixture.store.fleet_stats(at(-1)).await.unwrap();
@@ -291,7 +300,10 @@ async fn a_deleted_device_may_come_back(fixture: &TestStore) {
         assert_eq!(found.device.figures.total_syncs, 2);
         assert_eq!(found.device.figures.consecutive_failures, 2);
         assert_eq!(found.device.created_at, received);
-        assert_eq!(fixture.store.delete_device(&device_id("pi")).await.unwrap(), Some(2));
+        assert_eq!(
+            fixture.store.delete_device(&device_id("pi"), &somebody()).await.unwrap(),
+            Some(2)
+        );
     }
     // The figures of those that were not deleted are whole.
     let other = fixture.store.device(&device_id("pi-2")).await.unwrap().unwrap();

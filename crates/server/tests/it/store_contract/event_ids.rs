@@ -8,7 +8,9 @@ use tokio::task::JoinSet;
 
 use super::streaks::figures_of;
 use crate::support::{
-    events::{at, batch_at, device_id, failure, of_job, recount, success, write, write_at},
+    events::{
+        at, batch_at, device_id, failure, of_job, recount, somebody, success, write, write_at,
+    },
     store::{Fixture, TestDatabase, TestStore},
 };
 
@@ -124,7 +126,7 @@ async fn a_deleted_device_starts_anew(fixture: &TestStore) {
     let mut writer = fixture.writer();
     let events = vec![called("a", success("pi", at(0))), called("a", success("other", at(0)))];
     write(&mut *writer, events.clone()).await;
-    assert_eq!(fixture.store.delete_device(&device_id("pi")).await.unwrap(), Some(1));
+    assert_eq!(fixture.store.delete_device(&device_id("pi"), &somebody()).await.unwrap(), Some(1));
     let written = write(&mut *writer, events).await;
     let positions: Vec<_> = written.duplicates.iter().map(|one| one.position).collect();
     assert_eq!(positions, [1]);

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use super::streaks::figures_of;
 use crate::support::{
-    events::{at, batch_at, device_id, failure, of_job, recount, success, sum},
+    events::{at, batch_at, device_id, failure, of_job, recount, somebody, success, sum},
     store::{Fixture, TestDatabase, TestStore},
 };
 
@@ -92,7 +92,11 @@ async fn devices_are_deleted_while_they_report() {
         (0..6).map(|number| device_id(&format!("pi-{number}"))).collect();
     let mut round = 0;
     while !nodes.is_empty() {
-        fixture.store.delete_device(&everybody[round % everybody.len()]).await.unwrap();
+        fixture
+            .store
+            .delete_device(&everybody[round % everybody.len()], &somebody())
+            .await
+            .unwrap();
         round += 1;
         while let Some(done) = nodes.try_join_next() {
             done.unwrap();

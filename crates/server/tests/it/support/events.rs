@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use pisync::store::{Batch, EventWriter, Figures, Written};
+use pisync::store::{Actor, Batch, EventWriter, Figures, Via, Written};
 use pisync_core::{DeviceId, JobName, Mbps, SyncEvent, Timestamp};
 
 /// The present in all tests: 2026-11-22T12:00:00.000Z.
@@ -13,6 +13,11 @@ pub(crate) fn now() -> Timestamp {
 /// So many seconds after [`now`], or before it.
 pub(crate) fn at(second: i64) -> Timestamp {
     now().saturating_add_milliseconds(second * 1000)
+}
+
+/// Whoever changes something, where it does not matter who.
+pub(crate) fn somebody() -> Actor {
+    Actor { via: Via::Local, address: None, at: now() }
 }
 
 pub(crate) fn device_id(text: &str) -> DeviceId {

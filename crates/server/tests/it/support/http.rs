@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct Client {
     address: SocketAddr,
     client: reqwest::Client,
+    /// Sent with every request.
+    key: Option<String>,
 }
 
 impl Client {
@@ -35,7 +37,12 @@ impl Client {
             .no_proxy()
             .build()
             .unwrap();
-        Self { address, client }
+        Self { address, client, key: None }
+    }
+
+    /// The same client, with a key.
+    pub(crate) fn with_key(&self, key: &str) -> Self {
+        Self { key: Some(key.to_owned()), ..self.clone() }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -49,7 +56,11 @@ impl Client {
 
     /// A request to be completed and given to [`send`].
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client.request(method, self.url(path))
+        let request = self.client.request(method, self.url(path));
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {

@@ -13,7 +13,7 @@ use std::{
 use pisync::{
     app::{self, AppError, Settings},
     clock::Clock,
-    http::{HttpSettings, Timeouts},
+    http::{AuthMode, HttpSettings, Timeouts},
     store::Target,
 };
 use pisync_core::Timestamp;
@@ -119,6 +119,7 @@ fn settings(target: Target) -> Settings {
         auto_migrate: true,
         event_id_retention_days: 90,
         http: HttpSettings {
+            auth: AuthMode::Auto,
             max_clock_skew_seconds: 300,
             sync_per_minute: 0,
             api_per_minute: 0,

@@ -8,7 +8,13 @@ use std::{
     },
 };
 
-use pisync::store::{self, EventWriter, JobDifference, Store, Target, migrations::Migrator};
+use pisync::{
+    keys::{self, KeyWish},
+    random::Randomness,
+    store::{
+        self, Actor, EventWriter, JobDifference, Scope, Store, Target, Via, migrations::Migrator,
+    },
+};
 use tempfile::TempDir;
 
 use super::{
@@ -77,6 +83,11 @@ async fn run<F: Fixture>(database: TestDatabase, body: impl AsyncFnOnce(&F)) {
     fixture.into_database().remove().await;
 }
 
+/// A key for everything that its scope opens.
+pub(crate) fn wish(scope: Scope) -> KeyWish {
+    KeyWish { name: None, scope, device_id: None, group: None, expires_at: None }
+}
+
 /// A database with nothing in it yet.
 pub(crate) struct TestDatabase {
     pub(crate) target: Target,
@@ -119,6 +130,14 @@ impl TestDatabase {
     /// Something to run migrations with; `folder` holds the users' own.
     pub(crate) async fn migrator(&self, folder: &Path) -> Migrator {
         Migrator::new(&self.target, folder).await.unwrap()
+    }
+
+    /// Makes a key as the command line does, beside a server if there is one: its number and itself.
+    pub(crate) async fn make_key(&self, wish: KeyWish) -> (i64, String) {
+        let store = store::open(&self.target).await.unwrap();
+        let by = Actor { via: Via::CommandLine, address: None, at: now() };
+        let made = keys::create(&*store, &Randomness::system(), wish, &by).await.unwrap();
+        (made.0, made.1.as_str().to_owned())
     }
 
     /// Runs SQL behind the store's back, on a connection of its own.

@@ -1,0 +1,231 @@
+//! `pisync key`: API keys, made, listed and revoked beside a running server, which notices within a second.
+
+use clap::{Args, Subcommand};
+use pisync_core::{DeviceId, Timestamp, text::check_text};
+
+use crate::{
+    clock::Clock,
+    config::{DatabaseArgs, MigrationArgs},
+    keys::{self, KeyWish, MAX_NAME},
+    random::Randomness,
+    store::{self, Actor, ApiKey, Revocation, Scope, Store, Target, Via, migrations::Migrator},
+};
+
+const MAX_GROUP: usize = 100;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  pisync key create --scope ingest --name fleet        one key for all devices
+  pisync key create --scope ingest --device pi-001     one that reports for pi-001 alone
+  pisync key create --scope ingest --group school-17   one for the devices of a group; new ones join it
+  pisync key create --scope read --expires 90d --name prometheus
+  pisync key revoke 3
+
+A key is sent as `Authorization: Bearer psk_\u{2026}`.")]
+pub(super) struct KeyCommand {
+    #[command(subcommand)]
+    action: Action,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Make a key; it is shown this once and kept nowhere
+    Create {
+        /// What it opens: ingest (reporting), read (everything but keys and the audit log) or admin
+        #[arg(long, value_name = "SCOPE")]
+        scope: Scope,
+        /// The only device that it may report for
+        #[arg(long, value_name = "ID", conflicts_with = "group")]
+        device: Option<String>,
+        /// The only group whose devices it may report for; a device that was never seen is put in it
+        #[arg(long, value_name = "NAME")]
+        group: Option<String>,
+        /// When it ends: after so long (90d, 12h, 4w) or at a time (2027-01-01)
+        #[arg(long, value_name = "WHEN")]
+        expires: Option<String>,
+        /// What to call it
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List all keys
+    List,
+    /// Make keys open nothing any more
+    Revoke {
+        /// Their numbers, as listed
+        #[arg(required = true, value_name = "NUMBER")]
+        ids: Vec<i64>,
+    },
+}
+
+pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
+    let target = command.database.target().map_err(|error| error.to_string())?;
+    let now = Clock::system().now();
+    let by = Actor { via: Via::CommandLine, address: None, at: now };
+    match &command.action {
+        Action::Create { scope, device, group, expires, name } => {
+            let wish = wish(*scope, device.as_deref(), group.as_deref(), name.as_deref())?;
+            let expires_at = expires.as_deref().map(|when| end(when, now)).transpose()?;
+            let wish = KeyWish { expires_at, ..wish };
+            if let Some((field, problem)) = wish.problem(now) {
+                return Err(format!("{field} {problem}"));
+            }
+            let store = open(&target, command, now).await?;
+            let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by)
+                .await
+                .map_err(|error| error.to_string())?;
+            println!("made key {id} in {target}; it is shown this once:\n{}", secret.as_str());
+            Ok(())
+        }
+        Action::List => {
+            let store = open(&target, command, now).await?;
+            let keys = store.keys().await.map_err(|error| error.to_string())?.keys;
+            for line in table(&keys, now) {
+                println!("{line}");
+            }
+            Ok(())
+        }
+        Action::Revoke { ids } => {
+            let store = open(&target, command, now).await?;
+            let mut unknown = Vec::new();
+            for id in ids {
+                match store.revoke_key(*id, &by).await.map_err(|error| error.to_string())? {
+                    Revocation::Revoked => println!("revoked key {id}"),
+                    Revocation::Already => println!("key {id} was revoked before"),
+                    Revocation::Unknown => unknown.push(id.to_string()),
+                }
+            }
+            if unknown.is_empty() {
+                return Ok(());
+            }
+            Err(format!("no such key: {}; `pisync key list` lists them", unknown.join(", ")))
+        }
+    }
+}
+
+fn wish(
+    scope: Scope,
+    device: Option<&str>,
+    group: Option<&str>,
+    name: Option<&str>,
+) -> Result<KeyWish, String> {
+    for (option, text, most) in [("--group", group, MAX_GROUP), ("--name", name, MAX_NAME)] {
+        if let Some(text) = text {
+            check_text(text, most).map_err(|error| format!("{option} {error}"))?;
+        }
+    }
+    let device_id = device.map(DeviceId::new).transpose();
+    Ok(KeyWish {
+        name: name.map(str::to_owned),
+        scope,
+        device_id: device_id.map_err(|error| format!("--device {error}"))?,
+        group: group.map(str::to_owned),
+        expires_at: None,
+    })
+}
+
+/// The end that was typed: so long from `now`, or a time.
+fn end(when: &str, now: Timestamp) -> Result<Timestamp, String> {
+    const HOUR: i64 = 60 * 60 * 1000;
+    let units = [('h', HOUR), ('d', 24 * HOUR), ('w', 7 * 24 * HOUR)];
+    let so_long = units.into_iter().find_map(|(unit, milliseconds)| {
+        let count: u32 = when.strip_suffix(unit)?.parse().ok()?;
+        Some(now.saturating_add_milliseconds(i64::from(count).saturating_mul(milliseconds)))
+    });
+    so_long.or_else(|| Timestamp::parse_iso8601(when)).ok_or_else(|| {
+        format!("--expires {when}: expected so many hours, days or weeks (12h, 90d, 4w), or a time such as 2027-01-01")
+    })
+}
+
+/// Opens the store, with the schema that it needs: SQLite's is brought up to date, as a server does it.
+async fn open(
+    target: &Target,
+    command: &KeyCommand,
+    now: Timestamp,
+) -> Result<std::sync::Arc<dyn Store>, String> {
+    let migrator = Migrator::new(target, &command.migrations.migrations_dir).await;
+    let mut migrator = migrator.map_err(|error| error.to_string())?;
+    let pending = migrator.check().await.map_err(|error| error.to_string())?;
+    if !pending.is_empty() {
+        if matches!(target, Target::Postgres(_)) {
+            let pending = pending.join(", ");
+            return Err(format!("pending migrations: {pending}; run `pisync migrate up` first"));
+        }
+        // Not under a running server of an older version.
+        let _claim = store::claim(target).map_err(|error| error.to_string())?;
+        migrator.up(now).await.map_err(|error| error.to_string())?;
+    }
+    store::open(target).await.map_err(|error| error.to_string())
+}
+
+/// The list as a table.
+fn table(keys: &[ApiKey], now: Timestamp) -> Vec<String> {
+    if keys.is_empty() {
+        return vec!["there are no keys yet; make one with `pisync key create`".to_owned()];
+    }
+    let heading = ["NUMBER", "KEY", "SCOPE", "FOR", "STATE", "MADE", "LAST USED", "NAME"];
+    let mut rows = vec![heading.map(str::to_owned)];
+    rows.extend(keys.iter().map(|key| row(key, now)));
+    let mut widths = [0; 8];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |row: &[String; 8]| {
+        let cells: Vec<_> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}
+
+fn row(key: &ApiKey, now: Timestamp) -> [String; 8] {
+    let date = |time: Timestamp| time.to_string()[..10].to_owned();
+    let bound = match (&key.device_id, &key.group) {
+        (Some(device_id), _) => format!("device {device_id}"),
+        (None, Some(group)) => format!("group {group}"),
+        (None, None) => "all".to_owned(),
+    };
+    let state = match (key.revoked_at, key.expires_at) {
+        (Some(at), _) => format!("revoked {}", date(at)),
+        (None, Some(at)) if at <= now => format!("expired {}", date(at)),
+        (None, Some(at)) => format!("until {}", date(at)),
+        (None, None) => "valid".to_owned(),
+    };
+    [
+        key.id.to_string(),
+        format!("{}\u{2026}", key.hint),
+        key.scope.as_str().to_owned(),
+        bound,
+        state,
+        date(key.created_at),
+        key.last_used.map_or("never".to_owned(), date),
+        key.name.clone().unwrap_or_default(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends() {
+        let now = Timestamp::parse_iso8601("2026-11-22T12:00:00Z").unwrap();
+        for (typed, expected) in [
+            ("90d", "2027-02-20T12:00:00.000Z"),
+            ("12h", "2026-11-23T00:00:00.000Z"),
+            ("2w", "2026-12-06T12:00:00.000Z"),
+            ("2027-01-01", "2027-01-01T00:00:00.000Z"),
+        ] {
+            assert_eq!(end(typed, now).unwrap().to_string(), expected, "{typed}");
+        }
+        for typed in ["", "90", "d", "-1d", "1.5d", "90 days", "soon"] {
+            assert!(end(typed, now).is_err(), "{typed}");
+        }
+    }
+}

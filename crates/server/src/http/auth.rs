@@ -1,0 +1,391 @@
+//! Who may ask for what. What a route needs is read from the OpenAPI document, where each operation
+//! declares its scope: a route that declares none is open to admins alone. Keys are checked against the
+//! server's memory, never against the database.
+
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
+
+use axum::{
+    extract::{FromRequestParts, Request},
+    http::{
+        HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts,
+        uri::Authority,
+    },
+};
+use pisync_core::{DeviceId, Timestamp};
+use serde_json::Value;
+use utoipa::openapi::OpenApi as Document;
+
+use super::{SharedState, client_address::Client, docs, error::ApiError, serve::Peer};
+use crate::{
+    clock::Clock,
+    keys::{self, Key, Keyring, WrongSecret},
+    store::{Actor, Scope, Via},
+};
+
+/// The name under which the OpenAPI document knows keys.
+pub(super) const SECURITY_SCHEME: &str = "key";
+
+/// Whether the server asks for keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AuthMode {
+    /// Of everybody but this machine's own users, when it listens on this machine alone; else of
+    /// everybody.
+    Auto,
+    /// Of nobody.
+    Off,
+    /// Of everybody.
+    Required,
+}
+
+/// Who gets in without a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keyless {
+    Nobody,
+    /// Who asks from this machine, without anybody between.
+    Local,
+    Everybody,
+}
+
+/// What a route needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Nothing,
+    Scope(Scope),
+}
+
+/// What is to be done with a request.
+pub(super) struct Verdict {
+    /// The key that it came with, when that is good for something.
+    pub(super) key: Option<Arc<Key>>,
+    pub(super) result: Result<(), ApiError>,
+}
+
+impl Verdict {
+    fn without_key(result: Result<(), ApiError>) -> Self {
+        Self { key: None, result }
+    }
+}
+
+/// The door of one server.
+pub(super) struct Gate {
+    keyless: Keyless,
+    keyring: Arc<Keyring>,
+    clock: Clock,
+    /// Origins whose pages may call the API.
+    origins: Vec<HeaderValue>,
+    needs: HashMap<String, Vec<(Method, Need)>>,
+}
+
+impl Gate {
+    pub(super) fn new(
+        mode: AuthMode,
+        listens_to: IpAddr,
+        keyring: Arc<Keyring>,
+        clock: Clock,
+        origins: Vec<HeaderValue>,
+        document: &Document,
+    ) -> Self {
+        let keyless = match mode {
+            AuthMode::Off => Keyless::Everybody,
+            AuthMode::Auto if listens_to.to_canonical().is_loopback() => Keyless::Local,
+            AuthMode::Auto | AuthMode::Required => Keyless::Nobody,
+        };
+        Self { keyless, keyring, clock, origins, needs: needs(document) }
+    }
+
+    /// How somebody without a key came in.
+    fn keyless_via(&self) -> Via {
+        if self.keyless == Keyless::Local { Via::Local } else { Via::Open }
+    }
+
+    /// Looks at a request for `route`, which is empty when there is none such.
+    pub(super) fn check(&self, request: &Request, route: &str) -> Verdict {
+        if self.keyless == Keyless::Everybody {
+            return Verdict::without_key(Ok(()));
+        }
+        let Need::Scope(scope) = self.need(request.method(), route) else {
+            return Verdict::without_key(Ok(()));
+        };
+        let headers = request.headers();
+        if headers.contains_key(header::AUTHORIZATION) {
+            let now = self.clock.now();
+            match self.identify(headers, now) {
+                Ok(key) => {
+                    key.used(now);
+                    let opens = key.scope.opens(scope);
+                    let result = if opens { Ok(()) } else { Err(ApiError::WrongScope(scope)) };
+                    Verdict { key: Some(key), result }
+                }
+                Err(why) => Verdict::without_key(Err(ApiError::WrongKey(why))),
+            }
+        } else if self.keyless == Keyless::Nobody {
+            Verdict::without_key(Err(ApiError::KeyNeeded(ASK)))
+        } else {
+            let local = check_local(request, &self.origins);
+            Verdict::without_key(local.map_err(ApiError::KeyNeeded))
+        }
+    }
+
+    fn need(&self, method: &Method, route: &str) -> Need {
+        // Unknown routes tell nothing, and neither does the documentation, which everybody can download.
+        if route.is_empty() || route.starts_with("/api-docs") {
+            return Need::Nothing;
+        }
+        let Some(methods) = self.needs.get(route) else {
+            return Need::Scope(Scope::Admin);
+        };
+        let method = if *method == Method::HEAD { &Method::GET } else { method };
+        // Other methods are answered that they are not allowed.
+        methods.iter().find(|(known, _)| known == method).map_or(Need::Nothing, |(_, need)| *need)
+    }
+
+    /// The key in the request's header, if it opens anything at all.
+    fn identify(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Key>, &'static str> {
+        let mut values = headers.get_all(header::AUTHORIZATION).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            return Err("There is more than one Authorization header");
+        };
+        let bytes = value.as_bytes();
+        let (scheme, rest) = bytes.split_at_checked(BEARER.len()).unwrap_or((bytes, b""));
+        if !scheme.eq_ignore_ascii_case(BEARER) {
+            return Err("Keys are sent as Authorization: Bearer psk_\u{2026}");
+        }
+        let secret = rest.trim_ascii();
+        let Some(key) = self.keyring.find(&keys::hash(secret)) else {
+            return Err(match WrongSecret::of(secret) {
+                Some(WrongSecret::NotAKey) => "This is no key: keys begin with psk_",
+                Some(WrongSecret::Mistyped) => "This key is mistyped: its checksum does not fit",
+                None => "This key is not known here",
+            });
+        };
+        if key.is_revoked() {
+            return Err("This key was revoked");
+        }
+        if key.has_expired(now) {
+            return Err("This key has expired");
+        }
+        Ok(key)
+    }
+}
+
+const BEARER: &[u8] = b"Bearer ";
+
+/// What is answered who brings no key.
+const ASK: &str = "A key is needed: send it as Authorization: Bearer psk_\u{2026}";
+
+/// Each operation's need, by route.
+fn needs(document: &Document) -> HashMap<String, Vec<(Method, Need)>> {
+    let mut needs = HashMap::new();
+    for (path, item) in &document.paths.paths {
+        let declared = docs::operations(item).filter_map(|(method, operation)| {
+            let security = serde_json::to_value(&operation.security).unwrap_or_default();
+            Some((Method::from_bytes(method.as_bytes()).ok()?, declared_need(&security)))
+        });
+        needs.insert(path.clone(), declared.collect());
+    }
+    needs
+}
+
+/// What an operation declares: `[{}]` is nothing, `[{"key": ["read"]}]` a scope. Whatever else stands there
+/// is for admins.
+fn declared_need(security: &Value) -> Need {
+    if *security == serde_json::json!([{}]) {
+        return Need::Nothing;
+    }
+    let scope = security[0][SECURITY_SCHEME][0].as_str().and_then(|scope| scope.parse().ok());
+    Need::Scope(scope.unwrap_or(Scope::Admin))
+}
+
+/// Whether a request without a key comes from this machine's own user. Everything that a proxy in front
+/// or a web page elsewhere would leave on it speaks against that.
+fn check_local(request: &Request, origins: &[HeaderValue]) -> Result<(), &'static str> {
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
+    if !peer.is_some_and(|peer| peer.is_loopback()) {
+        return Err(ASK);
+    }
+    let headers = request.headers();
+    if headers.keys().any(is_forwarding) {
+        return Err(
+            "A key is needed: this request came through a proxy. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    // nginx speaks HTTP/1.0 and names the upstream as Host, unless it is told otherwise.
+    if request.version() < Version::HTTP_11 {
+        return Err(
+            "A key is needed: HTTP/1.0 may be a proxy's. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    if !has_local_host(request.uri(), headers) {
+        return Err(
+            "A key is needed: only requests to localhost are served without one. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    if !has_own_origin(request.uri(), headers, origins) {
+        return Err(
+            "A key is needed: this request was made by a web page elsewhere. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    Ok(())
+}
+
+/// Headers by which a proxy says that it is one.
+fn is_forwarding(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    name.starts_with("x-forwarded")
+        || matches!(
+            name,
+            "forwarded"
+                | "via"
+                | "x-real-ip"
+                | "x-client-ip"
+                | "x-cluster-client-ip"
+                | "x-original-forwarded-for"
+                | "x-envoy-external-address"
+                | "true-client-ip"
+                | "cf-connecting-ip"
+                | "fastly-client-ip"
+        )
+}
+
+/// Whether all that names a host names this machine: a name elsewhere that leads here is how a web page
+/// gets round the rules for origins.
+fn has_local_host(uri: &Uri, headers: &HeaderMap) -> bool {
+    let mut hosts = headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes);
+    let named = uri.authority().map(|authority| authority.as_str().as_bytes());
+    let mut count = 0;
+    let local = hosts.by_ref().chain(named).all(|host| {
+        count += 1;
+        is_local(host)
+    });
+    local && count > 0
+}
+
+/// Whether `host`, maybe with a port, is this machine.
+fn is_local(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    let (name, port) = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').unwrap_or((rest, "?")),
+        None => host.split_at(host.find(':').unwrap_or(host.len())),
+    };
+    let port = port.strip_prefix(':').unwrap_or(port);
+    port.bytes().all(|byte| byte.is_ascii_digit())
+        && (name.eq_ignore_ascii_case("localhost")
+            || name.parse().is_ok_and(|address: IpAddr| address.is_loopback()))
+}
+
+/// Whether the page that made a request, if any did, is this server's own or one of the configured.
+fn has_own_origin(uri: &Uri, headers: &HeaderMap, origins: &[HeaderValue]) -> bool {
+    let host = headers.get(header::HOST).map(HeaderValue::as_bytes);
+    let host = host.or_else(|| uri.authority().map(Authority::as_str).map(str::as_bytes));
+    headers.get_all(header::ORIGIN).iter().all(|origin| {
+        let bytes = origin.as_bytes();
+        let authority = bytes.strip_prefix(b"http://").or_else(|| bytes.strip_prefix(b"https://"));
+        origins.contains(origin) || (authority.is_some() && authority == host)
+    })
+}
+
+/// The key that a request was let in with, if it was with one.
+pub(super) fn key_of(request: &Request) -> Option<Arc<Key>> {
+    request.extensions().get::<Arc<Key>>().cloned()
+}
+
+/// Checks that a key may report for a device. A key of a group puts a new device in it.
+pub(super) async fn check_report(
+    state: &SharedState,
+    key: &Key,
+    device_id: &DeviceId,
+) -> Result<(), ApiError> {
+    if !key.may_report_for(device_id) {
+        return Err(ApiError::OtherDevice);
+    }
+    let Some(group) = &key.group else { return Ok(()) };
+    if let Some(found) = state.store.device_group(device_id).await? {
+        return if found.as_ref() == Some(group) { Ok(()) } else { Err(ApiError::OtherDevice) };
+    }
+    state.store.register_device(device_id, group, state.clock.now()).await?;
+    tracing::info!(%device_id, group, key_id = key.id, "new device");
+    Ok(())
+}
+
+/// Who asks for a change, for the audit log.
+pub(super) struct By(pub(super) Actor);
+
+impl FromRequestParts<SharedState> for By {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &SharedState) -> Result<Self, ApiError> {
+        let key = parts.extensions.get::<Arc<Key>>();
+        Ok(Self(Actor {
+            via: key.map_or_else(|| state.gate.keyless_via(), |key| Via::Key(key.id)),
+            address: parts.extensions.get::<Client>().map(|client| client.0),
+            at: state.clock.now(),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_machine_is_local() {
+        for host in [
+            "localhost",
+            "LOCALHOST:3000",
+            "127.0.0.1",
+            "127.0.0.1:80",
+            "127.9.9.9",
+            "[::1]",
+            "[::1]:3000",
+        ] {
+            assert!(is_local(host.as_bytes()), "{host}");
+        }
+        for host in [
+            "",
+            "pisync",
+            "localhost.example",
+            "localhost:x",
+            "localhost@evil",
+            "127.0.0.1.nip.io",
+            "192.168.0.2",
+            "0.0.0.0",
+            "[::]",
+            "[::1",
+            "localhost:80@evil",
+            "::2",
+            "xn--localhost",
+            "\u{7f}",
+        ] {
+            assert!(!is_local(host.as_bytes()), "{host}");
+        }
+    }
+
+    #[test]
+    fn a_page_is_our_own_or_a_configured_one() {
+        let origins = [HeaderValue::from_static("https://fleet.example")];
+        let own = |origin: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_static("localhost:3000"));
+            headers.insert(header::ORIGIN, HeaderValue::from_static(origin));
+            has_own_origin(&Uri::from_static("/"), &headers, &origins)
+        };
+        for origin in ["http://localhost:3000", "https://localhost:3000", "https://fleet.example"] {
+            assert!(own(origin), "{origin}");
+        }
+        for origin in
+            ["null", "http://localhost:8080", "http://fleet.example", "localhost:3000", ""]
+        {
+            assert!(!own(origin), "{origin}");
+        }
+    }
+
+    #[test]
+    fn what_declares_no_scope_is_for_admins() {
+        use serde_json::json;
+        assert_eq!(declared_need(&json!([{}])), Need::Nothing);
+        assert_eq!(declared_need(&json!([{"key": ["read"]}])), Need::Scope(Scope::Read));
+        for odd in [json!(null), json!([]), json!([{"key": []}]), json!([{"other": ["read"]}])] {
+            assert_eq!(declared_need(&odd), Need::Scope(Scope::Admin), "{odd}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! The keys that a running server knows, by their hashes: a request is checked without asking the
+//! database. One task follows the database, so that a key that is made or revoked anywhere counts here
+//! within a second.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use pisync_core::{DeviceId, Timestamp};
+
+use crate::store::{ApiKey, KeyHash, KeyStore, Keys, Scope, StoreError};
+
+/// How often to look whether keys have changed: two looks, of which one may be slow, make a second.
+pub const REFRESH_INTERVAL: Duration = Duration::from_millis(400);
+
+/// How long one look may take.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How coarsely a key's last use is noted, in milliseconds: an hour. Each key is written at most so often.
+const USE_GRAIN: i64 = 60 * 60 * 1000;
+
+/// A key, as requests are checked against it.
+#[derive(Debug)]
+pub struct Key {
+    /// Its number.
+    pub id: i64,
+    /// What it opens.
+    pub scope: Scope,
+    /// The only device that it may report for.
+    pub device_id: Option<String>,
+    /// The only group whose devices it may report for.
+    pub group: Option<String>,
+    expires_at: Option<Timestamp>,
+    revoked: bool,
+    /// The start of the hour in which it was last used, in milliseconds; the smallest number when never.
+    last_used: AtomicI64,
+    /// Whether the database knows of that.
+    use_is_noted: AtomicBool,
+}
+
+impl Key {
+    fn new(stored: &ApiKey, last_used: i64, use_is_noted: bool) -> Self {
+        Self {
+            id: stored.id,
+            scope: stored.scope,
+            device_id: stored.device_id.clone(),
+            group: stored.group.clone(),
+            expires_at: stored.expires_at,
+            revoked: stored.revoked_at.is_some(),
+            last_used: AtomicI64::new(last_used),
+            use_is_noted: AtomicBool::new(use_is_noted),
+        }
+    }
+
+    /// Whether it was revoked.
+    #[must_use]
+    pub fn is_revoked(&self) -> bool {
+        self.revoked
+    }
+
+    /// Whether it has expired by `now`.
+    #[must_use]
+    pub fn has_expired(&self, now: Timestamp) -> bool {
+        self.expires_at.is_some_and(|expires_at| expires_at <= now)
+    }
+
+    /// Whether it may report for a device, as far as that is known without asking the database.
+    #[must_use]
+    pub fn may_report_for(&self, device_id: &DeviceId) -> bool {
+        self.device_id.as_ref().is_none_or(|own| own == device_id.as_str())
+    }
+
+    /// Remembers that it was used.
+    pub fn used(&self, now: Timestamp) {
+        let hour = now.as_millisecond() - now.as_millisecond().rem_euclid(USE_GRAIN);
+        if self.last_used.load(Ordering::Relaxed) < hour {
+            self.last_used.fetch_max(hour, Ordering::Relaxed);
+            self.use_is_noted.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    version: Option<i64>,
+    by_hash: HashMap<KeyHash, Arc<Key>>,
+}
+
+/// Every key that the server knows.
+#[derive(Debug, Default)]
+pub struct Keyring {
+    known: RwLock<Known>,
+}
+
+impl Keyring {
+    /// The key with this hash, whatever its state.
+    ///
+    /// Looking it up takes a time that depends on the hash, not on the key: nobody can tell from it what a
+    /// key begins with without knowing one that hashes so.
+    #[must_use]
+    pub fn find(&self, hash: &KeyHash) -> Option<Arc<Key>> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).by_hash.get(hash).cloned()
+    }
+
+    /// Whether there is a key that opens everything at `now`.
+    #[must_use]
+    pub fn has_admin(&self, now: Timestamp) -> bool {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known
+            .by_hash
+            .values()
+            .any(|key| key.scope == Scope::Admin && !key.is_revoked() && !key.has_expired(now))
+    }
+
+    /// Takes over what has changed in the database.
+    ///
+    /// # Errors
+    /// When it cannot be asked; what was known stays known.
+    pub async fn refresh<S: KeyStore + ?Sized>(&self, store: &S) -> Result<(), StoreError> {
+        let version = store.keys_version().await?;
+        let is_current = |known: &Known| known.version == Some(version);
+        if !is_current(&self.known.read().unwrap_or_else(PoisonError::into_inner)) {
+            let keys = store.keys().await?;
+            self.replace(&keys);
+        }
+        Ok(())
+    }
+
+    fn replace(&self, keys: &Keys) {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        // A slower refresh must not bring back what a faster one has seen go.
+        if known.version.is_some_and(|version| version > keys.version) {
+            return;
+        }
+        let by_hash = keys
+            .keys
+            .iter()
+            .map(|stored| {
+                let noted = stored.last_used.map_or(i64::MIN, Timestamp::as_millisecond);
+                let seen = known
+                    .by_hash
+                    .get(&stored.hash)
+                    .map_or(i64::MIN, |key| key.last_used.load(Ordering::Relaxed));
+                (stored.hash, Arc::new(Key::new(stored, noted.max(seen), seen <= noted)))
+            })
+            .collect();
+        *known = Known { version: Some(keys.version), by_hash };
+    }
+
+    /// Tells the database which keys were used since it was last told.
+    ///
+    /// # Errors
+    /// When it cannot be told; it will be with the next call.
+    pub async fn note_uses<S: KeyStore + ?Sized>(&self, store: &S) -> Result<(), StoreError> {
+        let unnoted: Vec<Arc<Key>> = {
+            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+            let is_unnoted = |key: &&Arc<Key>| !key.use_is_noted.load(Ordering::Relaxed);
+            known.by_hash.values().filter(is_unnoted).cloned().collect()
+        };
+        let used: Vec<(i64, Timestamp)> = unnoted
+            .iter()
+            .filter_map(|key| {
+                key.use_is_noted.store(true, Ordering::Relaxed);
+                let hour = Timestamp::from_millisecond(key.last_used.load(Ordering::Relaxed))?;
+                Some((key.id, hour))
+            })
+            .collect();
+        if used.is_empty() {
+            return Ok(());
+        }
+        let result = store.keys_used(&used).await;
+        if result.is_err() {
+            for key in &unnoted {
+                key.use_is_noted.store(false, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+}
+
+/// Keeps `keyring` current for as long as the server runs. While the database is away the keys stay what
+/// they were: nothing can be read or stored meanwhile.
+pub async fn follow<S: KeyStore + ?Sized>(keyring: Arc<Keyring>, store: Arc<S>) {
+    loop {
+        tokio::time::sleep(REFRESH_INTERVAL).await;
+        let round = async {
+            keyring.refresh(&*store).await?;
+            keyring.note_uses(&*store).await
+        };
+        match tokio::time::timeout(REFRESH_TIMEOUT, round).await {
+            Ok(Ok(())) => {}
+            // Ingest tells of a database that is away, once.
+            Ok(Err(error)) => tracing::debug!(%error, "cannot look for changed keys"),
+            Err(_) => tracing::warn!("looking for changed keys takes too long"),
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! API keys and the audit log: what both stores keep of who may do what, and of who did what. The keys
+//! themselves are kept nowhere, only their hashes.
+
+use std::{net::IpAddr, str::FromStr};
+
+use async_trait::async_trait;
+use pisync_core::{DeviceId, Timestamp};
+use serde_json::{Value, json};
+
+use super::{DeviceChange, StoreError};
+
+/// The SHA-256 of a key.
+///
+/// A fast hash is right here, unlike for passwords: a key is 256 random bits, so there is no list of
+/// likely ones to try, and trying them all is hopeless at any speed. It also lets every request be
+/// checked for some hundred nanoseconds.
+pub type KeyHash = [u8; 32];
+
+/// What a key opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Reporting sync runs, and nothing else.
+    Ingest,
+    /// Reading everything but keys and the audit log.
+    Read,
+    /// Everything.
+    Admin,
+}
+
+impl Scope {
+    /// All of them, narrowest first.
+    pub const ALL: [Self; 3] = [Self::Ingest, Self::Read, Self::Admin];
+
+    /// As it is typed and stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ingest => "ingest",
+            Self::Read => "read",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// Whether a key of this scope opens what asks for `needed`.
+    #[must_use]
+    pub fn opens(self, needed: Self) -> bool {
+        self == needed || self == Self::Admin
+    }
+}
+
+impl FromStr for Scope {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|scope| scope.as_str() == text);
+        found.ok_or_else(|| "must be one of [ingest, read, admin]".to_owned())
+    }
+}
+
+/// A key to be made.
+#[derive(Debug, Clone)]
+pub struct NewKey {
+    /// Of the key.
+    pub hash: KeyHash,
+    /// Its first characters.
+    pub hint: String,
+    /// What people call it.
+    pub name: Option<String>,
+    /// What it opens.
+    pub scope: Scope,
+    /// The only device that it may report for.
+    pub device_id: Option<DeviceId>,
+    /// The only group whose devices it may report for; a new device is put in it.
+    pub group: Option<String>,
+    /// From when on it opens nothing.
+    pub expires_at: Option<Timestamp>,
+}
+
+impl NewKey {
+    /// What the audit log says of it.
+    pub(super) fn details(&self) -> Value {
+        json!({
+            "hint": self.hint,
+            "name": self.name,
+            "scope": self.scope.as_str(),
+            "device_id": self.device_id.as_ref().map(DeviceId::as_str),
+            "group": self.group,
+            "expires_at": self.expires_at,
+        })
+    }
+}
+
+/// A key as it is kept.
+#[derive(Debug, Clone)]
+pub struct ApiKey {
+    /// Its number, by which it is named everywhere.
+    pub id: i64,
+    /// Of the key.
+    pub hash: KeyHash,
+    /// Its first characters.
+    pub hint: String,
+    /// What people call it.
+    pub name: Option<String>,
+    /// What it opens.
+    pub scope: Scope,
+    /// The only device that it may report for.
+    pub device_id: Option<String>,
+    /// The only group whose devices it may report for.
+    pub group: Option<String>,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// From when on it opens nothing.
+    pub expires_at: Option<Timestamp>,
+    /// When it was revoked.
+    pub revoked_at: Option<Timestamp>,
+    /// When it was last used, to the hour.
+    pub last_used: Option<Timestamp>,
+}
+
+impl ApiKey {
+    /// Whether it opens anything at `now`.
+    #[must_use]
+    pub fn is_valid(&self, now: Timestamp) -> bool {
+        self.revoked_at.is_none() && self.expires_at.is_none_or(|expires_at| expires_at > now)
+    }
+}
+
+/// All keys, as of one version.
+#[derive(Debug)]
+pub struct Keys {
+    /// Changes whenever a key is made or revoked.
+    pub version: i64,
+    /// Revoked and expired ones included, oldest first.
+    pub keys: Vec<ApiKey>,
+}
+
+/// What came of revoking a key.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Revocation {
+    /// It opens nothing from now on.
+    Revoked,
+    /// It was revoked before.
+    Already,
+    /// There is no such key.
+    Unknown,
+}
+
+/// How whoever does something came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// With a key.
+    Key(i64),
+    /// Without one, from the same machine.
+    Local,
+    /// Without one, since nobody is asked (`AUTH=off`).
+    Open,
+    /// By the program's own commands.
+    CommandLine,
+}
+
+impl Via {
+    /// As it is stored and shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Key(_) => "key",
+            Self::Local => "local",
+            Self::Open => "open",
+            Self::CommandLine => "command line",
+        }
+    }
+
+    /// The key, if there was one.
+    #[must_use]
+    pub fn key_id(self) -> Option<i64> {
+        match self {
+            Self::Key(id) => Some(id),
+            Self::Local | Self::Open | Self::CommandLine => None,
+        }
+    }
+}
+
+/// Who does something, and when: goes into the audit log with every change.
+#[derive(Debug, Clone, Copy)]
+pub struct Actor {
+    /// How they came in.
+    pub via: Via,
+    /// From where.
+    pub address: Option<IpAddr>,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// One line of the audit log.
+#[derive(Debug)]
+pub struct AuditEntry {
+    /// Grows with time.
+    pub id: i64,
+    /// When it was done.
+    pub at: Timestamp,
+    /// How whoever did it came in; [`Via::as_str`].
+    pub via: String,
+    /// Their key.
+    pub key_id: Option<i64>,
+    /// From where.
+    pub address: Option<String>,
+    /// What was done, for instance `device.delete`.
+    pub action: String,
+    /// To what, for instance a device's id.
+    pub subject: String,
+    /// More of it, a JSON object.
+    pub details: Value,
+}
+
+/// A line to be added, beside who did it.
+pub(super) struct NewAuditEntry {
+    pub(super) action: &'static str,
+    pub(super) subject: String,
+    pub(super) details: String,
+}
+
+impl NewAuditEntry {
+    fn new(action: &'static str, subject: impl Into<String>, details: &Value) -> Self {
+        Self { action, subject: subject.into(), details: details.to_string() }
+    }
+
+    pub(super) fn key_created(id: i64, key: &NewKey) -> Self {
+        Self::new("key.create", id.to_string(), &key.details())
+    }
+
+    pub(super) fn key_revoked(id: i64) -> Self {
+        Self::new("key.revoke", id.to_string(), &json!({}))
+    }
+
+    pub(super) fn device_updated(device_id: &DeviceId, change: &DeviceChange) -> Self {
+        let mut details = serde_json::Map::new();
+        for (field, value) in [("name", &change.name), ("group", &change.group)] {
+            if let Some(value) = value {
+                details.insert(field.to_owned(), json!(value));
+            }
+        }
+        Self::new("device.update", device_id.as_str(), &Value::Object(details))
+    }
+
+    pub(super) fn device_deleted(device_id: &DeviceId, events: u64) -> Self {
+        Self::new("device.delete", device_id.as_str(), &json!({ "deleted_events": events }))
+    }
+}
+
+/// Details as they are stored; foreign SQL may have written something else than JSON.
+pub(super) fn stored_details(text: String) -> Value {
+    serde_json::from_str(&text).unwrap_or(Value::String(text))
+}
+
+/// A scope as it is stored; an unknown one opens next to nothing.
+pub(super) fn stored_scope(text: &str) -> Scope {
+    text.parse().unwrap_or(Scope::Ingest)
+}
+
+/// The part of a store that keeps keys and the audit log. Each method is one transaction.
+#[async_trait]
+pub trait KeyStore: Send + Sync {
+    /// Keeps a new key and gives its number.
+    async fn create_key(&self, key: &NewKey, by: &Actor) -> Result<i64, StoreError>;
+
+    /// Makes a key open nothing any more.
+    async fn revoke_key(&self, id: i64, by: &Actor) -> Result<Revocation, StoreError>;
+
+    /// What [`Keys::version`] is by now.
+    async fn keys_version(&self) -> Result<i64, StoreError>;
+
+    /// All keys.
+    async fn keys(&self) -> Result<Keys, StoreError>;
+
+    /// Notes when keys were last used; never sets one back.
+    async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError>;
+
+    /// The group that a device is in, if any; `None` for an unknown device.
+    async fn device_group(
+        &self,
+        device_id: &DeviceId,
+    ) -> Result<Option<Option<String>>, StoreError>;
+
+    /// Registers a device in a group before its first event; leaves one that is there alone.
+    async fn register_device(
+        &self,
+        device_id: &DeviceId,
+        group: &str,
+        at: Timestamp,
+    ) -> Result<(), StoreError>;
+
+    /// The newest lines of the audit log, or those before the line `before`.
+    async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError>;
+}

@@ -1,0 +1,238 @@
+//! Keys and the audit log in PostgreSQL.
+
+use async_trait::async_trait;
+use deadpool_postgres::{GenericClient, Object, Transaction};
+use pisync_core::{DeviceId, Timestamp};
+use tokio_postgres::{Error, IsolationLevel, Row};
+
+use super::{
+    PostgresStore,
+    reads::{optional_time, time},
+};
+use crate::store::{
+    StoreError,
+    keys::{
+        Actor, ApiKey, AuditEntry, KeyStore, Keys, NewAuditEntry, NewKey, Revocation,
+        stored_details, stored_scope,
+    },
+};
+
+#[async_trait]
+impl KeyStore for PostgresStore {
+    async fn create_key(&self, key: &NewKey, by: &Actor) -> Result<i64, StoreError> {
+        self.call(async |connection| create_key(connection, key, by).await).await
+    }
+
+    async fn revoke_key(&self, id: i64, by: &Actor) -> Result<Revocation, StoreError> {
+        self.call(async |connection| revoke_key(connection, id, by).await).await
+    }
+
+    async fn keys_version(&self) -> Result<i64, StoreError> {
+        self.call(async |connection| version(&*connection).await).await
+    }
+
+    async fn keys(&self) -> Result<Keys, StoreError> {
+        self.call(async |connection| keys(connection).await).await
+    }
+
+    async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError> {
+        const NOTE_USE: &str = "
+            update api_keys k
+               set last_used = used.at
+              from unnest($1::bigint[], $2::timestamptz[]) used (id, at)
+             where k.id = used.id
+               and (k.last_used is null or k.last_used < used.at)
+        ";
+        let (ids, times): (Vec<_>, Vec<_>) =
+            used.iter().map(|(id, at)| (*id, at.to_jiff())).unzip();
+        self.call(async |connection| {
+            let note = connection.prepare_cached(NOTE_USE).await?;
+            connection.execute(&note, &[&ids, &times]).await.map(|_| ())
+        })
+        .await
+    }
+
+    async fn device_group(
+        &self,
+        device_id: &DeviceId,
+    ) -> Result<Option<Option<String>>, StoreError> {
+        const SELECT_GROUP: &str = r#"select "group" from devices where device_id = $1"#;
+        self.call(async |connection| {
+            let select = connection.prepare_cached(SELECT_GROUP).await?;
+            let row = connection.query_opt(&select, &[&device_id.as_str()]).await?;
+            row.map(|row| row.try_get(0)).transpose()
+        })
+        .await
+    }
+
+    async fn register_device(
+        &self,
+        device_id: &DeviceId,
+        group: &str,
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        const REGISTER: &str = r#"
+            insert into devices (device_id, "group", created_at, updated_at)
+            values ($1, $2, $3, $3)
+                on conflict do nothing
+        "#;
+        self.call(async |connection| {
+            let values: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
+                [&device_id.as_str(), &group, &at.to_jiff()];
+            connection.execute(REGISTER, &values).await.map(|_| ())
+        })
+        .await
+    }
+
+    async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
+        self.call(async |connection| audit(connection, before, limit).await).await
+    }
+}
+
+/// Adds a line to the audit log, in the transaction of what it tells.
+pub(super) async fn record(
+    transaction: &Transaction<'_>,
+    by: &Actor,
+    entry: &NewAuditEntry,
+) -> Result<(), Error> {
+    const INSERT_ENTRY: &str = "
+        insert into audit_log (at, via, key_id, address, action, subject, details)
+        values ($1, $2, $3, $4, $5, $6, $7)
+    ";
+    let address = by.address.map(|address| address.to_string());
+    transaction
+        .execute(
+            INSERT_ENTRY,
+            &[
+                &by.at.to_jiff(),
+                &by.via.as_str(),
+                &by.via.key_id(),
+                &address,
+                &entry.action,
+                &entry.subject,
+                &entry.details,
+            ],
+        )
+        .await
+        .map(|_| ())
+}
+
+async fn create_key(connection: &mut Object, key: &NewKey, by: &Actor) -> Result<i64, Error> {
+    const INSERT_KEY: &str = r#"
+        insert into api_keys (hash, hint, name, scope, device_id, "group", created_at, expires_at)
+        values ($1, $2, $3, $4, $5, $6, $7, $8)
+        returning id
+    "#;
+    let transaction = connection.transaction().await?;
+    let row = transaction
+        .query_one(
+            INSERT_KEY,
+            &[
+                &key.hash.as_slice(),
+                &key.hint,
+                &key.name,
+                &key.scope.as_str(),
+                &key.device_id.as_ref().map(DeviceId::as_str),
+                &key.group,
+                &by.at.to_jiff(),
+                &key.expires_at.map(Timestamp::to_jiff),
+            ],
+        )
+        .await?;
+    let id = row.try_get(0)?;
+    count_change(&transaction).await?;
+    record(&transaction, by, &NewAuditEntry::key_created(id, key)).await?;
+    transaction.commit().await?;
+    Ok(id)
+}
+
+async fn revoke_key(connection: &mut Object, id: i64, by: &Actor) -> Result<Revocation, Error> {
+    const REVOKE: &str = "
+        update api_keys set revoked_at = $2 where id = $1 and revoked_at is null
+    ";
+    const EXISTS: &str = "select exists (select from api_keys where id = $1)";
+    let transaction = connection.transaction().await?;
+    if transaction.execute(REVOKE, &[&id, &by.at.to_jiff()]).await? == 0 {
+        let exists = transaction.query_one(EXISTS, &[&id]).await?.try_get(0)?;
+        return Ok(if exists { Revocation::Already } else { Revocation::Unknown });
+    }
+    count_change(&transaction).await?;
+    record(&transaction, by, &NewAuditEntry::key_revoked(id)).await?;
+    transaction.commit().await?;
+    Ok(Revocation::Revoked)
+}
+
+/// The row's lock makes changes wait for each other: versions are seen in the order of commits.
+async fn count_change(transaction: &Transaction<'_>) -> Result<(), Error> {
+    transaction.execute("update api_key_changes set version = version + 1", &[]).await.map(|_| ())
+}
+
+async fn version(client: &impl GenericClient) -> Result<i64, Error> {
+    let select = client.prepare_cached("select version from api_key_changes").await?;
+    client.query_one(&select, &[]).await?.try_get(0)
+}
+
+async fn keys(connection: &mut Object) -> Result<Keys, Error> {
+    const SELECT_KEYS: &str = r#"
+        select id, hash, hint, name, scope, device_id, "group", created_at, expires_at, revoked_at,
+               last_used
+          from api_keys
+         order by id
+    "#;
+    let snapshot = connection
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await?;
+    let version = version(&snapshot).await?;
+    let rows = snapshot.query(SELECT_KEYS, &[]).await?;
+    Ok(Keys { version, keys: rows.iter().map(api_key).collect::<Result<_, _>>()? })
+}
+
+fn api_key(row: &Row) -> Result<ApiKey, Error> {
+    Ok(ApiKey {
+        id: row.try_get(0)?,
+        // A hash of another length was not written by us; this one fits no key.
+        hash: row.try_get::<_, Vec<u8>>(1)?.try_into().unwrap_or_default(),
+        hint: row.try_get(2)?,
+        name: row.try_get(3)?,
+        scope: stored_scope(row.try_get(4)?),
+        device_id: row.try_get(5)?,
+        group: row.try_get(6)?,
+        created_at: time(row, 7)?,
+        expires_at: optional_time(row, 8)?,
+        revoked_at: optional_time(row, 9)?,
+        last_used: optional_time(row, 10)?,
+    })
+}
+
+async fn audit(
+    connection: &Object,
+    before: Option<i64>,
+    limit: u32,
+) -> Result<Vec<AuditEntry>, Error> {
+    const SELECT_ENTRIES: &str = "
+        select id, at, via, key_id, address, action, subject, details
+          from audit_log
+         where id < $1
+         order by id desc
+         limit $2
+    ";
+    let select = connection.prepare_cached(SELECT_ENTRIES).await?;
+    let rows = connection.query(&select, &[&before.unwrap_or(i64::MAX), &i64::from(limit)]).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(AuditEntry {
+                id: row.try_get(0)?,
+                at: time(row, 1)?,
+                via: row.try_get(2)?,
+                key_id: row.try_get(3)?,
+                address: row.try_get(4)?,
+                action: row.try_get(5)?,
+                subject: row.try_get(6)?,
+                details: stored_details(row.try_get(7)?),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,225 @@
+//! Keys and the audit log in SQLite.
+
+use async_trait::async_trait;
+use pisync_core::{DeviceId, Timestamp};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+
+use super::{
+    SqliteStore,
+    reads::{optional_time, time},
+};
+use crate::store::{
+    StoreError,
+    keys::{
+        Actor, ApiKey, AuditEntry, KeyStore, Keys, NewAuditEntry, NewKey, Revocation,
+        stored_details, stored_scope,
+    },
+};
+
+#[async_trait]
+impl KeyStore for SqliteStore {
+    async fn create_key(&self, key: &NewKey, by: &Actor) -> Result<i64, StoreError> {
+        let (key, by) = (key.clone(), *by);
+        self.writer.call(move |writer| create_key(writer.connection(), &key, &by)).await
+    }
+
+    async fn revoke_key(&self, id: i64, by: &Actor) -> Result<Revocation, StoreError> {
+        let by = *by;
+        self.writer.call(move |writer| revoke_key(writer.connection(), id, &by)).await
+    }
+
+    async fn keys_version(&self) -> Result<i64, StoreError> {
+        self.read(version).await
+    }
+
+    async fn keys(&self) -> Result<Keys, StoreError> {
+        self.read(keys).await
+    }
+
+    async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError> {
+        let used = used.to_vec();
+        self.writer.call(move |writer| keys_used(writer.connection(), &used)).await
+    }
+
+    async fn device_group(
+        &self,
+        device_id: &DeviceId,
+    ) -> Result<Option<Option<String>>, StoreError> {
+        const SELECT_GROUP: &str = r#"select "group" from devices where device_id = ?1"#;
+        let device_id = device_id.clone();
+        self.read(move |connection| {
+            connection
+                .prepare_cached(SELECT_GROUP)?
+                .query_row([device_id.as_str()], |row| row.get(0))
+                .optional()
+        })
+        .await
+    }
+
+    async fn register_device(
+        &self,
+        device_id: &DeviceId,
+        group: &str,
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        const REGISTER: &str = r#"
+            insert into devices (device_id, "group", created_at) values (?1, ?2, ?3)
+                on conflict do nothing
+        "#;
+        let (device_id, group) = (device_id.clone(), group.to_owned());
+        self.writer
+            .call(move |writer| {
+                let values = params![device_id.as_str(), group, at.as_millisecond()];
+                writer.connection().execute(REGISTER, values).map(|_| ())
+            })
+            .await
+    }
+
+    async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
+        self.read(move |connection| audit(connection, before, limit)).await
+    }
+}
+
+/// Adds a line to the audit log, in the transaction of what it tells.
+pub(super) fn record(
+    transaction: &Transaction<'_>,
+    by: &Actor,
+    entry: &NewAuditEntry,
+) -> rusqlite::Result<()> {
+    const INSERT_ENTRY: &str = "
+        insert into audit_log (at, via, key_id, address, action, subject, details)
+        values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+    ";
+    let values = params![
+        by.at.as_millisecond(),
+        by.via.as_str(),
+        by.via.key_id(),
+        by.address.map(|address| address.to_string()),
+        entry.action,
+        entry.subject,
+        entry.details,
+    ];
+    transaction.execute(INSERT_ENTRY, values).map(|_| ())
+}
+
+fn create_key(connection: &mut Connection, key: &NewKey, by: &Actor) -> rusqlite::Result<i64> {
+    const INSERT_KEY: &str = r#"
+        insert into api_keys (hash, hint, name, scope, device_id, "group", created_at, expires_at)
+        values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+    "#;
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let values = params![
+        key.hash,
+        key.hint,
+        key.name,
+        key.scope.as_str(),
+        key.device_id.as_ref().map(DeviceId::as_str),
+        key.group,
+        by.at.as_millisecond(),
+        key.expires_at.map(Timestamp::as_millisecond),
+    ];
+    transaction.execute(INSERT_KEY, values)?;
+    let id = transaction.last_insert_rowid();
+    count_change(&transaction)?;
+    record(&transaction, by, &NewAuditEntry::key_created(id, key))?;
+    transaction.commit()?;
+    Ok(id)
+}
+
+fn revoke_key(connection: &mut Connection, id: i64, by: &Actor) -> rusqlite::Result<Revocation> {
+    const REVOKE: &str = "
+        update api_keys set revoked_at = ?2 where id = ?1 and revoked_at is null
+    ";
+    const EXISTS: &str = "select exists (select 1 from api_keys where id = ?1)";
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if transaction.execute(REVOKE, params![id, by.at.as_millisecond()])? == 0 {
+        let exists: bool = transaction.query_row(EXISTS, [id], |row| row.get(0))?;
+        return Ok(if exists { Revocation::Already } else { Revocation::Unknown });
+    }
+    count_change(&transaction)?;
+    record(&transaction, by, &NewAuditEntry::key_revoked(id))?;
+    transaction.commit()?;
+    Ok(Revocation::Revoked)
+}
+
+fn count_change(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+    transaction.execute("update api_key_changes set version = version + 1", []).map(|_| ())
+}
+
+fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("select version from api_key_changes")?
+        .query_row([], |row| row.get(0))
+}
+
+fn keys(connection: &Connection) -> rusqlite::Result<Keys> {
+    const SELECT_KEYS: &str = r#"
+        select id, hash, hint, name, scope, device_id, "group", created_at, expires_at, revoked_at,
+               last_used
+          from api_keys
+         order by id
+    "#;
+    let snapshot = connection.unchecked_transaction()?;
+    let version = version(&snapshot)?;
+    let keys =
+        snapshot.prepare_cached(SELECT_KEYS)?.query_map([], api_key)?.collect::<Result<_, _>>()?;
+    Ok(Keys { version, keys })
+}
+
+fn api_key(row: &Row<'_>) -> rusqlite::Result<ApiKey> {
+    Ok(ApiKey {
+        id: row.get(0)?,
+        hash: row.get(1)?,
+        hint: row.get(2)?,
+        name: row.get(3)?,
+        scope: stored_scope(&row.get::<_, String>(4)?),
+        device_id: row.get(5)?,
+        group: row.get(6)?,
+        created_at: time(row, 7)?,
+        expires_at: optional_time(row, 8)?,
+        revoked_at: optional_time(row, 9)?,
+        last_used: optional_time(row, 10)?,
+    })
+}
+
+fn keys_used(connection: &mut Connection, used: &[(i64, Timestamp)]) -> rusqlite::Result<()> {
+    const NOTE_USE: &str = "
+        update api_keys set last_used = ?2 where id = ?1 and ifnull(last_used, ?2 - 1) < ?2
+    ";
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let mut note = transaction.prepare_cached(NOTE_USE)?;
+    for (id, at) in used {
+        note.execute(params![id, at.as_millisecond()])?;
+    }
+    drop(note);
+    transaction.commit()
+}
+
+fn audit(
+    connection: &Connection,
+    before: Option<i64>,
+    limit: u32,
+) -> rusqlite::Result<Vec<AuditEntry>> {
+    const SELECT_ENTRIES: &str = "
+        select id, at, via, key_id, address, action, subject, details
+          from audit_log
+         where id < ?1
+         order by id desc
+         limit ?2
+    ";
+    connection
+        .prepare_cached(SELECT_ENTRIES)?
+        .query_map(params![before.unwrap_or(i64::MAX), limit], |row| {
+            Ok(AuditEntry {
+                id: row.get(0)?,
+                at: time(row, 1)?,
+                via: row.get(2)?,
+                key_id: row.get(3)?,
+                address: row.get(4)?,
+                action: row.get(5)?,
+                subject: row.get(6)?,
+                details: stored_details(row.get(7)?),
+            })
+        })?
+        .collect()
+}
