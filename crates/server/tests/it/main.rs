@@ -14,6 +14,7 @@ mod api_document;
 mod around_requests;
 mod browser;
 mod command_line;
+mod crash;
 mod devices;
 mod ingest;
 mod keys;
