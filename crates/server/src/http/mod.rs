@@ -34,7 +34,11 @@ use utoipa_axum::router::OpenApiRouter;
 
 pub use serve::serve;
 
-use self::{error::ApiError, observe::RequestIds, rate_limit::RateLimits};
+use self::{
+    error::ApiError,
+    observe::{RefusalLog, RequestIds},
+    rate_limit::RateLimits,
+};
 use crate::{clock::Clock, ingest::Ingest, metrics::Metrics, store::Store};
 
 /// How the API is to behave.
@@ -79,6 +83,7 @@ pub struct ApiState {
     limits: RateLimits,
     trusted_proxies: Vec<IpNet>,
     request_ids: RequestIds,
+    refusal_log: RefusalLog,
     /// Milliseconds.
     max_clock_skew: i64,
     body_timeout: Duration,
@@ -144,6 +149,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         store: parts.store,
         ingest: parts.ingest,
         request_ids: RequestIds::new(&parts.clock),
+        refusal_log: RefusalLog::new(),
         clock: parts.clock,
         metrics: parts.metrics,
         limits: RateLimits::new(settings.sync_per_minute, settings.api_per_minute),

@@ -15,6 +15,7 @@ mod around_requests;
 mod browser;
 mod command_line;
 mod devices;
+mod faults;
 mod ingest;
 mod migrations;
 mod node_wire;
