@@ -251,7 +251,9 @@ impl Ingest {
             available: Arc::clone(&available),
             metrics: Arc::clone(&metrics),
         };
-        (entrance, IngestTask { writer, waiting, load, available, clock, metrics })
+        let task =
+            IngestTask { writer, waiting, load, available, logged_away: false, clock, metrics };
+        (entrance, task)
     }
 
     /// Whether events are being stored at present.
@@ -326,6 +328,8 @@ pub struct IngestTask {
     waiting: mpsc::UnboundedReceiver<Submission>,
     load: Arc<Load>,
     available: Arc<AtomicBool>,
+    /// Whether the log has it last that the database is away.
+    logged_away: bool,
     clock: Clock,
     metrics: Arc<Metrics>,
 }
@@ -355,7 +359,7 @@ impl IngestTask {
                 }
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
-                        self.came_back();
+                        self.available.store(true, Ordering::Relaxed);
                     }
                 }
             }
@@ -464,8 +468,9 @@ impl IngestTask {
         result
     }
 
-    fn went_away(&self, why: &str) {
-        if self.available.swap(false, Ordering::Relaxed) {
+    fn went_away(&mut self, why: &str) {
+        self.available.store(false, Ordering::Relaxed);
+        if !std::mem::replace(&mut self.logged_away, true) {
             tracing::error!(
                 error = why,
                 "the database is unavailable; events are answered 503 until it is back"
@@ -473,9 +478,11 @@ impl IngestTask {
         }
     }
 
-    fn came_back(&self) {
-        if !self.available.swap(true, Ordering::Relaxed) {
-            tracing::info!("the database is back; events are accepted again");
+    /// Says so once something is stored: a probe may succeed where events find no room.
+    fn came_back(&mut self) {
+        self.available.store(true, Ordering::Relaxed);
+        if std::mem::take(&mut self.logged_away) {
+            tracing::info!("the database is back; events are stored again");
         }
     }
 

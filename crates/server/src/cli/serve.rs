@@ -21,6 +21,7 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
     if let Some(warning) = arguments.without_effect() {
         tracing::warn!("{warning}");
     }
+    raise_file_limit();
     let shutdown = shutdown_signal()?;
     let listener = listen(arguments).await?;
     let result = app::run(settings, Clock::system(), listener, shutdown).await;
@@ -29,6 +30,15 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
         Err(error) => tracing::error!(%error, "stopped"),
     }
     result.map_err(|error| error.to_string())
+}
+
+/// Every connection takes a file descriptor, and the usual limit of 1,024 is less than a fleet that reports at
+/// the same second. The kernel lets a process have as many as its hard limit says.
+fn raise_file_limit() {
+    match rlimit::increase_nofile_limit(rlimit::INFINITY) {
+        Ok(limit) => tracing::debug!(limit, "open files"),
+        Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
+    }
 }
 
 async fn listen(arguments: &ServeArgs) -> Result<TcpListener, String> {

@@ -38,7 +38,12 @@ use utoipa_axum::router::OpenApiRouter;
 pub use auth::AuthMode;
 pub use serve::serve;
 
-use self::{auth::Gate, error::ApiError, observe::RequestIds, rate_limit::RateLimits};
+use self::{
+    auth::Gate,
+    error::ApiError,
+    observe::{RefusalLog, RequestIds},
+    rate_limit::RateLimits,
+};
 use crate::{clock::Clock, ingest::Ingest, keys::Keyring, metrics::Metrics, store::Store};
 
 /// How the API is to behave.
@@ -88,6 +93,7 @@ pub struct ApiState {
     admits_within_cors: bool,
     trusted_proxies: Vec<IpNet>,
     request_ids: RequestIds,
+    refusal_log: RefusalLog,
     /// Milliseconds.
     max_clock_skew: i64,
     body_timeout: Duration,
@@ -166,6 +172,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         store: parts.store,
         ingest: parts.ingest,
         request_ids: RequestIds::new(&parts.clock),
+        refusal_log: RefusalLog::new(),
         clock: parts.clock,
         metrics: parts.metrics,
         limits: RateLimits::new(settings.sync_per_minute, settings.api_per_minute),

@@ -1,7 +1,12 @@
 //! The program as its users meet it: commands, settings, exit codes, the log, and how it starts and
 //! stops.
 
-use std::{collections::BTreeSet, net::SocketAddr, path::Path};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use pisync::store::Target;
 use reqwest::Method;
@@ -209,15 +214,18 @@ async fn what_was_acknowledged_before_the_signal_is_stored(installed: &Installed
             });
         }
         drop(acknowledged);
-        let mut ids = BTreeSet::new();
+        let (mut ids, mut signalled) = (BTreeSet::new(), Instant::now());
         while let Some(id) = counted.recv().await {
             assert!(ids.insert(id));
             if ids.len() == 40 {
+                signalled = Instant::now();
                 serving.signal(signal);
             }
         }
         reporters.join_all().await;
         let ended = serving.wait();
+        // After that a supervisor would kill it.
+        assert!(signalled.elapsed() < Duration::from_secs(30));
         assert_eq!((ended.code(), ended.stderr.as_str()), (0, ""), "{ended:?}");
         assert!(ended.stdout.contains("stopped; everything that was accepted is stored"));
 
@@ -228,6 +236,7 @@ async fn what_was_acknowledged_before_the_signal_is_stored(installed: &Installed
             column(&history, "id").iter().map(|id| id.as_i64().unwrap()).collect();
         assert!(ids.len() >= 40 && ids.is_subset(&stored));
         serving.stop();
+        installed.program.run(&["verify"]).success();
     }
 }
 

@@ -63,7 +63,7 @@ impl Reporter {
         let enough = self.acknowledged.len().saturating_add(enough);
         while self.acknowledged.len() < enough {
             // By turns alone and several together.
-            let count = if self.made % 5 == 0 { 7 } else { 1 };
+            let count = if self.made.is_multiple_of(5) { 7 } else { 1 };
             while self.unanswered.len() < count {
                 let event = self.make();
                 self.unanswered.push(event);

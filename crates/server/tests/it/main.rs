@@ -16,6 +16,7 @@ mod browser;
 mod command_line;
 mod crash;
 mod devices;
+mod faults;
 mod ingest;
 mod keys;
 mod migrations;

@@ -53,6 +53,15 @@ const CAREFUL_BATCHES: u32 = 32;
 
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 
+/// Takes some room where the database's tables are, in a table that nobody else sees and that goes with the
+/// transaction.
+const TAKE_ROOM: &str = "
+    begin;
+    create temporary table pisync_probe on commit drop as
+    select repeat('x', 1000) from generate_series(1, 4096);
+    commit
+";
+
 /// See the module.
 pub(super) struct PostgresEventWriter {
     connector: Connector,
@@ -71,6 +80,8 @@ pub(super) struct PostgresEventWriter {
     open: bool,
     /// Whether the transaction under way has been asked to commit.
     committing: bool,
+    /// Whether the last batch found no room on the disk.
+    disk_full: bool,
 }
 
 struct Unsettled {
@@ -95,6 +106,7 @@ impl PostgresEventWriter {
             careful_batches: 0,
             open: false,
             committing: false,
+            disk_full: false,
         }
     }
 
@@ -308,6 +320,7 @@ impl PostgresEventWriter {
             }
         }
         let Some(code) = error.code().cloned() else { return Err(store_error(error)) };
+        self.disk_full = code == SqlState::DISK_FULL;
         let again = if code == SqlState::T_R_DEADLOCK_DETECTED
             || code == SqlState::T_R_SERIALIZATION_FAILURE
         {
@@ -366,7 +379,10 @@ impl EventWriter for PostgresEventWriter {
                 Ok::<_, StoreError>(self.transact(batch, ids).await)
             };
             let error = match tokio::time::timeout(WRITE_TIMEOUT, work).await {
-                Ok(Ok(Ok(written))) => return Ok(written),
+                Ok(Ok(Ok(written))) => {
+                    self.disk_full = false;
+                    return Ok(written);
+                }
                 Ok(Ok(Err(error))) if self.committing && is_connection_lost(&error) => {
                     StoreError::OutcomeUnknown(describe(&error))
                 }
@@ -402,8 +418,16 @@ impl EventWriter for PostgresEventWriter {
     async fn probe(&mut self) -> Result<(), StoreError> {
         self.connect().await?;
         let Some(session) = &self.session else { return Err(StoreError::Stopped) };
-        let alive = session.connection.client.batch_execute("select 1");
+        let client = &session.connection.client;
+        // Whoever has no room for events can still answer.
+        let alive = client.batch_execute(if self.disk_full { TAKE_ROOM } else { "select 1" });
         let result = match tokio::time::timeout(WRITE_TIMEOUT, alive).await {
+            // Not being allowed to make such a table says nothing about the disk.
+            Ok(Err(error))
+                if self.disk_full && error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) =>
+            {
+                client.batch_execute("rollback").await.map_err(store_error)
+            }
             Ok(result) => result.map_err(store_error),
             Err(_) => Err(StoreError::Unavailable(NO_ANSWER.into())),
         };

@@ -31,6 +31,9 @@ const REMEMBERED_DEVICES: usize = 100_000;
 /// Event ids that are forgotten in one transaction, some 10 ms of work.
 const FORGOTTEN_AT_ONCE: u16 = 1_000;
 
+/// Room that must be on the disk before events are let in again: what a full batch of small events takes.
+const PROBE_BYTES: u32 = 4 << 20;
+
 type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 
 /// A handle on the thread, which ends when the last handle is gone.
@@ -88,15 +91,8 @@ impl EventWriter for SqliteEventWriter {
         self.thread.call(move |connection| connection.write(&batch)).await
     }
 
-    /// Takes the write lock and a little space in the log, so that a full disk shows.
     async fn probe(&mut self) -> Result<(), StoreError> {
-        self.thread
-            .call(|connection| {
-                connection.connection.execute_batch(
-                    "begin immediate; create table pisync_probe (x); drop table pisync_probe; commit",
-                )
-            })
-            .await
+        self.thread.call(WriteConnection::probe).await
     }
 }
 
@@ -237,6 +233,22 @@ impl WriteConnection {
         let forgotten =
             self.connection.execute(FORGET, params![before.as_millisecond(), FORGOTTEN_AT_ONCE])?;
         Ok(forgotten == usize::from(FORGOTTEN_AT_ONCE))
+    }
+
+    /// Takes the write lock and some room on the disk: on a full one a small transaction may still find
+    /// a place, and events would not.
+    fn probe(&mut self) -> rusqlite::Result<()> {
+        const TAKE_ROOM: &str = "
+            drop table if exists pisync_probe;
+            create table pisync_probe (room blob);
+        ";
+        let transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        transaction.execute_batch(TAKE_ROOM)?;
+        transaction.execute("insert into pisync_probe values (zeroblob(?1))", [PROBE_BYTES])?;
+        // Committed, or it would never be written.
+        transaction.commit()?;
+        self.connection.execute_batch("drop table pisync_probe")
     }
 
     /// Copies the log into the file and empties it.

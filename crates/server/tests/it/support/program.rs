@@ -17,6 +17,7 @@ use tempfile::TempDir;
 
 use super::{
     http::Client,
+    small_disk::SmallDisk,
     store::{Fixture, TestDatabase},
 };
 
@@ -27,18 +28,29 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Program {
     folder: TempDir,
     environment: Vec<(String, String)>,
+    /// What the command line begins with.
+    entrance: Vec<String>,
 }
 
 impl Program {
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("pisync-program-").tempdir().unwrap();
-        Self { folder, environment: Vec::new() }
+        Self { folder, environment: Vec::new(), entrance: Vec::new() }
     }
 
     /// With another environment variable.
     #[expect(clippy::needless_pass_by_value, reason = "short to write down")]
     pub(crate) fn with(mut self, name: &str, value: impl ToString) -> Self {
         self.environment.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// With sight of a small disk.
+    pub(crate) fn with_small_disk(mut self, disk: &SmallDisk) -> Self {
+        self.entrance = disk.entrance();
+        // Who enters leaves the working directory behind.
+        let folder = self.folder.path().to_str().unwrap().to_owned();
+        self.entrance.extend(["env".to_owned(), "--chdir".to_owned(), folder]);
         self
     }
 
@@ -65,7 +77,10 @@ impl Program {
     }
 
     fn start(&self, arguments: &[&str]) -> Running {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_pisync"))
+        let program = env!("CARGO_BIN_EXE_pisync");
+        let mut words = self.entrance.iter().map(String::as_str).chain([program]);
+        let mut child = Command::new(words.next().unwrap_or(program))
+            .args(words)
             .args(arguments)
             .current_dir(self.folder.path())
             .env_clear()
