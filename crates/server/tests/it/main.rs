@@ -12,6 +12,7 @@ mod support;
 
 mod api_document;
 mod around_requests;
+mod attacks;
 mod browser;
 mod command_line;
 mod devices;
@@ -24,3 +25,4 @@ mod stats;
 mod store_contract;
 mod sync_event;
 mod sync_history;
+mod tls;
