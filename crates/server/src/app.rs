@@ -6,10 +6,11 @@ use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 use crate::{
     clock::Clock,
-    http::{self, ApiParts, AuthMode, HttpSettings},
+    http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Tls},
     ingest::Ingest,
     keys::{self, Keyring},
     metrics::Metrics,
+    random::Randomness,
     store::{
         self, Store, StoreError, Target,
         migrations::{MigrationError, Migrator},
@@ -67,6 +68,9 @@ pub enum AppError {
         "listening on {0} needs a key, and there is none yet: make one with `pisync key create --scope admin`, or let everybody in with AUTH=off"
     )]
     NoAdminKey(SocketAddr),
+    /// TLS is asked for, but its files are of no use.
+    #[error("{0}")]
+    Tls(String),
     /// A part of the server has died.
     #[error("{0}; the server stops")]
     Died(String),
@@ -91,6 +95,12 @@ pub async fn run(
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
     let address = listener.local_addr().map_err(|error| died(&error))?;
+    let (tls, tls_watch) = match settings.http.tls.clone().map(Tls::load).transpose() {
+        Ok(tls) => tls.unzip(),
+        Err(error) => return Err(AppError::Tls(error)),
+    };
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let _watching = tls_watch.map(|watch| Background(tokio::spawn(watch.follow())));
     let keyring = Arc::new(Keyring::default());
     keyring.refresh(&*store).await?;
     check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
@@ -107,16 +117,30 @@ pub async fn run(
     )));
     let mut following =
         Background(tokio::spawn(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
-    let parts = ApiParts { store: Arc::clone(&store), ingest, clock, metrics, keyring, address };
+    let parts = ApiParts {
+        store: Arc::clone(&store),
+        ingest,
+        clock,
+        metrics,
+        randomness: Randomness::system(),
+        keyring,
+        address,
+    };
     let router = http::router(parts, &settings.http);
+
+    let connections = ConnectionSettings {
+        max_connections: settings.http.max_connections,
+        timeouts: settings.http.timeouts,
+        tls,
+    };
 
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         database = %settings.target,
-        "PiSync is ready on http://{address}; its documentation is at /api-docs"
+        "PiSync is ready on {scheme}://{address}; its documentation is at /api-docs"
     );
     tokio::select! {
-        () = http::serve(listener, router, settings.http.timeouts, shutdown) => {}
+        () = http::serve(listener, router, connections, shutdown) => {}
         ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
         ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
         ended = &mut following.0 => return Err(ended_early("following keys", ended.map(Ok))),

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::{
     app,
-    http::{AuthMode, HttpSettings, Timeouts},
+    http::{AuthMode, HttpSettings, Timeouts, TlsFiles},
     logs::{LogLevel, LogSettings},
     store::{PostgresTarget, SslMode, Target},
 };
@@ -72,6 +72,13 @@ pub struct ServeArgs {
     /// The Node service's name for APP_ENV
     #[arg(long, env = "NODE_ENV", hide = true)]
     node_env: Option<String>,
+    /// PEM file of the certificate (and those that vouch for it) to speak HTTPS with; read again when it
+    /// changes
+    #[arg(long, env = "TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<String>,
+    /// PEM file of the certificate's private key
+    #[arg(long, env = "TLS_KEY", value_name = "FILE")]
+    tls_key: Option<String>,
     /// How far ahead of the server's clock an event may be dated
     #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
     max_clock_skew_seconds: u32,
@@ -110,6 +117,33 @@ pub struct ServeArgs {
         help_heading = "Limits"
     )]
     rate_limit_api_per_minute: u32,
+    /// Requests a minute with one key, whatever its address; 0 is no limit
+    #[arg(
+        long,
+        env = "RATE_LIMIT_KEY_PER_MINUTE",
+        default_value_t = 12_000,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    rate_limit_key_per_minute: u32,
+    /// Connections at a time; beyond, new ones wait until another ends; 0 is no limit
+    #[arg(
+        long,
+        env = "MAX_CONNECTIONS",
+        default_value_t = 16_384,
+        value_name = "CONNECTIONS",
+        help_heading = "Limits"
+    )]
+    max_connections: usize,
+    /// Requests being answered at a time; beyond, 503; 0 is no limit
+    #[arg(
+        long,
+        env = "MAX_CONCURRENT_REQUESTS",
+        default_value_t = 10_000,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    max_concurrent_requests: usize,
     /// Proxies (addresses or networks, separated by commas) whose X-Forwarded-For or Forwarded is believed
     #[arg(long, env = "TRUSTED_PROXIES", value_name = "ADDRESSES", help_heading = "Limits")]
     trusted_proxies: Option<String>,
@@ -231,6 +265,14 @@ impl ServeArgs {
             "required" => AuthMode::Required,
             other => return wrong(format!("AUTH={other}: expected auto, off or required")),
         };
+        let tls = match (given(self.tls_cert.as_ref()), given(self.tls_key.as_ref())) {
+            (None, None) => None,
+            (Some(certificate), Some(key)) => {
+                Some(TlsFiles { certificate: certificate.into(), key: key.into() })
+            }
+            (Some(_), None) => return wrong("TLS_CERT is set, but TLS_KEY is not"),
+            (None, Some(_)) => return wrong("TLS_KEY is set, but TLS_CERT is not"),
+        };
         let mut trusted_proxies = Vec::new();
         for item in items(self.trusted_proxies.as_ref()) {
             match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
@@ -263,6 +305,10 @@ impl ServeArgs {
                 max_clock_skew_seconds: self.max_clock_skew_seconds,
                 sync_per_minute: self.rate_limit_sync_per_minute,
                 api_per_minute: self.rate_limit_api_per_minute,
+                key_per_minute: self.rate_limit_key_per_minute,
+                max_connections: self.max_connections,
+                max_requests: self.max_concurrent_requests,
+                tls,
                 trusted_proxies,
                 cors_origins,
                 timeouts: Timeouts::default(),

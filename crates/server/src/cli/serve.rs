@@ -12,8 +12,11 @@ use crate::{app, clock::Clock, config::ServeArgs, logs};
 /// bounds it by net.core.somaxconn, 4,096 on Debian.
 const BACKLOG: u32 = 4_096;
 
+/// Open files that are no clients': the database's, the logs'.
+const OTHER_FILES: usize = 128;
+
 pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(), String> {
-    let settings = arguments.settings().map_err(|error| error.to_string())?;
+    let mut settings = arguments.settings().map_err(|error| error.to_string())?;
     let _guard = logs::init(&arguments.log_settings())?;
     for name in &env_file.unknown {
         tracing::warn!(name, "unknown setting in .env; is it misspelt?");
@@ -21,7 +24,7 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
     if let Some(warning) = arguments.without_effect() {
         tracing::warn!("{warning}");
     }
-    raise_file_limit();
+    bound_connections(&mut settings.http.max_connections, raise_file_limit());
     let shutdown = shutdown_signal()?;
     let listener = listen(arguments).await?;
     let result = app::run(settings, Clock::system(), listener, shutdown).await;
@@ -30,15 +33,6 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
         Err(error) => tracing::error!(%error, "stopped"),
     }
     result.map_err(|error| error.to_string())
-}
-
-/// Every connection takes a file descriptor, and the usual limit of 1,024 is less than a fleet that reports at
-/// the same second. The kernel lets a process have as many as its hard limit says.
-fn raise_file_limit() {
-    match rlimit::increase_nofile_limit(rlimit::INFINITY) {
-        Ok(limit) => tracing::debug!(limit, "open files"),
-        Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
-    }
 }
 
 async fn listen(arguments: &ServeArgs) -> Result<TcpListener, String> {
@@ -56,6 +50,33 @@ async fn listen(arguments: &ServeArgs) -> Result<TcpListener, String> {
         socket.listen(BACKLOG)
     };
     open().map_err(|error: std::io::Error| cannot(&error))
+}
+
+/// Raises the limit of open files, each connection being one, as far as the system lets the process; gives
+/// what it is then, if that is known.
+fn raise_file_limit() -> Option<u64> {
+    match rlimit::increase_nofile_limit(rlimit::INFINITY) {
+        Ok(limit) => Some(limit),
+        Err(error) => {
+            tracing::warn!(%error, "cannot raise the limit of open files");
+            None
+        }
+    }
+}
+
+/// Keeps connections below what the system allows in open files: those that cannot be taken in would only
+/// be refused one by one.
+fn bound_connections(max_connections: &mut usize, file_limit: Option<u64>) {
+    let Some(files) = file_limit.and_then(|limit| usize::try_from(limit).ok()) else { return };
+    let room = files.saturating_sub(OTHER_FILES).max(1);
+    if *max_connections == 0 || *max_connections <= room {
+        return;
+    }
+    tracing::warn!(
+        max_connections = room,
+        "the system allows {files} open files: fewer connections than MAX_CONNECTIONS are taken in; raise its limit (ulimit -n, LimitNOFILE)"
+    );
+    *max_connections = room;
 }
 
 /// Comes true on SIGTERM or SIGINT (Ctrl-C).

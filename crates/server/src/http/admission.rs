@@ -1,6 +1,9 @@
-//! Whether a request is let in: by who asks, and by how often. One step, so that it costs the hot path no
-//! layer of its own: `observe` takes it, unless pages of other origins may call. Then it stands within
-//! CORS: such a page can read why it is refused, and what browsers ask beforehand needs no key.
+//! Whether a request is let in: by who asks, by how often, and by how many are being answered. One step, so
+//! that it costs the hot path no layer of its own: `observe` takes it, unless pages of other origins may
+//! call. Then it stands within CORS: such a page can read why it is refused, and what browsers ask
+//! beforehand needs no key.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -8,7 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::{SharedState, auth::Verdict, client_address::Client, error::ApiError};
+use super::{SharedState, auth::Verdict, client_address::Client, error::ApiError, rate_limit};
 
 /// The step as a middleware.
 pub(super) async fn layer(
@@ -28,20 +31,77 @@ pub(super) async fn admit(
     next: Next,
 ) -> Response {
     let Verdict { key, result } = state.gate.check(&request, route);
-    let client = request.extensions().get::<Client>().copied();
+    let method = request.method();
     // Who is refused is counted, too.
-    let rate = client.and_then(|client| state.limits.check(request.method(), route, client.0));
+    let (rate, whom) = match &key {
+        Some(key) => (state.limits.check_key(method, route, key.id), "with this key"),
+        None => {
+            let client = request.extensions().get::<Client>();
+            let rate = client.and_then(|client| state.limits.check(method, route, client.0));
+            (rate, "from this IP")
+        }
+    };
     if let Some(key) = key {
         request.extensions_mut().insert(key);
     }
     let too_many = rate.as_ref().and_then(|rate| rate.retry_after);
     let mut response = match (too_many, result) {
-        (Some(seconds), _) => ApiError::TooManyRequests(seconds).into_response(),
+        (Some(seconds), _) => ApiError::TooManyRequests { seconds, whom }.into_response(),
         (None, Err(error)) => error.into_response(),
-        (None, Ok(())) => next.run(request).await,
+        // What says how the server is must be heard when it is overloaded, too.
+        (None, Ok(())) if rate_limit::is_free(route) => next.run(request).await,
+        (None, Ok(())) => match state.slots.take() {
+            Some(_slot) => next.run(request).await,
+            None => ApiError::Overloaded.into_response(),
+        },
     };
     if let Some(rate) = rate {
         rate.write(response.headers_mut());
     }
     response
+}
+
+/// Requests that may be answered at a time.
+pub(super) struct Slots {
+    most: usize,
+    taken: AtomicUsize,
+}
+
+/// One of them, until it is dropped.
+struct Slot<'a>(&'a AtomicUsize);
+
+impl Slots {
+    /// So many; 0 is no limit.
+    pub(super) fn new(most: usize) -> Self {
+        Self { most: if most == 0 { usize::MAX } else { most }, taken: AtomicUsize::new(0) }
+    }
+
+    fn take(&self) -> Option<Slot<'_>> {
+        let taken = self.taken.fetch_add(1, Ordering::Relaxed);
+        let slot = Slot(&self.taken);
+        (taken < self.most).then_some(slot)
+    }
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_come_back() {
+        let slots = Slots::new(2);
+        let taken = [slots.take(), slots.take()];
+        assert!(taken.iter().all(Option::is_some));
+        assert!(slots.take().is_none() && slots.take().is_none());
+        drop(taken);
+        assert!(slots.take().is_some());
+        assert_eq!(slots.taken.load(Ordering::Relaxed), 0);
+        assert!(Slots::new(0).take().is_some());
+    }
 }

@@ -19,7 +19,7 @@ use super::{SharedState, client_address::Client, docs, error::ApiError, serve::P
 use crate::{
     clock::Clock,
     keys::{self, Key, Keyring, WrongSecret},
-    store::{Actor, Scope, Via},
+    store::{Actor, Scope, Store, StoreError, Via},
 };
 
 /// The name under which the OpenAPI document knows keys.
@@ -91,6 +91,11 @@ impl Gate {
             AuthMode::Auto | AuthMode::Required => Keyless::Nobody,
         };
         Self { keyless, keyring, clock, origins, needs: needs(document) }
+    }
+
+    /// Takes over what has changed of the keys.
+    pub(super) async fn refresh(&self, store: &dyn Store) -> Result<(), StoreError> {
+        self.keyring.refresh(store).await
     }
 
     /// How somebody without a key came in.

@@ -38,6 +38,7 @@ use super::{auth::SECURITY_SCHEME, error::ApiError};
         (name = "Sync events", description = "What devices send."),
         (name = "Devices", description = "What is known of each device."),
         (name = "Fleet", description = "What is known of all of them."),
+        (name = "Access", description = "Who may do what, and who did what."),
         (name = "Health", description = "How the server itself is."),
         (name = "About", description = "What this is."),
     ),

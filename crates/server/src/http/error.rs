@@ -51,7 +51,11 @@ pub(super) enum ApiError {
     /// 415: says what is expected.
     UnsupportedMediaType(&'static str),
     /// 429: so many seconds until the next request is allowed.
-    TooManyRequests(u64),
+    TooManyRequests {
+        seconds: u64,
+        /// What is counted, in words.
+        whom: &'static str,
+    },
     /// 503: too much to do.
     Overloaded,
     /// 503: the database is away.
@@ -110,7 +114,7 @@ pub(super) enum AnyTime {
     /// The key opens other things.
     #[response(status = 403)]
     Forbidden(ErrorBody),
-    /// Too many requests from this address; `Retry-After` says when to come back.
+    /// Too many requests from this address or with this key; `Retry-After` says when to come back.
     #[response(status = 429)]
     TooManyRequests(ErrorBody),
     /// Something went wrong inside; the log knows it by the request id.
@@ -168,7 +172,7 @@ impl ApiError {
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Overloaded | Self::DatabaseAway => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -189,7 +193,7 @@ impl ApiError {
 
     fn retry_after(&self) -> Option<HeaderValue> {
         match self {
-            Self::TooManyRequests(seconds) => Some(HeaderValue::from(*seconds)),
+            Self::TooManyRequests { seconds, .. } => Some(HeaderValue::from(*seconds)),
             Self::Overloaded => Some(HeaderValue::from(RETRY_WHEN_OVERLOADED)),
             Self::DatabaseAway => Some(HeaderValue::from(RETRY_WHEN_AWAY)),
             _ => None,
@@ -227,8 +231,8 @@ impl IntoResponse for ApiError {
                 format!("The request holds more than {most} events; send the rest in another one")
             }
             Self::UnsupportedMediaType(expected) => format!("Unsupported media type: {expected}"),
-            Self::TooManyRequests(_) => {
-                "Too many requests from this IP, please try again later".to_owned()
+            Self::TooManyRequests { whom, .. } => {
+                format!("Too many requests {whom}, please try again later")
             }
             Self::Overloaded => "The server is overloaded, please try again later".to_owned(),
             Self::DatabaseAway => {

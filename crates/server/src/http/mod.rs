@@ -2,8 +2,10 @@
 //! they are put together, with everything that happens around every request.
 
 mod admission;
+mod audit;
 mod auth;
 mod client_address;
+mod connection;
 mod devices;
 mod docs;
 mod envelope;
@@ -11,6 +13,7 @@ mod error;
 mod extract;
 mod figures;
 mod health;
+mod keys;
 mod metrics;
 mod observe;
 mod rate_limit;
@@ -21,6 +24,7 @@ mod stats;
 mod sync_event;
 mod sync_events;
 mod sync_history;
+mod tls;
 mod welcome;
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
@@ -36,15 +40,19 @@ use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa_axum::router::OpenApiRouter;
 
 pub use auth::AuthMode;
-pub use serve::serve;
+pub use serve::{ConnectionSettings, serve};
+pub use tls::{Tls, TlsFiles};
 
 use self::{
+    admission::Slots,
     auth::Gate,
     error::ApiError,
     observe::{RefusalLog, RequestIds},
     rate_limit::RateLimits,
 };
-use crate::{clock::Clock, ingest::Ingest, keys::Keyring, metrics::Metrics, store::Store};
+use crate::{
+    clock::Clock, ingest::Ingest, keys::Keyring, metrics::Metrics, random::Randomness, store::Store,
+};
 
 /// How the API is to behave.
 #[derive(Debug, Clone)]
@@ -57,6 +65,14 @@ pub struct HttpSettings {
     pub sync_per_minute: u32,
     /// Requests a minute from one address to the rest of the API; 0 is no limit.
     pub api_per_minute: u32,
+    /// Requests a minute with one key; 0 is no limit.
+    pub key_per_minute: u32,
+    /// Connections at a time; 0 is no limit.
+    pub max_connections: usize,
+    /// Requests being answered at a time; 0 is no limit.
+    pub max_requests: usize,
+    /// What to speak TLS with.
+    pub tls: Option<TlsFiles>,
     /// Proxies whose word on a client's address is taken.
     pub trusted_proxies: Vec<IpNet>,
     /// Origins whose pages may call the API.
@@ -65,19 +81,25 @@ pub struct HttpSettings {
     pub timeouts: Timeouts,
 }
 
-/// How long a client may take to send a request. Not for users to set, but for tests to shorten.
+/// How long a client may take to send a request, or to take the answer. Not for users to set, but for tests to shorten.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
     /// For a request's head, and how long a connection may stay open between requests.
     pub head: Duration,
     /// For a body to arrive in full.
     pub body: Duration,
+    /// For the client to take some of an answer that waits to be sent.
+    pub write: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
         // 64 KiB at the 20 kbit/s of a poor mobile link take 26 s.
-        Self { head: Duration::from_secs(30), body: Duration::from_secs(30) }
+        Self {
+            head: Duration::from_secs(30),
+            body: Duration::from_secs(30),
+            write: Duration::from_secs(30),
+        }
     }
 }
 
@@ -89,6 +111,8 @@ pub struct ApiState {
     metrics: Arc<Metrics>,
     gate: Gate,
     limits: RateLimits,
+    slots: Slots,
+    randomness: Randomness,
     /// Whether requests are admitted by a layer within CORS rather than by `observe`.
     admits_within_cors: bool,
     trusted_proxies: Vec<IpNet>,
@@ -121,6 +145,8 @@ pub struct ApiParts {
     pub clock: Clock,
     /// Where measurements go.
     pub metrics: Arc<Metrics>,
+    /// Where secrets come from.
+    pub randomness: Randomness,
     /// The keys that open it.
     pub keyring: Arc<Keyring>,
     /// Where the server listens.
@@ -136,6 +162,8 @@ fn resources() -> OpenApiRouter<SharedState> {
         .merge(stats::router())
         .merge(devices::router())
         .merge(welcome::router())
+        .merge(keys::router())
+        .merge(audit::router())
         .merge(metrics::router())
         .layer(CompressionLayer::new());
     OpenApiRouter::with_openapi(docs::outline())
@@ -168,6 +196,8 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     );
     let state = Arc::new(ApiState {
         gate,
+        slots: Slots::new(settings.max_requests),
+        randomness: parts.randomness,
         admits_within_cors: !settings.cors_origins.is_empty(),
         store: parts.store,
         ingest: parts.ingest,
@@ -175,7 +205,11 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         refusal_log: RefusalLog::new(),
         clock: parts.clock,
         metrics: parts.metrics,
-        limits: RateLimits::new(settings.sync_per_minute, settings.api_per_minute),
+        limits: RateLimits::new(
+            settings.sync_per_minute,
+            settings.api_per_minute,
+            settings.key_per_minute,
+        ),
         trusted_proxies: settings.trusted_proxies.clone(),
         max_clock_skew: i64::from(settings.max_clock_skew_seconds) * 1000,
         body_timeout: settings.timeouts.body,

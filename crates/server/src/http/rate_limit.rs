@@ -1,4 +1,4 @@
-//! So many requests a minute from one address. The bookkeeping is governor's (a leaky bucket that
+//! So many requests a minute from one address, or with one key. The bookkeeping is governor's (a leaky bucket that
 //! holds a minute's worth); here is what is counted, by whom, and how it is told.
 
 use std::{
@@ -28,25 +28,40 @@ const TIDY_EVERY: u32 = 4_096;
 pub(super) struct RateLimits {
     sync: Option<Limit>,
     api: Option<Limit>,
+    key: Option<Limit>,
 }
 
 impl RateLimits {
-    /// Requests a minute from one address; 0 is no limit.
-    pub(super) fn new(sync_per_minute: u32, api_per_minute: u32) -> Self {
-        Self { sync: Limit::new(sync_per_minute), api: Limit::new(api_per_minute) }
+    /// Requests a minute from one address, and with one key; 0 is no limit.
+    pub(super) fn new(sync_per_minute: u32, api_per_minute: u32, key_per_minute: u32) -> Self {
+        let [sync, api, key] = [sync_per_minute, api_per_minute, key_per_minute].map(Limit::new);
+        Self { sync, api, key }
+    }
+
+    /// Counts a request with a key, whatever its address: a whole fleet may report with one, and a school
+    /// through one router.
+    pub(super) fn check_key(&self, method: &Method, route: &str, key_id: i64) -> Option<Rate> {
+        if is_free(route) || *method == Method::OPTIONS {
+            return None;
+        }
+        self.key.as_ref().map(|limit| limit.check_account(u128::from(key_id.cast_unsigned())))
     }
 
     /// Counts a request; `None` when it is not limited.
     pub(super) fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
         let limit = match route {
-            // Not counted: what is asked often and costs little, and what a browser loads in one go.
-            "/health" | "/health/live" | "/health/ready" | "/metrics" => return None,
-            route if route.starts_with("/api-docs") => return None,
+            route if is_free(route) => return None,
             "/api/sync-event" | "/api/sync-events" if *method == Method::POST => &self.sync,
             _ => &self.api,
         };
         limit.as_ref().map(|limit| limit.check(client))
     }
+}
+
+/// Whether a route is not counted: what is asked often and costs little, and what a browser loads in one go.
+pub(super) fn is_free(route: &str) -> bool {
+    matches!(route, "/health" | "/health/live" | "/health/ready" | "/metrics")
+        || route.starts_with("/api-docs")
 }
 
 type Limiter = RateLimiter<u128, DashMapStateStore<u128>, DefaultClock, StateInformationMiddleware>;
@@ -76,11 +91,14 @@ impl Limit {
     }
 
     fn check(&self, client: IpAddr) -> Rate {
+        self.check_account(key(client))
+    }
+
+    fn check_account(&self, mut key: u128) -> Rate {
         if self.requests.fetch_add(1, Ordering::Relaxed) % TIDY_EVERY == TIDY_EVERY - 1 {
             self.limiter.retain_recent();
             self.crowded.store(self.limiter.len() > MAX_ADDRESSES, Ordering::Relaxed);
         }
-        let mut key = key(client);
         if self.crowded.load(Ordering::Relaxed) {
             key = u128::from(self.hasher.hash_one(key)) % BUCKETS;
         }
@@ -144,7 +162,7 @@ mod tests {
 
     #[test]
     fn counts_by_address_and_by_kind() {
-        let limits = RateLimits::new(2, 1);
+        let limits = RateLimits::new(2, 1, 3);
         let client = address("192.0.2.1");
         let post = |client| limits.check(&Method::POST, "/api/sync-event", client).unwrap();
         assert_eq!(post(client).remaining, 1);
@@ -157,7 +175,19 @@ mod tests {
         for route in ["/health", "/metrics", "/api-docs/{*rest}"] {
             assert!(get(route).is_none(), "{route}");
         }
-        assert!(RateLimits::new(0, 0).check(&Method::GET, "/api/stats", client).is_none());
+        assert!(RateLimits::new(0, 0, 0).check(&Method::GET, "/api/stats", client).is_none());
+    }
+
+    #[test]
+    fn counts_by_key() {
+        let limits = RateLimits::new(1, 1, 3);
+        let count = |route, id| limits.check_key(&Method::GET, route, id);
+        for remaining in [2, 1, 0] {
+            assert_eq!(count("/api/stats", 1).unwrap().remaining, remaining);
+        }
+        assert!(count("/api/devices", 1).unwrap().retry_after.is_some());
+        assert!(count("/api/stats", 2).unwrap().retry_after.is_none());
+        assert!(count("/metrics", 1).is_none());
     }
 
     #[test]

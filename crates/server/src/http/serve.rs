@@ -1,18 +1,17 @@
 //! Connections: taking them in, bounding how long they may dawdle, and letting them finish when the
 //! server stops.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{Router, body::Body, extract::Request};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
+use axum::Router;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use super::{
+    Timeouts,
+    connection::{serve_plain, serve_tls},
+    tls::Tls,
 };
-use tokio::net::TcpListener;
-use tower::ServiceExt;
-
-use super::Timeouts;
 
 /// How long requests under way may take to finish when the server stops. Ingest then has the rest of
 /// the 30 s after which a supervisor would kill the process.
@@ -20,6 +19,18 @@ const GRACE: Duration = Duration::from_secs(20);
 
 /// How long to wait when no connection can be taken in, for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How the server deals with connections.
+#[derive(Debug)]
+pub struct ConnectionSettings {
+    /// Connections at a time, at most; beyond, new ones wait to be taken in until another ends. 0 is no
+    /// limit.
+    pub max_connections: usize,
+    /// How long clients may dawdle.
+    pub timeouts: Timeouts,
+    /// What to speak TLS with; plain when there is nothing.
+    pub tls: Option<Tls>,
+}
 
 /// Who is at the other end of the connection; may be a proxy.
 #[derive(Debug, Clone, Copy)]
@@ -30,12 +41,23 @@ pub(super) struct Peer(pub(super) SocketAddr);
 pub async fn serve(
     listener: TcpListener,
     router: Router,
-    timeouts: Timeouts,
+    settings: ConnectionSettings,
     shutdown: impl Future<Output = ()>,
 ) {
+    let ConnectionSettings { max_connections, timeouts, tls } = settings;
+    let tls = tls.map(Arc::new);
+    let bound = if max_connections == 0 { Semaphore::MAX_PERMITS } else { max_connections };
+    let room = Arc::new(Semaphore::new(bound));
     let graceful = GracefulShutdown::new();
     tokio::pin!(shutdown);
     loop {
+        if room.available_permits() == 0 {
+            tracing::warn!(max_connections, "there is no room for more connections; new ones wait");
+        }
+        let place = tokio::select! {
+            () = &mut shutdown => break,
+            place = Arc::clone(&room).acquire_owned() => place,
+        };
         let (stream, peer) = tokio::select! {
             () = &mut shutdown => break,
             accepted = listener.accept() => match accepted {
@@ -49,22 +71,18 @@ pub async fn serve(
         };
         // Answers are small and complete: they must not wait for more to send.
         let _ = stream.set_nodelay(true);
-        let router = router.clone();
-        let service = service_fn(move |request: Request<Incoming>| {
-            let mut request = request.map(Body::new);
-            request.extensions_mut().insert(Peer(peer));
-            router.clone().oneshot(request)
-        });
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(timeouts.head)
-            .serve_connection(TokioIo::new(stream), service);
-        let connection = graceful.watch(connection);
+        let (router, watcher, tls) = (router.clone(), graceful.watcher(), tls.clone());
         tokio::spawn(async move {
+            let peer = Peer(peer);
+            let ended = match &tls {
+                None => serve_plain(stream, peer, router, timeouts, watcher).await,
+                Some(tls) => serve_tls(stream, peer, router, timeouts, watcher, tls).await,
+            };
             // Clients hang up as they like; that is no event.
-            if let Err(error) = connection.await {
-                tracing::trace!(%peer, %error, "connection ended");
+            if let Err(error) = ended {
+                tracing::trace!(peer = %peer.0, %error, "connection ended");
             }
+            drop(place);
         });
     }
     drop(listener);

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Every route, its methods, and a path to it.
-const ROUTES: [(&str, &str, &[&str]); 16] = [
+const ROUTES: [(&str, &str, &[&str]); 19] = [
     ("/", "/", &["GET", "HEAD"]),
     ("/api", "/api", &["GET", "HEAD"]),
     ("/api/sync-event", "/api/sync-event", &["POST"]),
@@ -33,6 +33,9 @@ const ROUTES: [(&str, &str, &[&str]); 16] = [
     ("/api/devices", "/api/devices", &["GET", "HEAD"]),
     ("/api/devices/repeated-failures", "/api/devices/repeated-failures", &["GET", "HEAD"]),
     ("/api/stats", "/api/stats", &["GET", "HEAD"]),
+    ("/api/keys", "/api/keys", &["GET", "HEAD", "POST"]),
+    ("/api/key/{key_id}", "/api/key/1", &["DELETE"]),
+    ("/api/audit", "/api/audit", &["GET", "HEAD"]),
     ("/health", "/health", &["GET", "HEAD"]),
     ("/health/live", "/health/live", &["GET", "HEAD"]),
     ("/health/ready", "/health/ready", &["GET", "HEAD"]),

@@ -339,7 +339,13 @@ async fn an_inner_error_is_in_the_log_alone(installed: &Installed) {
 }
 
 /// Every variable that a server reads, but for the Node service's names and those without effect yet.
-const VARIABLES: [&str; 20] = [
+const VARIABLES: [&str; 26] = [
+    "AUTH",
+    "RATE_LIMIT_KEY_PER_MINUTE",
+    "MAX_CONNECTIONS",
+    "MAX_CONCURRENT_REQUESTS",
+    "TLS_CERT",
+    "TLS_KEY",
     "PORT",
     "HOST",
     "APP_ENV",

@@ -198,7 +198,7 @@ async fn five_thousand_report_at_the_same_moment(installed: &Installed) {
         devices.spawn(async move {
             let body = event(&format!("pi-{number}")).to_string();
             let request = format!(
-                "POST /api/sync-event HTTP/1.1\r\nhost: pisync\r\nconnection: close\r\n\
+                "POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
                  content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
                 body.len()
             );

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 
 use crate::support::{
     events::{at, device_id, now},
-    http::{Answer, Client, event, send},
+    http::{Answer, Client, event, keys, send, with},
     program::Program,
     server::TestServer,
     store::{Fixture, TestDatabase, wish},
@@ -27,6 +27,9 @@ both_stores!(
     what_is_made_or_revoked_elsewhere_counts_within_a_second,
     an_expired_key_opens_nothing,
     last_use_is_kept_to_the_hour,
+    admins_make_list_and_revoke_keys,
+    changes_are_in_the_audit_log,
+    the_audit_log_is_append_only,
     the_command_line_makes_lists_and_revokes,
     no_start_before_the_network_without_an_admin,
 );
@@ -274,6 +277,175 @@ async fn last_use_is_kept_to_the_hour(server: &LockedServer) {
     until(async || last_used().await == Some(at(3 * 3_600))).await;
     // Also what is not let in for want of scope is a use; a refusal for its age is none.
     key.delete("/api/device/pi").await.error(403);
+}
+
+async fn admins_make_list_and_revoke_keys(server: &LockedServer) {
+    let admin = server.admin().await;
+    let wish = json!({"scope": "ingest", "device_id": "pi-1", "name": "Ω", "expires_at": at(60)});
+    let answer = admin.post("/api/keys", &wish).await;
+    assert_eq!(answer.header("cache-control"), "no-store");
+    let made = answer.data(201);
+    assert_eq!(keys(&made), ["id", "key"]);
+    let key = made["key"].as_str().unwrap();
+    // At once.
+    let client = server.0.with_key(key);
+    client.report(&event("pi-1")).await.data(201);
+    forbidden(&client.report(&event("pi-2")).await, "for other devices");
+
+    let answer = admin.get("/api/keys").await;
+    assert!(!answer.text().contains(key));
+    let listed = answer.data(200);
+    assert_eq!(listed["pagination"], json!({"limit": 50, "offset": 0, "total_keys": 2}));
+    let expected = json!({
+        "id": 2, "hint": key[..8], "name": "Ω", "scope": "ingest", "device_id": "pi-1", "group": null,
+        "created_at": now(), "expires_at": at(60), "revoked_at": null, "last_used": null,
+    });
+    let listed = with(listed["keys"][1].clone(), &json!({"last_used": null}));
+    assert_eq!(listed, expected);
+    let second = admin.get("/api/keys?limit=1&offset=1").await.data(200);
+    assert_eq!(second["keys"].as_array().unwrap().len(), 1);
+    assert_eq!(second["keys"][0]["id"], 2);
+
+    for _ in 0..2 {
+        assert_eq!(admin.delete("/api/key/2").await.data(200), json!({"id": 2}));
+        unauthorized(&client.report(&event("pi-1")).await, "This key was revoked");
+    }
+    assert_eq!(
+        admin.get("/api/keys?offset=1").await.data(200)["keys"][0]["revoked_at"],
+        json!(now())
+    );
+    assert_eq!(admin.delete("/api/key/99").await.error(404), "Key not found");
+    for wrong in ["0", "-1", "x", "1e3", "%00"] {
+        let complaints = admin.delete(&format!("/api/key/{wrong}")).await.complaints();
+        assert_eq!(complaints, ["\"key_id\" must be a positive number"], "{wrong}");
+    }
+    for (wrong, complaints) in [
+        (json!({}), &["\"scope\" is required"][..]),
+        (json!({"scope": null}), &["\"scope\" must be a string"]),
+        (json!({"scope": "root"}), &["\"scope\" must be one of [ingest, read, admin]"]),
+        (
+            json!({"scope": "read", "device_id": "pi"}),
+            &["\"device_id\" is only for keys of the scope ingest"],
+        ),
+        (
+            json!({"scope": "ingest", "device_id": "pi", "group": "g"}),
+            &["\"group\" cannot stand beside \"device_id\""],
+        ),
+        (json!({"scope": "read", "expires_at": at(0)}), &["\"expires_at\" must be in the future"]),
+        (
+            json!({"scope": 1, "name": "", "expires_at": "soon", "expires": "90d"}),
+            &[
+                "\"scope\" must be a string",
+                "\"name\" is not allowed to be empty",
+                "\"expires_at\" must be in ISO 8601 date format",
+                "\"expires\" is not allowed",
+            ],
+        ),
+        (json!([]), &["\"value\" must be of type object"]),
+    ] {
+        assert_eq!(admin.post("/api/keys", &wrong).await.complaints(), complaints, "{wrong}");
+    }
+    assert_eq!(admin.get("/api/keys").await.data(200)["pagination"]["total_keys"], 2);
+}
+
+async fn changes_are_in_the_audit_log(server: &LockedServer) {
+    let admin = server.admin().await;
+    admin.report(&event("pi")).await.data(201);
+    server.0.clock.set(at(1));
+    let change = json!({"name": "Library", "group": null});
+    admin.patch("/api/device/pi", &change).await.data(200);
+    let made = admin.post("/api/keys", &json!({"scope": "read", "name": "n"})).await.data(201);
+    admin.delete("/api/key/2").await.data(200);
+    // What changes nothing leaves nothing.
+    admin.delete("/api/key/2").await.data(200);
+    admin.delete("/api/device/nobody").await.error(404);
+    admin.patch("/api/device/nobody", &json!({})).await.error(404);
+    admin.delete("/api/device/pi").await.data(200);
+    let answer = admin.get("/api/audit").await;
+    assert!(!answer.text().contains(made["key"].as_str().unwrap()));
+    let log = answer.data(200);
+    assert_eq!(log["next_before"], Value::Null);
+    let by_key = json!({"at": at(1), "via": "key", "key_id": 1, "address": "127.0.0.1"});
+    let hint = &made["key"].as_str().unwrap()[..8];
+    let expected = [
+        json!({"action": "device.delete", "subject": "pi", "details": {"deleted_events": 1}}),
+        json!({"action": "key.revoke", "subject": "2", "details": {}}),
+        json!({"action": "key.create", "subject": "2", "details": {
+            "hint": hint, "name": "n", "scope": "read", "device_id": null, "group": null, "expires_at": null,
+        }}),
+        json!({"action": "device.update", "subject": "pi", "details": change}),
+    ];
+    let entries = log["entries"].as_array().unwrap();
+    assert_eq!(entries.len(), 5, "{log}");
+    for (entry, expected) in entries.iter().zip(&expected) {
+        let expected = with(with(expected.clone(), &by_key), &json!({"id": entry["id"]}));
+        assert_eq!(*entry, expected);
+    }
+    let first = &entries[4];
+    assert_eq!(first["action"], "key.create");
+    assert_eq!(first["via"], "command line");
+    assert_eq!((&first["key_id"], &first["address"]), (&Value::Null, &Value::Null));
+    // Page by page.
+    let mut paged = Vec::new();
+    let mut before = String::new();
+    loop {
+        let page = admin.get(&format!("/api/audit?limit=2{before}")).await.data(200);
+        paged.extend(page["entries"].as_array().unwrap().clone());
+        let Some(next) = page["next_before"].as_i64() else { break };
+        before = format!("&before={next}");
+    }
+    assert_eq!(&paged, entries);
+}
+
+async fn the_audit_log_is_append_only(server: &LockedServer) {
+    let admin = server.admin().await;
+    let before = admin.get("/api/audit").await.data(200);
+    assert_eq!(before["entries"].as_array().unwrap().len(), 1);
+    let is_postgres = server.0.is_postgres();
+    let truncate = is_postgres.then_some("truncate audit_log");
+    for sql in
+        ["delete from audit_log", "update audit_log set subject = 'x'"].into_iter().chain(truncate)
+    {
+        let database = server.0.database.target.clone();
+        let refused = tokio::spawn(async move {
+            TestDatabase::elsewhere(database).execute(sql).await;
+        });
+        assert!(refused.await.is_err(), "{sql}");
+    }
+    assert_eq!(admin.get("/api/audit").await.data(200), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_many_requests_a_minute_with_a_key() {
+    let limited = TestServer::on_sqlite(|settings| {
+        settings.auth = AuthMode::Required;
+        (settings.sync_per_minute, settings.api_per_minute) = (2, 1);
+        settings.key_per_minute = 5;
+    })
+    .await;
+    let (_, admin) = limited.database.make_key(wish(Scope::Admin)).await;
+    let (_, other) = limited.database.make_key(wish(Scope::Read)).await;
+    let (admin, other) = (limited.with_key(&admin), limited.with_key(&other));
+    // Measurements are not counted.
+    until(async || admin.get("/metrics").await.status == 200).await;
+    until(async || other.get("/metrics").await.status == 200).await;
+    for remaining in ["4", "3", "2", "1", "0"] {
+        let answer = admin.report(&event("pi")).await;
+        answer.data(201);
+        assert_eq!(answer.header("ratelimit-remaining"), remaining);
+        assert_eq!(answer.header("ratelimit-limit"), "5");
+    }
+    for answer in [admin.get("/api/stats").await, admin.report(&event("pi")).await] {
+        let error = "Too many requests with this key, please try again later";
+        assert_eq!(answer.error(429), error);
+        assert!(answer.headers.contains_key("retry-after"));
+    }
+    // Each key has an account of its own, and so has the address without one.
+    other.get("/api/stats").await.data(200);
+    unauthorized(&limited.get("/api/stats").await, "A key is needed");
+    assert!(limited.get("/api/stats").await.error(429).contains("from this IP"));
+    unauthorized(&limited.with_key("psk_no").report(&event("pi")).await, "mistyped");
+    limited.stop().await;
 }
 
 /// A database, and a program that is told of it.

@@ -12,6 +12,7 @@ mod support;
 
 mod api_document;
 mod around_requests;
+mod attacks;
 mod browser;
 mod command_line;
 mod crash;
@@ -27,4 +28,5 @@ mod store_contract;
 mod sync_event;
 mod sync_events;
 mod sync_history;
+mod tls;
 mod verify;

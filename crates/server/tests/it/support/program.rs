@@ -104,8 +104,8 @@ impl Program {
     /// Starts a server and returns when it is ready.
     pub(crate) fn serve(&self, arguments: &[&str]) -> Serving {
         let mut running = self.start(arguments);
-        let ready = running.wait_for("PiSync is ready on http://");
-        let address = ready.split("http://").nth(1).unwrap();
+        let ready = running.wait_for("PiSync is ready on http");
+        let address = ready.split("://").nth(1).unwrap();
         let address = address.split(';').next().unwrap().parse().expect(&ready);
         Serving { running, client: Client::new(address) }
     }
@@ -203,6 +203,11 @@ impl Serving {
         let pid = self.running.child.id().to_string();
         let status = Command::new("kill").args(["-s", name, &pid]).status().unwrap();
         assert!(status.success());
+    }
+
+    /// Waits until it says something with this in it.
+    pub(crate) fn wait_for(&mut self, text: &str) -> String {
+        self.running.wait_for(text)
     }
 
     /// Waits for its end.
