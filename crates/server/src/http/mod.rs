@@ -9,6 +9,7 @@ mod error;
 mod extract;
 mod figures;
 mod health;
+mod history_stream;
 mod metrics;
 mod observe;
 mod rate_limit;

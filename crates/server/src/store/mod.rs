@@ -3,6 +3,7 @@
 //! here knows HTTP or reads a clock.
 
 mod batch;
+mod history;
 pub mod migrations;
 mod postgres;
 mod sqlite;
@@ -11,10 +12,10 @@ mod target;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, JobName, Timestamp};
-use serde_json::value::RawValue;
+use pisync_core::{DeviceId, Timestamp};
 
 pub use batch::{Batch, FailureStreak, Written};
+pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use target::{PostgresTarget, SslMode, Target};
 
 /// What can go wrong in a store, by what the caller can do about it.
@@ -49,6 +50,10 @@ pub trait Store: Send + Sync {
 
     /// A device's figures and one page of its events; `None` for an unknown device.
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError>;
+
+    /// One page of a device's events and nothing else; `None` for an unknown device. Long lists are
+    /// read page by page, so that no read keeps the database from clearing up behind it.
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError>;
 
     /// Devices that failed repeatedly, worst first.
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError>;
@@ -95,61 +100,6 @@ pub trait EventWriter: Send {
 
     /// Whether writing could work now; connects again if need be.
     async fn probe(&mut self) -> Result<(), StoreError>;
-}
-
-/// Which of a device's events to list.
-#[derive(Debug, Clone)]
-pub struct HistoryQuery {
-    /// Whose.
-    pub device_id: DeviceId,
-    /// Only this job's.
-    pub job: Option<JobName>,
-    /// Not before this `timestamp`.
-    pub from: Option<Timestamp>,
-    /// Not after this `timestamp`.
-    pub until: Option<Timestamp>,
-    /// At most so many.
-    pub limit: u32,
-    /// After so many.
-    pub offset: u64,
-}
-
-/// A page of a device's history.
-#[derive(Debug)]
-pub struct SyncHistory {
-    /// Over everything the device ever reported.
-    pub figures: Figures,
-    /// Newest first by `timestamp`, then by id.
-    pub events: Vec<StoredEvent>,
-    /// How many events the query can page to.
-    pub total_events: u64,
-}
-
-/// An event as it is kept. Foreign SQL may have written it, so ranges are not taken for granted.
-#[derive(Debug)]
-pub struct StoredEvent {
-    /// Unique over all devices.
-    pub id: i64,
-    /// When the device says it ran.
-    pub timestamp: Timestamp,
-    /// Files transferred.
-    pub total_files_synced: i64,
-    /// Errors met.
-    pub total_errors: i64,
-    /// Hundredths of Mbps.
-    pub internet_speed: Option<i64>,
-    /// Which of the device's jobs.
-    pub job: Option<String>,
-    /// Milliseconds.
-    pub duration: Option<i64>,
-    /// Bytes moved.
-    pub bytes_synced: Option<i64>,
-    /// The JSON text that was sent.
-    pub metadata: Option<Box<RawValue>>,
-    /// When the server received it.
-    pub created_at: Timestamp,
-    /// When the row was last changed; PiSync never changes one.
-    pub updated_at: Timestamp,
 }
 
 /// What a device, or a fleet, adds up to.
@@ -380,11 +330,6 @@ pub fn claim(target: &Target) -> Result<Claim, StoreError> {
         Target::Sqlite(path) => sqlite::lock_file(path).map(Some).map(Claim),
         Target::Postgres(_) => Ok(Claim(None)),
     }
-}
-
-/// Metadata as it was stored; text that is no JSON (foreign SQL can write it) is given as a string.
-fn stored_metadata(text: String) -> Option<Box<RawValue>> {
-    RawValue::from_string(text).or_else(|_| RawValue::from_string("\"not JSON\"".to_owned())).ok()
 }
 
 /// The pattern for `like … escape '\'` that finds `text` anywhere, taken literally.

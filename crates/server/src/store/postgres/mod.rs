@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod history;
 mod migrations;
 mod partitions;
 mod reads;
@@ -22,8 +23,8 @@ use self::{
     writer::PostgresEventWriter,
 };
 use super::{
-    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery, FleetStats,
-    HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
+    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
+    FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
 };
 
 /// How long a sign of life may take.
@@ -86,7 +87,11 @@ impl Store for PostgresStore {
     }
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
-        self.call(async |connection| reads::sync_history(connection, query).await).await
+        self.call(async |connection| history::sync_history(connection, query).await).await
+    }
+
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
+        self.call(async |connection| history::events(connection, query).await).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {

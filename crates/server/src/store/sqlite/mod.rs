@@ -2,6 +2,7 @@
 //! connections for reading that the write-ahead log keeps out of its way.
 
 mod connection;
+mod history;
 mod migrations;
 mod reads;
 mod writer;
@@ -23,8 +24,8 @@ use self::{
     writer::{SqliteEventWriter, WriterThread},
 };
 use super::{
-    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery, FleetStats,
-    HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory,
+    Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
+    FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory,
 };
 
 /// See the module.
@@ -61,7 +62,12 @@ impl Store for SqliteStore {
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| reads::sync_history(connection, &query)).await
+        self.read(move |connection| history::sync_history(connection, &query)).await
+    }
+
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
+        let query = query.clone();
+        self.read(move |connection| history::events(connection, &query)).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
