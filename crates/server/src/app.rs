@@ -1,6 +1,10 @@
 //! The one place that wires everything together: store, ingest and HTTP, and their beginning and end.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
@@ -20,6 +24,14 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 
 /// How often it tries again when that failed.
 const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
+
+/// How often events are folded into the sums by day and hour. Reads add up those that are not, so it is
+/// not long; and a few at a time are folded in less than a step.
+const FOLD_INTERVAL: Duration = Duration::from_secs(30);
+
+/// While there is more to fold: how many times as long as each step to wait after it, so that ingest
+/// has nine tenths of the database.
+const FOLD_YIELD: u32 = 9;
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
@@ -83,7 +95,8 @@ pub async fn run(
     let mut ingest_task = tokio::spawn(task.run(async {
         let _ = stopped.await;
     }));
-    let mut maintenance = Maintenance(tokio::spawn(maintain(Arc::clone(&store), clock.clone())));
+    let mut maintenance = Background(tokio::spawn(maintain(Arc::clone(&store), clock.clone())));
+    let mut folding = Background(tokio::spawn(fold(Arc::clone(&store), clock.clone())));
     let parts =
         ApiParts { store: Arc::clone(&store), ingest, clock, metrics, port: address.port() };
     let router = http::router(parts, &settings.http);
@@ -97,7 +110,9 @@ pub async fn run(
         () = http::serve(listener, router, settings.http.timeouts, shutdown) => {}
         ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
         ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
+        ended = &mut folding.0 => return Err(ended_early("folding", ended.map(Ok))),
     }
+    drop((maintenance, folding));
     drop(stop_ingest);
     match tokio::time::timeout(DRAIN_TIMEOUT, ingest_task).await {
         Ok(Ok(result)) => result?,
@@ -112,9 +127,9 @@ pub async fn run(
 }
 
 /// A background task, which ends with its owner.
-struct Maintenance(JoinHandle<()>);
+struct Background(JoinHandle<()>);
 
-impl Drop for Maintenance {
+impl Drop for Background {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -155,5 +170,26 @@ async fn maintain(store: Arc<dyn Store>, clock: Clock) {
                 MAINTENANCE_RETRY
             }
         };
+    }
+}
+
+/// Folds events a few at a time, and gives way to ingest in between.
+async fn fold(store: Arc<dyn Store>, clock: Clock) {
+    loop {
+        let started = Instant::now();
+        let pause = match store.fold_events(clock.now()).await {
+            Ok(true) => started.elapsed() * FOLD_YIELD,
+            Ok(false) => FOLD_INTERVAL,
+            Err(StoreError::Unavailable(error)) => {
+                // Ingest says so in the log.
+                tracing::debug!(error, "events cannot be folded while the database is away");
+                FOLD_INTERVAL
+            }
+            Err(error) => {
+                tracing::warn!(%error, "folding events failed; it will be tried again");
+                MAINTENANCE_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
     }
 }

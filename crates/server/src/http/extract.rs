@@ -17,7 +17,7 @@ use serde_json::Value;
 use utoipa::IntoParams;
 
 use super::error::ApiError;
-use crate::store::HistoryPosition;
+use crate::store::{HistoryPosition, Window};
 
 /// The largest offset: what a JSON number holds exactly.
 const MAX_OFFSET: u64 = (1 << 53) - 1;
@@ -219,6 +219,16 @@ impl Query {
             Some(position) => Some(position),
             None => self.refuse("cursor", "must be a next_cursor of this list", text),
         }
+    }
+
+    /// `window`: what it is called, and what it is at this instant.
+    pub(super) fn window(&mut self, now: Timestamp) -> Option<(&'static str, Window)> {
+        let windows = [
+            ("24h", Window::last_24_hours(now)),
+            ("7d", Window::last_days(now, 7)),
+            ("30d", Window::last_days(now, 30)),
+        ];
+        self.choice("window", &windows.map(|(name, window)| (name, (name, window))))
     }
 
     /// The name of a job.

@@ -20,6 +20,7 @@ mod stats;
 mod sync_event;
 mod sync_history;
 mod welcome;
+mod window;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 

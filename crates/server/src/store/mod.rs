@@ -7,7 +7,9 @@ mod history;
 pub mod migrations;
 mod postgres;
 mod sqlite;
+mod step_size;
 mod target;
+mod window;
 
 use std::sync::Arc;
 
@@ -17,6 +19,7 @@ use pisync_core::{DeviceId, Timestamp};
 pub use batch::{Batch, FailureStreak, Written};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use target::{PostgresTarget, SslMode, Target};
+pub use window::Window;
 
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,9 @@ pub trait Store: Send + Sync {
     /// The whole fleet's figures. `active_since` bounds `active_devices`.
     async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError>;
 
+    /// What the whole fleet's events within `window` add up to; the times and the streak are left out.
+    async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError>;
+
     /// One page of devices.
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError>;
 
@@ -80,6 +86,10 @@ pub trait Store: Send + Sync {
 
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;
+
+    /// Folds a small number of stored events into the sums by day and hour, and tells whether there is
+    /// more to do at once. Reads are right whenever this is done; they are quicker after it.
+    async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError>;
 
     /// Leaves everything in order at the end; nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;
@@ -192,8 +202,10 @@ pub struct Page<T> {
 pub struct FailureQuery {
     /// At least so many failures.
     pub threshold: u32,
-    /// Count the current streak instead of all failures of all time.
+    /// Count the current streak instead of failures.
     pub consecutive: bool,
+    /// Only devices that failed within it, and only failures in it; of all time when `None`.
+    pub window: Option<Window>,
     /// At most so many devices; all when `None`.
     pub limit: Option<u32>,
     /// After so many.

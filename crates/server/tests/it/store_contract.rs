@@ -6,4 +6,5 @@ mod faults;
 mod figures;
 mod history;
 mod nodes;
+mod roll_ups;
 mod streaks;

@@ -9,7 +9,7 @@ use crate::store::{
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
-const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
 /// What [`figures`] reads: a device's sums over its jobs, or nulls when it has none.
 pub(super) const SUMS: &str = "
@@ -185,7 +185,7 @@ pub(super) async fn jobs(
     rows.iter().map(|row| Ok((row.try_get(0)?, figures(row, 1)?))).collect()
 }
 
-fn device_row(row: &Row) -> Result<Device, Error> {
+pub(super) fn device_row(row: &Row) -> Result<Device, Error> {
     Ok(Device {
         device_id: row.try_get(0)?,
         name: row.try_get(1)?,

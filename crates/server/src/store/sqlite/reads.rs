@@ -9,10 +9,10 @@ use crate::store::{
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
-const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
 /// What [`figures`] reads: a device's sums over its jobs, or nulls when it has none.
-const SUMS: &str = "
+pub(super) const SUMS: &str = "
     sum(j.total_syncs), sum(j.failed_syncs), sum(j.total_files_synced), sum(j.total_errors),
     sum(j.speed_sum), sum(j.speed_count), min(j.first_sync), max(j.last_sync),
     max(j.last_success), max(j.last_failure), max(j.consecutive_failures), max(j.last_received)
@@ -189,7 +189,7 @@ pub(super) fn jobs(
         .collect()
 }
 
-fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
+pub(super) fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
     Ok(Device {
         device_id: row.get(0)?,
         name: row.get(1)?,

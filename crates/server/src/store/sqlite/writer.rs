@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     connection::store_error,
     reads::{device_number, optional_time, time},
+    roll_ups,
 };
 use crate::store::{Batch, DeviceChange, EventWriter, StoreError, Written};
 
@@ -95,7 +96,7 @@ impl EventWriter for SqliteEventWriter {
 
 /// The connection, with what it remembers between transactions.
 pub(super) struct WriteConnection {
-    connection: Connection,
+    pub(super) connection: Connection,
     /// The numbers of devices, as far as committed.
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
@@ -187,6 +188,7 @@ impl WriteConnection {
         let Some(number) = device_number(&transaction, device_id)? else {
             return Ok(None);
         };
+        roll_ups::forget(&transaction, number)?;
         let events = transaction.execute("delete from sync_events where device = ?1", [number])?;
         transaction.execute("delete from devices where id = ?1", [number])?;
         transaction.commit()?;
