@@ -1,6 +1,11 @@
 //! The one place that wires everything together: store, ingest and HTTP, and their beginning and end.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
@@ -28,6 +33,13 @@ const STEP_PAUSE: Duration = Duration::from_millis(20);
 
 /// In milliseconds.
 const DAY: i64 = 86_400_000;
+/// How often events are folded into the sums by day and hour. Reads add up those that are not, so it is
+/// not long; and a few at a time are folded in less than a step.
+const FOLD_INTERVAL: Duration = Duration::from_secs(30);
+
+/// While there is more to fold: how many times as long as each step to wait after it, so that ingest
+/// has nine tenths of the database.
+const FOLD_YIELD: u32 = 9;
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
@@ -115,6 +127,7 @@ pub async fn run(
         clock.clone(),
         settings.event_id_retention_days,
     )));
+    let mut folding = Background(tokio::spawn(fold(Arc::clone(&store), clock.clone())));
     let mut following =
         Background(tokio::spawn(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let parts = ApiParts {
@@ -144,7 +157,9 @@ pub async fn run(
         ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
         ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
         ended = &mut following.0 => return Err(ended_early("following keys", ended.map(Ok))),
+        ended = &mut folding.0 => return Err(ended_early("folding", ended.map(Ok))),
     }
+    drop((maintenance, folding));
     drop(stop_ingest);
     match tokio::time::timeout(DRAIN_TIMEOUT, ingest_task).await {
         Ok(Ok(result)) => result?,
@@ -229,5 +244,26 @@ async fn maintain(store: Arc<dyn Store>, clock: Clock, event_id_retention_days: 
                 MAINTENANCE_RETRY
             }
         };
+    }
+}
+
+/// Folds events a few at a time, and gives way to ingest in between.
+async fn fold(store: Arc<dyn Store>, clock: Clock) {
+    loop {
+        let started = Instant::now();
+        let pause = match store.fold_events(clock.now()).await {
+            Ok(true) => started.elapsed() * FOLD_YIELD,
+            Ok(false) => FOLD_INTERVAL,
+            Err(StoreError::Unavailable(error)) => {
+                // Ingest says so in the log.
+                tracing::debug!(error, "events cannot be folded while the database is away");
+                FOLD_INTERVAL
+            }
+            Err(error) => {
+                tracing::warn!(%error, "folding events failed; it will be tried again");
+                MAINTENANCE_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
     }
 }

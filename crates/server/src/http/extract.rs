@@ -17,6 +17,7 @@ use serde_json::Value;
 use utoipa::IntoParams;
 
 use super::error::ApiError;
+use crate::store::{HistoryPosition, Window};
 
 /// The largest offset: what a JSON number holds exactly.
 const MAX_OFFSET: u64 = (1 << 53) - 1;
@@ -211,6 +212,25 @@ impl Query {
         }
     }
 
+    /// Where to go on in a history.
+    pub(super) fn cursor(&mut self) -> Option<HistoryPosition> {
+        let text = self.get("cursor")?;
+        match read_cursor(&text) {
+            Some(position) => Some(position),
+            None => self.refuse("cursor", "must be a next_cursor of this list", text),
+        }
+    }
+
+    /// `window`: what it is called, and what it is at this instant.
+    pub(super) fn window(&mut self, now: Timestamp) -> Option<(&'static str, Window)> {
+        let windows = [
+            ("24h", Window::last_24_hours(now)),
+            ("7d", Window::last_days(now, 7)),
+            ("30d", Window::last_days(now, 30)),
+        ];
+        self.choice("window", &windows.map(|(name, window)| (name, (name, window))))
+    }
+
     /// The name of a job.
     pub(super) fn job(&mut self) -> Option<JobName> {
         let text = self.text("job", JobName::MAX_CHARACTERS)?;
@@ -229,5 +249,45 @@ impl Query {
         }
         let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
         self.refuse(name, &format!("must be one of [{}]", names.join(", ")), text)
+    }
+}
+
+/// Hexadecimal digits in each half of a cursor.
+const CURSOR_HALF: usize = 16;
+
+/// A position as text that means nothing to anybody else: both numbers in hexadecimal, in full.
+pub(super) fn cursor_text(position: HistoryPosition) -> String {
+    let HistoryPosition { microsecond, id } = position;
+    format!("{:016x}{:016x}", microsecond.cast_unsigned(), id.cast_unsigned())
+}
+
+fn read_cursor(text: &str) -> Option<HistoryPosition> {
+    let digits = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if text.len() != 2 * CURSOR_HALF || !text.bytes().all(digits) {
+        return None;
+    }
+    let (microsecond, id) = text.split_at(CURSOR_HALF);
+    let half = |text: &str| u64::from_str_radix(text, 16).ok().map(u64::cast_signed);
+    Some(HistoryPosition { microsecond: half(microsecond)?, id: half(id)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_cursor_reads_as_it_was_written(microsecond: i64, id: i64) {
+            let position = HistoryPosition { microsecond, id };
+            prop_assert_eq!(read_cursor(&cursor_text(position)), Some(position));
+        }
+
+        #[test]
+        fn any_other_text_is_no_cursor(text in ".{0,40}") {
+            let read = read_cursor(&text).map(cursor_text);
+            prop_assert!(read.is_none_or(|read| read == text));
+        }
     }
 }

@@ -13,6 +13,7 @@ mod error;
 mod extract;
 mod figures;
 mod health;
+mod history_stream;
 mod keys;
 mod metrics;
 mod observe;
@@ -26,6 +27,7 @@ mod sync_events;
 mod sync_history;
 mod tls;
 mod welcome;
+mod window;
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -11,6 +11,7 @@ use super::{
     envelope::Success,
     error::{AnyTime, ApiError, WithQuery},
     extract::Query,
+    window::WindowName,
 };
 use crate::store::{Device, FailureQuery};
 
@@ -31,6 +32,12 @@ struct FailureParameters {
     /// Count the failures since the last success instead of those of all time.
     #[param(default = false)]
     consecutive: Option<bool>,
+    /// Count only failures dated within a window: `24h` is the current hour (UTC) and the 23 before it,
+    /// `7d` and `30d` are the current day and the 6 or 29 before it. Late reports count where they are
+    /// dated. With `consecutive`, only devices that failed within the window are listed, by the whole
+    /// of their streaks.
+    #[param(inline, example = "24h")]
+    window: Option<WindowName>,
     /// The most devices to list; all when absent.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
@@ -44,6 +51,14 @@ struct FailureParameters {
 struct FailureData {
     #[schema(example = 3)]
     threshold: u32,
+    /// The window that was asked for; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "24h")]
+    window: Option<&'static str>,
+    /// The window's beginning; absent without a window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-16T11:00:00.000Z")]
+    window_start: Option<Timestamp>,
     /// How many devices there are on all pages.
     #[schema(example = 5000)]
     total_devices: u64,
@@ -56,10 +71,11 @@ struct FailureData {
 struct FailingDevice {
     #[schema(example = "pi-device-001")]
     device_id: String,
-    /// Syncs with errors, of all time.
+    /// Syncs with errors: of all time, or within the window.
     #[schema(example = 3)]
     total_failed_syncs: i64,
-    /// Failures dated after the last success; of a device with several jobs, those of the worst.
+    /// Failures dated after the last success, whatever the window; of a device with several jobs, those
+    /// of the worst.
     #[schema(example = 0)]
     consecutive_failures: i64,
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]
@@ -108,9 +124,11 @@ async fn get_repeated_failures(
     mut query: Query,
 ) -> Result<Success<FailureData>, ApiError> {
     let threshold = query.integer("threshold", 1..=100).and_then(|value| u32::try_from(value).ok());
+    let window = query.window(state.clock.now());
     let failure_query = FailureQuery {
         threshold: threshold.unwrap_or(DEFAULT_THRESHOLD),
         consecutive: query.boolean("consecutive"),
+        window: window.map(|(_, window)| window),
         limit: query.limit(),
         offset: query.offset(),
     };
@@ -118,6 +136,8 @@ async fn get_repeated_failures(
     let page = state.store.repeated_failures(&failure_query).await?;
     let data = FailureData {
         threshold: failure_query.threshold,
+        window: window.map(|(name, _)| name),
+        window_start: window.map(|(_, window)| window.from()),
         total_devices: page.total,
         devices: page.items.into_iter().map(FailingDevice::from).collect(),
     };

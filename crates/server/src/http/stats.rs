@@ -3,14 +3,16 @@
 use axum::extract::State;
 use pisync_core::Timestamp;
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState,
     envelope::Success,
-    error::{AnyTime, ApiError},
+    error::{AnyTime, ApiError, WithQuery},
+    extract::Query,
     figures::success_rate,
+    window::WindowName,
 };
 use crate::store::{Device, FleetStats};
 
@@ -21,9 +23,29 @@ pub(super) fn router() -> OpenApiRouter<SharedState> {
     OpenApiRouter::new().routes(routes!(get_stats))
 }
 
-/// The fleet's figures, over all devices and all time.
+/// The query as the document describes it; [`Query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes the query, is never made")]
+struct StatsParameters {
+    /// Add up only what is dated within a window: `24h` is the current hour (UTC) and the 23 before it,
+    /// `7d` and `30d` are the current day and the 6 or 29 before it. Late reports count where they are
+    /// dated. The sums, the rate and the mean go by it; the devices and their figures do not.
+    #[param(inline, example = "7d")]
+    window: Option<WindowName>,
+}
+
+/// The fleet's figures, over all devices, and over all time or a window.
 #[derive(Serialize, ToSchema)]
 struct StatsData {
+    /// The window that was asked for; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "7d")]
+    window: Option<&'static str>,
+    /// The window's beginning; absent without a window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T00:00:00.000Z")]
+    window_start: Option<Timestamp>,
     #[schema(example = 5000)]
     total_devices: u64,
     #[schema(example = 2060000)]
@@ -44,7 +66,7 @@ struct StatsData {
     /// Devices that the server heard from in the last 24 hours.
     #[schema(example = 4987)]
     active_devices_24h: u64,
-    /// The 10 devices with the latest syncs.
+    /// The 10 devices with the latest syncs, and their figures of all time.
     recent_devices: Vec<RecentDevice>,
 }
 
@@ -82,6 +104,8 @@ impl From<Device> for RecentDevice {
 impl From<FleetStats> for StatsData {
     fn from(stats: FleetStats) -> Self {
         Self {
+            window: None,
+            window_start: None,
             total_devices: stats.total_devices,
             total_sync_events: stats.figures.total_syncs,
             total_failures: stats.figures.failed_syncs,
@@ -101,12 +125,27 @@ impl From<FleetStats> for StatsData {
     path = "/api/stats",
     tag = "Fleet",
     security(("key" = ["read"])),
+    params(StatsParameters),
     responses(
         (status = 200, description = "The fleet's figures.", body = Success<StatsData>),
+        WithQuery,
         AnyTime,
     ),
 )]
-async fn get_stats(State(state): State<SharedState>) -> Result<Success<StatsData>, ApiError> {
-    let stats = state.store.fleet_stats(state.active_since()).await?;
-    Ok(Success::new("System statistics retrieved successfully", stats.into()))
+async fn get_stats(
+    State(state): State<SharedState>,
+    mut query: Query,
+) -> Result<Success<StatsData>, ApiError> {
+    let window = query.window(state.clock.now());
+    query.finish()?;
+    let mut stats = state.store.fleet_stats(state.active_since()).await?;
+    if let Some((_, window)) = &window {
+        stats.figures = state.store.window_figures(window).await?;
+    }
+    let data = StatsData {
+        window: window.map(|(name, _)| name),
+        window_start: window.map(|(_, window)| window.from()),
+        ..stats.into()
+    };
+    Ok(Success::new("System statistics retrieved successfully", data))
 }

@@ -1,6 +1,10 @@
-//! `GET /api/device/{device_id}/sync-history`: what one device reported.
+//! `GET /api/device/{device_id}/sync-history`: what one device reported, by the page or as a stream.
 
-use axum::extract::State;
+use axum::{
+    extract::State,
+    http::{HeaderMap, header},
+    response::{IntoResponse, Response},
+};
 use pisync_core::Timestamp;
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -11,12 +15,17 @@ use super::{
     SharedState,
     envelope::Success,
     error::{AnyTime, ApiError, OfDevice, WithQuery},
-    extract::{DevicePath, DevicePathParameter, Query},
+    extract::{DevicePath, DevicePathParameter, Query, cursor_text},
     figures::{DeviceFigures, in_mbps, in_seconds},
+    history_stream::{self, Format},
 };
 use crate::store::{HistoryQuery, StoredEvent, SyncHistory};
 
 const DEFAULT_LIMIT: u32 = 50;
+
+const CSV_EXAMPLE: &str = "id,device_id,event_id,timestamp,total_files_synced,total_errors,internet_speed,job,duration_seconds,bytes_synced,metadata,created_at,updated_at\r\n412,pi-device-001,run-412,2025-06-17T10:30:00.000Z,150,2,45.6,nightly-backup,73.25,104857600,\"{\"\"tool\"\":\"\"restic\"\"}\",2025-06-17T10:30:02.417Z,2025-06-17T10:30:02.417Z\r\n";
+
+const NDJSON_EXAMPLE: &str = "{\"id\":412,\"device_id\":\"pi-device-001\",\"timestamp\":\"2025-06-17T10:30:00.000Z\",\"total_files_synced\":150,\"total_errors\":2,\"internet_speed\":45.6,\"created_at\":\"2025-06-17T10:30:02.417Z\",\"updated_at\":\"2025-06-17T10:30:02.417Z\"}\n";
 
 pub(super) fn router() -> OpenApiRouter<SharedState> {
     OpenApiRouter::new().routes(routes!(get_sync_history))
@@ -27,12 +36,17 @@ pub(super) fn router() -> OpenApiRouter<SharedState> {
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
 struct HistoryParameters {
-    /// The most events to list.
-    #[param(minimum = 1, maximum = 1000, default = 50)]
+    /// The most events to list. When absent, 50 in JSON, and all of them in CSV and NDJSON.
+    #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
     /// How many of the newest to pass over.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
+    /// Go on after this event: the `next_cursor` of the page before. Pages that follow one another by
+    /// cursors neither repeat nor miss an event, however many arrive meanwhile, and one far down costs
+    /// no more than the first; `offset` then counts from the cursor.
+    #[param(pattern = "^[0-9a-f]{32}$", example = "000637c1a3aa9e00000000000000019c")]
+    cursor: Option<String>,
     /// Not before this instant: ISO 8601; a bare date is its midnight in UTC.
     #[param(rename = "startDate", format = DateTime)]
     start_date: Option<String>,
@@ -63,52 +77,55 @@ struct HistoryPagination {
     limit: u32,
     #[schema(example = 0)]
     offset: u64,
-    /// How many events the query can page to.
+    /// How many events the query can page to, wherever it begins.
     #[schema(example = 412)]
     total_events: u64,
+    /// The `cursor` of the next page; null on the last.
+    #[schema(example = "000637c1a3aa9e00000000000000019c")]
+    next_cursor: Option<String>,
 }
 
 /// One reported sync.
 #[derive(Serialize, ToSchema)]
-struct HistoryEvent {
+pub(super) struct HistoryEvent {
     #[schema(example = 1)]
-    id: i64,
+    pub(super) id: i64,
     #[schema(example = "pi-device-001")]
-    device_id: String,
+    pub(super) device_id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "8d1ef3f2-20c0-4c5b-9f7a-3c1f3f3f4b11")]
-    event_id: Option<String>,
+    pub(super) event_id: Option<String>,
     #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
-    timestamp: Timestamp,
+    pub(super) timestamp: Timestamp,
     #[schema(example = 150)]
-    total_files_synced: i64,
+    pub(super) total_files_synced: i64,
     #[schema(example = 2)]
-    total_errors: i64,
+    pub(super) total_errors: i64,
     /// Mbps.
     #[schema(example = 45.6)]
-    internet_speed: Option<f64>,
+    pub(super) internet_speed: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "nightly-backup")]
-    job: Option<String>,
+    pub(super) job: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = 73.25)]
-    duration_seconds: Option<f64>,
+    pub(super) duration_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = 104857600)]
-    bytes_synced: Option<i64>,
+    pub(super) bytes_synced: Option<i64>,
     /// As it was sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
-    metadata: Option<Box<RawValue>>,
+    pub(super) metadata: Option<Box<RawValue>>,
     /// When the server received it.
     #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
-    created_at: Timestamp,
+    pub(super) created_at: Timestamp,
     #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
-    updated_at: Timestamp,
+    pub(super) updated_at: Timestamp,
 }
 
 impl HistoryEvent {
-    fn new(device_id: &str, event: StoredEvent) -> Self {
+    pub(super) fn new(device_id: &str, event: StoredEvent) -> Self {
         Self {
             id: event.id,
             device_id: device_id.to_owned(),
@@ -129,7 +146,11 @@ impl HistoryEvent {
 
 /// A device's sync history
 ///
-/// The device's figures, and its events newest first.
+/// The device's figures, and its events newest first. With `Accept: text/csv` or
+/// `application/x-ndjson` the events alone, as many as there are, streamed as they are read. CSV is that
+/// of RFC 4180 with a header line; what is absent is an empty cell, and metadata is JSON text. Cells are
+/// given as they are stored, so that they can be read back: a program that takes text for formulas
+/// should be told that they are text.
 #[utoipa::path(
     get,
     path = "/api/device/{device_id}/sync-history",
@@ -140,7 +161,15 @@ impl HistoryEvent {
         HistoryParameters,
     ),
     responses(
-        (status = 200, description = "The device's history.", body = Success<HistoryData>),
+        (
+            status = 200,
+            description = "The device's history.",
+            content(
+                (Success<HistoryData> = "application/json"),
+                (String = "text/csv", example = json!(CSV_EXAMPLE)),
+                (HistoryEvent = "application/x-ndjson", example = json!(NDJSON_EXAMPLE)),
+            ),
+        ),
         WithQuery,
         OfDevice,
         AnyTime,
@@ -149,28 +178,45 @@ impl HistoryEvent {
 async fn get_sync_history(
     State(state): State<SharedState>,
     DevicePath(device_id): DevicePath,
+    headers: HeaderMap,
     mut query: Query,
-) -> Result<Success<HistoryData>, ApiError> {
+) -> Result<Response, ApiError> {
+    let limit = query.limit();
     let history_query = HistoryQuery {
         device_id,
-        limit: query.limit().unwrap_or(DEFAULT_LIMIT),
+        limit: limit.unwrap_or(DEFAULT_LIMIT),
         offset: query.offset(),
+        after: query.cursor(),
         from: query.timestamp("startDate"),
         until: query.timestamp("endDate"),
         job: query.job(),
     };
     query.finish()?;
-    let SyncHistory { figures, events, total_events } =
-        state.store.sync_history(&history_query).await?.ok_or(ApiError::NotFound("Device"))?;
-    let device_id = history_query.device_id.as_str();
+    let mut response = match Format::wanted(&headers) {
+        None => one_page(&state, &history_query).await?.into_response(),
+        Some(format) => history_stream::respond(state, history_query, limit, format).await?,
+    };
+    // What a cache keeps must not go to somebody who asks for another format.
+    response.headers_mut().append(header::VARY, header::ACCEPT.into());
+    Ok(response)
+}
+
+async fn one_page(
+    state: &SharedState,
+    query: &HistoryQuery,
+) -> Result<Success<HistoryData>, ApiError> {
+    let SyncHistory { figures, events, next, total_events } =
+        state.store.sync_history(query).await?.ok_or(ApiError::NotFound("Device"))?;
+    let device_id = query.device_id.as_str();
     let data = HistoryData {
         device_id: device_id.to_owned(),
         stats: figures.into(),
         sync_history: events.into_iter().map(|event| HistoryEvent::new(device_id, event)).collect(),
         pagination: HistoryPagination {
-            limit: history_query.limit,
-            offset: history_query.offset,
+            limit: query.limit,
+            offset: query.offset,
             total_events,
+            next_cursor: next.map(cursor_text),
         },
     };
     Ok(Success::new("Sync history retrieved successfully", data))

@@ -3,25 +3,29 @@
 //! here knows HTTP or reads a clock.
 
 mod batch;
+mod history;
 mod keys;
 pub mod migrations;
 mod postgres;
 mod sqlite;
+mod step_size;
 mod target;
 mod verify;
+mod window;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, JobName, Timestamp};
-use serde_json::value::RawValue;
+use pisync_core::{DeviceId, Timestamp};
 
 pub use batch::{Batch, Duplicate, FailureStreak, Written};
+pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use keys::{
     Actor, ApiKey, AuditEntry, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope, Via,
 };
 pub use target::{PostgresTarget, SslMode, Target};
 pub use verify::{FigureDifference, JobDifference, Verified};
+pub use window::Window;
 
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -56,11 +60,18 @@ pub trait Store: KeyStore + Send + Sync {
     /// A device's figures and one page of its events; `None` for an unknown device.
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError>;
 
+    /// One page of a device's events and nothing else; `None` for an unknown device. Long lists are
+    /// read page by page, so that no read keeps the database from clearing up behind it.
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError>;
+
     /// Devices that failed repeatedly, worst first.
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError>;
 
     /// The whole fleet's figures. `active_since` bounds `active_devices`.
     async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError>;
+
+    /// What the whole fleet's events within `window` add up to; the times and the streak are left out.
+    async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError>;
 
     /// One page of devices.
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError>;
@@ -96,6 +107,10 @@ pub trait Store: KeyStore + Send + Sync {
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;
 
+    /// Folds a small number of stored events into the sums by day and hour, and tells whether there is
+    /// more to do at once. Reads are right whenever this is done; they are quicker after it.
+    async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError>;
+
     /// Leaves everything in order at the end; nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;
 
@@ -115,63 +130,6 @@ pub trait EventWriter: Send {
 
     /// Whether writing could work now; connects again if need be.
     async fn probe(&mut self) -> Result<(), StoreError>;
-}
-
-/// Which of a device's events to list.
-#[derive(Debug, Clone)]
-pub struct HistoryQuery {
-    /// Whose.
-    pub device_id: DeviceId,
-    /// Only this job's.
-    pub job: Option<JobName>,
-    /// Not before this `timestamp`.
-    pub from: Option<Timestamp>,
-    /// Not after this `timestamp`.
-    pub until: Option<Timestamp>,
-    /// At most so many.
-    pub limit: u32,
-    /// After so many.
-    pub offset: u64,
-}
-
-/// A page of a device's history.
-#[derive(Debug)]
-pub struct SyncHistory {
-    /// Over everything the device ever reported.
-    pub figures: Figures,
-    /// Newest first by `timestamp`, then by id.
-    pub events: Vec<StoredEvent>,
-    /// How many events the query can page to.
-    pub total_events: u64,
-}
-
-/// An event as it is kept. Foreign SQL may have written it, so ranges are not taken for granted.
-#[derive(Debug, Clone)]
-pub struct StoredEvent {
-    /// Unique over all devices.
-    pub id: i64,
-    /// What the device calls it.
-    pub event_id: Option<String>,
-    /// When the device says it ran.
-    pub timestamp: Timestamp,
-    /// Files transferred.
-    pub total_files_synced: i64,
-    /// Errors met.
-    pub total_errors: i64,
-    /// Hundredths of Mbps.
-    pub internet_speed: Option<i64>,
-    /// Which of the device's jobs.
-    pub job: Option<String>,
-    /// Milliseconds.
-    pub duration: Option<i64>,
-    /// Bytes moved.
-    pub bytes_synced: Option<i64>,
-    /// The JSON text that was sent.
-    pub metadata: Option<Box<RawValue>>,
-    /// When the server received it.
-    pub created_at: Timestamp,
-    /// When the row was last changed; PiSync never changes one.
-    pub updated_at: Timestamp,
 }
 
 /// What a device, or a fleet, adds up to.
@@ -264,8 +222,10 @@ pub struct Page<T> {
 pub struct FailureQuery {
     /// At least so many failures.
     pub threshold: u32,
-    /// Count the current streak instead of all failures of all time.
+    /// Count the current streak instead of failures.
     pub consecutive: bool,
+    /// Only devices that failed within it, and only failures in it; of all time when `None`.
+    pub window: Option<Window>,
     /// At most so many devices; all when `None`.
     pub limit: Option<u32>,
     /// After so many.
@@ -402,11 +362,6 @@ pub fn claim(target: &Target) -> Result<Claim, StoreError> {
         Target::Sqlite(path) => sqlite::lock_file(path).map(Some).map(Claim),
         Target::Postgres(_) => Ok(Claim(None)),
     }
-}
-
-/// Metadata as it was stored; text that is no JSON (foreign SQL can write it) is given as a string.
-fn stored_metadata(text: String) -> Option<Box<RawValue>> {
-    RawValue::from_string(text).or_else(|_| RawValue::from_string("\"not JSON\"".to_owned())).ok()
 }
 
 /// The pattern for `like … escape '\'` that finds `text` anywhere, taken literally.

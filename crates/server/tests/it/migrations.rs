@@ -104,14 +104,7 @@ async fn up_fill_down_to_nothing_and_up_again(database: &TestDatabase) {
         let written = write(&mut *store.event_writer(), events).await;
         // Nothing is left of the round before.
         assert_eq!(written.new_devices.len(), 2);
-        let query = HistoryQuery {
-            device_id: device_id("pi"),
-            job: None,
-            from: None,
-            until: None,
-            limit: 10,
-            offset: 0,
-        };
+        let query = HistoryQuery::newest(device_id("pi"), 10);
         assert_eq!(store.sync_history(&query).await.unwrap().unwrap().total_events, 2);
         drop(store);
 

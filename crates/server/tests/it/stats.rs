@@ -14,6 +14,7 @@ both_stores!(
     active_devices_by_when_they_were_heard_from,
     the_ten_most_recent_devices,
     rates_are_rounded,
+    only_what_is_dated_within_a_window,
 );
 
 async fn stats(server: &TestServer) -> Value {
@@ -111,4 +112,45 @@ async fn rates_are_rounded(server: &TestServer) {
     let found = stats(server).await;
     assert_eq!(found["overall_success_rate"], 66.67);
     assert_eq!(found["avg_internet_speed"], 1.0);
+}
+
+async fn only_what_is_dated_within_a_window(server: &TestServer) {
+    const HOUR: i64 = 60 * 60;
+    // It is noon: the window of 24 hours began at 13:00 yesterday, that of 7 days at midnight.
+    for (device, second) in [
+        ("now", 0),
+        ("within-24h", -23 * HOUR),
+        ("before-24h", -23 * HOUR - 1),
+        ("within-7d", -(6 * 24 + 12) * HOUR),
+        ("before-7d", -(6 * 24 + 12) * HOUR - 1),
+        ("within-30d", -(29 * 24 + 12) * HOUR),
+        ("before-30d", -(29 * 24 + 12) * HOUR - 1),
+    ] {
+        server.store(&with(failure(device, at(second)), &json!({"internet_speed": 2.5}))).await;
+    }
+    let everything = stats(server).await;
+    assert_eq!(everything["total_sync_events"], 7);
+    assert!(everything["window"].is_null());
+    for (window, start, expected) in [
+        ("24h", "2026-11-21T13:00:00.000Z", 2),
+        ("7d", "2026-11-16T00:00:00.000Z", 4),
+        ("30d", "2026-10-24T00:00:00.000Z", 6),
+    ] {
+        let found = server.get(&format!("/api/stats?window={window}")).await.data(200);
+        let fields = json!({
+            "window": window, "window_start": start, "total_sync_events": expected,
+            "total_failures": expected, "total_errors": expected, "total_files_synced": 0,
+            "overall_success_rate": 0.0, "avg_internet_speed": 2.5,
+        });
+        // The devices are the same.
+        assert_eq!(found, with(everything.clone(), &fields));
+        let path = format!("/api/devices/repeated-failures?threshold=1&window={window}");
+        let failing = server.get(&path).await.data(200);
+        assert_eq!(failing["total_devices"], expected);
+        assert_eq!((&failing["window"], &failing["window_start"]), (&json!(window), &json!(start)));
+    }
+    let refused = server.get("/api/stats?window=1d").await.complaints();
+    assert_eq!(refused, ["\"window\" must be one of [24h, 7d, 30d]"]);
+    let refused = server.get("/api/devices/repeated-failures?window=").await.complaints();
+    assert_eq!(refused, ["\"window\" must be one of [24h, 7d, 30d]"]);
 }

@@ -7,4 +7,5 @@ mod faults;
 mod figures;
 mod history;
 pub(crate) mod nodes;
+mod roll_ups;
 mod streaks;

@@ -1,11 +1,24 @@
-//! `GET /api/device/{id}/sync-history`: pages, ranges of time, jobs, and ids that are awkward in a path.
+//! `GET /api/device/{id}/sync-history`: pages, cursors, ranges of time, jobs, ids that are awkward in a
+//! path, and the same events as CSV and NDJSON.
 
+use std::{collections::BTreeSet, io::Read};
+
+use pisync::store::Scope;
+use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpSocket,
+};
 
-use crate::support::{
-    events::at,
-    http::{Answer, column, event, failure, success, with},
-    server::TestServer,
+use crate::{
+    ingest::until,
+    support::{
+        events::{at, batch_at, now, success as stored_success},
+        http::{Answer, column, event, failure, send, success, with},
+        server::TestServer,
+        store::wish,
+    },
 };
 
 both_stores!(
@@ -19,6 +32,12 @@ both_stores!(
     awkward_device_ids,
     unknown_devices,
     every_wrong_parameter_is_named_at_once,
+    pages_follow_one_another_by_cursors_while_events_arrive,
+    a_cursor_goes_with_everything_else,
+    csv_and_ndjson_have_the_same_events,
+    a_stream_takes_the_same_parameters,
+    streams_are_refused_as_pages_are,
+    a_long_history_is_streamed,
 );
 
 async fn history(server: &TestServer, query: &str) -> Value {
@@ -44,12 +63,19 @@ async fn pages_follow_one_another(server: &TestServer) {
     newest_first.reverse();
     let all = history(server, "").await;
     assert_eq!(column(&all["sync_history"], "id"), newest_first[..50]);
-    assert_eq!(all["pagination"], json!({"limit": 50, "offset": 0, "total_events": 60}));
+    let cursor = all["pagination"]["next_cursor"].as_str().unwrap();
+    assert_eq!(
+        all["pagination"],
+        json!({"limit": 50, "offset": 0, "total_events": 60, "next_cursor": cursor})
+    );
     assert_eq!(found(server, "limit=1000").await, newest_first);
     let mut paged = Vec::new();
     for offset in [0, 25, 50, 75] {
         let page = history(server, &format!("limit=25&offset={offset}")).await;
-        assert_eq!(page["pagination"], json!({"limit": 25, "offset": offset, "total_events": 60}));
+        let pagination = &page["pagination"];
+        assert_eq!((&pagination["limit"], &pagination["offset"]), (&json!(25), &json!(offset)));
+        assert_eq!(pagination["total_events"], 60);
+        assert_eq!(pagination["next_cursor"].is_string(), offset < 50);
         paged.extend(column(&page["sync_history"], "id"));
     }
     assert_eq!(paged, newest_first);
@@ -130,7 +156,10 @@ async fn only_one_jobs_events(server: &TestServer) {
     assert!(found(server, "job=Nightly").await.is_empty());
     let page = history(server, "job=nightly&limit=1&offset=1").await;
     assert_eq!(column(&page["sync_history"], "id"), ids[..1]);
-    assert_eq!(page["pagination"], json!({"limit": 1, "offset": 1, "total_events": 2}));
+    assert_eq!(
+        page["pagination"],
+        json!({"limit": 1, "offset": 1, "total_events": 2, "next_cursor": null})
+    );
     let late = "job=nightly&startDate=2026-11-22T11:59:58Z";
     assert_eq!(found(server, late).await, ids[3..]);
 }
@@ -219,7 +248,7 @@ async fn every_wrong_parameter_is_named_at_once(server: &TestServer) {
     let get = async |query: &str| -> Answer {
         server.get(&format!("/api/device/pi/sync-history?{query}")).await
     };
-    let query = "limit=0&offset=-1&startDate=soon&endDate=2026-02-30&job=";
+    let query = "limit=0&offset=-1&cursor=7&startDate=soon&endDate=2026-02-30&job=";
     assert_eq!(
         get(query).await.details(),
         json!([
@@ -232,6 +261,11 @@ async fn every_wrong_parameter_is_named_at_once(server: &TestServer) {
                 "field": "offset",
                 "message": "\"offset\" must be greater than or equal to 0",
                 "value": -1,
+            },
+            {
+                "field": "cursor",
+                "message": "\"cursor\" must be a next_cursor of this list",
+                "value": "7",
             },
             {
                 "field": "startDate",
@@ -256,6 +290,11 @@ async fn every_wrong_parameter_is_named_at_once(server: &TestServer) {
         ("offset=9007199254740992", "\"offset\" must be less than or equal to 9007199254740991"),
         ("offset=-99999999999999999999", "\"offset\" must be greater than or equal to 0"),
         ("startDate=", "\"startDate\" must be in ISO 8601 date format"),
+        ("cursor=", "\"cursor\" must be a next_cursor of this list"),
+        (
+            "cursor=000637C1A3AA9E00000000000000019C",
+            "\"cursor\" must be a next_cursor of this list",
+        ),
         ("job=a%00b", "\"job\" must not contain control characters"),
     ] {
         assert_eq!(get(query).await.complaints(), [complaint], "{query}");
@@ -264,5 +303,242 @@ async fn every_wrong_parameter_is_named_at_once(server: &TestServer) {
     server.store(&event("pi")).await;
     for query in ["page=2", "limit=1e1&offset=%200%20", "&&=", "x=%FF"] {
         get(query).await.data(200);
+    }
+}
+
+/// One page, and the cursor to the next.
+async fn page_after(
+    server: &TestServer,
+    cursor: Option<&str>,
+    query: &str,
+) -> (Vec<Value>, Option<String>) {
+    let cursor = cursor.map_or_else(String::new, |cursor| format!("cursor={cursor}&"));
+    let page = history(server, &format!("{cursor}{query}")).await;
+    let next = page["pagination"]["next_cursor"].as_str().map(str::to_owned);
+    (column(&page["sync_history"], "id"), next)
+}
+
+async fn pages_follow_one_another_by_cursors_while_events_arrive(server: &TestServer) {
+    // Many of one instant, so that pages begin and end among them.
+    let seconds: Vec<_> = [-9, -7, -7, -7, -7, -8, -7, -3, -3].into();
+    let mut stored = store_at(server, seconds.iter().copied()).await;
+    let place = |id: &Value| seconds[stored.iter().position(|one| one == id).unwrap()];
+    let mut expected = stored.clone();
+    expected.sort_by_key(|id| std::cmp::Reverse((place(id), id.as_i64())));
+    for limit in [1, 2, 3, 8, 9, 10] {
+        let (mut found, mut cursor) = (Vec::new(), None);
+        loop {
+            let (ids, next) =
+                page_after(server, cursor.as_deref(), &format!("limit={limit}")).await;
+            assert!(ids.len() == limit || next.is_none());
+            found.extend(ids);
+            cursor = next;
+            if cursor.is_none() {
+                break;
+            }
+            // Before and at what was read already: pages to come are not moved by it.
+            stored.extend(store_at(server, [-1, -3]).await);
+        }
+        found.retain(|id| expected.contains(id));
+        assert_eq!(found, expected, "{limit}");
+        let unique: BTreeSet<_> = found.iter().map(Value::as_i64).collect();
+        assert_eq!(unique.len(), found.len());
+    }
+}
+
+async fn a_cursor_goes_with_everything_else(server: &TestServer) {
+    let of = |job: &str, second| with(success("pi", at(second)), &json!({"job": job}));
+    let mut ids = Vec::new();
+    for second in -12..0 {
+        let job = if second % 2 == 0 { "even" } else { "odd" };
+        ids.push(server.store(&of(job, second)).await["id"].take());
+    }
+    let even: Vec<_> = ids.iter().step_by(2).rev().cloned().collect();
+    let (first, cursor) = page_after(server, None, "limit=2&job=even").await;
+    assert_eq!(first, even[..2]);
+    let cursor = cursor.as_deref();
+    assert_eq!(page_after(server, cursor, "job=even").await, (even[2..].to_vec(), None));
+    let (ids_found, next) = page_after(server, cursor, "job=even&limit=1&offset=1").await;
+    assert_eq!((ids_found, next.is_some()), (even[3..4].to_vec(), true));
+    let range = "startDate=2026-11-22T11:59:49Z&endDate=2026-11-22T11:59:54Z&job=even";
+    assert_eq!(page_after(server, cursor, range).await, (even[2..5].to_vec(), None));
+    // The range ends before the cursor, or begins after it.
+    let early = "endDate=2026-11-22T11:59:49Z&job=even";
+    assert_eq!(page_after(server, cursor, early).await, (even[5..].to_vec(), None));
+    let late = "startDate=2026-11-22T11:59:57Z";
+    assert_eq!(page_after(server, cursor, late).await, (Vec::new(), None));
+    // The total is that of all pages.
+    let page = history(server, &format!("cursor={}&job=even&limit=1", cursor.unwrap())).await;
+    assert_eq!(page["pagination"]["total_events"], 6);
+    // Whatever else it may say, a cursor of the right form is a place.
+    for anywhere in ["0".repeat(32), "f".repeat(32), format!("7{}", "f".repeat(31))] {
+        history(server, &format!("cursor={anywhere}")).await;
+    }
+}
+
+/// A device's history as another format.
+async fn streamed(server: &TestServer, accept: &str, query: &str) -> Answer {
+    let path = format!("/api/device/pi/sync-history?{query}");
+    send(server.request(Method::GET, &path).header("accept", accept)).await
+}
+
+/// The records of a CSV file, read as RFC 4180 has it.
+fn read_csv(text: &str) -> Vec<Vec<String>> {
+    let (mut records, mut record, mut cell) = (Vec::new(), Vec::new(), String::new());
+    let mut characters = text.chars().peekable();
+    let mut quoted = false;
+    while let Some(character) = characters.next() {
+        match character {
+            '"' if quoted && characters.peek() == Some(&'"') => {
+                cell.push('"');
+                characters.next();
+            }
+            '"' => quoted = !quoted,
+            ',' if !quoted => record.push(std::mem::take(&mut cell)),
+            '\r' if !quoted => {
+                assert_eq!(characters.next(), Some('\n'));
+                record.push(std::mem::take(&mut cell));
+                records.push(std::mem::take(&mut record));
+            }
+            character => cell.push(character),
+        }
+    }
+    assert!(!quoted && cell.is_empty() && record.is_empty(), "the last line has no end");
+    records
+}
+
+async fn csv_and_ndjson_have_the_same_events(server: &TestServer) {
+    let full = with(
+        success("pi", at(-10)),
+        &json!({
+            "internet_speed": 45.67, "job": "=1+1, \"quoted\"", "duration_seconds": 73.25,
+            "bytes_synced": 9_007_199_254_740_991_i64,
+            "metadata": {"b": "line\nbreak", "a": "\"x\", é"},
+        }),
+    );
+    server.store(&full).await;
+    server.store(&failure("pi", at(-20))).await;
+    let expected = history(server, "").await["sync_history"].take();
+
+    let answer = streamed(server, "application/x-ndjson", "").await;
+    assert_eq!((answer.status, answer.header("content-type")), (200, "application/x-ndjson"));
+    assert!(answer.text().ends_with('\n'));
+    let lines: Vec<Value> =
+        answer.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(json!(lines), expected);
+
+    let answer = streamed(server, "text/csv", "").await;
+    assert_eq!(
+        (answer.status, answer.header("content-type")),
+        (200, "text/csv; charset=utf-8; header=present")
+    );
+    let vary: Vec<_> = answer.headers.get_all("vary").iter().collect();
+    assert!(vary.iter().any(|name| *name == "accept"), "{vary:?}");
+    let records = read_csv(answer.text());
+    let names = &records[0];
+    assert_eq!(records.len(), 3);
+    for (record, event) in records[1..].iter().zip(expected.as_array().unwrap()) {
+        assert_eq!(record.len(), names.len());
+        for (name, cell) in names.iter().zip(record) {
+            let expected = match &event[name] {
+                Value::Null => String::new(),
+                Value::String(text) => text.clone(),
+                other if name == "metadata" => {
+                    assert_eq!(&serde_json::from_str::<Value>(cell).unwrap(), other);
+                    continue;
+                }
+                other => other.to_string(),
+            };
+            assert_eq!(*cell, expected, "{name}");
+        }
+        for name in event.as_object().unwrap().keys() {
+            assert!(names.contains(name), "{name} is not in the CSV");
+        }
+    }
+}
+
+async fn a_stream_takes_the_same_parameters(server: &TestServer) {
+    let mut newest_first = store_at(server, -9..0).await;
+    newest_first.reverse();
+    let ids = async |query: &str| -> Vec<Value> {
+        let answer = streamed(server, "application/x-ndjson", query).await;
+        assert_eq!(answer.status, 200);
+        let id = |line: &str| serde_json::from_str::<Value>(line).unwrap()["id"].take();
+        answer.text().lines().map(id).collect()
+    };
+    assert_eq!(ids("").await, newest_first);
+    assert_eq!(ids("limit=4").await, newest_first[..4]);
+    assert_eq!(ids("limit=4&offset=3").await, newest_first[3..7]);
+    assert_eq!(ids("offset=7").await, newest_first[7..]);
+    assert_eq!(ids("startDate=2026-11-22T11:59:58Z").await, newest_first[..2]);
+    assert!(ids("job=other").await.is_empty());
+    let (_, cursor) = page_after(server, None, "limit=5").await;
+    assert_eq!(ids(&format!("cursor={}", cursor.unwrap())).await, newest_first[5..]);
+    let empty = streamed(server, "text/csv", "job=other").await;
+    assert_eq!(read_csv(empty.text()).len(), 1, "names alone");
+}
+
+async fn streams_are_refused_as_pages_are(server: &TestServer) {
+    for accept in ["text/csv", "application/x-ndjson"] {
+        assert_eq!(streamed(server, accept, "").await.error(404), "Device not found");
+        let wrong = streamed(server, accept, "limit=0").await;
+        assert_eq!(wrong.complaints(), ["\"limit\" must be greater than or equal to 1"]);
+    }
+}
+
+/// Far more events than fit between server and client: whoever streams has not read the last ones yet
+/// when the first ones arrive. So an event that is stored in the meantime, and is older than all of
+/// them, is still in the answer.
+async fn a_long_history_is_streamed(server: &TestServer) {
+    const EVENTS: i64 = 7_000;
+    let store = pisync::store::open(&server.database.target).await.unwrap();
+    let mut writer = store.event_writer();
+    let mut number = 1_u64;
+    let mut noise = |_| {
+        // Hard to compress.
+        number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        format!("{number:016x}")
+    };
+    for batch in 0..EVENTS / 500 {
+        let event = |second| {
+            let noise: String = (0..250).map(&mut noise).collect();
+            let metadata = pisync_core::Metadata::new(&format!("{{\"noise\":\"{noise}\"}}"));
+            let event = stored_success("pi", at(-batch * 500 - second));
+            pisync_core::SyncEvent { metadata: Some(metadata.unwrap()), ..event }
+        };
+        let events = (0..500).map(event).collect();
+        writer.write(&batch_at(now(), events)).await.unwrap();
+    }
+    // HTTP/1.0, which has no chunks, may be a proxy's and needs a key.
+    let (_, key) = server.database.make_key(wish(Scope::Read)).await;
+    until(async || server.with_key(&key).get("/api/stats").await.status == 200).await;
+    for (oldest, encoding) in ["identity", "gzip"].into_iter().enumerate() {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(64 << 10).unwrap();
+        let mut connection = socket.connect(server.address()).await.unwrap();
+        let request = format!(
+            "GET /api/device/pi/sync-history HTTP/1.0\r\nhost: pisync\r\naccept: text/csv\r\n\
+             accept-encoding: {encoding}\r\nauthorization: Bearer {key}\r\n\r\n"
+        );
+        connection.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = vec![0; 32 << 10];
+        connection.read_exact(&mut answer).await.unwrap();
+        let id = server.store(&success("pi", at(-1_000_000 - oldest as i64))).await["id"].take();
+        connection.read_to_end(&mut answer).await.unwrap();
+
+        let end = answer.windows(4).position(|end| end == b"\r\n\r\n").unwrap() + 4;
+        let (head, body) = answer.split_at(end);
+        assert!(head.starts_with(b"HTTP/1.0 200"));
+        let mut text = String::new();
+        if encoding == "gzip" {
+            assert!(body.len() < 22_000_000, "{} bytes are not compressed", body.len());
+            flate2::read::GzDecoder::new(body).read_to_string(&mut text).unwrap();
+        } else {
+            text = String::from_utf8(body.to_vec()).unwrap();
+        }
+        let records = read_csv(&text);
+        assert_eq!(records.len(), EVENTS as usize + 1 + oldest + 1, "{encoding}");
+        let last = records.last().unwrap();
+        assert_eq!(last[0], id.to_string(), "{encoding}: everything was read beforehand");
     }
 }

@@ -4,7 +4,7 @@ use deadpool_postgres::Object;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::keys;
+use super::{keys, roll_ups};
 use crate::store::{Actor, DeviceChange, keys::NewAuditEntry};
 
 /// Event ids that are forgotten in one statement.
@@ -88,15 +88,17 @@ async fn try_delete_device(
     device_id: &DeviceId,
     by: &Actor,
 ) -> Result<Option<u64>, Error> {
-    // The device first: its row lock keeps ingest from adding events meanwhile.
+    // The device before its events: its row lock keeps ingest from adding events meanwhile.
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for update";
     const DELETE_EVENTS: &str = "delete from sync_events where device_id = $1";
     const DELETE_KEYS: &str = "delete from event_keys where device_id = $1";
     const DELETE_DEVICE: &str = "delete from devices where device_id = $1";
     let transaction = connection.transaction().await?;
+    let folded = roll_ups::lock_state(&transaction).await?;
     if transaction.query_opt(LOCK_DEVICE, &[&device_id.as_str()]).await?.is_none() {
         return Ok(None);
     }
+    roll_ups::forget(&transaction, device_id, folded).await?;
     let events = transaction.execute(DELETE_EVENTS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_KEYS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_DEVICE, &[&device_id.as_str()]).await?;

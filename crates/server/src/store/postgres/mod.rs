@@ -3,16 +3,21 @@
 
 mod changes;
 mod connect;
+mod history;
 mod keys;
 mod migrations;
 mod partitions;
 mod reads;
+mod roll_ups;
 mod statements;
 mod tls;
 mod verify;
 mod writer;
 
-use std::time::Duration;
+use std::{
+    ops::RangeInclusive,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use deadpool_postgres::{Object, Pool};
@@ -25,9 +30,9 @@ use self::{
     writer::PostgresEventWriter,
 };
 use super::{
-    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
-    FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
-    Verified, verify::devices_of,
+    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
+    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError,
+    SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
 };
 
 /// How long a sign of life may take.
@@ -37,17 +42,28 @@ const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// (see `connect`); this is for when it does not answer at all.
 const CALL_TIMEOUT: Duration = Duration::from_secs(35);
 
+/// Bounds of the stretch of time whose events are folded at once. The largest passes over empty months
+/// quickly.
+const FOLD_MILLISECONDS: RangeInclusive<i64> = 1_000..=31 * 24 * 60 * 60 * 1000;
+
+/// How long that should take: long enough to be worth a commit, and short for whoever waits for it,
+/// such as the deletion of a device.
+const FOLD_TARGET: Duration = Duration::from_millis(200);
+
 /// See the module.
 pub(super) struct PostgresStore {
     connector: Connector,
     pool: Pool,
+    /// The stretch of time whose events are folded at once, in milliseconds.
+    fold_step: StepSize,
 }
 
 impl PostgresStore {
     pub(super) async fn connect(target: &PostgresTarget) -> Result<Self, StoreError> {
         let connector = Connector::new(target)?;
         let pool = connector.pool()?;
-        let store = Self { connector, pool };
+        let fold_step = StepSize::new(FOLD_MILLISECONDS, FOLD_TARGET);
+        let store = Self { connector, pool, fold_step };
         store.ping().await?;
         Ok(store)
     }
@@ -61,8 +77,16 @@ impl PostgresStore {
         &self,
         work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
     ) -> Result<T, StoreError> {
+        self.call_within(CALL_TIMEOUT, work).await
+    }
+
+    async fn call_within<T>(
+        &self,
+        longest: Duration,
+        work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T, StoreError> {
         let mut connection = self.connection().await?;
-        match tokio::time::timeout(CALL_TIMEOUT, work(&mut connection)).await {
+        match tokio::time::timeout(longest, work(&mut connection)).await {
             Ok(result) => result.map_err(store_error),
             Err(_) => {
                 // Whoever got it next would wait for the same silence.
@@ -90,15 +114,27 @@ impl Store for PostgresStore {
     }
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
-        self.call(async |connection| reads::sync_history(connection, query).await).await
+        self.call(async |connection| history::sync_history(connection, query).await).await
+    }
+
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
+        self.call(async |connection| history::events(connection, query).await).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
-        self.call(async |connection| reads::repeated_failures(connection, query).await).await
+        self.call(async |connection| match &query.window {
+            None => reads::repeated_failures(connection, query).await,
+            Some(window) => roll_ups::repeated_failures(connection, query, window).await,
+        })
+        .await
     }
 
     async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
         self.call(async |connection| reads::fleet_stats(connection, active_since).await).await
+    }
+
+    async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
+        self.call(async |connection| roll_ups::window_figures(connection, window).await).await
     }
 
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
@@ -148,6 +184,17 @@ impl Store for PostgresStore {
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
         let mut connection = self.connection().await?;
         partitions::ensure_ahead(&mut connection, now).await
+    }
+
+    async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError> {
+        let started = Instant::now();
+        let step = self.fold_step.get();
+        let work = async |connection: &mut Object| roll_ups::fold(connection, now, step).await;
+        let more = self.call_within(roll_ups::FOLD_TIMEOUT, work).await?;
+        if more {
+            self.fold_step.learn(started.elapsed());
+        }
+        Ok(more)
     }
 
     async fn close(&self) -> Result<(), StoreError> {

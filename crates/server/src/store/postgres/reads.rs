@@ -1,97 +1,34 @@
 //! The queries behind the read methods. Statements are prepared once per connection.
 
 use deadpool_postgres::{GenericClient, Object};
-use pisync_core::{DeviceId, JobName, Timestamp};
+use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use crate::store::{
-    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, HistoryQuery, Page,
-    StoredEvent, SyncHistory, like_pattern, stored_metadata,
+    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, Page, like_pattern,
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
-const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
 /// What [`figures`] reads: a device's sums over its jobs, or nulls when it has none.
-const SUMS: &str = "
+pub(super) const SUMS: &str = "
     sum(j.total_syncs)::bigint, sum(j.failed_syncs)::bigint, sum(j.total_files_synced)::bigint,
     sum(j.total_errors)::bigint, sum(j.speed_sum)::bigint, sum(j.speed_count)::bigint,
     min(j.first_sync), max(j.last_sync), max(j.last_success), max(j.last_failure),
     max(j.consecutive_failures), max(j.last_received)
 ";
 
-/// What [`stored_event`] reads of `sync_events event`.
-pub(super) const EVENT_COLUMNS: &str = "
-    event.id, event.timestamp, event.total_files_synced, event.total_errors,
-    (event.internet_speed * 100)::bigint, event.job, (event.duration_seconds * 1000)::bigint,
-    event.bytes_synced, event.metadata, event.created_at, event.updated_at, event.event_id
-";
-
 /// A transaction that sees one moment throughout.
-async fn snapshot(connection: &mut Object) -> Result<deadpool_postgres::Transaction<'_>, Error> {
+pub(super) async fn snapshot(
+    connection: &mut Object,
+) -> Result<deadpool_postgres::Transaction<'_>, Error> {
     connection
         .build_transaction()
         .isolation_level(IsolationLevel::RepeatableRead)
         .read_only(true)
         .start()
         .await
-}
-
-pub(super) async fn sync_history(
-    connection: &mut Object,
-    query: &HistoryQuery,
-) -> Result<Option<SyncHistory>, Error> {
-    const DEVICE_EXISTS: &str = "select exists (select from devices where device_id = $1)";
-    let select_events = format!(
-        "select {EVENT_COLUMNS}
-           from sync_events event
-          where device_id = $1
-            and timestamp between $2 and $3
-            and ($4::text is null or job = $4)
-          order by timestamp desc, id desc
-          limit $5 offset $6"
-    );
-    const COUNT_EVENTS: &str = "
-        select count(*)
-          from sync_events
-         where device_id = $1
-           and timestamp between $2 and $3
-           and ($4::text is null or job = $4)
-    ";
-    let device_id = query.device_id.as_str();
-    let job = query.job.as_ref().map(JobName::as_str);
-    let from = query.from.unwrap_or(Timestamp::MIN).to_jiff();
-    let until = query.until.unwrap_or(Timestamp::MAX).to_jiff();
-
-    let snapshot = snapshot(connection).await?;
-    let exists = snapshot.prepare_cached(DEVICE_EXISTS).await?;
-    if !snapshot.query_one(&exists, &[&device_id]).await?.try_get::<_, bool>(0)? {
-        return Ok(None);
-    }
-    let jobs = jobs(&snapshot, device_id).await?;
-
-    let select = snapshot.prepare_cached(&select_events).await?;
-    let (limit, offset) = (i64::from(query.limit), query.offset.cast_signed());
-    let rows = snapshot.query(&select, &[&device_id, &from, &until, &job, &limit, &offset]).await?;
-    let events = rows.iter().map(|row| stored_event(row, 0)).collect::<Result<_, _>>()?;
-
-    let total_events: i64 = if query.from.is_none() && query.until.is_none() {
-        // Known without counting rows, so that a long history costs no more than a short one.
-        jobs.iter()
-            .filter(|(name, _)| job.is_none() || name.as_deref() == job)
-            .map(|(_, figures)| figures.total_syncs)
-            .sum()
-    } else {
-        let count = snapshot.prepare_cached(COUNT_EVENTS).await?;
-        snapshot.query_one(&count, &[&device_id, &from, &until, &job]).await?.try_get(0)?
-    };
-    let sums = format!("select {SUMS} from device_jobs j where j.device_id = $1");
-    let sums = snapshot.prepare_cached(&sums).await?;
-    Ok(Some(SyncHistory {
-        figures: figures(&snapshot.query_one(&sums, &[&device_id]).await?, 0)?,
-        events,
-        total_events: total_events.cast_unsigned(),
-    }))
 }
 
 pub(super) async fn repeated_failures(
@@ -235,7 +172,7 @@ pub(super) async fn device(
 }
 
 /// Each job's name and figures.
-async fn jobs(
+pub(super) async fn jobs(
     client: &impl GenericClient,
     device_id: &str,
 ) -> Result<Vec<(Option<String>, Figures)>, Error> {
@@ -248,7 +185,7 @@ async fn jobs(
     rows.iter().map(|row| Ok((row.try_get(0)?, figures(row, 1)?))).collect()
 }
 
-fn device_row(row: &Row) -> Result<Device, Error> {
+pub(super) fn device_row(row: &Row) -> Result<Device, Error> {
     Ok(Device {
         device_id: row.try_get(0)?,
         name: row.try_get(1)?,
@@ -259,7 +196,7 @@ fn device_row(row: &Row) -> Result<Device, Error> {
 }
 
 /// Reads [`SUMS`] from column `first` on.
-fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
+pub(super) fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
     let sum = |column: usize| -> Result<i64, Error> {
         Ok(row.try_get::<_, Option<i64>>(first + column)?.unwrap_or(0))
     };
@@ -276,24 +213,6 @@ fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
         last_failure: optional_time(row, first + 9)?,
         consecutive_failures: sum(10)?,
         last_seen: optional_time(row, first + 11)?,
-    })
-}
-
-/// Reads [`EVENT_COLUMNS`] from column `first` on.
-pub(super) fn stored_event(row: &Row, first: usize) -> Result<StoredEvent, Error> {
-    Ok(StoredEvent {
-        id: row.try_get(first)?,
-        timestamp: time(row, first + 1)?,
-        total_files_synced: row.try_get::<_, i32>(first + 2)?.into(),
-        total_errors: row.try_get::<_, i32>(first + 3)?.into(),
-        internet_speed: row.try_get(first + 4)?,
-        job: row.try_get(first + 5)?,
-        duration: row.try_get(first + 6)?,
-        bytes_synced: row.try_get(first + 7)?,
-        metadata: row.try_get::<_, Option<String>>(first + 8)?.and_then(stored_metadata),
-        created_at: time(row, first + 9)?,
-        updated_at: time(row, first + 10)?,
-        event_id: row.try_get(first + 11)?,
     })
 }
 

@@ -10,7 +10,7 @@ use tokio_postgres::{
     types::{FromSql, ToSql},
 };
 
-use super::reads::{EVENT_COLUMNS, stored_event};
+use super::history::{EVENT_COLUMNS, stored_event};
 use crate::store::{Batch, StoredEvent, batch::JobShare};
 
 const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";

@@ -2,16 +2,20 @@
 //! connections for reading that the write-ahead log keeps out of its way.
 
 mod connection;
+mod history;
 mod keys;
 mod migrations;
 mod reads;
+mod roll_ups;
 mod verify;
 mod writer;
 
 use std::{
     fs::{File, TryLockError},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -25,21 +29,34 @@ use self::{
     writer::{SqliteEventWriter, WriterThread},
 };
 use super::{
-    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
-    FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory, Verified,
-    verify::devices_of,
+    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
+    Figures, FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory, Verified,
+    Window, step_size::StepSize, verify::devices_of,
 };
+
+/// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
+/// the 50 ms that nobody would notice.
+const STEP_TARGET: Duration = Duration::from_millis(15);
+
+/// Bounds of the number of events that are folded at a time.
+const FOLD_EVENTS: RangeInclusive<i64> = 250..=16_000;
 
 /// See the module.
 pub(super) struct SqliteStore {
     writer: WriterThread,
     readers: Arc<Readers>,
+    /// Events to fold at a time.
+    fold_step: StepSize,
 }
 
 impl SqliteStore {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let connection = connection::open_for_writing(path)?;
-        Ok(Self { writer: WriterThread::start(connection)?, readers: Arc::new(Readers::new(path)) })
+        Ok(Self {
+            writer: WriterThread::start(connection)?,
+            readers: Arc::new(Readers::new(path)),
+            fold_step: StepSize::new(FOLD_EVENTS, STEP_TARGET),
+        })
     }
 
     /// Runs `read` on a connection for reading, off the async threads.
@@ -64,16 +81,30 @@ impl Store for SqliteStore {
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| reads::sync_history(connection, &query)).await
+        self.read(move |connection| history::sync_history(connection, &query)).await
+    }
+
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
+        let query = query.clone();
+        self.read(move |connection| history::events(connection, &query)).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| reads::repeated_failures(connection, &query)).await
+        self.read(move |connection| match &query.window {
+            None => reads::repeated_failures(connection, &query),
+            Some(window) => roll_ups::repeated_failures(connection, &query, window),
+        })
+        .await
     }
 
     async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
         self.read(move |connection| reads::fleet_stats(connection, active_since)).await
+    }
+
+    async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
+        let window = *window;
+        self.read(move |connection| roll_ups::window_figures(connection, &window)).await
     }
 
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
@@ -123,6 +154,20 @@ impl Store for SqliteStore {
 
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
         self.writer.call(writer::WriteConnection::optimize).await
+    }
+
+    async fn fold_events(&self, _now: Timestamp) -> Result<bool, StoreError> {
+        let most = self.fold_step.get();
+        let fold = move |connection: &mut writer::WriteConnection| {
+            let started = Instant::now();
+            let more = roll_ups::fold(&mut connection.connection, most)?;
+            Ok((more, started.elapsed()))
+        };
+        let (more, took) = self.writer.call(fold).await?;
+        if more {
+            self.fold_step.learn(took);
+        }
+        Ok(more)
     }
 
     /// Brings everything from the log into the file, which can then be copied by itself.

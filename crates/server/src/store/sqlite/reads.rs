@@ -1,88 +1,22 @@
 //! The queries behind the read methods. Each runs on one connection for reading, in one read
 //! transaction where it asks more than once.
 
-use pisync_core::{DeviceId, JobName, Timestamp};
+use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params, types::Type};
 
 use crate::store::{
-    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, HistoryQuery, Page,
-    StoredEvent, SyncHistory, like_pattern, stored_metadata,
+    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, Page, like_pattern,
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
-const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
 /// What [`figures`] reads: a device's sums over its jobs, or nulls when it has none.
-const SUMS: &str = "
+pub(super) const SUMS: &str = "
     sum(j.total_syncs), sum(j.failed_syncs), sum(j.total_files_synced), sum(j.total_errors),
     sum(j.speed_sum), sum(j.speed_count), min(j.first_sync), max(j.last_sync),
     max(j.last_success), max(j.last_failure), max(j.consecutive_failures), max(j.last_received)
 ";
-
-/// What [`stored_event`] reads.
-pub(super) const EVENT_COLUMNS: &str = "
-    id, timestamp, total_files_synced, total_errors, internet_speed, job, duration, bytes_synced,
-    metadata, created_at, event_id
-";
-
-pub(super) fn sync_history(
-    connection: &Connection,
-    query: &HistoryQuery,
-) -> rusqlite::Result<Option<SyncHistory>> {
-    let select_events = format!(
-        "select {EVENT_COLUMNS}
-           from sync_events
-          where device = :device
-            and timestamp between :from and :until
-            and (:job is null or job = :job)
-          order by timestamp desc, id desc
-          limit :limit offset :offset"
-    );
-    const COUNT_EVENTS: &str = "
-        select count(*)
-          from sync_events
-         where device = :device
-           and timestamp between :from and :until
-           and (:job is null or job = :job)
-    ";
-    let snapshot = connection.unchecked_transaction()?;
-    let Some(device) = device_number(&snapshot, &query.device_id)? else {
-        return Ok(None);
-    };
-    let jobs = jobs(&snapshot, device)?;
-    let job = query.job.as_ref().map(JobName::as_str);
-    let from = query.from.unwrap_or(Timestamp::MIN).as_millisecond();
-    let until = query.until.unwrap_or(Timestamp::MAX).as_millisecond();
-
-    let events = snapshot
-        .prepare_cached(&select_events)?
-        .query_map(
-            named_params! {
-                ":device": device, ":from": from, ":until": until, ":job": job,
-                ":limit": query.limit, ":offset": query.offset.cast_signed(),
-            },
-            stored_event,
-        )?
-        .collect::<rusqlite::Result<_>>()?;
-
-    let total_events = if query.from.is_none() && query.until.is_none() {
-        // Known without counting rows, so that a long history costs no more than a short one.
-        jobs.iter()
-            .filter(|(name, _)| job.is_none() || name.as_deref() == job)
-            .map(|(_, figures)| figures.total_syncs)
-            .sum::<i64>()
-    } else {
-        snapshot.prepare_cached(COUNT_EVENTS)?.query_row(
-            named_params! { ":device": device, ":from": from, ":until": until, ":job": job },
-            |row| row.get(0),
-        )?
-    };
-    Ok(Some(SyncHistory {
-        figures: figures_of_device(&snapshot, device)?,
-        events,
-        total_events: total_events.cast_unsigned(),
-    }))
-}
 
 pub(super) fn repeated_failures(
     connection: &Connection,
@@ -235,13 +169,16 @@ pub(super) fn device_number(
         .optional()
 }
 
-fn figures_of_device(connection: &Connection, device: i64) -> rusqlite::Result<Figures> {
+pub(super) fn figures_of_device(connection: &Connection, device: i64) -> rusqlite::Result<Figures> {
     let select = format!("select {SUMS} from device_jobs j where j.device = ?1");
     connection.prepare_cached(&select)?.query_row([device], |row| figures(row, 0))
 }
 
 /// Each job's name and figures.
-fn jobs(connection: &Connection, device: i64) -> rusqlite::Result<Vec<(Option<String>, Figures)>> {
+pub(super) fn jobs(
+    connection: &Connection,
+    device: i64,
+) -> rusqlite::Result<Vec<(Option<String>, Figures)>> {
     let select = format!(
         "select nullif(j.job, ''), {SUMS} from device_jobs j where j.device = ?1
           group by j.job order by j.job"
@@ -252,7 +189,7 @@ fn jobs(connection: &Connection, device: i64) -> rusqlite::Result<Vec<(Option<St
         .collect()
 }
 
-fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
+pub(super) fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
     Ok(Device {
         device_id: row.get(0)?,
         name: row.get(1)?,
@@ -280,24 +217,6 @@ fn figures(row: &Row<'_>, first: usize) -> rusqlite::Result<Figures> {
         last_failure: optional_time(row, first + 9)?,
         consecutive_failures: sum(10)?,
         last_seen: optional_time(row, first + 11)?,
-    })
-}
-
-pub(super) fn stored_event(row: &Row<'_>) -> rusqlite::Result<StoredEvent> {
-    let created_at = time(row, 9)?;
-    Ok(StoredEvent {
-        id: row.get(0)?,
-        timestamp: time(row, 1)?,
-        total_files_synced: row.get(2)?,
-        total_errors: row.get(3)?,
-        internet_speed: row.get(4)?,
-        job: row.get(5)?,
-        duration: row.get(6)?,
-        bytes_synced: row.get(7)?,
-        metadata: row.get::<_, Option<String>>(8)?.and_then(stored_metadata),
-        created_at,
-        updated_at: created_at,
-        event_id: row.get(10)?,
     })
 }
 

@@ -13,8 +13,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     connection::store_error,
+    history::{EVENT_COLUMNS, stored_event},
     keys,
-    reads::{EVENT_COLUMNS, device_number, optional_time, stored_event, time},
+    reads::{device_number, optional_time, time},
+    roll_ups,
 };
 use crate::store::{
     Actor, Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written,
@@ -210,6 +212,7 @@ impl WriteConnection {
         let Some(number) = device_number(&transaction, device_id)? else {
             return Ok(None);
         };
+        roll_ups::forget(&transaction, number)?;
         let events = transaction.execute("delete from sync_events where device = ?1", [number])?;
         let events = u64::try_from(events).unwrap_or(u64::MAX);
         transaction.execute("delete from devices where id = ?1", [number])?;

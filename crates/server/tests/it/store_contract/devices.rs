@@ -187,14 +187,7 @@ async fn a_device_that_never_reported(fixture: &TestStore) {
     assert_eq!(found.device.created_at, now());
     assert_eq!(found.device.figures, Default::default());
     assert_eq!(found.jobs, []);
-    let history = HistoryQuery {
-        device_id: device_id("a"),
-        job: None,
-        from: None,
-        until: None,
-        limit: 10,
-        offset: 0,
-    };
+    let history = HistoryQuery::newest(device_id("a"), 10);
     let history = fixture.store.sync_history(&history).await.unwrap().unwrap();
     assert_eq!((history.events.len(), history.total_events), (0, 0));
     assert_eq!(history.figures, Default::default());

@@ -20,14 +20,7 @@ both_stores!(
 
 /// How many events of a device are stored, counted by looking at them.
 async fn stored(fixture: &TestStore, device: &str) -> usize {
-    let query = HistoryQuery {
-        device_id: device_id(device),
-        job: None,
-        from: None,
-        until: None,
-        limit: 1000,
-        offset: 0,
-    };
+    let query = HistoryQuery::newest(device_id(device), 1000);
     let Some(history) = fixture.store.sync_history(&query).await.unwrap() else { return 0 };
     // The figures are part of the same transaction.
     assert_eq!(history.events.len() as u64, history.total_events);

@@ -192,7 +192,7 @@ async fn failing(
     limit: Option<u32>,
     offset: u64,
 ) -> Page<Device> {
-    let query = FailureQuery { threshold, consecutive, limit, offset };
+    let query = FailureQuery { threshold, consecutive, window: None, limit, offset };
     fixture.store.repeated_failures(&query).await.unwrap()
 }
 

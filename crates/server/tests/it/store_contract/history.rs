@@ -29,14 +29,7 @@ both_stores!(
 
 /// All of a device's events.
 fn whole(device: &DeviceId) -> HistoryQuery {
-    HistoryQuery {
-        device_id: device.clone(),
-        job: None,
-        from: None,
-        until: None,
-        limit: 1000,
-        offset: 0,
-    }
+    HistoryQuery::newest(device.clone(), 1000)
 }
 
 async fn history(fixture: &TestStore, query: &HistoryQuery) -> SyncHistory {

@@ -105,14 +105,7 @@ async fn devices_are_deleted_while_they_report() {
     // What is left agrees with itself.
     for device_id in &everybody {
         let Some(found) = fixture.store.device(device_id).await.unwrap() else { continue };
-        let query = pisync::store::HistoryQuery {
-            device_id: device_id.clone(),
-            job: None,
-            from: None,
-            until: None,
-            limit: 1000,
-            offset: 0,
-        };
+        let query = pisync::store::HistoryQuery::newest(device_id.clone(), 1000);
         let history = fixture.store.sync_history(&query).await.unwrap().unwrap();
         assert_eq!(history.events.len() as u64, history.total_events);
         assert_eq!(found.device.figures, history.figures);

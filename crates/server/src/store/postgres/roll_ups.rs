@@ -1,0 +1,287 @@
+//! Sums by device and day and by hour: folding events into them, taking a deleted device out of them,
+//! and answering from them. Several nodes commit in any order, so what is folded is everything received
+//! up to an instant long enough ago, and readers add the events after it in the same snapshot.
+
+use std::time::Duration;
+
+use deadpool_postgres::{Object, Transaction};
+use jiff::tz::TimeZone;
+use pisync_core::{DeviceId, Timestamp};
+use tokio_postgres::{Error, Row};
+
+use super::reads::{DEVICE_COLUMNS, SUMS, device_row, snapshot};
+use crate::store::{Device, FailureQuery, Figures, Page, Window};
+
+/// Events received longer ago than this are final. A batch is given up after 10 s, and one whose
+/// commit is uncertain after 25 s altogether; the rest is for nodes whose clocks disagree.
+const FINAL_AFTER_MILLISECONDS: i64 = 60_000;
+
+/// How far ahead of its receipt an event may be dated and still be found among the events of a window.
+/// It spares looking into the months before; `MAX_CLOCK_SKEW_SECONDS` is 5 minutes unless set.
+const LONGEST_LEAD_MILLISECONDS: i64 = 31 * 24 * 60 * 60 * 1000;
+
+/// A step sums up many events at most; only one over rows that foreign SQL gave the same `created_at`
+/// could take long.
+const STEP_TIMEOUT: &str = "set local statement_timeout = '10min'";
+
+/// The most that a step over the network may take, altogether.
+pub(super) const FOLD_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
+const ROLL_UP_LOCK: i64 = 0x7069_7379_6e63_0003;
+
+/// What rows of `sync_events` add up to.
+const EVENT_SUMS: &str = "
+    count(*), count(*) filter (where total_errors > 0), coalesce(sum(total_files_synced), 0)::bigint,
+    coalesce(sum(total_errors), 0)::bigint, coalesce(sum(internet_speed * 100), 0)::bigint,
+    count(internet_speed)
+";
+
+const DAY: &str = "(timestamp at time zone 'UTC')::date";
+const HOUR: &str = "date_trunc('hour', timestamp, 'UTC')";
+
+/// The end of an insertion of sums, into a table called `stored`, where there may be some already.
+const ADD: &str = "
+    do update set total_syncs        = stored.total_syncs + excluded.total_syncs,
+                  failed_syncs       = stored.failed_syncs + excluded.failed_syncs,
+                  total_files_synced = stored.total_files_synced + excluded.total_files_synced,
+                  total_errors       = stored.total_errors + excluded.total_errors,
+                  speed_sum          = stored.speed_sum + excluded.speed_sum,
+                  speed_count        = stored.speed_count + excluded.speed_count
+";
+
+/// Folds the events received in the next so many milliseconds; false when there is nothing more that
+/// is final, or another node is at it.
+pub(super) async fn fold(
+    connection: &mut Object,
+    now: Timestamp,
+    milliseconds: i64,
+) -> Result<bool, Error> {
+    const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
+    const OLDEST: &str = "select min(created_at) from sync_events";
+    let fold_days = format!(
+        "insert into device_days as stored
+         select device_id, {DAY}, {EVENT_SUMS}
+           from sync_events
+          where created_at > $1 and created_at <= $2
+          group by 1, 2
+             on conflict (device_id, day) {ADD}"
+    );
+    let fold_hours = format!(
+        "insert into fleet_hours as stored
+         select {HOUR}, {EVENT_SUMS}
+           from sync_events
+          where created_at > $1 and created_at <= $2
+          group by 1
+             on conflict (hour) {ADD}"
+    );
+    let last = now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS);
+    let transaction = connection.transaction().await?;
+    transaction.batch_execute(STEP_TIMEOUT).await?;
+    if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
+        return Ok(false);
+    }
+    let folded = match lock_state(&transaction).await? {
+        Some(folded) => Some(folded),
+        // The first fold of all begins just before the oldest event.
+        None => transaction
+            .query_one(OLDEST, &[])
+            .await?
+            .try_get::<_, Option<jiff::Timestamp>>(0)?
+            .map(|oldest| Timestamp::truncate(oldest).saturating_add_milliseconds(-1)),
+    };
+    let folded = folded.unwrap_or(last);
+    if folded > last {
+        return Ok(false);
+    }
+    let until = folded.saturating_add_milliseconds(milliseconds).min(last);
+    let (after, until_jiff) = (folded.to_jiff(), until.to_jiff());
+    transaction.execute(&fold_days, &[&after, &until_jiff]).await?;
+    transaction.execute(&fold_hours, &[&after, &until_jiff]).await?;
+    transaction.execute("update roll_up_state set folded_until = $1", &[&until_jiff]).await?;
+    transaction.commit().await?;
+    Ok(until < last)
+}
+
+/// Keeps events from being folded until the transaction ends, and tells until when they are. Whoever
+/// locks devices as well takes this lock first.
+pub(super) async fn lock_state(transaction: &Transaction<'_>) -> Result<Option<Timestamp>, Error> {
+    const LOCK_STATE: &str = "select folded_until from roll_up_state for update";
+    folded_until(&transaction.query_one(LOCK_STATE, &[]).await?)
+}
+
+fn folded_until(state: &Row) -> Result<Option<Timestamp>, Error> {
+    Ok(state.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate))
+}
+
+/// Takes a device that is to be deleted out of the fleet's sums; `device_days` goes with the device.
+/// The state and the device are locked.
+pub(super) async fn forget(
+    transaction: &Transaction<'_>,
+    device_id: &DeviceId,
+    folded: Option<Timestamp>,
+) -> Result<(), Error> {
+    // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
+    // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
+    // So whole days stay right, and nothing else is asked for of days that long ago.
+    let subtract = format!(
+        "with raw (
+            hour, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+         ) as materialized (
+            select {HOUR}, {EVENT_SUMS}
+              from sync_events
+             where device_id = $1 and created_at <= $2
+             group by 1
+         )
+         insert into fleet_hours as stored
+         select hour, -sum(total_syncs), -sum(failed_syncs), -sum(total_files_synced),
+                -sum(total_errors), -sum(speed_sum), -sum(speed_count)
+           from (
+               select * from raw
+               union all
+               select day::timestamp at time zone 'UTC', total_syncs, failed_syncs,
+                      total_files_synced, total_errors, speed_sum, speed_count
+                 from device_days
+                where device_id = $1
+               union all
+               select date_trunc('day', hour, 'UTC'), -total_syncs, -failed_syncs,
+                      -total_files_synced, -total_errors, -speed_sum, -speed_count
+                 from raw
+           ) shares
+          group by hour
+             on conflict (hour) {ADD}"
+    );
+    let Some(folded) = folded else { return Ok(()) };
+    transaction.execute(&subtract, &[&device_id.as_str(), &folded.to_jiff()]).await?;
+    Ok(())
+}
+
+/// Until when events are folded, as this snapshot has it. It is given to the queries as a value, for
+/// they are planned by it: the events after it are few.
+async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
+    let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
+    Ok(folded_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
+}
+
+/// What the whole fleet's events within a window add up to.
+pub(super) async fn window_figures(
+    connection: &mut Object,
+    window: &Window,
+) -> Result<Figures, Error> {
+    let select = format!(
+        "select coalesce(sum(total_syncs), 0)::bigint, coalesce(sum(failed_syncs), 0)::bigint,
+                coalesce(sum(total_files_synced), 0)::bigint, coalesce(sum(total_errors), 0)::bigint,
+                coalesce(sum(speed_sum), 0)::bigint, coalesce(sum(speed_count), 0)::bigint
+           from (
+               select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+                 from fleet_hours
+                where hour >= $1 and hour < $2
+               union all
+               select {EVENT_SUMS}
+                 from sync_events
+                where created_at > $3 and timestamp >= $1 and timestamp < $2
+           ) sums"
+    );
+    let snapshot = snapshot(connection).await?;
+    let folded = folded(&snapshot).await?;
+    let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
+    let row = snapshot.query_one(&select, &[&from, &until, &folded]).await?;
+    Ok(Figures {
+        total_syncs: row.try_get(0)?,
+        failed_syncs: row.try_get(1)?,
+        total_files_synced: row.try_get(2)?,
+        total_errors: row.try_get(3)?,
+        speed_sum: row.try_get(4)?,
+        speed_count: row.try_get(5)?,
+        ..Figures::default()
+    })
+}
+
+/// Devices that failed within a window, whose number of failures in it stands in for that of all time.
+pub(super) async fn repeated_failures(
+    connection: &mut Object,
+    query: &FailureQuery,
+    window: &Window,
+) -> Result<Page<Device>, Error> {
+    const BY_DAY: &str = "
+        select device_id, sum(failed_syncs)::bigint as failed_syncs
+          from (
+              select device_id, failed_syncs
+                from device_days
+               where day between $4 and $5 and failed_syncs > 0
+              union all
+              select device_id, 1
+                from sync_events
+               where created_at > $3 and created_at >= $6
+                 and total_errors > 0 and timestamp >= $1 and timestamp < $2
+          ) failures
+         group by device_id
+    ";
+    // Days tell whose events are worth counting.
+    const BY_EVENT: &str = "
+        select device_id, (
+                   select count(*)
+                     from sync_events event
+                    where event.device_id = candidate.device_id
+                      and event.timestamp >= $1 and event.timestamp < $2
+                      and event.created_at >= $6
+                      and event.total_errors > 0
+               ) as failed_syncs
+          from (
+              select device_id
+                from device_days
+               where day between $4 and $5 and failed_syncs > 0
+              union
+              select device_id
+                from sync_events
+               where created_at > $3 and created_at >= $6
+                 and total_errors > 0 and timestamp >= $1 and timestamp < $2
+          ) candidate
+    ";
+    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+    let measure =
+        if query.consecutive { "max(j.consecutive_failures)" } else { "failing.failed_syncs" };
+    let listed = format!(
+        "with failing as materialized ({failing})
+         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs
+           from failing
+           join devices d using (device_id)
+           join device_jobs j using (device_id)
+          where failing.failed_syncs > 0
+          group by d.device_id, failing.failed_syncs
+         having {measure} >= $7"
+    );
+    let select = format!(
+        "{listed}
+          order by {measure} desc, max(j.last_failure) desc nulls last, d.device_id
+          limit $8 offset $9"
+    );
+    let count = format!("select count(*) from ({listed}) listed");
+    let snapshot = snapshot(connection).await?;
+    let folded = folded(&snapshot).await?;
+    let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
+    let day = |instant: Timestamp| instant.to_jiff().to_zoned(TimeZone::UTC).date();
+    let (first, last) = (day(window.from()), day(window.until().saturating_add_milliseconds(-1)));
+    let received = window.from().saturating_add_milliseconds(-LONGEST_LEAD_MILLISECONDS).to_jiff();
+    let threshold = i64::from(query.threshold);
+    let (limit, offset) = (query.limit.map(i64::from), query.offset.cast_signed());
+    let rows = snapshot
+        .query(
+            &select,
+            &[&from, &until, &folded, &first, &last, &received, &threshold, &limit, &offset],
+        )
+        .await?;
+    let total: i64 = snapshot
+        .query_one(&count, &[&from, &until, &folded, &first, &last, &received, &threshold])
+        .await?
+        .try_get(0)?;
+    let device = |row: &Row| -> Result<Device, Error> {
+        let mut device = device_row(row)?;
+        device.figures.failed_syncs = row.try_get(16)?;
+        Ok(device)
+    };
+    Ok(Page {
+        items: rows.iter().map(device).collect::<Result<_, _>>()?,
+        total: total.cast_unsigned(),
+    })
+}

@@ -1,0 +1,232 @@
+//! Sums by device and day and by hour: folding events into them, taking a deleted device out of them,
+//! and answering from them. Ids rise in the order of commits, for there is one writer; so what is
+//! folded is everything up to one id, and readers add the events after it in the same snapshot.
+
+use rusqlite::{
+    Connection, OptionalExtension, Transaction, TransactionBehavior, named_params, params,
+};
+
+use super::reads::{DEVICE_COLUMNS, SUMS, device_row};
+use crate::store::{Device, FailureQuery, Figures, Page, Window};
+
+/// What rows of `sync_events` add up to.
+const EVENT_SUMS: &str = "
+    count(*), ifnull(sum(total_errors > 0), 0), ifnull(sum(total_files_synced), 0),
+    ifnull(sum(total_errors), 0), ifnull(sum(internet_speed), 0), count(internet_speed)
+";
+
+/// The midnight and the full hour before an event. Remainders of dates before 1970 are negative.
+const DAY: &str = "timestamp - (timestamp % 86400000 + 86400000) % 86400000";
+const HOUR: &str = "timestamp - (timestamp % 3600000 + 3600000) % 3600000";
+
+/// The end of an insertion of sums where there may be some already.
+const ADD: &str = "
+    do update set total_syncs        = total_syncs + excluded.total_syncs,
+                  failed_syncs       = failed_syncs + excluded.failed_syncs,
+                  total_files_synced = total_files_synced + excluded.total_files_synced,
+                  total_errors       = total_errors + excluded.total_errors,
+                  speed_sum          = speed_sum + excluded.speed_sum,
+                  speed_count        = speed_count + excluded.speed_count
+";
+
+/// Folds the next `most` events; false when there are no more. It runs on the writer's thread, so it
+/// must be short.
+pub(super) fn fold(connection: &mut Connection, most: i64) -> rusqlite::Result<bool> {
+    const LAST_OF_STEP: &str = "
+        select max(id), count(*) from (select id from sync_events where id > ?1 order by id limit ?2)
+    ";
+    let fold_days = format!(
+        "insert into device_days
+         select device, {DAY}, {EVENT_SUMS}
+           from sync_events
+          where id > ?1 and id <= ?2
+          group by 1, 2
+             on conflict (device, day) {ADD}"
+    );
+    let fold_hours = format!(
+        "insert into fleet_hours
+         select {HOUR}, {EVENT_SUMS}
+           from sync_events
+          where id > ?1 and id <= ?2
+          group by 1
+             on conflict (hour) {ADD}"
+    );
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let folded = folded_id(&transaction)?;
+    let (last, events): (Option<i64>, i64) = transaction
+        .prepare_cached(LAST_OF_STEP)?
+        .query_row([folded, most], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let Some(last) = last else { return Ok(false) };
+    transaction.prepare_cached(&fold_days)?.execute([folded, last])?;
+    transaction.prepare_cached(&fold_hours)?.execute([folded, last])?;
+    transaction.execute("update roll_up_state set folded_id = ?1", [last])?;
+    transaction.commit()?;
+    Ok(events == most)
+}
+
+pub(super) fn folded_id(connection: &Connection) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("select folded_id from roll_up_state")?
+        .query_row([], |row| row.get(0))
+}
+
+/// Takes a device that is to be deleted out of the fleet's sums; `device_days` goes with the device.
+pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
+    // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
+    // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
+    // So whole days stay right, and nothing else is asked for of days that long ago.
+    let subtract = format!(
+        "with raw (
+            hour, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+         ) as materialized (
+            select {HOUR}, {EVENT_SUMS}
+              from sync_events
+             where device = ?1 and id <= ?2
+             group by 1
+         )
+         insert into fleet_hours
+         select hour, -sum(total_syncs), -sum(failed_syncs), -sum(total_files_synced),
+                -sum(total_errors), -sum(speed_sum), -sum(speed_count)
+           from (
+               select * from raw
+               union all
+               select day, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
+                      speed_count
+                 from device_days
+                where device = ?1
+               union all
+               select hour - (hour % 86400000 + 86400000) % 86400000, -total_syncs, -failed_syncs,
+                      -total_files_synced, -total_errors, -speed_sum, -speed_count
+                 from raw
+           )
+          where true
+          group by hour
+             on conflict (hour) {ADD}"
+    );
+    transaction.execute(&subtract, params![device, folded_id(transaction)?])?;
+    Ok(())
+}
+
+/// What the whole fleet's events within a window add up to.
+pub(super) fn window_figures(
+    connection: &Connection,
+    window: &Window,
+) -> rusqlite::Result<Figures> {
+    // The plus signs keep SQLite from searching the events by their dates, device by device.
+    let select = format!(
+        "select ifnull(sum(total_syncs), 0), ifnull(sum(failed_syncs), 0),
+                ifnull(sum(total_files_synced), 0), ifnull(sum(total_errors), 0),
+                ifnull(sum(speed_sum), 0), ifnull(sum(speed_count), 0)
+           from (
+               select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+                 from fleet_hours
+                where hour >= :from and hour < :until
+               union all
+               select {EVENT_SUMS}
+                 from sync_events
+                where id > (select folded_id from roll_up_state)
+                  and +timestamp >= :from and +timestamp < :until
+           )"
+    );
+    connection.prepare_cached(&select)?.query_row(
+        named_params! {
+            ":from": window.from().as_millisecond(), ":until": window.until().as_millisecond(),
+        },
+        |row| {
+            Ok(Figures {
+                total_syncs: row.get(0)?,
+                failed_syncs: row.get(1)?,
+                total_files_synced: row.get(2)?,
+                total_errors: row.get(3)?,
+                speed_sum: row.get(4)?,
+                speed_count: row.get(5)?,
+                ..Figures::default()
+            })
+        },
+    )
+}
+
+/// Devices that failed within a window, whose number of failures in it stands in for that of all time.
+pub(super) fn repeated_failures(
+    connection: &Connection,
+    query: &FailureQuery,
+    window: &Window,
+) -> rusqlite::Result<Page<Device>> {
+    const BY_DAY: &str = "
+        select device, sum(failed_syncs) as failed_syncs
+          from (
+              select device, failed_syncs
+                from device_days
+               where day >= :from and day < :until and failed_syncs > 0
+              union all
+              select device, 1
+                from sync_events
+               where id > (select folded_id from roll_up_state)
+                 and total_errors > 0 and +timestamp >= :from and +timestamp < :until
+          )
+         group by device
+    ";
+    // Days tell whose events are worth counting.
+    const BY_EVENT: &str = "
+        select device, (
+                   select count(*)
+                     from sync_events event
+                    where event.device = candidate.device
+                      and event.timestamp >= :from and event.timestamp < :until
+                      and event.total_errors > 0
+               ) as failed_syncs
+          from (
+              select device
+                from device_days
+               where day > :from - 86400000 and day < :until and failed_syncs > 0
+              union
+              select device
+                from sync_events
+               where id > (select folded_id from roll_up_state)
+                 and total_errors > 0 and +timestamp >= :from and +timestamp < :until
+          ) candidate
+    ";
+    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+    let measure =
+        if query.consecutive { "max(j.consecutive_failures)" } else { "failing.failed_syncs" };
+    let listed = format!(
+        "with failing as materialized ({failing})
+         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs
+           from failing
+           join devices d on d.id = failing.device
+           join device_jobs j on j.device = failing.device
+          where failing.failed_syncs > 0
+          group by failing.device
+         having {measure} >= :threshold"
+    );
+    let select = format!(
+        "{listed}
+          order by {measure} desc, max(j.last_failure) desc, d.device_id
+          limit :limit offset :offset"
+    );
+    let count = format!("select count(*) from ({listed})");
+    let (from, until) = (window.from().as_millisecond(), window.until().as_millisecond());
+    let snapshot = connection.unchecked_transaction()?;
+    let items = snapshot
+        .prepare_cached(&select)?
+        .query_map(
+            named_params! {
+                ":from": from, ":until": until, ":threshold": query.threshold,
+                ":limit": query.limit.map_or(-1, i64::from), ":offset": query.offset.cast_signed(),
+            },
+            |row| {
+                let mut device = device_row(row)?;
+                device.figures.failed_syncs = row.get(16)?;
+                Ok(device)
+            },
+        )?
+        .collect::<rusqlite::Result<_>>()?;
+    let total: Option<i64> = snapshot
+        .prepare_cached(&count)?
+        .query_row(
+            named_params! { ":from": from, ":until": until, ":threshold": query.threshold },
+            |row| row.get(0),
+        )
+        .optional()?;
+    Ok(Page { items, total: total.unwrap_or(0).cast_unsigned() })
+}

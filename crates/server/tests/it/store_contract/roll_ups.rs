@@ -1,0 +1,232 @@
+//! Figures of the last day, week and month are exact, whatever is folded when, and whatever comes late.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicI64, Ordering},
+};
+
+use pisync::store::{FailureQuery, Figures, Window};
+use pisync_core::{Mbps, SyncEvent, Timestamp};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
+use tokio::{runtime::Handle, sync::Mutex, task::block_in_place};
+
+use crate::support::{
+    events::{at, batch_at, device_id, failure, somebody, success, write},
+    store::TestStore,
+};
+
+both_stores!(
+    windows_are_exact_whatever_is_folded_when,
+    everything_is_folded_in_the_end,
+    a_database_that_was_filled_before_is_folded,
+);
+
+const HOUR: i64 = 60 * 60;
+const DAY: i64 = 24 * HOUR;
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// Events: of which device, how long ago in milliseconds, how many errors, which speed.
+    Write(Vec<(u8, i64, u32, Option<i64>)>),
+    /// So many seconds pass, and a part of what is stored is folded.
+    Fold(i64),
+    /// A device is deleted.
+    Delete(u8),
+}
+
+/// How long ago, often on the border of an hour or a day. All tests begin at noon.
+fn age() -> impl Strategy<Value = i64> {
+    let near = prop_oneof![Just(-1_i64), Just(0), Just(1), -600_000..600_000_i64];
+    prop_oneof![
+        (0..26_i64, near.clone()).prop_map(|(hours, off)| hours * HOUR * 1000 + off),
+        (0..33_i64, near).prop_map(|(days, off)| (days * DAY - 12 * HOUR) * 1000 + off),
+        -300_000..33 * DAY * 1000,
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let event = (0..5_u8, age(), 0..3_u32, prop::option::of(0..500_i64));
+    prop_oneof![
+        4 => prop::collection::vec(event, 1..8).prop_map(Step::Write),
+        3 => (0..7200_i64).prop_map(Step::Fold),
+        1 => (0..5_u8).prop_map(Step::Delete),
+    ]
+}
+
+fn is_within(window: &Window, event: &SyncEvent) -> bool {
+    (window.from()..window.until()).contains(&event.timestamp)
+}
+
+fn naive_figures(sent: &[SyncEvent], window: &Window) -> Figures {
+    let mut figures = Figures::default();
+    for event in sent.iter().filter(|event| is_within(window, event)) {
+        figures.total_syncs += 1;
+        figures.failed_syncs += i64::from(event.total_errors > 0);
+        figures.total_files_synced += i64::from(event.total_files_synced);
+        figures.total_errors += i64::from(event.total_errors);
+        figures.speed_sum += event.internet_speed.map_or(0, Mbps::hundredths);
+        figures.speed_count += i64::from(event.internet_speed.is_some());
+    }
+    figures
+}
+
+/// Devices and how often they failed, the most failures first.
+fn naive_failures(sent: &[SyncEvent], window: &Window, threshold: i64) -> Vec<(String, i64)> {
+    let mut failures: BTreeMap<&str, (i64, Option<Timestamp>)> = BTreeMap::new();
+    for event in sent.iter().filter(|event| event.total_errors > 0) {
+        let (count, latest) = failures.entry(event.device_id.as_str()).or_default();
+        *count += i64::from(is_within(window, event));
+        *latest = (*latest).max(Some(event.timestamp));
+    }
+    let mut failures: Vec<_> =
+        failures.into_iter().filter(|(_, (count, _))| *count >= threshold).collect();
+    failures.sort_by_key(|(device, (count, latest))| {
+        (std::cmp::Reverse((*count, *latest)), (*device).to_owned())
+    });
+    failures.into_iter().map(|(device, (count, _))| (device.to_owned(), count)).collect()
+}
+
+async fn assert_exact(fixture: &TestStore, sent: &[SyncEvent], now: Timestamp) {
+    let windows =
+        [Window::last_24_hours(now), Window::last_days(now, 7), Window::last_days(now, 30)];
+    for window in windows {
+        let found = fixture.store.window_figures(&window).await.unwrap();
+        assert_eq!(found, naive_figures(sent, &window), "{window:?}");
+        for threshold in [1, 2, 4] {
+            let query = FailureQuery {
+                threshold,
+                consecutive: false,
+                window: Some(window),
+                limit: None,
+                offset: 0,
+            };
+            let page = fixture.store.repeated_failures(&query).await.unwrap();
+            let found: Vec<_> = page
+                .items
+                .into_iter()
+                .map(|device| (device.device_id, device.figures.failed_syncs))
+                .collect();
+            assert_eq!(found, naive_failures(sent, &window, threshold.into()), "{window:?}");
+            assert_eq!(page.total, found.len() as u64);
+            // By streaks, those of them that failed within the window.
+            let query = FailureQuery { consecutive: true, ..query };
+            let page = fixture.store.repeated_failures(&query).await.unwrap();
+            let candidates = naive_failures(sent, &window, 1);
+            for device in &page.items {
+                let failures = (device.device_id.clone(), device.figures.failed_syncs);
+                assert!(candidates.contains(&failures));
+                assert!(device.figures.consecutive_failures >= i64::from(threshold));
+            }
+        }
+    }
+}
+
+async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
+    let cases = if fixture.is_postgres() { 15 } else { 30 };
+    let config =
+        Config { cases, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
+    // The fleet is one: all cases share the database, the clock and what was sent.
+    let second = AtomicI64::new(0);
+    let state = Mutex::new((fixture.writer(), Vec::<SyncEvent>::new()));
+    let check = |steps: Vec<Step>| {
+        let work = async {
+            let mut state = state.lock().await;
+            let (writer, sent) = &mut *state;
+            for step in steps {
+                let now = at(second.load(Ordering::Relaxed));
+                match step {
+                    Step::Write(events) => {
+                        let event =
+                            |(device, age, total_errors, speed): (u8, i64, u32, _)| SyncEvent {
+                                total_errors,
+                                internet_speed: Option::and_then(speed, Mbps::from_hundredths),
+                                ..success(
+                                    &format!("pi-{device}"),
+                                    now.saturating_add_milliseconds(-age.max(-300_000)),
+                                )
+                            };
+                        let events: Vec<_> = events.into_iter().map(event).collect();
+                        sent.extend(events.iter().cloned());
+                        writer.write(&batch_at(now, events)).await.unwrap();
+                    }
+                    Step::Fold(seconds) => {
+                        let now = second.fetch_add(seconds, Ordering::Relaxed) + seconds;
+                        fixture.store.fold_events(at(now)).await.unwrap();
+                    }
+                    Step::Delete(device) => {
+                        let device = device_id(&format!("pi-{device}"));
+                        fixture.store.delete_device(&device, &somebody()).await.unwrap();
+                        sent.retain(|event| event.device_id != device);
+                    }
+                }
+            }
+            assert_exact(fixture, sent, at(second.load(Ordering::Relaxed))).await;
+            Ok(())
+        };
+        block_in_place(|| Handle::current().block_on(work))
+    };
+    let steps = prop::collection::vec(step(), 1..12);
+    TestRunner::new(config).run(&steps, check).unwrap();
+}
+
+/// What `select` answers with one number, behind the store's back.
+async fn number(fixture: &TestStore, select: &str) -> i64 {
+    match fixture.target() {
+        pisync::store::Target::Sqlite(path) => {
+            let connection = rusqlite::Connection::open(path).unwrap();
+            connection.query_row(select, [], |row| row.get(0)).unwrap()
+        }
+        pisync::store::Target::Postgres(target) => {
+            let client = crate::support::postgres::connect(&target.config).await;
+            client.query_one(select, &[]).await.unwrap().get(0)
+        }
+    }
+}
+
+async fn fold_everything(fixture: &TestStore, now: Timestamp) {
+    while fixture.store.fold_events(now).await.unwrap() {}
+}
+
+async fn everything_is_folded_in_the_end(fixture: &TestStore) {
+    let cast = if fixture.is_postgres() { "::bigint" } else { "" };
+    let folded = format!("select coalesce(sum(total_syncs), 0){cast} from device_days");
+    let hours = format!("select coalesce(sum(total_syncs), 0){cast} from fleet_hours");
+    fold_everything(fixture, at(0)).await;
+    assert_eq!(number(fixture, &folded).await, 0);
+    let mut writer = fixture.writer();
+    for batch in 0..6 {
+        let events = (0..200).map(|event| failure(&format!("pi-{event}"), at(-batch * DAY)));
+        write(&mut *writer, events.collect()).await;
+    }
+    fold_everything(fixture, at(HOUR)).await;
+    for select in [&folded, &hours] {
+        assert_eq!(number(fixture, select).await, 1200);
+    }
+    // Nothing twice.
+    fold_everything(fixture, at(2 * HOUR)).await;
+    assert_eq!(number(fixture, &folded).await, 1200);
+    assert_eq!(number(fixture, &hours).await, 1200);
+}
+
+async fn a_database_that_was_filled_before_is_folded(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let mut sent = Vec::new();
+    for days in [400, 200, 35, 20, 3, 0] {
+        let events: Vec<_> = (0..20)
+            .map(|number| failure(&format!("pi-{}", number % 3), at(-days * DAY - number * HOUR)))
+            .collect();
+        sent.extend(events.iter().cloned());
+        writer.write(&batch_at(at(-days * DAY), events)).await.unwrap();
+    }
+    assert_exact(fixture, &sent, at(HOUR)).await;
+    while fixture.store.fold_events(at(HOUR)).await.unwrap() {
+        assert_exact(fixture, &sent, at(HOUR)).await;
+    }
+    assert_exact(fixture, &sent, at(HOUR)).await;
+    let cast = if fixture.is_postgres() { "::bigint" } else { "" };
+    let folded = format!("select sum(total_syncs){cast} from device_days");
+    assert_eq!(number(fixture, &folded).await, 120);
+}
