@@ -1,5 +1,8 @@
--- What a fleet posts: 5,000 devices, recent timestamps, one report in ten with errors.
-local bodies = {}
+-- What a fleet posts: 5,000 devices, recent timestamps, one report in ten with errors. With EVENT_IDS set,
+-- each report has an event_id of its own.
+local heads, tails = {}, {}
+local event_ids = os.getenv("EVENT_IDS")
+local MARK = "00000000000000"
 
 function init(args)
    math.randomseed(os.time())
@@ -7,19 +10,26 @@ function init(args)
    for i = 1, 20000 do
       local errors = 0
       if math.random(10) == 1 then errors = math.random(5) end
-      bodies[i] = wrk.format("POST", "/api/sync-event", {
+      local event_id = event_ids and string.format('"event_id":"%s",', MARK) or ""
+      local request = wrk.format("POST", "/api/sync-event", {
          ["Content-Type"] = "application/json",
       }, string.format(
-         '{"device_id":"pi-%05d","timestamp":"%s","total_files_synced":%d,"total_errors":%d,"internet_speed":%.2f}',
-         math.random(5000), os.date("!%Y-%m-%dT%H:%M:%S.000Z", now - math.random(3600)),
+         '{"device_id":"pi-%05d",%s"timestamp":"%s","total_files_synced":%d,"total_errors":%d,"internet_speed":%.2f}',
+         math.random(5000), event_id, os.date("!%Y-%m-%dT%H:%M:%S.000Z", now - math.random(3600)),
          math.random(500), errors, math.random() * 100))
+      local first = event_ids and request:find(MARK, 1, true)
+      heads[i] = first and request:sub(1, first - 1) or request
+      tails[i] = first and request:sub(first + #MARK) or ""
    end
 end
 
-local next_body = 0
+local number = 0
+local run = os.time() % 1000000
 function request()
-   next_body = next_body % #bodies + 1
-   return bodies[next_body]
+   number = number + 1
+   local body = number % #heads + 1
+   if not event_ids then return heads[body] end
+   return heads[body] .. string.format("%06d%08d", run, number) .. tails[body]
 end
 
 dofile("bench/report.lua")

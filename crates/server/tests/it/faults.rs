@@ -122,7 +122,8 @@ async fn a_full_disk_under_postgresql() {
 fn be_hasty(client: &Client, stopped: &Arc<AtomicBool>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let much = with(event("hasty"), &json!({"metadata": {"text": "x".repeat(4000)}}));
-    for _ in 0..32 {
+    // Fewer than fill the queue, which would be another refusal.
+    for _ in 0..16 {
         let (client, stopped, much) = (client.clone(), Arc::clone(stopped), much.clone());
         tasks.spawn(async move {
             while !stopped.load(Ordering::SeqCst) {
@@ -162,10 +163,8 @@ async fn postgresql_that_does_not_answer() {
         assert!(took < Duration::from_secs(1), "{took:?}");
     }
     assert_eq!(client.get("/health/ready").await.status, 503);
-    let queued = measured(client, "pisync_ingest_queue_events").await;
-    assert!(queued <= 8192.0, "{queued}");
     let grown = measured(client, memory).await - before;
-    // As many events as find room in the queue, 5 KiB each, and what handling them leaves behind.
+    // As many events as find room in the queue, and what handling them leaves behind.
     assert!(grown < f64::from(100 << 20), "{grown}");
     println!("while PostgreSQL was paused: {:.0} MiB more", grown / f64::from(1 << 20));
 

@@ -222,6 +222,7 @@ impl WriteConnection {
         Ok(Some(events))
     }
 
+    /// Forgets some of the event ids received before `before`; true when there may be more.
     pub(super) fn forget_event_ids(&mut self, before: Timestamp) -> rusqlite::Result<bool> {
         const FORGET: &str = "
             delete from event_keys
