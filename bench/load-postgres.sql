@@ -32,4 +32,15 @@ select event.device_id, '', count(*), count(*) filter (where total_errors > 0), 
           from sync_events group by device_id) success using (device_id)
  group by event.device_id;
 
+insert into device_days
+select device_id, (timestamp at time zone 'UTC')::date, count(*), count(*) filter (where total_errors > 0),
+       sum(total_files_synced), sum(total_errors), sum(internet_speed * 100), count(internet_speed)
+  from sync_events group by 1, 2;
+insert into fleet_hours
+select date_trunc('hour', timestamp at time zone 'UTC') at time zone 'UTC', count(*),
+       count(*) filter (where total_errors > 0), sum(total_files_synced), sum(total_errors),
+       sum(internet_speed * 100), count(internet_speed)
+  from sync_events group by 1;
+update roll_up_state set folded_until = (select max(created_at) from sync_events);
+
 vacuum analyze;

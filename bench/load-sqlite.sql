@@ -30,4 +30,14 @@ select event.device, '', count(*), sum(total_errors > 0), sum(total_files_synced
   join (select device, max(iif(total_errors = 0, timestamp, null)) as last_success
           from sync_events group by device) success on success.device = event.device
  group by event.device;
+
+insert into device_days
+select device, timestamp / 86400000 * 86400000, count(*), sum(total_errors > 0), sum(total_files_synced), sum(total_errors),
+       sum(internet_speed), count(internet_speed)
+  from sync_events group by 1, 2;
+insert into fleet_hours
+select timestamp / 3600000 * 3600000, count(*), sum(total_errors > 0), sum(total_files_synced), sum(total_errors),
+       sum(internet_speed), count(internet_speed)
+  from sync_events group by 1;
+update roll_up_state set folded_id = (select max(id) from sync_events);
 commit;

@@ -1,7 +1,7 @@
 -- What a fleet posts: 5,000 devices, recent timestamps, one report in ten with errors. With EVENT_IDS set,
 -- each report has an event_id of its own.
 local heads, tails = {}, {}
-local event_ids = os.getenv("EVENT_IDS")
+local event_ids = (os.getenv("EVENT_IDS") or "") ~= ""
 local MARK = "00000000000000"
 
 function init(args)
