@@ -1,15 +1,17 @@
 -- What a fleet posts: 5,000 devices, recent timestamps, one report in ten with errors.
 local bodies = {}
 
+local headers = { ["Content-Type"] = "application/json" }
+local key = os.getenv("BENCH_KEY") or ""
+if key ~= "" then headers["Authorization"] = "Bearer " .. key end
+
 function init(args)
    math.randomseed(os.time())
    local now = os.time()
    for i = 1, 20000 do
       local errors = 0
       if math.random(10) == 1 then errors = math.random(5) end
-      bodies[i] = wrk.format("POST", "/api/sync-event", {
-         ["Content-Type"] = "application/json",
-      }, string.format(
+      bodies[i] = wrk.format("POST", "/api/sync-event", headers, string.format(
          '{"device_id":"pi-%05d","timestamp":"%s","total_files_synced":%d,"total_errors":%d,"internet_speed":%.2f}',
          math.random(5000), os.date("!%Y-%m-%dT%H:%M:%S.000Z", now - math.random(3600)),
          math.random(500), errors, math.random() * 100))

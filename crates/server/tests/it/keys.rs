@@ -121,6 +121,9 @@ fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuil
 fn unauthorized(answer: &Answer, error: &str) {
     let said = answer.error(401);
     assert!(said.contains(error), "{said}");
+    // As every answer.
+    assert_eq!(answer.header("x-content-type-options"), "nosniff");
+    assert!(answer.header("content-security-policy").starts_with("default-src 'none';"));
     let challenge = answer.header("www-authenticate");
     assert!(challenge.starts_with("Bearer realm=\"pisync\""), "{challenge}");
 }
