@@ -10,7 +10,7 @@ use pisync::{
 };
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::{task::JoinSet, time::sleep};
 
 use crate::support::{
     events::{at, device_id, now},
@@ -588,6 +588,29 @@ async fn no_start_before_the_network_without_an_admin(installed: &Installed) {
     // Revoked, it is as if there were none.
     program.run(&["key", "revoke", "2"]).success();
     program.run(&["serve", "--host", "0.0.0.0"]).failure();
+}
+
+/// Hourly jobs all start at the full hour, and a school's devices share an address: with the defaults.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_of_5_000_reports_within_a_minute_with_one_key() {
+    let program = Program::new().with("PORT", 0);
+    let made = program.run(&["key", "create", "--scope", "ingest"]);
+    let serving = program.serve(&["--auth", "required"]);
+    let client = serving.client.with_key(shown(made.success()));
+    let began = Instant::now();
+    let mut reporters = JoinSet::new();
+    for reporter in 0..20 {
+        let client = client.clone();
+        reporters.spawn(async move {
+            for number in 0..250 {
+                client.store(&event(&format!("pi-{reporter}-{number}"))).await;
+            }
+        });
+    }
+    reporters.join_all().await;
+    // Else the limit would have had time to let more in.
+    assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
+    serving.stop();
 }
 
 /// The statuses of requests without a key to a server of its own user, made as given.
