@@ -143,6 +143,7 @@ mod tests {
     fn event(second: i64, total_errors: u32) -> SyncEvent {
         SyncEvent {
             device_id: DeviceId::new("pi").unwrap(),
+            event_id: None,
             timestamp: Timestamp::from_millisecond(second * 1000).unwrap(),
             total_files_synced: 10,
             total_errors,

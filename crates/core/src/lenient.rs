@@ -10,17 +10,17 @@ use serde::{
 use serde_json::{Value, value::RawValue};
 
 use crate::{
-    DeviceId, JobName, ParseError, SyncEvent, Timestamp, Violation,
+    Arrival, DeviceId, EventId, JobName, ParseError, SyncEvent, Timestamp, Violation,
     decimal::parse_scaled,
     sync_event::{
-        MAX_BYTES_SYNCED, MAX_COUNT, Mbps, Metadata, MetadataError, NumberError, SyncDuration,
-        parse_bounded,
+        DeviceClock, MAX_BYTES_SYNCED, MAX_COUNT, Mbps, Metadata, MetadataError, NumberError,
+        SyncDuration, parse_bounded,
     },
     text::TextError,
 };
 
 /// See [`SyncEvent::from_json`].
-pub(crate) fn read_sync_event(body: &[u8], latest: Timestamp) -> Result<SyncEvent, ParseError> {
+pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent, ParseError> {
     // Some Windows tools put a byte order mark before JSON.
     let body = body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body);
     let whole = serde_json::from_slice::<&RawValue>(body)
@@ -32,7 +32,9 @@ pub(crate) fn read_sync_event(body: &[u8], latest: Timestamp) -> Result<SyncEven
 
     let mut reader = Reader { fields: &fields, violations: Vec::new() };
     let device_id = reader.required("device_id", |raw| name(raw, DeviceId::new));
-    let timestamp = reader.required("timestamp", |raw| timestamp(raw, latest));
+    let event_id = reader.optional("event_id", |raw| name(raw, EventId::new));
+    let clock = reader.optional("clock", clock).unwrap_or(DeviceClock::Synced);
+    let timestamp = reader.required("timestamp", |raw| timestamp(raw, clock, arrival));
     let total_files_synced = reader.required("total_files_synced", count);
     let total_errors = reader.required("total_errors", count);
     let internet_speed = reader.optional("internet_speed", |raw| number(raw, Mbps::parse));
@@ -49,8 +51,9 @@ pub(crate) fn read_sync_event(body: &[u8], latest: Timestamp) -> Result<SyncEven
     else {
         return Err(ParseError::Invalid(reader.violations));
     };
-    Ok(SyncEvent {
+    let mut event = SyncEvent {
         device_id,
+        event_id,
         timestamp,
         total_files_synced,
         total_errors,
@@ -59,7 +62,11 @@ pub(crate) fn read_sync_event(body: &[u8], latest: Timestamp) -> Result<SyncEven
         duration,
         bytes_synced,
         metadata,
-    })
+    };
+    if clock == DeviceClock::Unsynced {
+        event.redate(arrival);
+    }
+    Ok(event)
 }
 
 /// Why a field's value is refused.
@@ -135,7 +142,14 @@ fn name<T>(raw: &RawValue, new: fn(&str) -> Result<T, TextError>) -> Result<T, R
     new(&text).map_err(|error| Refusal::Rule(error.to_string()))
 }
 
-fn timestamp(raw: &RawValue, latest: Timestamp) -> Result<Timestamp, Refusal> {
+fn clock(raw: &RawValue) -> Result<DeviceClock, Refusal> {
+    serde_json::from_str::<String>(raw.get())
+        .ok()
+        .and_then(|text| DeviceClock::parse(&text))
+        .ok_or_else(|| Refusal::Rule("must be one of [synced, unsynced]".into()))
+}
+
+fn timestamp(raw: &RawValue, clock: DeviceClock, arrival: Arrival) -> Result<Timestamp, Refusal> {
     if !is_string(raw) {
         return Err(Refusal::Rule("must be a valid date".into()));
     }
@@ -143,7 +157,7 @@ fn timestamp(raw: &RawValue, latest: Timestamp) -> Result<Timestamp, Refusal> {
         .ok()
         .and_then(|text| Timestamp::parse_iso8601(&text))
         .ok_or_else(|| Refusal::Rule("must be in ISO 8601 date format".into()))?;
-    if parsed > latest {
+    if clock == DeviceClock::Synced && parsed > arrival.latest {
         return Err(Refusal::Message("Timestamp cannot be in the future"));
     }
     Ok(parsed)
@@ -193,9 +207,11 @@ fn byte_count(raw: &RawValue) -> Result<u64, Refusal> {
 /// An object's known fields, unread. Of a repeated field the last counts, as in JavaScript.
 struct Fields<'a>(Vec<(&'static str, &'a RawValue)>);
 
-const FIELDS: [&str; 9] = [
+const FIELDS: [&str; 11] = [
     "device_id",
+    "event_id",
     "timestamp",
+    "clock",
     "total_files_synced",
     "total_errors",
     "internet_speed",
@@ -269,12 +285,13 @@ mod tests {
 
     use super::*;
 
-    fn latest() -> Timestamp {
-        Timestamp::parse_iso8601("2026-01-01T00:00:00Z").unwrap()
+    fn arrival() -> Arrival {
+        let received = Timestamp::parse_iso8601("2026-01-01T00:00:00Z").unwrap();
+        Arrival { received, latest: received }
     }
 
     fn read(body: &str) -> Result<SyncEvent, ParseError> {
-        SyncEvent::from_json(body.as_bytes(), latest())
+        SyncEvent::from_json(body.as_bytes(), arrival())
     }
 
     fn with(field: &str, value: Value) -> String {
@@ -423,7 +440,7 @@ mod tests {
             assert!(matches!(read(body), Err(ParseError::Malformed(_))), "{body}");
         }
         assert!(matches!(
-            SyncEvent::from_json(b"\"\xff\"", latest()),
+            SyncEvent::from_json(b"\"\xff\"", arrival()),
             Err(ParseError::Malformed(_))
         ));
     }
@@ -460,7 +477,7 @@ mod tests {
     proptest! {
         #[test]
         fn bytes_never_panic(body in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = SyncEvent::from_json(&body, latest());
+            let _ = SyncEvent::from_json(&body, arrival());
         }
 
         /// Whatever the strict pass takes, the lenient reader takes to mean the same; and what is
@@ -473,7 +490,7 @@ mod tests {
             }
             let text = body.to_string();
             let both = read(&text);
-            prop_assert_eq!(&both, &read_sync_event(text.as_bytes(), latest()));
+            prop_assert_eq!(&both, &read_sync_event(text.as_bytes(), arrival()));
             if let Err(ParseError::Invalid(violations)) = both {
                 prop_assert!(!violations.is_empty());
             }

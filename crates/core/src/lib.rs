@@ -2,6 +2,7 @@
 //! the pure rules about streaks. Nothing here does I/O, is async, or reads a clock.
 
 pub mod decimal;
+pub mod event_stream;
 pub mod figures;
 pub mod sync_event;
 pub mod text;
@@ -11,7 +12,7 @@ pub mod violation;
 mod lenient;
 
 pub use figures::{JobFigures, StreakCount};
-pub use sync_event::{Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
-pub use text::{DeviceId, JobName};
+pub use sync_event::{Arrival, Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
+pub use text::{DeviceId, EventId, JobName};
 pub use timestamp::Timestamp;
 pub use violation::Violation;

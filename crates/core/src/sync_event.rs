@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::{
-    DeviceId, JobName, Timestamp, Violation,
+    DeviceId, EventId, JobName, Timestamp, Violation,
     decimal::{self, Scaled},
     lenient,
 };
@@ -27,7 +27,9 @@ pub const MAX_METADATA_BYTES: usize = 4096;
 pub struct SyncEvent {
     /// Who reports.
     pub device_id: DeviceId,
-    /// When the device says it ran.
+    /// What the device calls this event; with it, sending the event again changes nothing.
+    pub event_id: Option<EventId>,
+    /// When the device says it ran; when it arrived, if the device does not trust its clock.
     pub timestamp: Timestamp,
     /// Files transferred, at most [`MAX_COUNT`].
     pub total_files_synced: u32,
@@ -52,16 +54,49 @@ impl SyncEvent {
         self.total_errors > 0
     }
 
-    /// Reads one event from a JSON body. `latest` is the latest `timestamp` to accept: now plus the
-    /// allowed clock skew.
+    /// Reads one event from a JSON body.
     ///
     /// # Errors
     /// [`ParseError::Malformed`] when the body is not JSON, else [`ParseError::Invalid`] with every
     /// wrong field.
-    pub fn from_json(body: &[u8], latest: Timestamp) -> Result<Self, ParseError> {
-        match serde_json::from_slice::<StrictWire>(body).ok().and_then(StrictWire::validate) {
-            Some(event) if event.timestamp <= latest => Ok(event),
-            _ => lenient::read_sync_event(body, latest),
+    pub fn from_json(body: &[u8], arrival: Arrival) -> Result<Self, ParseError> {
+        serde_json::from_slice::<StrictWire>(body)
+            .ok()
+            .and_then(|wire| wire.validate(arrival))
+            .map_or_else(|| lenient::read_sync_event(body, arrival), Ok)
+    }
+
+    /// What a device without a trustworthy clock reports is dated by its arrival; the device's own
+    /// date is kept in the metadata.
+    pub(crate) fn redate(&mut self, arrival: Arrival) {
+        let metadata = self.metadata.take();
+        self.metadata = Some(Metadata::with_device_timestamp(metadata, self.timestamp));
+        self.timestamp = arrival.received;
+    }
+}
+
+/// The server's clock when an event arrives.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival {
+    /// Now.
+    pub received: Timestamp,
+    /// The latest `timestamp` to accept: now plus the allowed clock skew.
+    pub latest: Timestamp,
+}
+
+/// Whether a device trusts its clock. Raspberry Pis have no battery for theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DeviceClock {
+    Synced,
+    Unsynced,
+}
+
+impl DeviceClock {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        match text {
+            "synced" => Some(Self::Synced),
+            "unsynced" => Some(Self::Unsynced),
+            _ => None,
         }
     }
 }
@@ -79,7 +114,9 @@ pub enum ParseError {
 #[derive(Deserialize)]
 struct StrictWire<'a> {
     device_id: &'a str,
+    event_id: Option<&'a str>,
     timestamp: &'a str,
+    clock: Option<&'a str>,
     total_files_synced: u32,
     total_errors: u32,
     #[serde(borrow)]
@@ -94,7 +131,7 @@ struct StrictWire<'a> {
 
 impl StrictWire<'_> {
     /// `None` sends the body to the lenient reader, which knows the words.
-    fn validate(self) -> Option<SyncEvent> {
+    fn validate(self, arrival: Arrival) -> Option<SyncEvent> {
         fn number<T>(
             raw: Option<&RawValue>,
             read: impl Fn(&str) -> Option<T>,
@@ -107,8 +144,9 @@ impl StrictWire<'_> {
         if self.bytes_synced.is_some_and(|bytes| bytes > MAX_BYTES_SYNCED) {
             return None;
         }
-        Some(SyncEvent {
+        let mut event = SyncEvent {
             device_id: DeviceId::new(self.device_id).ok()?,
+            event_id: self.event_id.map(EventId::new).transpose().ok()?,
             timestamp: Timestamp::parse_iso8601(self.timestamp)?,
             total_files_synced: self.total_files_synced,
             total_errors: self.total_errors,
@@ -117,7 +155,13 @@ impl StrictWire<'_> {
             duration: number(self.duration_seconds, |text| SyncDuration::parse(text).ok())?,
             bytes_synced: self.bytes_synced,
             metadata: self.metadata.map(|raw| Metadata::new(raw.get())).transpose().ok()?,
-        })
+        };
+        match self.clock.map_or(Some(DeviceClock::Synced), DeviceClock::parse)? {
+            DeviceClock::Unsynced => event.redate(arrival),
+            DeviceClock::Synced if event.timestamp > arrival.latest => return None,
+            DeviceClock::Synced => {}
+        }
+        Some(event)
     }
 }
 
@@ -275,6 +319,30 @@ impl Metadata {
             .and_then(|_| RawValue::from_string(text.to_owned()).ok())
             .map(Self)
             .ok_or(MetadataError::NotAnObject)
+    }
+
+    /// `metadata` with the date that the device gave as `device_timestamp`, unless the device has put
+    /// something there itself.
+    fn with_device_timestamp(metadata: Option<Self>, timestamp: Timestamp) -> Self {
+        const NAME: &str = "device_timestamp";
+        let sent = metadata.as_ref().map_or("{}", Self::as_str);
+        let fields = serde_json::from_str::<serde_json::Map<_, _>>(sent).unwrap_or_default();
+        let (Some(rest), false) = (sent.strip_prefix('{'), fields.contains_key(NAME)) else {
+            return metadata.unwrap_or_else(Self::empty);
+        };
+        let comma = if fields.is_empty() { "" } else { "," };
+        let text = format!("{{\"{NAME}\":\"{timestamp}\"{comma}{rest}");
+        RawValue::from_string(text).map_or_else(|_| metadata.unwrap_or_else(Self::empty), Self)
+    }
+
+    fn empty() -> Self {
+        Self(serde_json::value::to_raw_value(&serde_json::Map::new()).unwrap_or_default())
+    }
+
+    /// A copy as raw JSON.
+    #[must_use]
+    pub fn to_raw_value(&self) -> Box<RawValue> {
+        self.0.clone()
     }
 
     /// The JSON text as it was sent.

@@ -1,4 +1,4 @@
-//! Short texts that name things: devices and their jobs. Made once at the edge; everything inside
+//! Short texts that name things: devices, their jobs and events. Made once at the edge; everything inside
 //! trusts them to be free of control characters and within their length.
 
 use std::{borrow::Borrow, fmt, sync::Arc};
@@ -100,6 +100,12 @@ name! {
 name! {
     /// Which of a device's jobs a sync belongs to: 1 to 100 characters, no control characters.
     JobName, 100
+}
+
+name! {
+    /// What a device calls one event, so that sending it again changes nothing: 1 to 64 characters, no
+    /// control characters. Unique among the device's events.
+    EventId, 64
 }
 
 #[cfg(test)]

@@ -23,6 +23,12 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// How often it tries again when that failed.
 const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 
+/// Between two steps of longer work, so that ingest gets its turns.
+const STEP_PAUSE: Duration = Duration::from_millis(20);
+
+/// In milliseconds.
+const DAY: i64 = 86_400_000;
+
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
@@ -36,6 +42,8 @@ pub struct Settings {
     pub migrations_dir: PathBuf,
     /// Whether to run pending migrations at the start.
     pub auto_migrate: bool,
+    /// For how many days event ids are remembered.
+    pub event_id_retention_days: u32,
     /// The API.
     pub http: HttpSettings,
 }
@@ -102,7 +110,11 @@ pub async fn run(
     let mut ingest_task = tokio::spawn(task.run(async {
         let _ = stopped.await;
     }));
-    let mut maintenance = Background(tokio::spawn(maintain(Arc::clone(&store), clock.clone())));
+    let mut maintenance = Background(tokio::spawn(maintain(
+        Arc::clone(&store),
+        clock.clone(),
+        settings.event_id_retention_days,
+    )));
     let mut following =
         Background(tokio::spawn(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let parts = ApiParts {
@@ -196,11 +208,21 @@ async fn migrate(settings: &Settings, clock: &Clock) -> Result<(), AppError> {
     if pending.is_empty() { Ok(()) } else { Err(AppError::PendingMigrations(pending)) }
 }
 
-async fn maintain(store: Arc<dyn Store>, clock: Clock) {
+async fn maintain(store: Arc<dyn Store>, clock: Clock, event_id_retention_days: u32) {
     let mut pause = MAINTENANCE_INTERVAL;
     loop {
         tokio::time::sleep(pause).await;
-        pause = match store.maintain(clock.now()).await {
+        let now = clock.now();
+        let oldest = now.saturating_add_milliseconds(-DAY * i64::from(event_id_retention_days));
+        let done = async {
+            store.maintain(now).await?;
+            while store.forget_event_ids(oldest).await? {
+                // In small steps, so that ingest hardly waits.
+                tokio::time::sleep(STEP_PAUSE).await;
+            }
+            Ok::<_, StoreError>(())
+        };
+        pause = match done.await {
             Ok(()) => MAINTENANCE_INTERVAL,
             Err(error) => {
                 tracing::warn!(%error, "maintenance failed; it will be tried again");

@@ -82,6 +82,15 @@ pub struct ServeArgs {
     /// How far ahead of the server's clock an event may be dated
     #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
     max_clock_skew_seconds: u32,
+    /// How long a device may send an event again, under the same event_id, without it being stored twice
+    #[arg(
+        long,
+        env = "EVENT_ID_RETENTION_DAYS",
+        default_value_t = 90,
+        value_name = "DAYS",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    event_id_retention_days: u32,
     /// Whom to ask for a key: auto (everybody, except, when HOST is this machine alone, its own users),
     /// off (nobody) or required (everybody)
     #[arg(long, env = "AUTH", default_value = "auto", value_name = "WHEN")]
@@ -117,7 +126,8 @@ pub struct ServeArgs {
         help_heading = "Limits"
     )]
     rate_limit_key_per_minute: u32,
-    /// Connections at a time; beyond, new ones wait until another ends; 0 is no limit
+    /// Connections at a time; beyond, new ones wait until another ends; 0 is as many as the
+    /// system allows open files
     #[arg(
         long,
         env = "MAX_CONNECTIONS",
@@ -290,6 +300,7 @@ impl ServeArgs {
             target: self.database.target()?,
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,
+            event_id_retention_days: self.event_id_retention_days,
             http: HttpSettings {
                 auth,
                 max_clock_skew_seconds: self.max_clock_skew_seconds,

@@ -2,12 +2,13 @@
 //!
 //! One task owns the store's writer. It takes everything that waits in a bounded queue, stores it in
 //! one transaction, and only then answers each waiter. There is no timer: a batch is what gathered
-//! while the last one was being committed. A full queue and an absent database are answered at once.
+//! while the last one was being committed. The queue is bounded in events and in bytes; when it is full,
+//! or the database away, the answer comes at once.
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,15 +19,18 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{Batch, EventWriter, StoreError, Written},
+    store::{Batch, EventWriter, StoreError, StoredEvent, Written},
 };
 
-/// Events that may wait. 5,000 devices reporting at the same second must find room; a waiting event
-/// takes a few hundred bytes, or 5 KiB with the largest metadata.
-const QUEUE_EVENTS: usize = 8_192;
+/// Events that may wait or be under way, batches included: 5,000 devices reporting at the same second
+/// must find room, and several devices that deliver 10,000 each after a day without a network.
+const QUEUE_EVENTS: usize = 65_536;
+
+/// Memory that they may take, in bytes. Most events take some 250, one with the largest metadata 5,000.
+const QUEUE_BYTES: usize = 32 << 20;
 
 /// Events per transaction. Beyond some hundreds a larger batch gains nothing, and everybody in it
-/// waits longer.
+/// waits longer. What was submitted together stays together, however many.
 const BATCH_EVENTS: usize = 1_024;
 
 /// How often to look whether the database is back.
@@ -42,12 +46,22 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 const NOTABLE_STREAK: i64 = 3;
 
 /// Proof that an event is stored.
-#[derive(Debug, Clone, Copy)]
-pub struct Receipt {
-    /// The event's id.
-    pub id: i64,
-    /// When it was received.
-    pub created_at: Timestamp,
+#[derive(Debug, Clone)]
+pub enum Receipt {
+    /// It is now.
+    Created {
+        /// The event's id.
+        id: i64,
+        /// When it was received.
+        created_at: Timestamp,
+    },
+    /// It had been before, under the same event id.
+    Duplicate {
+        /// The first event's id.
+        id: i64,
+        /// The first event; `None` when it is no longer kept.
+        first: Option<Box<StoredEvent>>,
+    },
 }
 
 /// Why an event was not stored.
@@ -62,15 +76,160 @@ pub enum IngestError {
     Failed(String),
 }
 
-struct Submission {
-    event: SyncEvent,
-    reply: oneshot::Sender<Result<Receipt, IngestError>>,
+/// What was submitted together, and who waits for the answer.
+enum Submission {
+    One {
+        event: SyncEvent,
+        reply: oneshot::Sender<Result<Receipt, IngestError>>,
+        room: Room,
+    },
+    Many {
+        events: Vec<SyncEvent>,
+        reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>,
+        room: Room,
+    },
+}
+
+impl Submission {
+    fn len(&self) -> usize {
+        match self {
+            Self::One { .. } => 1,
+            Self::Many { events, .. } => events.len(),
+        }
+    }
+
+    /// Whether nobody waits for the answer any more.
+    fn is_abandoned(&self) -> bool {
+        match self {
+            Self::One { reply, .. } => reply.is_closed(),
+            Self::Many { reply, .. } => reply.is_closed(),
+        }
+    }
+
+    /// Puts the events at the end of `batch`.
+    fn unpack(self, batch: &mut Vec<SyncEvent>) -> Waiter {
+        match self {
+            Self::One { event, reply, room } => {
+                batch.push(event);
+                Waiter::One { reply, _room: room }
+            }
+            Self::Many { events, reply, room } => {
+                let count = events.len();
+                batch.extend(events);
+                Waiter::Many { count, reply, _room: room }
+            }
+        }
+    }
+
+    fn refuse(self, error: IngestError) {
+        let mut events = Vec::new();
+        self.unpack(&mut events).refuse(error);
+    }
+}
+
+/// A submission without its events, which are in a batch.
+enum Waiter {
+    One { reply: oneshot::Sender<Result<Receipt, IngestError>>, _room: Room },
+    Many { count: usize, reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>, _room: Room },
+}
+
+impl Waiter {
+    fn len(&self) -> usize {
+        match self {
+            Self::One { .. } => 1,
+            Self::Many { count, .. } => *count,
+        }
+    }
+
+    /// Answers with the next of `receipts`. Whoever waited may have gone away meanwhile.
+    fn answer(self, mut receipts: impl Iterator<Item = Receipt>) {
+        match self {
+            Self::One { reply, .. } => {
+                if let Some(receipt) = receipts.next() {
+                    let _ = reply.send(Ok(receipt));
+                }
+            }
+            Self::Many { count, reply, .. } => {
+                let _ = reply.send(Ok(receipts.take(count).collect()));
+            }
+        }
+    }
+
+    fn refuse(self, error: IngestError) {
+        match self {
+            Self::One { reply, .. } => {
+                let _ = reply.send(Err(error));
+            }
+            Self::Many { reply, .. } => {
+                let _ = reply.send(Err(error));
+            }
+        }
+    }
+}
+
+/// What all events in the queue and under way amount to.
+#[derive(Debug, Default)]
+struct Load {
+    events: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+/// A share of the queue's bounds, given back when it is dropped. It is taken while a batch is being
+/// read, so that bodies under way count too.
+#[derive(Debug)]
+pub struct Room {
+    load: Arc<Load>,
+    events: usize,
+    bytes: usize,
+}
+
+impl Room {
+    /// Makes room for one more event.
+    ///
+    /// # Errors
+    /// [`IngestError::Overloaded`] when there is none.
+    pub fn take(&mut self, event: &SyncEvent) -> Result<(), IngestError> {
+        self.events += 1;
+        if self.load.events.fetch_add(1, Ordering::Relaxed) >= QUEUE_EVENTS {
+            // What was added goes again with the room.
+            return Err(IngestError::Overloaded);
+        }
+        self.take_bytes(weight(event))
+    }
+
+    /// Makes room for so many bytes of something else.
+    ///
+    /// # Errors
+    /// [`IngestError::Overloaded`] when there is none.
+    pub fn take_bytes(&mut self, bytes: usize) -> Result<(), IngestError> {
+        self.bytes += bytes;
+        let before = self.load.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes > QUEUE_BYTES { Err(IngestError::Overloaded) } else { Ok(()) }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.load.events.fetch_sub(self.events, Ordering::Relaxed);
+        self.load.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// The memory that an event takes, in bytes.
+fn weight(event: &SyncEvent) -> usize {
+    size_of::<SyncEvent>()
+        + event.device_id.as_str().len()
+        + event.event_id.as_ref().map_or(0, |event_id| event_id.as_str().len())
+        + event.job.as_ref().map_or(0, |job| job.as_str().len())
+        + event.metadata.as_ref().map_or(0, |metadata| metadata.as_str().len())
 }
 
 /// The entrance. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Ingest {
-    queue: mpsc::Sender<Submission>,
+    // Bounded by `load`, which counts what a bound on submissions could not.
+    queue: mpsc::UnboundedSender<Submission>,
+    load: Arc<Load>,
     available: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
 }
@@ -83,11 +242,18 @@ impl Ingest {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> (Self, IngestTask) {
-        let (queue, waiting) = mpsc::channel(QUEUE_EVENTS);
+        let (queue, waiting) = mpsc::unbounded_channel();
+        let load = Arc::new(Load::default());
         let available = Arc::new(AtomicBool::new(true));
-        let entrance =
-            Self { queue, available: Arc::clone(&available), metrics: Arc::clone(&metrics) };
-        (entrance, IngestTask { writer, waiting, available, clock, metrics })
+        let entrance = Self {
+            queue,
+            load: Arc::clone(&load),
+            available: Arc::clone(&available),
+            metrics: Arc::clone(&metrics),
+        };
+        let task =
+            IngestTask { writer, waiting, load, available, logged_away: false, clock, metrics };
+        (entrance, task)
     }
 
     /// Whether events are being stored at present.
@@ -96,41 +262,74 @@ impl Ingest {
         self.available.load(Ordering::Relaxed)
     }
 
+    /// Room for no event yet.
+    #[must_use]
+    pub fn room(&self) -> Room {
+        Room { load: Arc::clone(&self.load), events: 0, bytes: 0 }
+    }
+
     /// Stores `event` and returns once it is committed.
     ///
     /// # Errors
     /// See [`IngestError`].
     pub async fn submit(&self, event: SyncEvent) -> Result<Receipt, IngestError> {
-        let result = self.enqueue_and_wait(event).await;
-        if let Err(error) = &result {
-            let reason = match error {
-                IngestError::Overloaded => "overloaded",
-                IngestError::Unavailable => "unavailable",
-                IngestError::Failed(_) => "failed",
-            };
-            self.metrics.refused(reason, 1);
-        }
-        result
+        let mut room = self.room();
+        let result = match room.take(&event) {
+            Ok(()) => self.wait_for(|reply| Submission::One { event, reply, room }).await,
+            Err(error) => Err(error),
+        };
+        result.inspect_err(|error| self.count_refused(error, 1))
     }
 
-    async fn enqueue_and_wait(&self, event: SyncEvent) -> Result<Receipt, IngestError> {
+    /// Stores `events`, for which there is `room`, in one transaction and returns once it is committed.
+    ///
+    /// # Errors
+    /// See [`IngestError`].
+    pub async fn submit_many(
+        &self,
+        events: Vec<SyncEvent>,
+        room: Room,
+    ) -> Result<Vec<Receipt>, IngestError> {
+        let count = events.len();
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        self.wait_for(|reply| Submission::Many { events, reply, room })
+            .await
+            .inspect_err(|error| self.count_refused(error, count))
+    }
+
+    async fn wait_for<T>(
+        &self,
+        submission: impl FnOnce(oneshot::Sender<Result<T, IngestError>>) -> Submission,
+    ) -> Result<T, IngestError> {
         if !self.is_available() {
             return Err(IngestError::Unavailable);
         }
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Submission { event, reply }).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => IngestError::Overloaded,
-            mpsc::error::TrySendError::Closed(_) => IngestError::Unavailable,
-        })?;
+        self.queue.send(submission(reply)).map_err(|_| IngestError::Unavailable)?;
         answer.await.unwrap_or(Err(IngestError::Unavailable))
+    }
+
+    /// Counts events that were valid and yet not stored.
+    pub fn count_refused(&self, error: &IngestError, events: usize) {
+        let reason = match error {
+            IngestError::Overloaded => "overloaded",
+            IngestError::Unavailable => "unavailable",
+            IngestError::Failed(_) => "failed",
+        };
+        self.metrics.refused(reason, events as u64);
     }
 }
 
 /// The task that owns the writer.
 pub struct IngestTask {
     writer: Box<dyn EventWriter>,
-    waiting: mpsc::Receiver<Submission>,
+    waiting: mpsc::UnboundedReceiver<Submission>,
+    load: Arc<Load>,
     available: Arc<AtomicBool>,
+    /// Whether the log has it last that the database is away.
+    logged_away: bool,
     clock: Clock,
     metrics: Arc<Metrics>,
 }
@@ -156,37 +355,55 @@ impl IngestTask {
                     if taken == 0 {
                         return Ok(());
                     }
-                    self.metrics.queue_events.set(i64::try_from(self.waiting.len()).unwrap_or(0));
-                    if self.available.load(Ordering::Relaxed) {
-                        self.store(submissions.drain(..)).await?;
-                    } else {
-                        // They came in while the database was being found away.
-                        refuse(submissions.drain(..));
-                    }
+                    self.store_all(&mut submissions).await?;
                 }
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
-                        self.came_back();
+                        self.available.store(true, Ordering::Relaxed);
                     }
                 }
             }
         }
     }
 
-    /// Stores submissions and answers them. When the database refuses the batch for the data in it,
-    /// the batch is halved until the culprit stands alone: the others lose nothing.
-    async fn store(
-        &mut self,
-        submissions: impl Iterator<Item = Submission>,
-    ) -> Result<(), StoreError> {
+    /// Stores submissions, some hundred events at a time.
+    async fn store_all(&mut self, submissions: &mut Vec<Submission>) -> Result<(), StoreError> {
+        while !submissions.is_empty() {
+            let mut events = 0;
+            let fits = |submission: &&Submission| {
+                let first = events == 0;
+                events += submission.len();
+                first || events <= BATCH_EVENTS
+            };
+            let count = submissions.iter().take_while(fits).count();
+            let together: Vec<_> = submissions.drain(..count).collect();
+            let taken: usize = together.iter().map(Submission::len).sum();
+            let load = self.load.events.load(Ordering::Relaxed);
+            self.metrics.queue_events.set(i64::try_from(load.saturating_sub(taken)).unwrap_or(0));
+            if self.available.load(Ordering::Relaxed) {
+                self.store(together).await?;
+            } else {
+                // They came in while the database was being found away.
+                refuse(together.into_iter());
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores submissions in one transaction and answers them. When the database refuses the batch for
+    /// the data in it, the submissions are halved until the culprit stands alone: the others lose
+    /// nothing.
+    async fn store(&mut self, submissions: Vec<Submission>) -> Result<(), StoreError> {
         let received = self.clock.now();
-        let whole: (Vec<_>, Vec<_>) = submissions
+        let mut events = Vec::with_capacity(submissions.len());
+        let waiters: Vec<Waiter> = submissions
+            .into_iter()
             // Whoever has hung up would take the answer for lost and send again: don't store twice.
-            .filter(|submission| !submission.reply.is_closed())
-            .map(|submission| (submission.event, submission.reply))
-            .unzip();
-        let mut parts = vec![whole];
-        while let Some((events, mut replies)) = parts.pop() {
+            .filter(|submission| !submission.is_abandoned())
+            .map(|submission| submission.unpack(&mut events))
+            .collect();
+        let mut parts = vec![(events, waiters)];
+        while let Some((events, mut waiters)) = parts.pop() {
             if events.is_empty() {
                 continue;
             }
@@ -195,19 +412,20 @@ impl IngestTask {
             let error = match self.write(&batch).await {
                 Ok(written) => {
                     self.record(&batch, &written, started.elapsed());
-                    for (reply, id) in replies.into_iter().zip(written.ids) {
-                        let _ = reply.send(Ok(Receipt { id, created_at: received }));
+                    let mut receipts = receipts(written, received);
+                    for waiter in waiters {
+                        waiter.answer(&mut receipts);
                     }
                     continue;
                 }
                 Err(StoreError::Stopped) => return Err(StoreError::Stopped),
                 Err(error) => error,
             };
-            if matches!(error, StoreError::Rejected(_)) && batch.events.len() > 1 {
-                let middle = batch.events.len() / 2;
-                let second_half = replies.split_off(middle);
+            if matches!(error, StoreError::Rejected(_)) && waiters.len() > 1 {
+                let second_half = waiters.split_off(waiters.len() / 2);
+                let middle: usize = waiters.iter().map(Waiter::len).sum();
                 parts.push((batch.events[middle..].to_vec(), second_half));
-                parts.push((batch.events[..middle].to_vec(), replies));
+                parts.push((batch.events[..middle].to_vec(), waiters));
                 continue;
             }
             let answer = match &error {
@@ -216,8 +434,8 @@ impl IngestTask {
                 }
                 _ => IngestError::Failed(error.to_string()),
             };
-            for reply in replies {
-                let _ = reply.send(Err(answer.clone()));
+            for waiter in waiters {
+                waiter.refuse(answer.clone());
             }
         }
         Ok(())
@@ -250,8 +468,9 @@ impl IngestTask {
         result
     }
 
-    fn went_away(&self, why: &str) {
-        if self.available.swap(false, Ordering::Relaxed) {
+    fn went_away(&mut self, why: &str) {
+        self.available.store(false, Ordering::Relaxed);
+        if !std::mem::replace(&mut self.logged_away, true) {
             tracing::error!(
                 error = why,
                 "the database is unavailable; events are answered 503 until it is back"
@@ -259,16 +478,25 @@ impl IngestTask {
         }
     }
 
-    fn came_back(&self) {
-        if !self.available.swap(true, Ordering::Relaxed) {
-            tracing::info!("the database is back; events are accepted again");
+    /// Says so once something is stored: a probe may succeed where events find no room.
+    fn came_back(&mut self) {
+        self.available.store(true, Ordering::Relaxed);
+        if std::mem::take(&mut self.logged_away) {
+            tracing::info!("the database is back; events are stored again");
         }
     }
 
     fn record(&self, batch: &Batch, written: &Written, duration: Duration) {
         let events = batch.events.len();
+        let duplicates = written.duplicates.len();
         let failed = batch.events.iter().filter(|event| event.failed()).count();
-        self.metrics.stored((events - failed) as u64, failed as u64);
+        let failed_duplicates = written
+            .duplicates
+            .iter()
+            .filter(|duplicate| batch.events[duplicate.position].failed())
+            .count();
+        let stored_failed = failed - failed_duplicates;
+        self.metrics.stored(events - duplicates - stored_failed, stored_failed, duplicates);
         #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
         self.metrics.batch_events.observe(events as f64);
         self.metrics.batch_duration.observe(duration.as_secs_f64());
@@ -286,9 +514,10 @@ impl IngestTask {
             }
         }
         if tracing::enabled!(tracing::Level::DEBUG) {
-            for (event, id) in batch.events.iter().zip(&written.ids) {
+            for (position, (event, id)) in batch.events.iter().zip(&written.ids).enumerate() {
                 tracing::debug!(
                     id,
+                    duplicate = written.is_duplicate(position),
                     device_id = %event.device_id,
                     total_files_synced = event.total_files_synced,
                     total_errors = event.total_errors,
@@ -299,9 +528,20 @@ impl IngestTask {
     }
 }
 
+/// What to answer for each event of a batch, in order.
+fn receipts(written: Written, received: Timestamp) -> impl Iterator<Item = Receipt> {
+    let mut duplicates = written.duplicates.into_iter().peekable();
+    written.ids.into_iter().enumerate().map(move |(position, id)| {
+        match duplicates.next_if(|duplicate| duplicate.position == position) {
+            Some(duplicate) => Receipt::Duplicate { id, first: duplicate.first.map(Box::new) },
+            None => Receipt::Created { id, created_at: received },
+        }
+    })
+}
+
 /// Answers that the database is away.
 fn refuse(submissions: impl Iterator<Item = Submission>) {
     for submission in submissions {
-        let _ = submission.reply.send(Err(IngestError::Unavailable));
+        submission.refuse(IngestError::Unavailable);
     }
 }

@@ -82,7 +82,7 @@ impl Metrics {
                 .buckets(DURATION_BUCKETS.to_vec()),
             )?)?,
             events: keep.this(IntCounterVec::new(
-                Opts::new("pisync_sync_events_total", "Sync events stored, by their result."),
+                Opts::new("pisync_sync_events_total", "Sync events acknowledged, by their result: stored as ok or failed, or a duplicate of one stored before."),
                 &["result"],
             )?)?,
             events_refused: keep.this(IntCounterVec::new(
@@ -119,10 +119,11 @@ impl Metrics {
         self.request_duration.with_label_values(&[method, route]).observe(duration.as_secs_f64());
     }
 
-    /// Counts events that were committed.
-    pub fn stored(&self, ok: u64, failed: u64) {
-        self.events.with_label_values(&["ok"]).inc_by(ok);
-        self.events.with_label_values(&["failed"]).inc_by(failed);
+    /// Counts events that were committed, and those that had been before.
+    pub fn stored(&self, ok: usize, failed: usize, duplicates: usize) {
+        self.events.with_label_values(&["ok"]).inc_by(ok as u64);
+        self.events.with_label_values(&["failed"]).inc_by(failed as u64);
+        self.events.with_label_values(&["duplicate"]).inc_by(duplicates as u64);
     }
 
     /// Counts events that were valid and yet not stored.

@@ -5,6 +5,7 @@ mod key;
 mod migrate;
 mod openapi;
 mod serve;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -42,6 +43,8 @@ enum Command {
     Migrate(migrate::MigrateCommand),
     /// Prepare a database
     Db(db::DbCommand),
+    /// Recount all figures from the raw events and report what differs
+    Verify(verify::VerifyCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
     /// Print the API's OpenAPI document
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
             Some(Command::Serve(arguments)) => serve::run(&arguments, &env_file).await,
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
+            Some(Command::Verify(command)) => verify::run(&command).await,
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.
@@ -230,6 +234,7 @@ mod tests {
             "TLS_CERT",
             "TLS_KEY",
             "MAX_CLOCK_SKEW_SECONDS",
+            "EVENT_ID_RETENTION_DAYS",
             "MIGRATIONS_DIR",
             "AUTO_MIGRATE",
         ] {

@@ -46,6 +46,8 @@ pub(super) enum ApiError {
     BodyTimeout,
     /// 413: the body is larger than so many bytes.
     BodyTooLarge(usize),
+    /// 413: the body holds more than so many events.
+    TooManyEvents(usize),
     /// 415: says what is expected.
     UnsupportedMediaType(&'static str),
     /// 429: so many seconds until the next request is allowed.
@@ -168,7 +170,7 @@ impl ApiError {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Overloaded | Self::DatabaseAway => StatusCode::SERVICE_UNAVAILABLE,
@@ -204,7 +206,8 @@ impl IntoResponse for ApiError {
         let status = self.status();
         let retry_after = self.retry_after();
         let challenge = self.challenge();
-        let closes = matches!(self, Self::BodyTimeout | Self::BodyTooLarge(_));
+        let closes =
+            matches!(self, Self::BodyTimeout | Self::BodyTooLarge(_) | Self::TooManyEvents(_));
         let mut details = Vec::new();
         let mut log = None;
         let error = match self {
@@ -223,6 +226,9 @@ impl IntoResponse for ApiError {
             Self::BodyTimeout => "The request's body did not arrive in time".to_owned(),
             Self::BodyTooLarge(most) => {
                 format!("The request's body is larger than {most} bytes")
+            }
+            Self::TooManyEvents(most) => {
+                format!("The request holds more than {most} events; send the rest in another one")
             }
             Self::UnsupportedMediaType(expected) => format!("Unsupported media type: {expected}"),
             Self::TooManyRequests { whom, .. } => {

@@ -22,6 +22,7 @@ mod security_headers;
 mod serve;
 mod stats;
 mod sync_event;
+mod sync_events;
 mod sync_history;
 mod tls;
 mod welcome;
@@ -43,7 +44,11 @@ pub use serve::{ConnectionSettings, serve};
 pub use tls::{Tls, TlsFiles};
 
 use self::{
-    admission::Slots, auth::Gate, error::ApiError, observe::RequestIds, rate_limit::RateLimits,
+    admission::Slots,
+    auth::Gate,
+    error::ApiError,
+    observe::{RefusalLog, RequestIds},
+    rate_limit::RateLimits,
 };
 use crate::{
     clock::Clock, ingest::Ingest, keys::Keyring, metrics::Metrics, random::Randomness, store::Store,
@@ -112,6 +117,7 @@ pub struct ApiState {
     admits_within_cors: bool,
     trusted_proxies: Vec<IpNet>,
     request_ids: RequestIds,
+    refusal_log: RefusalLog,
     /// Milliseconds.
     max_clock_skew: i64,
     body_timeout: Duration,
@@ -162,6 +168,7 @@ fn resources() -> OpenApiRouter<SharedState> {
         .layer(CompressionLayer::new());
     OpenApiRouter::with_openapi(docs::outline())
         .merge(sync_event::router())
+        .merge(sync_events::router())
         .merge(compressed)
         .merge(health::router())
 }
@@ -195,6 +202,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         store: parts.store,
         ingest: parts.ingest,
         request_ids: RequestIds::new(&parts.clock),
+        refusal_log: RefusalLog::new(),
         clock: parts.clock,
         metrics: parts.metrics,
         limits: RateLimits::new(

@@ -33,6 +33,9 @@ const MAX_REQUEST_ID: usize = 64;
 /// A request that takes longer is worth a line in the log.
 const SLOW: Duration = Duration::from_secs(1);
 
+/// While the database is away every request is refused: one line in so many milliseconds is enough.
+const REFUSED_EVERY: u64 = 10_000;
+
 /// Stands for the route of requests that match none: a label must not grow with what is asked for.
 const UNMATCHED: &str = "unmatched";
 
@@ -62,6 +65,31 @@ impl RequestIds {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         HeaderValue::try_from(format!("{}-{number:x}", self.prefix))
             .unwrap_or(HeaderValue::from_static("none"))
+    }
+}
+
+/// Spares the log a line for each request that is refused for now.
+pub(super) struct RefusalLog {
+    started: Instant,
+    /// When the next line may come, in milliseconds after the start.
+    due: AtomicU64,
+}
+
+impl RefusalLog {
+    pub(super) fn new() -> Self {
+        Self { started: Instant::now(), due: AtomicU64::new(0) }
+    }
+
+    /// Whether this refusal gets a line.
+    fn is_due(&self) -> bool {
+        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let due = self.due.load(Ordering::Relaxed);
+        // Of several at once, one.
+        now >= due
+            && self
+                .due
+                .compare_exchange(due, now + REFUSED_EVERY, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
     }
 }
 
@@ -104,7 +132,7 @@ pub(super) async fn observe(
     security_headers::write(headers, route);
     let line =
         Line { method, path: &path, status, duration, client, detail, request_id: &request_id };
-    line.log();
+    line.log(&state.refusal_log);
     headers.insert(REQUEST_ID, request_id);
     response
 }
@@ -129,7 +157,7 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
-    fn log(&self) {
+    fn log(&self, refusals: &RefusalLog) {
         macro_rules! line {
             ($level:ident, $message:literal) => {
                 tracing::$level!(
@@ -146,7 +174,14 @@ impl Line<'_> {
         }
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             // Expected while the database is away, which has an error line of its own.
-            line!(warn, "request refused for now");
+            if refusals.is_due() {
+                line!(
+                    warn,
+                    "request refused for now; of the next 10 s' refusals nothing is logged"
+                );
+            } else {
+                line!(debug, "request refused for now");
+            }
         } else if self.status.is_server_error() {
             line!(error, "request failed");
         } else if self.duration >= SLOW {

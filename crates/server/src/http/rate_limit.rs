@@ -51,7 +51,7 @@ impl RateLimits {
     pub(super) fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
         let limit = match route {
             route if is_free(route) => return None,
-            "/api/sync-event" if *method == Method::POST => &self.sync,
+            "/api/sync-event" | "/api/sync-events" if *method == Method::POST => &self.sync,
             _ => &self.api,
         };
         limit.as_ref().map(|limit| limit.check(client))

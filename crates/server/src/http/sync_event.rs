@@ -2,23 +2,32 @@
 
 use axum::{
     extract::{Request, State},
-    http::StatusCode,
+    http::{HeaderName, HeaderValue, StatusCode},
     response::Response,
 };
-use pisync_core::{DeviceId, JobName, Metadata, ParseError, SyncEvent, Timestamp};
+use pisync_core::{
+    Arrival, DeviceId, EventId, JobName, Metadata, ParseError, SyncEvent, Timestamp, Violation,
+    event_stream::MAX_EVENT_BYTES,
+};
 use serde::Serialize;
+use serde_json::value::RawValue;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    SharedState, auth,
+    ApiState, SharedState, auth,
     envelope::Success,
     error::{AnyTime, ApiError, WithBody},
     extract::json_body,
+    figures::{in_mbps, in_seconds},
 };
+use crate::{ingest::Receipt, store::StoredEvent};
 
 /// The largest body of a single event, in bytes.
-const BODY_LIMIT: usize = 64 << 10;
+const BODY_LIMIT: usize = MAX_EVENT_BYTES;
+
+/// Does the same as `event_id`, for clients that send it with every request.
+pub(super) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 pub(super) fn router() -> OpenApiRouter<SharedState> {
     OpenApiRouter::new().routes(routes!(create_sync_event))
@@ -39,10 +48,19 @@ pub(super) struct NewSyncEvent {
     /// What the device calls itself; no control characters. It is registered on first sight.
     #[schema(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     device_id: String,
+    /// What the device calls this report; no control characters. With it, sending the report again
+    /// changes nothing and is answered 200: give each report its own, for instance a UUID, and repeat
+    /// until there is an answer.
+    #[schema(min_length = 1, max_length = 64, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    event_id: Option<String>,
     /// When the sync ran, ISO 8601; without an offset it is read as UTC. At most 5 minutes ahead of
     /// the server's clock, unless configured otherwise.
     #[schema(format = DateTime)]
     timestamp: String,
+    /// `unsynced` when the device does not trust its clock: the report is then dated by its arrival,
+    /// never refused for its time, and `timestamp` kept as `device_timestamp` in the metadata.
+    #[schema(value_type = Option<DeviceClock>)]
+    clock: Option<String>,
     /// Files transferred.
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     total_files_synced: u32,
@@ -67,6 +85,15 @@ pub(super) struct NewSyncEvent {
     metadata: Option<Metadata>,
 }
 
+/// Whether a device trusts its clock.
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[expect(dead_code, reason = "describes the body, is never made")]
+pub(super) enum DeviceClock {
+    Synced,
+    Unsynced,
+}
+
 /// The event as it was stored.
 #[derive(Serialize, ToSchema)]
 pub(super) struct CreatedSyncEvent {
@@ -75,6 +102,9 @@ pub(super) struct CreatedSyncEvent {
     id: i64,
     #[schema(value_type = String, example = "pi-device-001")]
     device_id: DeviceId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "8d1ef3f2-20c0-4c5b-9f7a-3c1f3f3f4b11")]
+    event_id: Option<EventId>,
     #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     timestamp: Timestamp,
     #[schema(example = 150)]
@@ -100,17 +130,94 @@ pub(super) struct CreatedSyncEvent {
     created_at: Timestamp,
 }
 
+/// The event that was stored when it was first reported.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "id": 1, "duplicate": true, "device_id": "pi-device-001", "event_id": "run-4711",
+    "timestamp": "2025-06-17T10:30:00.000Z", "total_files_synced": 150, "total_errors": 2,
+    "internet_speed": 45.6, "created_at": "2025-06-17T10:30:02.417Z",
+}))]
+struct DuplicateSyncEvent {
+    id: i64,
+    /// Always true.
+    duplicate: bool,
+    /// Absent when the event itself is no longer kept.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    first: Option<FirstSyncEvent>,
+}
+
+/// What a duplicate repeats.
+#[derive(Serialize, ToSchema)]
+struct FirstSyncEvent {
+    #[schema(value_type = String)]
+    device_id: DeviceId,
+    event_id: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
+    timestamp: Timestamp,
+    total_files_synced: i64,
+    total_errors: i64,
+    internet_speed: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    job: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration_seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_synced: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    metadata: Option<Box<RawValue>>,
+    #[schema(value_type = String, format = DateTime)]
+    created_at: Timestamp,
+}
+
+impl FirstSyncEvent {
+    fn new(device_id: DeviceId, event: StoredEvent) -> Self {
+        Self {
+            device_id,
+            event_id: event.event_id,
+            timestamp: event.timestamp,
+            total_files_synced: event.total_files_synced,
+            total_errors: event.total_errors,
+            internet_speed: event.internet_speed.map(in_mbps),
+            job: event.job,
+            duration_seconds: event.duration.map(in_seconds),
+            bytes_synced: event.bytes_synced,
+            metadata: event.metadata,
+            created_at: event.created_at,
+        }
+    }
+}
+
+impl ApiState {
+    /// What an event that arrives now is measured by.
+    pub(super) fn arrival(&self) -> Arrival {
+        let received = self.clock.now();
+        Arrival { received, latest: received.saturating_add_milliseconds(self.max_clock_skew) }
+    }
+}
+
 /// Report a sync run
 ///
-/// Answers once the event is committed to disk. Sent again after a lost answer, it is stored again.
+/// Answers once the event is committed to disk. A report that is sent again, after its answer was lost,
+/// is stored again, unless it has an `event_id` (or an `Idempotency-Key` header, which does the same).
 #[utoipa::path(
     post,
     path = "/api/sync-event",
     tag = "Sync events",
+    params((
+        "Idempotency-Key" = Option<String>, Header,
+        description = "Does the same as `event_id`; when both are sent, they must be equal.",
+        min_length = 1, max_length = 64, pattern = r"^[!-~]([ -~]*[!-~])?$",
+    )),
     security(("key" = ["ingest"])),
     request_body = NewSyncEvent,
     responses(
         (status = 201, description = "Stored.", body = Success<CreatedSyncEvent>),
+        (
+            status = 200,
+            description = "The device had reported this before, under the same `event_id`; nothing was changed.",
+            body = Success<DuplicateSyncEvent>,
+        ),
         WithBody,
         AnyTime,
     ),
@@ -119,29 +226,60 @@ async fn create_sync_event(
     State(state): State<SharedState>,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let idempotency_key = request.headers().get(IDEMPOTENCY_KEY).cloned();
     let key = auth::key_of(&request);
     let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
-    let latest = state.clock.now().saturating_add_milliseconds(state.max_clock_skew);
-    let event = SyncEvent::from_json(&body, latest).map_err(|error| match error {
+    let mut event = SyncEvent::from_json(&body, state.arrival()).map_err(|error| match error {
         ParseError::Malformed(where_) => ApiError::Malformed(where_),
         ParseError::Invalid(violations) => ApiError::Validation(violations),
     })?;
+    if let Some(key) = idempotency_key {
+        event.event_id = Some(read_idempotency_key(&key, event.event_id.as_ref())?);
+    }
     if let Some(key) = key {
         auth::check_report(&state, &key, &event.device_id).await?;
     }
-    let receipt = state.ingest.submit(event.clone()).await?;
-    let created = CreatedSyncEvent {
-        id: receipt.id,
-        device_id: event.device_id,
-        timestamp: event.timestamp,
-        total_files_synced: event.total_files_synced,
-        total_errors: event.total_errors,
-        internet_speed: event.internet_speed.map(f64::from),
-        job: event.job,
-        duration_seconds: event.duration.map(f64::from),
-        bytes_synced: event.bytes_synced,
-        metadata: event.metadata,
-        created_at: receipt.created_at,
+    match state.ingest.submit(event.clone()).await? {
+        Receipt::Created { id, created_at } => {
+            let created = CreatedSyncEvent {
+                id,
+                device_id: event.device_id,
+                event_id: event.event_id,
+                timestamp: event.timestamp,
+                total_files_synced: event.total_files_synced,
+                total_errors: event.total_errors,
+                internet_speed: event.internet_speed.map(f64::from),
+                job: event.job,
+                duration_seconds: event.duration.map(f64::from),
+                bytes_synced: event.bytes_synced,
+                metadata: event.metadata,
+                created_at,
+            };
+            Ok(Success::new("Sync event processed successfully", created)
+                .with_status(StatusCode::CREATED))
+        }
+        Receipt::Duplicate { id, first } => {
+            let first = first.map(|first| FirstSyncEvent::new(event.device_id, *first));
+            let duplicate = DuplicateSyncEvent { id, duplicate: true, first };
+            Ok(Success::new("Sync event was processed before", duplicate)
+                .with_status(StatusCode::OK))
+        }
+    }
+}
+
+/// The event id that the header names, which must not contradict the body's.
+fn read_idempotency_key(
+    key: &HeaderValue,
+    event_id: Option<&EventId>,
+) -> Result<EventId, ApiError> {
+    let text = key.to_str().unwrap_or_default();
+    let refuse = |rule: &str| {
+        let violation = Violation::of("Idempotency-Key", rule, Some(text.into()));
+        ApiError::Validation(vec![violation])
     };
-    Ok(Success::new("Sync event processed successfully", created).with_status(StatusCode::CREATED))
+    let key = EventId::new(text).map_err(|error| refuse(&error.to_string()))?;
+    match event_id {
+        Some(event_id) if *event_id != key => Err(refuse("must be the same as \"event_id\"")),
+        _ => Ok(key),
+    }
 }

@@ -12,7 +12,7 @@ use super::{
     envelope::Success,
     error::{AnyTime, ApiError, OfDevice, WithQuery},
     extract::{DevicePath, DevicePathParameter, Query},
-    figures::DeviceFigures,
+    figures::{DeviceFigures, in_mbps, in_seconds},
 };
 use crate::store::{HistoryQuery, StoredEvent, SyncHistory};
 
@@ -75,6 +75,9 @@ struct HistoryEvent {
     id: i64,
     #[schema(example = "pi-device-001")]
     device_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "8d1ef3f2-20c0-4c5b-9f7a-3c1f3f3f4b11")]
+    event_id: Option<String>,
     #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     timestamp: Timestamp,
     #[schema(example = 150)]
@@ -105,17 +108,17 @@ struct HistoryEvent {
 }
 
 impl HistoryEvent {
-    #[expect(clippy::cast_precision_loss, reason = "both fit well within 53 bits")]
     fn new(device_id: &str, event: StoredEvent) -> Self {
         Self {
             id: event.id,
             device_id: device_id.to_owned(),
+            event_id: event.event_id,
             timestamp: event.timestamp,
             total_files_synced: event.total_files_synced,
             total_errors: event.total_errors,
-            internet_speed: event.internet_speed.map(|hundredths| hundredths as f64 / 100.0),
+            internet_speed: event.internet_speed.map(in_mbps),
             job: event.job,
-            duration_seconds: event.duration.map(|milliseconds| milliseconds as f64 / 1000.0),
+            duration_seconds: event.duration.map(in_seconds),
             bytes_synced: event.bytes_synced,
             metadata: event.metadata,
             created_at: event.created_at,

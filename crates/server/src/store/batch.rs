@@ -1,6 +1,12 @@
 //! A batch of events on its way into a store, and what came of it.
 
-use pisync_core::{DeviceId, JobFigures, JobName, SyncEvent, Timestamp};
+use std::collections::HashMap;
+
+use pisync_core::{
+    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
+};
+
+use super::StoredEvent;
 
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
@@ -12,14 +18,33 @@ pub struct Batch {
 }
 
 /// What became of a batch that was committed.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Written {
-    /// The events' ids, in the batch's order.
+    /// The events' ids, in the batch's order; of a duplicate, the first event's.
     pub ids: Vec<i64>,
+    /// The events that were not stored, since their device had reported them before, by position.
+    pub duplicates: Vec<Duplicate>,
     /// Devices that were seen for the first time.
     pub new_devices: Vec<DeviceId>,
     /// Jobs that this batch made or kept failing.
     pub streaks: Vec<FailureStreak>,
+}
+
+impl Written {
+    /// Whether the event at this position of the batch was not stored.
+    #[must_use]
+    pub fn is_duplicate(&self, position: usize) -> bool {
+        self.duplicates.binary_search_by_key(&position, |duplicate| duplicate.position).is_ok()
+    }
+}
+
+/// An event that its device had reported before, under the same event id.
+#[derive(Debug)]
+pub struct Duplicate {
+    /// Position in the batch.
+    pub position: usize,
+    /// What the device had reported; `None` when that is no longer kept.
+    pub first: Option<StoredEvent>,
 }
 
 /// A job's failures since its last success, after a batch that had failures of it.
@@ -76,7 +101,41 @@ impl Batch {
         order
     }
 
-    /// What the batch adds to each device's job, given the [`Self::order`].
+    /// The positions of events that repeat an earlier one of the batch, each with that one's position.
+    pub(super) fn repeats(&self) -> HashMap<usize, usize> {
+        let mut first: HashMap<(&DeviceId, &EventId), usize> = HashMap::new();
+        let mut repeats = HashMap::new();
+        for (position, event) in self.events.iter().enumerate() {
+            if let Some(event_id) = &event.event_id {
+                let earlier = *first.entry((&event.device_id, event_id)).or_insert(position);
+                if earlier != position {
+                    repeats.insert(position, earlier);
+                }
+            }
+        }
+        repeats
+    }
+
+    /// The event at `position` as it is kept under `id`.
+    pub(super) fn stored_event(&self, position: usize, id: i64) -> StoredEvent {
+        let event = &self.events[position];
+        StoredEvent {
+            id,
+            event_id: event.event_id.as_ref().map(ToString::to_string),
+            timestamp: event.timestamp,
+            total_files_synced: event.total_files_synced.into(),
+            total_errors: event.total_errors.into(),
+            internet_speed: event.internet_speed.map(Mbps::hundredths),
+            job: event.job.as_ref().map(ToString::to_string),
+            duration: event.duration.map(SyncDuration::milliseconds),
+            bytes_synced: event.bytes_synced.map(u64::cast_signed),
+            metadata: event.metadata.as_ref().map(Metadata::to_raw_value),
+            created_at: self.received,
+            updated_at: self.received,
+        }
+    }
+
+    /// What the batch adds to each device's job, given the [`Self::order`] of the events that count.
     pub(super) fn shares(&self, order: &[usize]) -> Vec<JobShare<'_>> {
         let event = |position: &usize| &self.events[*position];
         order

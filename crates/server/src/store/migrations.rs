@@ -31,10 +31,18 @@ macro_rules! embedded {
 
 type EmbeddedMigrations = &'static [(&'static str, &'static str, &'static str)];
 
-const SQLITE: EmbeddedMigrations =
-    embedded!("sqlite": "2026-11-22-01-sync-events", "2026-11-22-03-keys");
-const POSTGRES: EmbeddedMigrations =
-    embedded!("postgres": "2026-11-22-01-sync-events", "2026-11-22-03-keys");
+const SQLITE: EmbeddedMigrations = embedded!(
+    "sqlite":
+    "2026-11-22-01-sync-events",
+    "2026-11-22-02-event-keys-and-roll-ups",
+    "2026-11-22-03-keys",
+);
+const POSTGRES: EmbeddedMigrations = embedded!(
+    "postgres":
+    "2026-11-22-01-sync-events",
+    "2026-11-22-02-event-keys-and-roll-ups",
+    "2026-11-22-03-keys",
+);
 
 /// Where a migration comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,6 +8,7 @@ pub mod migrations;
 mod postgres;
 mod sqlite;
 mod target;
+mod verify;
 
 use std::sync::Arc;
 
@@ -15,11 +16,12 @@ use async_trait::async_trait;
 use pisync_core::{DeviceId, JobName, Timestamp};
 use serde_json::value::RawValue;
 
-pub use batch::{Batch, FailureStreak, Written};
+pub use batch::{Batch, Duplicate, FailureStreak, Written};
 pub use keys::{
     Actor, ApiKey, AuditEntry, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope, Via,
 };
 pub use target::{PostgresTarget, SslMode, Target};
+pub use verify::{FigureDifference, JobDifference, Verified};
 
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +85,14 @@ pub trait Store: KeyStore + Send + Sync {
         by: &Actor,
     ) -> Result<Option<u64>, StoreError>;
 
+    /// Forgets some thousand event ids received before `before`; tells whether there may be more.
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError>;
+
+    /// Recounts the figures of one page of devices, those after the device `after`, from their raw events,
+    /// as of one moment. With `repair` it then writes what the events add up to, each device in a short
+    /// transaction of its own; the answer still tells what was found. Safe beside running servers.
+    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError>;
+
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;
 
@@ -136,10 +146,12 @@ pub struct SyncHistory {
 }
 
 /// An event as it is kept. Foreign SQL may have written it, so ranges are not taken for granted.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct StoredEvent {
     /// Unique over all devices.
     pub id: i64,
+    /// What the device calls it.
+    pub event_id: Option<String>,
     /// When the device says it ran.
     pub timestamp: Timestamp,
     /// Files transferred.

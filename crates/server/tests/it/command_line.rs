@@ -1,7 +1,12 @@
 //! The program as its users meet it: commands, settings, exit codes, the log, and how it starts and
 //! stops.
 
-use std::{collections::BTreeSet, net::SocketAddr, path::Path};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use pisync::store::Target;
 use reqwest::Method;
@@ -14,9 +19,9 @@ use crate::{
         events::at,
         http::{column, event, failure, send, success, try_send, with},
         postgres::{PostgresServer, connect},
-        program::Program,
+        program::{Installed, Program, url},
         server::unused_address,
-        store::{Fixture, TestDatabase},
+        store::TestDatabase,
     },
 };
 
@@ -31,56 +36,9 @@ both_stores!(
     an_inner_error_is_in_the_log_alone,
 );
 
-/// The migrations that are part of the program.
-const EMBEDDED: [&str; 2] = ["2026-11-22-01-sync-events", "2026-11-22-03-keys"];
-
-/// A line for each of them, in this order.
-fn each<'a>(names: impl IntoIterator<Item = &'a str>, before: &str) -> String {
-    names.into_iter().map(|name| format!("{before}{name}\n")).collect()
-}
-
-/// Their names, each with this state.
-fn all(state: &str) -> Vec<(String, String)> {
-    EMBEDDED.iter().map(|name| pair(name, state)).collect()
-}
-
-/// A program, and a database that it is told of.
-struct Installed {
-    program: Program,
-    database: TestDatabase,
-}
-
-impl Fixture for Installed {
-    async fn prepare(database: TestDatabase) -> Self {
-        let program = Program::new()
-            .with("DATABASE_URL", url(&database.target))
-            .with("PORT", 0)
-            .with("RATE_LIMIT_SYNC_PER_MINUTE", 0)
-            .with("RATE_LIMIT_API_PER_MINUTE", 0);
-        Self { program, database }
-    }
-
-    fn into_database(self) -> TestDatabase {
-        self.database
-    }
-}
-
-impl Installed {
-    fn is_postgres(&self) -> bool {
-        matches!(self.database.target, Target::Postgres(_))
-    }
-}
-
-pub(crate) fn url(target: &Target) -> String {
-    match target {
-        Target::Sqlite(path) => format!("sqlite:{}", path.display()),
-        Target::Postgres(target) => {
-            let config = &target.config;
-            let (port, name) = (config.get_ports()[0], config.get_dbname().unwrap());
-            format!("postgres://{}@127.0.0.1:{port}/{name}", config.get_user().unwrap())
-        }
-    }
-}
+/// The migration that is part of the program.
+const EMBEDDED: [&str; 3] =
+    ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups", "2026-11-22-03-keys"];
 
 /// What `migrate status` says of each migration, by name.
 fn status(program: &Program) -> Vec<(String, String)> {
@@ -99,31 +57,50 @@ fn pair(name: &str, state: &str) -> (String, String) {
     (name.to_owned(), state.to_owned())
 }
 
+/// All of the program's own migrations in this state.
+fn embedded(state: &str) -> Vec<(String, String)> {
+    EMBEDDED.iter().map(|name| pair(name, state)).collect()
+}
+
+/// What is said when all of the program's own migrations are applied.
+fn all_applied() -> String {
+    EMBEDDED.iter().map(|name| format!("applied   {name}\n")).collect()
+}
+
 async fn migrations_forth_and_back(installed: &Installed) {
     let Installed { program, database } = installed;
-    assert_eq!(status(program), all("pending"));
+    assert_eq!(status(program), embedded("pending"));
     let up = program.run(&["migrate", "up"]);
-    assert_eq!(up.success(), each(EMBEDDED, "applied   "));
-    assert_eq!(status(program), all("applied"));
+    assert_eq!(up.success(), all_applied());
+    assert_eq!(status(program), embedded("applied"));
     let again = program.run(&["migrate", "up"]);
     assert_eq!(again.success(), "nothing to do: every migration is applied\n");
 
     let tables = database.tables().await;
     assert!(tables.contains(&"sync_events".to_owned()));
-    for arguments in
-        [&["migrate", "down", "2"][..], &["migrate", "down", "7"], &["migrate", "rollback"]]
+    let [first, second, third] = EMBEDDED;
+    for arguments in [&["migrate", "down"][..], &["migrate", "down", "7"], &["migrate", "rollback"]]
     {
         let refused = program.run(arguments);
         assert_eq!(refused.code(), 1);
-        let expected = format!("  {}: every device and every sync event\n", EMBEDDED[0]);
+        let expected = format!("  {third}: every API key and the audit log\n");
         assert!(refused.stderr.contains(&expected), "{refused:?}");
+        for expected in [
+            format!("  {second}: figures by day and hour of events"),
+            format!("  {first}: every device and every sync event\n"),
+        ] {
+            let all = arguments != ["migrate", "down"];
+            assert_eq!(refused.stderr.contains(&expected), all, "{refused:?}");
+        }
         assert!(refused.stderr.ends_with("nothing was done; go on with --yes\n"), "{refused:?}");
         assert_eq!(database.tables().await, tables);
     }
-    let down = program.run(&["migrate", "down", "2", "--yes"]);
-    assert_eq!(down.success(), each(EMBEDDED.into_iter().rev(), "taken back "));
+    let down = program.run(&["migrate", "down", "--yes"]);
+    assert_eq!(down.success(), format!("taken back {third}\n"));
+    let down = program.run(&["migrate", "down", "7", "--yes"]);
+    assert_eq!(down.success(), format!("taken back {second}\ntaken back {first}\n"));
     assert!(!database.tables().await.contains(&"sync_events".to_owned()));
-    assert_eq!(status(program), all("pending"));
+    assert_eq!(status(program), embedded("pending"));
     let nothing = program.run(&["migrate", "down"]);
     assert_eq!(nothing.success(), "nothing to do: no migration is applied\n");
     program.run(&["migrate", "up"]).success();
@@ -143,8 +120,8 @@ async fn a_rollback_takes_back_what_the_last_up_applied(installed: &Installed) {
             .unwrap();
         std::fs::write(program.path(files[1]), format!("drop table {table}")).unwrap();
     }
-    let mut names: Vec<_> = status(program).into_iter().map(|(name, _)| name).collect();
-    let names = names.split_off(EMBEDDED.len());
+    let names: Vec<_> =
+        status(program).into_iter().skip(EMBEDDED.len()).map(|(name, _)| name).collect();
     assert_eq!(names.len(), 2);
     assert!(
         names[0].ends_with("-01-add-sites") && names[1].ends_with("-02-add-rooms"),
@@ -157,10 +134,9 @@ async fn a_rollback_takes_back_what_the_last_up_applied(installed: &Installed) {
     // Their files say nothing of losses.
     let rollback = program.run(&["migrate", "rollback"]);
     assert_eq!(rollback.success(), format!("taken back {}\ntaken back {}\n", names[1], names[0]));
-    assert_eq!(
-        status(program),
-        [all("applied"), vec![pair(&names[0], "pending"), pair(&names[1], "pending")]].concat()
-    );
+    let mut expected = embedded("applied");
+    expected.extend(names.iter().map(|name| pair(name, "pending")));
+    assert_eq!(status(program), expected);
     assert!(!database.tables().await.contains(&"sites".to_owned()));
 
     for bad in ["", "two words", "../up", "größe"] {
@@ -182,7 +158,7 @@ async fn database_setup(installed: &Installed) {
     let Installed { program, database } = installed;
     let ready = format!("{} is ready\n", database.target);
     let first = program.run(&["db", "setup"]);
-    assert_eq!(first.success(), each(EMBEDDED, "applied   ") + &ready);
+    assert_eq!(first.success(), format!("{}{ready}", all_applied()));
     let second = program.run(&["db", "setup"]);
     assert_eq!(second.success(), ready);
     let serving = program.serve(&[]);
@@ -238,15 +214,18 @@ async fn what_was_acknowledged_before_the_signal_is_stored(installed: &Installed
             });
         }
         drop(acknowledged);
-        let mut ids = BTreeSet::new();
+        let (mut ids, mut signalled) = (BTreeSet::new(), Instant::now());
         while let Some(id) = counted.recv().await {
             assert!(ids.insert(id));
             if ids.len() == 40 {
+                signalled = Instant::now();
                 serving.signal(signal);
             }
         }
         reporters.join_all().await;
         let ended = serving.wait();
+        // After that a supervisor would kill it.
+        assert!(signalled.elapsed() < Duration::from_secs(30));
         assert_eq!((ended.code(), ended.stderr.as_str()), (0, ""), "{ended:?}");
         assert!(ended.stdout.contains("stopped; everything that was accepted is stored"));
 
@@ -257,6 +236,7 @@ async fn what_was_acknowledged_before_the_signal_is_stored(installed: &Installed
             column(&history, "id").iter().map(|id| id.as_i64().unwrap()).collect();
         assert!(ids.len() >= 40 && ids.is_subset(&stored));
         serving.stop();
+        installed.program.run(&["verify"]).success();
     }
 }
 
@@ -359,7 +339,7 @@ async fn an_inner_error_is_in_the_log_alone(installed: &Installed) {
 }
 
 /// Every variable that a server reads, but for the Node service's names and those without effect yet.
-const VARIABLES: [&str; 25] = [
+const VARIABLES: [&str; 26] = [
     "AUTH",
     "RATE_LIMIT_KEY_PER_MINUTE",
     "MAX_CONNECTIONS",
@@ -383,6 +363,7 @@ const VARIABLES: [&str; 25] = [
     "TRUSTED_PROXIES",
     "CORS_ORIGINS",
     "MAX_CLOCK_SKEW_SECONDS",
+    "EVENT_ID_RETENTION_DAYS",
     "MIGRATIONS_DIR",
     "AUTO_MIGRATE",
 ];
@@ -547,7 +528,7 @@ fn two_servers_cannot_share_a_sqlite_file() {
         assert!(refused.failure().starts_with(expected), "{arguments:?}: {refused:?}");
     }
     // Looking does no harm.
-    assert_eq!(status(&program), all("applied"));
+    assert_eq!(status(&program), embedded("applied"));
     first.stop();
     program.serve(&[]).stop();
     // Nor does a server that was killed leave the file locked.
@@ -618,8 +599,7 @@ async fn setup_creates_a_missing_database() {
     assert!(refused.failure().contains("\"made_by_setup\" does not exist"), "{refused:?}");
     assert!(refused.failure().contains("pisync db setup"), "{refused:?}");
     let setup = program.run(&["db", "setup"]);
-    let expected =
-        format!("created {database}\n{}{database} is ready\n", each(EMBEDDED, "applied   "));
+    let expected = format!("created {database}\n{}{database} is ready\n", all_applied());
     assert_eq!(setup.success(), expected);
     let again = program.run(&["db", "setup"]);
     assert_eq!(again.success(), format!("{database} is ready\n"));

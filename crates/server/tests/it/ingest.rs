@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync::store::Target;
-use pisync_core::SyncEvent;
+use pisync::store::{self, Target};
+use pisync_core::{Arrival, SyncEvent};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -20,7 +20,7 @@ use crate::support::{
     http::{Answer, Client, column, event, failure, success, try_send, with},
     postgres::{PostgresServer, Stop},
     server::TestServer,
-    store::TestDatabase,
+    store::{TestDatabase, assert_right, differences},
 };
 
 both_stores!(
@@ -33,7 +33,7 @@ both_stores!(
 const CONNECTIONS: usize = 50;
 
 /// Reports all of it on so many connections and gives each answer, by its place in the list.
-async fn report_all(client: &Client, events: Vec<Value>) -> Vec<Answer> {
+pub(crate) async fn report_all(client: &Client, events: Vec<Value>) -> Vec<Answer> {
     let events = Arc::new(events);
     let next = Arc::new(AtomicUsize::new(0));
     let mut senders = JoinSet::new();
@@ -54,7 +54,7 @@ async fn report_all(client: &Client, events: Vec<Value>) -> Vec<Answer> {
 }
 
 /// The ids of a device's stored events.
-async fn stored_ids(server: &TestServer, device: &str) -> BTreeSet<i64> {
+pub(crate) async fn stored_ids(server: &Client, device: &str) -> BTreeSet<i64> {
     let mut ids = BTreeSet::new();
     loop {
         let path = format!("/api/device/{device}/sync-history?limit=1000&offset={}", ids.len());
@@ -69,9 +69,9 @@ async fn stored_ids(server: &TestServer, device: &str) -> BTreeSet<i64> {
     }
 }
 
-async fn everything_that_came_at_once_adds_up(server: &TestServer) {
-    // Few devices and few instants, so that events of one batch meet in every way.
-    let events: Vec<_> = (0..500)
+/// Successes and failures of few devices and few instants, so that events of one batch meet in every way.
+pub(crate) fn mixed_events() -> Vec<Value> {
+    (0..500)
         .map(|number| {
             let job = ["nightly", "hourly"].get(usize::try_from(number % 3).unwrap());
             let fields = json!({
@@ -82,7 +82,11 @@ async fn everything_that_came_at_once_adds_up(server: &TestServer) {
             });
             with(event("pi"), &fields)
         })
-        .collect();
+        .collect()
+}
+
+async fn everything_that_came_at_once_adds_up(server: &TestServer) {
+    let events = mixed_events();
     let answers = report_all(server, events.clone()).await;
     let data: Vec<_> = answers.iter().map(|answer| answer.data(201)).collect();
     let ids: BTreeSet<_> = data.iter().map(|data| data["id"].as_i64().unwrap()).collect();
@@ -91,7 +95,10 @@ async fn everything_that_came_at_once_adds_up(server: &TestServer) {
         assert_eq!(event["total_files_synced"], data["total_files_synced"], "answers got mixed up");
     }
 
-    let parse = |event: &Value| SyncEvent::from_json(event.to_string().as_bytes(), now()).unwrap();
+    let parse = |event: &Value| {
+        let arrival = Arrival { received: now(), latest: now() };
+        SyncEvent::from_json(event.to_string().as_bytes(), arrival).unwrap()
+    };
     let sent: Vec<_> = events.iter().map(|event| (now(), parse(event))).collect();
     for (device_id, jobs) in recount(&sent) {
         let found = server.get(&format!("/api/device/{device_id}")).await.data(200);
@@ -150,14 +157,14 @@ async fn one_refused_event_costs_the_others_nothing(server: &TestServer) {
 }
 
 /// Clients that report without a pause until they are stopped, or nobody answers.
-struct Reporters {
+pub(crate) struct Reporters {
     acknowledged: Arc<AtomicUsize>,
     stopped: Arc<AtomicBool>,
     tasks: JoinSet<Vec<i64>>,
 }
 
 impl Reporters {
-    fn start(client: &Client) -> Self {
+    pub(crate) fn start(client: &Client) -> Self {
         let acknowledged = Arc::new(AtomicUsize::new(0));
         let stopped = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
@@ -185,13 +192,13 @@ impl Reporters {
     }
 
     /// Waits until so many more reports are acknowledged.
-    async fn wait_for(&self, more: usize) {
+    pub(crate) async fn wait_for(&self, more: usize) {
         let enough = self.acknowledged.load(Ordering::SeqCst) + more;
         until(async || self.acknowledged.load(Ordering::SeqCst) >= enough).await;
     }
 
     /// Lets them end and gives the ids that were acknowledged.
-    async fn stop(self) -> BTreeSet<i64> {
+    pub(crate) async fn stop(self) -> BTreeSet<i64> {
         self.stopped.store(true, Ordering::SeqCst);
         let ids = self.tasks.join_all().await.concat();
         let distinct: BTreeSet<_> = ids.iter().copied().collect();
@@ -201,7 +208,7 @@ impl Reporters {
 }
 
 /// Asks again and again until it is so.
-async fn until(condition: impl AsyncFn() -> bool) {
+pub(crate) async fn until(condition: impl AsyncFn() -> bool) {
     let started = Instant::now();
     while !condition().await {
         assert!(started.elapsed() < Duration::from_secs(60), "it does not come to pass");
@@ -209,11 +216,11 @@ async fn until(condition: impl AsyncFn() -> bool) {
     }
 }
 
-async fn until_ready(server: &TestServer, status: u16) {
+pub(crate) async fn until_ready(server: &Client, status: u16) {
     until(async || server.get("/health/ready").await.status == status).await;
 }
 
-fn assert_unavailable(answer: &Answer) {
+pub(crate) fn assert_unavailable(answer: &Answer) {
     let error = "The database is temporarily unavailable, please try again later";
     assert_eq!(answer.error(503), error);
     assert_eq!(answer.header("retry-after"), "5");
@@ -242,7 +249,7 @@ async fn what_was_acknowledged_before_the_end_is_stored(database: &TestDatabase)
 }
 
 /// A server on a PostgreSQL of its own.
-async fn on_its_own() -> (PostgresServer, TestServer) {
+pub(crate) async fn on_its_own() -> (PostgresServer, TestServer) {
     let postgres = PostgresServer::dedicated();
     let target = Target::Postgres(Box::new(postgres.create_database("pisync").await));
     let server = TestServer::start(TestDatabase::elsewhere(target)).await;
@@ -250,7 +257,7 @@ async fn on_its_own() -> (PostgresServer, TestServer) {
 }
 
 /// The answer, and how long it took.
-async fn timed(answer: impl Future<Output = Answer>) -> (Answer, Duration) {
+pub(crate) async fn timed(answer: impl Future<Output = Answer>) -> (Answer, Duration) {
     let started = Instant::now();
     (answer.await, started.elapsed())
 }
@@ -312,5 +319,7 @@ async fn postgresql_goes_away_under_load_and_comes_back() {
     // Nothing that was answered 503 was refused in truth and stored all the same, but for a commit
     // whose outcome could not be learnt in time; here it could.
     assert_eq!(stored, acknowledged);
+    let store = store::open(&server.database.target).await.unwrap();
+    assert_right(&differences(&*store, false).await);
     server.stop().await;
 }

@@ -23,6 +23,7 @@ use crate::support::{
 both_stores!(
     every_route_asks_for_its_scope,
     a_key_of_a_device_reports_for_it_alone,
+    a_key_of_a_device_sends_batches_of_it_alone,
     a_key_of_a_group_reports_for_its_devices,
     what_is_made_or_revoked_elsewhere_counts_within_a_second,
     an_expired_key_opens_nothing,
@@ -110,6 +111,7 @@ fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuil
     let request = client.request(method.clone(), &path);
     match (method.as_str(), path.as_str()) {
         ("POST", "/api/keys") => request.json(&json!({"scope": "read"})),
+        ("POST", "/api/sync-events") => request.json(&json!([event(device)])),
         ("POST", _) => request.json(&event(device)),
         ("PATCH" | "PUT", _) => request.json(&json!({})),
         _ => request,
@@ -201,7 +203,7 @@ async fn every_route_asks_for_its_scope(server: &LockedServer) {
     assert_eq!(server.0.get("/api-docs/").await.status, 200);
     send(server.0.request(Method::PUT, "/api/stats")).await.error(405);
     // Nothing was stored for who was refused.
-    assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 2);
+    assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 4);
 }
 
 async fn a_key_of_a_device_reports_for_it_alone(server: &LockedServer) {
@@ -217,6 +219,22 @@ async fn a_key_of_a_device_reports_for_it_alone(server: &LockedServer) {
     forbidden(&own.delete("/api/device/own").await, "scope admin");
     let admin = server.admin().await;
     assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 1);
+    admin.get("/api/device/other").await.error(404);
+}
+
+/// One event that the key may not report is a mistake about all of them.
+async fn a_key_of_a_device_sends_batches_of_it_alone(server: &LockedServer) {
+    let bound = KeyWish { device_id: Some(device_id("own")), ..wish(Scope::Ingest) };
+    let (_, own) = server.key(bound).await;
+    let batch = |devices: &[&str]| Value::Array(devices.iter().map(|name| event(name)).collect());
+    for foreign in [&["other"][..], &["own", "own", "other"], &["other", "own"]] {
+        let answer = own.post("/api/sync-events", &batch(foreign)).await;
+        forbidden(&answer, "This key is for other devices");
+    }
+    let stored = own.post("/api/sync-events", &batch(&["own", "own"])).await.data(200);
+    assert_eq!(stored["accepted"], 2);
+    let admin = server.admin().await;
+    assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 2);
     admin.get("/api/device/other").await.error(404);
 }
 
@@ -459,7 +477,7 @@ struct Installed {
 impl Fixture for Installed {
     async fn prepare(database: TestDatabase) -> Self {
         let program = Program::new()
-            .with("DATABASE_URL", crate::command_line::url(&database.target))
+            .with("DATABASE_URL", crate::support::program::url(&database.target))
             .with("PORT", 0);
         Self { program, database }
     }

@@ -33,21 +33,8 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 2] = ["2026-11-22-01-sync-events", "2026-11-22-03-keys"];
-
-/// All of them in this state, then `others`.
-fn embedded_and<'a>(
-    state: &'static str,
-    others: &[(&'a str, &'static str)],
-) -> Vec<(&'a str, &'static str)> {
-    let embedded: Vec<_> = EMBEDDED.iter().map(|name| (*name, state)).collect();
-    [&embedded, others].concat()
-}
-
-/// Latest first, as they are taken back.
-fn embedded_backwards() -> Vec<&'static str> {
-    EMBEDDED.into_iter().rev().collect()
-}
+const EMBEDDED: [&str; 3] =
+    ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups", "2026-11-22-03-keys"];
 
 fn no_folder() -> &'static Path {
     Path::new("/nonexistent")
@@ -77,8 +64,22 @@ async fn status(migrator: &mut Migrator) -> Vec<(String, &'static str)> {
         .collect()
 }
 
-fn described(status: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
-    status.iter().map(|(name, state)| ((*name).to_owned(), *state)).collect()
+/// The program's own migrations in this `state`, before others.
+fn described(state: &'static str, others: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
+    let embedded = EMBEDDED.map(|name| (name, state));
+    let all = embedded.iter().chain(others);
+    all.map(|(name, state)| ((*name).to_owned(), *state)).collect()
+}
+
+/// The program's own migrations, and others after them.
+fn and_then(others: &[&'static str]) -> Vec<&'static str> {
+    [&EMBEDDED[..], others].concat()
+}
+
+/// From the last to the first.
+fn reversed(mut names: Vec<&'static str>) -> Vec<&'static str> {
+    names.reverse();
+    names
 }
 
 const SITES: (&str, &str, &str) =
@@ -121,7 +122,7 @@ async fn up_fill_down_to_nothing_and_up_again(database: &TestDatabase) {
 
         let all = migrator.last(usize::MAX).await.unwrap();
         assert!(all.iter().all(|migration| migration.losses().count() > 0));
-        assert_eq!(migrator.down(&all).await.unwrap(), embedded_backwards());
+        assert_eq!(migrator.down(&all).await.unwrap(), reversed(and_then(&[])));
         assert_eq!(database.tables().await, ["pisync_migrations"]);
         assert_eq!(migrator.check().await.unwrap(), EMBEDDED);
         // There is nothing more to take back.
@@ -147,19 +148,17 @@ async fn status_lists_what_is_applied_then_what_is_pending(database: &TestDataba
     let folder = folder(&[RACKS, SITES]);
     let mut without = database.migrator(no_folder()).await;
     let mut with = database.migrator(folder.path()).await;
-    let pending = embedded_and("pending", &[(SITES.0, "pending"), (RACKS.0, "pending")]);
-    assert_eq!(status(&mut with).await, described(&pending));
+    let others = [(SITES.0, "pending"), (RACKS.0, "pending")];
+    assert_eq!(status(&mut with).await, described("pending", &others));
     assert_eq!(database.tables().await, [""; 0], "status has changed something");
 
     without.up(now()).await.unwrap();
-    let partly = embedded_and("applied", &[(SITES.0, "pending"), (RACKS.0, "pending")]);
-    assert_eq!(status(&mut with).await, described(&partly));
+    assert_eq!(status(&mut with).await, described("applied", &others));
     with.up(at(5)).await.unwrap();
     let found = with.status().await.unwrap();
     let found: Vec<_> = found.iter().map(|one| (one.source, one.applied_at)).collect();
-    let user = (Source::User, Some(at(5)));
-    let embedded = EMBEDDED.map(|_| (Source::Embedded, Some(now())));
-    assert_eq!(found, [&embedded[..], &[user, user]].concat());
+    let (embedded, user) = ((Source::Embedded, Some(now())), (Source::User, Some(at(5))));
+    assert_eq!(found, [EMBEDDED.map(|_| embedded).to_vec(), vec![user, user]].concat());
 }
 
 async fn users_migrations_run_after_the_programs_own(database: &TestDatabase) {
@@ -167,18 +166,17 @@ async fn users_migrations_run_after_the_programs_own(database: &TestDatabase) {
     let folder = folder(&[RACKS, SITES]);
     std::fs::write(folder.path().join("README.md"), "Not a migration.").unwrap();
     let mut migrator = database.migrator(folder.path()).await;
-    let expected = [&EMBEDDED[..], &[SITES.0, RACKS.0]].concat();
+    let expected = and_then(&[SITES.0, RACKS.0]);
     assert_eq!(migrator.up(now()).await.unwrap(), expected);
     let last = migrator.last_batch().await.unwrap();
-    assert_eq!(names(&last), [vec![RACKS.0, SITES.0], embedded_backwards()].concat());
+    assert_eq!(names(&last), reversed(expected));
     assert_eq!(names(&migrator.last(2).await.unwrap()), [RACKS.0, SITES.0]);
     assert_eq!(migrator.down(&last[..1]).await.unwrap(), [RACKS.0]);
     let tables = database.tables().await;
     assert!(tables.contains(&"sites".to_owned()) && !tables.contains(&"racks".to_owned()));
-    let partly = embedded_and("applied", &[(SITES.0, "applied"), (RACKS.0, "pending")]);
-    assert_eq!(status(&mut migrator).await, described(&partly));
-    let rest = [vec![SITES.0], embedded_backwards()].concat();
-    assert_eq!(migrator.down(&last).await.unwrap(), rest);
+    let others = [(SITES.0, "applied"), (RACKS.0, "pending")];
+    assert_eq!(status(&mut migrator).await, described("applied", &others));
+    assert_eq!(migrator.down(&last).await.unwrap(), reversed(and_then(&[SITES.0])));
     assert_eq!(database.tables().await, ["pisync_migrations"]);
 }
 
@@ -194,7 +192,7 @@ async fn each_up_is_a_batch_of_its_own(database: &TestDatabase) {
     std::fs::write(folder.path().join(format!("{name}.down.sql")), down).unwrap();
     let mut migrator = database.migrator(folder.path()).await;
     assert_eq!(migrator.up(now()).await.unwrap(), [SITES.0]);
-    for expected in [vec![SITES.0], vec![RACKS.0], embedded_backwards()] {
+    for expected in [vec![SITES.0], vec![RACKS.0], reversed(and_then(&[]))] {
         let last = migrator.last_batch().await.unwrap();
         assert_eq!(names(&last), expected);
         migrator.down(&last).await.unwrap();
@@ -214,9 +212,8 @@ async fn an_edited_migration_is_noticed(database: &TestDatabase) {
         assert!(edited(migrator.up(now()).await.unwrap_err()));
         assert!(edited(migrator.last(1).await.unwrap_err()));
         assert!(edited(migrator.last_batch().await.unwrap_err()));
-        let described =
-            described(&embedded_and("applied", &[(name, "edited since"), (RACKS.0, "pending")]));
-        assert_eq!(status(&mut migrator).await, described);
+        let others = [(name, "edited since"), (RACKS.0, "pending")];
+        assert_eq!(status(&mut migrator).await, described("applied", &others));
     }
     assert_eq!(database.migrator(before.path()).await.check().await.unwrap(), [""; 0]);
 }
@@ -226,8 +223,8 @@ async fn missing_files_are_noticed_when_they_are_needed(database: &TestDatabase)
     database.migrator(before.path()).await.up(now()).await.unwrap();
     let after = folder(&[RACKS]);
     let mut migrator = database.migrator(after.path()).await;
-    let expected = embedded_and("applied", &[(SITES.0, "files missing"), (RACKS.0, "applied")]);
-    assert_eq!(status(&mut migrator).await, described(&expected));
+    let others = [(SITES.0, "files missing"), (RACKS.0, "applied")];
+    assert_eq!(status(&mut migrator).await, described("applied", &others));
     // A server starts all the same: what was applied is there.
     assert_eq!(migrator.check().await.unwrap(), [""; 0]);
     assert_eq!(migrator.up(now()).await.unwrap(), [""; 0]);
@@ -253,8 +250,8 @@ async fn a_failing_migration_leaves_nothing_behind(database: &TestDatabase) {
         assert!(matches!(&error, MigrationError::Run { name, .. } if name == broken), "{error:?}");
         let tables = database.tables().await;
         assert!(tables.contains(&"sites".to_owned()) && !tables.contains(&"racks".to_owned()));
-        let expected = embedded_and("applied", &[(SITES.0, "applied"), (broken, "pending")]);
-        assert_eq!(status(&mut migrator).await, described(&expected));
+        let others = [(SITES.0, "applied"), (broken, "pending")];
+        assert_eq!(status(&mut migrator).await, described("applied", &others));
     }
     // Once mended it runs.
     let folder = folder(&[SITES, (broken, RACKS.1, RACKS.2)]);
@@ -271,8 +268,7 @@ async fn a_failing_rollback_leaves_everything(database: &TestDatabase) {
     let error = migrator.down(&all).await.unwrap_err();
     assert!(matches!(&error, MigrationError::Run { name: of, .. } if of == name), "{error:?}");
     assert_eq!(database.tables().await, tables);
-    let expected = embedded_and("applied", &[(name, "applied")]);
-    assert_eq!(status(&mut migrator).await, described(&expected));
+    assert_eq!(status(&mut migrator).await, described("applied", &[(name, "applied")]));
 }
 
 async fn a_newer_database_is_left_alone(database: &TestDatabase) {
@@ -291,9 +287,8 @@ async fn a_newer_database_is_left_alone(database: &TestDatabase) {
     assert!(is_newer(migrator.check().await.unwrap_err()));
     assert!(is_newer(migrator.up(now()).await.unwrap_err()));
     assert!(is_newer(migrator.last(1).await.unwrap_err()));
-    let expected =
-        embedded_and("applied", &[(newer, "from a newer version"), (SITES.0, "pending")]);
-    assert_eq!(status(&mut migrator).await, described(&expected));
+    let others = [(newer, "from a newer version"), (SITES.0, "pending")];
+    assert_eq!(status(&mut migrator).await, described("applied", &others));
     assert!(!database.tables().await.contains(&"sites".to_owned()));
 }
 
@@ -382,7 +377,7 @@ async fn asking_while_another_server_migrates(database: &TestDatabase) {
 async fn asking_after_a_missing_file_does_not_make_it() {
     let database = TestDatabase::sqlite();
     let mut migrator = database.migrator(no_folder()).await;
-    assert_eq!(status(&mut migrator).await, described(&embedded_and("pending", &[])));
+    assert_eq!(status(&mut migrator).await, described("pending", &[]));
     assert_eq!(migrator.check().await.unwrap(), EMBEDDED);
     assert_eq!(names(&migrator.last(1).await.unwrap()), [""; 0]);
     let file = database.file().unwrap();
@@ -418,13 +413,12 @@ async fn several_servers_migrate_at_once() {
         }
         let mut applied = servers.join_all().await.concat();
         applied.sort();
-        let mut once = [&[SITES.0, RACKS.0], &EMBEDDED[..]].concat();
-        once.sort_unstable();
-        assert_eq!(applied, once, "each exactly once");
+        let expected = [&[SITES.0, RACKS.0], &EMBEDDED[..]].concat();
+        assert_eq!(applied, expected, "each exactly once");
         let mut migrator = database.migrator(folder.path()).await;
         // Whoever applied which, they ran in this order.
-        let expected = embedded_and("applied", &[(SITES.0, "applied"), (RACKS.0, "applied")]);
-        assert_eq!(status(&mut migrator).await, described(&expected));
+        let others = [(SITES.0, "applied"), (RACKS.0, "applied")];
+        assert_eq!(status(&mut migrator).await, described("applied", &others));
         drop(migrator);
         database.remove().await;
     }

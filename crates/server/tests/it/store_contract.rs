@@ -2,8 +2,9 @@
 //! trait; where a test looks behind it, or is about one store alone, it says why.
 
 mod devices;
+mod event_ids;
 mod faults;
 mod figures;
 mod history;
-mod nodes;
+pub(crate) mod nodes;
 mod streaks;

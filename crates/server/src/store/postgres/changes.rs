@@ -1,11 +1,14 @@
 //! What people change about devices.
 
 use deadpool_postgres::Object;
-use pisync_core::DeviceId;
+use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
 use super::keys;
 use crate::store::{Actor, DeviceChange, keys::NewAuditEntry};
+
+/// Event ids that are forgotten in one statement.
+const FORGOTTEN_AT_ONCE: i64 = 5_000;
 
 /// How often a deletion that met a deadlock is tried again.
 const RETRIES: u32 = 5;
@@ -44,6 +47,23 @@ pub(super) async fn update_device(
     Ok(true)
 }
 
+pub(super) async fn forget_event_ids(
+    connection: &Object,
+    before: Timestamp,
+) -> Result<bool, Error> {
+    // Old ones lie together, and the BRIN index knows where.
+    const FORGET: &str = "
+        delete from event_keys
+         where ctid = any (array(
+                   select ctid from event_keys where created_at < $1 limit $2 for update skip locked
+               ))
+    ";
+    let statement = connection.prepare_cached(FORGET).await?;
+    let forgotten =
+        connection.execute(&statement, &[&before.to_jiff(), &FORGOTTEN_AT_ONCE]).await?;
+    Ok(forgotten == FORGOTTEN_AT_ONCE.cast_unsigned())
+}
+
 pub(super) async fn delete_device(
     connection: &mut Object,
     device_id: &DeviceId,
@@ -71,12 +91,14 @@ async fn try_delete_device(
     // The device first: its row lock keeps ingest from adding events meanwhile.
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for update";
     const DELETE_EVENTS: &str = "delete from sync_events where device_id = $1";
+    const DELETE_KEYS: &str = "delete from event_keys where device_id = $1";
     const DELETE_DEVICE: &str = "delete from devices where device_id = $1";
     let transaction = connection.transaction().await?;
     if transaction.query_opt(LOCK_DEVICE, &[&device_id.as_str()]).await?.is_none() {
         return Ok(None);
     }
     let events = transaction.execute(DELETE_EVENTS, &[&device_id.as_str()]).await?;
+    transaction.execute(DELETE_KEYS, &[&device_id.as_str()]).await?;
     transaction.execute(DELETE_DEVICE, &[&device_id.as_str()]).await?;
     keys::record(&transaction, by, &NewAuditEntry::device_deleted(device_id, events)).await?;
     transaction.commit().await?;

@@ -7,7 +7,9 @@ mod keys;
 mod migrations;
 mod partitions;
 mod reads;
+mod statements;
 mod tls;
+mod verify;
 mod writer;
 
 use std::time::Duration;
@@ -25,6 +27,7 @@ use self::{
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
     FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError, SyncHistory,
+    Verified, verify::devices_of,
 };
 
 /// How long a sign of life may take.
@@ -124,6 +127,22 @@ impl Store for PostgresStore {
         by: &Actor,
     ) -> Result<Option<u64>, StoreError> {
         self.call(async |connection| changes::delete_device(connection, device_id, by).await).await
+    }
+
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
+        self.call(async |connection| changes::forget_event_ids(connection, before).await).await
+    }
+
+    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError> {
+        // Not `call`: a long history takes as long as it takes.
+        let mut connection = self.connection().await?;
+        let verified = verify::page(&mut connection, after).await.map_err(store_error)?;
+        if repair {
+            for device_id in devices_of(&verified.differences) {
+                verify::repair(&mut connection, &device_id).await.map_err(store_error)?;
+            }
+        }
+        Ok(verified)
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {

@@ -20,6 +20,13 @@ const SUMS: &str = "
     max(j.consecutive_failures), max(j.last_received)
 ";
 
+/// What [`stored_event`] reads of `sync_events event`.
+pub(super) const EVENT_COLUMNS: &str = "
+    event.id, event.timestamp, event.total_files_synced, event.total_errors,
+    (event.internet_speed * 100)::bigint, event.job, (event.duration_seconds * 1000)::bigint,
+    event.bytes_synced, event.metadata, event.created_at, event.updated_at, event.event_id
+";
+
 /// A transaction that sees one moment throughout.
 async fn snapshot(connection: &mut Object) -> Result<deadpool_postgres::Transaction<'_>, Error> {
     connection
@@ -35,16 +42,15 @@ pub(super) async fn sync_history(
     query: &HistoryQuery,
 ) -> Result<Option<SyncHistory>, Error> {
     const DEVICE_EXISTS: &str = "select exists (select from devices where device_id = $1)";
-    const SELECT_EVENTS: &str = "
-        select id, timestamp, total_files_synced, total_errors, (internet_speed * 100)::bigint, job,
-               (duration_seconds * 1000)::bigint, bytes_synced, metadata, created_at, updated_at
-          from sync_events
-         where device_id = $1
-           and timestamp between $2 and $3
-           and ($4::text is null or job = $4)
-         order by timestamp desc, id desc
-         limit $5 offset $6
-    ";
+    let select_events = format!(
+        "select {EVENT_COLUMNS}
+           from sync_events event
+          where device_id = $1
+            and timestamp between $2 and $3
+            and ($4::text is null or job = $4)
+          order by timestamp desc, id desc
+          limit $5 offset $6"
+    );
     const COUNT_EVENTS: &str = "
         select count(*)
           from sync_events
@@ -64,10 +70,10 @@ pub(super) async fn sync_history(
     }
     let jobs = jobs(&snapshot, device_id).await?;
 
-    let select = snapshot.prepare_cached(SELECT_EVENTS).await?;
+    let select = snapshot.prepare_cached(&select_events).await?;
     let (limit, offset) = (i64::from(query.limit), query.offset.cast_signed());
     let rows = snapshot.query(&select, &[&device_id, &from, &until, &job, &limit, &offset]).await?;
-    let events = rows.iter().map(stored_event).collect::<Result<_, _>>()?;
+    let events = rows.iter().map(|row| stored_event(row, 0)).collect::<Result<_, _>>()?;
 
     let total_events: i64 = if query.from.is_none() && query.until.is_none() {
         // Known without counting rows, so that a long history costs no more than a short one.
@@ -273,19 +279,21 @@ fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
     })
 }
 
-fn stored_event(row: &Row) -> Result<StoredEvent, Error> {
+/// Reads [`EVENT_COLUMNS`] from column `first` on.
+pub(super) fn stored_event(row: &Row, first: usize) -> Result<StoredEvent, Error> {
     Ok(StoredEvent {
-        id: row.try_get(0)?,
-        timestamp: time(row, 1)?,
-        total_files_synced: row.try_get::<_, i32>(2)?.into(),
-        total_errors: row.try_get::<_, i32>(3)?.into(),
-        internet_speed: row.try_get(4)?,
-        job: row.try_get(5)?,
-        duration: row.try_get(6)?,
-        bytes_synced: row.try_get(7)?,
-        metadata: row.try_get::<_, Option<String>>(8)?.and_then(stored_metadata),
-        created_at: time(row, 9)?,
-        updated_at: time(row, 10)?,
+        id: row.try_get(first)?,
+        timestamp: time(row, first + 1)?,
+        total_files_synced: row.try_get::<_, i32>(first + 2)?.into(),
+        total_errors: row.try_get::<_, i32>(first + 3)?.into(),
+        internet_speed: row.try_get(first + 4)?,
+        job: row.try_get(first + 5)?,
+        duration: row.try_get(first + 6)?,
+        bytes_synced: row.try_get(first + 7)?,
+        metadata: row.try_get::<_, Option<String>>(first + 8)?.and_then(stored_metadata),
+        created_at: time(row, first + 9)?,
+        updated_at: time(row, first + 10)?,
+        event_id: row.try_get(first + 11)?,
     })
 }
 

@@ -1,8 +1,11 @@
-//! Ingest's own connection: a batch is one transaction, sent in one go.
+//! Ingest's own connection: a batch is one transaction of two round trips.
 //!
 //! The order of statements is what makes streaks exact with several nodes. The upsert of `device_jobs`
 //! locks the rows; a streak that must be recounted is recounted in a later statement, whose snapshot
 //! is taken after the lock and so sees what the other node has committed meanwhile.
+//!
+//! A batch with an event that was reported before fails as a whole when sent in one go. It is then
+//! written carefully: first the event ids, then, step by step, what they leave to be stored.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -13,18 +16,17 @@ use std::{
 use async_trait::async_trait;
 use futures_util::future;
 use jiff::civil::Date;
-use pisync_core::{DeviceId, JobFigures, JobName, Mbps, Metadata, SyncDuration, Timestamp};
-use tokio_postgres::{
-    Client, Error, Row, Statement,
-    error::SqlState,
-    types::{FromSql, ToSql},
-};
+use pisync_core::{DeviceId, Timestamp};
+use tokio_postgres::{Error, Row, error::SqlState};
 
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
     partitions,
+    statements::{EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount},
 };
-use crate::store::{Batch, EventWriter, FailureStreak, StoreError, Written, batch::JobShare};
+use crate::store::{
+    Batch, Duplicate, EventWriter, FailureStreak, StoreError, Written, batch::JobShare,
+};
 
 /// Longest time for one batch before the connection is given up. Far more than any batch takes; it
 /// is for a server that has stopped answering.
@@ -45,102 +47,19 @@ const REMEMBERED_DEVICES: usize = 100_000;
 const ID_BLOCK: i64 = 4_096;
 const ID_RESERVE: usize = 2_048;
 
+/// Batches that are written carefully after one that held an event reported before: devices send again
+/// when answers were lost, and then many do.
+const CAREFUL_BATCHES: u32 = 32;
+
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 
-const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";
-
-/// Answers the devices that are new. A row is new when no transaction has locked or replaced a version
-/// of it before: its `xmax` is 0.
-const UPSERT_DEVICES: &str = "
-    with upserted as (
-        insert into devices (device_id, created_at, updated_at)
-        select device_id, $2, $2
-          from unnest($1::text[]) as batch (device_id)
-            on conflict (device_id) do update
-               set updated_at = greatest(devices.updated_at, excluded.updated_at)
-        returning device_id, xmax = 0 as is_new
-    )
-    select device_id from upserted where is_new
-";
-
-/// Answers the jobs that are failing, with -1 for a streak that must be recounted. The rule is that of
-/// `pisync_core::JobFigures::add`.
-const UPSERT_JOBS: &str = "
-    with upserted as (
-        insert into device_jobs as stored (
-            device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-            speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
-            last_received
-        )
-        select batch.*, $14
-          from unnest(
-                   $1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[],
-                   $7::bigint[], $8::bigint[], $9::timestamptz[], $10::timestamptz[],
-                   $11::timestamptz[], $12::timestamptz[], $13::bigint[]
-               ) as batch
-            on conflict (device_id, job) do update
-               set total_syncs        = stored.total_syncs + excluded.total_syncs,
-                   failed_syncs       = stored.failed_syncs + excluded.failed_syncs,
-                   total_files_synced = stored.total_files_synced + excluded.total_files_synced,
-                   total_errors       = stored.total_errors + excluded.total_errors,
-                   speed_sum          = stored.speed_sum + excluded.speed_sum,
-                   speed_count        = stored.speed_count + excluded.speed_count,
-                   first_sync         = least(stored.first_sync, excluded.first_sync),
-                   last_sync          = greatest(stored.last_sync, excluded.last_sync),
-                   last_success       = greatest(stored.last_success, excluded.last_success),
-                   last_failure       = greatest(stored.last_failure, excluded.last_failure),
-                   last_received      = greatest(stored.last_received, excluded.last_received),
-                   consecutive_failures = case
-                       when excluded.last_success > coalesce(stored.last_success, '-infinity') then
-                           case
-                               when stored.last_failure > excluded.last_success then -1
-                               else excluded.consecutive_failures
-                           end
-                       when excluded.last_failure is null
-                         or excluded.last_failure <= stored.last_success then
-                           stored.consecutive_failures
-                       when excluded.first_sync > coalesce(stored.last_success, '-infinity') then
-                           stored.consecutive_failures + excluded.consecutive_failures
-                       else -1
-                   end
-        returning device_id, job, consecutive_failures
-    )
-    select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0
-";
-
-const INSERT_EVENTS: &str = "
-    insert into sync_events (
-        id, device_id, timestamp, total_files_synced, total_errors, internet_speed, job,
-        duration_seconds, bytes_synced, metadata, created_at, updated_at
-    )
-    select id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths * 0.01, job,
-           duration_milliseconds * 0.001, bytes_synced, metadata, $11, $11
-      from unnest(
-               $1::bigint[], $2::text[], $3::timestamptz[], $4::integer[], $5::integer[],
-               $6::bigint[], $7::text[], $8::bigint[], $9::bigint[], $10::text[]
-           ) as batch (
-               id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths, job,
-               duration_milliseconds, bytes_synced, metadata
-           )
-";
-
-const RECOUNT_STREAKS: &str = "
-    update device_jobs stored
-       set consecutive_failures = (
-               select count(*)
-                 from sync_events event
-                where event.device_id = stored.device_id
-                  and coalesce(event.job, '') = stored.job
-                  and event.total_errors > 0
-                  and event.timestamp > coalesce(stored.last_success, '-infinity')
-           )
-      from unnest($1::text[], $2::text[]) as batch (device_id, job)
-     where stored.device_id = batch.device_id and stored.job = batch.job
-    returning stored.device_id, stored.job, stored.consecutive_failures
-";
-
-const IS_STORED: &str = "
-    select exists (select from sync_events where device_id = $1 and timestamp = $2 and id = $3)
+/// Takes some room where the database's tables are, in a table that nobody else sees and that goes with the
+/// transaction.
+const TAKE_ROOM: &str = "
+    begin;
+    create temporary table pisync_probe on commit drop as
+    select repeat('x', 1000) from generate_series(1, 4096);
+    commit
 ";
 
 /// See the module.
@@ -155,8 +74,14 @@ pub(super) struct PostgresEventWriter {
     ids: VecDeque<i64>,
     /// A batch that may or may not have been committed.
     unsettled: Option<Unsettled>,
+    /// How many batches are still to be written carefully.
+    careful_batches: u32,
+    /// Whether a transaction is open that an error leaves open.
+    open: bool,
     /// Whether the transaction under way has been asked to commit.
     committing: bool,
+    /// Whether the last batch found no room on the disk.
+    disk_full: bool,
 }
 
 struct Unsettled {
@@ -169,15 +94,6 @@ struct Session {
     statements: Statements,
 }
 
-struct Statements {
-    take_ids: Statement,
-    upsert_devices: Statement,
-    upsert_jobs: Statement,
-    insert_events: Statement,
-    recount_streaks: Statement,
-    is_stored: Statement,
-}
-
 impl PostgresEventWriter {
     pub(super) fn new(connector: Connector) -> Self {
         Self {
@@ -187,14 +103,19 @@ impl PostgresEventWriter {
             months: HashSet::new(),
             ids: VecDeque::new(),
             unsettled: None,
+            careful_batches: 0,
+            open: false,
             committing: false,
+            disk_full: false,
         }
     }
 
     async fn connect(&mut self) -> Result<(), StoreError> {
+        // A connection that a restarted server has closed shows here, before anything is sent on it.
+        self.session.take_if(|session| session.connection.client.is_closed());
         if self.session.is_none() {
             let connection = self.connector.connect().await?;
-            let statements = Statements::prepare(&connection).await.map_err(store_error)?;
+            let statements = Statements::prepare(&connection.client).await.map_err(store_error)?;
             self.session = Some(Session { connection, statements });
         }
         Ok(())
@@ -211,121 +132,164 @@ impl PostgresEventWriter {
         }
         if self.ids.len() < batch.events.len() {
             let count = i64::try_from(batch.events.len()).unwrap_or(i64::MAX).max(ID_BLOCK);
-            let rows = session
-                .connection
-                .client
-                .query(&session.statements.take_ids, &[&count])
-                .await
-                .map_err(store_error)?;
-            self.ids.extend(column::<i64>(&rows).map_err(store_error)?);
+            let taken = session.statements.take_ids(&session.connection.client, count).await;
+            self.ids.extend(taken.map_err(store_error)?);
         }
         Ok(())
     }
 
     /// One transaction. `ids` are the events' ids in the batch's order.
-    async fn transact(
+    async fn transact(&mut self, batch: &Batch, ids: &[i64]) -> Result<Written, Error> {
+        let repeats = batch.repeats();
+        let has_keys = || batch.events.iter().any(|event| event.event_id.is_some());
+        if self.careful_batches > 0 && has_keys() || !repeats.is_empty() {
+            self.careful_batches = self.careful_batches.saturating_sub(1);
+            self.write_carefully(batch, ids, &repeats).await
+        } else {
+            self.write_in_one_go(batch, ids).await
+        }
+    }
+
+    /// Sends everything but the commit without waiting for an answer.
+    async fn write_in_one_go(&mut self, batch: &Batch, ids: &[i64]) -> Result<Written, Error> {
+        let Some(Session { connection, statements }) = &self.session else {
+            return Ok(Written::default());
+        };
+        let client = &connection.client;
+        let received = batch.received.to_jiff();
+        let order = batch.order();
+        let shares = batch.shares(&order);
+        let unseen = self.devices_to_touch(batch, &shares);
+        let jobs = JobColumns::new(&shares);
+        let events = EventColumns::new(batch, &order, ids);
+        let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
+        let take_ids = async {
+            if self.ids.len() < ID_RESERVE {
+                statements.take_ids(client, ID_BLOCK).await
+            } else {
+                Ok(Vec::new())
+            }
+        };
+
+        self.open = true;
+        // Polled in this order, so sent in this order, without waiting for each other's answers.
+        let ((begun, new_devices, keyed, failing, inserted), taken) = future::join(
+            future::join5(
+                client.batch_execute("begin"),
+                statements.upsert_devices(client, &unseen, received),
+                keys.insert(client, statements, received),
+                jobs.upsert(client, statements, received),
+                events.insert(client, statements, received),
+            ),
+            take_ids,
+        )
+        .await;
+        begun?;
+        let new_devices = new_devices?;
+        keyed?;
+        let failing = failing?;
+        inserted?;
+        let taken = taken?;
+        self.committing = true;
+        let (recounted, committed) =
+            future::join(recount(client, statements, &failing), client.batch_execute("commit"))
+                .await;
+        // The recount first: when it fails, the commit behind it has rolled back.
+        let recounted = recounted?;
+        committed?;
+        (self.open, self.committing) = (false, false);
+
+        let streaks = streaks(&shares, &failing, &recounted)?;
+        let seen = owned(&shares, &unseen);
+        self.ids.extend(taken);
+        self.saw(seen, batch.received);
+        Ok(Written { ids: ids.to_vec(), new_devices, streaks, ..Written::default() })
+    }
+
+    /// Finds out which events were reported before, and stores the others. `repeats` are those that
+    /// repeat an earlier one of the same batch.
+    async fn write_carefully(
         &mut self,
         batch: &Batch,
         ids: &[i64],
-        may_be_stored: bool,
+        repeats: &HashMap<usize, usize>,
     ) -> Result<Written, Error> {
         let Some(Session { connection, statements }) = &self.session else {
             return Ok(Written::default());
         };
         let client = &connection.client;
-        let order = batch.order();
-        let shares = batch.shares(&order);
         let received = batch.received.to_jiff();
+        let mut order = batch.order();
+        let all_shares = batch.shares(&order);
+        let unseen = self.devices_to_touch(batch, &all_shares);
+        let first_of_each =
+            (0..batch.events.len()).filter(|position| !repeats.contains_key(position));
+        let keys = KeyColumns::new(batch, first_of_each, ids);
 
-        let unseen = self.devices_to_touch(batch, &shares);
+        self.open = true;
+        client.batch_execute("begin").await?;
+        let new_devices = statements.upsert_devices(client, &unseen, received).await?;
+        keys.insert_new(client, statements, received).await?;
+        let kept = keys.find(client, statements).await?;
+        let mut written = resolve(batch, ids, repeats, &kept);
+
+        order.retain(|position| !written.is_duplicate(*position));
+        let shares = batch.shares(&order);
         let jobs = JobColumns::new(&shares);
-        let events = EventColumns::new(batch, &order, ids);
-        let wants_ids = self.ids.len() < ID_RESERVE;
-
-        let begin = client.batch_execute("begin");
-        let upsert_devices = async {
-            if unseen.is_empty() {
-                return Ok(Vec::new());
-            }
-            client.query(&statements.upsert_devices, &[&unseen, &received]).await
-        };
-        let upsert_jobs = jobs.upsert(client, &statements.upsert_jobs, &received);
-
-        let mut written = Written { ids: ids.to_vec(), ..Written::default() };
-        let (new_devices, failing) = if may_be_stored {
-            begin.await?;
-            let new_devices = upsert_devices.await?;
-            let failing = upsert_jobs.await?;
-            // The upserts have waited for the lost transaction's locks: it is over now.
-            let first = &batch.events[0];
-            let parameters: [&(dyn ToSql + Sync); 3] =
-                [&first.device_id.as_str(), &first.timestamp.to_jiff(), &ids[0]];
-            if client.query_one(&statements.is_stored, &parameters).await?.try_get(0)? {
-                client.batch_execute("rollback").await?;
-                return Ok(written);
-            }
-            events.insert(client, &statements.insert_events, &received).await?;
-            (new_devices, failing)
-        } else {
-            // Polled in this order, so sent in this order, without waiting for each other's answers.
-            let take_ids = async {
-                if wants_ids {
-                    client.query(&statements.take_ids, &[&ID_BLOCK]).await
-                } else {
-                    Ok(Vec::new())
-                }
-            };
-            let insert_events = events.insert(client, &statements.insert_events, &received);
-            let (begun, new_devices, failing, inserted, taken) =
-                future::join5(begin, upsert_devices, upsert_jobs, insert_events, take_ids).await;
-            begun?;
-            let (new_devices, failing) = (new_devices?, failing?);
-            inserted?;
-            self.ids.extend(column::<i64>(&taken?)?);
-            (new_devices, failing)
-        };
-
-        for row in &new_devices {
-            if let Ok(device_id) = DeviceId::new(row.try_get(0)?) {
-                written.new_devices.push(device_id);
-            }
-        }
-        let mut recounts: Vec<&JobShare<'_>> = Vec::new();
-        for row in &failing {
-            let Some((share, streak)) = find_share(&shares, row)? else { continue };
-            if streak < 0 {
-                recounts.push(share);
-            } else {
-                written.streaks.extend(share.streak(streak));
-            }
-        }
-        if !recounts.is_empty() {
-            written.streaks.extend(recount(client, &statements.recount_streaks, &recounts).await?);
-        }
-
-        let touched: Vec<DeviceId> = shares
-            .iter()
-            .filter(|share| unseen.contains(&share.device_id.as_str()))
-            .map(|share| share.device_id.clone())
-            .collect();
+        let failing = jobs.upsert(client, statements, received).await?;
+        EventColumns::new(batch, &order, ids).insert(client, statements, received).await?;
+        let recounted = recount(client, statements, &failing).await?;
         self.committing = true;
         client.batch_execute("commit").await?;
-        self.committing = false;
-        self.last_seen.extend(touched.into_iter().map(|device_id| (device_id, batch.received)));
+        (self.open, self.committing) = (false, false);
+
+        written.new_devices = new_devices;
+        written.streaks = streaks(&shares, &failing, &recounted)?;
+        let seen = owned(&all_shares, &unseen);
+        self.saw(seen, batch.received);
         Ok(written)
+    }
+
+    /// Whether a batch was stored by an attempt whose outcome was lost, and how.
+    async fn find_stored(&mut self, batch: &Batch, ids: &[i64]) -> Result<Option<Written>, Error> {
+        let Some(Session { connection, statements }) = &self.session else { return Ok(None) };
+        let client = &connection.client;
+        let received = batch.received.to_jiff();
+        let order = batch.order();
+        let shares = batch.shares(&order);
+        let repeats = batch.repeats();
+        let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
+        let device_ids: Vec<&str> = shares.iter().map(|share| share.device_id.as_str()).collect();
+
+        self.open = true;
+        client.batch_execute("begin").await?;
+        // Not for what they write: they wait for the lost transaction's locks, so that it is over.
+        statements.upsert_devices(client, &deduplicated(device_ids), received).await?;
+        keys.insert_new(client, statements, received).await?;
+        JobColumns::new(&shares).upsert(client, statements, received).await?;
+        let stored = EventColumns::new(batch, &order, ids).are_stored(client, statements).await?;
+        client.batch_execute("rollback").await?;
+        self.open = false;
+
+        if !stored {
+            return Ok(None);
+        }
+        let kept = keys.find(client, statements).await?;
+        Ok(Some(resolve(batch, ids, &repeats, &kept)))
     }
 
     /// The batch's devices that may be new, or whose `updated_at` is due, in byte-wise order.
     fn devices_to_touch<'a>(&self, batch: &Batch, shares: &[JobShare<'a>]) -> Vec<&'a str> {
         let due = batch.received.saturating_add_milliseconds(-LAST_SEEN_STEP_MILLISECONDS);
-        let mut devices: Vec<&str> = shares
+        let devices = shares
             .iter()
             .map(|share| share.device_id)
-            .filter(|device_id| self.last_seen.get(*device_id).is_none_or(|seen| *seen < due))
-            .map(DeviceId::as_str)
-            .collect();
-        devices.dedup();
-        devices
+            .filter(|device_id| self.last_seen.get(*device_id).is_none_or(|seen| *seen < due));
+        deduplicated(devices.map(DeviceId::as_str).collect())
+    }
+
+    fn saw(&mut self, devices: Vec<DeviceId>, received: Timestamp) {
+        self.last_seen.extend(devices.into_iter().map(|device_id| (device_id, received)));
     }
 
     /// Remembers that `batch` may be stored under `ids`.
@@ -347,13 +311,16 @@ impl PostgresEventWriter {
             // An idle connection that a restarted server has closed shows only now.
             return if attempt == 0 { Ok(()) } else { Err(store_error(error)) };
         }
-        if let Some(session) = &self.session {
+        if std::mem::take(&mut self.open)
+            && let Some(session) = &self.session
+        {
             let rollback = session.connection.client.batch_execute("rollback");
             if !matches!(tokio::time::timeout(WRITE_TIMEOUT, rollback).await, Ok(Ok(()))) {
                 self.session = None;
             }
         }
         let Some(code) = error.code().cloned() else { return Err(store_error(error)) };
+        self.disk_full = code == SqlState::DISK_FULL;
         let again = if code == SqlState::T_R_DEADLOCK_DETECTED
             || code == SqlState::T_R_SERIALIZATION_FAILURE
         {
@@ -362,6 +329,9 @@ impl PostgresEventWriter {
             // A device was deleted behind our back, perhaps after the deletion and this batch had
             // met in a deadlock: register it again.
             self.last_seen.clear();
+            attempt < RETRIES
+        } else if code == SqlState::UNIQUE_VIOLATION && names(&error, "event_keys_pkey") {
+            self.careful_batches = CAREFUL_BATCHES;
             attempt < RETRIES
         } else if code == SqlState::CHECK_VIOLATION && names_no_constraint(&error) {
             // The month's partition is missing after all: somebody has dropped or detached it.
@@ -385,24 +355,34 @@ impl EventWriter for PostgresEventWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
         let unsettled =
             self.unsettled.take().filter(|unsettled| Arc::ptr_eq(&unsettled.batch, batch));
-        let may_be_stored = unsettled.is_some();
+        let mut may_be_stored = unsettled.is_some();
         let mut ids = unsettled.map(|unsettled| unsettled.ids);
         if self.last_seen.len() > REMEMBERED_DEVICES {
             self.last_seen.clear();
         }
 
         for attempt in 0.. {
-            self.committing = false;
+            (self.open, self.committing) = (false, false);
             let reuses_session = self.session.is_some();
             let work = async {
                 self.prepare(batch).await?;
                 let ids = ids.get_or_insert_with(|| {
                     self.ids.drain(..batch.events.len()).collect::<Vec<_>>()
                 });
-                Ok::<_, StoreError>(self.transact(batch, ids, may_be_stored).await)
+                if may_be_stored {
+                    match self.find_stored(batch, ids).await {
+                        Ok(None) => may_be_stored = false,
+                        Ok(Some(written)) => return Ok(Ok(written)),
+                        Err(error) => return Ok(Err(error)),
+                    }
+                }
+                Ok::<_, StoreError>(self.transact(batch, ids).await)
             };
             let error = match tokio::time::timeout(WRITE_TIMEOUT, work).await {
-                Ok(Ok(Ok(written))) => return Ok(written),
+                Ok(Ok(Ok(written))) => {
+                    self.disk_full = false;
+                    return Ok(written);
+                }
                 Ok(Ok(Err(error))) if self.committing && is_connection_lost(&error) => {
                     StoreError::OutcomeUnknown(describe(&error))
                 }
@@ -438,8 +418,16 @@ impl EventWriter for PostgresEventWriter {
     async fn probe(&mut self) -> Result<(), StoreError> {
         self.connect().await?;
         let Some(session) = &self.session else { return Err(StoreError::Stopped) };
-        let alive = session.connection.client.batch_execute("select 1");
+        let client = &session.connection.client;
+        // Whoever has no room for events can still answer.
+        let alive = client.batch_execute(if self.disk_full { TAKE_ROOM } else { "select 1" });
         let result = match tokio::time::timeout(WRITE_TIMEOUT, alive).await {
+            // Not being allowed to make such a table says nothing about the disk.
+            Ok(Err(error))
+                if self.disk_full && error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) =>
+            {
+                client.batch_execute("rollback").await.map_err(store_error)
+            }
             Ok(result) => result.map_err(store_error),
             Err(_) => Err(StoreError::Unavailable(NO_ANSWER.into())),
         };
@@ -450,181 +438,68 @@ impl EventWriter for PostgresEventWriter {
     }
 }
 
-impl Statements {
-    async fn prepare(connection: &Connection) -> Result<Self, Error> {
-        let client = &connection.client;
-        Ok(Self {
-            take_ids: client.prepare(TAKE_IDS).await?,
-            upsert_devices: client.prepare(UPSERT_DEVICES).await?,
-            upsert_jobs: client.prepare(UPSERT_JOBS).await?,
-            insert_events: client.prepare(INSERT_EVENTS).await?,
-            recount_streaks: client.prepare(RECOUNT_STREAKS).await?,
-            is_stored: client.prepare(IS_STORED).await?,
-        })
-    }
-}
-
-/// The shares of a batch, a vector per column.
-struct JobColumns<'a> {
-    device_ids: Vec<&'a str>,
-    jobs: Vec<&'a str>,
-    total_syncs: Vec<i64>,
-    failed_syncs: Vec<i64>,
-    total_files_synced: Vec<i64>,
-    total_errors: Vec<i64>,
-    speed_sum: Vec<i64>,
-    speed_count: Vec<i64>,
-    first_sync: Vec<jiff::Timestamp>,
-    last_sync: Vec<jiff::Timestamp>,
-    last_success: Vec<Option<jiff::Timestamp>>,
-    last_failure: Vec<Option<jiff::Timestamp>>,
-    consecutive_failures: Vec<i64>,
-}
-
-impl<'a> JobColumns<'a> {
-    fn new(shares: &'a [JobShare<'a>]) -> Self {
-        let numbers = |of: fn(&JobFigures) -> i64| -> Vec<i64> {
-            shares.iter().map(|share| of(&share.figures)).collect()
-        };
-        let times = |of: fn(&JobFigures) -> Timestamp| -> Vec<jiff::Timestamp> {
-            shares.iter().map(|share| of(&share.figures).to_jiff()).collect()
-        };
-        let optional_times = |of: fn(&JobFigures) -> Option<Timestamp>| -> Vec<_> {
-            shares.iter().map(|share| of(&share.figures).map(Timestamp::to_jiff)).collect()
-        };
-        Self {
-            device_ids: shares.iter().map(|share| share.device_id.as_str()).collect(),
-            jobs: shares.iter().map(JobShare::job_key).collect(),
-            total_syncs: numbers(|figures| figures.total_syncs),
-            failed_syncs: numbers(|figures| figures.failed_syncs),
-            total_files_synced: numbers(|figures| figures.total_files_synced),
-            total_errors: numbers(|figures| figures.total_errors),
-            speed_sum: numbers(|figures| figures.speed_sum),
-            speed_count: numbers(|figures| figures.speed_count),
-            first_sync: times(|figures| figures.first_sync),
-            last_sync: times(|figures| figures.last_sync),
-            last_success: optional_times(|figures| figures.last_success),
-            last_failure: optional_times(|figures| figures.last_failure),
-            consecutive_failures: numbers(|figures| figures.consecutive_failures),
+/// Which events of a batch count, given what is kept under their event ids: those that are kept under
+/// their own id.
+fn resolve(
+    batch: &Batch,
+    ids: &[i64],
+    repeats: &HashMap<usize, usize>,
+    kept: &KeptEvents,
+) -> Written {
+    let mut written = Written { ids: ids.to_vec(), ..Written::default() };
+    for (position, event) in batch.events.iter().enumerate() {
+        let Some(event_id) = &event.event_id else { continue };
+        let key = (event.device_id.to_string(), event_id.to_string());
+        let Some((id, stored)) = kept.get(&key) else { continue };
+        if *id == ids[position] {
+            continue;
         }
+        // The batch's own first event is not always read back: it may not be inserted yet.
+        let own = repeats.get(&position).filter(|first| ids[**first] == *id);
+        let first = own.map(|first| batch.stored_event(*first, *id)).or_else(|| stored.clone());
+        written.ids[position] = *id;
+        written.duplicates.push(Duplicate { position, first });
     }
-
-    async fn upsert(
-        &self,
-        client: &Client,
-        statement: &Statement,
-        received: &jiff::Timestamp,
-    ) -> Result<Vec<Row>, Error> {
-        let parameters: [&(dyn ToSql + Sync); 14] = [
-            &self.device_ids,
-            &self.jobs,
-            &self.total_syncs,
-            &self.failed_syncs,
-            &self.total_files_synced,
-            &self.total_errors,
-            &self.speed_sum,
-            &self.speed_count,
-            &self.first_sync,
-            &self.last_sync,
-            &self.last_success,
-            &self.last_failure,
-            &self.consecutive_failures,
-            received,
-        ];
-        client.query(statement, &parameters).await
-    }
+    written
 }
 
-/// The events of a batch in the order in which rows are touched, a vector per column.
-struct EventColumns<'a> {
-    ids: Vec<i64>,
-    device_ids: Vec<&'a str>,
-    timestamps: Vec<jiff::Timestamp>,
-    total_files_synced: Vec<i32>,
-    total_errors: Vec<i32>,
-    internet_speed: Vec<Option<i64>>,
-    jobs: Vec<Option<&'a str>>,
-    durations: Vec<Option<i64>>,
-    bytes_synced: Vec<Option<i64>>,
-    metadata: Vec<Option<&'a str>>,
-}
-
-impl<'a> EventColumns<'a> {
-    fn new(batch: &'a Batch, order: &[usize], ids: &[i64]) -> Self {
-        let events = || order.iter().map(|position| &batch.events[*position]);
-        Self {
-            ids: order.iter().map(|position| ids[*position]).collect(),
-            device_ids: events().map(|event| event.device_id.as_str()).collect(),
-            timestamps: events().map(|event| event.timestamp.to_jiff()).collect(),
-            total_files_synced: events()
-                .map(|event| event.total_files_synced.cast_signed())
-                .collect(),
-            total_errors: events().map(|event| event.total_errors.cast_signed()).collect(),
-            internet_speed: events()
-                .map(|event| event.internet_speed.map(Mbps::hundredths))
-                .collect(),
-            jobs: events().map(|event| event.job.as_ref().map(JobName::as_str)).collect(),
-            durations: events()
-                .map(|event| event.duration.map(SyncDuration::milliseconds))
-                .collect(),
-            bytes_synced: events().map(|event| event.bytes_synced.map(u64::cast_signed)).collect(),
-            metadata: events().map(|event| event.metadata.as_ref().map(Metadata::as_str)).collect(),
-        }
-    }
-
-    async fn insert(
-        &self,
-        client: &Client,
-        statement: &Statement,
-        received: &jiff::Timestamp,
-    ) -> Result<u64, Error> {
-        let parameters: [&(dyn ToSql + Sync); 11] = [
-            &self.ids,
-            &self.device_ids,
-            &self.timestamps,
-            &self.total_files_synced,
-            &self.total_errors,
-            &self.internet_speed,
-            &self.jobs,
-            &self.durations,
-            &self.bytes_synced,
-            &self.metadata,
-            received,
-        ];
-        client.execute(statement, &parameters).await
-    }
-}
-
-/// Counts streaks among the stored events. The rows of `device_jobs` are locked.
-async fn recount(
-    client: &Client,
-    statement: &Statement,
-    shares: &[&JobShare<'_>],
+/// The streaks that a batch made or prolonged: as the upsert told, or as they were recounted.
+fn streaks(
+    shares: &[JobShare<'_>],
+    failing: &[Row],
+    recounted: &[Row],
 ) -> Result<Vec<FailureStreak>, Error> {
-    let device_ids: Vec<&str> = shares.iter().map(|share| share.device_id.as_str()).collect();
-    let jobs: Vec<&str> = shares.iter().map(|share| share.job_key()).collect();
     let mut streaks = Vec::new();
-    for row in client.query(statement, &[&device_ids, &jobs]).await? {
-        let (device_id, job): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
-        let share = shares
-            .iter()
-            .find(|share| share.device_id.as_str() == device_id && share.job_key() == job);
-        let streak = row.try_get(2)?;
-        streaks.extend(share.and_then(|share| share.streak(streak)));
+    for row in failing.iter().chain(recounted) {
+        let key: (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+        let count: i64 = row.try_get(2)?;
+        let found =
+            shares.binary_search_by(|share| (share.device_id.as_str(), share.job_key()).cmp(&key));
+        // Below zero it is among the recounted.
+        if let Ok(position) = found
+            && count >= 0
+        {
+            streaks.extend(shares[position].streak(count));
+        }
     }
     Ok(streaks)
 }
 
-/// The share that a row of [`UPSERT_JOBS`] is about, and its streak.
-fn find_share<'a, 'b>(
-    shares: &'a [JobShare<'b>],
-    row: &Row,
-) -> Result<Option<(&'a JobShare<'b>, i64)>, Error> {
-    let key: (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
-    let found =
-        shares.binary_search_by(|share| (share.device_id.as_str(), share.job_key()).cmp(&key));
-    let streak = row.try_get(2)?;
-    Ok(found.ok().map(|position| (&shares[position], streak)))
+/// Neighbours that are equal become one.
+fn deduplicated(mut device_ids: Vec<&str>) -> Vec<&str> {
+    device_ids.dedup();
+    device_ids
+}
+
+/// The devices of `shares` that are among `device_ids`; both are sorted.
+fn owned(shares: &[JobShare<'_>], device_ids: &[&str]) -> Vec<DeviceId> {
+    let mut devices: Vec<DeviceId> = shares
+        .iter()
+        .filter(|share| device_ids.binary_search(&share.device_id.as_str()).is_ok())
+        .map(|share| share.device_id.clone())
+        .collect();
+    devices.dedup();
+    devices
 }
 
 /// A row that no partition takes violates a check that has no name.
@@ -632,7 +507,7 @@ fn names_no_constraint(error: &Error) -> bool {
     error.as_db_error().is_some_and(|error| error.constraint().is_none())
 }
 
-/// The first column of rows.
-fn column<T: for<'a> FromSql<'a>>(rows: &[Row]) -> Result<Vec<T>, Error> {
-    rows.iter().map(|row| row.try_get(0)).collect()
+/// Whether the error is about this constraint.
+fn names(error: &Error, constraint: &str) -> bool {
+    error.as_db_error().is_some_and(|error| error.constraint() == Some(constraint))
 }

@@ -5,6 +5,7 @@ mod connection;
 mod keys;
 mod migrations;
 mod reads;
+mod verify;
 mod writer;
 
 use std::{
@@ -25,7 +26,8 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventWriter, FailureQuery,
-    FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory,
+    FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory, Verified,
+    verify::devices_of,
 };
 
 /// See the module.
@@ -101,6 +103,22 @@ impl Store for SqliteStore {
     ) -> Result<Option<u64>, StoreError> {
         let (device_id, by) = (device_id.clone(), *by);
         self.writer.call(move |connection| connection.delete_device(&device_id, &by)).await
+    }
+
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
+        self.writer.call(move |connection| connection.forget_event_ids(before)).await
+    }
+
+    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError> {
+        let after = after.map(str::to_owned);
+        let verified =
+            self.read(move |connection| verify::page(connection, after.as_deref())).await?;
+        if repair {
+            for device_id in devices_of(&verified.differences) {
+                self.writer.call(move |writer| verify::repair(writer, &device_id)).await?;
+            }
+        }
+        Ok(verified)
     }
 
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {

@@ -19,20 +19,25 @@ const SUMS: &str = "
     max(j.last_success), max(j.last_failure), max(j.consecutive_failures), max(j.last_received)
 ";
 
+/// What [`stored_event`] reads.
+pub(super) const EVENT_COLUMNS: &str = "
+    id, timestamp, total_files_synced, total_errors, internet_speed, job, duration, bytes_synced,
+    metadata, created_at, event_id
+";
+
 pub(super) fn sync_history(
     connection: &Connection,
     query: &HistoryQuery,
 ) -> rusqlite::Result<Option<SyncHistory>> {
-    const SELECT_EVENTS: &str = "
-        select id, timestamp, total_files_synced, total_errors, internet_speed, job, duration,
-               bytes_synced, metadata, created_at
-          from sync_events
-         where device = :device
-           and timestamp between :from and :until
-           and (:job is null or job = :job)
-         order by timestamp desc, id desc
-         limit :limit offset :offset
-    ";
+    let select_events = format!(
+        "select {EVENT_COLUMNS}
+           from sync_events
+          where device = :device
+            and timestamp between :from and :until
+            and (:job is null or job = :job)
+          order by timestamp desc, id desc
+          limit :limit offset :offset"
+    );
     const COUNT_EVENTS: &str = "
         select count(*)
           from sync_events
@@ -50,7 +55,7 @@ pub(super) fn sync_history(
     let until = query.until.unwrap_or(Timestamp::MAX).as_millisecond();
 
     let events = snapshot
-        .prepare_cached(SELECT_EVENTS)?
+        .prepare_cached(&select_events)?
         .query_map(
             named_params! {
                 ":device": device, ":from": from, ":until": until, ":job": job,
@@ -278,7 +283,7 @@ fn figures(row: &Row<'_>, first: usize) -> rusqlite::Result<Figures> {
     })
 }
 
-fn stored_event(row: &Row<'_>) -> rusqlite::Result<StoredEvent> {
+pub(super) fn stored_event(row: &Row<'_>) -> rusqlite::Result<StoredEvent> {
     let created_at = time(row, 9)?;
     Ok(StoredEvent {
         id: row.get(0)?,
@@ -292,6 +297,7 @@ fn stored_event(row: &Row<'_>) -> rusqlite::Result<StoredEvent> {
         metadata: row.get::<_, Option<String>>(8)?.and_then(stored_metadata),
         created_at,
         updated_at: created_at,
+        event_id: row.get(10)?,
     })
 }
 

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, thread};
 
 use async_trait::async_trait;
 use pisync_core::{
-    DeviceId, JobFigures, JobName, Mbps, Metadata, StreakCount, SyncDuration, SyncEvent, Timestamp,
+    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, StreakCount, SyncDuration, Timestamp,
 };
 use rusqlite::{
     CachedStatement, Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params,
@@ -14,10 +14,11 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     connection::store_error,
     keys,
-    reads::{device_number, optional_time, time},
+    reads::{EVENT_COLUMNS, device_number, optional_time, stored_event, time},
 };
 use crate::store::{
-    Actor, Batch, DeviceChange, EventWriter, StoreError, Written, keys::NewAuditEntry,
+    Actor, Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written,
+    keys::NewAuditEntry,
 };
 
 /// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
@@ -26,6 +27,12 @@ const WAITING_CALLS: usize = 64;
 
 /// Devices whose numbers are remembered, some 10 MiB of them. Beyond, all are forgotten and read again.
 const REMEMBERED_DEVICES: usize = 100_000;
+
+/// Event ids that are forgotten in one transaction, some 10 ms of work.
+const FORGOTTEN_AT_ONCE: u16 = 1_000;
+
+/// Room that must be on the disk before events are let in again: what a full batch of small events takes.
+const PROBE_BYTES: u32 = 4 << 20;
 
 type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 
@@ -84,21 +91,14 @@ impl EventWriter for SqliteEventWriter {
         self.thread.call(move |connection| connection.write(&batch)).await
     }
 
-    /// Takes the write lock and a little space in the log, so that a full disk shows.
     async fn probe(&mut self) -> Result<(), StoreError> {
-        self.thread
-            .call(|connection| {
-                connection.connection.execute_batch(
-                    "begin immediate; create table pisync_probe (x); drop table pisync_probe; commit",
-                )
-            })
-            .await
+        self.thread.call(WriteConnection::probe).await
     }
 }
 
 /// The connection, with what it remembers between transactions.
 pub(super) struct WriteConnection {
-    connection: Connection,
+    pub(super) connection: Connection,
     /// The numbers of devices, as far as committed.
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
@@ -109,7 +109,6 @@ impl WriteConnection {
     /// Stores a batch with its figures in one transaction.
     fn write(&mut self, batch: &Batch) -> rusqlite::Result<Written> {
         let order = batch.order();
-        let shares = batch.shares(&order);
         let mut written = Written::default();
 
         let transaction =
@@ -145,10 +144,14 @@ impl WriteConnection {
             }
         }
 
-        written.ids = insert_events(&transaction, batch, &numbers)?;
+        insert_events(&transaction, batch, &numbers, &mut written)?;
 
+        let mut counting = order;
+        if !written.duplicates.is_empty() {
+            counting.retain(|position| !written.is_duplicate(*position));
+        }
         let mut jobs = JobStatements::prepare(&transaction)?;
-        for share in &shares {
+        for share in &batch.shares(&counting) {
             let number = numbers[share.position];
             let figures = jobs.add(number, share.job_key(), &share.figures)?;
             written.streaks.extend(share.streak(figures.consecutive_failures));
@@ -216,6 +219,38 @@ impl WriteConnection {
         Ok(Some(events))
     }
 
+    pub(super) fn forget_event_ids(&mut self, before: Timestamp) -> rusqlite::Result<bool> {
+        const FORGET: &str = "
+            delete from event_keys
+             where (device, event_id) in (
+                       select device, event_id
+                         from event_keys
+                        where created_at < ?1
+                        order by created_at
+                        limit ?2
+                   )
+        ";
+        let forgotten =
+            self.connection.execute(FORGET, params![before.as_millisecond(), FORGOTTEN_AT_ONCE])?;
+        Ok(forgotten == usize::from(FORGOTTEN_AT_ONCE))
+    }
+
+    /// Takes the write lock and some room on the disk: on a full one a small transaction may still find
+    /// a place, and events would not.
+    fn probe(&mut self) -> rusqlite::Result<()> {
+        const TAKE_ROOM: &str = "
+            drop table if exists pisync_probe;
+            create table pisync_probe (room blob);
+        ";
+        let transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        transaction.execute_batch(TAKE_ROOM)?;
+        transaction.execute("insert into pisync_probe values (zeroblob(?1))", [PROBE_BYTES])?;
+        // Committed, or it would never be written.
+        transaction.commit()?;
+        self.connection.execute_batch("drop table pisync_probe")
+    }
+
     /// Copies the log into the file and empties it.
     pub(super) fn checkpoint(&mut self) -> rusqlite::Result<()> {
         self.connection.query_row("pragma wal_checkpoint(truncate)", [], |_| Ok(()))
@@ -242,21 +277,32 @@ fn find_or_add(
         .map(|number| (number, true))
 }
 
-/// Inserts a batch's events, whose devices have these `numbers`, and returns their ids.
+/// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
+/// before, and notes their ids.
 fn insert_events(
     transaction: &Transaction<'_>,
     batch: &Batch,
     numbers: &[i64],
-) -> rusqlite::Result<Vec<i64>> {
+    written: &mut Written,
+) -> rusqlite::Result<()> {
     const INSERT_EVENT: &str = "
         insert into sync_events (
             device, timestamp, total_files_synced, total_errors, internet_speed,
-            job, duration, bytes_synced, metadata, created_at
-        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+            job, duration, bytes_synced, metadata, created_at, event_id
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
     ";
     let mut insert = transaction.prepare_cached(INSERT_EVENT)?;
-    let insert_one = |(event, number): (&SyncEvent, &i64)| {
-        insert.insert(params![
+    let mut keys = EventKeys { transaction, statements: None };
+    written.ids.reserve_exact(batch.events.len());
+    for (position, (event, number)) in batch.events.iter().zip(numbers).enumerate() {
+        if let Some(event_id) = &event.event_id
+            && let Some(id) = keys.find(*number, event_id)?
+        {
+            written.ids.push(id);
+            written.duplicates.push(Duplicate { position, first: keys.event(id)? });
+            continue;
+        }
+        let id = insert.insert(params![
             number,
             event.timestamp.as_millisecond(),
             event.total_files_synced,
@@ -267,13 +313,60 @@ fn insert_events(
             event.bytes_synced.map(u64::cast_signed),
             event.metadata.as_ref().map(Metadata::as_str),
             batch.received.as_millisecond(),
-        ])
-    };
-    batch.events.iter().zip(numbers).map(insert_one).collect()
+            event.event_id.as_ref().map(EventId::as_str),
+        ])?;
+        written.ids.push(id);
+        if let Some(event_id) = &event.event_id {
+            keys.add(*number, event_id, id, batch.received)?;
+        }
+    }
+    Ok(())
+}
+
+/// The statements on `event_keys`, looked up when the first event of a batch has an id of its own.
+struct EventKeys<'a> {
+    transaction: &'a Transaction<'a>,
+    statements: Option<(CachedStatement<'a>, CachedStatement<'a>)>,
+}
+
+impl<'a> EventKeys<'a> {
+    fn statements(&mut self) -> rusqlite::Result<&mut (CachedStatement<'a>, CachedStatement<'a>)> {
+        const FIND: &str = "select id from event_keys where device = ?1 and event_id = ?2";
+        const ADD: &str = "
+            insert into event_keys (device, event_id, id, created_at) values (?1, ?2, ?3, ?4)
+        ";
+        let statements = match self.statements.take() {
+            Some(statements) => statements,
+            None => (self.transaction.prepare_cached(FIND)?, self.transaction.prepare_cached(ADD)?),
+        };
+        Ok(self.statements.insert(statements))
+    }
+
+    fn find(&mut self, device: i64, event_id: &EventId) -> rusqlite::Result<Option<i64>> {
+        let (find, _) = self.statements()?;
+        find.query_row(params![device, event_id.as_str()], |row| row.get(0)).optional()
+    }
+
+    fn add(
+        &mut self,
+        device: i64,
+        event_id: &EventId,
+        id: i64,
+        received: Timestamp,
+    ) -> rusqlite::Result<()> {
+        let (_, add) = self.statements()?;
+        add.execute(params![device, event_id.as_str(), id, received.as_millisecond()]).map(|_| ())
+    }
+
+    /// The event that was first reported, if it is still kept.
+    fn event(&self, id: i64) -> rusqlite::Result<Option<StoredEvent>> {
+        let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
+        self.transaction.prepare_cached(&select)?.query_row([id], stored_event).optional()
+    }
 }
 
 /// The statements on `device_jobs`, looked up once per batch.
-struct JobStatements<'a> {
+pub(super) struct JobStatements<'a> {
     select: CachedStatement<'a>,
     insert: CachedStatement<'a>,
     update: CachedStatement<'a>,
@@ -281,7 +374,7 @@ struct JobStatements<'a> {
 }
 
 impl<'a> JobStatements<'a> {
-    fn prepare(transaction: &'a Transaction<'_>) -> rusqlite::Result<Self> {
+    pub(super) fn prepare(transaction: &'a Transaction<'_>) -> rusqlite::Result<Self> {
         const SELECT: &str = "
             select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
                    first_sync, last_sync, last_success, last_failure, consecutive_failures,
@@ -318,7 +411,12 @@ impl<'a> JobStatements<'a> {
     }
 
     /// Adds `new` to what is stored of a job, whose events are already inserted, and returns the sum.
-    fn add(&mut self, device: i64, job: &str, new: &JobFigures) -> rusqlite::Result<JobFigures> {
+    pub(super) fn add(
+        &mut self,
+        device: i64,
+        job: &str,
+        new: &JobFigures,
+    ) -> rusqlite::Result<JobFigures> {
         let stored = self.select.query_row(params![device, job], job_figures).optional()?;
         let (figures, write) = match stored {
             None => (*new, &mut self.insert),
@@ -352,7 +450,7 @@ impl<'a> JobStatements<'a> {
     }
 }
 
-fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
+pub(super) fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
     Ok(JobFigures {
         total_syncs: row.get(0)?,
         failed_syncs: row.get(1)?,

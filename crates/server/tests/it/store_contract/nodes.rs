@@ -42,7 +42,11 @@ impl Numbers {
 }
 
 /// Writes many small batches as one node does and returns what it sent.
-async fn be_a_node(store: Arc<dyn Store>, seed: u64, batches: u32) -> Vec<(Timestamp, SyncEvent)> {
+pub(crate) async fn be_a_node(
+    store: Arc<dyn Store>,
+    seed: u64,
+    batches: u32,
+) -> Vec<(Timestamp, SyncEvent)> {
     let mut numbers = Numbers(seed);
     let mut writer = store.event_writer();
     let mut sent = Vec::new();

@@ -36,6 +36,7 @@ impl Report {
     fn event(&self, prefix: &str) -> SyncEvent {
         SyncEvent {
             device_id: device_id(&format!("{prefix}-{}", self.device)),
+            event_id: None,
             timestamp: at(self.second),
             total_files_synced: 3,
             total_errors: self.total_errors,

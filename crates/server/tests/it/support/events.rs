@@ -32,6 +32,7 @@ pub(crate) fn job_name(text: &str) -> JobName {
 pub(crate) fn success(device: &str, timestamp: Timestamp) -> SyncEvent {
     SyncEvent {
         device_id: device_id(device),
+        event_id: None,
         timestamp,
         total_files_synced: 1,
         total_errors: 0,

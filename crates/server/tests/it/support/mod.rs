@@ -6,5 +6,6 @@ pub(crate) mod postgres;
 pub(crate) mod program;
 pub(crate) mod proxy;
 pub(crate) mod server;
+pub(crate) mod small_disk;
 #[macro_use]
 pub(crate) mod store;

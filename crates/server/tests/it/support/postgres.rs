@@ -13,6 +13,8 @@ use std::{
 use pisync::store::{PostgresTarget, SslMode};
 use tokio_postgres::{Client, Config, NoTls};
 
+use super::small_disk::SmallDisk;
+
 /// For the shared server, whose data nobody misses. A deadlock is noticed at once instead of after a
 /// second; the time zone is one where a server that forgot to set its own is found out.
 const SHARED_SETTINGS: &str = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off \
@@ -66,8 +68,18 @@ impl PostgresServer {
         Self::create(DEDICATED_SETTINGS).unwrap_or_else(|problem| panic!("{problem}"))
     }
 
+    /// A server that sees a small disk.
+    pub(crate) fn with_small_disk(disk: &SmallDisk) -> Self {
+        Self::create_inside(DEDICATED_SETTINGS, &disk.entrance_of_user())
+            .unwrap_or_else(|problem| panic!("{problem}"))
+    }
+
     fn create(settings: &'static str) -> Result<Self, String> {
-        let mut watchdog = Watchdog::start(&binaries()?);
+        Self::create_inside(settings, &[])
+    }
+
+    fn create_inside(settings: &'static str, entrance: &[String]) -> Result<Self, String> {
+        let mut watchdog = Watchdog::start(&binaries()?, entrance);
         if !watchdog.order("create") {
             return Err(format!("initdb failed:\n{}", watchdog.log()));
         }
@@ -97,6 +109,16 @@ impl PostgresServer {
         assert!(watchdog.order(&order), "{}", watchdog.log());
     }
 
+    /// Stops the server's processes where they are: connections stay open, and nobody answers.
+    pub(crate) fn pause(&self) {
+        assert!(self.watchdog().order("pause"));
+    }
+
+    /// Lets a paused server go on.
+    pub(crate) fn resume(&self) {
+        assert!(self.watchdog().order("resume"));
+    }
+
     fn watchdog(&self) -> MutexGuard<'_, Watchdog> {
         self.watchdog.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,9 +145,11 @@ impl PostgresServer {
 }
 
 impl Watchdog {
-    fn start(binaries: &Path) -> Self {
+    fn start(binaries: &Path, entrance: &[String]) -> Self {
         let folder = tempfile::Builder::new().prefix("pisync-postgres-").tempdir().unwrap().keep();
-        let mut process = Command::new("sh")
+        let mut words = entrance.iter().map(String::as_str).chain(["sh"]);
+        let mut process = Command::new(words.next().unwrap_or("sh"))
+            .args(words)
             .args(["-c", include_str!("watchdog.sh"), "watchdog"])
             .arg(&folder)
             .arg(binaries)
@@ -190,7 +214,7 @@ fn binaries() -> Result<PathBuf, String> {
         })
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     Command::new("id").arg("-u").output().unwrap().stdout == b"0\n"
 }
 

@@ -11,10 +11,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pisync::store::Target;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::http::Client;
+use super::{
+    http::Client,
+    small_disk::SmallDisk,
+    store::{Fixture, TestDatabase},
+};
 
 /// No command may take longer, however loaded the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -23,18 +28,29 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Program {
     folder: TempDir,
     environment: Vec<(String, String)>,
+    /// What the command line begins with.
+    entrance: Vec<String>,
 }
 
 impl Program {
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("pisync-program-").tempdir().unwrap();
-        Self { folder, environment: Vec::new() }
+        Self { folder, environment: Vec::new(), entrance: Vec::new() }
     }
 
     /// With another environment variable.
     #[expect(clippy::needless_pass_by_value, reason = "short to write down")]
     pub(crate) fn with(mut self, name: &str, value: impl ToString) -> Self {
         self.environment.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// With sight of a small disk.
+    pub(crate) fn with_small_disk(mut self, disk: &SmallDisk) -> Self {
+        self.entrance = disk.entrance();
+        // Who enters leaves the working directory behind.
+        let folder = self.folder.path().to_str().unwrap().to_owned();
+        self.entrance.extend(["env".to_owned(), "--chdir".to_owned(), folder]);
         self
     }
 
@@ -61,7 +77,10 @@ impl Program {
     }
 
     fn start(&self, arguments: &[&str]) -> Running {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_pisync"))
+        let program = env!("CARGO_BIN_EXE_pisync");
+        let mut words = self.entrance.iter().map(String::as_str).chain([program]);
+        let mut child = Command::new(words.next().unwrap_or(program))
+            .args(words)
             .args(arguments)
             .current_dir(self.folder.path())
             .env_clear()
@@ -233,5 +252,44 @@ impl Ended {
         assert_eq!(self.code(), 1, "{self:?}");
         assert_eq!(self.stderr.lines().count(), 1, "{self:?}");
         self.stderr.trim_end().strip_prefix("pisync: ").expect("the program's name")
+    }
+}
+
+/// A program, and a database that it is told of.
+pub(crate) struct Installed {
+    pub(crate) program: Program,
+    pub(crate) database: TestDatabase,
+}
+
+impl Fixture for Installed {
+    async fn prepare(database: TestDatabase) -> Self {
+        let program = Program::new()
+            .with("DATABASE_URL", url(&database.target))
+            .with("PORT", 0)
+            .with("RATE_LIMIT_SYNC_PER_MINUTE", 0)
+            .with("RATE_LIMIT_API_PER_MINUTE", 0);
+        Self { program, database }
+    }
+
+    fn into_database(self) -> TestDatabase {
+        self.database
+    }
+}
+
+impl Installed {
+    pub(crate) fn is_postgres(&self) -> bool {
+        matches!(self.database.target, Target::Postgres(_))
+    }
+}
+
+/// The database as `DATABASE_URL` names it.
+pub(crate) fn url(target: &Target) -> String {
+    match target {
+        Target::Sqlite(path) => format!("sqlite:{}", path.display()),
+        Target::Postgres(target) => {
+            let config = &target.config;
+            let (port, name) = (config.get_ports()[0], config.get_dbname().unwrap());
+            format!("postgres://{}@127.0.0.1:{port}/{name}", config.get_user().unwrap())
+        }
     }
 }

@@ -117,6 +117,7 @@ fn settings(target: Target) -> Settings {
         target,
         migrations_dir: "/nonexistent".into(),
         auto_migrate: true,
+        event_id_retention_days: 90,
         http: HttpSettings {
             auth: AuthMode::Auto,
             max_clock_skew_seconds: 300,

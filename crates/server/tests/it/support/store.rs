@@ -11,7 +11,9 @@ use std::{
 use pisync::{
     keys::{self, KeyWish},
     random::Randomness,
-    store::{self, Actor, EventWriter, Scope, Store, Target, Via, migrations::Migrator},
+    store::{
+        self, Actor, EventWriter, JobDifference, Scope, Store, Target, Via, migrations::Migrator,
+    },
 };
 use tempfile::TempDir;
 
@@ -202,6 +204,27 @@ impl Fixture for TestDatabase {
     fn into_database(self) -> TestDatabase {
         self
     }
+}
+
+/// Recounts all figures and gives those that are not what the events add up to.
+pub(crate) async fn differences(store: &dyn Store, repair: bool) -> Vec<JobDifference> {
+    let (mut found, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.verify(after.as_deref(), repair).await.unwrap();
+        found.extend(page.differences);
+        after = page.next;
+        if after.is_none() {
+            return found;
+        }
+    }
+}
+
+/// All figures must be what the events add up to.
+#[track_caller]
+pub(crate) fn assert_right(differences: &[JobDifference]) {
+    let figures: Vec<_> =
+        differences.iter().map(|job| (&job.device_id, &job.job, job.figures())).collect();
+    assert!(figures.is_empty(), "{figures:#?}");
 }
 
 /// An open store in a database with the current schema.

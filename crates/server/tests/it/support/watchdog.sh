@@ -30,6 +30,20 @@ create() {
     run initdb --locale-provider=icu --icu-locale=en-US "$@" || run initdb "$@"
 }
 
+# Sends a signal to all processes of the server, the one that starts the others first.
+signal() {
+    main=$(head -n 1 "$folder/data/postmaster.pid") || return
+    kill -s "$1" "$main"
+    for status in /proc/[0-9]*/status; do
+        parent=$(sed -n 's/^PPid:[[:space:]]*//p' "$status" 2>/dev/null)
+        if [ "$parent" = "$main" ]; then
+            process=${status#/proc/}
+            kill -s "$1" "${process%/status}"
+        fi
+    done
+    return 0
+}
+
 if [ -n "$user" ]; then
     chown "$user" "$folder"
 fi
@@ -39,10 +53,13 @@ while read -r order argument settings; do
         create) create ;;
         start) run pg_ctl start -w -t 60 -D "$folder/data" -l "$folder/server.log" \
                    -o "-p $argument -k $folder $settings" ;;
+        pause) signal STOP ;;
+        resume) signal CONT ;;
         stop) run pg_ctl stop -w -t 60 -D "$folder/data" -m "$argument" ;;
     esac
     echo $?
 done
 
+signal CONT 2>/dev/null
 run pg_ctl stop -w -t 60 -D "$folder/data" -m immediate
 rm -rf "$folder"

@@ -1,0 +1,401 @@
+//! Cutting a stream of many events into single ones while it arrives: a JSON array, or one JSON value
+//! per line (NDJSON). Memory stays bounded by one event, whatever is sent.
+//!
+//! What lies between commas is found by counting brackets outside strings, not by reading values: an
+//! event that is no JSON shows when it is read by [`crate::SyncEvent::from_json`].
+
+use std::fmt;
+
+/// The largest single event, in bytes of its JSON text: as large as a body with one event may be.
+pub const MAX_EVENT_BYTES: usize = 64 << 10;
+
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// How events follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `[{…}, {…}]`
+    Array,
+    /// One per line; blank lines are passed over.
+    Lines,
+}
+
+/// What was found in the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// The text of one value.
+    Event(&'a [u8]),
+    /// One that is longer than [`MAX_EVENT_BYTES`] and was not kept.
+    TooLong,
+}
+
+/// Why a stream is no array.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StreamError {
+    /// It begins with something else.
+    NotAnArray,
+    /// It is broken after so many bytes.
+    Broken {
+        /// What was expected instead.
+        expected: &'static str,
+        /// Bytes read before.
+        offset: u64,
+    },
+}
+
+impl fmt::Display for StreamError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAnArray => formatter.write_str("not an array"),
+            Self::Broken { expected, offset } => {
+                write!(formatter, "expected {expected} after {offset} bytes")
+            }
+        }
+    }
+}
+
+/// Where the reading stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing has been read but a part of the byte order mark.
+    Start { mark: usize },
+    /// After `[`.
+    First,
+    /// After a comma.
+    Next,
+    /// Within a value.
+    Value(Value),
+    /// After a value.
+    After,
+    /// After `]`.
+    End,
+}
+
+/// How a value ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Value {
+    /// Where the brackets are closed.
+    Brackets { depth: u32, in_string: bool, escaped: bool },
+    /// At the quotation mark.
+    String { escaped: bool },
+    /// Before a comma, a bracket or white space.
+    Word,
+    /// At the end of the line.
+    Line,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct EventSplitter {
+    format: Format,
+    state: State,
+    /// The beginning of a value whose end has not arrived.
+    pending: Vec<u8>,
+    too_long: bool,
+    offset: u64,
+}
+
+impl EventSplitter {
+    /// At the beginning of a stream.
+    #[must_use]
+    pub fn new(format: Format) -> Self {
+        Self {
+            format,
+            state: State::Start { mark: 0 },
+            pending: Vec::new(),
+            too_long: false,
+            offset: 0,
+        }
+    }
+
+    /// Takes the next bytes and hands every value that is complete with them to `each`, until that
+    /// fails.
+    ///
+    /// # Errors
+    /// What is wrong with the stream, or what `each` says.
+    pub fn push<E: From<StreamError>>(
+        &mut self,
+        mut bytes: &[u8],
+        each: &mut impl FnMut(Piece<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        while let Some(&byte) = bytes.first() {
+            match self.state {
+                State::Value(value) => {
+                    let (taken, state) = self.continue_value(value, bytes);
+                    let (here, rest) = bytes.split_at(taken);
+                    if state == State::After {
+                        self.complete(here, each)?;
+                    } else {
+                        self.keep(here);
+                    }
+                    self.state = state;
+                    self.offset += taken as u64;
+                    bytes = rest;
+                }
+                state => {
+                    self.state = self.between_values(state, byte)?;
+                    // The first byte of a value belongs to it.
+                    if !matches!(self.state, State::Value(_)) {
+                        self.offset += 1;
+                        bytes = &bytes[1..];
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that nothing follows.
+    ///
+    /// # Errors
+    /// When an array is not closed, or what `each` says of the last line.
+    pub fn finish<E: From<StreamError>>(
+        mut self,
+        each: &mut impl FnMut(Piece<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match (self.format, self.state) {
+            (Format::Array, State::End) | (Format::Lines, State::Start { .. } | State::After) => {
+                Ok(())
+            }
+            (Format::Lines, _) => self.complete(&[], each),
+            (Format::Array, State::Start { .. }) => Err(StreamError::NotAnArray.into()),
+            (Format::Array, _) => Err(self.broken("the end of the array").into()),
+        }
+    }
+
+    /// The state after a byte outside values. When it becomes [`State::Value`], the byte is the
+    /// value's first.
+    fn between_values(&self, state: State, byte: u8) -> Result<State, StreamError> {
+        let is_space = matches!(byte, b' ' | b'\t' | b'\n' | b'\r');
+        Ok(match (state, byte) {
+            (State::Start { mark }, _) if BYTE_ORDER_MARK.get(mark) == Some(&byte) => {
+                State::Start { mark: mark + 1 }
+            }
+            _ if is_space => state,
+            _ if self.format == Format::Lines => State::Value(Value::Line),
+            (State::Start { .. }, b'[') => State::First,
+            (State::Start { .. }, _) => return Err(StreamError::NotAnArray),
+            (State::First | State::After, b']') => State::End,
+            (State::After, b',') => State::Next,
+            (State::After, _) => return Err(self.broken("a comma or the end of the array")),
+            (State::End, _) => return Err(self.broken("nothing more")),
+            (_, b'{' | b'[') => {
+                State::Value(Value::Brackets { depth: 0, in_string: false, escaped: false })
+            }
+            (_, b'"') => State::Value(Value::String { escaped: true }),
+            (_, b',' | b']' | b'}') => return Err(self.broken("a value")),
+            _ => State::Value(Value::Word),
+        })
+    }
+
+    /// Goes on through a value: how many of `bytes` belong to it, and the state after them.
+    fn continue_value(&self, mut value: Value, bytes: &[u8]) -> (usize, State) {
+        for (position, &byte) in bytes.iter().enumerate() {
+            match &mut value {
+                Value::Line if byte == b'\n' => return (position, State::After),
+                Value::Line => {}
+                Value::Word
+                    if matches!(byte, b',' | b']' | b'}' | b' ' | b'\t' | b'\n' | b'\r') =>
+                {
+                    return (position, State::After);
+                }
+                Value::Word => {}
+                // The opening quotation mark counts as escaped: it does not end the string.
+                Value::String { escaped } => match byte {
+                    _ if *escaped => *escaped = false,
+                    b'\\' => *escaped = true,
+                    b'"' => return (position + 1, State::After),
+                    _ => {}
+                },
+                Value::Brackets { depth, in_string, escaped } => match byte {
+                    _ if *escaped => *escaped = false,
+                    b'\\' if *in_string => *escaped = true,
+                    b'"' => *in_string = !*in_string,
+                    _ if *in_string => {}
+                    b'{' | b'[' => *depth = depth.saturating_add(1),
+                    b'}' | b']' => {
+                        *depth = depth.saturating_sub(1);
+                        if *depth == 0 {
+                            return (position + 1, State::After);
+                        }
+                    }
+                    _ => {}
+                },
+            }
+        }
+        (bytes.len(), State::Value(value))
+    }
+
+    /// Remembers a part of a value.
+    fn keep(&mut self, part: &[u8]) {
+        if self.too_long || self.pending.len() + part.len() > MAX_EVENT_BYTES {
+            self.too_long = true;
+            self.pending = Vec::new();
+        } else {
+            self.pending.extend_from_slice(part);
+        }
+    }
+
+    /// Hands over a value whose last part is `part`.
+    fn complete<E>(
+        &mut self,
+        part: &[u8],
+        each: &mut impl FnMut(Piece<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.pending.is_empty() && !self.too_long && part.len() <= MAX_EVENT_BYTES {
+            return each(Piece::Event(part));
+        }
+        self.keep(part);
+        if std::mem::take(&mut self.too_long) {
+            return each(Piece::TooLong);
+        }
+        let result = each(Piece::Event(&self.pending));
+        self.pending.clear();
+        result
+    }
+
+    fn broken(&self, expected: &'static str) -> StreamError {
+        StreamError::Broken { expected, offset: self.offset }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value as Json;
+
+    use super::*;
+
+    /// The pieces of `text`, which arrives in chunks of `size` bytes.
+    fn split(format: Format, text: &[u8], size: usize) -> Result<Vec<String>, StreamError> {
+        let mut pieces = Vec::new();
+        let mut each = |piece: Piece<'_>| {
+            pieces.push(match piece {
+                Piece::Event(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+                Piece::TooLong => "too long".to_owned(),
+            });
+            Ok::<_, StreamError>(())
+        };
+        let mut splitter = EventSplitter::new(format);
+        for chunk in text.chunks(size) {
+            splitter.push(chunk, &mut each)?;
+        }
+        splitter.finish(&mut each)?;
+        Ok(pieces)
+    }
+
+    #[test]
+    fn arrays() {
+        for (text, expected) in [
+            ("[]", vec![]),
+            ("\u{feff} [ ] ", vec![]),
+            ("[{}]", vec!["{}"]),
+            (
+                r#" [ {"a":"]},{\""} ,[1,[2]], "x\",", 1e5,null ] "#,
+                vec![r#"{"a":"]},{\""}"#, "[1,[2]]", r#""x\",""#, "1e5", "null"],
+            ),
+        ] {
+            for size in 1..text.len() + 1 {
+                let pieces = split(Format::Array, text.as_bytes(), size);
+                assert_eq!(
+                    pieces.as_deref(),
+                    Ok(&expected.iter().map(ToString::to_string).collect::<Vec<_>>()[..]),
+                    "{text}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn broken_arrays() {
+        for text in [
+            "[",
+            "[1",
+            "[1,",
+            "[1,]",
+            "[,1]",
+            "[1 2]",
+            "[1]]",
+            "[1]x",
+            "[{]",
+            "[}",
+            "[\"",
+            "[{\"a\":\"}]",
+        ] {
+            assert!(
+                matches!(split(Format::Array, text.as_bytes(), 1), Err(StreamError::Broken { .. })),
+                "{text}"
+            );
+        }
+        for text in ["", " ", "{}", "1", "\u{feff}", "x["] {
+            assert_eq!(
+                split(Format::Array, text.as_bytes(), 1),
+                Err(StreamError::NotAnArray),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn lines() {
+        for (text, expected) in [
+            ("", vec![]),
+            ("\n\r\n \n", vec![]),
+            ("{}", vec!["{}"]),
+            ("\u{feff}{\"a\":1}\r\n\n  {\"b\": 2}\nx", vec!["{\"a\":1}\r", "{\"b\": 2}", "x"]),
+        ] {
+            for size in 1..text.len() + 1 {
+                let pieces = split(Format::Lines, text.as_bytes(), size).unwrap();
+                assert_eq!(pieces, expected, "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn long_values_are_not_kept() {
+        let long = "x".repeat(MAX_EVENT_BYTES + 1);
+        let longest = "x".repeat(MAX_EVENT_BYTES);
+        for size in [1000, usize::MAX >> 1] {
+            let lines =
+                split(Format::Lines, format!("{long}\n{longest}\n1").as_bytes(), size).unwrap();
+            assert_eq!(lines, ["too long", &longest, "1"]);
+            let array = split(Format::Array, format!("[\"{long}\",1]").as_bytes(), size).unwrap();
+            assert_eq!(array, ["too long", "1"]);
+        }
+    }
+
+    fn json() -> impl Strategy<Value = Json> {
+        let leaf = prop_oneof![
+            Just(Json::Null),
+            any::<i64>().prop_map(Json::from),
+            ".{0,12}".prop_map(Json::from),
+        ];
+        leaf.prop_recursive(3, 16, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Json::from),
+                prop::collection::hash_map(".{0,4}", inner, 0..4)
+                    .prop_map(|fields| Json::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_values_in_any_chunks(values in prop::collection::vec(json(), 0..6), size in 1usize..40) {
+            let expected: Vec<String> = values.iter().map(ToString::to_string).collect();
+            let array = Json::from(values).to_string();
+            prop_assert_eq!(split(Format::Array, array.as_bytes(), size), Ok(expected.clone()));
+            let lines = expected.join("\n");
+            prop_assert_eq!(split(Format::Lines, lines.as_bytes(), size), Ok(expected));
+        }
+
+        /// Whatever arrives: no panic, and the chunks make no difference.
+        #[test]
+        fn chunks_make_no_difference(text in r#"[\[\]{}",\\ a1\n]{0,24}"#, size in 1usize..8) {
+            for format in [Format::Array, Format::Lines] {
+                let whole = split(format, text.as_bytes(), usize::MAX >> 1);
+                prop_assert_eq!(split(format, text.as_bytes(), size), whole);
+            }
+        }
+    }
+}

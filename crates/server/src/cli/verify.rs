@@ -1,0 +1,85 @@
+//! `pisync verify`: are the figures what the raw events add up to?
+
+use clap::Args;
+
+use crate::{
+    config::{DatabaseArgs, MigrationArgs},
+    store::{self, JobDifference, Verified, migrations::Migrator},
+};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Works beside running servers. Events that other programs wrote into the
+database count after --repair.
+
+Exit status: 0 when all figures are right or were repaired, 1 when some are
+not.")]
+pub(super) struct VerifyCommand {
+    /// Write what the events add up to wherever figures differ
+    #[arg(long)]
+    repair: bool,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+}
+
+pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
+    let target = command.database.target().map_err(|error| error.to_string())?;
+    let migrations = Migrator::new(&target, &command.migrations.migrations_dir).await;
+    let pending = match migrations {
+        Ok(mut migrator) => migrator.check().await,
+        Err(error) => Err(error),
+    };
+    let pending = pending.map_err(|error| error.to_string())?;
+    if !pending.is_empty() {
+        // Opening an SQLite file that is not there would make it.
+        return Err(format!(
+            "{target} has pending migrations: {}; run `pisync migrate up` first",
+            pending.join(", ")
+        ));
+    }
+    let store = store::open(&target).await.map_err(|error| error.to_string())?;
+
+    let mut sum = Verified::default();
+    let (mut differing_jobs, mut after) = (0_u64, None);
+    loop {
+        let page = store.verify(after.as_deref(), command.repair).await;
+        let page = page.map_err(|error| error.to_string())?;
+        sum.devices += page.devices;
+        sum.events += page.events;
+        sum.nameless_devices += page.nameless_devices;
+        differing_jobs += page.differences.len() as u64;
+        page.differences.iter().for_each(print);
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    let repaired = if differing_jobs > 0 && command.repair { " (repaired)" } else { "" };
+    println!(
+        "devices: {}, events: {}, jobs that differ: {differing_jobs}{repaired}",
+        sum.devices, sum.events
+    );
+    if sum.nameless_devices > 0 {
+        return Err(format!(
+            "there are events or figures of {} devices that are not registered; delete those rows, or insert the devices",
+            sum.nameless_devices
+        ));
+    }
+    if differing_jobs > 0 && !command.repair {
+        return Err("some figures are wrong; repair them with `pisync verify --repair`".to_owned());
+    }
+    Ok(())
+}
+
+/// A line for each figure that differs.
+fn print(difference: &JobDifference) {
+    let job = difference.job.as_ref().map_or(String::new(), |job| format!(", job {job}"));
+    for figure in difference.figures() {
+        println!(
+            "{}{job}: {} is {}, recounted {}",
+            difference.device_id, figure.figure, figure.stored, figure.recounted
+        );
+    }
+}

@@ -1,0 +1,461 @@
+//! Ingest's statements and their parameters: a batch goes into a statement as one array per column.
+
+use std::collections::HashMap;
+
+use pisync_core::{
+    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, Timestamp,
+};
+use tokio_postgres::{
+    Client, Error, Row, Statement,
+    types::{FromSql, ToSql},
+};
+
+use super::reads::{EVENT_COLUMNS, stored_event};
+use crate::store::{Batch, StoredEvent, batch::JobShare};
+
+const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";
+
+/// Answers the devices that are new. A row is new when no transaction has locked or replaced a version
+/// of it before: its `xmax` is 0.
+const UPSERT_DEVICES: &str = "
+    with upserted as (
+        insert into devices (device_id, created_at, updated_at)
+        select device_id, $2, $2
+          from unnest($1::text[]) as batch (device_id)
+            on conflict (device_id) do update
+               set updated_at = greatest(devices.updated_at, excluded.updated_at)
+        returning device_id, xmax = 0 as is_new
+    )
+    select device_id from upserted where is_new
+";
+
+/// Answers the jobs that are failing, with -1 for a streak that must be recounted. The rule is that of
+/// `pisync_core::JobFigures::add`.
+const UPSERT_JOBS: &str = "
+    with upserted as (
+        insert into device_jobs as stored (
+            device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
+            speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
+            last_received
+        )
+        select batch.*, $14
+          from unnest(
+                   $1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[],
+                   $7::bigint[], $8::bigint[], $9::timestamptz[], $10::timestamptz[],
+                   $11::timestamptz[], $12::timestamptz[], $13::bigint[]
+               ) as batch
+            on conflict (device_id, job) do update
+               set total_syncs        = stored.total_syncs + excluded.total_syncs,
+                   failed_syncs       = stored.failed_syncs + excluded.failed_syncs,
+                   total_files_synced = stored.total_files_synced + excluded.total_files_synced,
+                   total_errors       = stored.total_errors + excluded.total_errors,
+                   speed_sum          = stored.speed_sum + excluded.speed_sum,
+                   speed_count        = stored.speed_count + excluded.speed_count,
+                   first_sync         = least(stored.first_sync, excluded.first_sync),
+                   last_sync          = greatest(stored.last_sync, excluded.last_sync),
+                   last_success       = greatest(stored.last_success, excluded.last_success),
+                   last_failure       = greatest(stored.last_failure, excluded.last_failure),
+                   last_received      = greatest(stored.last_received, excluded.last_received),
+                   consecutive_failures = case
+                       when excluded.last_success > coalesce(stored.last_success, '-infinity') then
+                           case
+                               when stored.last_failure > excluded.last_success then -1
+                               else excluded.consecutive_failures
+                           end
+                       when excluded.last_failure is null
+                         or excluded.last_failure <= stored.last_success then
+                           stored.consecutive_failures
+                       when excluded.first_sync > coalesce(stored.last_success, '-infinity') then
+                           stored.consecutive_failures + excluded.consecutive_failures
+                       else -1
+                   end
+        returning device_id, job, consecutive_failures
+    )
+    select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0
+";
+
+const INSERT_EVENTS: &str = "
+    insert into sync_events (
+        id, device_id, timestamp, total_files_synced, total_errors, internet_speed, job,
+        duration_seconds, bytes_synced, metadata, event_id, created_at, updated_at
+    )
+    select id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths * 0.01, job,
+           duration_milliseconds * 0.001, bytes_synced, metadata, event_id, $12, $12
+      from unnest(
+               $1::bigint[], $2::text[], $3::timestamptz[], $4::integer[], $5::integer[],
+               $6::bigint[], $7::text[], $8::bigint[], $9::bigint[], $10::text[], $11::text[]
+           ) as batch (
+               id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths, job,
+               duration_milliseconds, bytes_synced, metadata, event_id
+           )
+";
+
+/// The rule is that of [`pisync_core::StreakCount::Recount`].
+const RECOUNT_STREAKS: &str = "
+    update device_jobs stored
+       set consecutive_failures = (
+               select count(*)
+                 from sync_events event
+                where event.device_id = stored.device_id
+                  and coalesce(event.job, '') = stored.job
+                  and event.total_errors > 0
+                  and event.timestamp > coalesce(stored.last_success, '-infinity')
+           )
+      from unnest($1::text[], $2::text[]) as batch (device_id, job)
+     where stored.device_id = batch.device_id and stored.job = batch.job
+    returning stored.device_id, stored.job, stored.consecutive_failures
+";
+
+/// Fails when an event was reported before, which is rare, and costs least when it was not.
+const INSERT_KEYS: &str = "
+    insert into event_keys (device_id, event_id, id, timestamp, created_at)
+    select batch.*, $5
+      from unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[]) as batch
+";
+
+/// Whose the keys are that are there already, this statement cannot see: one after it does, in a later
+/// snapshot.
+const INSERT_NEW_KEYS: &str = "
+    insert into event_keys (device_id, event_id, id, timestamp, created_at)
+    select batch.*, $5
+      from unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[]) as batch
+        on conflict do nothing
+";
+
+fn find_keys_statement() -> String {
+    format!(
+        "select key.device_id, key.event_id, key.id, {EVENT_COLUMNS}
+           from unnest($1::text[], $2::text[]) as batch (device_id, event_id)
+           join event_keys key using (device_id, event_id)
+           left join sync_events event
+             on event.device_id = key.device_id
+            and event.timestamp = key.timestamp
+            and event.id = key.id"
+    )
+}
+
+/// Whether any of a batch's events is stored: then all are.
+const ARE_STORED: &str = "
+    select exists (
+        select
+          from unnest($1::text[], $2::timestamptz[], $3::bigint[]) as batch (device_id, timestamp, id)
+          join sync_events using (device_id, timestamp, id)
+    )
+";
+
+/// The statements as the server has parsed them.
+pub(super) struct Statements {
+    take_ids: Statement,
+    upsert_devices: Statement,
+    upsert_jobs: Statement,
+    insert_events: Statement,
+    recount_streaks: Statement,
+    insert_keys: Statement,
+    insert_new_keys: Statement,
+    find_keys: Statement,
+    are_stored: Statement,
+}
+
+impl Statements {
+    pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
+        Ok(Self {
+            take_ids: client.prepare(TAKE_IDS).await?,
+            upsert_devices: client.prepare(UPSERT_DEVICES).await?,
+            upsert_jobs: client.prepare(UPSERT_JOBS).await?,
+            insert_events: client.prepare(INSERT_EVENTS).await?,
+            recount_streaks: client.prepare(RECOUNT_STREAKS).await?,
+            insert_keys: client.prepare(INSERT_KEYS).await?,
+            insert_new_keys: client.prepare(INSERT_NEW_KEYS).await?,
+            find_keys: client.prepare(&find_keys_statement()).await?,
+            are_stored: client.prepare(ARE_STORED).await?,
+        })
+    }
+
+    pub(super) async fn take_ids(&self, client: &Client, count: i64) -> Result<Vec<i64>, Error> {
+        column(&client.query(&self.take_ids, &[&count]).await?)
+    }
+
+    /// Registers devices or moves their `updated_at` on; answers the new ones.
+    pub(super) async fn upsert_devices(
+        &self,
+        client: &Client,
+        device_ids: &[&str],
+        received: jiff::Timestamp,
+    ) -> Result<Vec<DeviceId>, Error> {
+        if device_ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = client.query(&self.upsert_devices, &[&device_ids, &received]).await?;
+        let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
+        rows.iter().filter_map(|row| device_id(row).transpose()).collect()
+    }
+}
+
+/// The shares of a batch, a vector per column.
+pub(super) struct JobColumns<'a> {
+    device_ids: Vec<&'a str>,
+    jobs: Vec<&'a str>,
+    total_syncs: Vec<i64>,
+    failed_syncs: Vec<i64>,
+    total_files_synced: Vec<i64>,
+    total_errors: Vec<i64>,
+    speed_sum: Vec<i64>,
+    speed_count: Vec<i64>,
+    first_sync: Vec<jiff::Timestamp>,
+    last_sync: Vec<jiff::Timestamp>,
+    last_success: Vec<Option<jiff::Timestamp>>,
+    last_failure: Vec<Option<jiff::Timestamp>>,
+    consecutive_failures: Vec<i64>,
+}
+
+impl<'a> JobColumns<'a> {
+    pub(super) fn new(shares: &'a [JobShare<'a>]) -> Self {
+        let numbers = |of: fn(&JobFigures) -> i64| -> Vec<i64> {
+            shares.iter().map(|share| of(&share.figures)).collect()
+        };
+        let times = |of: fn(&JobFigures) -> Timestamp| -> Vec<jiff::Timestamp> {
+            shares.iter().map(|share| of(&share.figures).to_jiff()).collect()
+        };
+        let optional_times = |of: fn(&JobFigures) -> Option<Timestamp>| -> Vec<_> {
+            shares.iter().map(|share| of(&share.figures).map(Timestamp::to_jiff)).collect()
+        };
+        Self {
+            device_ids: shares.iter().map(|share| share.device_id.as_str()).collect(),
+            jobs: shares.iter().map(JobShare::job_key).collect(),
+            total_syncs: numbers(|figures| figures.total_syncs),
+            failed_syncs: numbers(|figures| figures.failed_syncs),
+            total_files_synced: numbers(|figures| figures.total_files_synced),
+            total_errors: numbers(|figures| figures.total_errors),
+            speed_sum: numbers(|figures| figures.speed_sum),
+            speed_count: numbers(|figures| figures.speed_count),
+            first_sync: times(|figures| figures.first_sync),
+            last_sync: times(|figures| figures.last_sync),
+            last_success: optional_times(|figures| figures.last_success),
+            last_failure: optional_times(|figures| figures.last_failure),
+            consecutive_failures: numbers(|figures| figures.consecutive_failures),
+        }
+    }
+
+    /// Adds the shares; answers the jobs that are failing, with -1 for a streak to be recounted.
+    pub(super) async fn upsert(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<Vec<Row>, Error> {
+        if self.device_ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let parameters: [&(dyn ToSql + Sync); 14] = [
+            &self.device_ids,
+            &self.jobs,
+            &self.total_syncs,
+            &self.failed_syncs,
+            &self.total_files_synced,
+            &self.total_errors,
+            &self.speed_sum,
+            &self.speed_count,
+            &self.first_sync,
+            &self.last_sync,
+            &self.last_success,
+            &self.last_failure,
+            &self.consecutive_failures,
+            &received,
+        ];
+        client.query(&statements.upsert_jobs, &parameters).await
+    }
+}
+
+/// Recounts the streaks that the upsert could not tell, given its answer; answers those jobs.
+pub(super) async fn recount(
+    client: &Client,
+    statements: &Statements,
+    failing: &[Row],
+) -> Result<Vec<Row>, Error> {
+    let mut device_ids: Vec<&str> = Vec::new();
+    let mut jobs: Vec<&str> = Vec::new();
+    for row in failing {
+        if row.try_get::<_, i64>(2)? < 0 {
+            device_ids.push(row.try_get(0)?);
+            jobs.push(row.try_get(1)?);
+        }
+    }
+    if device_ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    client.query(&statements.recount_streaks, &[&device_ids, &jobs]).await
+}
+
+/// The events of a batch in the order in which rows are touched, a vector per column.
+pub(super) struct EventColumns<'a> {
+    ids: Vec<i64>,
+    device_ids: Vec<&'a str>,
+    timestamps: Vec<jiff::Timestamp>,
+    total_files_synced: Vec<i32>,
+    total_errors: Vec<i32>,
+    internet_speed: Vec<Option<i64>>,
+    jobs: Vec<Option<&'a str>>,
+    durations: Vec<Option<i64>>,
+    bytes_synced: Vec<Option<i64>>,
+    metadata: Vec<Option<&'a str>>,
+    event_ids: Vec<Option<&'a str>>,
+}
+
+impl<'a> EventColumns<'a> {
+    pub(super) fn new(batch: &'a Batch, order: &[usize], ids: &[i64]) -> Self {
+        let events = || order.iter().map(|position| &batch.events[*position]);
+        Self {
+            ids: order.iter().map(|position| ids[*position]).collect(),
+            device_ids: events().map(|event| event.device_id.as_str()).collect(),
+            timestamps: events().map(|event| event.timestamp.to_jiff()).collect(),
+            total_files_synced: events()
+                .map(|event| event.total_files_synced.cast_signed())
+                .collect(),
+            total_errors: events().map(|event| event.total_errors.cast_signed()).collect(),
+            internet_speed: events()
+                .map(|event| event.internet_speed.map(Mbps::hundredths))
+                .collect(),
+            jobs: events().map(|event| event.job.as_ref().map(JobName::as_str)).collect(),
+            durations: events()
+                .map(|event| event.duration.map(SyncDuration::milliseconds))
+                .collect(),
+            bytes_synced: events().map(|event| event.bytes_synced.map(u64::cast_signed)).collect(),
+            metadata: events().map(|event| event.metadata.as_ref().map(Metadata::as_str)).collect(),
+            event_ids: events().map(|event| event.event_id.as_ref().map(EventId::as_str)).collect(),
+        }
+    }
+
+    pub(super) async fn insert(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<u64, Error> {
+        if self.ids.is_empty() {
+            return Ok(0);
+        }
+        let parameters: [&(dyn ToSql + Sync); 12] = [
+            &self.ids,
+            &self.device_ids,
+            &self.timestamps,
+            &self.total_files_synced,
+            &self.total_errors,
+            &self.internet_speed,
+            &self.jobs,
+            &self.durations,
+            &self.bytes_synced,
+            &self.metadata,
+            &self.event_ids,
+            &received,
+        ];
+        client.execute(&statements.insert_events, &parameters).await
+    }
+
+    /// Whether the events were stored by an earlier attempt.
+    pub(super) async fn are_stored(
+        &self,
+        client: &Client,
+        statements: &Statements,
+    ) -> Result<bool, Error> {
+        client
+            .query_one(&statements.are_stored, &[&self.device_ids, &self.timestamps, &self.ids])
+            .await?
+            .try_get(0)
+    }
+}
+
+/// The event ids of those events of a batch that have one, in byte-wise order, a vector per column.
+pub(super) struct KeyColumns<'a> {
+    device_ids: Vec<&'a str>,
+    event_ids: Vec<&'a str>,
+    ids: Vec<i64>,
+    timestamps: Vec<jiff::Timestamp>,
+}
+
+impl<'a> KeyColumns<'a> {
+    /// Those at `positions` of the batch.
+    pub(super) fn new(
+        batch: &'a Batch,
+        positions: impl Iterator<Item = usize>,
+        ids: &[i64],
+    ) -> Self {
+        let mut keyed: Vec<(&str, &str, usize)> = positions
+            .filter_map(|position| {
+                let event = &batch.events[position];
+                let event_id = event.event_id.as_ref()?;
+                Some((event.device_id.as_str(), event_id.as_str(), position))
+            })
+            .collect();
+        keyed.sort_unstable();
+        Self {
+            device_ids: keyed.iter().map(|(device_id, ..)| *device_id).collect(),
+            event_ids: keyed.iter().map(|(_, event_id, _)| *event_id).collect(),
+            ids: keyed.iter().map(|(.., position)| ids[*position]).collect(),
+            timestamps: keyed
+                .iter()
+                .map(|(.., position)| batch.events[*position].timestamp.to_jiff())
+                .collect(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    fn parameters<'b>(&'b self, received: &'b jiff::Timestamp) -> [&'b (dyn ToSql + Sync); 5] {
+        [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, received]
+    }
+
+    /// Inserts them; fails when one is there already.
+    pub(super) async fn insert(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<u64, Error> {
+        if self.is_empty() {
+            return Ok(0);
+        }
+        client.execute(&statements.insert_keys, &self.parameters(&received)).await
+    }
+
+    /// Inserts those that are not there yet.
+    pub(super) async fn insert_new(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<u64, Error> {
+        if self.is_empty() {
+            return Ok(0);
+        }
+        client.execute(&statements.insert_new_keys, &self.parameters(&received)).await
+    }
+
+    /// What is kept under these keys.
+    pub(super) async fn find(
+        &self,
+        client: &Client,
+        statements: &Statements,
+    ) -> Result<KeptEvents, Error> {
+        let mut kept = HashMap::new();
+        if self.is_empty() {
+            return Ok(kept);
+        }
+        for row in client.query(&statements.find_keys, &[&self.device_ids, &self.event_ids]).await?
+        {
+            let is_there = row.try_get::<_, Option<i64>>(3)?.is_some();
+            let event = if is_there { Some(stored_event(&row, 3)?) } else { None };
+            kept.insert((row.try_get(0)?, row.try_get(1)?), (row.try_get(2)?, event));
+        }
+        Ok(kept)
+    }
+}
+
+/// By device and event id: the first event's id, and the event if it is still kept.
+pub(super) type KeptEvents = HashMap<(String, String), (i64, Option<StoredEvent>)>;
+
+/// The first column of rows.
+fn column<T: for<'a> FromSql<'a>>(rows: &[Row]) -> Result<Vec<T>, Error> {
+    rows.iter().map(|row| row.try_get(0)).collect()
+}

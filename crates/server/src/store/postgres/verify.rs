@@ -1,0 +1,212 @@
+//! Recounting figures from raw events: a page of devices in one snapshot, a repair in one short transaction
+//! per device. Both work without the usual limits of time: a long history takes as long as
+//! it takes, and no request waits for it.
+
+use deadpool_postgres::Object;
+use pisync_core::{JobFigures, Timestamp};
+use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState};
+
+use crate::store::verify::{PAGE_DEVICES, Recount, Verified, page_length};
+
+/// How often the repair of a device that met a deadlock is tried again.
+const RETRIES: u32 = 5;
+
+const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
+
+/// A page: the devices after $1 up to $2, those that are not registered included; null means no bound.
+const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
+
+/// What the events that `filter` finds add up to.
+fn recounted(filter: &str) -> String {
+    format!(
+        "with counted as (
+            select device_id, coalesce(job, '') as job,
+                   count(*) as total_syncs,
+                   count(*) filter (where total_errors > 0) as failed_syncs,
+                   sum(total_files_synced)::bigint as total_files_synced,
+                   sum(total_errors)::bigint as total_errors,
+                   coalesce(sum(internet_speed * 100), 0)::bigint as speed_sum,
+                   count(internet_speed) as speed_count,
+                   min(timestamp) as first_sync,
+                   max(timestamp) as last_sync,
+                   max(timestamp) filter (where total_errors <= 0) as last_success,
+                   max(timestamp) filter (where total_errors > 0) as last_failure,
+                   max(created_at) as last_received
+              from sync_events
+             where {filter}
+             group by device_id, coalesce(job, '')
+         )
+         select device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
+                speed_count, first_sync, last_sync, last_success, last_failure,
+                case when last_failure > coalesce(last_success, '-infinity') then (
+                    select count(*)
+                      from sync_events event
+                     where event.device_id = counted.device_id
+                       and coalesce(event.job, '') = counted.job
+                       and event.total_errors > 0
+                       and event.timestamp > coalesce(counted.last_success, '-infinity')
+                ) else 0 end as consecutive_failures,
+                last_received
+           from counted"
+    )
+}
+
+/// Recounts the page of devices after `after`.
+pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result<Verified, Error> {
+    const DEVICES: &str = "
+        select d.device_id,
+               (select coalesce(sum(total_syncs), 0)::bigint
+                  from device_jobs j where j.device_id = d.device_id)
+          from devices d
+         where $1::text is null or d.device_id > $1
+         order by d.device_id
+         limit $2
+    ";
+    let stored = format!(
+        "select device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
+                speed_count, first_sync, last_sync, last_success, last_failure,
+                consecutive_failures, last_received
+           from device_jobs
+          where {PAGE}"
+    );
+    let snapshot = connection
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await?;
+    snapshot.batch_execute(NO_TIME_LIMIT).await?;
+    let devices = snapshot.query(DEVICES, &[&after, &i64::from(PAGE_DEVICES)]).await?;
+    let events: Vec<i64> = devices.iter().map(|row| row.try_get(1)).collect::<Result<_, _>>()?;
+    let length = page_length(events.into_iter()).min(devices.len());
+    let is_last = length == devices.len() && devices.len() < PAGE_DEVICES as usize;
+    let next: Option<String> = match devices.get(length.saturating_sub(1)) {
+        Some(row) if !is_last => row.try_get(0)?,
+        _ => None,
+    };
+
+    let mut figures = Recount::default();
+    for row in snapshot.query(&stored, &[&after, &next]).await? {
+        figures.stored(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
+    }
+    for row in snapshot.query(&recounted(PAGE), &[&after, &next]).await? {
+        figures.recounted(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
+    }
+    Ok(Verified {
+        devices: length as u64,
+        events: figures.events(),
+        differences: figures.differences(),
+        // Here events carry the device's name.
+        nameless_devices: 0,
+        next,
+    })
+}
+
+/// Writes what the events of a device add up to in the place of its figures, and registers it if need be.
+pub(super) async fn repair(connection: &mut Object, device_id: &str) -> Result<(), Error> {
+    let mut attempt = 0;
+    loop {
+        match try_repair(connection, device_id).await {
+            Err(error)
+                if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempt < RETRIES =>
+            {
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn try_repair(connection: &mut Object, device_id: &str) -> Result<(), Error> {
+    const REGISTER_DEVICE: &str = "
+        insert into devices (device_id, created_at, updated_at)
+        select $1::text, min(created_at), max(created_at)
+          from sync_events
+         where device_id = $1 and not exists (select from devices where device_id = $1)
+        having count(*) > 0
+            on conflict (device_id) do nothing
+    ";
+    const LOCK_DEVICE: &str = "select from devices where device_id = $1 for key share";
+    // Empty figures, so that there is a row to lock: a server that stores the job's first event at the same
+    // moment has its row here, or waits for ours.
+    const ADD_JOBS: &str = "
+        insert into device_jobs (
+            device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
+            speed_count, first_sync, last_sync, consecutive_failures, last_received
+        )
+        select device_id, coalesce(job, ''), 0, 0, 0, 0, 0, 0, min(timestamp), min(timestamp), 0,
+               min(created_at)
+          from sync_events
+         where device_id = $1
+         group by device_id, coalesce(job, '')
+         order by device_id, coalesce(job, '')
+            on conflict (device_id, job) do nothing
+    ";
+    const LOCK_JOBS: &str =
+        "select job from device_jobs where device_id = $1 order by job for update";
+    const REMOVE_JOBS: &str = "
+        delete from device_jobs stored
+         where device_id = $1
+           and job = any($2::text[])
+           and not exists (
+               select from sync_events event
+                where event.device_id = $1 and coalesce(event.job, '') = stored.job
+           )
+    ";
+    let write_figures = format!(
+        "update device_jobs stored
+            set total_syncs = recounted.total_syncs,
+                failed_syncs = recounted.failed_syncs,
+                total_files_synced = recounted.total_files_synced,
+                total_errors = recounted.total_errors,
+                speed_sum = recounted.speed_sum,
+                speed_count = recounted.speed_count,
+                first_sync = recounted.first_sync,
+                last_sync = recounted.last_sync,
+                last_success = recounted.last_success,
+                last_failure = recounted.last_failure,
+                consecutive_failures = recounted.consecutive_failures,
+                last_received = recounted.last_received
+           from ({}) recounted
+          where stored.device_id = $1 and stored.job = any($2::text[]) and stored.job = recounted.job",
+        recounted("device_id = $1")
+    );
+
+    let transaction = connection.transaction().await?;
+    transaction.batch_execute(NO_TIME_LIMIT).await?;
+    transaction.execute(REGISTER_DEVICE, &[&device_id]).await?;
+    // In the order in which servers lock: the device, then its jobs.
+    if transaction.query_opt(LOCK_DEVICE, &[&device_id]).await?.is_none() {
+        // Somebody has deleted it meanwhile.
+        return Ok(());
+    }
+    transaction.execute(ADD_JOBS, &[&device_id]).await?;
+    let locked = transaction.query(LOCK_JOBS, &[&device_id]).await?;
+    let jobs: Vec<&str> = locked.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+    // Later statements see what others had committed before we got the locks; who comes after waits. A job
+    // that another server has made since is not ours to touch.
+    transaction.execute(REMOVE_JOBS, &[&device_id, &jobs]).await?;
+    transaction.execute(&write_figures, &[&device_id, &jobs]).await?;
+    transaction.commit().await
+}
+
+fn job_figures(row: &Row) -> Result<JobFigures, Error> {
+    let time = |column| row.try_get(column).map(Timestamp::truncate);
+    let optional_time = |column| -> Result<Option<Timestamp>, Error> {
+        Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
+    };
+    Ok(JobFigures {
+        total_syncs: row.try_get(2)?,
+        failed_syncs: row.try_get(3)?,
+        total_files_synced: row.try_get(4)?,
+        total_errors: row.try_get(5)?,
+        speed_sum: row.try_get(6)?,
+        speed_count: row.try_get(7)?,
+        first_sync: time(8)?,
+        last_sync: time(9)?,
+        last_success: optional_time(10)?,
+        last_failure: optional_time(11)?,
+        consecutive_failures: row.try_get(12)?,
+        last_received: time(13)?,
+    })
+}

@@ -1,0 +1,185 @@
+//! Recounting figures from raw events: a page of devices in one read transaction, a repair in one short
+//! write transaction per device.
+
+use std::collections::BTreeMap;
+
+use pisync_core::{JobFigures, Timestamp};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+
+use super::{
+    reads::time,
+    writer::{JobStatements, WriteConnection, job_figures},
+};
+use crate::store::verify::{PAGE_DEVICES, Recount, Verified, page_length};
+
+/// Recounts the page of devices after `after`.
+pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Result<Verified> {
+    const DEVICES: &str = "
+        select d.id, d.device_id,
+               (select ifnull(sum(total_syncs), 0) from device_jobs where device = d.id)
+          from devices d
+         where ?1 is null or d.device_id > ?1
+         order by d.device_id
+         limit ?2
+    ";
+    const STORED: &str = "
+        select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
+               first_sync, last_sync, last_success, last_failure, consecutive_failures,
+               last_received, job
+          from device_jobs
+         where device = ?1
+    ";
+    let snapshot = connection.unchecked_transaction()?;
+    let devices: Vec<(i64, String, i64)> = snapshot
+        .prepare_cached(DEVICES)?
+        .query_map(params![after, PAGE_DEVICES], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    let length = page_length(devices.iter().map(|(_, _, events)| *events)).min(devices.len());
+    let is_last = length == devices.len() && devices.len() < PAGE_DEVICES as usize;
+    let devices = &devices[..length];
+
+    let mut figures = Recount::default();
+    for (number, device_id, _) in devices {
+        let mut stored = snapshot.prepare_cached(STORED)?;
+        let mut rows = stored.query([number])?;
+        while let Some(row) = rows.next()? {
+            figures.stored(device_id.clone(), row.get(12)?, job_figures(row)?);
+        }
+        for (job, recounted) in recount(&snapshot, *number)? {
+            figures.recounted(device_id.clone(), job, recounted);
+        }
+    }
+    Ok(Verified {
+        devices: devices.len() as u64,
+        events: figures.events(),
+        differences: figures.differences(),
+        nameless_devices: if is_last { nameless_devices(&snapshot)? } else { 0 },
+        next: devices.last().filter(|_| !is_last).map(|(_, device_id, _)| device_id.clone()),
+    })
+}
+
+/// Writes what the events of a device add up to in the place of its figures.
+pub(super) fn repair(writer: &mut WriteConnection, device_id: &str) -> rusqlite::Result<()> {
+    // Nothing can be written between the counting and the writing.
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let number: Option<i64> = transaction
+        .query_row("select id from devices where device_id = ?1", [device_id], |row| row.get(0))
+        .optional()?;
+    // Somebody may have deleted it meanwhile.
+    let Some(number) = number else { return Ok(()) };
+    let recounted = recount(&transaction, number)?;
+    transaction.execute("delete from device_jobs where device = ?1", [number])?;
+    let mut jobs = JobStatements::prepare(&transaction)?;
+    for (job, figures) in &recounted {
+        jobs.add(number, job, figures)?;
+    }
+    drop(jobs);
+    transaction.commit()
+}
+
+/// What each job of a device adds up to. Events pass one by one, in the order of their dates, so that
+/// neither a long history nor a streak takes memory.
+fn recount(
+    transaction: &Transaction<'_>,
+    device: i64,
+) -> rusqlite::Result<BTreeMap<String, JobFigures>> {
+    const EVENTS: &str = "
+        select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at
+          from sync_events
+         where device = ?1
+         order by timestamp
+    ";
+    let mut jobs = BTreeMap::new();
+    let mut events = transaction.prepare_cached(EVENTS)?;
+    let mut rows = events.query([device])?;
+    while let Some(row) = rows.next()? {
+        let event = Event {
+            total_files_synced: row.get(1)?,
+            total_errors: row.get(2)?,
+            speed: row.get(3)?,
+            timestamp: time(row, 4)?,
+            received: time(row, 5)?,
+        };
+        let job: String = row.get(0)?;
+        event.count_into(jobs.entry(job).or_insert_with(|| event.nothing_yet()));
+    }
+    Ok(jobs)
+}
+
+/// What of an event counts. Foreign SQL may have written it, so ranges are not taken for granted.
+struct Event {
+    total_files_synced: i64,
+    total_errors: i64,
+    speed: Option<i64>,
+    timestamp: Timestamp,
+    received: Timestamp,
+}
+
+impl Event {
+    fn nothing_yet(&self) -> JobFigures {
+        JobFigures {
+            total_syncs: 0,
+            failed_syncs: 0,
+            total_files_synced: 0,
+            total_errors: 0,
+            speed_sum: 0,
+            speed_count: 0,
+            first_sync: self.timestamp,
+            last_sync: self.timestamp,
+            last_success: None,
+            last_failure: None,
+            consecutive_failures: 0,
+            last_received: self.received,
+        }
+    }
+
+    /// Adds an event that is dated after, or at the same instant as, all that were added before.
+    fn count_into(&self, figures: &mut JobFigures) {
+        let add = |sum: &mut i64, number| *sum = sum.saturating_add(number);
+        add(&mut figures.total_syncs, 1);
+        add(&mut figures.total_files_synced, self.total_files_synced);
+        add(&mut figures.total_errors, self.total_errors);
+        if let Some(speed) = self.speed {
+            add(&mut figures.speed_sum, speed);
+            add(&mut figures.speed_count, 1);
+        }
+        figures.last_sync = self.timestamp;
+        figures.last_received = figures.last_received.max(self.received);
+        if self.total_errors > 0 {
+            figures.failed_syncs += 1;
+            figures.last_failure = Some(self.timestamp);
+            // A success at the same instant ends the streak, whichever comes first.
+            if Some(self.timestamp) > figures.last_success {
+                figures.consecutive_failures += 1;
+            }
+        } else {
+            figures.last_success = Some(self.timestamp);
+            figures.consecutive_failures = 0;
+        }
+    }
+}
+
+/// How many devices are only a number: their row is gone, or never was.
+fn nameless_devices(transaction: &Transaction<'_>) -> rusqlite::Result<u64> {
+    // From device to device through the index, rather than over all events.
+    const COUNT: &str = "
+        with recursive reporting (device) as (
+            select min(device) from sync_events
+            union all
+            select (select min(device) from sync_events where device > reporting.device)
+              from reporting
+             where reporting.device is not null
+        )
+        select count(*)
+          from (
+              select device from reporting where device is not null
+              union
+              select device from device_jobs
+              except
+              select id from devices
+          )
+    ";
+    let count: i64 = transaction.query_row(COUNT, [], |row| row.get(0))?;
+    Ok(count.cast_unsigned())
+}

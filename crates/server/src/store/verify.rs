@@ -1,0 +1,150 @@
+//! What a recount of raw events finds. Here alone is decided what of a job's figures can be compared;
+//! the stores only read, count and write.
+
+use std::collections::BTreeMap;
+
+use pisync_core::{JobFigures, Timestamp};
+
+/// Devices that are looked at in one transaction, at most.
+pub(super) const PAGE_DEVICES: u32 = 256;
+
+/// Events that are counted in one transaction, unless one device alone has more: a second's work, so that
+/// the snapshot keeps neither SQLite's log from being emptied nor PostgreSQL from cleaning up.
+pub(super) const PAGE_EVENTS: i64 = 200_000;
+
+/// What came of recounting one page of devices.
+#[derive(Debug, Default)]
+pub struct Verified {
+    /// Devices looked at.
+    pub devices: u64,
+    /// Events counted.
+    pub events: u64,
+    /// Jobs whose stored figures are not what their events add up to; all of a device's jobs are on the
+    /// same page.
+    pub differences: Vec<JobDifference>,
+    /// Devices that the store has only a number of, although there are events or figures of them: SQL
+    /// that did not mind the foreign keys left them. They cannot be repaired here.
+    pub nameless_devices: u64,
+    /// Where the next page begins: after this device. `None` after the last page.
+    pub next: Option<String>,
+}
+
+/// A job whose stored figures are not what its events add up to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobDifference {
+    /// Whose job.
+    pub device_id: String,
+    /// Which; `None` for events that name no job.
+    pub job: Option<String>,
+    /// What the store has, if it knows the job.
+    pub stored: Option<JobFigures>,
+    /// What the events add up to, if there are any.
+    pub recounted: Option<JobFigures>,
+}
+
+/// One figure that differs, in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FigureDifference {
+    /// Its column in `device_jobs`.
+    pub figure: &'static str,
+    /// What the store has.
+    pub stored: String,
+    /// What the events add up to.
+    pub recounted: String,
+}
+
+impl JobDifference {
+    /// Each figure that differs.
+    #[must_use]
+    pub fn figures(&self) -> Vec<FigureDifference> {
+        let (stored, recounted) = (columns(self.stored), columns(self.recounted));
+        let pairs = stored.into_iter().zip(recounted);
+        pairs
+            .filter(|((_, stored), (_, recounted))| stored != recounted)
+            .map(|((figure, stored), (_, recounted))| FigureDifference {
+                figure,
+                stored,
+                recounted,
+            })
+            .collect()
+    }
+}
+
+/// The stored and the recounted figures of jobs, by device and job.
+#[derive(Default)]
+pub(super) struct Recount(BTreeMap<(String, String), (Option<JobFigures>, Option<JobFigures>)>);
+
+impl Recount {
+    pub(super) fn stored(&mut self, device_id: String, job: String, figures: JobFigures) {
+        self.0.entry((device_id, job)).or_default().0 = Some(figures);
+    }
+
+    pub(super) fn recounted(&mut self, device_id: String, job: String, figures: JobFigures) {
+        self.0.entry((device_id, job)).or_default().1 = Some(figures);
+    }
+
+    /// How many events were counted.
+    pub(super) fn events(&self) -> u64 {
+        let recounted = self.0.values().filter_map(|(_, recounted)| recounted.as_ref());
+        recounted.map(|figures| figures.total_syncs.cast_unsigned()).sum()
+    }
+
+    pub(super) fn differences(self) -> Vec<JobDifference> {
+        // All raw events are kept, so that every figure must be what they add up to.
+        let differs =
+            |(stored, recounted): &(Option<JobFigures>, Option<JobFigures>)| stored != recounted;
+        self.0
+            .into_iter()
+            .filter(|(_, figures)| differs(figures))
+            .map(|((device_id, job), (stored, recounted))| JobDifference {
+                device_id,
+                job: (!job.is_empty()).then_some(job),
+                stored,
+                recounted,
+            })
+            .collect()
+    }
+}
+
+/// The devices that need repair, each once.
+pub(super) fn devices_of(differences: &[JobDifference]) -> Vec<String> {
+    let mut devices: Vec<_> =
+        differences.iter().map(|difference| difference.device_id.clone()).collect();
+    devices.dedup();
+    devices
+}
+
+/// How many of these devices, given with their stored numbers of events, make a page: at least one.
+pub(super) fn page_length(events: impl Iterator<Item = i64>) -> usize {
+    let mut sum = 0_i64;
+    let fits = events.take_while(|events| {
+        sum = sum.saturating_add(*events);
+        sum <= PAGE_EVENTS
+    });
+    fits.count().max(1)
+}
+
+/// Figures by the name of their column, in words.
+fn columns(figures: Option<JobFigures>) -> [(&'static str, String); 12] {
+    let number = |of: fn(&JobFigures) -> i64| {
+        figures.as_ref().map_or_else(|| "none".to_owned(), |figures| of(figures).to_string())
+    };
+    let time = |of: fn(&JobFigures) -> Option<Timestamp>| {
+        let time = figures.as_ref().and_then(of);
+        time.map_or_else(|| "none".to_owned(), |time| time.to_string())
+    };
+    [
+        ("total_syncs", number(|figures| figures.total_syncs)),
+        ("failed_syncs", number(|figures| figures.failed_syncs)),
+        ("total_files_synced", number(|figures| figures.total_files_synced)),
+        ("total_errors", number(|figures| figures.total_errors)),
+        ("speed_sum", number(|figures| figures.speed_sum)),
+        ("speed_count", number(|figures| figures.speed_count)),
+        ("first_sync", time(|figures| Some(figures.first_sync))),
+        ("last_sync", time(|figures| Some(figures.last_sync))),
+        ("last_success", time(|figures| figures.last_success)),
+        ("last_failure", time(|figures| figures.last_failure)),
+        ("consecutive_failures", number(|figures| figures.consecutive_failures)),
+        ("last_received", time(|figures| Some(figures.last_received))),
+    ]
+}

@@ -1,0 +1,260 @@
+//! `pisync verify`: figures are held against the raw events, also behind a server's back and beside one
+//! that is writing.
+
+use std::sync::Arc;
+
+use pisync::store::{self, JobDifference};
+use serde_json::json;
+
+use crate::{
+    store_contract::nodes::be_a_node,
+    support::{
+        events::{at, failure, now, of_job, success, write},
+        http::{event, with},
+        program::Installed,
+        store::{TestStore, assert_right, differences},
+    },
+};
+
+both_stores!(
+    what_ingest_keeps_is_right,
+    what_foreign_sql_writes_is_found_and_repaired,
+    wrong_figures_are_found_and_repaired,
+    a_page_ends_between_devices,
+    a_repair_beside_a_server_that_writes,
+    the_command,
+);
+
+async fn what_ingest_keeps_is_right(fixture: &TestStore) {
+    assert_right(&differences(&*fixture.store, false).await);
+    let sent = be_a_node(Arc::clone(&fixture.store), 5, 60).await;
+    assert_right(&differences(&*fixture.store, false).await);
+    let page = fixture.store.verify(None, false).await.unwrap();
+    assert_eq!((page.devices, page.events), (6, sent.len() as u64));
+    assert_eq!((page.nameless_devices, page.next), (0, None));
+    // Nor does a repair change what is right.
+    assert_right(&differences(&*fixture.store, true).await);
+    assert_right(&differences(&*fixture.store, false).await);
+}
+
+/// An insert of events as another program does it: rows are `(device, timestamp, total_errors, job)`.
+fn foreign_insert(fixture: &TestStore, rows: &[(&str, i64, u32, Option<&str>)]) -> String {
+    let values = rows.iter().map(|(device, second, errors, job)| {
+        let job = job.map_or("null".to_owned(), |job| format!("'{job}'"));
+        let (timestamp, received) = (at(*second), now());
+        if fixture.is_postgres() {
+            format!("('{device}', '{timestamp}', 2, {errors}, 1.25, {job}, '{received}')")
+        } else {
+            format!(
+                "((select id from devices where device_id = '{device}'), {}, 2, {errors}, 125, {job}, {})",
+                timestamp.as_millisecond(),
+                received.as_millisecond()
+            )
+        }
+    });
+    let values: Vec<_> = values.collect();
+    let device = if fixture.is_postgres() { "device_id" } else { "device" };
+    format!(
+        "insert into sync_events (
+             {device}, timestamp, total_files_synced, total_errors, internet_speed, job, created_at
+         ) values {}",
+        values.join(", ")
+    )
+}
+
+/// Each figure that differs, as a line.
+fn lines(differences: &[JobDifference]) -> Vec<String> {
+    let lines = differences.iter().flat_map(|job| {
+        job.figures().into_iter().map(move |figure| {
+            let name = job.job.as_deref().unwrap_or("-");
+            let (stored, recounted) = (figure.stored, figure.recounted);
+            format!("{} {name} {}: {stored} -> {recounted}", job.device_id, figure.figure)
+        })
+    });
+    lines.collect()
+}
+
+async fn what_foreign_sql_writes_is_found_and_repaired(fixture: &TestStore) {
+    write(&mut *fixture.writer(), vec![failure("known", at(-50)), success("other", at(0))]).await;
+    let register = format!(
+        "insert into devices (device_id, created_at) values ('new', {})",
+        if fixture.is_postgres() { "now()".to_owned() } else { now().as_millisecond().to_string() }
+    );
+    fixture.database.execute(&register).await;
+    // A device that never reported has no figures, and needs none.
+    assert_right(&differences(&*fixture.store, false).await);
+    let insert = foreign_insert(
+        fixture,
+        &[
+            ("known", -40, 3, None),
+            ("known", -60, 0, None),
+            ("known", -30, 0, Some("nightly")),
+            ("new", -20, 1, None),
+        ],
+    );
+    fixture.database.execute(&insert).await;
+
+    let found = differences(&*fixture.store, false).await;
+    let expected = [
+        "known - total_syncs: 1 -> 3".to_owned(),
+        "known - failed_syncs: 1 -> 2".to_owned(),
+        "known - total_files_synced: 0 -> 4".to_owned(),
+        "known - total_errors: 1 -> 4".to_owned(),
+        "known - speed_sum: 0 -> 250".to_owned(),
+        "known - speed_count: 0 -> 2".to_owned(),
+        format!("known - first_sync: {} -> {}", at(-50), at(-60)),
+        format!("known - last_sync: {} -> {}", at(-50), at(-40)),
+        format!("known - last_success: none -> {}", at(-60)),
+        format!("known - last_failure: {} -> {}", at(-50), at(-40)),
+        "known - consecutive_failures: 1 -> 2".to_owned(),
+    ];
+    assert_eq!(lines(&found)[..11], expected);
+    let missing = |job: &JobDifference| job.stored.is_none() && job.recounted.is_some();
+    assert!(missing(&found[1]) && missing(&found[2]), "{found:?}");
+    assert_eq!(found[1].job.as_deref(), Some("nightly"));
+    assert_eq!((found[2].device_id.as_str(), found.len()), ("new", 3));
+    // Looking changes nothing; a repair tells what it found.
+    assert_eq!(differences(&*fixture.store, false).await, found);
+    assert_eq!(differences(&*fixture.store, true).await, found);
+    assert_right(&differences(&*fixture.store, false).await);
+
+    // From then on events add to it.
+    let events = vec![failure("known", at(0)), of_job("nightly", failure("known", at(0)))];
+    let written = write(&mut *fixture.writer(), events).await;
+    let streaks: Vec<_> = written.streaks.iter().map(|streak| streak.after).collect();
+    assert_eq!(streaks, [3, 1]);
+    assert_right(&differences(&*fixture.store, false).await);
+    let stats = fixture.store.fleet_stats(now()).await.unwrap();
+    assert_eq!((stats.total_devices, stats.figures.total_syncs), (3, 8));
+}
+
+async fn wrong_figures_are_found_and_repaired(fixture: &TestStore) {
+    let sent = be_a_node(Arc::clone(&fixture.store), 6, 30).await;
+    for corruption in [
+        "update device_jobs set total_syncs = total_syncs + 1 where job = 'job-1'",
+        "update device_jobs set consecutive_failures = 77, last_success = null",
+        "update device_jobs set first_sync = last_sync, speed_sum = 5, total_errors = 0",
+        "delete from device_jobs where job = ''",
+        // A job that no event names.
+        "update device_jobs set job = 'job-x' where job = 'job-2'",
+        "delete from device_jobs",
+    ] {
+        fixture.database.execute(corruption).await;
+        let found = differences(&*fixture.store, false).await;
+        assert!(!found.is_empty(), "{corruption}");
+        assert_eq!(differences(&*fixture.store, true).await, found);
+        assert_right(&differences(&*fixture.store, false).await);
+    }
+    let stats = fixture.store.fleet_stats(now()).await.unwrap();
+    assert_eq!(stats.figures.total_syncs.cast_unsigned(), sent.len() as u64);
+
+    if !fixture.is_postgres() {
+        // Foreign keys are off in many programs unless they are asked for.
+        let delete = "pragma foreign_keys = off; delete from devices where device_id = 'pi-3'";
+        fixture.database.execute(delete).await;
+        for repair in [false, true] {
+            let page = fixture.store.verify(None, repair).await.unwrap();
+            assert_eq!((page.nameless_devices, page.differences.len()), (1, 0));
+        }
+    }
+}
+
+async fn a_page_ends_between_devices(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    for start in (0..600).step_by(100) {
+        let devices = start..start + 100;
+        let events = devices.map(|number| failure(&format!("pi-{number:03}"), at(-number)));
+        write(&mut *writer, events.collect()).await;
+    }
+    let (mut devices, mut events, mut after) = (0, 0, None);
+    let mut pages = 0;
+    loop {
+        let page = fixture.store.verify(after.as_deref(), false).await.unwrap();
+        (devices, events, pages) = (devices + page.devices, events + page.events, pages + 1);
+        assert_right(&page.differences);
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!((devices, events, pages), (600, 600, 3));
+    // Each wrong one is found on one page.
+    fixture.database.execute("update device_jobs set total_syncs = 2").await;
+    assert_eq!(differences(&*fixture.store, true).await.len(), 600);
+    assert_right(&differences(&*fixture.store, false).await);
+
+    // What is said to be much is looked at in smaller pages.
+    let much = "update device_jobs set total_syncs = 150000";
+    fixture.database.execute(much).await;
+    let page = fixture.store.verify(None, false).await.unwrap();
+    assert_eq!((page.devices, page.next.as_deref()), (1, Some("pi-000")));
+}
+
+/// Neither makes the other's figures wrong, whatever meets whatever.
+async fn a_repair_beside_a_server_that_writes(fixture: &TestStore) {
+    // As another process: connections of its own.
+    let other = store::open(fixture.target()).await.unwrap();
+    let node = tokio::spawn(be_a_node(Arc::clone(&fixture.store), 7, 150));
+    let mut rounds = 0_u32;
+    while !node.is_finished() || rounds == 0 {
+        // Looking never finds what is only half there.
+        assert_right(&differences(&*other, false).await);
+        let corruption = match rounds % 3 {
+            0 => "update device_jobs set total_syncs = total_syncs + 1",
+            1 => "update device_jobs set last_success = null, consecutive_failures = 99",
+            _ => "delete from device_jobs",
+        };
+        let device = if fixture.is_postgres() {
+            "device_id = 'pi-2'"
+        } else {
+            "device = (select id from devices where device_id = 'pi-2')"
+        };
+        // One row alone: the test itself must not meet the server in a deadlock.
+        let corruption = format!("{corruption} where {device} and job = 'job-1'");
+        fixture.database.execute(&corruption).await;
+        differences(&*other, true).await;
+        rounds += 1;
+    }
+    node.await.unwrap();
+    assert_right(&differences(&*other, false).await);
+}
+
+async fn the_command(installed: &Installed) {
+    let Installed { program, database } = installed;
+    let ended = program.run(&["verify"]);
+    assert!(ended.failure().contains("pending migrations"), "{ended:?}");
+    assert!(database.file().is_none_or(|file| !file.exists()), "looking made a file");
+    program.run(&["migrate", "up"]).success();
+    let clean = "devices: 0, events: 0, jobs that differ: 0\n";
+    assert_eq!(program.run(&["verify"]).success(), clean);
+
+    let serving = program.serve(&[]);
+    for job in ["hourly", "nightly"] {
+        serving.client.store(&with(event("pi"), &json!({"job": job}))).await;
+    }
+    let right = "devices: 1, events: 2, jobs that differ: 0\n";
+    assert_eq!(program.run(&["verify"]).success(), right);
+
+    let corrupt = "update device_jobs set total_errors = 4, last_failure = last_success
+                    where job = 'nightly'";
+    database.execute(corrupt).await;
+    let ended = program.run(&["verify"]);
+    assert!(ended.failure().ends_with("repair them with `pisync verify --repair`"), "{ended:?}");
+    let found = format!(
+        "pi, job nightly: total_errors is 4, recounted 0\n\
+         pi, job nightly: last_failure is {}, recounted none\n\
+         devices: 1, events: 2, jobs that differ: 1",
+        at(-60)
+    );
+    assert_eq!(ended.stdout, format!("{found}\n"));
+    let ended = program.run(&["verify", "--repair"]);
+    assert_eq!(ended.success(), format!("{found} (repaired)\n"));
+    assert_eq!(program.run(&["verify"]).success(), right);
+    serving.stop();
+
+    if !installed.is_postgres() {
+        database.execute("pragma foreign_keys = off; delete from devices").await;
+        let ended = program.run(&["verify", "--repair"]);
+        assert!(ended.failure().contains("1 devices that are not registered"), "{ended:?}");
+    }
+}
