@@ -1,5 +1,8 @@
 -- Batches of 1,000 events as NDJSON, of the kind that bench/post.lua posts one by one.
 local bodies = {}
+local headers = { ["Content-Type"] = "application/x-ndjson" }
+local key = os.getenv("BENCH_KEY") or ""
+if key ~= "" then headers["Authorization"] = "Bearer " .. key end
 
 function init(args)
    math.randomseed(os.time())
@@ -14,9 +17,7 @@ function init(args)
             math.random(5000), os.date("!%Y-%m-%dT%H:%M:%S.000Z", now - math.random(3600)),
             math.random(500), errors, math.random() * 100)
       end
-      bodies[i] = wrk.format("POST", "/api/sync-events", {
-         ["Content-Type"] = "application/x-ndjson",
-      }, table.concat(lines))
+      bodies[i] = wrk.format("POST", "/api/sync-events", headers, table.concat(lines))
    end
 end
 

@@ -4,6 +4,10 @@ local heads, tails = {}, {}
 local event_ids = (os.getenv("EVENT_IDS") or "") ~= ""
 local MARK = "00000000000000"
 
+local headers = { ["Content-Type"] = "application/json" }
+local key = os.getenv("BENCH_KEY") or ""
+if key ~= "" then headers["Authorization"] = "Bearer " .. key end
+
 function init(args)
    math.randomseed(os.time())
    local now = os.time()
@@ -11,9 +15,7 @@ function init(args)
       local errors = 0
       if math.random(10) == 1 then errors = math.random(5) end
       local event_id = event_ids and string.format('"event_id":"%s",', MARK) or ""
-      local request = wrk.format("POST", "/api/sync-event", {
-         ["Content-Type"] = "application/json",
-      }, string.format(
+      local request = wrk.format("POST", "/api/sync-event", headers, string.format(
          '{"device_id":"pi-%05d",%s"timestamp":"%s","total_files_synced":%d,"total_errors":%d,"internet_speed":%.2f}',
          math.random(5000), event_id, os.date("!%Y-%m-%dT%H:%M:%S.000Z", now - math.random(3600)),
          math.random(500), errors, math.random() * 100))

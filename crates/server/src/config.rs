@@ -126,7 +126,8 @@ pub struct ServeArgs {
         help_heading = "Limits"
     )]
     rate_limit_key_per_minute: u32,
-    /// Connections at a time; beyond, new ones wait until another ends; 0 is no limit
+    /// Connections at a time; beyond, new ones wait until another ends; 0 is as many as the
+    /// system allows open files
     #[arg(
         long,
         env = "MAX_CONNECTIONS",

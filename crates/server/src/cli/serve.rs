@@ -69,7 +69,10 @@ fn raise_file_limit() -> Option<u64> {
 fn bound_connections(max_connections: &mut usize, file_limit: Option<u64>) {
     let Some(files) = file_limit.and_then(|limit| usize::try_from(limit).ok()) else { return };
     let room = files.saturating_sub(OTHER_FILES).max(1);
-    if *max_connections == 0 || *max_connections <= room {
+    if *max_connections == 0 {
+        *max_connections = room;
+    }
+    if *max_connections <= room {
         return;
     }
     tracing::warn!(

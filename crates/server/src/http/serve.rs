@@ -1,7 +1,11 @@
 //! Connections: taking them in, bounding how long they may dawdle, and letting them finish when the
 //! server stops.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::Router;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -19,6 +23,9 @@ const GRACE: Duration = Duration::from_secs(20);
 
 /// How long to wait when no connection can be taken in, for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often to say that there is no room.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How the server deals with connections.
 #[derive(Debug)]
@@ -47,11 +54,15 @@ pub async fn serve(
     let ConnectionSettings { max_connections, timeouts, tls } = settings;
     let tls = tls.map(Arc::new);
     let bound = if max_connections == 0 { Semaphore::MAX_PERMITS } else { max_connections };
-    let room = Arc::new(Semaphore::new(bound));
+    let room = Arc::new(Semaphore::new(bound.min(Semaphore::MAX_PERMITS)));
+    let mut warned: Option<Instant> = None;
     let graceful = GracefulShutdown::new();
     tokio::pin!(shutdown);
     loop {
-        if room.available_permits() == 0 {
+        if room.available_permits() == 0
+            && warned.is_none_or(|warned| warned.elapsed() >= WARNING_INTERVAL)
+        {
+            warned = Some(Instant::now());
             tracing::warn!(max_connections, "there is no room for more connections; new ones wait");
         }
         let place = tokio::select! {

@@ -10,7 +10,7 @@ use pisync::{
 };
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::{task::JoinSet, time::sleep};
 
 use crate::support::{
     events::{at, device_id, now},
@@ -23,6 +23,7 @@ use crate::support::{
 both_stores!(
     every_route_asks_for_its_scope,
     a_key_of_a_device_reports_for_it_alone,
+    a_key_of_a_device_sends_batches_of_it_alone,
     a_key_of_a_group_reports_for_its_devices,
     what_is_made_or_revoked_elsewhere_counts_within_a_second,
     an_expired_key_opens_nothing,
@@ -122,6 +123,9 @@ fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuil
 fn unauthorized(answer: &Answer, error: &str) {
     let said = answer.error(401);
     assert!(said.contains(error), "{said}");
+    // As every answer.
+    assert_eq!(answer.header("x-content-type-options"), "nosniff");
+    assert!(answer.header("content-security-policy").starts_with("default-src 'none';"));
     let challenge = answer.header("www-authenticate");
     assert!(challenge.starts_with("Bearer realm=\"pisync\""), "{challenge}");
 }
@@ -215,6 +219,22 @@ async fn a_key_of_a_device_reports_for_it_alone(server: &LockedServer) {
     forbidden(&own.delete("/api/device/own").await, "scope admin");
     let admin = server.admin().await;
     assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 1);
+    admin.get("/api/device/other").await.error(404);
+}
+
+/// One event that the key may not report is a mistake about all of them.
+async fn a_key_of_a_device_sends_batches_of_it_alone(server: &LockedServer) {
+    let bound = KeyWish { device_id: Some(device_id("own")), ..wish(Scope::Ingest) };
+    let (_, own) = server.key(bound).await;
+    let batch = |devices: &[&str]| Value::Array(devices.iter().map(|name| event(name)).collect());
+    for foreign in [&["other"][..], &["own", "own", "other"], &["other", "own"]] {
+        let answer = own.post("/api/sync-events", &batch(foreign)).await;
+        forbidden(&answer, "This key is for other devices");
+    }
+    let stored = own.post("/api/sync-events", &batch(&["own", "own"])).await.data(200);
+    assert_eq!(stored["accepted"], 2);
+    let admin = server.admin().await;
+    assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 2);
     admin.get("/api/device/other").await.error(404);
 }
 
@@ -586,6 +606,29 @@ async fn no_start_before_the_network_without_an_admin(installed: &Installed) {
     // Revoked, it is as if there were none.
     program.run(&["key", "revoke", "2"]).success();
     program.run(&["serve", "--host", "0.0.0.0"]).failure();
+}
+
+/// Hourly jobs all start at the full hour, and a school's devices share an address: with the defaults.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_of_5_000_reports_within_a_minute_with_one_key() {
+    let program = Program::new().with("PORT", 0);
+    let made = program.run(&["key", "create", "--scope", "ingest"]);
+    let serving = program.serve(&["--auth", "required"]);
+    let client = serving.client.with_key(shown(made.success()));
+    let began = Instant::now();
+    let mut reporters = JoinSet::new();
+    for reporter in 0..20 {
+        let client = client.clone();
+        reporters.spawn(async move {
+            for number in 0..250 {
+                client.store(&event(&format!("pi-{reporter}-{number}"))).await;
+            }
+        });
+    }
+    reporters.join_all().await;
+    // Else the limit would have had time to let more in.
+    assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
+    serving.stop();
 }
 
 /// The statuses of requests without a key to a server of its own user, made as given.
