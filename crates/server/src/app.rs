@@ -14,7 +14,7 @@ use crate::{
     ingest::Ingest,
     metrics::Metrics,
     store::{
-        self, Store, StoreError, Target,
+        self, Retention, Store, StoreError, Target,
         migrations::{MigrationError, Migrator},
     },
 };
@@ -29,9 +29,9 @@ const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 /// not long; and a few at a time are folded in less than a step.
 const FOLD_INTERVAL: Duration = Duration::from_secs(30);
 
-/// While there is more to fold: how many times as long as each step to wait after it, so that ingest
-/// has nine tenths of the database.
-const FOLD_YIELD: u32 = 9;
+/// While there is more to fold or to drop: how many times as long as each step to wait after it, so
+/// that ingest has nine tenths of the database.
+const STEP_YIELD: u32 = 9;
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
@@ -46,6 +46,8 @@ pub struct Settings {
     pub migrations_dir: PathBuf,
     /// Whether to run pending migrations at the start.
     pub auto_migrate: bool,
+    /// How long events are kept one by one; for ever when `None`.
+    pub retention: Option<Retention>,
     /// The API.
     pub http: HttpSettings,
 }
@@ -95,7 +97,8 @@ pub async fn run(
     let mut ingest_task = tokio::spawn(task.run(async {
         let _ = stopped.await;
     }));
-    let mut maintenance = Background(tokio::spawn(maintain(Arc::clone(&store), clock.clone())));
+    let mut maintenance =
+        Background(tokio::spawn(maintain(Arc::clone(&store), clock.clone(), settings.retention)));
     let mut folding = Background(tokio::spawn(fold(Arc::clone(&store), clock.clone())));
     let parts =
         ApiParts { store: Arc::clone(&store), ingest, clock, metrics, port: address.port() };
@@ -159,17 +162,38 @@ async fn migrate(settings: &Settings, clock: &Clock) -> Result<(), AppError> {
     if pending.is_empty() { Ok(()) } else { Err(AppError::PendingMigrations(pending)) }
 }
 
-async fn maintain(store: Arc<dyn Store>, clock: Clock) {
-    let mut pause = MAINTENANCE_INTERVAL;
+async fn maintain(store: Arc<dyn Store>, clock: Clock, retention: Option<Retention>) {
     loop {
-        tokio::time::sleep(pause).await;
-        pause = match store.maintain(clock.now()).await {
+        let work = async {
+            store.maintain(clock.now()).await?;
+            match &retention {
+                Some(retention) => drop_old_events(&*store, &clock, retention).await,
+                None => Ok(()),
+            }
+        };
+        let pause = match work.await {
             Ok(()) => MAINTENANCE_INTERVAL,
             Err(error) => {
                 tracing::warn!(%error, "maintenance failed; it will be tried again");
                 MAINTENANCE_RETRY
             }
         };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Drops what is too old, a little at a time, and gives way to ingest in between.
+async fn drop_old_events(
+    store: &dyn Store,
+    clock: &Clock,
+    retention: &Retention,
+) -> Result<(), StoreError> {
+    loop {
+        let started = Instant::now();
+        if !store.drop_old_events(clock.now(), retention).await? {
+            return Ok(());
+        }
+        tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
     }
 }
 
@@ -178,7 +202,7 @@ async fn fold(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();
         let pause = match store.fold_events(clock.now()).await {
-            Ok(true) => started.elapsed() * FOLD_YIELD,
+            Ok(true) => started.elapsed() * STEP_YIELD,
             Ok(false) => FOLD_INTERVAL,
             Err(StoreError::Unavailable(error)) => {
                 // Ingest says so in the log.

@@ -18,9 +18,6 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
     for name in &env_file.unknown {
         tracing::warn!(name, "unknown setting in .env; is it misspelt?");
     }
-    if let Some(warning) = arguments.without_effect() {
-        tracing::warn!("{warning}");
-    }
     if !arguments.is_loopback() {
         tracing::warn!(
             "listening beyond this machine without keys: whoever reaches the server can read and write everything"

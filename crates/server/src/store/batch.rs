@@ -76,8 +76,9 @@ impl Batch {
         order
     }
 
-    /// What the batch adds to each device's job, given the [`Self::order`].
-    pub(super) fn shares(&self, order: &[usize]) -> Vec<JobShare<'_>> {
+    /// What the batch adds to each device's job, given the [`Self::order`]. Events dated
+    /// before `streaks_since` change no streak.
+    pub(super) fn shares(&self, order: &[usize], streaks_since: Timestamp) -> Vec<JobShare<'_>> {
         let event = |position: &usize| &self.events[*position];
         order
             .chunk_by(|left, right| {
@@ -85,7 +86,8 @@ impl Batch {
                 left.device_id == right.device_id && left.job == right.job
             })
             .filter_map(|positions| {
-                let figures = JobFigures::fold(positions.iter().map(event), self.received)?;
+                let figures =
+                    JobFigures::fold(positions.iter().map(event), self.received, streaks_since)?;
                 let position = *positions.first()?;
                 let SyncEvent { device_id, job, .. } = &self.events[position];
                 Some(JobShare { position, device_id, job: job.as_ref(), figures })

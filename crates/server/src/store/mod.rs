@@ -6,6 +6,7 @@ mod batch;
 mod history;
 pub mod migrations;
 mod postgres;
+mod retention;
 mod sqlite;
 mod step_size;
 mod target;
@@ -18,6 +19,7 @@ use pisync_core::{DeviceId, Timestamp};
 
 pub use batch::{Batch, FailureStreak, Written};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
+pub use retention::Retention;
 pub use target::{PostgresTarget, SslMode, Target};
 pub use window::Window;
 
@@ -90,6 +92,14 @@ pub trait Store: Send + Sync {
     /// Folds a small number of stored events into the sums by day and hour, and tells whether there is
     /// more to do at once. Reads are right whenever this is done; they are quicker after it.
     async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// Drops some events that were received too long ago and are folded, and tells whether to go on at
+    /// once. Sums, totals and streaks stay.
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError>;
 
     /// Leaves everything in order at the end; nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;

@@ -6,5 +6,6 @@ mod faults;
 mod figures;
 mod history;
 mod nodes;
+mod retention;
 mod roll_ups;
 mod streaks;

@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod expiry;
 mod history;
 mod migrations;
 mod partitions;
@@ -28,8 +29,8 @@ use self::{
 };
 use super::{
     Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError,
-    SyncHistory, Window, step_size::StepSize,
+    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Retention, Store,
+    StoreError, SyncHistory, Window, step_size::StepSize,
 };
 
 /// How long a sign of life may take.
@@ -169,6 +170,15 @@ impl Store for PostgresStore {
             self.fold_step.learn(started.elapsed());
         }
         Ok(more)
+    }
+
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError> {
+        let connection = self.connector.connect().await?;
+        expiry::drop_month(&connection.client, now, retention).await.map_err(store_error)
     }
 
     async fn close(&self) -> Result<(), StoreError> {

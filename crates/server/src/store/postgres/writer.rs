@@ -22,7 +22,7 @@ use tokio_postgres::{
 
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
-    partitions,
+    expiry, partitions,
 };
 use crate::store::{Batch, EventWriter, FailureStreak, StoreError, Written, batch::JobShare};
 
@@ -36,6 +36,10 @@ const RETRIES: u32 = 5;
 /// `devices.updated_at` is moved on when it is older than this. Each move rewrites the row, and a
 /// burst of one device's events should not rewrite it each time.
 const LAST_SEEN_STEP_MILLISECONDS: i64 = 60_000;
+
+/// How long it is remembered which events come too late for streaks. It moves once a month, and is
+/// announced 5 minutes before events go.
+const STREAKS_SINCE_MILLISECONDS: i64 = 60_000;
 
 /// Devices whose last move is remembered, some 10 MiB of them. Beyond, all are forgotten.
 const REMEMBERED_DEVICES: usize = 100_000;
@@ -91,15 +95,18 @@ const UPSERT_JOBS: &str = "
                    last_failure       = greatest(stored.last_failure, excluded.last_failure),
                    last_received      = greatest(stored.last_received, excluded.last_received),
                    consecutive_failures = case
-                       when excluded.last_success > coalesce(stored.last_success, '-infinity') then
+                       when excluded.last_success > coalesce(stored.last_success, '-infinity')
+                        and excluded.last_success >= $15 then
                            case
                                when stored.last_failure > excluded.last_success then -1
                                else excluded.consecutive_failures
                            end
                        when excluded.last_failure is null
-                         or excluded.last_failure <= stored.last_success then
+                         or excluded.last_failure <= stored.last_success
+                         or excluded.last_failure < $15 then
                            stored.consecutive_failures
-                       when excluded.first_sync > coalesce(stored.last_success, '-infinity') then
+                       when greatest(excluded.first_sync, $15)
+                          > coalesce(stored.last_success, '-infinity') then
                            stored.consecutive_failures + excluded.consecutive_failures
                        else -1
                    end
@@ -153,6 +160,10 @@ pub(super) struct PostgresEventWriter {
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
+    /// Events dated before this no longer change streaks.
+    streaks_since: Timestamp,
+    /// When that was looked up.
+    streaks_since_read: Option<Timestamp>,
     /// A batch that may or may not have been committed.
     unsettled: Option<Unsettled>,
     /// Whether the transaction under way has been asked to commit.
@@ -186,6 +197,8 @@ impl PostgresEventWriter {
             last_seen: HashMap::new(),
             months: HashSet::new(),
             ids: VecDeque::new(),
+            streaks_since: Timestamp::MIN,
+            streaks_since_read: None,
             unsettled: None,
             committing: false,
         }
@@ -204,6 +217,12 @@ impl PostgresEventWriter {
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
         let Some(session) = &mut self.session else { return Err(StoreError::Stopped) };
+        let due = batch.received.saturating_add_milliseconds(-STREAKS_SINCE_MILLISECONDS);
+        if self.streaks_since_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
+            let client = &session.connection.client;
+            self.streaks_since = expiry::streaks_since(client).await.map_err(store_error)?;
+            self.streaks_since_read = Some(batch.received);
+        }
         let month = partitions::month_of(batch.received);
         if !self.months.contains(&month) {
             partitions::ensure(&mut session.connection.client, month).await?;
@@ -234,7 +253,7 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let order = batch.order();
-        let shares = batch.shares(&order);
+        let shares = batch.shares(&order, self.streaks_since);
         let received = batch.received.to_jiff();
 
         let unseen = self.devices_to_touch(batch, &shares);
@@ -249,7 +268,8 @@ impl PostgresEventWriter {
             }
             client.query(&statements.upsert_devices, &[&unseen, &received]).await
         };
-        let upsert_jobs = jobs.upsert(client, &statements.upsert_jobs, &received);
+        let streaks_since = self.streaks_since.to_jiff();
+        let upsert_jobs = jobs.upsert(client, &statements.upsert_jobs, &received, &streaks_since);
 
         let mut written = Written { ids: ids.to_vec(), ..Written::default() };
         let (new_devices, failing) = if may_be_stored {
@@ -514,8 +534,9 @@ impl<'a> JobColumns<'a> {
         client: &Client,
         statement: &Statement,
         received: &jiff::Timestamp,
+        streaks_since: &jiff::Timestamp,
     ) -> Result<Vec<Row>, Error> {
-        let parameters: [&(dyn ToSql + Sync); 14] = [
+        let parameters: [&(dyn ToSql + Sync); 15] = [
             &self.device_ids,
             &self.jobs,
             &self.total_syncs,
@@ -530,6 +551,7 @@ impl<'a> JobColumns<'a> {
             &self.last_failure,
             &self.consecutive_failures,
             received,
+            streaks_since,
         ];
         client.query(statement, &parameters).await
     }

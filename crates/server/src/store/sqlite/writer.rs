@@ -13,10 +13,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     connection::store_error,
+    expiry,
     reads::{device_number, optional_time, time},
     roll_ups,
 };
-use crate::store::{Batch, DeviceChange, EventWriter, StoreError, Written};
+use crate::store::{Batch, DeviceChange, EventWriter, StoreError, Written, batch::JobShare};
 
 /// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
 /// that people make.
@@ -36,8 +37,12 @@ pub(super) struct WriterThread {
 impl WriterThread {
     pub(super) fn start(connection: Connection) -> Result<Self, StoreError> {
         let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
-        let mut connection =
-            WriteConnection { connection, devices: HashMap::new(), data_version: None };
+        let mut connection = WriteConnection {
+            connection,
+            devices: HashMap::new(),
+            data_version: None,
+            streaks_since: Timestamp::MIN,
+        };
         thread::Builder::new()
             .name("sqlite-writer".into())
             .spawn(move || {
@@ -101,13 +106,14 @@ pub(super) struct WriteConnection {
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
     data_version: Option<i64>,
+    /// Events dated before this no longer change streaks.
+    pub(super) streaks_since: Timestamp,
 }
 
 impl WriteConnection {
     /// Stores a batch with its figures in one transaction.
     fn write(&mut self, batch: &Batch) -> rusqlite::Result<Written> {
         let order = batch.order();
-        let shares = batch.shares(&order);
         let mut written = Written::default();
 
         let transaction =
@@ -117,7 +123,9 @@ impl WriteConnection {
             || self.devices.len() > REMEMBERED_DEVICES
         {
             self.devices.clear();
+            self.streaks_since = expiry::streaks_since(&transaction)?;
         }
+        let shares = batch.shares(&order, self.streaks_since);
 
         // The number of each event's device, by position in the batch.
         let mut numbers = vec![0; batch.events.len()];
@@ -148,7 +156,7 @@ impl WriteConnection {
         let mut jobs = JobStatements::prepare(&transaction)?;
         for share in &shares {
             let number = numbers[share.position];
-            let figures = jobs.add(number, share.job_key(), &share.figures)?;
+            let figures = jobs.add(number, share, self.streaks_since)?;
             written.streaks.extend(share.streak(figures.consecutive_failures));
         }
 
@@ -298,12 +306,18 @@ impl<'a> JobStatements<'a> {
     }
 
     /// Adds `new` to what is stored of a job, whose events are already inserted, and returns the sum.
-    fn add(&mut self, device: i64, job: &str, new: &JobFigures) -> rusqlite::Result<JobFigures> {
+    fn add(
+        &mut self,
+        device: i64,
+        share: &JobShare<'_>,
+        streaks_since: Timestamp,
+    ) -> rusqlite::Result<JobFigures> {
+        let (job, new) = (share.job_key(), &share.figures);
         let stored = self.select.query_row(params![device, job], job_figures).optional()?;
         let (figures, write) = match stored {
             None => (*new, &mut self.insert),
             Some(mut figures) => {
-                if figures.add(new) == StreakCount::Recount {
+                if figures.add(new, streaks_since) == StreakCount::Recount {
                     let after = figures.last_success.map_or(i64::MIN, Timestamp::as_millisecond);
                     figures.consecutive_failures = self
                         .count_unanswered_failures

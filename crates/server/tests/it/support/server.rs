@@ -117,6 +117,7 @@ fn settings(target: Target) -> Settings {
         target,
         migrations_dir: "/nonexistent".into(),
         auto_migrate: true,
+        retention: None,
         http: HttpSettings {
             max_clock_skew_seconds: 300,
             sync_per_minute: 0,
