@@ -243,7 +243,10 @@ mod tests {
         let mut figures = fold(&event(0, 1));
         for second in 1..100 {
             let errors = u32::from(second % 7 != 0);
-            assert_eq!(figures.add(&fold(&event(second, errors)), Timestamp::MIN), StreakCount::Known);
+            assert_eq!(
+                figures.add(&fold(&event(second, errors)), Timestamp::MIN),
+                StreakCount::Known
+            );
         }
         assert_eq!(figures.consecutive_failures, 99 - 98);
     }

@@ -203,7 +203,7 @@ async fn history(server: &TestServer) {
                     "created_at": "2026-11-22T12:00:00.000Z",
                     "updated_at": "2026-11-22T12:00:00.000Z",
                 }],
-                "pagination": {"limit": 10, "offset": 0, "total_events": 1},
+                "pagination": {"limit": 10, "offset": 0, "total_events": 1, "next_cursor": null},
             },
         })
     );
