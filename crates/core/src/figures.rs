@@ -2,7 +2,8 @@
 //! arrive in.
 //!
 //! A streak is the number of failures dated after the job's last success; a success at the same
-//! instant ends it. A batch is folded into one [`JobFigures`] per device and job, and the stores add
+//! instant ends it. Events dated before what is still kept in full come too late for that: what they
+//! would have to be compared with may be gone, so they count in everything but the streak. A batch is folded into one [`JobFigures`] per device and job, and the stores add
 //! that to the stored ones. The PostgreSQL store states the same rule in SQL; one property test holds
 //! both against a naive recount.
 
@@ -48,10 +49,12 @@ pub enum StreakCount {
 }
 
 impl JobFigures {
-    /// Folds the events of one device's job, received at `received`. `None` when there are none.
+    /// Folds the events of one device's job, received at `received`. `None` when there are none. Those
+    /// dated before `streaks_since` change no streak.
     pub fn fold<'a>(
         events: impl Iterator<Item = &'a SyncEvent> + Clone,
         received: Timestamp,
+        streaks_since: Timestamp,
     ) -> Option<Self> {
         let first = events.clone().next()?;
         let mut figures = Self {
@@ -85,18 +88,22 @@ impl JobFigures {
                 figures.last_success = figures.last_success.max(Some(event.timestamp));
             }
         }
-        let unanswered =
-            events.filter(|event| event.failed() && Some(event.timestamp) > figures.last_success);
+        let unanswered = events.filter(|event| {
+            event.failed()
+                && event.timestamp >= streaks_since
+                && Some(event.timestamp) > figures.last_success
+        });
         for _ in unanswered {
             figures.consecutive_failures += 1;
         }
         Some(figures)
     }
 
-    /// Adds what a batch brought. When the answer is [`StreakCount::Recount`], the caller counts the
-    /// stored failures dated after `last_success` and sets `consecutive_failures` to that.
-    pub fn add(&mut self, batch: &Self) -> StreakCount {
-        let streak = self.streak_with(batch);
+    /// Adds what a batch brought that was folded with the same `streaks_since`. When the answer is [`StreakCount::Recount`], the caller counts the
+    /// stored failures dated after `last_success` and sets `consecutive_failures` to that; then
+    /// `last_success` is not before `streaks_since`, so they are all there.
+    pub fn add(&mut self, batch: &Self, streaks_since: Timestamp) -> StreakCount {
+        let streak = self.streak_with(batch, streaks_since);
         self.total_syncs += batch.total_syncs;
         self.failed_syncs += batch.failed_syncs;
         self.total_files_synced += batch.total_files_synced;
@@ -118,17 +125,18 @@ impl JobFigures {
     }
 
     /// The streak once `batch` is added, when it can be told from the figures alone.
-    fn streak_with(&self, batch: &Self) -> Option<i64> {
-        if batch.last_success > self.last_success {
+    fn streak_with(&self, batch: &Self, streaks_since: Timestamp) -> Option<i64> {
+        let since = Some(streaks_since);
+        if batch.last_success > self.last_success && batch.last_success >= since {
             // A newer success ends the old streak, unless a failure dated after it came earlier.
             return (self.last_failure <= batch.last_success).then_some(batch.consecutive_failures);
         }
-        if batch.last_failure <= self.last_success {
-            // Nothing here is dated after the last success.
+        if batch.last_failure <= self.last_success || batch.last_failure < since {
+            // Nothing here is dated after the last success, or all of it comes too late.
             return Some(self.consecutive_failures);
         }
-        // Known when the whole batch lies after the stored success, not only a part of it.
-        (Some(batch.first_sync) > self.last_success)
+        // Known when all that counts of the batch lies after the stored success, not only a part of it.
+        (Some(batch.first_sync.max(streaks_since)) > self.last_success)
             .then_some(self.consecutive_failures + batch.consecutive_failures)
     }
 }
@@ -174,17 +182,55 @@ mod tests {
             let mut figures: Option<JobFigures> = None;
             for batch in batches {
                 let batch: Vec<_> = batch.into_iter().map(|(second, errors)| event(second, errors)).collect();
-                let added = JobFigures::fold(batch.iter(), received).unwrap();
+                let added = JobFigures::fold(batch.iter(), received, Timestamp::MIN).unwrap();
                 stored.extend(batch);
                 match &mut figures {
                     None => figures = Some(added),
-                    Some(figures) => if figures.add(&added) == StreakCount::Recount {
+                    Some(figures) => if figures.add(&added, Timestamp::MIN) == StreakCount::Recount {
                         figures.consecutive_failures = naive_streak(&stored);
                     },
                 }
-                let whole = JobFigures::fold(stored.iter(), received).unwrap();
+                let whole = JobFigures::fold(stored.iter(), received, Timestamp::MIN).unwrap();
                 prop_assert_eq!(figures, Some(whole));
                 prop_assert_eq!(whole.consecutive_failures, naive_streak(&stored));
+            }
+        }
+    }
+
+    proptest! {
+        /// What is kept begins later and later. The truth is the streak of all events that did not come
+        /// too late; counting again sees only what is still kept.
+        #[test]
+        fn events_that_come_too_late_change_no_streak(
+            batches in prop::collection::vec(
+                (0i64..3, prop::collection::vec((0i64..12, 0u32..2), 1..5)), 1..12,
+            ),
+        ) {
+            let received = Timestamp::from_millisecond(1_000_000).unwrap();
+            let mut since = 0;
+            let (mut counting, mut all): (Vec<SyncEvent>, Vec<SyncEvent>) = Default::default();
+            let mut figures: Option<JobFigures> = None;
+            for (later, batch) in batches {
+                since += later;
+                let streaks_since = Timestamp::from_millisecond(since * 1000).unwrap();
+                let batch: Vec<_> = batch.into_iter().map(|(second, errors)| event(second, errors)).collect();
+                let added = JobFigures::fold(batch.iter(), received, streaks_since).unwrap();
+                let in_time = batch.iter().filter(|event| event.timestamp >= streaks_since);
+                counting.extend(in_time.cloned());
+                all.extend(batch);
+                match &mut figures {
+                    None => figures = Some(added),
+                    Some(figures) => if figures.add(&added, streaks_since) == StreakCount::Recount {
+                        prop_assert!(figures.last_success >= Some(streaks_since));
+                        let kept = all.iter().filter(|event| event.timestamp >= streaks_since);
+                        let after = kept.filter(|event| event.failed() && Some(event.timestamp) > figures.last_success);
+                        figures.consecutive_failures = i64::try_from(after.count()).unwrap();
+                    },
+                }
+                let figures = figures.unwrap();
+                let whole = JobFigures::fold(all.iter(), received, Timestamp::MIN).unwrap();
+                prop_assert_eq!(JobFigures { consecutive_failures: 0, ..figures }, JobFigures { consecutive_failures: 0, ..whole });
+                prop_assert_eq!(figures.consecutive_failures, naive_streak(&counting));
             }
         }
     }
@@ -192,11 +238,16 @@ mod tests {
     #[test]
     fn events_in_order_never_need_a_recount() {
         let received = Timestamp::from_millisecond(0).unwrap();
-        let fold = |event: &SyncEvent| JobFigures::fold([event].into_iter(), received).unwrap();
+        let fold = |event: &SyncEvent| {
+            JobFigures::fold([event].into_iter(), received, Timestamp::MIN).unwrap()
+        };
         let mut figures = fold(&event(0, 1));
         for second in 1..100 {
             let errors = u32::from(second % 7 != 0);
-            assert_eq!(figures.add(&fold(&event(second, errors))), StreakCount::Known);
+            assert_eq!(
+                figures.add(&fold(&event(second, errors)), Timestamp::MIN),
+                StreakCount::Known
+            );
         }
         assert_eq!(figures.consecutive_failures, 99 - 98);
     }

@@ -17,7 +17,7 @@ use crate::{
     metrics::Metrics,
     random::Randomness,
     store::{
-        self, Store, StoreError, Target,
+        self, Retention, Store, StoreError, Target,
         migrations::{MigrationError, Migrator},
     },
 };
@@ -28,18 +28,15 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// How often it tries again when that failed.
 const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 
-/// Between two steps of longer work, so that ingest gets its turns.
-const STEP_PAUSE: Duration = Duration::from_millis(20);
-
 /// In milliseconds.
 const DAY: i64 = 86_400_000;
 /// How often events are folded into the sums by day and hour. Reads add up those that are not, so it is
 /// not long; and a few at a time are folded in less than a step.
 const FOLD_INTERVAL: Duration = Duration::from_secs(30);
 
-/// While there is more to fold: how many times as long as each step to wait after it, so that ingest
-/// has nine tenths of the database.
-const FOLD_YIELD: u32 = 9;
+/// While there is more to fold or to drop: how many times as long as each step to wait after it, so
+/// that ingest has nine tenths of the database.
+const STEP_YIELD: u32 = 9;
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
@@ -56,6 +53,8 @@ pub struct Settings {
     pub auto_migrate: bool,
     /// For how many days event ids are remembered.
     pub event_id_retention_days: u32,
+    /// How long events are kept one by one; for ever when `None`.
+    pub retention: Option<Retention>,
     /// The API.
     pub http: HttpSettings,
 }
@@ -125,6 +124,7 @@ pub async fn run(
     let mut maintenance = Background(tokio::spawn(maintain(
         Arc::clone(&store),
         clock.clone(),
+        settings.retention,
         settings.event_id_retention_days,
     )));
     let mut folding = Background(tokio::spawn(fold(Arc::clone(&store), clock.clone())));
@@ -223,27 +223,56 @@ async fn migrate(settings: &Settings, clock: &Clock) -> Result<(), AppError> {
     if pending.is_empty() { Ok(()) } else { Err(AppError::PendingMigrations(pending)) }
 }
 
-async fn maintain(store: Arc<dyn Store>, clock: Clock, event_id_retention_days: u32) {
-    let mut pause = MAINTENANCE_INTERVAL;
+async fn maintain(
+    store: Arc<dyn Store>,
+    clock: Clock,
+    retention: Option<Retention>,
+    event_id_retention_days: u32,
+) {
     loop {
-        tokio::time::sleep(pause).await;
-        let now = clock.now();
-        let oldest = now.saturating_add_milliseconds(-DAY * i64::from(event_id_retention_days));
-        let done = async {
-            store.maintain(now).await?;
-            while store.forget_event_ids(oldest).await? {
-                // In small steps, so that ingest hardly waits.
-                tokio::time::sleep(STEP_PAUSE).await;
+        let work = async {
+            store.maintain(clock.now()).await?;
+            forget_event_ids(&*store, &clock, event_id_retention_days).await?;
+            match &retention {
+                Some(retention) => drop_old_events(&*store, &clock, retention).await,
+                None => Ok(()),
             }
-            Ok::<_, StoreError>(())
         };
-        pause = match done.await {
+        let pause = match work.await {
             Ok(()) => MAINTENANCE_INTERVAL,
             Err(error) => {
                 tracing::warn!(%error, "maintenance failed; it will be tried again");
                 MAINTENANCE_RETRY
             }
         };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Forgets the event ids of so many days ago, in small steps too.
+async fn forget_event_ids(store: &dyn Store, clock: &Clock, days: u32) -> Result<(), StoreError> {
+    loop {
+        let started = Instant::now();
+        let oldest = clock.now().saturating_add_milliseconds(-DAY * i64::from(days));
+        if !store.forget_event_ids(oldest).await? {
+            return Ok(());
+        }
+        tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
+    }
+}
+
+/// Drops what is too old, a little at a time, and gives way to ingest in between.
+async fn drop_old_events(
+    store: &dyn Store,
+    clock: &Clock,
+    retention: &Retention,
+) -> Result<(), StoreError> {
+    loop {
+        let started = Instant::now();
+        if !store.drop_old_events(clock.now(), retention).await? {
+            return Ok(());
+        }
+        tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
     }
 }
 
@@ -252,7 +281,7 @@ async fn fold(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();
         let pause = match store.fold_events(clock.now()).await {
-            Ok(true) => started.elapsed() * FOLD_YIELD,
+            Ok(true) => started.elapsed() * STEP_YIELD,
             Ok(false) => FOLD_INTERVAL,
             Err(StoreError::Unavailable(error)) => {
                 // Ingest says so in the log.

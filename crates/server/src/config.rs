@@ -11,7 +11,7 @@ use crate::{
     app,
     http::{AuthMode, HttpSettings, Timeouts, TlsFiles},
     logs::{LogLevel, LogSettings},
-    store::{PostgresTarget, SslMode, Target},
+    store::{PostgresTarget, Retention, SslMode, Target},
 };
 
 /// Which database.
@@ -95,9 +95,10 @@ pub struct ServeArgs {
     /// off (nobody) or required (everybody)
     #[arg(long, env = "AUTH", default_value = "auto", value_name = "WHEN")]
     auth: String,
-    /// Not there yet
-    #[arg(long, env = "RETENTION_DAYS", hide = true)]
-    retention_days: Option<String>,
+    /// Days for which events are kept one by one; 0 keeps them for ever. Totals, streaks and windows
+    /// count them all the same
+    #[arg(long, env = "RETENTION_DAYS", default_value_t = 0, value_name = "DAYS")]
+    retention_days: u32,
 
     /// Requests a minute from one address to POST /api/sync-event; 0 is no limit
     #[arg(
@@ -247,12 +248,19 @@ impl ServeArgs {
         }
     }
 
-    /// Settings that are understood but do nothing yet, for a line in the log.
-    #[must_use]
-    pub fn without_effect(&self) -> Option<&'static str> {
-        given(self.retention_days.as_ref())
-            .filter(|days| *days != "0")
-            .map(|_| "RETENTION_DAYS is set, but this version keeps events for ever")
+    /// How long to keep events; for ever when `None`.
+    fn retention(&self) -> Result<Option<Retention>, ConfigError> {
+        if self.retention_days == 0 {
+            return Ok(None);
+        }
+        let retention = Retention::new(self.retention_days, self.max_clock_skew_seconds);
+        retention.map(Some).ok_or_else(|| {
+            ConfigError(format!(
+                "RETENTION_DAYS={}: must be 0 to keep events for ever, or at least {}: the last 24 hours are counted event by event",
+                self.retention_days,
+                Retention::fewest_days(self.max_clock_skew_seconds),
+            ))
+        })
     }
 
     /// What the server is to be.
@@ -301,6 +309,7 @@ impl ServeArgs {
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,
             event_id_retention_days: self.event_id_retention_days,
+            retention: self.retention()?,
             http: HttpSettings {
                 auth,
                 max_clock_skew_seconds: self.max_clock_skew_seconds,
@@ -443,6 +452,17 @@ mod tests {
         assert_eq!(target(&["--db-host", "", "--database-url", ""]), "SQLite data/pisync.db");
         assert_eq!(target(&["--database-url", "sqlite:x.db"]), "SQLite x.db");
         assert_eq!(target(&["--database-url", "sqlite:///x.db"]), "SQLite /x.db");
+    }
+
+    #[test]
+    fn events_are_kept_for_ever_or_long_enough() {
+        let settings = |arguments: &[&str]| parse(arguments).settings();
+        assert!(settings(&[]).unwrap().retention.is_none());
+        assert!(settings(&["--retention-days", "2"]).unwrap().retention.is_some());
+        let refused = settings(&["--retention-days", "1"]).unwrap_err().to_string();
+        assert!(refused.contains("at least 2"), "{refused}");
+        let skewed = ["--retention-days", "2", "--max-clock-skew-seconds", "100000"];
+        assert!(settings(&skewed).unwrap_err().to_string().contains("at least 3"));
     }
 
     #[test]

@@ -21,9 +21,6 @@ pub(super) async fn run(arguments: &ServeArgs, env_file: &EnvFile) -> Result<(),
     for name in &env_file.unknown {
         tracing::warn!(name, "unknown setting in .env; is it misspelt?");
     }
-    if let Some(warning) = arguments.without_effect() {
-        tracing::warn!("{warning}");
-    }
     bound_connections(&mut settings.http.max_connections, raise_file_limit());
     let shutdown = shutdown_signal()?;
     let listener = listen(arguments).await?;

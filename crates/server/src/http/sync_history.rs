@@ -65,6 +65,11 @@ struct HistoryData {
     device_id: String,
     /// Over all of the device's events, whatever the query.
     stats: DeviceFigures,
+    /// Events that the server received before this are no longer kept one by one (`RETENTION_DAYS`), and
+    /// count in `stats` alone; absent while all are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-05-01T00:00:00.000Z")]
+    raw_since: Option<Timestamp>,
     /// Newest first by `timestamp`, then by `id`.
     sync_history: Vec<HistoryEvent>,
     pagination: HistoryPagination,
@@ -205,12 +210,13 @@ async fn one_page(
     state: &SharedState,
     query: &HistoryQuery,
 ) -> Result<Success<HistoryData>, ApiError> {
-    let SyncHistory { figures, events, next, total_events } =
+    let SyncHistory { figures, events, next, total_events, raw_since } =
         state.store.sync_history(query).await?.ok_or(ApiError::NotFound("Device"))?;
     let device_id = query.device_id.as_str();
     let data = HistoryData {
         device_id: device_id.to_owned(),
         stats: figures.into(),
+        raw_since,
         sync_history: events.into_iter().map(|event| HistoryEvent::new(device_id, event)).collect(),
         pagination: HistoryPagination {
             limit: query.limit,

@@ -135,8 +135,9 @@ impl Batch {
         }
     }
 
-    /// What the batch adds to each device's job, given the [`Self::order`] of the events that count.
-    pub(super) fn shares(&self, order: &[usize]) -> Vec<JobShare<'_>> {
+    /// What the batch adds to each device's job, given the [`Self::order`] of the events that count. Events
+    /// dated before `streaks_since` change no streak.
+    pub(super) fn shares(&self, order: &[usize], streaks_since: Timestamp) -> Vec<JobShare<'_>> {
         let event = |position: &usize| &self.events[*position];
         order
             .chunk_by(|left, right| {
@@ -144,7 +145,8 @@ impl Batch {
                 left.device_id == right.device_id && left.job == right.job
             })
             .filter_map(|positions| {
-                let figures = JobFigures::fold(positions.iter().map(event), self.received)?;
+                let figures =
+                    JobFigures::fold(positions.iter().map(event), self.received, streaks_since)?;
                 let position = *positions.first()?;
                 let SyncEvent { device_id, job, .. } = &self.events[position];
                 Some(JobShare { position, device_id, job: job.as_ref(), figures })

@@ -63,6 +63,8 @@ pub struct SyncHistory {
     pub next: Option<HistoryPosition>,
     /// How many events the query can page to, wherever it begins.
     pub total_events: u64,
+    /// Events received before this may be gone; `None` while all are kept.
+    pub raw_since: Option<Timestamp>,
 }
 
 /// A page of a device's events.

@@ -7,6 +7,7 @@ mod history;
 mod keys;
 pub mod migrations;
 mod postgres;
+mod retention;
 mod sqlite;
 mod step_size;
 mod target;
@@ -23,6 +24,7 @@ pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHis
 pub use keys::{
     Actor, ApiKey, AuditEntry, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope, Via,
 };
+pub use retention::Retention;
 pub use target::{PostgresTarget, SslMode, Target};
 pub use verify::{FigureDifference, JobDifference, Verified};
 pub use window::Window;
@@ -110,6 +112,14 @@ pub trait Store: KeyStore + Send + Sync {
     /// Folds a small number of stored events into the sums by day and hour, and tells whether there is
     /// more to do at once. Reads are right whenever this is done; they are quicker after it.
     async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// Drops some events that were received too long ago and are folded, and tells whether to go on at
+    /// once. Sums, totals and streaks stay.
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError>;
 
     /// Leaves everything in order at the end; nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;

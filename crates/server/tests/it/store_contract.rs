@@ -7,5 +7,6 @@ mod faults;
 mod figures;
 mod history;
 pub(crate) mod nodes;
+mod retention;
 mod roll_ups;
 mod streaks;

@@ -4,7 +4,10 @@ use deadpool_postgres::{GenericClient, Object};
 use pisync_core::{JobName, Timestamp};
 use tokio_postgres::{Error, Row};
 
-use super::reads::{SUMS, figures, jobs, snapshot, time};
+use super::{
+    expiry,
+    reads::{SUMS, figures, jobs, snapshot, time},
+};
 use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,
 };
@@ -27,11 +30,13 @@ pub(super) async fn sync_history(
     }
     let sums = snapshot.prepare_cached(&sums).await?;
     let EventPage { events, next } = page(&snapshot, query).await?;
+    let raw_since = expiry::raw_since(&snapshot).await?;
     Ok(Some(SyncHistory {
         figures: figures(&snapshot.query_one(&sums, &[&query.device_id.as_str()]).await?, 0)?,
         events,
         next,
-        total_events: count(&snapshot, query).await?.cast_unsigned(),
+        total_events: count(&snapshot, query, raw_since.is_none()).await?.cast_unsigned(),
+        raw_since,
     }))
 }
 
@@ -85,7 +90,11 @@ async fn page(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<Eve
 }
 
 /// How many events the query can page to.
-async fn count(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<i64, Error> {
+async fn count(
+    snapshot: &impl GenericClient,
+    query: &HistoryQuery,
+    is_complete: bool,
+) -> Result<i64, Error> {
     const COUNT_EVENTS: &str = "
         select count(*)
           from sync_events
@@ -94,7 +103,7 @@ async fn count(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<i6
            and ($4::text is null or job = $4)
     ";
     let (device_id, job) = (query.device_id.as_str(), query.job.as_ref().map(JobName::as_str));
-    if query.from.is_none() && query.until.is_none() {
+    if query.from.is_none() && query.until.is_none() && is_complete {
         // Known without counting rows, so that a long history costs no more than a short one.
         let jobs = jobs(snapshot, device_id).await?;
         let asked_for = jobs.iter().filter(|(name, _)| job.is_none() || name.as_deref() == job);

@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod expiry;
 mod history;
 mod keys;
 mod migrations;
@@ -31,8 +32,8 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Store, StoreError,
-    SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
+    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Retention, Store,
+    StoreError, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
 };
 
 /// How long a sign of life may take.
@@ -195,6 +196,15 @@ impl Store for PostgresStore {
             self.fold_step.learn(started.elapsed());
         }
         Ok(more)
+    }
+
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError> {
+        let connection = self.connector.connect().await?;
+        expiry::drop_month(&connection.client, now, retention).await.map_err(store_error)
     }
 
     async fn close(&self) -> Result<(), StoreError> {

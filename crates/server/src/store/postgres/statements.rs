@@ -57,15 +57,18 @@ const UPSERT_JOBS: &str = "
                    last_failure       = greatest(stored.last_failure, excluded.last_failure),
                    last_received      = greatest(stored.last_received, excluded.last_received),
                    consecutive_failures = case
-                       when excluded.last_success > coalesce(stored.last_success, '-infinity') then
+                       when excluded.last_success > coalesce(stored.last_success, '-infinity')
+                        and excluded.last_success >= $15 then
                            case
                                when stored.last_failure > excluded.last_success then -1
                                else excluded.consecutive_failures
                            end
                        when excluded.last_failure is null
-                         or excluded.last_failure <= stored.last_success then
+                         or excluded.last_failure <= stored.last_success
+                         or excluded.last_failure < $15 then
                            stored.consecutive_failures
-                       when excluded.first_sync > coalesce(stored.last_success, '-infinity') then
+                       when greatest(excluded.first_sync, $15)
+                          > coalesce(stored.last_success, '-infinity') then
                            stored.consecutive_failures + excluded.consecutive_failures
                        else -1
                    end
@@ -242,11 +245,12 @@ impl<'a> JobColumns<'a> {
         client: &Client,
         statements: &Statements,
         received: jiff::Timestamp,
+        streaks_since: jiff::Timestamp,
     ) -> Result<Vec<Row>, Error> {
         if self.device_ids.is_empty() {
             return Ok(Vec::new());
         }
-        let parameters: [&(dyn ToSql + Sync); 14] = [
+        let parameters: [&(dyn ToSql + Sync); 15] = [
             &self.device_ids,
             &self.jobs,
             &self.total_syncs,
@@ -261,6 +265,7 @@ impl<'a> JobColumns<'a> {
             &self.last_failure,
             &self.consecutive_failures,
             &received,
+            &streaks_since,
         ];
         client.query(&statements.upsert_jobs, &parameters).await
     }

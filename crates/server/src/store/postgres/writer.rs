@@ -21,7 +21,7 @@ use tokio_postgres::{Error, Row, error::SqlState};
 
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
-    partitions,
+    expiry, partitions,
     statements::{EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount},
 };
 use crate::store::{
@@ -38,6 +38,10 @@ const RETRIES: u32 = 5;
 /// `devices.updated_at` is moved on when it is older than this. Each move rewrites the row, and a
 /// burst of one device's events should not rewrite it each time.
 const LAST_SEEN_STEP_MILLISECONDS: i64 = 60_000;
+
+/// How long it is remembered which events come too late for streaks. It moves once a month, and is
+/// announced 5 minutes before events go.
+const STREAKS_SINCE_MILLISECONDS: i64 = 60_000;
 
 /// Devices whose last move is remembered, some 10 MiB of them. Beyond, all are forgotten.
 const REMEMBERED_DEVICES: usize = 100_000;
@@ -72,6 +76,10 @@ pub(super) struct PostgresEventWriter {
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
+    /// Events dated before this no longer change streaks.
+    streaks_since: Timestamp,
+    /// When that was looked up.
+    streaks_since_read: Option<Timestamp>,
     /// A batch that may or may not have been committed.
     unsettled: Option<Unsettled>,
     /// How many batches are still to be written carefully.
@@ -102,6 +110,8 @@ impl PostgresEventWriter {
             last_seen: HashMap::new(),
             months: HashSet::new(),
             ids: VecDeque::new(),
+            streaks_since: Timestamp::MIN,
+            streaks_since_read: None,
             unsettled: None,
             careful_batches: 0,
             open: false,
@@ -125,6 +135,12 @@ impl PostgresEventWriter {
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
         let Some(session) = &mut self.session else { return Err(StoreError::Stopped) };
+        let due = batch.received.saturating_add_milliseconds(-STREAKS_SINCE_MILLISECONDS);
+        if self.streaks_since_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
+            let client = &session.connection.client;
+            self.streaks_since = expiry::streaks_since(client).await.map_err(store_error)?;
+            self.streaks_since_read = Some(batch.received);
+        }
         let month = partitions::month_of(batch.received);
         if !self.months.contains(&month) {
             partitions::ensure(&mut session.connection.client, month).await?;
@@ -157,8 +173,9 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
+        let streaks_since = self.streaks_since.to_jiff();
         let order = batch.order();
-        let shares = batch.shares(&order);
+        let shares = batch.shares(&order, self.streaks_since);
         let unseen = self.devices_to_touch(batch, &shares);
         let jobs = JobColumns::new(&shares);
         let events = EventColumns::new(batch, &order, ids);
@@ -178,7 +195,7 @@ impl PostgresEventWriter {
                 client.batch_execute("begin"),
                 statements.upsert_devices(client, &unseen, received),
                 keys.insert(client, statements, received),
-                jobs.upsert(client, statements, received),
+                jobs.upsert(client, statements, received, streaks_since),
                 events.insert(client, statements, received),
             ),
             take_ids,
@@ -219,8 +236,9 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
+        let streaks_since = self.streaks_since.to_jiff();
         let mut order = batch.order();
-        let all_shares = batch.shares(&order);
+        let all_shares = batch.shares(&order, self.streaks_since);
         let unseen = self.devices_to_touch(batch, &all_shares);
         let first_of_each =
             (0..batch.events.len()).filter(|position| !repeats.contains_key(position));
@@ -234,9 +252,9 @@ impl PostgresEventWriter {
         let mut written = resolve(batch, ids, repeats, &kept);
 
         order.retain(|position| !written.is_duplicate(*position));
-        let shares = batch.shares(&order);
+        let shares = batch.shares(&order, self.streaks_since);
         let jobs = JobColumns::new(&shares);
-        let failing = jobs.upsert(client, statements, received).await?;
+        let failing = jobs.upsert(client, statements, received, streaks_since).await?;
         EventColumns::new(batch, &order, ids).insert(client, statements, received).await?;
         let recounted = recount(client, statements, &failing).await?;
         self.committing = true;
@@ -255,8 +273,9 @@ impl PostgresEventWriter {
         let Some(Session { connection, statements }) = &self.session else { return Ok(None) };
         let client = &connection.client;
         let received = batch.received.to_jiff();
+        let streaks_since = self.streaks_since.to_jiff();
         let order = batch.order();
-        let shares = batch.shares(&order);
+        let shares = batch.shares(&order, self.streaks_since);
         let repeats = batch.repeats();
         let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
         let device_ids: Vec<&str> = shares.iter().map(|share| share.device_id.as_str()).collect();
@@ -266,7 +285,7 @@ impl PostgresEventWriter {
         // Not for what they write: they wait for the lost transaction's locks, so that it is over.
         statements.upsert_devices(client, &deduplicated(device_ids), received).await?;
         keys.insert_new(client, statements, received).await?;
-        JobColumns::new(&shares).upsert(client, statements, received).await?;
+        JobColumns::new(&shares).upsert(client, statements, received, streaks_since).await?;
         let stored = EventColumns::new(batch, &order, ids).are_stored(client, statements).await?;
         client.batch_execute("rollback").await?;
         self.open = false;

@@ -3,7 +3,10 @@
 use pisync_core::{JobName, Timestamp};
 use rusqlite::{Connection, Row, named_params};
 
-use super::reads::{device_number, figures_of_device, jobs, time};
+use super::{
+    expiry::raw_since,
+    reads::{device_number, figures_of_device, jobs, time},
+};
 use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,
 };
@@ -27,6 +30,7 @@ pub(super) fn sync_history(
         figures: figures_of_device(&snapshot, device)?,
         events,
         next,
+        raw_since: raw_since(&snapshot)?,
         total_events: count(&snapshot, device, query)?.cast_unsigned(),
     }))
 }
@@ -91,7 +95,8 @@ fn count(snapshot: &Connection, device: i64, query: &HistoryQuery) -> rusqlite::
            and (:job is null or job = :job)
     ";
     let job = query.job.as_ref().map(JobName::as_str);
-    if query.from.is_none() && query.until.is_none() {
+    let is_complete = raw_since(snapshot)?.is_none();
+    if query.from.is_none() && query.until.is_none() && is_complete {
         // Known without counting rows, so that a long history costs no more than a short one.
         let jobs = jobs(snapshot, device)?;
         let asked_for = jobs.iter().filter(|(name, _)| job.is_none() || name.as_deref() == job);

@@ -2,6 +2,7 @@
 //! connections for reading that the write-ahead log keeps out of its way.
 
 mod connection;
+mod expiry;
 mod history;
 mod keys;
 mod migrations;
@@ -30,16 +31,16 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, Store, StoreError, SyncHistory, Verified,
-    Window, step_size::StepSize, verify::devices_of,
+    Figures, FleetStats, HistoryQuery, Page, PoolUsage, Retention, Store, StoreError, SyncHistory,
+    Verified, Window, step_size::StepSize, verify::devices_of,
 };
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
 /// the 50 ms that nobody would notice.
 const STEP_TARGET: Duration = Duration::from_millis(15);
 
-/// Bounds of the number of events that are folded at a time.
-const FOLD_EVENTS: RangeInclusive<i64> = 250..=16_000;
+/// Bounds of the number of events that are folded or dropped at a time.
+const STEP_EVENTS: RangeInclusive<i64> = 250..=16_000;
 
 /// See the module.
 pub(super) struct SqliteStore {
@@ -47,6 +48,8 @@ pub(super) struct SqliteStore {
     readers: Arc<Readers>,
     /// Events to fold at a time.
     fold_step: StepSize,
+    /// Events to drop at a time.
+    drop_step: StepSize,
 }
 
 impl SqliteStore {
@@ -55,7 +58,8 @@ impl SqliteStore {
         Ok(Self {
             writer: WriterThread::start(connection)?,
             readers: Arc::new(Readers::new(path)),
-            fold_step: StepSize::new(FOLD_EVENTS, STEP_TARGET),
+            fold_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
+            drop_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
         })
     }
 
@@ -168,6 +172,27 @@ impl Store for SqliteStore {
             self.fold_step.learn(took);
         }
         Ok(more)
+    }
+
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError> {
+        let (before, lead) = (retention.oldest(now), retention.longest_lead());
+        let most = self.drop_step.get();
+        let drop_some = move |connection: &mut writer::WriteConnection| {
+            let started = Instant::now();
+            let more = expiry::drop_events(&mut connection.connection, before, lead, most)?;
+            connection.streaks_since = expiry::streaks_since(&connection.connection)?;
+            let took = started.elapsed();
+            Ok((more, took, !more && expiry::shrink(&connection.connection)?))
+        };
+        let (more, took, shrinks) = self.writer.call(drop_some).await?;
+        if more {
+            self.drop_step.learn(took);
+        }
+        Ok(more || shrinks)
     }
 
     /// Brings everything from the log into the file, which can then be copied by itself.

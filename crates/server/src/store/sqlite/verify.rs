@@ -72,7 +72,7 @@ pub(super) fn repair(writer: &mut WriteConnection, device_id: &str) -> rusqlite:
     transaction.execute("delete from device_jobs where device = ?1", [number])?;
     let mut jobs = JobStatements::prepare(&transaction)?;
     for (job, figures) in &recounted {
-        jobs.add(number, job, figures)?;
+        jobs.add(number, job, figures, Timestamp::MIN)?;
     }
     drop(jobs);
     transaction.commit()

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     connection::store_error,
+    expiry,
     history::{EVENT_COLUMNS, stored_event},
     keys,
     reads::{device_number, optional_time, time},
@@ -47,8 +48,12 @@ pub(super) struct WriterThread {
 impl WriterThread {
     pub(super) fn start(connection: Connection) -> Result<Self, StoreError> {
         let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
-        let mut connection =
-            WriteConnection { connection, devices: HashMap::new(), data_version: None };
+        let mut connection = WriteConnection {
+            connection,
+            devices: HashMap::new(),
+            data_version: None,
+            streaks_since: Timestamp::MIN,
+        };
         thread::Builder::new()
             .name("sqlite-writer".into())
             .spawn(move || {
@@ -105,6 +110,8 @@ pub(super) struct WriteConnection {
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
     data_version: Option<i64>,
+    /// Events dated before this no longer change streaks.
+    pub(super) streaks_since: Timestamp,
 }
 
 impl WriteConnection {
@@ -120,6 +127,7 @@ impl WriteConnection {
             || self.devices.len() > REMEMBERED_DEVICES
         {
             self.devices.clear();
+            self.streaks_since = expiry::streaks_since(&transaction)?;
         }
 
         // The number of each event's device, by position in the batch.
@@ -153,9 +161,9 @@ impl WriteConnection {
             counting.retain(|position| !written.is_duplicate(*position));
         }
         let mut jobs = JobStatements::prepare(&transaction)?;
-        for share in &batch.shares(&counting) {
+        for share in &batch.shares(&counting, self.streaks_since) {
             let number = numbers[share.position];
-            let figures = jobs.add(number, share.job_key(), &share.figures)?;
+            let figures = jobs.add(number, share.job_key(), &share.figures, self.streaks_since)?;
             written.streaks.extend(share.streak(figures.consecutive_failures));
         }
 
@@ -420,12 +428,13 @@ impl<'a> JobStatements<'a> {
         device: i64,
         job: &str,
         new: &JobFigures,
+        streaks_since: Timestamp,
     ) -> rusqlite::Result<JobFigures> {
         let stored = self.select.query_row(params![device, job], job_figures).optional()?;
         let (figures, write) = match stored {
             None => (*new, &mut self.insert),
             Some(mut figures) => {
-                if figures.add(new) == StreakCount::Recount {
+                if figures.add(new, streaks_since) == StreakCount::Recount {
                     let after = figures.last_success.map_or(i64::MIN, Timestamp::as_millisecond);
                     figures.consecutive_failures = self
                         .count_unanswered_failures

@@ -118,6 +118,7 @@ fn settings(target: Target) -> Settings {
         migrations_dir: "/nonexistent".into(),
         auto_migrate: true,
         event_id_retention_days: 90,
+        retention: None,
         http: HttpSettings {
             auth: AuthMode::Auto,
             max_clock_skew_seconds: 300,

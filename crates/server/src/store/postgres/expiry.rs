@@ -1,0 +1,135 @@
+//! Old events go by whole months: a partition is detached and dropped, once all of it is past and
+//! folded. It is announced beforehand, so that every node knows when it counts streaks.
+
+use deadpool_postgres::GenericClient;
+use jiff::{ToSpan, civil::Date, tz::TimeZone};
+use pisync_core::Timestamp;
+use tokio_postgres::{Client, Error};
+
+use super::partitions::month_of;
+use crate::store::Retention;
+
+/// How long before events go it is announced. Writers look every minute.
+const NOTICE_MILLISECONDS: i64 = 5 * 60_000;
+
+/// How long to wait for a lock. Dropping a month takes one on `devices`, too, because of the foreign
+/// key, and ingest waits behind it: better to try again later.
+const LOCK_TIMEOUT: &str = "set lock_timeout = '300ms'";
+
+/// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
+const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;
+
+/// Marks a table that is to be dropped, for whoever finds it detached: the server may have ended in
+/// between, and a table that somebody else has detached is none of ours.
+const MARK: &str = "PiSync is dropping this";
+
+/// Announces the months that are past, or drops one that was announced; whether there may be another.
+/// The connection is not for others afterwards: it has settings of its own.
+pub(super) async fn drop_month(
+    client: &Client,
+    now: Timestamp,
+    retention: &Retention,
+) -> Result<bool, Error> {
+    const TRY_LOCK: &str = "select pg_try_advisory_lock($1)";
+    if !client.query_one(TRY_LOCK, &[&EXPIRY_LOCK]).await?.try_get::<_, bool>(0)? {
+        return Ok(false);
+    }
+    let result = drop_month_under_lock(client, now, retention).await;
+    // Should this fail, the lock goes with the connection, if a little later.
+    let _ = client.execute("select pg_advisory_unlock($1)", &[&EXPIRY_LOCK]).await;
+    result
+}
+
+async fn drop_month_under_lock(
+    client: &Client,
+    now: Timestamp,
+    retention: &Retention,
+) -> Result<bool, Error> {
+    const MONTHS: &str = "
+        select month.relname::text, inherits.inhdetachpending
+          from pg_class month
+          join pg_class events
+            on events.oid = 'sync_events'::regclass and events.relnamespace = month.relnamespace
+          left join pg_inherits inherits
+            on inherits.inhrelid = month.oid and inherits.inhparent = events.oid
+         where month.relkind = 'r' and month.relname ~ '^sync_events_[0-9]{4}_[0-9]{2}$'
+           and (inherits.inhrelid is not null or obj_description(month.oid, 'pg_class') = $1)
+         order by month.relname collate \"C\"
+         limit 1
+    ";
+    const STATE: &str = "select folded_until, raw_since, announced_at from roll_up_state";
+    const ANNOUNCE: &str = "
+        update roll_up_state set raw_since = $1, streaks_since = $2, announced_at = $3
+    ";
+    let Some(oldest) = client.query_opt(MONTHS, &[&MARK]).await? else { return Ok(false) };
+    let table: String = oldest.try_get(0)?;
+    let detach_pending: Option<bool> = oldest.try_get(1)?;
+    // Everything before the month in which the oldest events to keep were received.
+    let kept_since = month_of(retention.oldest(now));
+    let Some(end) = end_of(&table).filter(|end| *end <= kept_since) else { return Ok(false) };
+
+    let state = client.query_one(STATE, &[]).await?;
+    let time = |column| -> Result<Option<Timestamp>, Error> {
+        Ok(state.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
+    };
+    let (folded_until, raw_since, announced_at) = (time(0)?, time(1)?, time(2)?);
+    let (end, kept_since) = (midnight(end), midnight(kept_since));
+    if folded_until < Some(end) {
+        return Ok(false);
+    }
+    if raw_since < Some(end) {
+        let streaks_since = kept_since.saturating_add_milliseconds(retention.longest_lead());
+        let times = [kept_since, streaks_since, now].map(Timestamp::to_jiff);
+        client.execute(ANNOUNCE, &[&times[0], &times[1], &times[2]]).await?;
+        return Ok(false);
+    }
+    let notice = now.saturating_add_milliseconds(-NOTICE_MILLISECONDS);
+    if announced_at.is_some_and(|announced_at| announced_at > notice) {
+        return Ok(false);
+    }
+    // One statement at a time: the first cannot run within a transaction.
+    client.batch_execute(LOCK_TIMEOUT).await?;
+    client.batch_execute("set statement_timeout = 0").await?;
+    match detach_pending {
+        Some(false) => {
+            client.batch_execute(&format!("comment on table {table} is '{MARK}'")).await?;
+            let detach = format!("alter table sync_events detach partition {table} concurrently");
+            client.batch_execute(&detach).await?;
+        }
+        // An attempt before this one waited in vain for a lock.
+        Some(true) => {
+            let finish = format!("alter table sync_events detach partition {table} finalize");
+            client.batch_execute(&finish).await?;
+        }
+        None => {}
+    }
+    client.batch_execute(&format!("drop table {table}")).await?;
+    tracing::info!(table, "events of a month that is past were dropped");
+    Ok(true)
+}
+
+/// The day after the month whose events a partition holds.
+fn end_of(table: &str) -> Option<Date> {
+    let month = table.strip_prefix("sync_events_")?;
+    let first = Date::strptime("%Y_%m_%d", format!("{month}_01")).ok()?;
+    first.checked_add(1.month()).ok()
+}
+
+fn midnight(day: Date) -> Timestamp {
+    let zoned = day.to_zoned(TimeZone::UTC);
+    zoned.map_or(Timestamp::MIN, |zoned| Timestamp::truncate(zoned.timestamp()))
+}
+
+/// Events received before this are gone or about to go; `None` while all are kept.
+pub(super) async fn raw_since(client: &impl GenericClient) -> Result<Option<Timestamp>, Error> {
+    let select = client.prepare_cached("select raw_since from roll_up_state").await?;
+    let since: Option<jiff::Timestamp> = client.query_one(&select, &[]).await?.try_get(0)?;
+    Ok(since.map(Timestamp::truncate))
+}
+
+/// Events dated before this no longer change streaks.
+pub(super) async fn streaks_since(client: &Client) -> Result<Timestamp, Error> {
+    let state = client.query_one("select streaks_since from roll_up_state", &[]).await?;
+    let since: Option<jiff::Timestamp> = state.try_get(0)?;
+    Ok(since.map_or(Timestamp::MIN, Timestamp::truncate))
+}

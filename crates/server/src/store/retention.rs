@@ -1,0 +1,54 @@
+//! How long events are kept one by one.
+
+use pisync_core::Timestamp;
+
+const DAY_SECONDS: i64 = 24 * 60 * 60;
+
+/// For how long to keep events, counted from when they were received.
+#[derive(Debug, Clone, Copy)]
+pub struct Retention {
+    days: u32,
+    max_clock_skew_seconds: u32,
+}
+
+impl Retention {
+    /// Keeps events for so many days. An event may be dated ahead of its receipt by up to
+    /// `max_clock_skew_seconds`. `None` when that is too short: the last 24 hours are counted event by
+    /// event, so whatever is dated within them must be there.
+    #[must_use]
+    pub fn new(days: u32, max_clock_skew_seconds: u32) -> Option<Self> {
+        (days >= Self::fewest_days(max_clock_skew_seconds))
+            .then_some(Self { days, max_clock_skew_seconds })
+    }
+
+    /// The shortest time that is possible, in days.
+    #[must_use]
+    pub fn fewest_days(max_clock_skew_seconds: u32) -> u32 {
+        let skew = i64::from(max_clock_skew_seconds.max(1));
+        u32::try_from(1 + (skew + DAY_SECONDS - 1) / DAY_SECONDS).unwrap_or(u32::MAX)
+    }
+
+    /// What was received before this need not be kept.
+    pub(super) fn oldest(&self, now: Timestamp) -> Timestamp {
+        now.saturating_add_milliseconds(-i64::from(self.days) * DAY_SECONDS * 1000)
+    }
+
+    /// How far ahead of its receipt an event may be dated, in milliseconds.
+    pub(super) fn longest_lead(&self) -> i64 {
+        i64::from(self.max_clock_skew_seconds) * 1000
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_last_24_hours_need_is_kept() {
+        for (skew, fewest) in [(0, 2), (300, 2), (86_400, 2), (86_401, 3), (u32::MAX, 49_712)] {
+            assert_eq!(Retention::fewest_days(skew), fewest, "{skew}");
+            assert!(Retention::new(fewest, skew).is_some());
+            assert!(Retention::new(fewest - 1, skew).is_none());
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! Old events go in small steps, once they are folded into the sums by day and hour, and the file gives
+//! their pages back.
+
+use pisync_core::Timestamp;
+use rusqlite::{Connection, TransactionBehavior, params};
+
+use super::{reads::optional_time, roll_ups::folded_id};
+
+/// Empty pages are given back when they are more than this part of the file: those that the next events
+/// will need had better stay.
+const MOST_EMPTY: i64 = 4;
+
+/// Pages that are given back at a time. Each is a page moved from the end of the file.
+const VACUUM_PAGES: u32 = 128;
+
+/// Drops the next `most` events that were received before `before`; false when there are no more. They
+/// may be dated by `lead` milliseconds after they were received.
+///
+/// They go in the order of their ids. One that was stored while the clock was ahead keeps those after it
+/// until its time has come.
+pub(super) fn drop_events(
+    connection: &mut Connection,
+    before: Timestamp,
+    lead: i64,
+    most: i64,
+) -> rusqlite::Result<bool> {
+    const OLDEST: &str = "
+        select id, created_at from sync_events where id <= ?1 order by id limit ?2
+    ";
+    const DELETE: &str = "delete from sync_events where id <= ?1";
+    const SINCE: &str = "
+        update roll_up_state
+           set raw_since     = max(ifnull(raw_since, ?1), ?1),
+               streaks_since = max(ifnull(streaks_since, ?2), ?2)
+    ";
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let (mut last, mut newest, mut events) = (None, i64::MIN, 0);
+    {
+        let mut select = transaction.prepare_cached(OLDEST)?;
+        let mut rows = select.query([folded_id(&transaction)?, most])?;
+        while let Some(row) = rows.next()? {
+            let received: i64 = row.get(1)?;
+            if received >= before.as_millisecond() {
+                break;
+            }
+            last = Some(row.get::<_, i64>(0)?);
+            newest = newest.max(received);
+            events += 1;
+        }
+    }
+    let Some(last) = last else { return Ok(false) };
+    transaction.prepare_cached(DELETE)?.execute([last])?;
+    let kept_since = newest + 1;
+    transaction.prepare_cached(SINCE)?.execute(params![kept_since, kept_since + lead])?;
+    transaction.commit()?;
+    Ok(events == most)
+}
+
+/// Gives some empty pages at the end of the file back; false when there are few, or they stay.
+pub(super) fn shrink(connection: &Connection) -> rusqlite::Result<bool> {
+    let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let empty = pragma("freelist_count")?;
+    if empty <= VACUUM_PAGES.into() || empty <= pragma("page_count")? / MOST_EMPTY {
+        return Ok(false);
+    }
+    connection.execute_batch(&format!("pragma incremental_vacuum({VACUUM_PAGES})"))?;
+    Ok(pragma("freelist_count")? < empty)
+}
+
+/// Events dated before this no longer change streaks.
+pub(super) fn streaks_since(connection: &Connection) -> rusqlite::Result<Timestamp> {
+    connection
+        .prepare_cached("select streaks_since from roll_up_state")?
+        .query_row([], |row| Ok(optional_time(row, 0)?.unwrap_or(Timestamp::MIN)))
+}
+
+/// Events received before this are gone; `None` while all are kept.
+pub(super) fn raw_since(connection: &Connection) -> rusqlite::Result<Option<Timestamp>> {
+    connection
+        .prepare_cached("select raw_since from roll_up_state")?
+        .query_row([], |row| optional_time(row, 0))
+}
