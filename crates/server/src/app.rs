@@ -35,8 +35,8 @@ const DAY: i64 = 86_400_000;
 const FOLD_INTERVAL: Duration = Duration::from_secs(30);
 
 /// While there is more to fold or to drop: how many times as long as each step to wait after it, so
-/// that ingest has nine tenths of the database.
-const STEP_YIELD: u32 = 9;
+/// that ingest has nineteen twentieths of the database.
+const STEP_YIELD: u32 = 19;
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.

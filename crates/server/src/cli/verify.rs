@@ -49,6 +49,7 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
         sum.devices += page.devices;
         sum.events += page.events;
         sum.nameless_devices += page.nameless_devices;
+        sum.raw_since = page.raw_since;
         differing_jobs += page.differences.len() as u64;
         page.differences.iter().for_each(print);
         after = page.next;
@@ -56,7 +57,8 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
             break;
         }
     }
-    let repaired = if differing_jobs > 0 && command.repair { " (repaired)" } else { "" };
+    let repairs = command.repair && sum.raw_since.is_none();
+    let repaired = if differing_jobs > 0 && repairs { " (repaired)" } else { "" };
     println!(
         "devices: {}, events: {}, jobs that differ: {differing_jobs}{repaired}",
         sum.devices, sum.events
@@ -65,6 +67,11 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
         return Err(format!(
             "there are events or figures of {} devices that are not registered; delete those rows, or insert the devices",
             sum.nameless_devices
+        ));
+    }
+    if let (Some(raw_since), true) = (sum.raw_since, differing_jobs > 0) {
+        return Err(format!(
+            "some figures are too small, and cannot be counted again: events received before {raw_since} are no longer kept"
         ));
     }
     if differing_jobs > 0 && !command.repair {

@@ -3,7 +3,7 @@
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
-const HEADERS: [(HeaderName, HeaderValue); 11] = [
+static HEADERS: [(HeaderName, HeaderValue); 11] = [
     (
         HeaderName::from_static("cross-origin-opener-policy"),
         HeaderValue::from_static("same-origin"),

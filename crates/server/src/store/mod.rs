@@ -103,7 +103,8 @@ pub trait Store: KeyStore + Send + Sync {
 
     /// Recounts the figures of one page of devices, those after the device `after`, from their raw events,
     /// as of one moment. With `repair` it then writes what the events add up to, each device in a short
-    /// transaction of its own; the answer still tells what was found. Safe beside running servers.
+    /// transaction of its own; the answer still tells what was found. Where old events are no longer kept,
+    /// nothing is repaired. Safe beside running servers.
     async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError>;
 
     /// Does what must be done from time to time, such as making partitions ahead of need.

@@ -25,6 +25,9 @@ pub struct Verified {
     /// Devices that the store has only a number of, although there are events or figures of them: SQL
     /// that did not mind the foreign keys left them. They cannot be repaired here.
     pub nameless_devices: u64,
+    /// Since when events are kept one by one; `None` while all are. Figures count older ones too, so they
+    /// can then only be too small, and nothing can be repaired.
+    pub raw_since: Option<Timestamp>,
     /// Where the next page begins: after this device. `None` after the last page.
     pub next: Option<String>,
 }
@@ -89,10 +92,19 @@ impl Recount {
         recounted.map(|figures| figures.total_syncs.cast_unsigned()).sum()
     }
 
-    pub(super) fn differences(self) -> Vec<JobDifference> {
-        // All raw events are kept, so that every figure must be what they add up to.
-        let differs =
-            |(stored, recounted): &(Option<JobFigures>, Option<JobFigures>)| stored != recounted;
+    /// What differs. While all events are kept (`all_kept`), every figure must be what they add up to;
+    /// later, the figures must hold at least those that are left.
+    pub(super) fn differences(self, all_kept: bool) -> Vec<JobDifference> {
+        let differs = |(stored, recounted): &(Option<JobFigures>, Option<JobFigures>)| {
+            if all_kept {
+                return stored != recounted;
+            }
+            match (stored, recounted) {
+                (_, None) => false,
+                (None, Some(_)) => true,
+                (Some(stored), Some(left)) => !holds(stored, left),
+            }
+        };
         self.0
             .into_iter()
             .filter(|(_, figures)| differs(figures))
@@ -104,6 +116,21 @@ impl Recount {
             })
             .collect()
     }
+}
+
+/// Whether `stored` can be the figures of the events that are `left` and of others. Streaks cannot be told.
+fn holds(stored: &JobFigures, left: &JobFigures) -> bool {
+    stored.total_syncs >= left.total_syncs
+        && stored.failed_syncs >= left.failed_syncs
+        && stored.total_files_synced >= left.total_files_synced
+        && stored.total_errors >= left.total_errors
+        && stored.speed_sum >= left.speed_sum
+        && stored.speed_count >= left.speed_count
+        && stored.first_sync <= left.first_sync
+        && stored.last_sync >= left.last_sync
+        && stored.last_success >= left.last_success
+        && stored.last_failure >= left.last_failure
+        && stored.last_received >= left.last_received
 }
 
 /// The devices that need repair, each once.

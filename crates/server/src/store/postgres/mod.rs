@@ -174,7 +174,7 @@ impl Store for PostgresStore {
         // Not `call`: a long history takes as long as it takes.
         let mut connection = self.connection().await?;
         let verified = verify::page(&mut connection, after).await.map_err(store_error)?;
-        if repair {
+        if repair && verified.raw_since.is_none() {
             for device_id in devices_of(&verified.differences) {
                 verify::repair(&mut connection, &device_id).await.map_err(store_error)?;
             }

@@ -6,6 +6,7 @@ use deadpool_postgres::Object;
 use pisync_core::{JobFigures, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState};
 
+use super::expiry;
 use crate::store::verify::{PAGE_DEVICES, Recount, Verified, page_length};
 
 /// How often the repair of a device that met a deadlock is tried again.
@@ -92,10 +93,12 @@ pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result
     for row in snapshot.query(&recounted(PAGE), &[&after, &next]).await? {
         figures.recounted(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
     }
+    let raw_since = expiry::raw_since(&snapshot).await?;
     Ok(Verified {
         devices: length as u64,
         events: figures.events(),
-        differences: figures.differences(),
+        differences: figures.differences(raw_since.is_none()),
+        raw_since,
         // Here events carry the device's name.
         nameless_devices: 0,
         next,

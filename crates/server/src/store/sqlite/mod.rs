@@ -148,7 +148,7 @@ impl Store for SqliteStore {
         let after = after.map(str::to_owned);
         let verified =
             self.read(move |connection| verify::page(connection, after.as_deref())).await?;
-        if repair {
+        if repair && verified.raw_since.is_none() {
             for device_id in devices_of(&verified.differences) {
                 self.writer.call(move |writer| verify::repair(writer, &device_id)).await?;
             }

@@ -7,6 +7,7 @@ use pisync_core::{JobFigures, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
+    expiry,
     reads::time,
     writer::{JobStatements, WriteConnection, job_figures},
 };
@@ -49,10 +50,12 @@ pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Re
             figures.recounted(device_id.clone(), job, recounted);
         }
     }
+    let raw_since = expiry::raw_since(&snapshot)?;
     Ok(Verified {
         devices: devices.len() as u64,
         events: figures.events(),
-        differences: figures.differences(),
+        differences: figures.differences(raw_since.is_none()),
+        raw_since,
         nameless_devices: if is_last { nameless_devices(&snapshot)? } else { 0 },
         next: devices.last().filter(|_| !is_last).map(|(_, device_id, _)| device_id.clone()),
     })

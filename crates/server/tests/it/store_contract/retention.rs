@@ -80,6 +80,14 @@ async fn old_events_go_and_their_figures_stay(fixture: &TestStore) {
     }
     let stats = fixture.store.fleet_stats(now()).await.unwrap();
     assert_eq!((stats.figures.total_syncs, stats.figures.failed_syncs), (12, 6));
+    // What is left cannot say that the figures are too large, only that they are too small; and nothing
+    // is repaired by it.
+    assert_eq!(fixture.store.verify(None, true).await.unwrap().differences, []);
+    let too_small = "update device_jobs set total_syncs = 1 where total_syncs = 6";
+    fixture.database.execute(too_small).await;
+    let verified = fixture.store.verify(None, true).await.unwrap();
+    assert_eq!((verified.differences.len(), verified.raw_since.is_some()), (2, true));
+    assert_eq!(fixture.store.fleet_stats(now()).await.unwrap().figures.total_syncs, 2);
     let query = FailureQuery {
         threshold: 1,
         consecutive: false,
