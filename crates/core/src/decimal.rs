@@ -10,6 +10,15 @@ pub struct Scaled {
     pub exact: bool,
 }
 
+impl Scaled {
+    /// Whether the text's number is no whole one at this scale. Of one that saturates it is not said: its
+    /// fault is its size.
+    #[must_use]
+    pub fn is_fraction(self) -> bool {
+        !self.exact && !matches!(self.value, i64::MIN | i64::MAX)
+    }
+}
+
 /// Digits after which a value saturates: 19 digits always exceed every range PiSync knows.
 const MAX_DIGITS: i64 = 18;
 
@@ -115,6 +124,16 @@ mod tests {
         assert_eq!(parse_scaled("-1e400", 2), rounded(i64::MIN));
         assert_eq!(parse_scaled("1e-999999999999999999999", 2), rounded(0));
         assert_eq!(parse_scaled("000000000000000000000000000001", 0), exact(1));
+    }
+
+    #[test]
+    fn knows_fractions_at_any_size() {
+        for text in ["0.5", "-1.5", "9007199254740991.4", "999999999999999999.9"] {
+            assert!(parse_scaled(text, 0).unwrap().is_fraction(), "{text}");
+        }
+        for text in ["0", "-0.0", "150.0", "1e17", "1e18", "-1e400"] {
+            assert!(!parse_scaled(text, 0).unwrap().is_fraction(), "{text}");
+        }
     }
 
     #[test]

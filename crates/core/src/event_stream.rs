@@ -57,8 +57,10 @@ impl fmt::Display for StreamError {
 /// Where the reading stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Nothing has been read but a part of the byte order mark.
-    Start { mark: usize },
+    /// Nothing has been read but so many bytes of the byte order mark.
+    Mark { read: usize },
+    /// After the mark, if there is one, and perhaps white space.
+    Start,
     /// After `[`.
     First,
     /// After a comma.
@@ -101,11 +103,17 @@ impl EventSplitter {
     pub fn new(format: Format) -> Self {
         Self {
             format,
-            state: State::Start { mark: 0 },
+            state: State::Mark { read: 0 },
             pending: Vec::new(),
             too_long: false,
             offset: 0,
         }
+    }
+
+    /// How many bytes of an unfinished value are kept: at most [`MAX_EVENT_BYTES`].
+    #[must_use]
+    pub fn pending_bytes(&self) -> usize {
+        self.pending.len()
     }
 
     /// Takes the next bytes and hands every value that is complete with them to `each`, until that
@@ -132,6 +140,12 @@ impl EventSplitter {
                     self.offset += taken as u64;
                     bytes = rest;
                 }
+                State::Mark { read } if BYTE_ORDER_MARK.get(read) == Some(&byte) => {
+                    self.state = State::Mark { read: read + 1 };
+                    self.offset += 1;
+                    bytes = &bytes[1..];
+                }
+                State::Mark { read } => self.state = self.after_mark(read)?,
                 state => {
                     self.state = self.between_values(state, byte)?;
                     // The first byte of a value belongs to it.
@@ -153,14 +167,29 @@ impl EventSplitter {
         mut self,
         each: &mut impl FnMut(Piece<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
+        if let State::Mark { read } = self.state {
+            self.state = self.after_mark(read)?;
+        }
         match (self.format, self.state) {
-            (Format::Array, State::End) | (Format::Lines, State::Start { .. } | State::After) => {
-                Ok(())
-            }
+            (Format::Array, State::End) | (Format::Lines, State::Start | State::After) => Ok(()),
             (Format::Lines, _) => self.complete(&[], each),
-            (Format::Array, State::Start { .. }) => Err(StreamError::NotAnArray.into()),
+            (Format::Array, State::Start) => Err(StreamError::NotAnArray.into()),
             (Format::Array, _) => Err(self.broken("the end of the array").into()),
         }
+    }
+
+    /// The state after so many bytes of the byte order mark and none that continues it. A part of a mark
+    /// is no mark: it belongs to the first line, which is then no JSON.
+    fn after_mark(&mut self, read: usize) -> Result<State, StreamError> {
+        let part = &BYTE_ORDER_MARK[..read];
+        Ok(match self.format {
+            _ if part.is_empty() || part == BYTE_ORDER_MARK => State::Start,
+            Format::Array => return Err(StreamError::NotAnArray),
+            Format::Lines => {
+                self.keep(part);
+                State::Value(Value::Line)
+            }
+        })
     }
 
     /// The state after a byte outside values. When it becomes [`State::Value`], the byte is the
@@ -168,13 +197,10 @@ impl EventSplitter {
     fn between_values(&self, state: State, byte: u8) -> Result<State, StreamError> {
         let is_space = matches!(byte, b' ' | b'\t' | b'\n' | b'\r');
         Ok(match (state, byte) {
-            (State::Start { mark }, _) if BYTE_ORDER_MARK.get(mark) == Some(&byte) => {
-                State::Start { mark: mark + 1 }
-            }
             _ if is_space => state,
             _ if self.format == Format::Lines => State::Value(Value::Line),
-            (State::Start { .. }, b'[') => State::First,
-            (State::Start { .. }, _) => return Err(StreamError::NotAnArray),
+            (State::Start, b'[') => State::First,
+            (State::Start, _) => return Err(StreamError::NotAnArray),
             (State::First | State::After, b']') => State::End,
             (State::After, b',') => State::Next,
             (State::After, _) => return Err(self.broken("a comma or the end of the array")),
@@ -347,6 +373,18 @@ mod tests {
             for size in 1..text.len() + 1 {
                 let pieces = split(Format::Lines, text.as_bytes(), size).unwrap();
                 assert_eq!(pieces, expected, "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_byte_order_mark_is_none() {
+        for text in [&b"\xef[1]"[..], b"\xef\xbb[1]", b"\xef\xbb", b" \xef\xbb\xbf[1]"] {
+            for size in 1..=text.len() {
+                assert_eq!(split(Format::Array, text, size), Err(StreamError::NotAnArray));
+                let lines = split(Format::Lines, text, size).unwrap();
+                let line = String::from_utf8_lossy(text.trim_ascii_start());
+                assert_eq!(lines, [line], "{text:?} in chunks of {size}");
             }
         }
     }

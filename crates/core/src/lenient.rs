@@ -180,12 +180,9 @@ fn number<T>(
 }
 
 fn integer(text: &str, most: i64, most_text: &'static str) -> Result<i64, NumberError> {
-    // First the fraction, as the Node service did: -1.5 "must be an integer". A saturated value is
-    // inexact too, but its fault is its size.
+    // First the fraction, as the Node service did: -1.5 "must be an integer".
     match parse_scaled(text, 0) {
-        Some(scaled) if !scaled.exact && scaled.value.unsigned_abs() < MAX_BYTES_SYNCED => {
-            Err(NumberError::NotAnInteger)
-        }
+        Some(scaled) if scaled.is_fraction() => Err(NumberError::NotAnInteger),
         _ => parse_bounded(text, 0, most, most_text).map(|scaled| scaled.value),
     }
 }
@@ -319,6 +316,32 @@ mod tests {
         assert_eq!(all.len(), 1, "{all:?}");
         assert_eq!(all[0].0, field);
         all.remove(0).1
+    }
+
+    #[test]
+    fn a_fraction_is_no_count_however_large() {
+        let body = with("bytes_synced", json!("9007199254740991.4"));
+        let message = "\"bytes_synced\" must be an integer".to_owned();
+        assert_eq!(complaints(&body), [("bytes_synced".to_owned(), message)]);
+    }
+
+    #[test]
+    fn an_array_is_no_event() {
+        let body = r#"["pi-1",null,"2025-06-17T10:30:00Z",null,150,2,null,null,null,null,null]"#;
+        let message = "\"value\" must be of type object".to_owned();
+        assert_eq!(complaints(body), [(String::new(), message)]);
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_malformed_also_where_nobody_looks() {
+        let mut body = with("extra", "?".into()).into_bytes();
+        for byte in &mut body {
+            if *byte == b'?' {
+                *byte = 0xff;
+            }
+        }
+        let result = SyncEvent::from_json(&body, arrival());
+        assert!(matches!(result, Err(ParseError::Malformed(_))), "{result:?}");
     }
 
     #[test]

@@ -60,8 +60,11 @@ impl SyncEvent {
     /// [`ParseError::Malformed`] when the body is not JSON, else [`ParseError::Invalid`] with every
     /// wrong field.
     pub fn from_json(body: &[u8], arrival: Arrival) -> Result<Self, ParseError> {
-        serde_json::from_slice::<StrictWire>(body)
+        std::str::from_utf8(body)
             .ok()
+            // A derived reader would also take an array for a struct.
+            .filter(|text| text.trim_ascii_start().starts_with('{'))
+            .and_then(|text| serde_json::from_str::<StrictWire>(text).ok())
             .and_then(|wire| wire.validate(arrival))
             .map_or_else(|| lenient::read_sync_event(body, arrival), Ok)
     }

@@ -42,8 +42,10 @@ impl Timestamp {
     /// The same instant as the time library's type.
     #[must_use]
     pub fn to_jiff(self) -> jiff::Timestamp {
-        // The range above lies within the library's, so the fallback is never taken.
-        jiff::Timestamp::from_millisecond(self.0).unwrap_or(jiff::Timestamp::MAX)
+        // Not by `from_millisecond`, which refuses the last second's milliseconds. The range above lies
+        // within the library's, so the fallback is never taken.
+        let nanosecond = i32::try_from(self.0.rem_euclid(1000) * 1_000_000).unwrap_or(0);
+        jiff::Timestamp::new(self.0.div_euclid(1000), nanosecond).unwrap_or(jiff::Timestamp::MAX)
     }
 
     /// This instant moved by `milliseconds`, staying within the range.
@@ -56,11 +58,22 @@ impl Timestamp {
     /// midnight. Digits beyond milliseconds are cut.
     #[must_use]
     pub fn parse_iso8601(text: &str) -> Option<Self> {
-        let instant = text.parse::<jiff::Timestamp>().or_else(|_| {
-            text.parse::<civil::DateTime>()?.to_zoned(TimeZone::UTC).map(|zoned| zoned.timestamp())
-        });
-        Self::from_millisecond(whole_milliseconds(instant.ok()?))
+        let instant = text.parse().ok().or_else(|| without_offset(text))?;
+        Self::from_millisecond(whole_milliseconds(instant))
     }
+}
+
+/// Reads a date and time that has no offset as UTC.
+fn without_offset(text: &str) -> Option<jiff::Timestamp> {
+    // The time library passes over a time zone's name, which would make its local time UTC.
+    if text.contains('[') {
+        return None;
+    }
+    text.parse::<civil::DateTime>()
+        .ok()?
+        .to_zoned(TimeZone::UTC)
+        .ok()
+        .map(|zoned| zoned.timestamp())
 }
 
 /// Milliseconds since 1970, cut towards the past also before 1970: digits are dropped, never rounded.
@@ -112,6 +125,7 @@ mod tests {
             ("2025-06-17", "2025-06-17T00:00:00.000Z"),
             ("2025-06-17T10:30:00", "2025-06-17T10:30:00.000Z"),
             ("2025-06-17 10:30", "2025-06-17T10:30:00.000Z"),
+            ("2025-06-17T12:30+02:00[Europe/Berlin]", "2025-06-17T10:30:00.000Z"),
             ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
         ] {
             assert_eq!(reading(text).as_deref(), Some(expected), "{text}");
@@ -131,6 +145,7 @@ mod tests {
             "0000-01-01T00:00:00Z",
             "-000001-01-01T00:00:00Z",
             "2025-06-17T10:30:00Zjunk",
+            "2025-06-17T12:30[Europe/Berlin]",
         ] {
             assert_eq!(reading(text), None, "{text}");
         }
@@ -141,6 +156,7 @@ mod tests {
         let text = |millisecond| Timestamp::from_millisecond(millisecond).map(|at| at.to_string());
         assert_eq!(text(MIN_MILLISECOND).as_deref(), Some("0001-01-01T00:00:00.000Z"));
         assert_eq!(text(MAX_MILLISECOND).as_deref(), Some("9999-12-30T22:00:00.999Z"));
+        assert_eq!(text(MAX_MILLISECOND - 1).as_deref(), Some("9999-12-30T22:00:00.998Z"));
         assert_eq!(text(MIN_MILLISECOND - 1), None);
         assert_eq!(text(MAX_MILLISECOND + 1), None);
     }

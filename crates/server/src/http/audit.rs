@@ -108,7 +108,7 @@ impl From<AuditEntry> for AuditData {
 )]
 async fn list_audit(
     State(state): State<SharedState>,
-    mut query: Query,
+    Query(mut query): Query,
 ) -> Result<Success<AuditPage>, ApiError> {
     let limit = query.limit().unwrap_or(DEFAULT_LIMIT);
     let before = query.integer("before", 1..=MAX_LINE).map(u64::cast_signed);

@@ -218,7 +218,7 @@ struct DeletedDevice {
 )]
 async fn list_devices(
     State(state): State<SharedState>,
-    mut query: Query,
+    Query(mut query): Query,
 ) -> Result<Success<DeviceList>, ApiError> {
     let (sort, descending) = query.choice("sort", &SORTS).unwrap_or((DeviceSort::DeviceId, false));
     let device_query = DeviceQuery {

@@ -262,6 +262,12 @@ impl IntoResponse for ApiError {
     }
 }
 
+impl From<Vec<Violation>> for ApiError {
+    fn from(violations: Vec<Violation>) -> Self {
+        Self::Validation(violations)
+    }
+}
+
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {

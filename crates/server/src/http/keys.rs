@@ -202,7 +202,7 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
 )]
 async fn list_keys(
     State(state): State<SharedState>,
-    mut query: Query,
+    Query(mut query): Query,
 ) -> Result<Success<KeyList>, ApiError> {
     let limit = query.limit().unwrap_or(DEFAULT_LIMIT);
     let offset = query.offset();

@@ -17,6 +17,7 @@ mod history_stream;
 mod keys;
 mod metrics;
 mod observe;
+pub mod query;
 mod rate_limit;
 mod repeated_failures;
 mod security_headers;

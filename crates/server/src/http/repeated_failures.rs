@@ -121,7 +121,7 @@ impl From<Device> for FailingDevice {
 )]
 async fn get_repeated_failures(
     State(state): State<SharedState>,
-    mut query: Query,
+    Query(mut query): Query,
 ) -> Result<Success<FailureData>, ApiError> {
     let threshold = query.integer("threshold", 1..=100).and_then(|value| u32::try_from(value).ok());
     let window = query.window(state.clock.now());

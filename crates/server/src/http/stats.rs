@@ -134,7 +134,7 @@ impl From<FleetStats> for StatsData {
 )]
 async fn get_stats(
     State(state): State<SharedState>,
-    mut query: Query,
+    Query(mut query): Query,
 ) -> Result<Success<StatsData>, ApiError> {
     let window = query.window(state.clock.now());
     query.finish()?;

@@ -15,9 +15,10 @@ use super::{
     SharedState,
     envelope::Success,
     error::{AnyTime, ApiError, OfDevice, WithQuery},
-    extract::{DevicePath, DevicePathParameter, Query, cursor_text},
+    extract::{DevicePath, DevicePathParameter, Query},
     figures::{DeviceFigures, in_mbps, in_seconds},
     history_stream::{self, Format},
+    query::cursor_text,
 };
 use crate::store::{HistoryQuery, StoredEvent, SyncHistory};
 
@@ -184,7 +185,7 @@ async fn get_sync_history(
     State(state): State<SharedState>,
     DevicePath(device_id): DevicePath,
     headers: HeaderMap,
-    mut query: Query,
+    Query(mut query): Query,
 ) -> Result<Response, ApiError> {
     let limit = query.limit();
     let history_query = HistoryQuery {

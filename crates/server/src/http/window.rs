@@ -2,7 +2,7 @@
 
 use utoipa::{PartialSchema, ToSchema, openapi};
 
-/// A window by its name; [`super::extract::Query::window`] reads it.
+/// A window by its name; [`super::query::QueryString::window`] reads it.
 pub(super) struct WindowName;
 
 impl PartialSchema for WindowName {

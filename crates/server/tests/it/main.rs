@@ -18,6 +18,7 @@ mod command_line;
 mod crash;
 mod devices;
 mod faults;
+mod fuzz_corpus;
 mod ingest;
 mod keys;
 mod migrations;

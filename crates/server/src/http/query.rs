@@ -1,0 +1,205 @@
+//! Reading query strings, apart from any request: each parameter by its rules, with every wrong one named
+//! at once. Handlers get it by `Query` of the module `extract`; fuzz targets call it directly.
+
+use std::ops::RangeInclusive;
+
+use pisync_core::{JobName, Timestamp, Violation, decimal::parse_scaled, text::check_text};
+use serde_json::Value;
+
+use crate::store::{HistoryPosition, Window};
+
+/// The largest offset: what a JSON number holds exactly.
+pub const MAX_OFFSET: u64 = (1 << 53) - 1;
+
+/// A query string being read. Each method reads one parameter and remembers what is wrong with it;
+/// [`QueryString::finish`] tells.
+#[derive(Debug)]
+pub struct QueryString {
+    pairs: Vec<(String, String)>,
+    violations: Vec<Violation>,
+}
+
+impl QueryString {
+    /// The text after a request target's question mark. There is none that cannot be read: what is not
+    /// UTF-8 once decoded becomes replacement characters.
+    #[must_use]
+    pub fn parse(query: &str) -> Self {
+        let pairs = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+        Self { pairs, violations: Vec::new() }
+    }
+
+    /// Says whether all that was read was right.
+    ///
+    /// # Errors
+    /// Everything that was wrong.
+    pub fn finish(self) -> Result<(), Vec<Violation>> {
+        if self.violations.is_empty() { Ok(()) } else { Err(self.violations) }
+    }
+
+    fn refuse<T>(&mut self, name: &'static str, rule: &str, value: impl Into<Value>) -> Option<T> {
+        self.violations.push(Violation::of(name, rule, Some(value.into())));
+        None
+    }
+
+    /// The parameter's text, when it is there.
+    fn get(&mut self, name: &'static str) -> Option<String> {
+        let mut values =
+            self.pairs.iter().filter(|(key, _)| key == name).map(|(_, value)| value.clone());
+        let value = values.next()?;
+        if values.next().is_some() {
+            return self.refuse(name, "must be given only once", value);
+        }
+        Some(value)
+    }
+
+    /// A whole number within `range`.
+    pub fn integer(&mut self, name: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
+        let text = self.get(name)?;
+        let Some(scaled) = parse_scaled(text.trim(), 0) else {
+            return self.refuse(name, "must be a number", text);
+        };
+        if scaled.is_fraction() {
+            return self.refuse(name, "must be an integer", text);
+        }
+        match u64::try_from(scaled.value) {
+            Ok(value) if range.contains(&value) => Some(value),
+            Ok(value) if value > *range.end() => {
+                let rule = format!("must be less than or equal to {}", range.end());
+                self.refuse(name, &rule, value)
+            }
+            _ => {
+                let rule = format!("must be greater than or equal to {}", range.start());
+                self.refuse(name, &rule, scaled.value)
+            }
+        }
+    }
+
+    /// `limit`, 1 to 1,000.
+    pub fn limit(&mut self) -> Option<u32> {
+        self.integer("limit", 1..=1000).and_then(|limit| u32::try_from(limit).ok())
+    }
+
+    /// `offset`, 0 when absent.
+    pub fn offset(&mut self) -> u64 {
+        self.integer("offset", 0..=MAX_OFFSET).unwrap_or(0)
+    }
+
+    /// An instant.
+    pub fn timestamp(&mut self, name: &'static str) -> Option<Timestamp> {
+        let text = self.get(name)?;
+        // A plus sign that was not percent-encoded arrives as a space.
+        let parsed = Timestamp::parse_iso8601(&text)
+            .or_else(|| Timestamp::parse_iso8601(&text.replace(' ', "+")));
+        match parsed {
+            Some(timestamp) => Some(timestamp),
+            None => self.refuse(name, "must be in ISO 8601 date format", text),
+        }
+    }
+
+    /// `true` or `false`; false when absent.
+    pub fn boolean(&mut self, name: &'static str) -> bool {
+        match self.get(name) {
+            None => false,
+            Some(text) => match text.as_str() {
+                "true" => true,
+                "false" => false,
+                _ => self.refuse(name, "must be a boolean", text).unwrap_or(false),
+            },
+        }
+    }
+
+    /// Text of 1 to `most` characters without control characters.
+    pub fn text(&mut self, name: &'static str, most: usize) -> Option<String> {
+        let text = self.get(name)?;
+        match check_text(&text, most) {
+            Ok(()) => Some(text),
+            Err(error) => self.refuse(name, &error.to_string(), text),
+        }
+    }
+
+    /// Where to go on in a history.
+    pub fn cursor(&mut self) -> Option<HistoryPosition> {
+        let text = self.get("cursor")?;
+        match read_cursor(&text) {
+            Some(position) => Some(position),
+            None => self.refuse("cursor", "must be a next_cursor of this list", text),
+        }
+    }
+
+    /// `window`: what it is called, and what it is at this instant.
+    pub fn window(&mut self, now: Timestamp) -> Option<(&'static str, Window)> {
+        let windows = [
+            ("24h", Window::last_24_hours(now)),
+            ("7d", Window::last_days(now, 7)),
+            ("30d", Window::last_days(now, 30)),
+        ];
+        self.choice("window", &windows.map(|(name, window)| (name, (name, window))))
+    }
+
+    /// The name of a job.
+    pub fn job(&mut self) -> Option<JobName> {
+        let text = self.text("job", JobName::MAX_CHARACTERS)?;
+        JobName::new(&text).ok()
+    }
+
+    /// One of the `choices`, given by name.
+    pub fn choice<T: Copy>(&mut self, name: &'static str, choices: &[(&str, T)]) -> Option<T> {
+        let text = self.get(name)?;
+        if let Some((_, value)) = choices.iter().find(|(choice, _)| *choice == text) {
+            return Some(*value);
+        }
+        let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+        self.refuse(name, &format!("must be one of [{}]", names.join(", ")), text)
+    }
+}
+
+/// Hexadecimal digits in each half of a cursor.
+const CURSOR_HALF: usize = 16;
+
+/// A position as text that means nothing to anybody else: both numbers in hexadecimal, in full.
+#[must_use]
+pub fn cursor_text(position: HistoryPosition) -> String {
+    let HistoryPosition { microsecond, id } = position;
+    format!("{:016x}{:016x}", microsecond.cast_unsigned(), id.cast_unsigned())
+}
+
+fn read_cursor(text: &str) -> Option<HistoryPosition> {
+    let digits = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if text.len() != 2 * CURSOR_HALF || !text.bytes().all(digits) {
+        return None;
+    }
+    let (microsecond, id) = text.split_at(CURSOR_HALF);
+    let half = |text: &str| u64::from_str_radix(text, 16).ok().map(u64::cast_signed);
+    Some(HistoryPosition { microsecond: half(microsecond)?, id: half(id)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_fraction_is_no_integer_however_large() {
+        for text in ["0.5", "9007199254740991.4", "-1.5"] {
+            let mut query = QueryString::parse(&format!("offset={text}"));
+            assert_eq!(query.offset(), 0);
+            let violations = query.finish().unwrap_err();
+            assert_eq!(violations[0].message, "\"offset\" must be an integer", "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_cursor_reads_as_it_was_written(microsecond: i64, id: i64) {
+            let position = HistoryPosition { microsecond, id };
+            prop_assert_eq!(read_cursor(&cursor_text(position)), Some(position));
+        }
+
+        #[test]
+        fn any_other_text_is_no_cursor(text in ".{0,40}") {
+            let read = read_cursor(&text).map(cursor_text);
+            prop_assert!(read.is_none_or(|read| read == text));
+        }
+    }
+}
