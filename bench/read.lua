@@ -9,7 +9,8 @@ function init(args)
 end
 
 function request()
-   return wrk.format("GET", (path:gsub("{device}", string.format("pi-%05d", math.random(0, 4999))), headers))
+   local asked = path:gsub("{device}", string.format("pi-%05d", math.random(0, 4999)))
+   return wrk.format("GET", asked, headers)
 end
 
 dofile("bench/report.lua")
