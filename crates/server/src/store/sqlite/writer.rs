@@ -1,6 +1,6 @@
 //! The thread that owns the only connection for writing, and what it does.
 
-use std::{collections::HashMap, sync::Arc, thread};
+use std::{collections::HashMap, path::Path, sync::Arc, thread};
 
 use async_trait::async_trait;
 use pisync_core::{
@@ -12,6 +12,7 @@ use rusqlite::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
+    checkpoint::checkpoint_beside,
     connection::store_error,
     expiry,
     history::{EVENT_COLUMNS, stored_event},
@@ -37,7 +38,8 @@ const FORGOTTEN_AT_ONCE: u16 = 1_000;
 /// Room that must be on the disk before events are let in again: what a full batch of small events takes.
 const PROBE_BYTES: u32 = 4 << 20;
 
-type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
+/// What the thread does next.
+pub(super) type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 
 /// A handle on the thread, which ends when the last handle is gone.
 #[derive(Clone)]
@@ -46,8 +48,10 @@ pub(super) struct WriterThread {
 }
 
 impl WriterThread {
-    pub(super) fn start(connection: Connection) -> Result<Self, StoreError> {
+    /// `connection` is to the file at `path`.
+    pub(super) fn start(mut connection: Connection, path: &Path) -> Result<Self, StoreError> {
         let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
+        checkpoint_beside(&mut connection, path, calls.downgrade())?;
         let mut connection = WriteConnection {
             connection,
             devices: HashMap::new(),
