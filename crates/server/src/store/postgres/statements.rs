@@ -10,7 +10,10 @@ use tokio_postgres::{
     types::{FromSql, ToSql},
 };
 
-use super::history::{EVENT_COLUMNS, stored_event};
+use super::{
+    history::{EVENT_COLUMNS, stored_event},
+    roll_ups::PassedStatements,
+};
 use crate::store::{Batch, StoredEvent, batch::JobShare};
 
 const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";
@@ -162,6 +165,7 @@ pub(super) struct Statements {
     insert_new_keys: Statement,
     find_keys: Statement,
     are_stored: Statement,
+    pub(super) passed: PassedStatements,
 }
 
 impl Statements {
@@ -176,6 +180,7 @@ impl Statements {
             insert_new_keys: client.prepare(INSERT_NEW_KEYS).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,
             are_stored: client.prepare(ARE_STORED).await?,
+            passed: PassedStatements::prepare(client).await?,
         })
     }
 
@@ -398,6 +403,25 @@ impl<'a> EventColumns<'a> {
             &self.receipts,
         ];
         client.execute(&statements.insert_events, &parameters).await
+    }
+
+    /// Folds those events that folding has passed.
+    pub(super) async fn fold_passed(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<(), Error> {
+        let parameters: [&(dyn ToSql + Sync); 7] = [
+            &self.device_ids,
+            &self.timestamps,
+            &self.total_files_synced,
+            &self.total_errors,
+            &self.internet_speed,
+            &self.receipts,
+            &received,
+        ];
+        statements.passed.fold(client, &parameters).await
     }
 
     /// Whether the events were stored by an earlier attempt.

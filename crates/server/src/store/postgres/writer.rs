@@ -21,7 +21,8 @@ use tokio_postgres::{Error, Row, error::SqlState};
 
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
-    expiry, partitions,
+    expiry::{self, Horizon},
+    partitions, roll_ups,
     statements::{
         DeviceColumns, EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount,
     },
@@ -41,9 +42,9 @@ const RETRIES: u32 = 5;
 /// burst of one device's events should not rewrite it each time.
 const LAST_SEEN_STEP_MILLISECONDS: i64 = 60_000;
 
-/// How long it is remembered which events come too late for streaks. It moves once a month, and is
-/// announced 5 minutes before events go.
-const STREAKS_SINCE_MILLISECONDS: i64 = 60_000;
+/// How long the [`Horizon`] is remembered. What streaks count from is announced 5 minutes before it moves;
+/// what is folded moves on all the time, a minute behind.
+const HORIZON_MILLISECONDS: i64 = 10_000;
 
 /// Devices whose last move is remembered, some 10 MiB of them. Beyond, all are forgotten.
 const REMEMBERED_DEVICES: usize = 100_000;
@@ -78,10 +79,10 @@ pub(super) struct PostgresEventWriter {
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
-    /// Events dated before this no longer change streaks.
-    streaks_since: Timestamp,
+    /// How far back others have come, by and by.
+    horizon: Horizon,
     /// When that was looked up.
-    streaks_since_read: Option<Timestamp>,
+    horizon_read: Option<Timestamp>,
     /// A batch that may or may not have been committed.
     unsettled: Option<Unsettled>,
     /// How many batches are still to be written carefully.
@@ -112,8 +113,8 @@ impl PostgresEventWriter {
             last_seen: HashMap::new(),
             months: HashSet::new(),
             ids: VecDeque::new(),
-            streaks_since: Timestamp::MIN,
-            streaks_since_read: None,
+            horizon: Horizon { streaks_since: Timestamp::MIN, folded_until: None },
+            horizon_read: None,
             unsettled: None,
             careful_batches: 0,
             open: false,
@@ -137,11 +138,11 @@ impl PostgresEventWriter {
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
         let Some(session) = &mut self.session else { return Err(StoreError::Stopped) };
-        let due = batch.received.saturating_add_milliseconds(-STREAKS_SINCE_MILLISECONDS);
-        if self.streaks_since_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
+        let due = batch.received.saturating_add_milliseconds(-HORIZON_MILLISECONDS);
+        if self.horizon_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
             let client = &session.connection.client;
-            self.streaks_since = expiry::streaks_since(client).await.map_err(store_error)?;
-            self.streaks_since_read = Some(batch.received);
+            self.horizon = expiry::horizon(client).await.map_err(store_error)?;
+            self.horizon_read = Some(batch.received);
         }
         for month in months_of(batch) {
             if !self.months.contains(&month) {
@@ -176,9 +177,9 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let streaks_since = self.streaks_since.to_jiff();
+        let streaks_since = self.horizon.streaks_since.to_jiff();
         let order = batch.order();
-        let shares = batch.shares(&order, self.streaks_since);
+        let shares = batch.shares(&order, self.horizon.streaks_since);
         let devices = self.devices_to_touch(batch, &order, &shares);
         let jobs = JobColumns::new(&shares);
         let events = EventColumns::new(batch, &order, ids);
@@ -191,11 +192,13 @@ impl PostgresEventWriter {
             }
         };
 
+        let may_be_passed = self.may_be_passed(batch);
+
         self.open = true;
         // Polled in this order, so sent in this order, without waiting for each other's answers.
         let ((begun, new_devices, keyed, failing, inserted), taken) = future::join(
             future::join5(
-                client.batch_execute("begin"),
+                client.batch_execute(begin_statement(may_be_passed)),
                 statements.upsert_devices(client, &devices, received),
                 keys.insert(client, statements, received),
                 jobs.upsert(client, statements, streaks_since),
@@ -210,6 +213,9 @@ impl PostgresEventWriter {
         let failing = failing?;
         inserted?;
         let taken = taken?;
+        if may_be_passed {
+            events.fold_passed(client, statements, received).await?;
+        }
         self.committing = true;
         let (recounted, committed) =
             future::join(recount(client, statements, &failing), client.batch_execute("commit"))
@@ -239,26 +245,32 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let streaks_since = self.streaks_since.to_jiff();
+        let streaks_since = self.horizon.streaks_since.to_jiff();
         let mut order = batch.order();
-        let all_shares = batch.shares(&order, self.streaks_since);
+        let all_shares = batch.shares(&order, self.horizon.streaks_since);
         let devices = self.devices_to_touch(batch, &order, &all_shares);
         let first_of_each =
             (0..batch.events.len()).filter(|position| !repeats.contains_key(position));
         let keys = KeyColumns::new(batch, first_of_each, ids);
 
+        let may_be_passed = self.may_be_passed(batch);
+
         self.open = true;
-        client.batch_execute("begin").await?;
+        client.batch_execute(begin_statement(may_be_passed)).await?;
         let new_devices = statements.upsert_devices(client, &devices, received).await?;
         keys.insert_new(client, statements, received).await?;
         let kept = keys.find(client, statements).await?;
         let mut written = resolve(batch, ids, repeats, &kept);
 
         order.retain(|position| !written.is_duplicate(*position));
-        let shares = batch.shares(&order, self.streaks_since);
+        let shares = batch.shares(&order, self.horizon.streaks_since);
         let jobs = JobColumns::new(&shares);
         let failing = jobs.upsert(client, statements, streaks_since).await?;
-        EventColumns::new(batch, &order, ids).insert(client, statements, received).await?;
+        let events = EventColumns::new(batch, &order, ids);
+        events.insert(client, statements, received).await?;
+        if may_be_passed {
+            events.fold_passed(client, statements, received).await?;
+        }
         let recounted = recount(client, statements, &failing).await?;
         self.committing = true;
         client.batch_execute("commit").await?;
@@ -276,9 +288,9 @@ impl PostgresEventWriter {
         let Some(Session { connection, statements }) = &self.session else { return Ok(None) };
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let streaks_since = self.streaks_since.to_jiff();
+        let streaks_since = self.horizon.streaks_since.to_jiff();
         let order = batch.order();
-        let shares = batch.shares(&order, self.streaks_since);
+        let shares = batch.shares(&order, self.horizon.streaks_since);
         let repeats = batch.repeats();
         let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
         let device_ids = shares.iter().map(|share| share.device_id.as_str()).collect();
@@ -299,6 +311,12 @@ impl PostgresEventWriter {
         }
         let kept = keys.find(client, statements).await?;
         Ok(Some(resolve(batch, ids, &repeats, &kept)))
+    }
+
+    /// Whether folding may pass events of the batch before they are committed, or has passed them.
+    fn may_be_passed(&self, batch: &Batch) -> bool {
+        !batch.receipts.is_empty()
+            || roll_ups::may_be_passed(batch.received, self.horizon.folded_until)
     }
 
     /// The batch's devices that may be new, or whose `updated_at` is due; all of them when events have
@@ -518,6 +536,10 @@ fn streaks(
         }
     }
     Ok(streaks)
+}
+
+fn begin_statement(may_be_passed: bool) -> &'static str {
+    if may_be_passed { roll_ups::BEGIN_WITHOUT_FOLDING } else { "begin" }
 }
 
 /// The months in which the events of a batch were received.
