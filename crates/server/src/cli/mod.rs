@@ -1,9 +1,13 @@
 //! The command line: what was typed, and one file per command.
 
+mod database;
 mod db;
+mod export;
+mod import;
 mod key;
 mod migrate;
 mod openapi;
+mod progress;
 mod serve;
 mod verify;
 
@@ -32,8 +36,10 @@ Examples:
                                            create the PostgreSQL database and its tables
   pisync migrate status                    what is applied and what is pending
   pisync key create --scope admin          a key that opens everything, shown this once
+  pisync import events.csv.gz              events from elsewhere
+  pisync export --output events.ndjson.gz  and out again
 
-Exit status: 0 success, 1 failure, 2 wrong usage.";
+Exit status: 0 success, 1 failure, 2 wrong usage, 3 done in part (import).";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -45,6 +51,10 @@ enum Command {
     Db(db::DbCommand),
     /// Recount all figures from the raw events and report what differs
     Verify(verify::VerifyCommand),
+    /// Store events from a file: NDJSON, a JSON array or CSV, also compressed
+    Import(import::ImportCommand),
+    /// Write events into a file or to standard output, as NDJSON or CSV
+    Export(export::ExportCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
     /// Print the API's OpenAPI document
@@ -79,14 +89,18 @@ pub fn main() -> ExitCode {
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,
+            // The one command that may also end halfway.
+            Some(Command::Import(command)) => return import::run(&command).await,
+            Some(Command::Export(command)) => export::run(&command).await,
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.
             None => Err("no command".to_owned()),
         }
+        .map(|()| ExitCode::SUCCESS)
     });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(message) => fail(&message),
     }
 }

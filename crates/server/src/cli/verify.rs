@@ -2,9 +2,10 @@
 
 use clap::Args;
 
+use super::database;
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
-    store::{self, JobDifference, Verified, migrations::Migrator},
+    store::{JobDifference, Verified},
 };
 
 #[derive(Debug, Args)]
@@ -26,20 +27,7 @@ pub(super) struct VerifyCommand {
 
 pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
-    let migrations = Migrator::new(&target, &command.migrations.migrations_dir).await;
-    let pending = match migrations {
-        Ok(mut migrator) => migrator.check().await,
-        Err(error) => Err(error),
-    };
-    let pending = pending.map_err(|error| error.to_string())?;
-    if !pending.is_empty() {
-        // Opening an SQLite file that is not there would make it.
-        return Err(format!(
-            "{target} has pending migrations: {}; run `pisync migrate up` first",
-            pending.join(", ")
-        ));
-    }
-    let store = store::open(&target).await.map_err(|error| error.to_string())?;
+    let store = database::open_current(&target, &command.migrations).await?;
 
     let mut sum = Verified::default();
     let (mut differing_jobs, mut after) = (0_u64, None);

@@ -5,6 +5,7 @@ mod changes;
 mod connect;
 mod expiry;
 mod history;
+mod imports;
 mod keys;
 mod migrations;
 mod partitions;
@@ -32,8 +33,8 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Retention, Store,
-    StoreError, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
+    Figures, FleetStats, HistoryQuery, ImportProgress, Page, PoolUsage, PostgresTarget, Retention,
+    Store, StoreError, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
 };
 
 /// How long a sign of life may take.
@@ -180,6 +181,18 @@ impl Store for PostgresStore {
             }
         }
         Ok(verified)
+    }
+
+    async fn device_ids(
+        &self,
+        group: Option<&str>,
+        after: Option<&str>,
+    ) -> Result<Vec<DeviceId>, StoreError> {
+        self.call(async |connection| reads::device_ids(connection, group, after).await).await
+    }
+
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
+        self.call(async |connection| imports::imports(connection).await).await
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {

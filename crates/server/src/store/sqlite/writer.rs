@@ -16,7 +16,7 @@ use super::{
     connection::store_error,
     expiry,
     history::{EVENT_COLUMNS, stored_event},
-    keys,
+    imports, keys,
     reads::{device_number, optional_time, time},
     roll_ups,
 };
@@ -173,6 +173,9 @@ impl WriteConnection {
         }
 
         drop(jobs);
+        if let Some(progress) = &batch.progress {
+            imports::advance(&transaction, progress)?;
+        }
         transaction.commit()?;
         self.devices
             .extend(found.into_iter().map(|(device_id, number)| (device_id.clone(), number)));
