@@ -11,6 +11,7 @@ mod partitions;
 mod reads;
 mod roll_ups;
 mod statements;
+mod take_over;
 mod tls;
 mod verify;
 mod writer;
@@ -25,6 +26,7 @@ use deadpool_postgres::{Object, Pool};
 use pisync_core::{DeviceId, Timestamp};
 
 pub(super) use migrations::{PostgresMigrations, create_database};
+pub(super) use take_over::PostgresTakeOver;
 
 use self::{
     connect::{Connector, store_error},

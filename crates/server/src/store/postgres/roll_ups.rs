@@ -59,23 +59,7 @@ pub(super) async fn fold(
 ) -> Result<bool, Error> {
     const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const OLDEST: &str = "select min(created_at) from sync_events";
-    let fold_days = format!(
-        "insert into device_days as stored
-         select device_id, {DAY}, {EVENT_SUMS}
-           from sync_events
-          where created_at > $1 and created_at <= $2
-          group by 1, 2
-             on conflict (device_id, day) {ADD}"
-    );
-    let fold_hours = format!(
-        "insert into fleet_hours as stored
-         select {HOUR}, {EVENT_SUMS}
-           from sync_events
-          where created_at > $1 and created_at <= $2
-          group by 1
-             on conflict (hour) {ADD}"
-    );
-    let last = now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS);
+    let last = final_until(now);
     let transaction = connection.transaction().await?;
     transaction.batch_execute(STEP_TIMEOUT).await?;
     if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
@@ -95,12 +79,43 @@ pub(super) async fn fold(
         return Ok(false);
     }
     let until = folded.saturating_add_milliseconds(milliseconds).min(last);
-    let (after, until_jiff) = (folded.to_jiff(), until.to_jiff());
-    transaction.execute(&fold_days, &[&after, &until_jiff]).await?;
-    transaction.execute(&fold_hours, &[&after, &until_jiff]).await?;
-    transaction.execute("update roll_up_state set folded_until = $1", &[&until_jiff]).await?;
+    fold_between(&transaction, folded, until).await?;
     transaction.commit().await?;
     Ok(until < last)
+}
+
+/// Whatever was received until then is committed or given up.
+pub(super) fn final_until(now: Timestamp) -> Timestamp {
+    now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
+}
+
+/// Folds what was received after `after` up to `until`. The state is locked, or nobody else is there.
+pub(super) async fn fold_between(
+    transaction: &tokio_postgres::Transaction<'_>,
+    after: Timestamp,
+    until: Timestamp,
+) -> Result<(), Error> {
+    let fold_days = format!(
+        "insert into device_days as stored
+         select device_id, {DAY}, {EVENT_SUMS}
+           from sync_events
+          where created_at > $1 and created_at <= $2
+          group by 1, 2
+             on conflict (device_id, day) {ADD}"
+    );
+    let fold_hours = format!(
+        "insert into fleet_hours as stored
+         select {HOUR}, {EVENT_SUMS}
+           from sync_events
+          where created_at > $1 and created_at <= $2
+          group by 1
+             on conflict (hour) {ADD}"
+    );
+    let (after, until) = (after.to_jiff(), until.to_jiff());
+    transaction.execute(&fold_days, &[&after, &until]).await?;
+    transaction.execute(&fold_hours, &[&after, &until]).await?;
+    transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
+    Ok(())
 }
 
 /// Keeps events from being folded until the transaction ends, and tells until when they are. Whoever
