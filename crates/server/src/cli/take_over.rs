@@ -96,7 +96,7 @@ fn print_plan(survey: &Survey, estimate: Estimate, time_zone: &str) {
         time(estimate.time)
     );
     println!(
-        "expected  {} of disk for the new tables, and as much for the log",
+        "expected  {} of disk for the new tables, and up to twice as much for PostgreSQL's log",
         size(estimate.bytes)
     );
 }

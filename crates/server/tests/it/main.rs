@@ -31,4 +31,5 @@ mod sync_events;
 mod sync_history;
 mod take_over;
 mod tls;
+mod upgrades;
 mod verify;

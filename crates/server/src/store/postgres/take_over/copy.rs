@@ -212,27 +212,44 @@ pub(super) async fn finish(
     Ok(())
 }
 
-/// Copies up to `most` events into a table of this session's own, as they would be in ours, and tells how
-/// many that were.
+/// Copies up to `most` events into tables of this session's own, as they would be in ours, and sums them up
+/// by day; tells how many that were, and how many bytes they take.
 pub(super) async fn sample(
     transaction: &Transaction<'_>,
     time_zone: &str,
     most: i64,
-) -> Result<u64, Error> {
+) -> Result<(u64, u64), Error> {
     const MAKE: &str = "
-        create temporary table take_over_sample (
+        create temporary table sample_events (
             id bigint, device_id varchar(255) collate \"C\", timestamp timestamptz,
             total_files_synced integer, total_errors integer, internet_speed numeric(10, 2),
             created_at timestamptz, updated_at timestamptz
+        ) on commit drop;
+        create temporary table sample_days (
+            device_id varchar(255) collate \"C\", day date, total_syncs bigint, failed_syncs bigint,
+            total_files_synced bigint, total_errors bigint, speed_sum bigint, speed_count bigint,
+            primary key (device_id, day)
         ) on commit drop
     ";
     const INDEX: &str =
-        "alter table take_over_sample add primary key (device_id, timestamp, id, created_at)";
+        "alter table sample_events add primary key (device_id, timestamp, id, created_at)";
+    const SUM_UP: &str = "
+        insert into sample_days
+        select device_id, (timestamp at time zone 'UTC')::date, count(*),
+               count(*) filter (where total_errors > 0), sum(total_files_synced), sum(total_errors),
+               sum(internet_speed * 100), count(internet_speed)
+          from sample_events
+         group by 1, 2
+    ";
+    const SIZE: &str =
+        "select pg_total_relation_size('sample_events') + pg_total_relation_size('sample_days')";
     let fill = format!(
-        "insert into take_over_sample ({EVENT}) select {EVENT_READ} from sync_events limit $2"
+        "insert into sample_events ({EVENT}) select {EVENT_READ} from sync_events limit $2"
     );
     transaction.batch_execute(MAKE).await?;
     let sampled = transaction.execute(&fill, &[&time_zone, &most]).await?;
     transaction.batch_execute(INDEX).await?;
-    Ok(sampled)
+    transaction.batch_execute(SUM_UP).await?;
+    let bytes: i64 = transaction.query_one(SIZE, &[]).await?.try_get(0)?;
+    Ok((sampled, bytes.cast_unsigned()))
 }

@@ -4,7 +4,7 @@
 mod copy;
 mod survey;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pisync_core::Timestamp;
 use tokio_postgres::{Client, Error, Transaction, error::SqlState};
@@ -21,6 +21,10 @@ use crate::store::{
 
 /// How long to wait for whoever has the tables in use. The Node service's own statements are short.
 const LOCK_TIMEOUT: &str = "set local lock_timeout = '3s'";
+
+/// How long a service that was just stopped may take to end its sessions: so often, and so long each time.
+const LOOKS: u32 = 12;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(250);
 
 /// Events that a rehearsal copies to see how long that takes.
 const SAMPLE_EVENTS: i64 = 50_000;
@@ -83,7 +87,7 @@ impl PostgresTakeOver {
         if !obstacles.is_empty() {
             return Err(TakeOverError::Obstacles(obstacles));
         }
-        let others = others(transaction.client()).await?;
+        let others = lasting_others(transaction.client()).await?;
         if !others.is_empty() {
             return Err(TakeOverError::InUse(others));
         }
@@ -191,6 +195,19 @@ async fn others(client: &Client) -> Result<Vec<String>, TakeOverError> {
     Ok(survey::column(&rows).map_err(store_error)?)
 }
 
+/// Those who do not go.
+async fn lasting_others(client: &Client) -> Result<Vec<String>, TakeOverError> {
+    let mut looks = 0;
+    loop {
+        let others = others(client).await?;
+        looks += 1;
+        if others.is_empty() || looks == LOOKS {
+            return Ok(others);
+        }
+        tokio::time::sleep(BETWEEN_LOOKS).await;
+    }
+}
+
 /// Who keeps us from the tables.
 async fn lock_holders(client: &Client) -> Result<Vec<String>, Error> {
     const HOLDERS: &str = "
@@ -212,14 +229,11 @@ async fn estimate(
     time_zone: &str,
     events: u64,
 ) -> Result<Estimate, Error> {
-    const SIZE: &str = "select pg_total_relation_size('take_over_sample')";
     let started = Instant::now();
-    let sampled = copy::sample(transaction, time_zone, SAMPLE_EVENTS).await?;
-    let took = started.elapsed();
-    let bytes: i64 = transaction.query_one(SIZE, &[]).await?.try_get(0)?;
+    let (sampled, bytes) = copy::sample(transaction, time_zone, SAMPLE_EVENTS).await?;
     Ok(Estimate {
-        time: took.mul_f64(WHOLE_TO_SAMPLE * ratio(events, sampled)),
-        bytes: bytes.cast_unsigned().saturating_mul(events) / sampled.max(1),
+        time: started.elapsed().mul_f64(WHOLE_TO_SAMPLE * ratio(events, sampled)),
+        bytes: bytes.saturating_mul(events) / sampled.max(1),
     })
 }
 
