@@ -3,7 +3,7 @@
 -- loses: the job, duration, bytes and metadata of events
 -- loses: names and groups of devices
 -- loses: figures of events that are no longer kept (RETENTION_DAYS)
--- loses: which of two it was, for hours that a clock set back had twice
+-- loses: of times in an hour that a clock set back had twice, which of the two it was
 select set_config('TimeZone', source_timezone, true) from pisync_take_over;
 
 create temporary table given_grants on commit drop as

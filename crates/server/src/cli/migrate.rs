@@ -65,11 +65,11 @@ struct UpArgs {
     /// time and disk it is expected to take
     #[arg(long)]
     dry_run: bool,
-    /// Take-over: the time zone of the Node service's clock, by its IANA name such as Europe/Berlin.
-    /// Its times have none of their own. A time that the clock skipped counts as one hour later, one
-    /// that it had twice as the second
-    #[arg(long, default_value = "UTC", value_name = "ZONE")]
-    source_timezone: String,
+    /// Take-over: the time zone of the Node service's clock, by its IANA name such as Europe/Berlin;
+    /// UTC when not given. Its times have none of their own. A time that the clock skipped counts as
+    /// one hour later, one that it had twice as the second
+    #[arg(long, value_name = "ZONE")]
+    source_timezone: Option<String>,
 }
 
 pub(super) async fn run(command: &MigrateCommand) -> Result<(), String> {
@@ -104,8 +104,15 @@ async fn open(target: &Target, folder: &Path) -> Result<Migrator, String> {
 }
 
 async fn take_over_or_up(target: &Target, folder: &Path, arguments: &UpArgs) -> Result<(), String> {
-    let take_over = TakeOver::open(target, &arguments.source_timezone).await;
+    let time_zone = arguments.source_timezone.as_deref();
+    let take_over = TakeOver::open(target, time_zone.unwrap_or("UTC")).await;
     let take_over = take_over.map_err(|error| error.to_string())?;
+    if take_over.is_none() && time_zone.is_some() {
+        // No error: the same command is run again after it was interrupted at the very end.
+        println!(
+            "--source-timezone is for a database of the Node PiSync, which this is not, or no longer"
+        );
+    }
     let was_node = match take_over {
         Some(mut take_over) if arguments.dry_run => {
             return take_over::rehearse(target, &mut take_over).await;

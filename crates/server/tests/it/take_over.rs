@@ -407,6 +407,8 @@ async fn killed_on_the_way_and_run_again() {
     // As a service manager does that runs it at every start.
     let again = program.run(&["migrate", "up"]);
     assert_eq!(again.success(), "nothing to do: every migration is applied\n");
+    let again = up(&program, "UTC");
+    assert!(again.success().starts_with("--source-timezone is for a database of the Node PiSync"));
     program.run(&["verify"]).success();
 
     let client = client_of(&database).await;
@@ -441,7 +443,7 @@ async fn taken_back_it_is_the_node_services_again() {
 
     let refused = program.run(&["migrate", "down", "99"]);
     assert_eq!(refused.code(), 1);
-    for expected in ["names and groups of devices", "every API key", "which of two it was"] {
+    for expected in ["names and groups of devices", "every API key", "which of the two it was"] {
         assert!(refused.stderr.contains(expected), "{refused:?}");
     }
     assert!(!refused.stderr.contains("every device and every sync event"), "{refused:?}");
