@@ -1,6 +1,7 @@
 //! The embedded store: one file, one thread that owns the only connection for writing, and a few
 //! connections for reading that the write-ahead log keeps out of its way.
 
+pub(super) mod backup;
 mod checkpoint;
 mod connection;
 mod expiry;
