@@ -5,7 +5,7 @@
 # Usage: bench/engine-sqlite.sh DATABASE, which `pisync migrate up` has made
 set -euo pipefail
 settings="pragma journal_mode = wal; pragma synchronous = full; pragma foreign_keys = on;
-          pragma wal_autocheckpoint = 16000; pragma cache_size = -16384;"
+          pragma wal_autocheckpoint = 65536; pragma cache_size = -16384;"
 sqlite3 "$1" >/dev/null <<SQL
 $settings
 create temp table numbers as

@@ -1,5 +1,6 @@
 //! The command line: what was typed, and one file per command.
 
+mod backup;
 mod db;
 mod key;
 mod migrate;
@@ -32,6 +33,7 @@ Examples:
   DATABASE_URL=postgres://pisync@localhost/pisync pisync db setup
                                            create the PostgreSQL database and its tables
   pisync migrate status                    what is applied and what is pending
+  pisync backup /mnt/usb/pisync.db         a copy of the SQLite database, also while it is in use
   pisync key create --scope admin          a key that opens everything, shown this once
 
 Exit status: 0 success, 1 failure, 2 wrong usage.";
@@ -46,6 +48,10 @@ enum Command {
     Db(db::DbCommand),
     /// Recount all figures from the raw events and report what differs
     Verify(verify::VerifyCommand),
+    /// Copy an SQLite database into one file, also while a server uses it
+    Backup(backup::BackupCommand),
+    /// Put a backup in the place of an SQLite database
+    Restore(backup::RestoreCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
     /// Print the API's OpenAPI document
@@ -80,6 +86,8 @@ pub fn main() -> ExitCode {
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,
+            Some(Command::Backup(command)) => backup::backup(&command),
+            Some(Command::Restore(command)) => backup::restore(&command).await,
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.

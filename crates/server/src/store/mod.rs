@@ -2,6 +2,7 @@
 //! methods, each its own transaction; the two implementations are private to this module. Nothing
 //! here knows HTTP or reads a clock.
 
+mod backup;
 mod batch;
 mod history;
 mod keys;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
 
+pub use backup::{BackedUp, Restored, backup, restore};
 pub use batch::{Batch, Duplicate, FailureStreak, Written};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use keys::{

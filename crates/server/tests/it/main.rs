@@ -13,6 +13,7 @@ mod support;
 mod api_document;
 mod around_requests;
 mod attacks;
+mod backup;
 mod browser;
 mod command_line;
 mod crash;

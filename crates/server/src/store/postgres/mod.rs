@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod dump;
 mod expiry;
 mod history;
 mod keys;
@@ -25,6 +26,7 @@ use async_trait::async_trait;
 use deadpool_postgres::{Object, Pool};
 use pisync_core::{DeviceId, Timestamp};
 
+pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
 pub(super) use take_over::PostgresTakeOver;
 

@@ -1,6 +1,8 @@
 //! The embedded store: one file, one thread that owns the only connection for writing, and a few
 //! connections for reading that the write-ahead log keeps out of its way.
 
+pub(super) mod backup;
+mod checkpoint;
 mod connection;
 mod expiry;
 mod history;
@@ -56,7 +58,7 @@ impl SqliteStore {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let connection = connection::open_for_writing(path)?;
         Ok(Self {
-            writer: WriterThread::start(connection)?,
+            writer: WriterThread::start(connection, path)?,
             readers: Arc::new(Readers::new(path)),
             fold_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
             drop_step: StepSize::new(STEP_EVENTS, STEP_TARGET),

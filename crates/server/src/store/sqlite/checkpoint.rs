@@ -1,0 +1,172 @@
+//! Copying the write-ahead log back into the file, mostly beside the writer.
+//!
+//! SQLite itself does it within the commit that fills the log, and every event waits for it. Here a thread
+//! of its own copies most of the log while the writer goes on appending; the writer copies the little that
+//! came meanwhile, and only with that is the log empty and can begin anew.
+
+use std::{
+    path::Path,
+    sync::mpsc::{self, Receiver, SyncSender},
+    thread,
+};
+
+use rusqlite::Connection;
+use tokio::sync::mpsc::WeakSender;
+
+use super::{
+    connection::{CHECKPOINT_PAGES, open_for_checkpoints},
+    writer::{Call, WriteConnection},
+};
+use crate::store::StoreError;
+
+/// A log that has grown to this many times [`CHECKPOINT_PAGES`] is copied by the writer itself, so that
+/// events wait rather than that the log grows for ever.
+const LONGEST_LOG: u32 = 4;
+
+/// While a long read keeps the log from beginning anew, it is looked at again after it has grown by this
+/// part of [`CHECKPOINT_PAGES`].
+const AGAIN_AFTER: u32 = 4;
+
+/// How often the log is copied beside the writer before the writer does the rest: what comes during the
+/// second time is a small part of what came during the first.
+const PASSES: usize = 2;
+
+/// Has `connection`, the writer's, report its log to a thread that copies it; `calls` is how that thread
+/// reaches the writer. The thread ends with the connection.
+pub(super) fn checkpoint_beside(
+    connection: &mut Connection,
+    path: &Path,
+    calls: WeakSender<Call>,
+) -> Result<(), StoreError> {
+    let failed = |error: &dyn std::fmt::Display| {
+        StoreError::Failed(format!("cannot prepare checkpoints: {error}"))
+    };
+    let checkpoints = open_for_checkpoints(path).map_err(|error| failed(&error))?;
+    let (filled, requests) = mpsc::sync_channel(1);
+    thread::Builder::new()
+        .name("sqlite-checkpoint".into())
+        .spawn(move || copy_when_filled(&checkpoints, &requests, &calls))
+        .map_err(|error| failed(&error))?;
+    watch_log(connection, filled).map_err(|error| failed(&error))
+}
+
+/// Looks at the log's length after each commit.
+fn watch_log(connection: &mut Connection, filled: SyncSender<()>) -> rusqlite::Result<()> {
+    let (mut longest, mut due) = (0, CHECKPOINT_PAGES);
+    connection.wal_hook(Some(move |log: &mut rusqlite::hooks::Wal, pages: i32| {
+        let pages = pages.unsigned_abs();
+        if pages < longest {
+            // It has begun anew.
+            due = CHECKPOINT_PAGES;
+        }
+        longest = pages;
+        if pages < due {
+            return Ok(());
+        }
+        due = pages.saturating_add(CHECKPOINT_PAGES / AGAIN_AFTER);
+        // One request that waits is enough.
+        let _ = filled.try_send(());
+        // An error here would fail a transaction that is committed; the log merely stays as long.
+        if pages >= LONGEST_LOG * CHECKPOINT_PAGES {
+            let _ = log.checkpoint();
+        }
+        Ok(())
+    }))
+}
+
+fn copy_when_filled(connection: &Connection, requests: &Receiver<()>, calls: &WeakSender<Call>) {
+    while requests.recv().is_ok() {
+        for _ in 0..PASSES {
+            if let Err(error) = copy_log(connection) {
+                tracing::warn!(%error, "the write-ahead log cannot be copied into the database file");
+                break;
+            }
+        }
+        let Some(calls) = calls.upgrade() else { return };
+        let rest: Call = Box::new(|writer: &mut WriteConnection| {
+            // Reported above when there is something to report.
+            let _ = copy_log(&writer.connection);
+        });
+        if calls.blocking_send(rest).is_err() {
+            return;
+        }
+    }
+}
+
+/// Copies what no reader needs to find in the log, without waiting for anybody.
+fn copy_log(connection: &Connection) -> rusqlite::Result<()> {
+    connection.query_row("pragma wal_checkpoint(passive)", [], |_| Ok(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        path::PathBuf,
+        time::{Duration, Instant},
+    };
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::store::sqlite::{connection::open_for_writing, writer::WriterThread};
+
+    /// A database with a table to fill.
+    struct Database {
+        _folder: TempDir,
+        path: PathBuf,
+        writer: WriterThread,
+    }
+
+    impl Database {
+        fn make() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("test.db");
+            let connection = open_for_writing(&path).unwrap();
+            connection.execute_batch("create table filler (bytes blob)").unwrap();
+            let writer = WriterThread::start(connection, &path).unwrap();
+            Self { _folder: folder, path, writer }
+        }
+
+        /// Commits some bytes and tells how many pages the log holds.
+        async fn fill(&self, bytes: u32) -> u32 {
+            let pages = self.writer.call(move |writer| {
+                let connection = &writer.connection;
+                connection.execute("insert into filler values (zeroblob(?1))", [bytes])?;
+                connection.query_row("pragma wal_checkpoint(noop)", [], |row| row.get(1))
+            });
+            pages.await.unwrap()
+        }
+
+        /// Fills until the log has begun anew.
+        async fn fill_until_it_begins_anew(&self) {
+            let began = Instant::now();
+            loop {
+                let pages = self.fill(1_000).await;
+                if pages < 100 {
+                    return;
+                }
+                assert!(began.elapsed() < Duration::from_secs(60), "the log holds {pages} pages");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_log_begins_anew() {
+        let database = Database::make();
+        while database.fill(1 << 20).await < CHECKPOINT_PAGES {}
+        database.fill_until_it_begins_anew().await;
+    }
+
+    /// A log in which somebody still reads grows meanwhile, and events go on.
+    #[tokio::test]
+    async fn a_long_read_only_delays_it() {
+        let database = Database::make();
+        let reader = Connection::open(&database.path).unwrap();
+        reader.execute_batch("begin; select count(*) from filler;").unwrap();
+        while database.fill(1 << 20).await < CHECKPOINT_PAGES + CHECKPOINT_PAGES / 8 {}
+        reader.execute_batch("commit").unwrap();
+        while database.fill(1 << 20).await < CHECKPOINT_PAGES + CHECKPOINT_PAGES / AGAIN_AFTER {}
+        database.fill_until_it_begins_anew().await;
+    }
+}
