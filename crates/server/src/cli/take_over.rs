@@ -46,7 +46,8 @@ pub(super) async fn run(target: &Target, take_over: &mut TakeOver) -> Result<boo
             print_survey(survey);
         }
         Progress::Copied { month, events, so_far } => println!(
-            "copied    {month}: {} events, {} % of all",
+            "copied    {}: {} events, {} % of all",
+            month.strftime("%Y-%m"),
             grouped(*events),
             so_far.saturating_mul(100) / all.max(1)
         ),

@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use jiff::civil::Date;
 use pisync_core::Timestamp;
 
 use super::{StoreError, Target, postgres::PostgresTakeOver};
@@ -60,10 +61,10 @@ pub struct Rehearsal {
 pub enum Progress<'a> {
     /// The tables are locked and looked through.
     Found(&'a Survey),
-    /// The events received in a month, `2025-06`, are copied.
+    /// The events received in a month are copied.
     Copied {
-        /// The month.
-        month: &'a str,
+        /// Its first day.
+        month: Date,
         /// Its events.
         events: u64,
         /// Those of all months so far.

@@ -23,12 +23,15 @@ pub(super) fn month_of(instant: Timestamp) -> Date {
     instant.to_jiff().to_zoned(TimeZone::UTC).date().first_of_month()
 }
 
+/// This month and those to come, for which there must be partitions.
+pub(super) fn months_ahead(now: Timestamp) -> impl Iterator<Item = Date> {
+    (0..=MONTHS_AHEAD).filter_map(move |ahead| month_of(now).checked_add(ahead.months()).ok())
+}
+
 /// Makes the partitions of this month and those to come.
 pub(super) async fn ensure_ahead(client: &mut Client, now: Timestamp) -> Result<(), StoreError> {
-    for ahead in 0..=MONTHS_AHEAD {
-        if let Ok(month) = month_of(now).checked_add(ahead.months()) {
-            ensure(client, month).await?;
-        }
+    for month in months_ahead(now) {
+        ensure(client, month).await?;
     }
     Ok(())
 }
@@ -53,6 +56,11 @@ impl Partition {
     pub(super) fn of(first: Date) -> Option<Self> {
         let end = first.checked_add(1.month()).ok()?;
         Some(Self { table: format!("sync_events_{}", first.strftime("%Y_%m")), first, end })
+    }
+
+    /// The first day of the month.
+    pub(super) fn month(&self) -> Date {
+        self.first
     }
 
     /// The month's beginning and end, as PostgreSQL reads them.

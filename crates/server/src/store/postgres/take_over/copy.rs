@@ -1,5 +1,7 @@
 //! The work itself, step by step within the one transaction.
 
+use std::collections::BTreeSet;
+
 use jiff::civil::Date;
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, Transaction};
@@ -8,7 +10,7 @@ use crate::store::{
     migrations::embedded_for_postgres,
     postgres::{
         migrations::{CREATE_TABLE, run},
-        partitions::Partition,
+        partitions::{Partition, months_ahead},
         roll_ups,
         verify::{JOB_COLUMNS, recounted},
     },
@@ -111,19 +113,21 @@ pub(super) async fn copy(
         select distinct (date_trunc('month', coalesce(created_at, timestamp) at time zone $1, 'UTC')
                          at time zone 'UTC')::date
           from node_sync_events
-         order by 1
     ";
     transaction.execute(DEVICES, &[&time_zone, &now.to_jiff()]).await?;
+    let months = transaction.query(MONTHS, &[&time_zone]).await?;
+    let months = months.iter().map(|row| row.try_get(0)).collect::<Result<BTreeSet<Date>, _>>()?;
+    // Whoever waits for the tables finds them with room for what comes now.
+    let months: BTreeSet<_> = months.into_iter().chain(months_ahead(now)).collect();
     let mut so_far = 0;
-    for row in transaction.query(MONTHS, &[&time_zone]).await? {
-        let first: Date = row.try_get(0)?;
-        let Some(partition) = Partition::of(first) else { continue };
+    for partition in months.into_iter().filter_map(Partition::of) {
         transaction.batch_execute(&partition.create()).await?;
         let events = fill(transaction, &partition, time_zone).await?;
         transaction.batch_execute(&partition.attach()).await?;
         so_far += events;
-        let month = first.strftime("%Y-%m").to_string();
-        report(&Progress::Copied { month: &month, events, so_far });
+        if events > 0 {
+            report(&Progress::Copied { month: partition.month(), events, so_far });
+        }
     }
     Ok(())
 }

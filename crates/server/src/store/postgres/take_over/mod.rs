@@ -197,8 +197,11 @@ async fn others(client: &Client) -> Result<Vec<String>, TakeOverError> {
 
 /// Those who do not go.
 async fn lasting_others(client: &Client) -> Result<Vec<String>, TakeOverError> {
+    /// Within a transaction, who is there is else looked up once.
+    const LOOK_AGAIN: &str = "select pg_stat_clear_snapshot()";
     let mut looks = 0;
     loop {
+        client.execute(LOOK_AGAIN, &[]).await.map_err(store_error)?;
         let others = others(client).await?;
         looks += 1;
         if others.is_empty() || looks == LOOKS {
