@@ -110,6 +110,21 @@ const OBSTACLES: &str = r"
       join pg_trigger on tgrelid = relation
      where not tgisinternal and tgname <> format('update_%s_updated_at', name)
     union all
+    select format('%s has a constraint %s: drop it, and add it again afterwards', name, conname)
+      from node
+      join pg_constraint on conrelid = relation
+     where contype in ('c', 'f', 'u', 'x')
+       and conname not in ('devices_device_id_key', 'sync_events_device_id_fkey')
+    union all
+    select format('%s has a policy %s: drop it, and make it again afterwards', name, polname)
+      from node
+      join pg_policy on polrelid = relation
+    union all
+    select format('somebody has a right to %s.%s alone: revoke it, and grant it again afterwards', name, attname)
+      from node
+      join pg_attribute on attrelid = relation
+     where attacl is not null and not attisdropped
+    union all
     select format('%s inherits from %s: detach it', inhrelid::regclass, name)
       from node
       join pg_inherits on inhparent = relation
