@@ -7,6 +7,7 @@ mod faults;
 mod figures;
 mod history;
 pub(crate) mod nodes;
+mod receipts;
 mod retention;
 mod roll_ups;
 mod streaks;
