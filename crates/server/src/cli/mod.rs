@@ -6,6 +6,7 @@ mod key;
 mod migrate;
 mod openapi;
 mod serve;
+mod take_over;
 mod verify;
 
 use std::process::ExitCode;

@@ -11,6 +11,7 @@ mod postgres;
 mod retention;
 mod sqlite;
 mod step_size;
+pub mod take_over;
 mod target;
 mod verify;
 mod window;

@@ -12,6 +12,7 @@ mod partitions;
 mod reads;
 mod roll_ups;
 mod statements;
+mod take_over;
 mod tls;
 mod verify;
 mod writer;
@@ -27,6 +28,7 @@ use pisync_core::{DeviceId, Timestamp};
 
 pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
+pub(super) use take_over::PostgresTakeOver;
 
 use self::{
     connect::{Connector, store_error},

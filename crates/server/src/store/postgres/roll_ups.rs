@@ -161,9 +161,7 @@ pub(super) async fn fold(
 ) -> Result<bool, Error> {
     const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const OLDEST: &str = "select min(created_at) from sync_events";
-    const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
-    let (fold_days, fold_hours) = (fold_days_of(EVENTS), fold_hours_of(EVENTS));
-    let last = now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS);
+    let last = final_until(now);
     let transaction = connection.transaction().await?;
     transaction.batch_execute(STEP_TIMEOUT).await?;
     if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
@@ -183,12 +181,28 @@ pub(super) async fn fold(
         return Ok(false);
     }
     let until = folded.saturating_add_milliseconds(milliseconds).min(last);
-    let (after, until_jiff) = (folded.to_jiff(), until.to_jiff());
-    transaction.execute(&fold_days, &[&after, &until_jiff]).await?;
-    transaction.execute(&fold_hours, &[&after, &until_jiff]).await?;
-    transaction.execute("update roll_up_state set folded_until = $1", &[&until_jiff]).await?;
+    fold_between(&transaction, folded, until).await?;
     transaction.commit().await?;
     Ok(until < last)
+}
+
+/// Whatever was received until then is committed or given up.
+pub(super) fn final_until(now: Timestamp) -> Timestamp {
+    now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
+}
+
+/// Folds what was received after `after` up to `until`. The state is locked, or nobody else is there.
+pub(super) async fn fold_between(
+    transaction: &tokio_postgres::Transaction<'_>,
+    after: Timestamp,
+    until: Timestamp,
+) -> Result<(), Error> {
+    const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
+    let (after, until) = (after.to_jiff(), until.to_jiff());
+    transaction.execute(&fold_days_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&fold_hours_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
+    Ok(())
 }
 
 /// Keeps events from being folded until the transaction ends, and tells until when they are. Whoever

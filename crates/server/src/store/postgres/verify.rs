@@ -21,13 +21,19 @@ const SUMS: &str =
 /// How often the repair of a device that met a deadlock is tried again.
 const RETRIES: u32 = 5;
 
+/// The columns of `device_jobs`.
+pub(super) const JOB_COLUMNS: &str = "
+    device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
+    first_sync, last_sync, last_success, last_failure, consecutive_failures, last_received
+";
+
 const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 
 /// A page: the devices after $1 up to $2, those that are not registered included; null means no bound.
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
-/// What the events that `filter` finds add up to.
-fn recounted(filter: &str) -> String {
+/// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`].
+pub(super) fn recounted(filter: &str) -> String {
     format!(
         "with counted as (
             select device_id, coalesce(job, '') as job,
@@ -72,13 +78,7 @@ pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result
          order by d.device_id
          limit $2
     ";
-    let stored = format!(
-        "select device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-                speed_count, first_sync, last_sync, last_success, last_failure,
-                consecutive_failures, last_received
-           from device_jobs
-          where {PAGE}"
-    );
+    let stored = format!("select {JOB_COLUMNS} from device_jobs where {PAGE}");
     let snapshot = snapshot(connection).await?;
     let devices = snapshot.query(DEVICES, &[&after, &i64::from(PAGE_DEVICES)]).await?;
     let events: Vec<i64> = devices.iter().map(|row| row.try_get(1)).collect::<Result<_, _>>()?;

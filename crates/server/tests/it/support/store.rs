@@ -152,6 +152,21 @@ impl TestDatabase {
         }
     }
 
+    /// What an SQL expression comes to.
+    pub(crate) async fn number(&self, expression: &str) -> i64 {
+        let select = format!("select cast({expression} as bigint)");
+        match &self.target {
+            Target::Sqlite(path) => {
+                let connection = rusqlite::Connection::open(path).unwrap();
+                connection.query_row(&select, [], |row| row.get(0)).unwrap()
+            }
+            Target::Postgres(target) => {
+                let client = postgres::connect(&target.config).await;
+                client.query_one(&select, &[]).await.unwrap().get(0)
+            }
+        }
+    }
+
     /// The names of all tables, but for the databases' own.
     pub(crate) async fn tables(&self) -> Vec<String> {
         match &self.target {
