@@ -81,6 +81,33 @@ fn fold_hours_of(source: &str) -> String {
     )
 }
 
+/// What the folded events that `filter` finds add up to by day, then the day and the device.
+pub(super) fn recounted_days(filter: &str) -> String {
+    format!(
+        "select {EVENT_SUMS}, {DAY}::timestamp at time zone 'UTC' as day, device_id
+           from sync_events
+          where {filter}
+          group by day, device_id"
+    )
+}
+
+/// The same by hour.
+pub(super) fn recounted_hours(filter: &str) -> String {
+    format!("select {EVENT_SUMS}, {HOUR} as hour from sync_events where {filter} group by hour")
+}
+
+/// Sums a device's days up anew. The state is locked, and events are folded until `folded`.
+pub(super) async fn fold_days_again(
+    transaction: &Transaction<'_>,
+    device_id: &str,
+    folded: Option<Timestamp>,
+) -> Result<(), Error> {
+    let fold = fold_days_of("sync_events where device_id = $1 and created_at <= $2");
+    let folded = folded.unwrap_or(Timestamp::MIN).to_jiff();
+    transaction.execute("delete from device_days where device_id = $1", &[&device_id]).await?;
+    transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
+}
+
 /// Those events of a batch that folding has passed already, as of this statement. Receipts are an empty
 /// array when events arrive now, and nulls take their place.
 const PASSED_EVENTS: &str = "(
@@ -241,7 +268,7 @@ pub(super) async fn forget(
 
 /// Until when events are folded, as this snapshot has it. It is given to the queries as a value, for
 /// they are planned by it: the events after it are few.
-async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
+pub(super) async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
     let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
     Ok(folded_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
 }

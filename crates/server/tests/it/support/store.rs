@@ -221,14 +221,17 @@ impl Fixture for TestDatabase {
     }
 }
 
-/// Recounts all figures and gives those that are not what the events add up to.
+/// Recounts everything and gives the figures that are not what the events add up to. Sums by day and hour
+/// must be.
 pub(crate) async fn differences(store: &dyn Store, repair: bool) -> Vec<JobDifference> {
     let (mut found, mut after) = (Vec::new(), None);
     loop {
         let page = store.verify(after.as_deref(), repair).await.unwrap();
+        assert_eq!(page.days, []);
         found.extend(page.differences);
         after = page.next;
         if after.is_none() {
+            assert_eq!(store.verify_hours().await.unwrap(), []);
             return found;
         }
     }
