@@ -1,5 +1,6 @@
 //! The command line: what was typed, and one file per command.
 
+mod backup;
 mod database;
 mod db;
 mod export;
@@ -9,6 +10,7 @@ mod migrate;
 mod openapi;
 mod progress;
 mod serve;
+mod take_over;
 mod verify;
 
 use std::process::ExitCode;
@@ -35,6 +37,7 @@ Examples:
   DATABASE_URL=postgres://pisync@localhost/pisync pisync db setup
                                            create the PostgreSQL database and its tables
   pisync migrate status                    what is applied and what is pending
+  pisync backup /mnt/usb/pisync.db         a copy of the SQLite database, also while it is in use
   pisync key create --scope admin          a key that opens everything, shown this once
   pisync import events.csv.gz              events from elsewhere
   pisync export --output events.ndjson.gz  and out again
@@ -55,6 +58,10 @@ enum Command {
     Import(import::ImportCommand),
     /// Write events into a file or to standard output, as NDJSON or CSV
     Export(export::ExportCommand),
+    /// Copy an SQLite database into one file, also while a server uses it
+    Backup(backup::BackupCommand),
+    /// Put a backup in the place of an SQLite database
+    Restore(backup::RestoreCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
     /// Print the API's OpenAPI document
@@ -92,6 +99,8 @@ pub fn main() -> ExitCode {
             // The one command that may also end halfway.
             Some(Command::Import(command)) => return import::run(&command).await,
             Some(Command::Export(command)) => export::run(&command).await,
+            Some(Command::Backup(command)) => backup::backup(&command),
+            Some(Command::Restore(command)) => backup::restore(&command).await,
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.

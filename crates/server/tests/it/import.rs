@@ -375,7 +375,7 @@ fn bad_inputs() {
     assert!(ended.stderr.starts_with("going on after the 1000 records"), "{ended:?}");
     assert!(ended.stdout.starts_with("imported 2000 events"), "{ended:?}");
     let stats = program.run(&["verify"]);
-    assert!(stats.success().contains("events: 3000,"), "{stats:?}");
+    assert!(stats.success().contains("events: 3000;"), "{stats:?}");
 }
 
 #[test]
@@ -408,7 +408,7 @@ async fn a_full_disk() {
     assert!(ended.failure().contains("the database is unavailable"), "{ended:?}");
     disk.make_room();
     program.run(&["import", "events"]).success();
-    assert!(program.run(&["verify"]).success().contains("events: 20000, jobs that differ: 0"));
+    assert!(program.run(&["verify"]).success().contains("events: 20000; differing jobs: 0"));
 }
 
 #[test]

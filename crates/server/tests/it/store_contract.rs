@@ -8,6 +8,6 @@ mod figures;
 mod history;
 pub(crate) mod nodes;
 mod receipts;
-mod retention;
+pub(crate) mod retention;
 mod roll_ups;
 mod streaks;

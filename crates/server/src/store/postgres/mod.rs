@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+mod dump;
 mod expiry;
 mod history;
 mod imports;
@@ -12,6 +13,7 @@ mod partitions;
 mod reads;
 mod roll_ups;
 mod statements;
+mod take_over;
 mod tls;
 mod verify;
 mod writer;
@@ -25,7 +27,9 @@ use async_trait::async_trait;
 use deadpool_postgres::{Object, Pool};
 use pisync_core::{DeviceId, Timestamp};
 
+pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
+pub(super) use take_over::PostgresTakeOver;
 
 use self::{
     connect::{Connector, store_error},
@@ -34,7 +38,8 @@ use self::{
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
     Figures, FleetStats, HistoryQuery, ImportProgress, Page, PoolUsage, PostgresTarget, Retention,
-    Store, StoreError, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
+    Store, StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
+    verify::devices_to_repair,
 };
 
 /// How long a sign of life may take.
@@ -176,7 +181,7 @@ impl Store for PostgresStore {
         let mut connection = self.connection().await?;
         let verified = verify::page(&mut connection, after).await.map_err(store_error)?;
         if repair && verified.raw_since.is_none() {
-            for device_id in devices_of(&verified.differences) {
+            for device_id in devices_to_repair(&verified) {
                 verify::repair(&mut connection, &device_id).await.map_err(store_error)?;
             }
         }
@@ -193,6 +198,15 @@ impl Store for PostgresStore {
 
     async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
         self.call(async |connection| imports::imports(connection).await).await
+    }
+
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
+        let mut connection = self.connection().await?;
+        verify::hours(&mut connection).await.map_err(store_error)
+    }
+
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
+        self.call(async |connection| verify::repair_hour(connection, seen).await).await
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {

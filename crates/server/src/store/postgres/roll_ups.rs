@@ -81,6 +81,33 @@ fn fold_hours_of(source: &str) -> String {
     )
 }
 
+/// What the folded events that `filter` finds add up to by day, then the day and the device.
+pub(super) fn recounted_days(filter: &str) -> String {
+    format!(
+        "select {EVENT_SUMS}, {DAY}::timestamp at time zone 'UTC' as day, device_id
+           from sync_events
+          where {filter}
+          group by day, device_id"
+    )
+}
+
+/// The same by hour.
+pub(super) fn recounted_hours(filter: &str) -> String {
+    format!("select {EVENT_SUMS}, {HOUR} as hour from sync_events where {filter} group by hour")
+}
+
+/// Sums a device's days up anew. The state is locked, and events are folded until `folded`.
+pub(super) async fn fold_days_again(
+    transaction: &Transaction<'_>,
+    device_id: &str,
+    folded: Option<Timestamp>,
+) -> Result<(), Error> {
+    let fold = fold_days_of("sync_events where device_id = $1 and created_at <= $2");
+    let folded = folded.unwrap_or(Timestamp::MIN).to_jiff();
+    transaction.execute("delete from device_days where device_id = $1", &[&device_id]).await?;
+    transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
+}
+
 /// Those events of a batch that folding has passed already, as of this statement. Receipts are an empty
 /// array when events arrive now, and nulls take their place.
 const PASSED_EVENTS: &str = "(
@@ -134,9 +161,7 @@ pub(super) async fn fold(
 ) -> Result<bool, Error> {
     const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const OLDEST: &str = "select min(created_at) from sync_events";
-    const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
-    let (fold_days, fold_hours) = (fold_days_of(EVENTS), fold_hours_of(EVENTS));
-    let last = now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS);
+    let last = final_until(now);
     let transaction = connection.transaction().await?;
     transaction.batch_execute(STEP_TIMEOUT).await?;
     if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
@@ -156,12 +181,28 @@ pub(super) async fn fold(
         return Ok(false);
     }
     let until = folded.saturating_add_milliseconds(milliseconds).min(last);
-    let (after, until_jiff) = (folded.to_jiff(), until.to_jiff());
-    transaction.execute(&fold_days, &[&after, &until_jiff]).await?;
-    transaction.execute(&fold_hours, &[&after, &until_jiff]).await?;
-    transaction.execute("update roll_up_state set folded_until = $1", &[&until_jiff]).await?;
+    fold_between(&transaction, folded, until).await?;
     transaction.commit().await?;
     Ok(until < last)
+}
+
+/// Whatever was received until then is committed or given up.
+pub(super) fn final_until(now: Timestamp) -> Timestamp {
+    now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
+}
+
+/// Folds what was received after `after` up to `until`. The state is locked, or nobody else is there.
+pub(super) async fn fold_between(
+    transaction: &tokio_postgres::Transaction<'_>,
+    after: Timestamp,
+    until: Timestamp,
+) -> Result<(), Error> {
+    const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
+    let (after, until) = (after.to_jiff(), until.to_jiff());
+    transaction.execute(&fold_days_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&fold_hours_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
+    Ok(())
 }
 
 /// Keeps events from being folded until the transaction ends, and tells until when they are. Whoever
@@ -227,7 +268,7 @@ pub(super) async fn forget(
 
 /// Until when events are folded, as this snapshot has it. It is given to the queries as a value, for
 /// they are planned by it: the events after it are few.
-async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
+pub(super) async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
     let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
     Ok(folded_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
 }

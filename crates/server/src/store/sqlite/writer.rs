@@ -56,6 +56,7 @@ impl WriterThread {
             connection,
             devices: HashMap::new(),
             data_version: None,
+            last_id: 0,
             streaks_since: Timestamp::MIN,
         };
         thread::Builder::new()
@@ -114,6 +115,8 @@ pub(super) struct WriteConnection {
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
     data_version: Option<i64>,
+    /// The id of the last event, as far as committed.
+    last_id: i64,
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
 }
@@ -131,6 +134,7 @@ impl WriteConnection {
             || self.devices.len() > REMEMBERED_DEVICES
         {
             self.devices.clear();
+            self.last_id = last_id(&transaction)?;
             self.streaks_since = expiry::streaks_since(&transaction)?;
         }
 
@@ -159,7 +163,7 @@ impl WriteConnection {
         if !batch.receipts.is_empty() {
             move_devices_back(&transaction, batch, &order, &numbers)?;
         }
-        insert_events(&transaction, batch, &numbers, &mut written)?;
+        let last_id = insert_events(&transaction, batch, &numbers, self.last_id, &mut written)?;
 
         let mut counting = order;
         if !written.duplicates.is_empty() {
@@ -177,6 +181,7 @@ impl WriteConnection {
             imports::advance(&transaction, progress)?;
         }
         transaction.commit()?;
+        self.last_id = last_id;
         self.devices
             .extend(found.into_iter().map(|(device_id, number)| (device_id.clone(), number)));
         Ok(written)
@@ -297,6 +302,15 @@ fn find_or_add(
         .map(|number| (number, true))
 }
 
+/// The highest id that an event ever had: it stays when the event goes.
+fn last_id(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
+    transaction
+        .prepare_cached("select seq from sqlite_sequence where name = 'sync_events'")?
+        .query_row([], |row| row.get(0))
+        .optional()
+        .map(Option::unwrap_or_default)
+}
+
 /// Moves `created_at` of devices back to when the first of their events were received.
 fn move_devices_back(
     transaction: &Transaction<'_>,
@@ -314,31 +328,35 @@ fn move_devices_back(
 }
 
 /// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
-/// before, and notes their ids.
+/// before, and notes their ids, which follow `last_id`; answers the last one.
 fn insert_events(
     transaction: &Transaction<'_>,
     batch: &Batch,
     numbers: &[i64],
+    mut last_id: i64,
     written: &mut Written,
-) -> rusqlite::Result<()> {
+) -> rusqlite::Result<i64> {
     const INSERT_EVENT: &str = "
         insert into sync_events (
-            device, timestamp, total_files_synced, total_errors, internet_speed,
+            id, device, timestamp, total_files_synced, total_errors, internet_speed,
             job, duration, bytes_synced, metadata, created_at, event_id
-        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
     ";
     let mut insert = transaction.prepare_cached(INSERT_EVENT)?;
-    let mut keys = EventKeys { transaction, statements: None };
+    let mut keys = EventKeys { transaction, add: None };
     written.ids.reserve_exact(batch.events.len());
     for (position, (event, number)) in batch.events.iter().zip(numbers).enumerate() {
+        let id = last_id + 1;
         if let Some(event_id) = &event.event_id
-            && let Some(id) = keys.find(*number, event_id)?
+            && !keys.add(*number, event_id, id, batch.received)?
         {
+            let (id, first) = keys.find(*number, event_id)?;
             written.ids.push(id);
-            written.duplicates.push(Duplicate { position, first: keys.event(id)? });
+            written.duplicates.push(Duplicate { position, first });
             continue;
         }
-        let id = insert.insert(params![
+        insert.execute(params![
+            id,
             number,
             event.timestamp.as_millisecond(),
             event.total_files_synced,
@@ -352,49 +370,53 @@ fn insert_events(
             event.event_id.as_ref().map(EventId::as_str),
         ])?;
         written.ids.push(id);
-        if let Some(event_id) = &event.event_id {
-            keys.add(*number, event_id, id, batch.received)?;
-        }
+        last_id = id;
     }
-    Ok(())
+    Ok(last_id)
 }
 
-/// The statements on `event_keys`, looked up when the first event of a batch has an id of its own.
+/// The ids that devices gave their events.
 struct EventKeys<'a> {
     transaction: &'a Transaction<'a>,
-    statements: Option<(CachedStatement<'a>, CachedStatement<'a>)>,
+    /// Looked up when the first event of a batch has an id of its own.
+    add: Option<CachedStatement<'a>>,
 }
 
-impl<'a> EventKeys<'a> {
-    fn statements(&mut self) -> rusqlite::Result<&mut (CachedStatement<'a>, CachedStatement<'a>)> {
-        const FIND: &str = "select id from event_keys where device = ?1 and event_id = ?2";
-        const ADD: &str = "
-            insert into event_keys (device, event_id, id, created_at) values (?1, ?2, ?3, ?4)
-        ";
-        let statements = match self.statements.take() {
-            Some(statements) => statements,
-            None => (self.transaction.prepare_cached(FIND)?, self.transaction.prepare_cached(ADD)?),
-        };
-        Ok(self.statements.insert(statements))
-    }
-
-    fn find(&mut self, device: i64, event_id: &EventId) -> rusqlite::Result<Option<i64>> {
-        let (find, _) = self.statements()?;
-        find.query_row(params![device, event_id.as_str()], |row| row.get(0)).optional()
-    }
-
+impl EventKeys<'_> {
+    /// False, and nothing is changed, when the device has reported such an event before.
     fn add(
         &mut self,
         device: i64,
         event_id: &EventId,
         id: i64,
         received: Timestamp,
-    ) -> rusqlite::Result<()> {
-        let (_, add) = self.statements()?;
-        add.execute(params![device, event_id.as_str(), id, received.as_millisecond()]).map(|_| ())
+    ) -> rusqlite::Result<bool> {
+        const ADD: &str = "
+            insert into event_keys (device, event_id, id, created_at) values (?1, ?2, ?3, ?4)
+                on conflict (device, event_id) do nothing
+        ";
+        let add = match self.add.take() {
+            Some(add) => add,
+            None => self.transaction.prepare_cached(ADD)?,
+        };
+        let key = params![device, event_id.as_str(), id, received.as_millisecond()];
+        Ok(self.add.insert(add).execute(key)? > 0)
     }
 
-    /// The event that was first reported, if it is still kept.
+    /// The id of the event that was first reported, and the event if it is still kept.
+    fn find(
+        &self,
+        device: i64,
+        event_id: &EventId,
+    ) -> rusqlite::Result<(i64, Option<StoredEvent>)> {
+        const FIND: &str = "select id from event_keys where device = ?1 and event_id = ?2";
+        let id = self
+            .transaction
+            .prepare_cached(FIND)?
+            .query_row(params![device, event_id.as_str()], |row| row.get(0))?;
+        Ok((id, self.event(id)?))
+    }
+
     fn event(&self, id: i64) -> rusqlite::Result<Option<StoredEvent>> {
         let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
         self.transaction.prepare_cached(&select)?.query_row([id], stored_event).optional()

@@ -1,0 +1,106 @@
+//! A database in one file, and back. Only SQLite's: PostgreSQL has tools of its own for it.
+
+use std::path::{Path, PathBuf};
+
+use super::{StoreError, Target, claim, migrations::Migrator, postgres, sqlite};
+
+/// What a backup holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackedUp {
+    /// Registered devices.
+    pub devices: u64,
+    /// Events that are kept one by one.
+    pub events: u64,
+}
+
+/// What came of restoring.
+#[derive(Debug)]
+pub struct Restored {
+    /// What the backup holds.
+    pub holds: BackedUp,
+    /// Migrations that the next start of a server applies to it.
+    pub pending: Vec<String>,
+    /// Where the database that was replaced is kept.
+    pub replaced: Option<PathBuf>,
+}
+
+/// Copies the database, as it is at this moment, into `file`, whoever is using it meanwhile. The file is
+/// checked and on the disk before it has its name; `overwrite` says whether it may replace another.
+///
+/// # Errors
+/// When it cannot be made, with nothing left behind; and on PostgreSQL, with the command to use there.
+pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp, StoreError> {
+    let database = match target {
+        Target::Sqlite(database) => database,
+        Target::Postgres(target) => {
+            return Err(StoreError::Failed(postgres::dump_instead(target, file)));
+        }
+    };
+    if file.is_dir() {
+        return Err(StoreError::Failed(format!("{} is a folder; name a file", file.display())));
+    }
+    if file.exists() && !overwrite {
+        return Err(sqlite::backup::exists(file));
+    }
+    if is_same(file, database) {
+        return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
+    }
+    let copy = sqlite::backup::Copy::make(database, file)?;
+    let holds = copy.holds;
+    copy.put_at(file, overwrite)?;
+    Ok(holds)
+}
+
+/// Puts a copy of the backup `file` in the place of the database, which no server may be using;
+/// `overwrite` says whether there may be one. User migrations are looked for in `migrations`.
+///
+/// # Errors
+/// When `file` is not a whole database of this version or an earlier one, or the database is in use: then
+/// it stays as it was. On PostgreSQL, with the command to use there.
+pub async fn restore(
+    target: &Target,
+    file: &Path,
+    overwrite: bool,
+    migrations: &Path,
+) -> Result<Restored, StoreError> {
+    let database = match target {
+        Target::Sqlite(database) => database,
+        Target::Postgres(target) => {
+            return Err(StoreError::Failed(postgres::restore_instead(target, file)));
+        }
+    };
+    if !file.is_file() {
+        return Err(StoreError::Failed(format!("there is no backup file {}", file.display())));
+    }
+    if is_same(file, database) {
+        return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
+    }
+    if database.exists() && !overwrite {
+        return Err(sqlite::backup::exists(database));
+    }
+    let _claim = claim(target)?;
+    let copy = sqlite::backup::Copy::make(file, database)?;
+    let pending = pending(copy.path(), migrations)
+        .await
+        .map_err(|problem| StoreError::Failed(format!("{}: {problem}", file.display())))?;
+    let holds = copy.holds;
+    let replaced = copy.replace(database)?;
+    Ok(Restored { holds, pending, replaced })
+}
+
+/// What a server would migrate in the database at `path`.
+async fn pending(path: &Path, migrations: &Path) -> Result<Vec<String>, String> {
+    let target = Target::Sqlite(path.to_owned());
+    let mut migrator =
+        Migrator::new(&target, migrations).await.map_err(|error| error.to_string())?;
+    let pending = migrator.check().await.map_err(|error| error.to_string())?;
+    let status = migrator.status().await.map_err(|error| error.to_string())?;
+    if status.iter().all(|migration| migration.applied_at.is_none()) {
+        return Err("not a PiSync database".to_owned());
+    }
+    Ok(pending)
+}
+
+fn is_same(left: &Path, right: &Path) -> bool {
+    matches!((left.canonicalize(), right.canonicalize()), (Ok(left), Ok(right)) if left == right)
+}

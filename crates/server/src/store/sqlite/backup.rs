@@ -1,0 +1,199 @@
+//! Whole copies of the file: out of a database that may be in use, and into the place of one that is not.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt, chown},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use tempfile::NamedTempFile;
+
+use crate::store::{BackedUp, StoreError};
+
+/// How long to wait for somebody who is using the database that is to be replaced.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A checked copy of a database, on the disk under a name that nobody knows; it goes with this value until
+/// it is put in its place.
+pub(crate) struct Copy {
+    file: NamedTempFile,
+    pub(crate) holds: BackedUp,
+}
+
+impl Copy {
+    /// Copies the database at `source`, as it is at this moment, to beside `destination`. Whoever writes
+    /// meanwhile is not disturbed.
+    pub(crate) fn make(source: &Path, destination: &Path) -> Result<Self, StoreError> {
+        if !source.is_file() {
+            return Err(failed(format!("there is no database file {}", source.display())));
+        }
+        let folder = folder_of(destination);
+        let file = tempfile::Builder::new().prefix(".pisync-copy-").tempfile_in(folder).map_err(
+            |error| failed(format!("cannot create a file in {}: {error}", folder.display())),
+        )?;
+        let Some(path) = file.path().to_str() else {
+            return Err(failed(format!("the path {} is not UTF-8", file.path().display())));
+        };
+        let holds = copy_and_check(source, path).map_err(|error| {
+            let from = source.display();
+            failed(match error {
+                CopyError::Damaged(problem) => format!("{from} is damaged: {problem}"),
+                CopyError::Sqlite(error) => match error.sqlite_error_code() {
+                    Some(ErrorCode::NotADatabase) => format!("{from} is not a PiSync database"),
+                    Some(ErrorCode::DatabaseCorrupt) => format!("{from} is damaged: {error}"),
+                    _ => format!("cannot copy {from} to {}: {error}", folder.display()),
+                },
+            })
+        })?;
+        file.as_file()
+            .sync_all()
+            .map_err(|error| failed(format!("cannot write {path}: {error}")))?;
+        Ok(Self { file, holds })
+    }
+
+    /// Where the copy is.
+    pub(crate) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Gives the copy its name, at once and for good.
+    pub(crate) fn put_at(self, destination: &Path, overwrite: bool) -> Result<(), StoreError> {
+        let put = if overwrite {
+            self.file.persist(destination)
+        } else {
+            self.file.persist_noclobber(destination)
+        };
+        put.map_err(|error| match error.error.kind() {
+            io::ErrorKind::AlreadyExists => exists(destination),
+            _ => failed(format!("cannot write {}: {}", destination.display(), error.error)),
+        })?;
+        let folder = folder_of(destination);
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        synced.map_err(|error| failed(format!("cannot sync {}: {error}", folder.display())))
+    }
+
+    /// Puts the copy in the place of `database`, which no server uses, and tells where what was there is
+    /// kept. At every moment there is the one or the other.
+    pub(crate) fn replace(self, database: &Path) -> Result<Option<PathBuf>, StoreError> {
+        let cannot =
+            |error: io::Error| failed(format!("cannot replace {}: {error}", database.display()));
+        let kept = if database.exists() {
+            empty_log(database)?;
+            keep_aside(database)
+        } else {
+            None
+        };
+        // A log that is left over would be taken for the new file's own.
+        for ending in ["-wal", "-shm", "-journal"] {
+            match fs::remove_file(with_ending(database, ending)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
+                _ => {}
+            }
+        }
+        self.belong_like(database).map_err(cannot)?;
+        self.put_at(database, true)?;
+        Ok(kept)
+    }
+
+    /// Gives the copy the owner and the mode of `database`, or of its folder: whoever restores may be
+    /// root, and the server is not.
+    fn belong_like(&self, database: &Path) -> io::Result<()> {
+        let old = fs::metadata(database);
+        let model =
+            old.as_ref().ok().cloned().map_or_else(|| fs::metadata(folder_of(database)), Ok)?;
+        let own = self.file.as_file().metadata()?;
+        if (own.uid(), own.gid()) != (model.uid(), model.gid()) {
+            chown(self.file.path(), Some(model.uid()), Some(model.gid()))?;
+        }
+        match old {
+            Ok(old) => self.file.as_file().set_permissions(old.permissions()),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Whoever asked for it has to say so.
+pub(crate) fn exists(path: &Path) -> StoreError {
+    failed(format!("{} exists; --force replaces it", path.display()))
+}
+
+enum CopyError {
+    Sqlite(rusqlite::Error),
+    Damaged(String),
+}
+
+impl From<rusqlite::Error> for CopyError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+fn copy_and_check(source: &Path, destination: &str) -> Result<BackedUp, CopyError> {
+    const COUNT: &str = "select (select count(*) from devices), (select count(*) from sync_events)";
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Connection::open_with_flags(source, flags)?.execute("vacuum into ?1", [destination])?;
+    let copy = Connection::open(destination)?;
+    let verdict: String = copy.query_row("pragma integrity_check(1)", [], |row| row.get(0))?;
+    if verdict != "ok" {
+        return Err(CopyError::Damaged(verdict));
+    }
+    let is_ours: bool = copy.query_row(
+        "select count(*) = 3 from sqlite_schema
+          where name in ('pisync_migrations', 'devices', 'sync_events')",
+        [],
+        |row| row.get(0),
+    )?;
+    let (devices, events): (i64, i64) = if is_ours {
+        copy.query_row(COUNT, [], |row| Ok((row.get(0)?, row.get(1)?)))?
+    } else {
+        (0, 0)
+    };
+    Ok(BackedUp { devices: devices.cast_unsigned(), events: events.cast_unsigned() })
+}
+
+/// Sees to it that nobody has the database open and that nothing of it is left in its log.
+fn empty_log(database: &Path) -> Result<(), StoreError> {
+    let leave_log = || -> rusqlite::Result<String> {
+        let connection = Connection::open_with_flags(database, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        connection.busy_timeout(RELEASE_TIMEOUT)?;
+        // Succeeds for the only one who has the file open.
+        connection.query_row("pragma journal_mode = delete", [], |row| row.get(0))
+    };
+    match leave_log().map_err(|error| (error.sqlite_error_code(), error)) {
+        Ok(mode) if mode == "delete" => Ok(()),
+        // It is because it is damaged that it is replaced.
+        Err((Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt), _)) => Ok(()),
+        Ok(_) | Err((Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked), _)) => {
+            Err(failed(format!(
+                "{} is in use by another process; wait for it or stop it first",
+                database.display()
+            )))
+        }
+        Err((_, error)) => Err(failed(format!("cannot open {}: {error}", database.display()))),
+    }
+}
+
+/// Gives the file a second name, under which it stays; `None` on a file system that cannot.
+fn keep_aside(database: &Path) -> Option<PathBuf> {
+    let aside = with_ending(database, ".replaced");
+    let _ = fs::remove_file(&aside);
+    fs::hard_link(database, &aside).ok().map(|()| aside)
+}
+
+fn with_ending(path: &Path, ending: &str) -> PathBuf {
+    let mut path = OsString::from(path);
+    path.push(ending);
+    path.into()
+}
+
+fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn failed(message: String) -> StoreError {
+    StoreError::Failed(message)
+}
