@@ -20,7 +20,8 @@ const FINAL_AFTER_MILLISECONDS: i64 = 60_000;
 
 /// A batch that is received less than this after what a writer knows to be folded may be passed before it
 /// is committed. Clocks that agree are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it; the rest is for
-/// those that differ by some seconds.
+/// those that differ by some seconds. Not seen is a slow clock whose batch is on its way at the very moment
+/// at which folding, having been behind, catches up.
 const SAFE_AFTER_MILLISECONDS: i64 = 50_000;
 
 /// How far ahead of its receipt an event may be dated and still be found among the events of a window.

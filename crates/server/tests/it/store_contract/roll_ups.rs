@@ -263,30 +263,19 @@ async fn a_database_that_was_filled_before_is_folded(fixture: &TestStore) {
     assert_eq!(number(fixture, &folded).await, 120);
 }
 
-/// Several nodes store events that were received long ago, or by slow clocks, while another folds: each is
+/// Several nodes store events that were received long ago, then with slow clocks, while another folds: each is
 /// folded once, by whichever of them.
 async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
     const WRITERS: i64 = 3;
     const BATCHES: i64 = 40;
-    let writing = AtomicBool::new(true);
-    let fold = async {
-        // An hour passes again and again, so that folding runs into what is being written.
-        let mut minutes = 0;
-        while writing.load(Ordering::Relaxed) {
-            fixture.store.fold_events(at(minutes * 60)).await.unwrap();
-            minutes = (minutes + 1) % 60;
-            tokio::task::yield_now().await;
-        }
-    };
-    let write = async |number: i64| {
+    let write = async |number: i64, is_import: bool| {
         let mut writer = fixture.writer();
         for batch in 0..BATCHES {
-            // By turns an import of some days and a clock that is some minutes slow.
             let event =
                 |step: i64| failure(&format!("pi-{}", (step + number) % 4), at(-step * 3601));
             let events: Vec<_> = (0..5).map(|step| event(step + batch)).collect();
             let receipts: Vec<_> = events.iter().map(|event| event.timestamp).collect();
-            let batch = if batch % 2 == 0 {
+            let batch = if is_import {
                 Batch { receipts, ..Batch::new(at(0), events) }
             } else {
                 Batch::new(at(-200 * number), events)
@@ -294,15 +283,30 @@ async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
             writer.write(&Arc::new(batch)).await.unwrap();
         }
     };
-    let write_all = async {
-        futures_util::future::join3(write(1), write(2), write(3)).await;
-        writing.store(false, Ordering::Relaxed);
-    };
-    futures_util::future::join(fold, write_all).await;
+    // The imports meet folding while it catches up, the slow clocks once it keeps up.
+    for is_import in [true, false] {
+        let writing = AtomicBool::new(true);
+        let fold = async {
+            // An hour passes, minute by minute.
+            let mut minutes = 0;
+            while writing.load(Ordering::Relaxed) {
+                fixture.store.fold_events(at(minutes * 60)).await.unwrap();
+                minutes = (minutes + 1).min(60);
+                tokio::task::yield_now().await;
+            }
+        };
+        let write_all = async {
+            let [first, second, third] = [1, 2, 3].map(|number| write(number, is_import));
+            futures_util::future::join3(first, second, third).await;
+            writing.store(false, Ordering::Relaxed);
+        };
+        futures_util::future::join(fold, write_all).await;
+        fold_everything(fixture, at(0)).await;
+    }
     fold_everything(fixture, at(2 * HOUR)).await;
     let cast = if fixture.is_postgres() { "::bigint" } else { "" };
     for table in ["device_days", "fleet_hours"] {
         let folded = format!("select sum(total_syncs){cast} from {table}");
-        assert_eq!(number(fixture, &folded).await, WRITERS * BATCHES * 5, "{table}");
+        assert_eq!(number(fixture, &folded).await, 2 * WRITERS * BATCHES * 5, "{table}");
     }
 }
