@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
-use crate::{Arrival, ParseError, SyncEvent, Timestamp, Violation};
+use crate::{Arrival, Metadata, ParseError, SyncEvent, Timestamp, Violation};
 
 const FIELD: &str = "created_at";
 
@@ -30,7 +30,11 @@ impl ReceivedEvent {
             Ok(created_at) => (created_at, None),
             Err(violation) => (None, Some(violation)),
         };
-        let event = SyncEvent::from_json(body, created_at.map_or(arrival, |at| arrival.moved(at)));
+        let moment = created_at.map_or(arrival, |at| arrival.moved(at));
+        let mut event = SyncEvent::from_json(body, moment);
+        if event.is_err() && created_at.is_some() {
+            event = with_dated_metadata(body, moment).map_or(event, Ok);
+        }
         match (event, violation) {
             (Ok(event), None) => Ok(Self { event, created_at }),
             (Ok(_), Some(violation)) => Err(ParseError::Invalid(vec![violation])),
@@ -49,6 +53,24 @@ impl Arrival {
         let skew = self.latest.as_millisecond() - self.received.as_millisecond();
         Self { received, latest: received.saturating_add_milliseconds(skew) }
     }
+}
+
+/// An event with metadata that a server has made longer than a device may send it.
+fn with_dated_metadata(body: &[u8], moment: Arrival) -> Option<SyncEvent> {
+    #[derive(Deserialize)]
+    struct Wire<'a> {
+        #[serde(borrow)]
+        metadata: &'a RawValue,
+    }
+    let text = std::str::from_utf8(body).ok()?;
+    let metadata = serde_json::from_str::<Wire<'_>>(text).ok()?.metadata.get();
+    let dated = Metadata::dated(metadata).ok()?;
+    let rest = text.replacen(metadata, "null", 1);
+    let mut event = SyncEvent::from_json(rest.as_bytes(), moment).ok()?;
+    // Unless what was replaced stood elsewhere, too.
+    event.metadata.is_none().then_some(())?;
+    event.metadata = Some(dated);
+    Some(event)
 }
 
 /// The event's `created_at`, if it has one. What is no JSON object has none: whoever reads the event says
@@ -80,6 +102,7 @@ fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync_event::MAX_METADATA_BYTES;
 
     fn time(text: &str) -> Timestamp {
         Timestamp::parse_iso8601(text).unwrap()
@@ -122,6 +145,24 @@ mod tests {
             assert_eq!(read("2025-12-31", more).unwrap().created_at, None);
         }
         assert_eq!(complaints(read("2026-01-02", "")), ["Timestamp cannot be in the future"]);
+    }
+
+    #[test]
+    fn metadata_that_a_server_has_dated_may_be_longer() {
+        let filler = "x".repeat(MAX_METADATA_BYTES - r#"{"a":""}"#.len());
+        let sent = format!(r#","clock":"unsynced","metadata":{{"a":"{filler}"}}"#);
+        let kept = read("2024-01-01", &sent).unwrap().event.metadata.unwrap();
+        assert!(kept.as_str().len() > MAX_METADATA_BYTES);
+        let metadata = format!(",\"metadata\":{}", kept.as_str());
+        let received = format!("{metadata},\"created_at\":\"2025-06-02\"");
+        assert_eq!(read("2025-06-01", &received).unwrap().event.metadata, Some(kept));
+        // A device may not send it so.
+        let complaint = "\"metadata\" must be at most 4096 bytes of JSON text";
+        assert_eq!(complaints(read("2025-06-01", &metadata)), [complaint]);
+        let longer = received.replacen('x', "xxx", 1);
+        assert_eq!(complaints(read("2025-06-01", &longer)), [complaint]);
+        let other = received.replacen("device_timestamp", "another_timestamp", 1);
+        assert_eq!(complaints(read("2025-06-01", &other)), [complaint]);
     }
 
     #[test]

@@ -22,6 +22,13 @@ pub const MAX_BYTES_SYNCED: u64 = (1 << 53) - 1;
 /// The longest metadata, in bytes of its JSON text.
 pub const MAX_METADATA_BYTES: usize = 4096;
 
+/// Where metadata has the date that a device without a trustworthy clock gave.
+const DEVICE_TIMESTAMP: &str = "device_timestamp";
+/// How metadata begins into which that was put.
+const DATED: &str = "{\"device_timestamp\":\"";
+/// By how much that makes it longer: the beginning but for its brace, the date, and `",`.
+const DATED_BYTES: usize = DATED.len() - 1 + "2025-06-17T10:30:00.000Z\",".len();
+
 /// One validated sync report.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SyncEvent {
@@ -316,6 +323,19 @@ impl Metadata {
         if text.len() > MAX_METADATA_BYTES {
             return Err(MetadataError::TooLong);
         }
+        Self::object(text)
+    }
+
+    /// Checks and keeps what a server has dated by an event's arrival: it may be longer by that than what
+    /// devices send.
+    pub(crate) fn dated(text: &str) -> Result<Self, MetadataError> {
+        if !text.starts_with(DATED) || text.len() > MAX_METADATA_BYTES + DATED_BYTES {
+            return Err(MetadataError::TooLong);
+        }
+        Self::object(text)
+    }
+
+    fn object(text: &str) -> Result<Self, MetadataError> {
         // Read in full, so that what history gives back can be read by whoever asks for it.
         serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text)
             .ok()
@@ -327,14 +347,14 @@ impl Metadata {
     /// `metadata` with the date that the device gave as `device_timestamp`, unless the device has put
     /// something there itself.
     fn with_device_timestamp(metadata: Option<Self>, timestamp: Timestamp) -> Self {
-        const NAME: &str = "device_timestamp";
         let sent = metadata.as_ref().map_or("{}", Self::as_str);
         let fields = serde_json::from_str::<serde_json::Map<_, _>>(sent).unwrap_or_default();
-        let (Some(rest), false) = (sent.strip_prefix('{'), fields.contains_key(NAME)) else {
+        let (Some(rest), false) = (sent.strip_prefix('{'), fields.contains_key(DEVICE_TIMESTAMP))
+        else {
             return metadata.unwrap_or_else(Self::empty);
         };
         let comma = if fields.is_empty() { "" } else { "," };
-        let text = format!("{{\"{NAME}\":\"{timestamp}\"{comma}{rest}");
+        let text = format!("{DATED}{timestamp}\"{comma}{rest}");
         RawValue::from_string(text).map_or_else(|_| metadata.unwrap_or_else(Self::empty), Self)
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pisync::store::{self, Batch, DeviceChange, Target, Window};
-use pisync_core::{EventId, Mbps, Metadata, SyncDuration, SyncEvent};
+use pisync_core::{Arrival, EventId, Mbps, Metadata, SyncDuration, SyncEvent};
 
 use crate::support::{
     events::{at, device_id, failure, now, of_job, somebody, success},
@@ -59,7 +59,19 @@ fn odd_events() -> Vec<SyncEvent> {
             });
         }
     }
+    events.push(unsynced());
     events
+}
+
+/// The event of a device that does not trust its clock, whose date has made its metadata longer than it may
+/// be sent.
+fn unsynced() -> SyncEvent {
+    let received = at(-40 * DAY);
+    let filler = "x".repeat(4_096 - r#"{"a":""}"#.len());
+    let text = format!(
+        r#"{{"device_id":"unsynced","timestamp":"1970-01-01","clock":"unsynced","total_files_synced":1,"total_errors":0,"metadata":{{"a":"{filler}"}}}}"#
+    );
+    SyncEvent::from_json(text.as_bytes(), Arrival { received, latest: received }).unwrap()
 }
 
 /// Fills a database with them, received at several times.
@@ -112,7 +124,7 @@ async fn what_is_exported_can_be_imported(installed: &Installed) {
         ("b.ndjson.zst", !installed.is_postgres()),
     ] {
         let ended = program.run(&["export", "--output", name]);
-        assert_eq!(ended.success(), format!("exported 54 events to {name}\n"));
+        assert_eq!(ended.success(), format!("exported 55 events to {name}\n"));
         let other =
             if to_postgres { TestDatabase::postgres().await } else { TestDatabase::sqlite() };
         other.migrate().await;
@@ -123,7 +135,7 @@ async fn what_is_exported_can_be_imported(installed: &Installed) {
     // And what is on standard output is the same.
     let lines = std::fs::read_to_string(program.path("a.ndjson")).unwrap();
     assert_eq!(program.run(&["export"]).success(), lines);
-    assert_eq!(lines.lines().count(), 54);
+    assert_eq!(lines.lines().count(), 55);
 }
 
 async fn only_what_is_asked_for(installed: &Installed) {
@@ -145,7 +157,7 @@ async fn only_what_is_asked_for(installed: &Installed) {
     let (day, second) = (at(-20 * DAY).to_string(), at(-20 * DAY + 1).to_string());
     assert_eq!(count(&["--from", &day]), 36);
     assert_eq!(count(&["--from", &second]), 18);
-    assert_eq!(count(&["--until", &day]), 36);
+    assert_eq!(count(&["--until", &day]), 37);
     assert_eq!(count(&["--from", &day, "--until", &day, "--device", "pi"]), 3);
     assert_eq!(count(&["--from", "2030-01-01", "--format", "csv"]), 1, "the heading");
     for (arguments, expected) in [
