@@ -39,30 +39,32 @@ pub(super) async fn ensure(client: &mut Client, month: Date) -> Result<(), Store
 }
 
 async fn create(client: &mut Client, month: Date) -> Result<(), tokio_postgres::Error> {
-    const EXISTS: &str = "
-        select exists (
-            select from pg_inherits
-             where inhparent = 'sync_events'::regclass and inhrelid = to_regclass($1))
-    ";
-    let name = format!("sync_events_{}", month.strftime("%Y_%m"));
-    let exists = async |client: &tokio_postgres::Transaction<'_>| {
-        client.query_one(EXISTS, &[&name]).await?.try_get::<_, bool>(0)
-    };
     let transaction = client.transaction().await?;
-    if exists(&transaction).await? {
+    if exists(transaction.client(), month).await? {
         return Ok(());
     }
     transaction.execute("select pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
+    transaction.batch_execute(&format!("set local lock_timeout = '{LOCK_TIMEOUT}'")).await?;
     // Another node may have made it while we waited.
-    if exists(&transaction).await? {
+    create_within(transaction.client(), month).await?;
+    transaction.commit().await
+}
+
+/// Makes the partition of the month that begins with `month`, if it is missing, in the transaction under
+/// way, which keeps others from doing the same.
+pub(super) async fn create_within(
+    client: &Client,
+    month: Date,
+) -> Result<(), tokio_postgres::Error> {
+    let Ok(end) = month.checked_add(1.month()) else { return Ok(()) };
+    if exists(client, month).await? {
         return Ok(());
     }
-    let Ok(end) = month.checked_add(1.month()) else { return Ok(()) };
+    let name = name_of(month);
     // A table of its own first, attached then: `create table … partition of` would lock the parent
     // against everything, a long export included. The check spares attaching a scan.
     let statements = format!(
-        "set local lock_timeout = '{LOCK_TIMEOUT}';
-         create table if not exists {name} (
+        "create table if not exists {name} (
              like sync_events including defaults including comments,
              constraint {name}_month check (
                  created_at >= '{month} 00:00+00' and created_at < '{end} 00:00+00')
@@ -71,6 +73,18 @@ async fn create(client: &mut Client, month: Date) -> Result<(), tokio_postgres::
              for values from ('{month} 00:00+00') to ('{end} 00:00+00');
          alter table {name} drop constraint if exists {name}_month;"
     );
-    transaction.batch_execute(&statements).await?;
-    transaction.commit().await
+    client.batch_execute(&statements).await
+}
+
+async fn exists(client: &Client, month: Date) -> Result<bool, tokio_postgres::Error> {
+    const EXISTS: &str = "
+        select exists (
+            select from pg_inherits
+             where inhparent = 'sync_events'::regclass and inhrelid = to_regclass($1))
+    ";
+    client.query_one(EXISTS, &[&name_of(month)]).await?.try_get(0)
+}
+
+fn name_of(month: Date) -> String {
+    format!("sync_events_{}", month.strftime("%Y_%m"))
 }

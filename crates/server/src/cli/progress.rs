@@ -1,0 +1,82 @@
+//! How far a long command has come: a bar on a terminal, and a line now and then elsewhere. Both go to
+//! standard error.
+
+use std::{
+    io::{IsTerminal, stderr},
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often a line says how far it is, where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// See the module.
+pub(super) struct Progress {
+    /// On a terminal.
+    bar: Option<ProgressBar>,
+    /// Bytes there are, or whatever [`Self::update`] is told; unknown for a pipe.
+    total: Option<u64>,
+    /// What is counted.
+    unit: String,
+    started: Instant,
+    said: Instant,
+}
+
+impl Progress {
+    /// Of so many bytes altogether, if that is known.
+    pub(super) fn new(total: Option<u64>) -> Self {
+        let now = Instant::now();
+        let bar = stderr().is_terminal().then(|| bar(total));
+        Self { bar, total, unit: "events".to_owned(), started: now, said: now }
+    }
+
+    /// Counts something else than events.
+    pub(super) fn counting(self, unit: String) -> Self {
+        Self { unit, ..self }
+    }
+
+    /// So many bytes are read or written by now, and so many events.
+    pub(super) fn update(&mut self, bytes: u64, events: u64) {
+        let (rate, unit) = (rate(events, self.started.elapsed()), &self.unit);
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("{events} {unit}, {rate}/s"));
+            bar.set_position(bytes);
+        } else if self.said.elapsed() >= LINE_INTERVAL {
+            self.said = Instant::now();
+            eprintln!("{events} {unit}, {rate}/s{}", self.left(bytes));
+        }
+    }
+
+    /// The part that is done and how long the rest will take, if that can be told.
+    fn left(&self, bytes: u64) -> String {
+        let Some(total) = self.total.filter(|total| (1..=*total).contains(&bytes)) else {
+            return String::new();
+        };
+        let elapsed = u128::from(total - bytes) * self.started.elapsed().as_millis();
+        let seconds = elapsed / u128::from(bytes) / 1000;
+        format!(", {} %, {seconds} s left", bytes * 100 / total)
+    }
+
+    /// Takes the bar away.
+    pub(super) fn finish(self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn bar(total: Option<u64>) -> ProgressBar {
+    let (bar, template) = match total {
+        Some(total) => (ProgressBar::new(total), "{wide_bar} {percent:>3} %  {msg}  {eta} left"),
+        None => (ProgressBar::new_spinner(), "{spinner} {msg}  {elapsed}"),
+    };
+    let style = ProgressStyle::with_template(template);
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Events a second.
+fn rate(events: u64, took: Duration) -> u64 {
+    let milliseconds = took.as_millis().max(1);
+    u64::try_from(u128::from(events) * 1000 / milliseconds).unwrap_or(u64::MAX)
+}
