@@ -407,7 +407,7 @@ impl IngestTask {
             if events.is_empty() {
                 continue;
             }
-            let batch = Arc::new(Batch { received, events });
+            let batch = Arc::new(Batch::new(received, events));
             let started = Instant::now();
             let error = match self.write(&batch).await {
                 Ok(written) => {

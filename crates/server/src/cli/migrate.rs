@@ -4,17 +4,22 @@ use std::path::Path;
 
 use clap::{Args, Subcommand};
 
+use super::take_over;
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     store::{
         self, Target,
         migrations::{self, Migration, Migrator},
+        take_over::TakeOver,
     },
 };
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+On a database made by the Node PiSync, `up` takes it over; try that first with
+`up --dry-run`. See \"Coming from the Node PiSync\" in the README.
+
 Files are named YYYY-MM-DD-NN-name.up.sql and .down.sql. Each runs in a
 transaction; what was applied stands in the table pisync_migrations.")]
 pub(super) struct MigrateCommand {
@@ -28,8 +33,8 @@ pub(super) struct MigrateCommand {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Apply all pending migrations
-    Up,
+    /// Apply all pending migrations; takes over a database made by the Node PiSync
+    Up(UpArgs),
     /// Take back the last N applied migrations
     Down {
         /// How many
@@ -54,16 +59,24 @@ enum Action {
     },
 }
 
+#[derive(Debug, Args)]
+struct UpArgs {
+    /// Say what would be done and change nothing; of a take-over also what was found, and how much
+    /// time and disk it is expected to take
+    #[arg(long)]
+    dry_run: bool,
+    /// Take-over: the time zone of the Node service's clock, by its IANA name such as Europe/Berlin;
+    /// UTC when not given. Its times have none of their own. A time that the clock skipped counts as
+    /// one hour later, one that it had twice as the second
+    #[arg(long, value_name = "ZONE")]
+    source_timezone: Option<String>,
+}
+
 pub(super) async fn run(command: &MigrateCommand) -> Result<(), String> {
     let folder = &command.migrations.migrations_dir;
     let target = command.database.target().map_err(|error| error.to_string())?;
     match &command.action {
-        Action::Up => {
-            if up(&target, folder).await? == 0 {
-                println!("nothing to do: every migration is applied");
-            }
-            Ok(())
-        }
+        Action::Up(arguments) => take_over_or_up(&target, folder, arguments).await,
         Action::Down { count, yes } => {
             let mut migrator = open(&target, folder).await?;
             let last = migrator.last(*count).await.map_err(|error| error.to_string())?;
@@ -88,6 +101,49 @@ pub(super) async fn run(command: &MigrateCommand) -> Result<(), String> {
 
 async fn open(target: &Target, folder: &Path) -> Result<Migrator, String> {
     Migrator::new(target, folder).await.map_err(|error| error.to_string())
+}
+
+async fn take_over_or_up(target: &Target, folder: &Path, arguments: &UpArgs) -> Result<(), String> {
+    let time_zone = arguments.source_timezone.as_deref();
+    let take_over = TakeOver::open(target, time_zone.unwrap_or("UTC")).await;
+    let take_over = take_over.map_err(|error| error.to_string())?;
+    if take_over.is_none() && time_zone.is_some() {
+        // No error: the same command is run again after it was interrupted at the very end.
+        println!(
+            "--source-timezone is for a database of the Node PiSync, which this is not, or no longer"
+        );
+    }
+    let was_node = match take_over {
+        Some(mut take_over) if arguments.dry_run => {
+            return take_over::rehearse(target, &mut take_over).await;
+        }
+        Some(mut take_over) => take_over::run(target, &mut take_over).await?,
+        None => false,
+    };
+    if arguments.dry_run {
+        return dry_run(target, folder).await;
+    }
+    if up(target, folder).await? == 0 && !was_node {
+        println!("nothing to do: every migration is applied");
+    }
+    Ok(())
+}
+
+async fn dry_run(target: &Target, folder: &Path) -> Result<(), String> {
+    let pending = open(target, folder).await?.check().await.map_err(|error| error.to_string())?;
+    for name in &pending {
+        println!("pending   {name}");
+    }
+    println!("{target}: {} to apply; nothing was changed", count(pending.len()));
+    Ok(())
+}
+
+fn count(migrations: usize) -> String {
+    match migrations {
+        0 => "no migration".to_owned(),
+        1 => "1 migration".to_owned(),
+        more => format!("{more} migrations"),
+    }
 }
 
 /// Applies what is pending, says so, and tells how many that were.

@@ -8,6 +8,7 @@ mod migrate;
 mod openapi;
 mod progress;
 mod serve;
+mod take_over;
 mod verify;
 
 use std::process::ExitCode;

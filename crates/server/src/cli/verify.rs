@@ -4,8 +4,11 @@ use clap::Args;
 
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
-    store::{self, JobDifference, Verified, migrations::Migrator},
+    store::{self, FigureDifference, Store, SumDifference, Verified, migrations::Migrator},
 };
+
+/// How often hours that servers fold events into meanwhile are recounted for repair.
+const ATTEMPTS: usize = 5;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -42,7 +45,7 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
     let store = store::open(&target).await.map_err(|error| error.to_string())?;
 
     let mut sum = Verified::default();
-    let (mut differing_jobs, mut after) = (0_u64, None);
+    let (mut jobs, mut days, mut after) = (0, 0, None);
     loop {
         let page = store.verify(after.as_deref(), command.repair).await;
         let page = page.map_err(|error| error.to_string())?;
@@ -50,17 +53,26 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
         sum.events += page.events;
         sum.nameless_devices += page.nameless_devices;
         sum.raw_since = page.raw_since;
-        differing_jobs += page.differences.len() as u64;
-        page.differences.iter().for_each(print);
+        jobs += page.differences.len();
+        days += page.days.len();
+        for difference in &page.differences {
+            let job = difference.job.as_ref().map_or(String::new(), |job| format!(", job {job}"));
+            print(&format!("{}{job}", difference.device_id), &difference.figures());
+        }
+        page.days.iter().for_each(print_sums);
         after = page.next;
         if after.is_none() {
             break;
         }
     }
     let repairs = command.repair && sum.raw_since.is_none();
-    let repaired = if differing_jobs > 0 && repairs { " (repaired)" } else { "" };
+    let hours = hours(&*store, repairs).await?;
+    hours.iter().for_each(print_sums);
+    let hours = hours.len();
+    let wrong = jobs + days + hours > 0;
+    let repaired = if wrong && repairs { " (repaired)" } else { "" };
     println!(
-        "devices: {}, events: {}, jobs that differ: {differing_jobs}{repaired}",
+        "devices: {}, events: {}; differing jobs: {jobs}, days: {days}, hours: {hours}{repaired}",
         sum.devices, sum.events
     );
     if sum.nameless_devices > 0 {
@@ -69,24 +81,49 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
             sum.nameless_devices
         ));
     }
-    if let (Some(raw_since), true) = (sum.raw_since, differing_jobs > 0) {
+    if let (Some(raw_since), true) = (sum.raw_since, wrong) {
         return Err(format!(
             "some figures are too small, and cannot be counted again: events received before {raw_since} are no longer kept"
         ));
     }
-    if differing_jobs > 0 && !command.repair {
+    if wrong && !command.repair {
         return Err("some figures are wrong; repair them with `pisync verify --repair`".to_owned());
     }
     Ok(())
 }
 
+/// Recounts the fleet's hours and gives those that differed.
+async fn hours(store: &dyn Store, repair: bool) -> Result<Vec<SumDifference>, String> {
+    let found = store.verify_hours().await.map_err(|error| error.to_string())?;
+    let mut wrong = found.clone();
+    for _ in 0..ATTEMPTS {
+        if !repair || wrong.is_empty() {
+            return Ok(found);
+        }
+        let mut changed = false;
+        for hour in &wrong {
+            changed |= !store.repair_hour(hour).await.map_err(|error| error.to_string())?;
+        }
+        if !changed {
+            return Ok(found);
+        }
+        wrong = store.verify_hours().await.map_err(|error| error.to_string())?;
+    }
+    Err("some hours changed again and again while they were repaired; run it once more".to_owned())
+}
+
+fn print_sums(difference: &SumDifference) {
+    let begins = difference.begins.to_string();
+    let whose = match &difference.device_id {
+        Some(device_id) => format!("{device_id}, {}", begins.get(..10).unwrap_or(&begins)),
+        None => format!("all devices, from {begins}"),
+    };
+    print(&whose, &difference.figures());
+}
+
 /// A line for each figure that differs.
-fn print(difference: &JobDifference) {
-    let job = difference.job.as_ref().map_or(String::new(), |job| format!(", job {job}"));
-    for figure in difference.figures() {
-        println!(
-            "{}{job}: {} is {}, recounted {}",
-            difference.device_id, figure.figure, figure.stored, figure.recounted
-        );
+fn print(whose: &str, figures: &[FigureDifference]) {
+    for figure in figures {
+        println!("{whose}: {} is {}, recounted {}", figure.figure, figure.stored, figure.recounted);
     }
 }

@@ -11,10 +11,12 @@ use super::StoredEvent;
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
 pub struct Batch {
-    /// When the server received them: their `created_at`.
+    /// Now: when the server received the events that have no receipt of their own.
     pub received: Timestamp,
     /// At least one.
     pub events: Vec<SyncEvent>,
+    /// When each event was received, their `created_at`; empty when all of them arrive now.
+    pub receipts: Vec<Timestamp>,
 }
 
 /// What became of a batch that was committed.
@@ -89,6 +91,31 @@ impl JobShare<'_> {
 }
 
 impl Batch {
+    /// Events that arrive at `received`.
+    #[must_use]
+    pub fn new(received: Timestamp, events: Vec<SyncEvent>) -> Self {
+        Self { received, events, receipts: Vec::new() }
+    }
+
+    /// When the event at `position` was received.
+    pub(super) fn received_at(&self, position: usize) -> Timestamp {
+        self.receipts.get(position).copied().unwrap_or(self.received)
+    }
+
+    /// When the first and the last of the events at `positions` were received.
+    pub(super) fn received_within(&self, positions: &[usize]) -> (Timestamp, Timestamp) {
+        if self.receipts.is_empty() {
+            return (self.received, self.received);
+        }
+        let times = || positions.iter().map(|position| self.received_at(*position));
+        (times().min().unwrap_or(self.received), times().max().unwrap_or(self.received))
+    }
+
+    /// The positions in `order`, those of each device by themselves.
+    pub(super) fn by_device<'a>(&self, order: &'a [usize]) -> impl Iterator<Item = &'a [usize]> {
+        order.chunk_by(|left, right| self.events[*left].device_id == self.events[*right].device_id)
+    }
+
     /// The positions of the events in byte-wise order of device and job, then of arrival. All nodes
     /// touch rows in this order, so that they never wait for each other in a circle.
     pub(super) fn order(&self) -> Vec<usize> {
@@ -130,8 +157,8 @@ impl Batch {
             duration: event.duration.map(SyncDuration::milliseconds),
             bytes_synced: event.bytes_synced.map(u64::cast_signed),
             metadata: event.metadata.as_ref().map(Metadata::to_raw_value),
-            created_at: self.received,
-            updated_at: self.received,
+            created_at: self.received_at(position),
+            updated_at: self.received_at(position),
         }
     }
 
@@ -145,8 +172,9 @@ impl Batch {
                 left.device_id == right.device_id && left.job == right.job
             })
             .filter_map(|positions| {
+                let (_, received) = self.received_within(positions);
                 let figures =
-                    JobFigures::fold(positions.iter().map(event), self.received, streaks_since)?;
+                    JobFigures::fold(positions.iter().map(event), received, streaks_since)?;
                 let position = *positions.first()?;
                 let SyncEvent { device_id, job, .. } = &self.events[position];
                 Some(JobShare { position, device_id, job: job.as_ref(), figures })

@@ -82,7 +82,8 @@ const fn column(name: &'static str, kind: Kind) -> Column {
 
 /// Everything that is copied, in an order in which each row finds what it refers to.
 ///
-/// Left out are `pisync_migrations`, which the destination has of its own; how far events are folded,
+/// Left out are `pisync_migrations`, which the destination has of its own; `pisync_take_over`, for the copy
+/// was never the Node service's; how far events are folded,
 /// which the stores count differently (see [`Sums`]); and when the end of old events was announced, which
 /// only concerns servers that are running.
 pub(super) const TABLES: &[Table] = &[

@@ -44,6 +44,25 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-22-03-keys",
 );
 
+/// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows
+/// into its tables.
+const GIVE_BACK: &str = include_str!("../../migrations/node-service/give-back.sql");
+
+/// The program's own migrations for PostgreSQL.
+pub(super) fn embedded_for_postgres() -> Vec<Migration> {
+    embedded(POSTGRES)
+}
+
+fn embedded(migrations: EmbeddedMigrations) -> Vec<Migration> {
+    let migration = |(name, up, down): &(&str, &str, &str)| Migration {
+        name: (*name).to_owned(),
+        source: Source::Embedded,
+        up: (*up).to_owned(),
+        down: (*down).to_owned(),
+    };
+    migrations.iter().map(migration).collect()
+}
+
 /// Where a migration comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
@@ -117,12 +136,21 @@ pub struct Applied {
 /// What a database holds before anything is done to it.
 #[derive(Debug)]
 pub(super) enum Contents {
-    /// Ours, or nothing yet: the migrations applied so far, in that order.
-    Ours(Vec<Applied>),
+    /// Ours, or nothing yet.
+    Ours(Ours),
     /// The Node service's tables.
     NodeService,
     /// Somebody else's table of one of our names.
     Foreign(&'static str),
+}
+
+/// What is known of a database of ours.
+#[derive(Debug, Default)]
+pub(super) struct Ours {
+    /// The migrations applied so far, in that order.
+    pub applied: Vec<Applied>,
+    /// Whether its first rows were the Node service's, whose tables the first migration then gives back.
+    pub taken_over: bool,
 }
 
 /// What the runner needs of a store.
@@ -149,7 +177,7 @@ pub(super) trait MigrationDatabase: Send {
 pub enum MigrationError {
     /// See [`NODE_MIGRATION`].
     #[error(
-        "this database was made by the Node PiSync and is left untouched: this version cannot take it over yet (see \"Coming from the Node PiSync\" in the README); use a fresh database, for instance another DB_NAME"
+        "this database was made by the Node PiSync and is left untouched: take it over with `pisync migrate up`, after a backup and a rehearsal with `pisync migrate up --dry-run` (see \"Coming from the Node PiSync\" in the README)"
     )]
     NodeService,
     /// Not a database of ours.
@@ -212,28 +240,22 @@ impl Migrator {
     /// When the folder has files that are not pairs of migrations, or PostgreSQL cannot be reached.
     pub async fn new(target: &Target, folder: &Path) -> Result<Self, MigrationError> {
         let (embedded, database): (_, Box<dyn MigrationDatabase>) = match target {
-            Target::Sqlite(path) => (SQLITE, Box::new(SqliteMigrations::new(path))),
+            Target::Sqlite(path) => (embedded(SQLITE), Box::new(SqliteMigrations::new(path))),
             Target::Postgres(postgres) => {
-                (POSTGRES, Box::new(PostgresMigrations::connect(postgres).await?))
+                let database = PostgresMigrations::connect(postgres).await?;
+                (embedded_for_postgres(), Box::new(database))
             }
         };
-        let embedded_names: Vec<&str> = embedded.iter().map(|(name, ..)| *name).collect();
-        let embedded = embedded.iter().map(|(name, up, down)| Migration {
-            name: (*name).to_owned(),
-            source: Source::Embedded,
-            up: (*up).to_owned(),
-            down: (*down).to_owned(),
-        });
         let users = read_folder(folder)?;
-        if let Some(taken) = users.iter().find(|user| embedded_names.contains(&user.name.as_str()))
-        {
+        let is_taken = |user: &&Migration| embedded.iter().any(|own| own.name == user.name);
+        if let Some(taken) = users.iter().find(is_taken) {
             // It would count as applied without ever having run.
             return Err(MigrationError::BadFile(format!(
                 "{}: PiSync has a migration of this name itself; give yours another",
                 folder.join(&taken.name).display()
             )));
         }
-        let known = embedded.chain(users).collect();
+        let known = embedded.into_iter().chain(users).collect();
         Ok(Self { known, database })
     }
 
@@ -243,7 +265,7 @@ impl Migrator {
     /// When the database is not ours or cannot be read. Edited and missing migrations are no errors
     /// here but [`Status::problem`]s.
     pub async fn status(&mut self) -> Result<Vec<Status>, MigrationError> {
-        let applied = self.applied().await?;
+        let applied = self.ours().await?.applied;
         let pending = self.pending(&applied);
         let describe = |applied: &Applied| Status {
             name: applied.name.clone(),
@@ -270,7 +292,7 @@ impl Migrator {
     /// # Errors
     /// When the database is not ours, newer than this program, or has edited migrations.
     pub async fn check(&mut self) -> Result<Vec<String>, MigrationError> {
-        let applied = self.checked().await?;
+        let applied = self.checked().await?.applied;
         Ok(self.pending(&applied).into_iter().map(|migration| migration.name).collect())
     }
 
@@ -279,7 +301,7 @@ impl Migrator {
     /// # Errors
     /// As [`Self::check`], or when one fails; those before it stay applied.
     pub async fn up(&mut self, now: Timestamp) -> Result<Vec<String>, MigrationError> {
-        let applied = self.checked().await?;
+        let applied = self.checked().await?.applied;
         let batch = applied.iter().map(|applied| applied.batch).max().unwrap_or(0) + 1;
         let mut done = Vec::new();
         for migration in self.pending(&applied) {
@@ -296,8 +318,8 @@ impl Migrator {
     /// # Errors
     /// As [`Self::check`], or when a user's migration among them has no files any more.
     pub async fn last(&mut self, count: usize) -> Result<Vec<Migration>, MigrationError> {
-        let applied = self.checked().await?;
-        self.files_of(applied.iter().rev().take(count))
+        let ours = self.checked().await?;
+        self.files_of(&ours, |_| true, count)
     }
 
     /// All migrations that the last `up` applied, latest first.
@@ -305,9 +327,9 @@ impl Migrator {
     /// # Errors
     /// As [`Self::last`].
     pub async fn last_batch(&mut self) -> Result<Vec<Migration>, MigrationError> {
-        let applied = self.checked().await?;
-        let batch = applied.last().map(|last| last.batch);
-        self.files_of(applied.iter().rev().take_while(|applied| Some(applied.batch) == batch))
+        let ours = self.checked().await?;
+        let batch = ours.applied.last().map(|last| last.batch);
+        self.files_of(&ours, |applied| Some(applied.batch) == batch, usize::MAX)
     }
 
     /// Takes migrations back in the order given and returns the names.
@@ -325,17 +347,18 @@ impl Migrator {
         Ok(done)
     }
 
-    async fn applied(&mut self) -> Result<Vec<Applied>, MigrationError> {
+    async fn ours(&mut self) -> Result<Ours, MigrationError> {
         match self.database.contents().await? {
-            Contents::Ours(applied) => Ok(applied),
+            Contents::Ours(ours) => Ok(ours),
             Contents::NodeService => Err(MigrationError::NodeService),
             Contents::Foreign(table) => Err(MigrationError::Foreign(table)),
         }
     }
 
     /// What is applied, when all of it is known and unchanged.
-    async fn checked(&mut self) -> Result<Vec<Applied>, MigrationError> {
-        let applied = self.applied().await?;
+    async fn checked(&mut self) -> Result<Ours, MigrationError> {
+        let ours = self.ours().await?;
+        let applied = &ours.applied;
         let newer: Vec<_> = applied
             .iter()
             .filter(|applied| applied.source == Source::Embedded && self.find(applied).is_none())
@@ -344,12 +367,12 @@ impl Migrator {
         if !newer.is_empty() {
             return Err(MigrationError::Newer(newer));
         }
-        for applied in &applied {
+        for applied in applied {
             if self.find(applied).is_some_and(|known| known.checksum() != applied.checksum) {
                 return Err(MigrationError::Edited(applied.name.clone()));
             }
         }
-        Ok(applied)
+        Ok(ours)
     }
 
     fn pending(&self, applied: &[Applied]) -> Vec<Migration> {
@@ -363,17 +386,24 @@ impl Migrator {
         self.known.iter().find(|known| known.source == applied.source && known.name == applied.name)
     }
 
-    fn files_of<'a>(
+    /// The latest `count` applied migrations that are `wanted`, latest first, up to one that is not.
+    fn files_of(
         &self,
-        applied: impl Iterator<Item = &'a Applied>,
+        ours: &Ours,
+        wanted: impl Fn(&Applied) -> bool,
+        count: usize,
     ) -> Result<Vec<Migration>, MigrationError> {
-        applied
-            .map(|applied| {
-                self.find(applied)
-                    .cloned()
-                    .ok_or_else(|| MigrationError::Missing(applied.name.clone()))
-            })
-            .collect()
+        let latest = ours.applied.iter().enumerate().rev();
+        let latest = latest.take_while(|(_, applied)| wanted(applied)).take(count);
+        let with_files = latest.map(|(position, applied)| {
+            let known = self.find(applied).cloned();
+            let known = known.ok_or_else(|| MigrationError::Missing(applied.name.clone()))?;
+            if position == 0 && ours.taken_over {
+                return Ok(Migration { down: GIVE_BACK.to_owned(), ..known });
+            }
+            Ok(known)
+        });
+        with_files.collect()
     }
 }
 

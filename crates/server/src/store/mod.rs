@@ -12,6 +12,7 @@ mod postgres;
 mod retention;
 mod sqlite;
 mod step_size;
+pub mod take_over;
 mod target;
 mod verify;
 mod window;
@@ -30,7 +31,7 @@ pub use keys::{
 };
 pub use retention::Retention;
 pub use target::{PostgresTarget, SslMode, Target};
-pub use verify::{FigureDifference, JobDifference, Verified};
+pub use verify::{FigureDifference, JobDifference, SumDifference, Sums, Verified};
 pub use window::Window;
 
 /// What can go wrong in a store, by what the caller can do about it.
@@ -105,11 +106,19 @@ pub trait Store: KeyStore + Send + Sync {
     /// Forgets some thousand event ids received before `before`; tells whether there may be more.
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError>;
 
-    /// Recounts the figures of one page of devices, those after the device `after`, from their raw events,
-    /// as of one moment. With `repair` it then writes what the events add up to, each device in a short
+    /// Recounts the figures and days of one page of devices, those after the device `after`, from their raw
+    /// events, as of one moment. With `repair` it then writes what the events add up to, each device in a short
     /// transaction of its own; the answer still tells what was found. Where old events are no longer kept,
     /// nothing is repaired. Safe beside running servers.
     async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError>;
+
+    /// Recounts the sums of the fleet's hours from all folded events, as of one moment: some second for a
+    /// million of them. Once old events were dropped, sums can only be found to be too small.
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
+
+    /// Writes what was recounted in the place of an hour's sums; false, and nothing is changed, when they
+    /// are no longer what was found.
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError>;
 
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;

@@ -1,7 +1,7 @@
-//! What a recount of raw events finds. Here alone is decided what of a job's figures can be compared;
-//! the stores only read, count and write.
+//! What a recount of raw events finds. Here alone is decided what of figures and sums can be compared; the
+//! stores only read, count and write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pisync_core::{JobFigures, Timestamp};
 
@@ -11,6 +11,9 @@ pub(super) const PAGE_DEVICES: u32 = 256;
 /// Events that are counted in one transaction, unless one device alone has more: a second's work, so that
 /// the snapshot keeps neither SQLite's log from being emptied nor PostgreSQL from cleaning up.
 pub(super) const PAGE_EVENTS: i64 = 200_000;
+
+/// Days are those of UTC.
+pub(super) const DAY_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 
 /// What came of recounting one page of devices.
 #[derive(Debug, Default)]
@@ -22,6 +25,8 @@ pub struct Verified {
     /// Jobs whose stored figures are not what their events add up to; all of a device's jobs are on the
     /// same page.
     pub differences: Vec<JobDifference>,
+    /// Days of these devices whose sums are not what their folded events add up to.
+    pub days: Vec<SumDifference>,
     /// Devices that the store has only a number of, although there are events or figures of them: SQL
     /// that did not mind the foreign keys left them. They cannot be repaired here.
     pub nameless_devices: u64,
@@ -54,6 +59,127 @@ pub struct FigureDifference {
     pub stored: String,
     /// What the events add up to.
     pub recounted: String,
+}
+
+/// What the events of a day or an hour add up to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sums {
+    /// Syncs reported.
+    pub total_syncs: i64,
+    /// Syncs with errors.
+    pub failed_syncs: i64,
+    /// Sum of files.
+    pub total_files_synced: i64,
+    /// Sum of errors.
+    pub total_errors: i64,
+    /// Sum of the measured speeds, hundredths of Mbps.
+    pub speed_sum: i64,
+    /// How many syncs measured one.
+    pub speed_count: i64,
+}
+
+/// A device's day, or the fleet's hour, whose sums are not what its folded events add up to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SumDifference {
+    /// Whose day; `None` for an hour of the whole fleet.
+    pub device_id: Option<String>,
+    /// When it begins.
+    pub begins: Timestamp,
+    /// What the store has.
+    pub stored: Sums,
+    /// What the events add up to.
+    pub recounted: Sums,
+}
+
+impl SumDifference {
+    /// Each sum that differs.
+    #[must_use]
+    pub fn figures(&self) -> Vec<FigureDifference> {
+        let pairs = self.stored.columns().into_iter().zip(self.recounted.columns());
+        pairs
+            .filter(|((_, stored), (_, recounted))| stored != recounted)
+            .map(|((figure, stored), (_, recounted))| FigureDifference {
+                figure,
+                stored: stored.to_string(),
+                recounted: recounted.to_string(),
+            })
+            .collect()
+    }
+}
+
+impl Sums {
+    /// Each by the name of its column.
+    pub(super) fn columns(&self) -> [(&'static str, i64); 6] {
+        [
+            ("total_syncs", self.total_syncs),
+            ("failed_syncs", self.failed_syncs),
+            ("total_files_synced", self.total_files_synced),
+            ("total_errors", self.total_errors),
+            ("speed_sum", self.speed_sum),
+            ("speed_count", self.speed_count),
+        ]
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        let add = |sum: &mut i64, number| *sum = sum.saturating_add(number);
+        add(&mut self.total_syncs, other.total_syncs);
+        add(&mut self.failed_syncs, other.failed_syncs);
+        add(&mut self.total_files_synced, other.total_files_synced);
+        add(&mut self.total_errors, other.total_errors);
+        add(&mut self.speed_sum, other.speed_sum);
+        add(&mut self.speed_count, other.speed_count);
+    }
+
+    /// Whether these can be the sums of the events that are `left` and of others.
+    fn hold(&self, left: &Self) -> bool {
+        self.columns().iter().zip(left.columns()).all(|((_, sum), (_, left))| *sum >= left)
+    }
+}
+
+/// The stored and the recounted sums of days or hours, by whose and when they begin.
+#[derive(Default)]
+pub(super) struct SumRecount(BTreeMap<(Option<String>, Timestamp), (Sums, Sums)>);
+
+impl SumRecount {
+    pub(super) fn stored(&mut self, device_id: Option<String>, begins: Timestamp, sums: Sums) {
+        self.0.entry((device_id, begins)).or_default().0.add(&sums);
+    }
+
+    pub(super) fn recounted(&mut self, device_id: Option<String>, begins: Timestamp, sums: Sums) {
+        self.0.entry((device_id, begins)).or_default().1.add(&sums);
+    }
+
+    /// The sums of hours by their days.
+    fn by_day(self) -> Self {
+        let mut days = Self::default();
+        for ((device_id, begins), (stored, recounted)) in self.0 {
+            let into_day = begins.as_millisecond().rem_euclid(DAY_MILLISECONDS);
+            let day = begins.saturating_add_milliseconds(-into_day);
+            days.stored(device_id.clone(), day, stored);
+            days.recounted(device_id, day, recounted);
+        }
+        days
+    }
+
+    /// What differs. While all events are kept (`all_kept`), sums must be what they add up to; later, those
+    /// of whole days must hold at least the events that are left: nobody knows any more in which hours a
+    /// deleted device's events were. No row is as good as one of zeros.
+    pub(super) fn differences(self, all_kept: bool) -> Vec<SumDifference> {
+        let sums = if all_kept { self } else { self.by_day() };
+        let differs = |(stored, recounted): &(Sums, Sums)| {
+            if all_kept { stored != recounted } else { !stored.hold(recounted) }
+        };
+        sums.0
+            .into_iter()
+            .filter(|(_, sums)| differs(sums))
+            .map(|((device_id, begins), (stored, recounted))| SumDifference {
+                device_id,
+                begins,
+                stored,
+                recounted,
+            })
+            .collect()
+    }
 }
 
 impl JobDifference {
@@ -133,12 +259,10 @@ fn holds(stored: &JobFigures, left: &JobFigures) -> bool {
         && stored.last_received >= left.last_received
 }
 
-/// The devices that need repair, each once.
-pub(super) fn devices_of(differences: &[JobDifference]) -> Vec<String> {
-    let mut devices: Vec<_> =
-        differences.iter().map(|difference| difference.device_id.clone()).collect();
-    devices.dedup();
-    devices
+/// The devices of a page that need repair, each once.
+pub(super) fn devices_to_repair(page: &Verified) -> BTreeSet<String> {
+    let by_jobs = page.differences.iter().map(|job| job.device_id.clone());
+    by_jobs.chain(page.days.iter().filter_map(|day| day.device_id.clone())).collect()
 }
 
 /// How many of these devices, given with their stored numbers of events, make a page: at least one.

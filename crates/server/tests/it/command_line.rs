@@ -13,16 +13,14 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::{
-    migrations::NODE_SERVICE,
-    support::{
-        events::at,
-        http::{column, event, failure, send, success, try_send, with},
-        postgres::{PostgresServer, connect},
-        program::{Installed, Program, url},
-        server::unused_address,
-        store::TestDatabase,
-    },
+use crate::support::{
+    events::at,
+    http::{column, event, failure, send, success, try_send, with},
+    node_service::{FEW_EVENTS, SCHEMA, describe},
+    postgres::PostgresServer,
+    program::{Installed, Program, url},
+    server::unused_address,
+    store::TestDatabase,
 };
 
 both_stores!(
@@ -556,7 +554,7 @@ fn a_port_in_use() {
 }
 
 /// The settings of a Node service, in a file as its users have it.
-fn node_settings(target: &Target) -> String {
+pub(crate) fn node_settings(target: &Target) -> String {
     let Target::Postgres(target) = target else { panic!("the Node service had PostgreSQL only") };
     let config = &target.config;
     format!(
@@ -612,29 +610,19 @@ async fn setup_creates_a_missing_database() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_services_database_is_refused_and_left_unchanged() {
+async fn a_server_leaves_a_node_services_database_alone() {
     let database = TestDatabase::postgres().await;
-    database.execute(NODE_SERVICE).await;
-    let tables = database.tables().await;
-    let rows = async || -> String {
-        let Target::Postgres(target) = &database.target else { unreachable!() };
-        let client = connect(&target.config).await;
-        // With the transactions that wrote them: the same row written again would be a change.
-        let all = "select concat(
-             (select string_agg(concat(devices, xmin), ',' order by id) from devices),
-             (select string_agg(concat(sync_events, xmin), ',' order by id) from sync_events),
-             (select string_agg(concat(migrations, xmin), ',' order by id) from migrations))";
-        client.query_one(all, &[]).await.unwrap().get(0)
-    };
-    let before = rows().await;
+    database.execute(&[SCHEMA, FEW_EVENTS].concat()).await;
+    let (tables, before) = (database.tables().await, describe(&database).await);
     let program = Program::new().with_file(".env", &node_settings(&database.target));
-    for arguments in [&[][..], &["migrate", "up"], &["db", "setup"], &["migrate", "down", "--yes"]]
+    for arguments in
+        [&[][..], &["db", "setup"], &["migrate", "status"], &["migrate", "down", "--yes"]]
     {
         let refused = program.run(arguments);
-        let expected = "this database was made by the Node PiSync and is left untouched";
+        let expected = "this database was made by the Node PiSync and is left untouched: take it over with `pisync migrate up`";
         assert!(refused.failure().starts_with(expected), "{arguments:?}: {refused:?}");
     }
-    assert_eq!((database.tables().await, rows().await), (tables, before));
+    assert_eq!((database.tables().await, describe(&database).await), (tables, before));
     database.remove().await;
 }
 

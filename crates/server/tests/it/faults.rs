@@ -28,7 +28,7 @@ use crate::{
     },
     support::{
         http::{Client, event, with},
-        postgres::{PostgresServer, connect, postgres_target},
+        postgres::PostgresServer,
         program::{Installed, Program, url},
         server::TestServer,
         small_disk::SmallDisk,
@@ -109,12 +109,7 @@ fn integrity(file: &Path) -> String {
 async fn a_full_disk_under_postgresql() {
     let disk = SmallDisk::new(32);
     let postgres = PostgresServer::with_small_disk(&disk);
-    let client = connect(&postgres.config("postgres")).await;
-    let folder = disk.folder_for_postgres();
-    let tablespace = format!("create tablespace small location '{}'", folder.display());
-    client.batch_execute(&tablespace).await.unwrap();
-    client.batch_execute("create database pisync tablespace small").await.unwrap();
-    let target = Target::Postgres(Box::new(postgres_target(postgres.config("pisync"))));
+    let target = Target::Postgres(Box::new(postgres.create_database_on(&disk, "pisync").await));
     fill_the_disk_under(&program(&target), &disk).await;
 }
 

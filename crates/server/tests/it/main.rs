@@ -31,5 +31,7 @@ mod store_contract;
 mod sync_event;
 mod sync_events;
 mod sync_history;
+mod take_over;
 mod tls;
+mod upgrades;
 mod verify;

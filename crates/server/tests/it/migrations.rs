@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use crate::support::{
     events::{at, device_id, failure, now, success, write},
-    postgres::connect,
+    node_service::{FEW_EVENTS, SCHEMA, describe},
     store::TestDatabase,
 };
 
@@ -417,70 +417,11 @@ async fn several_servers_migrate_at_once() {
     }
 }
 
-/// What the Node service's own migration made.
-pub(crate) const NODE_SERVICE: &str = "
-    create table devices (
-        id serial primary key,
-        device_id varchar(255) unique not null,
-        created_at timestamp default current_timestamp,
-        updated_at timestamp default current_timestamp
-    );
-    create table sync_events (
-        id serial primary key,
-        device_id varchar(255) not null references devices (device_id) on delete cascade,
-        timestamp timestamp not null,
-        total_files_synced integer not null default 0,
-        total_errors integer not null default 0,
-        internet_speed decimal(10, 2),
-        created_at timestamp default current_timestamp,
-        updated_at timestamp default current_timestamp
-    );
-    create index idx_sync_events_device_id on sync_events (device_id);
-    create index idx_sync_events_timestamp on sync_events (timestamp);
-    create index idx_sync_events_created_at on sync_events (created_at);
-    create function update_updated_at_column() returns trigger as $$
-    begin
-        new.updated_at = current_timestamp;
-        return new;
-    end;
-    $$ language plpgsql;
-    create trigger update_devices_updated_at before update on devices
-        for each row execute function update_updated_at_column();
-    create trigger update_sync_events_updated_at before update on sync_events
-        for each row execute function update_updated_at_column();
-    create table migrations (
-        id serial primary key,
-        filename varchar(255) unique not null,
-        executed_at timestamp default current_timestamp
-    );
-    insert into migrations (filename) values ('001_create_devices_and_sync_events_tables.js');
-    insert into devices (device_id) values ('pi-1'), ('pi-2');
-    insert into sync_events (device_id, timestamp, total_errors, internet_speed)
-    values ('pi-1', '2025-06-17 10:30:00', 2, 45.6), ('pi-2', '2025-06-17 10:31:00', 0, null);
-";
-
-/// Everything in the database, as text: columns, indexes, triggers, rows.
-const DESCRIBE: &str = "
-    select coalesce(string_agg(line, E'\\n' order by line), '')
-      from (
-          select format('%s.%s %s', table_name, column_name, data_type)
-            from information_schema.columns where table_schema = 'public'
-          union all select indexdef from pg_indexes where schemaname = 'public'
-          union all select tgname::text from pg_trigger
-          union all select devices::text from devices
-          union all select sync_events::text from sync_events
-          union all select migrations::text from migrations
-      ) as lines (line)
-";
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_node_services_database_is_left_alone() {
     let database = TestDatabase::postgres().await;
-    database.execute(NODE_SERVICE).await;
-    let Target::Postgres(target) = &database.target else { unreachable!() };
-    let client = connect(&target.config).await;
-    let describe = async || -> String { client.query_one(DESCRIBE, &[]).await.unwrap().get(0) };
-    let before = describe().await;
+    database.execute(&[SCHEMA, FEW_EVENTS].concat()).await;
+    let before = describe(&database).await;
     assert!(before.contains("2025-06-17 10:30:00"), "{before}");
 
     let folder = folder(&[SITES]);
@@ -491,7 +432,7 @@ async fn the_node_services_database_is_left_alone() {
     assert!(is_node(migrator.up(now()).await.unwrap_err()));
     assert!(is_node(migrator.last(1).await.unwrap_err()));
     assert!(is_node(migrator.last_batch().await.unwrap_err()));
-    assert_eq!(describe().await, before);
+    assert_eq!(describe(&database).await, before);
     drop(migrator);
     database.remove().await;
 }

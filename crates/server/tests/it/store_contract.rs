@@ -7,6 +7,7 @@ mod faults;
 mod figures;
 mod history;
 pub(crate) mod nodes;
-mod retention;
+mod receipts;
+pub(crate) mod retention;
 mod roll_ups;
 mod streaks;

@@ -3,13 +3,16 @@
 
 use std::sync::Arc;
 
-use pisync::store::{self, JobDifference};
+use pisync::store::{self, JobDifference, Store, Window};
 use serde_json::json;
 
 use crate::{
-    store_contract::nodes::be_a_node,
+    store_contract::{
+        nodes::be_a_node,
+        retention::{expire, fold, retention},
+    },
     support::{
-        events::{at, failure, now, of_job, success, write},
+        events::{at, device_id, failure, now, of_job, somebody, success, write, write_at},
         http::{event, with},
         program::Installed,
         store::{TestStore, assert_right, differences},
@@ -22,6 +25,9 @@ both_stores!(
     wrong_figures_are_found_and_repaired,
     a_page_ends_between_devices,
     a_repair_beside_a_server_that_writes,
+    wrong_sums_are_found_and_repaired,
+    a_repair_of_sums_beside_folding,
+    what_is_left_of_old_events_tells_which_sums_are_too_small,
     the_command,
 );
 
@@ -219,20 +225,116 @@ async fn a_repair_beside_a_server_that_writes(fixture: &TestStore) {
     assert_right(&differences(&*other, false).await);
 }
 
+/// Recounts the sums by day and hour, and gives how many days and hours were wrong.
+async fn wrong_sums(store: &dyn Store, repair: bool) -> (usize, usize) {
+    let days = store.verify(None, repair).await.unwrap().days;
+    assert!(days.iter().all(|day| !day.figures().is_empty() && day.device_id.is_some()));
+    let hours = store.verify_hours().await.unwrap();
+    assert!(hours.iter().all(|hour| !hour.figures().is_empty() && hour.device_id.is_none()));
+    if repair {
+        for hour in &hours {
+            assert!(store.repair_hour(hour).await.unwrap(), "{hour:?}");
+            // Once is enough.
+            assert!(!store.repair_hour(hour).await.unwrap(), "{hour:?}");
+        }
+    }
+    (days.len(), hours.len())
+}
+
+async fn wrong_sums_are_found_and_repaired(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let hours = 60 * 60;
+    for hour in 0..50 {
+        let events =
+            vec![success("pi-0", at(-hour * hours)), failure("pi-1", at(-hour * hours - 1))];
+        write_at(&mut *writer, at(-120), events).await;
+    }
+    // What is not folded yet is in no sum.
+    assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
+    while fixture.store.fold_events(now()).await.unwrap() {}
+    write(&mut *writer, vec![success("pi-0", at(0))]).await;
+    assert_eq!(wrong_sums(&*fixture.store, true).await, (0, 0));
+
+    let window = Window::last_days(now(), 7);
+    let right = fixture.store.window_figures(&window).await.unwrap();
+    for (wrong, found) in [
+        ("update device_days set failed_syncs = failed_syncs + 1", (6, 0)),
+        ("update fleet_hours set speed_sum = 0, speed_count = 7", (0, 51)),
+        ("delete from device_days", (6, 0)),
+        ("delete from fleet_hours", (0, 51)),
+    ] {
+        fixture.database.execute(wrong).await;
+        assert_eq!(wrong_sums(&*fixture.store, false).await, found, "{wrong}");
+        assert_eq!(wrong_sums(&*fixture.store, true).await, found, "{wrong}");
+        assert_eq!(wrong_sums(&*fixture.store, true).await, (0, 0), "{wrong}");
+        assert_eq!(fixture.store.window_figures(&window).await.unwrap(), right, "{wrong}");
+    }
+    // Nor was anything counted that is not folded.
+    fold(&*fixture.store).await;
+    assert_eq!(fixture.store.window_figures(&window).await.unwrap(), right);
+    assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
+}
+
+/// Neither makes the other's sums wrong.
+async fn a_repair_of_sums_beside_folding(fixture: &TestStore) {
+    let other = store::open(fixture.target()).await.unwrap();
+    let mut writer = fixture.writer();
+    for round in 0..20 {
+        let device = format!("pi-{}", round % 3);
+        write(&mut *writer, vec![failure(&device, at(-round)), success(&device, at(-round))]).await;
+        let wrong = "update device_days set total_syncs = total_syncs + 1";
+        fixture.database.execute(wrong).await;
+        let repair = async {
+            other.verify(None, true).await.unwrap();
+            for hour in other.verify_hours().await.unwrap() {
+                other.repair_hour(&hour).await.unwrap();
+            }
+        };
+        tokio::join!(fold(&*fixture.store), repair);
+        // What was wrong and has grown since is found again.
+        other.verify(None, true).await.unwrap();
+        assert_eq!(wrong_sums(&*other, false).await, (0, 0), "round {round}");
+    }
+}
+
+async fn what_is_left_of_old_events_tells_which_sums_are_too_small(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let long_ago = at(-90 * 24 * 60 * 60);
+    let old = vec![success("pi-0", long_ago), success("pi-1", long_ago)];
+    write_at(&mut *writer, long_ago, old).await;
+    for device in ["pi-0", "pi-1"] {
+        write(&mut *writer, vec![failure(device, at(-60)), success(device, at(0))]).await;
+    }
+    fold(&*fixture.store).await;
+    expire(&*fixture.store, &retention(30)).await;
+    assert!(fixture.store.verify(None, false).await.unwrap().raw_since.is_some());
+    assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
+    // The hours of its old events are not known any more.
+    let by = somebody();
+    fixture.store.delete_device(&device_id("pi-0"), &by).await.unwrap();
+    assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
+    fixture.database.execute("update device_days set total_syncs = 1").await;
+    fixture.database.execute("update fleet_hours set total_syncs = 0").await;
+    assert_eq!(wrong_sums(&*fixture.store, false).await, (1, 1));
+    let page = fixture.store.verify(None, true).await.unwrap();
+    assert_eq!(page.days.len(), 1);
+    assert_eq!(fixture.store.verify(None, true).await.unwrap().days, page.days);
+}
+
 async fn the_command(installed: &Installed) {
     let Installed { program, database } = installed;
     let ended = program.run(&["verify"]);
     assert!(ended.failure().contains("pending migrations"), "{ended:?}");
     assert!(database.file().is_none_or(|file| !file.exists()), "looking made a file");
     program.run(&["migrate", "up"]).success();
-    let clean = "devices: 0, events: 0, jobs that differ: 0\n";
+    let clean = "devices: 0, events: 0; differing jobs: 0, days: 0, hours: 0\n";
     assert_eq!(program.run(&["verify"]).success(), clean);
 
     let serving = program.serve(&[]);
     for job in ["hourly", "nightly"] {
         serving.client.store(&with(event("pi"), &json!({"job": job}))).await;
     }
-    let right = "devices: 1, events: 2, jobs that differ: 0\n";
+    let right = "devices: 1, events: 2; differing jobs: 0, days: 0, hours: 0\n";
     assert_eq!(program.run(&["verify"]).success(), right);
 
     let corrupt = "update device_jobs set total_errors = 4, last_failure = last_success
@@ -243,7 +345,7 @@ async fn the_command(installed: &Installed) {
     let found = format!(
         "pi, job nightly: total_errors is 4, recounted 0\n\
          pi, job nightly: last_failure is {}, recounted none\n\
-         devices: 1, events: 2, jobs that differ: 1",
+         devices: 1, events: 2; differing jobs: 1, days: 0, hours: 0",
         at(-60)
     );
     assert_eq!(ended.stdout, format!("{found}\n"));

@@ -122,7 +122,7 @@ impl Connector {
     }
 }
 
-/// An error with all its causes; the driver's own text leaves out what matters.
+/// An error with all its causes, in one line; the driver's own text leaves out what matters.
 pub(super) fn describe(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -134,7 +134,8 @@ pub(super) fn describe(error: &dyn Error) -> String {
         }
         cause = inner.source();
     }
-    text
+    // PostgreSQL's details and hints are lines of their own.
+    text.replace('\n', "; ")
 }
 
 /// Sorts PostgreSQL's errors by what can be done about them.

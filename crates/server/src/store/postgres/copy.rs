@@ -18,7 +18,8 @@ use tokio_postgres::{
 
 use super::{
     connect::{Connection, Connector, is_connection_lost, store_error},
-    partitions, roll_ups,
+    partitions::{self, Partition},
+    roll_ups,
 };
 use crate::store::{
     PostgresTarget, StoreError,
@@ -130,8 +131,10 @@ impl PostgresCopyWriter {
             let millisecond = microsecond.div_euclid(1_000) + YEAR_2000;
             let Some(received) = Timestamp::from_millisecond(millisecond) else { continue };
             let month = partitions::month_of(received);
-            if self.months.insert(month) {
-                partitions::create_within(&self.connection.client, month).await?;
+            if self.months.insert(month)
+                && let Some(partition) = Partition::of(month)
+            {
+                partitions::create_within(&self.connection.client, &partition).await?;
             }
         }
         Ok(())
@@ -278,7 +281,7 @@ async fn left_out(client: &Client) -> Result<Vec<String>, Error> {
           join pg_attribute a on a.attrelid = t.oid and a.attnum > 0 and not a.attisdropped
          where t.relnamespace = (select relnamespace from pg_class where oid = 'devices'::regclass)
            and t.relkind in ('r', 'p') and not t.relispartition
-           and t.relname <> 'pisync_migrations'
+           and t.relname not in ('pisync_migrations', 'pisync_take_over')
          order by 1, a.attnum
     ";
     let mut known = HashSet::from([

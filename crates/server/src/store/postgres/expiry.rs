@@ -9,7 +9,7 @@ use tokio_postgres::{Client, Error};
 use super::partitions::month_of;
 use crate::store::Retention;
 
-/// How long before events go it is announced. Writers look every minute.
+/// How long before events go it is announced. Writers look every 10 s.
 const NOTICE_MILLISECONDS: i64 = 5 * 60_000;
 
 /// How long to wait for a lock. Dropping a month takes one on `devices`, too, because of the foreign
@@ -127,9 +127,20 @@ pub(super) async fn raw_since(client: &impl GenericClient) -> Result<Option<Time
     Ok(since.map(Timestamp::truncate))
 }
 
-/// Events dated before this no longer change streaks.
-pub(super) async fn streaks_since(client: &Client) -> Result<Timestamp, Error> {
-    let state = client.query_one("select streaks_since from roll_up_state", &[]).await?;
-    let since: Option<jiff::Timestamp> = state.try_get(0)?;
-    Ok(since.map_or(Timestamp::MIN, Timestamp::truncate))
+/// What a writer must know of events that it does not store itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Horizon {
+    /// Events dated before this no longer change streaks.
+    pub(super) streaks_since: Timestamp,
+    /// Events received until then are folded; `None` before the first.
+    pub(super) folded_until: Option<Timestamp>,
+}
+
+pub(super) async fn horizon(client: &Client) -> Result<Horizon, Error> {
+    const HORIZON: &str = "select streaks_since, folded_until from roll_up_state";
+    let state = client.query_one(HORIZON, &[]).await?;
+    let time = |column| -> Result<Option<Timestamp>, Error> {
+        Ok(state.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
+    };
+    Ok(Horizon { streaks_since: time(0)?.unwrap_or(Timestamp::MIN), folded_until: time(1)? })
 }

@@ -2,20 +2,32 @@
 
 use async_trait::async_trait;
 use pisync_core::Timestamp;
-use tokio_postgres::{Client, Transaction, error::SqlState};
+use tokio_postgres::{GenericClient, Transaction, error::SqlState};
 
 use super::connect::{Connection, Connector, describe, store_error};
 use crate::store::{
     PostgresTarget, StoreError,
-    migrations::{Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Source},
+    migrations::{Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Ours, Source},
 };
 
 /// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
 const MIGRATION_LOCK: i64 = 0x7069_7379_6e63_0001;
 
+/// Of what was applied.
+pub(super) const CREATE_TABLE: &str = "
+    create table if not exists pisync_migrations (
+        id         bigint generated always as identity primary key,
+        name       text        not null unique,
+        source     text        not null,
+        checksum   text        not null,
+        batch      bigint      not null,
+        applied_at timestamptz not null
+    )
+";
+
 /// One connection, for as long as the command runs.
 pub(crate) struct PostgresMigrations {
-    connection: Connection,
+    pub(super) connection: Connection,
 }
 
 impl PostgresMigrations {
@@ -31,7 +43,7 @@ impl PostgresMigrations {
     }
 
     /// A transaction that only one process has at a time.
-    async fn locked(&mut self) -> Result<Transaction<'_>, tokio_postgres::Error> {
+    pub(super) async fn locked(&mut self) -> Result<Transaction<'_>, tokio_postgres::Error> {
         let transaction = self.connection.client.transaction().await?;
         transaction.execute("select pg_advisory_xact_lock($1)", &[&MIGRATION_LOCK]).await?;
         Ok(transaction)
@@ -43,38 +55,12 @@ impl PostgresMigrations {
         batch: i64,
         now: Timestamp,
     ) -> Result<bool, tokio_postgres::Error> {
-        const CREATE_TABLE: &str = "
-            create table if not exists pisync_migrations (
-                id         bigint generated always as identity primary key,
-                name       text        not null unique,
-                source     text        not null,
-                checksum   text        not null,
-                batch      bigint      not null,
-                applied_at timestamptz not null
-            )
-        ";
-        const RECORD: &str = "
-            insert into pisync_migrations (name, source, checksum, batch, applied_at)
-            values ($1, $2, $3, $4, $5)
-        ";
         let transaction = self.locked().await?;
         transaction.batch_execute(CREATE_TABLE).await?;
         if is_applied(&transaction, &migration.name).await? {
             return Ok(false);
         }
-        transaction.batch_execute(&migration.up).await?;
-        transaction
-            .execute(
-                RECORD,
-                &[
-                    &migration.name,
-                    &migration.source.as_str(),
-                    &migration.checksum(),
-                    &batch,
-                    &now.to_jiff(),
-                ],
-            )
-            .await?;
+        run(&transaction, migration, batch, now).await?;
         transaction.commit().await?;
         Ok(true)
     }
@@ -113,7 +99,28 @@ impl MigrationDatabase for PostgresMigrations {
     }
 }
 
-async fn contents(client: &Client) -> Result<Contents, tokio_postgres::Error> {
+/// Runs a migration's `up` and records it.
+pub(super) async fn run(
+    transaction: &Transaction<'_>,
+    migration: &Migration,
+    batch: i64,
+    now: Timestamp,
+) -> Result<(), tokio_postgres::Error> {
+    const RECORD: &str = "
+        insert into pisync_migrations (name, source, checksum, batch, applied_at)
+        values ($1, $2, $3, $4, $5)
+    ";
+    let (source, checksum) = (migration.source.as_str(), migration.checksum());
+    transaction.batch_execute(&migration.up).await?;
+    transaction
+        .execute(RECORD, &[&migration.name, &source, &checksum, &batch, &now.to_jiff()])
+        .await?;
+    Ok(())
+}
+
+pub(super) async fn contents(
+    client: &impl GenericClient,
+) -> Result<Contents, tokio_postgres::Error> {
     const APPLIED: &str = "
         select name, source, checksum, batch, applied_at from pisync_migrations order by id
     ";
@@ -140,20 +147,29 @@ async fn contents(client: &Client) -> Result<Contents, tokio_postgres::Error> {
                 })
             })
             .collect();
-        return applied.map(Contents::Ours);
+        let applied = applied?;
+        // A table without a row is what is left after all was taken back, and the Node service's tables may
+        // have been given back.
+        if !applied.is_empty() {
+            let taken_over = has_table(client, "pisync_take_over").await?;
+            return Ok(Contents::Ours(Ours { applied, taken_over }));
+        }
     }
-    let Some(table) = table_of_our_name else { return Ok(Contents::Ours(Vec::new())) };
+    let Some(table) = table_of_our_name else { return Ok(Contents::Ours(Ours::default())) };
     let node_service = has_column(client, "migrations", "filename").await?
         && client.query_one(IS_NODE_SERVICE, &[&NODE_MIGRATION]).await?.try_get(0)?;
     Ok(if node_service { Contents::NodeService } else { Contents::Foreign(table) })
 }
 
-async fn has_table(client: &Client, table: &str) -> Result<bool, tokio_postgres::Error> {
+async fn has_table(
+    client: &impl GenericClient,
+    table: &str,
+) -> Result<bool, tokio_postgres::Error> {
     client.query_one("select to_regclass($1) is not null", &[&table]).await?.try_get(0)
 }
 
 async fn has_column(
-    client: &Client,
+    client: &impl GenericClient,
     table: &str,
     column: &str,
 ) -> Result<bool, tokio_postgres::Error> {

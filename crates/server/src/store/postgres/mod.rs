@@ -13,6 +13,7 @@ mod partitions;
 mod reads;
 mod roll_ups;
 mod statements;
+mod take_over;
 mod tls;
 mod verify;
 mod writer;
@@ -28,6 +29,7 @@ use pisync_core::{DeviceId, Timestamp};
 
 pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
+pub(super) use take_over::PostgresTakeOver;
 
 use self::{
     connect::{Connector, store_error},
@@ -36,7 +38,8 @@ use self::{
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
     Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Retention, Store,
-    StoreError, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_of,
+    StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
+    verify::devices_to_repair,
 };
 
 /// How long a sign of life may take.
@@ -178,11 +181,20 @@ impl Store for PostgresStore {
         let mut connection = self.connection().await?;
         let verified = verify::page(&mut connection, after).await.map_err(store_error)?;
         if repair && verified.raw_since.is_none() {
-            for device_id in devices_of(&verified.differences) {
+            for device_id in devices_to_repair(&verified) {
                 verify::repair(&mut connection, &device_id).await.map_err(store_error)?;
             }
         }
         Ok(verified)
+    }
+
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
+        let mut connection = self.connection().await?;
+        verify::hours(&mut connection).await.map_err(store_error)
+    }
+
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
+        self.call(async |connection| verify::repair_hour(connection, seen).await).await
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {

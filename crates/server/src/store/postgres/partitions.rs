@@ -23,68 +23,102 @@ pub(super) fn month_of(instant: Timestamp) -> Date {
     instant.to_jiff().to_zoned(TimeZone::UTC).date().first_of_month()
 }
 
+/// This month and those to come, for which there must be partitions.
+pub(super) fn months_ahead(now: Timestamp) -> impl Iterator<Item = Date> {
+    (0..=MONTHS_AHEAD).filter_map(move |ahead| month_of(now).checked_add(ahead.months()).ok())
+}
+
 /// Makes the partitions of this month and those to come.
 pub(super) async fn ensure_ahead(client: &mut Client, now: Timestamp) -> Result<(), StoreError> {
-    for ahead in 0..=MONTHS_AHEAD {
-        if let Ok(month) = month_of(now).checked_add(ahead.months()) {
-            ensure(client, month).await?;
-        }
+    for month in months_ahead(now) {
+        ensure(client, month).await?;
     }
     Ok(())
 }
 
 /// Makes the partition of the month that begins with `month`, if it is missing.
 pub(super) async fn ensure(client: &mut Client, month: Date) -> Result<(), StoreError> {
-    create(client, month).await.map_err(store_error)
+    let Some(partition) = Partition::of(month) else { return Ok(()) };
+    create(client, &partition).await.map_err(store_error)
 }
 
-async fn create(client: &mut Client, month: Date) -> Result<(), tokio_postgres::Error> {
+/// The table of a month's events: made as a table of its own and attached then, for `create table …
+/// partition of` would lock the parent against everything, a long export included.
+pub(super) struct Partition {
+    pub(super) table: String,
+    first: Date,
+    /// The first day of the next month.
+    end: Date,
+}
+
+impl Partition {
+    /// That of the month that begins with `first`; `None` for the last one that the calendar knows.
+    pub(super) fn of(first: Date) -> Option<Self> {
+        let end = first.checked_add(1.month()).ok()?;
+        Some(Self { table: format!("sync_events_{}", first.strftime("%Y_%m")), first, end })
+    }
+
+    /// The first day of the month.
+    pub(super) fn month(&self) -> Date {
+        self.first
+    }
+
+    /// The month's beginning and end, as PostgreSQL reads them.
+    pub(super) fn bounds(&self) -> (String, String) {
+        (format!("{} 00:00+00", self.first), format!("{} 00:00+00", self.end))
+    }
+
+    /// Makes the table. The check spares attaching a scan.
+    pub(super) fn create(&self) -> String {
+        let (table, (first, end)) = (&self.table, self.bounds());
+        format!(
+            "create table if not exists {table} (
+                 like sync_events including defaults including comments,
+                 constraint {table}_month check (created_at >= '{first}' and created_at < '{end}')
+             );"
+        )
+    }
+
+    /// Makes it a partition.
+    pub(super) fn attach(&self) -> String {
+        let (table, (first, end)) = (&self.table, self.bounds());
+        format!(
+            "alter table sync_events attach partition {table} for values from ('{first}') to ('{end}');
+             alter table {table} drop constraint if exists {table}_month;"
+        )
+    }
+}
+
+async fn create(client: &mut Client, partition: &Partition) -> Result<(), tokio_postgres::Error> {
     let transaction = client.transaction().await?;
-    if exists(transaction.client(), month).await? {
+    if exists(transaction.client(), partition).await? {
         return Ok(());
     }
     transaction.execute("select pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
     transaction.batch_execute(&format!("set local lock_timeout = '{LOCK_TIMEOUT}'")).await?;
     // Another node may have made it while we waited.
-    create_within(transaction.client(), month).await?;
+    create_within(transaction.client(), partition).await?;
     transaction.commit().await
 }
 
-/// Makes the partition of the month that begins with `month`, if it is missing, in the transaction under
-/// way, which keeps others from doing the same.
+/// Makes the partition, if it is missing, in the transaction under way, which keeps others from doing the
+/// same.
 pub(super) async fn create_within(
     client: &Client,
-    month: Date,
+    partition: &Partition,
 ) -> Result<(), tokio_postgres::Error> {
-    let Ok(end) = month.checked_add(1.month()) else { return Ok(()) };
-    if exists(client, month).await? {
+    if exists(client, partition).await? {
         return Ok(());
     }
-    let name = name_of(month);
-    // A table of its own first, attached then: `create table … partition of` would lock the parent
-    // against everything, a long export included. The check spares attaching a scan.
-    let statements = format!(
-        "create table if not exists {name} (
-             like sync_events including defaults including comments,
-             constraint {name}_month check (
-                 created_at >= '{month} 00:00+00' and created_at < '{end} 00:00+00')
-         );
-         alter table sync_events attach partition {name}
-             for values from ('{month} 00:00+00') to ('{end} 00:00+00');
-         alter table {name} drop constraint if exists {name}_month;"
-    );
-    client.batch_execute(&statements).await
+    client.batch_execute(&partition.create()).await?;
+    client.batch_execute(&partition.attach()).await
 }
 
-async fn exists(client: &Client, month: Date) -> Result<bool, tokio_postgres::Error> {
+async fn exists(client: &Client, partition: &Partition) -> Result<bool, tokio_postgres::Error> {
     const EXISTS: &str = "
         select exists (
             select from pg_inherits
              where inhparent = 'sync_events'::regclass and inhrelid = to_regclass($1))
     ";
-    client.query_one(EXISTS, &[&name_of(month)]).await?.try_get(0)
-}
-
-fn name_of(month: Date) -> String {
-    format!("sync_events_{}", month.strftime("%Y_%m"))
+    client.query_one(EXISTS, &[&partition.table]).await?.try_get(0)
 }

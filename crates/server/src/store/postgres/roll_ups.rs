@@ -1,20 +1,27 @@
 //! Sums by device and day and by hour: folding events into them, taking a deleted device out of them,
 //! and answering from them. Several nodes commit in any order, so what is folded is everything received
-//! up to an instant long enough ago, and readers add the events after it in the same snapshot.
+//! up to an instant long enough ago, and readers add the events after it in the same snapshot. Whoever
+//! stores events that were received before that instant folds them in the same transaction.
 
 use std::time::Duration;
 
 use deadpool_postgres::{Object, Transaction};
 use jiff::tz::TimeZone;
 use pisync_core::{DeviceId, Timestamp};
-use tokio_postgres::{Error, Row};
+use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::reads::{DEVICE_COLUMNS, SUMS, device_row, snapshot};
 use crate::store::{Device, FailureQuery, Figures, Page, Window};
 
 /// Events received longer ago than this are final. A batch is given up after 10 s, and one whose
-/// commit is uncertain after 25 s altogether; the rest is for nodes whose clocks disagree.
+/// commit is uncertain after 25 s altogether; the rest is for nodes whose clocks disagree a little. What
+/// a slower clock or an import has stamped, its writer folds (see [`may_be_passed`]).
 const FINAL_AFTER_MILLISECONDS: i64 = 60_000;
+
+/// A batch that is received less than this after what a writer knows to be folded may be passed before it
+/// is committed. Clocks that agree are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it; the rest is for
+/// those that differ by some seconds.
+const SAFE_AFTER_MILLISECONDS: i64 = 50_000;
 
 /// How far ahead of its receipt an event may be dated and still be found among the events of a window.
 /// It spares looking into the months before; `MAX_CLOCK_SKEW_SECONDS` is 5 minutes unless set.
@@ -50,6 +57,101 @@ const ADD: &str = "
                   speed_count        = stored.speed_count + excluded.speed_count
 ";
 
+/// Adds the events that `source`, the rest of a `from` clause, names to the sums by day.
+fn fold_days_of(source: &str) -> String {
+    format!(
+        "insert into device_days as stored
+         select device_id, {DAY}, {EVENT_SUMS}
+           from {source}
+          group by 1, 2
+          order by 1, 2
+             on conflict (device_id, day) {ADD}"
+    )
+}
+
+/// Adds the events that `source` names to the sums by hour.
+fn fold_hours_of(source: &str) -> String {
+    format!(
+        "insert into fleet_hours as stored
+         select {HOUR}, {EVENT_SUMS}
+           from {source}
+          group by 1
+          order by 1
+             on conflict (hour) {ADD}"
+    )
+}
+
+/// What the folded events that `filter` finds add up to by day, then the day and the device.
+pub(super) fn recounted_days(filter: &str) -> String {
+    format!(
+        "select {EVENT_SUMS}, {DAY}::timestamp at time zone 'UTC' as day, device_id
+           from sync_events
+          where {filter}
+          group by day, device_id"
+    )
+}
+
+/// The same by hour.
+pub(super) fn recounted_hours(filter: &str) -> String {
+    format!("select {EVENT_SUMS}, {HOUR} as hour from sync_events where {filter} group by hour")
+}
+
+/// Sums a device's days up anew. The state is locked, and events are folded until `folded`.
+pub(super) async fn fold_days_again(
+    transaction: &Transaction<'_>,
+    device_id: &str,
+    folded: Option<Timestamp>,
+) -> Result<(), Error> {
+    let fold = fold_days_of("sync_events where device_id = $1 and created_at <= $2");
+    let folded = folded.unwrap_or(Timestamp::MIN).to_jiff();
+    transaction.execute("delete from device_days where device_id = $1", &[&device_id]).await?;
+    transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
+}
+
+/// Those events of a batch that folding has passed already, as of this statement. Receipts are an empty
+/// array when events arrive now, and nulls take their place.
+const PASSED_EVENTS: &str = "(
+    select device_id, timestamp, total_files_synced, total_errors,
+           speed_hundredths * 0.01 as internet_speed
+      from unnest(
+               $1::text[], $2::timestamptz[], $3::integer[], $4::integer[], $5::bigint[],
+               $6::timestamptz[]
+           ) as batch (
+               device_id, timestamp, total_files_synced, total_errors, speed_hundredths, receipt
+           )
+     where coalesce(receipt, $7) <= (select folded_until from roll_up_state)
+) passed";
+
+/// Begins the transaction of a writer whose events folding may have passed. The lock, which other
+/// writers may hold too, keeps folding from going on until the transaction ends, and statements after it
+/// see how far it has come.
+pub(super) const BEGIN_WITHOUT_FOLDING: &str = "begin; select from roll_up_state for share";
+
+/// What such a writer sends once its events are inserted.
+pub(super) struct PassedStatements {
+    fold_days: Statement,
+    fold_hours: Statement,
+}
+
+impl PassedStatements {
+    pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
+        Ok(Self {
+            fold_days: client.prepare(&fold_days_of(PASSED_EVENTS)).await?,
+            fold_hours: client.prepare(&fold_hours_of(PASSED_EVENTS)).await?,
+        })
+    }
+
+    /// Folds what has been passed of the events that `parameters` hold.
+    pub(super) async fn fold(
+        &self,
+        client: &Client,
+        parameters: &[&(dyn ToSql + Sync); 7],
+    ) -> Result<(), Error> {
+        client.execute(&self.fold_days, parameters).await?;
+        client.execute(&self.fold_hours, parameters).await.map(|_| ())
+    }
+}
+
 /// Folds the events received in the next so many milliseconds; false when there is nothing more that
 /// is final, or another node is at it.
 pub(super) async fn fold(
@@ -59,22 +161,6 @@ pub(super) async fn fold(
 ) -> Result<bool, Error> {
     const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const OLDEST: &str = "select min(created_at) from sync_events";
-    let fold_days = format!(
-        "insert into device_days as stored
-         select device_id, {DAY}, {EVENT_SUMS}
-           from sync_events
-          where created_at > $1 and created_at <= $2
-          group by 1, 2
-             on conflict (device_id, day) {ADD}"
-    );
-    let fold_hours = format!(
-        "insert into fleet_hours as stored
-         select {HOUR}, {EVENT_SUMS}
-           from sync_events
-          where created_at > $1 and created_at <= $2
-          group by 1
-             on conflict (hour) {ADD}"
-    );
     let last = final_until(now);
     let transaction = connection.transaction().await?;
     transaction.batch_execute(STEP_TIMEOUT).await?;
@@ -95,10 +181,7 @@ pub(super) async fn fold(
         return Ok(false);
     }
     let until = folded.saturating_add_milliseconds(milliseconds).min(last);
-    let (after, until_jiff) = (folded.to_jiff(), until.to_jiff());
-    transaction.execute(&fold_days, &[&after, &until_jiff]).await?;
-    transaction.execute(&fold_hours, &[&after, &until_jiff]).await?;
-    transaction.execute("update roll_up_state set folded_until = $1", &[&until_jiff]).await?;
+    fold_between(&transaction, folded, until).await?;
     transaction.commit().await?;
     Ok(until < last)
 }
@@ -158,9 +241,23 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     )
 }
 
-/// What is final when it is `now`: received at the latest then.
+/// Whatever was received until then is committed or given up.
 pub(super) fn final_until(now: Timestamp) -> Timestamp {
     now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
+}
+
+/// Folds what was received after `after` up to `until`. The state is locked, or nobody else is there.
+pub(super) async fn fold_between(
+    transaction: &tokio_postgres::Transaction<'_>,
+    after: Timestamp,
+    until: Timestamp,
+) -> Result<(), Error> {
+    const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
+    let (after, until) = (after.to_jiff(), until.to_jiff());
+    transaction.execute(&fold_days_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&fold_hours_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
+    Ok(())
 }
 
 /// Keeps events from being folded until the transaction ends, and tells until when they are. Whoever
@@ -168,6 +265,14 @@ pub(super) fn final_until(now: Timestamp) -> Timestamp {
 pub(super) async fn lock_state(transaction: &Transaction<'_>) -> Result<Option<Timestamp>, Error> {
     const LOCK_STATE: &str = "select folded_until from roll_up_state for update";
     folded_until(&transaction.query_one(LOCK_STATE, &[]).await?)
+}
+
+/// Whether folding may pass events that arrive at `received` before they are committed, given what was
+/// `folded` some seconds ago.
+pub(super) fn may_be_passed(received: Timestamp, folded: Option<Timestamp>) -> bool {
+    folded.is_some_and(|folded| {
+        received < folded.saturating_add_milliseconds(SAFE_AFTER_MILLISECONDS)
+    })
 }
 
 fn folded_until(state: &Row) -> Result<Option<Timestamp>, Error> {
@@ -218,7 +323,7 @@ pub(super) async fn forget(
 
 /// Until when events are folded, as this snapshot has it. It is given to the queries as a value, for
 /// they are planned by it: the events after it are few.
-async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
+pub(super) async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
     let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
     Ok(folded_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
 }

@@ -10,7 +10,10 @@ use tokio_postgres::{
     types::{FromSql, ToSql},
 };
 
-use super::history::{EVENT_COLUMNS, stored_event};
+use super::{
+    history::{EVENT_COLUMNS, stored_event},
+    roll_ups::PassedStatements,
+};
 use crate::store::{Batch, StoredEvent, batch::JobShare};
 
 const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";
@@ -20,10 +23,12 @@ const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_serie
 const UPSERT_DEVICES: &str = "
     with upserted as (
         insert into devices (device_id, created_at, updated_at)
-        select device_id, $2, $2
-          from unnest($1::text[]) as batch (device_id)
+        select device_id, coalesce(first_received, $2), coalesce(last_received, $2)
+          from unnest($1::text[], $3::timestamptz[], $4::timestamptz[])
+               as batch (device_id, first_received, last_received)
             on conflict (device_id) do update
-               set updated_at = greatest(devices.updated_at, excluded.updated_at)
+               set created_at = least(devices.created_at, excluded.created_at),
+                   updated_at = greatest(devices.updated_at, excluded.updated_at)
         returning device_id, xmax = 0 as is_new
     )
     select device_id from upserted where is_new
@@ -38,11 +43,11 @@ const UPSERT_JOBS: &str = "
             speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
             last_received
         )
-        select batch.*, $14
+        select batch.*
           from unnest(
                    $1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[],
                    $7::bigint[], $8::bigint[], $9::timestamptz[], $10::timestamptz[],
-                   $11::timestamptz[], $12::timestamptz[], $13::bigint[]
+                   $11::timestamptz[], $12::timestamptz[], $13::bigint[], $14::timestamptz[]
                ) as batch
             on conflict (device_id, job) do update
                set total_syncs        = stored.total_syncs + excluded.total_syncs,
@@ -77,19 +82,22 @@ const UPSERT_JOBS: &str = "
     select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0
 ";
 
+/// Receipts are an empty array when events arrive now, and nulls take their place.
 const INSERT_EVENTS: &str = "
     insert into sync_events (
         id, device_id, timestamp, total_files_synced, total_errors, internet_speed, job,
         duration_seconds, bytes_synced, metadata, event_id, created_at, updated_at
     )
     select id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths * 0.01, job,
-           duration_milliseconds * 0.001, bytes_synced, metadata, event_id, $12, $12
+           duration_milliseconds * 0.001, bytes_synced, metadata, event_id,
+           coalesce(receipt, $12), coalesce(receipt, $12)
       from unnest(
                $1::bigint[], $2::text[], $3::timestamptz[], $4::integer[], $5::integer[],
-               $6::bigint[], $7::text[], $8::bigint[], $9::bigint[], $10::text[], $11::text[]
+               $6::bigint[], $7::text[], $8::bigint[], $9::bigint[], $10::text[], $11::text[],
+               $13::timestamptz[]
            ) as batch (
                id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths, job,
-               duration_milliseconds, bytes_synced, metadata, event_id
+               duration_milliseconds, bytes_synced, metadata, event_id, receipt
            )
 ";
 
@@ -157,6 +165,7 @@ pub(super) struct Statements {
     insert_new_keys: Statement,
     find_keys: Statement,
     are_stored: Statement,
+    pub(super) passed: PassedStatements,
 }
 
 impl Statements {
@@ -171,6 +180,7 @@ impl Statements {
             insert_new_keys: client.prepare(INSERT_NEW_KEYS).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,
             are_stored: client.prepare(ARE_STORED).await?,
+            passed: PassedStatements::prepare(client).await?,
         })
     }
 
@@ -182,15 +192,45 @@ impl Statements {
     pub(super) async fn upsert_devices(
         &self,
         client: &Client,
-        device_ids: &[&str],
+        devices: &DeviceColumns<'_>,
         received: jiff::Timestamp,
     ) -> Result<Vec<DeviceId>, Error> {
+        let DeviceColumns { device_ids, first_received, last_received } = devices;
         if device_ids.is_empty() {
             return Ok(Vec::new());
         }
-        let rows = client.query(&self.upsert_devices, &[&device_ids, &received]).await?;
+        let rows = client
+            .query(&self.upsert_devices, &[device_ids, &received, first_received, last_received])
+            .await?;
         let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
         rows.iter().filter_map(|row| device_id(row).transpose()).collect()
+    }
+}
+
+/// Devices in byte-wise order, a vector per column.
+pub(super) struct DeviceColumns<'a> {
+    pub(super) device_ids: Vec<&'a str>,
+    /// When the batch's events of each device were received; empty when they arrive now.
+    first_received: Vec<jiff::Timestamp>,
+    last_received: Vec<jiff::Timestamp>,
+}
+
+impl<'a> DeviceColumns<'a> {
+    /// Devices whose events arrive now.
+    pub(super) fn new(device_ids: Vec<&'a str>) -> Self {
+        Self { device_ids, first_received: Vec::new(), last_received: Vec::new() }
+    }
+
+    /// All devices of a batch whose events have receipts, given its order.
+    pub(super) fn with_receipts(batch: &'a Batch, order: &[usize]) -> Self {
+        let mut devices = Self::new(Vec::new());
+        for positions in batch.by_device(order) {
+            let (first, last) = batch.received_within(positions);
+            devices.device_ids.push(batch.events[positions[0]].device_id.as_str());
+            devices.first_received.push(first.to_jiff());
+            devices.last_received.push(last.to_jiff());
+        }
+        devices
     }
 }
 
@@ -209,6 +249,7 @@ pub(super) struct JobColumns<'a> {
     last_success: Vec<Option<jiff::Timestamp>>,
     last_failure: Vec<Option<jiff::Timestamp>>,
     consecutive_failures: Vec<i64>,
+    last_received: Vec<jiff::Timestamp>,
 }
 
 impl<'a> JobColumns<'a> {
@@ -236,6 +277,7 @@ impl<'a> JobColumns<'a> {
             last_success: optional_times(|figures| figures.last_success),
             last_failure: optional_times(|figures| figures.last_failure),
             consecutive_failures: numbers(|figures| figures.consecutive_failures),
+            last_received: times(|figures| figures.last_received),
         }
     }
 
@@ -244,7 +286,6 @@ impl<'a> JobColumns<'a> {
         &self,
         client: &Client,
         statements: &Statements,
-        received: jiff::Timestamp,
         streaks_since: jiff::Timestamp,
     ) -> Result<Vec<Row>, Error> {
         if self.device_ids.is_empty() {
@@ -264,7 +305,7 @@ impl<'a> JobColumns<'a> {
             &self.last_success,
             &self.last_failure,
             &self.consecutive_failures,
-            &received,
+            &self.last_received,
             &streaks_since,
         ];
         client.query(&statements.upsert_jobs, &parameters).await
@@ -304,6 +345,8 @@ pub(super) struct EventColumns<'a> {
     bytes_synced: Vec<Option<i64>>,
     metadata: Vec<Option<&'a str>>,
     event_ids: Vec<Option<&'a str>>,
+    /// Empty when all events arrive now.
+    receipts: Vec<jiff::Timestamp>,
 }
 
 impl<'a> EventColumns<'a> {
@@ -327,6 +370,11 @@ impl<'a> EventColumns<'a> {
             bytes_synced: events().map(|event| event.bytes_synced.map(u64::cast_signed)).collect(),
             metadata: events().map(|event| event.metadata.as_ref().map(Metadata::as_str)).collect(),
             event_ids: events().map(|event| event.event_id.as_ref().map(EventId::as_str)).collect(),
+            receipts: order
+                .iter()
+                .filter_map(|position| batch.receipts.get(*position))
+                .map(|receipt| receipt.to_jiff())
+                .collect(),
         }
     }
 
@@ -339,7 +387,7 @@ impl<'a> EventColumns<'a> {
         if self.ids.is_empty() {
             return Ok(0);
         }
-        let parameters: [&(dyn ToSql + Sync); 12] = [
+        let parameters: [&(dyn ToSql + Sync); 13] = [
             &self.ids,
             &self.device_ids,
             &self.timestamps,
@@ -352,8 +400,28 @@ impl<'a> EventColumns<'a> {
             &self.metadata,
             &self.event_ids,
             &received,
+            &self.receipts,
         ];
         client.execute(&statements.insert_events, &parameters).await
+    }
+
+    /// Folds those events that folding has passed.
+    pub(super) async fn fold_passed(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<(), Error> {
+        let parameters: [&(dyn ToSql + Sync); 7] = [
+            &self.device_ids,
+            &self.timestamps,
+            &self.total_files_synced,
+            &self.total_errors,
+            &self.internet_speed,
+            &self.receipts,
+            &received,
+        ];
+        statements.passed.fold(client, &parameters).await
     }
 
     /// Whether the events were stored by an earlier attempt.

@@ -2,23 +2,38 @@
 //! per device. Both work without the usual limits of time: a long history takes as long as
 //! it takes, and no request waits for it.
 
-use deadpool_postgres::Object;
+use deadpool_postgres::{Object, Transaction};
 use pisync_core::{JobFigures, Timestamp};
-use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState};
+use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
-use super::expiry;
-use crate::store::verify::{PAGE_DEVICES, Recount, Verified, page_length};
+use super::{
+    expiry,
+    roll_ups::{self, folded},
+};
+use crate::store::verify::{
+    PAGE_DEVICES, Recount, SumDifference, SumRecount, Sums, Verified, page_length,
+};
+
+/// Sums as [`sums`] reads them.
+const SUMS: &str =
+    "total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count";
 
 /// How often the repair of a device that met a deadlock is tried again.
 const RETRIES: u32 = 5;
+
+/// The columns of `device_jobs`.
+pub(super) const JOB_COLUMNS: &str = "
+    device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
+    first_sync, last_sync, last_success, last_failure, consecutive_failures, last_received
+";
 
 const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 
 /// A page: the devices after $1 up to $2, those that are not registered included; null means no bound.
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
-/// What the events that `filter` finds add up to.
-fn recounted(filter: &str) -> String {
+/// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`].
+pub(super) fn recounted(filter: &str) -> String {
     format!(
         "with counted as (
             select device_id, coalesce(job, '') as job,
@@ -63,20 +78,8 @@ pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result
          order by d.device_id
          limit $2
     ";
-    let stored = format!(
-        "select device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-                speed_count, first_sync, last_sync, last_success, last_failure,
-                consecutive_failures, last_received
-           from device_jobs
-          where {PAGE}"
-    );
-    let snapshot = connection
-        .build_transaction()
-        .isolation_level(IsolationLevel::RepeatableRead)
-        .read_only(true)
-        .start()
-        .await?;
-    snapshot.batch_execute(NO_TIME_LIMIT).await?;
+    let stored = format!("select {JOB_COLUMNS} from device_jobs where {PAGE}");
+    let snapshot = snapshot(connection).await?;
     let devices = snapshot.query(DEVICES, &[&after, &i64::from(PAGE_DEVICES)]).await?;
     let events: Vec<i64> = devices.iter().map(|row| row.try_get(1)).collect::<Result<_, _>>()?;
     let length = page_length(events.into_iter()).min(devices.len());
@@ -93,11 +96,24 @@ pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result
     for row in snapshot.query(&recounted(PAGE), &[&after, &next]).await? {
         figures.recounted(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
     }
+    let stored_days = format!(
+        "select {SUMS}, day::timestamp at time zone 'UTC', device_id from device_days where {PAGE}"
+    );
+    let recounted_days = roll_ups::recounted_days(&format!("created_at <= $3 and {PAGE}"));
+    let folded = folded(&snapshot).await?;
+    let mut days = SumRecount::default();
+    for row in snapshot.query(&stored_days, &[&after, &next]).await? {
+        days.stored(row.try_get(7)?, begins(&row)?, sums(&row)?);
+    }
+    for row in snapshot.query(&recounted_days, &[&after, &next, &folded]).await? {
+        days.recounted(row.try_get(7)?, begins(&row)?, sums(&row)?);
+    }
     let raw_since = expiry::raw_since(&snapshot).await?;
     Ok(Verified {
         devices: length as u64,
         events: figures.events(),
         differences: figures.differences(raw_since.is_none()),
+        days: days.differences(raw_since.is_none()),
         raw_since,
         // Here events carry the device's name.
         nameless_devices: 0,
@@ -177,6 +193,7 @@ async fn try_repair(connection: &mut Object, device_id: &str) -> Result<(), Erro
 
     let transaction = connection.transaction().await?;
     transaction.batch_execute(NO_TIME_LIMIT).await?;
+    let folded = roll_ups::lock_state(&transaction).await?;
     transaction.execute(REGISTER_DEVICE, &[&device_id]).await?;
     // In the order in which servers lock: the device, then its jobs.
     if transaction.query_opt(LOCK_DEVICE, &[&device_id]).await?.is_none() {
@@ -190,7 +207,72 @@ async fn try_repair(connection: &mut Object, device_id: &str) -> Result<(), Erro
     // that another server has made since is not ours to touch.
     transaction.execute(REMOVE_JOBS, &[&device_id, &jobs]).await?;
     transaction.execute(&write_figures, &[&device_id, &jobs]).await?;
+    roll_ups::fold_days_again(&transaction, device_id, folded).await?;
     transaction.commit().await
+}
+
+/// Recounts the fleet's hours from all folded events, as of one moment.
+pub(super) async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
+    let snapshot = snapshot(connection).await?;
+    let folded = folded(&snapshot).await?;
+    let mut hours = SumRecount::default();
+    for row in snapshot.query(&format!("select {SUMS}, hour from fleet_hours"), &[]).await? {
+        hours.stored(None, begins(&row)?, sums(&row)?);
+    }
+    for row in snapshot.query(&roll_ups::recounted_hours("created_at <= $1"), &[&folded]).await? {
+        hours.recounted(None, begins(&row)?, sums(&row)?);
+    }
+    Ok(hours.differences(expiry::raw_since(&snapshot).await?.is_none()))
+}
+
+/// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
+/// were `seen`; then false.
+pub(super) async fn repair_hour(
+    connection: &mut Object,
+    seen: &SumDifference,
+) -> Result<bool, Error> {
+    const WRITE: &str = "
+        insert into fleet_hours as stored values ($1, $2, $3, $4, $5, $6, $7)
+            on conflict (hour) do update
+           set total_syncs = $2, failed_syncs = $3, total_files_synced = $4, total_errors = $5,
+               speed_sum = $6, speed_count = $7
+         where (stored.total_syncs, stored.failed_syncs, stored.total_files_synced, stored.total_errors,
+                stored.speed_sum, stored.speed_count) = ($8, $9, $10, $11, $12, $13)
+    ";
+    let hour = seen.begins.to_jiff();
+    let sums = [seen.recounted.columns(), seen.stored.columns()].concat();
+    let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&hour];
+    parameters.extend(sums.iter().map(|(_, sum)| sum as &(dyn ToSql + Sync)));
+    Ok(connection.execute(WRITE, &parameters).await? == 1)
+}
+
+/// One moment, without the usual limits of time.
+async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
+    let snapshot = connection
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await?;
+    snapshot.batch_execute(NO_TIME_LIMIT).await?;
+    Ok(snapshot)
+}
+
+/// A row that begins with [`SUMS`].
+fn sums(row: &Row) -> Result<Sums, Error> {
+    Ok(Sums {
+        total_syncs: row.try_get(0)?,
+        failed_syncs: row.try_get(1)?,
+        total_files_synced: row.try_get(2)?,
+        total_errors: row.try_get(3)?,
+        speed_sum: row.try_get(4)?,
+        speed_count: row.try_get(5)?,
+    })
+}
+
+/// When the day or hour after those begins.
+fn begins(row: &Row) -> Result<Timestamp, Error> {
+    row.try_get(6).map(Timestamp::truncate)
 }
 
 fn job_figures(row: &Row) -> Result<JobFigures, Error> {

@@ -8,7 +8,7 @@
 //! written carefully: first the event ids, then, step by step, what they leave to be stored.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -21,8 +21,11 @@ use tokio_postgres::{Error, Row, error::SqlState};
 
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
-    expiry, partitions,
-    statements::{EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount},
+    expiry::{self, Horizon},
+    partitions, roll_ups,
+    statements::{
+        DeviceColumns, EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount,
+    },
 };
 use crate::store::{
     Batch, Duplicate, EventWriter, FailureStreak, StoreError, Written, batch::JobShare,
@@ -39,9 +42,9 @@ const RETRIES: u32 = 5;
 /// burst of one device's events should not rewrite it each time.
 const LAST_SEEN_STEP_MILLISECONDS: i64 = 60_000;
 
-/// How long it is remembered which events come too late for streaks. It moves once a month, and is
-/// announced 5 minutes before events go.
-const STREAKS_SINCE_MILLISECONDS: i64 = 60_000;
+/// How long the [`Horizon`] is remembered. What streaks count from is announced 5 minutes before it moves;
+/// what is folded moves on all the time, a minute behind.
+const HORIZON_MILLISECONDS: i64 = 10_000;
 
 /// Devices whose last move is remembered, some 10 MiB of them. Beyond, all are forgotten.
 const REMEMBERED_DEVICES: usize = 100_000;
@@ -76,10 +79,10 @@ pub(super) struct PostgresEventWriter {
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
-    /// Events dated before this no longer change streaks.
-    streaks_since: Timestamp,
+    /// How far back others have come, by and by.
+    horizon: Horizon,
     /// When that was looked up.
-    streaks_since_read: Option<Timestamp>,
+    horizon_read: Option<Timestamp>,
     /// A batch that may or may not have been committed.
     unsettled: Option<Unsettled>,
     /// How many batches are still to be written carefully.
@@ -110,8 +113,8 @@ impl PostgresEventWriter {
             last_seen: HashMap::new(),
             months: HashSet::new(),
             ids: VecDeque::new(),
-            streaks_since: Timestamp::MIN,
-            streaks_since_read: None,
+            horizon: Horizon { streaks_since: Timestamp::MIN, folded_until: None },
+            horizon_read: None,
             unsettled: None,
             careful_batches: 0,
             open: false,
@@ -131,20 +134,21 @@ impl PostgresEventWriter {
         Ok(())
     }
 
-    /// Connects if need be, sees to the month's partition and to enough ids.
+    /// Connects if need be, sees to the months' partitions and to enough ids.
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
         let Some(session) = &mut self.session else { return Err(StoreError::Stopped) };
-        let due = batch.received.saturating_add_milliseconds(-STREAKS_SINCE_MILLISECONDS);
-        if self.streaks_since_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
+        let due = batch.received.saturating_add_milliseconds(-HORIZON_MILLISECONDS);
+        if self.horizon_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
             let client = &session.connection.client;
-            self.streaks_since = expiry::streaks_since(client).await.map_err(store_error)?;
-            self.streaks_since_read = Some(batch.received);
+            self.horizon = expiry::horizon(client).await.map_err(store_error)?;
+            self.horizon_read = Some(batch.received);
         }
-        let month = partitions::month_of(batch.received);
-        if !self.months.contains(&month) {
-            partitions::ensure(&mut session.connection.client, month).await?;
-            self.months.insert(month);
+        for month in months_of(batch) {
+            if !self.months.contains(&month) {
+                partitions::ensure(&mut session.connection.client, month).await?;
+                self.months.insert(month);
+            }
         }
         if self.ids.len() < batch.events.len() {
             let count = i64::try_from(batch.events.len()).unwrap_or(i64::MAX).max(ID_BLOCK);
@@ -173,10 +177,10 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let streaks_since = self.streaks_since.to_jiff();
+        let streaks_since = self.horizon.streaks_since.to_jiff();
         let order = batch.order();
-        let shares = batch.shares(&order, self.streaks_since);
-        let unseen = self.devices_to_touch(batch, &shares);
+        let shares = batch.shares(&order, self.horizon.streaks_since);
+        let devices = self.devices_to_touch(batch, &order, &shares);
         let jobs = JobColumns::new(&shares);
         let events = EventColumns::new(batch, &order, ids);
         let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
@@ -188,14 +192,16 @@ impl PostgresEventWriter {
             }
         };
 
+        let may_be_passed = self.may_be_passed(batch);
+
         self.open = true;
         // Polled in this order, so sent in this order, without waiting for each other's answers.
         let ((begun, new_devices, keyed, failing, inserted), taken) = future::join(
             future::join5(
-                client.batch_execute("begin"),
-                statements.upsert_devices(client, &unseen, received),
+                client.batch_execute(begin_statement(may_be_passed)),
+                statements.upsert_devices(client, &devices, received),
                 keys.insert(client, statements, received),
-                jobs.upsert(client, statements, received, streaks_since),
+                jobs.upsert(client, statements, streaks_since),
                 events.insert(client, statements, received),
             ),
             take_ids,
@@ -207,6 +213,9 @@ impl PostgresEventWriter {
         let failing = failing?;
         inserted?;
         let taken = taken?;
+        if may_be_passed {
+            events.fold_passed(client, statements, received).await?;
+        }
         self.committing = true;
         let (recounted, committed) =
             future::join(recount(client, statements, &failing), client.batch_execute("commit"))
@@ -217,9 +226,9 @@ impl PostgresEventWriter {
         (self.open, self.committing) = (false, false);
 
         let streaks = streaks(&shares, &failing, &recounted)?;
-        let seen = owned(&shares, &unseen);
+        let seen = owned(&shares, &devices.device_ids);
         self.ids.extend(taken);
-        self.saw(seen, batch.received);
+        self.saw(seen, batch);
         Ok(Written { ids: ids.to_vec(), new_devices, streaks, ..Written::default() })
     }
 
@@ -236,26 +245,32 @@ impl PostgresEventWriter {
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let streaks_since = self.streaks_since.to_jiff();
+        let streaks_since = self.horizon.streaks_since.to_jiff();
         let mut order = batch.order();
-        let all_shares = batch.shares(&order, self.streaks_since);
-        let unseen = self.devices_to_touch(batch, &all_shares);
+        let all_shares = batch.shares(&order, self.horizon.streaks_since);
+        let devices = self.devices_to_touch(batch, &order, &all_shares);
         let first_of_each =
             (0..batch.events.len()).filter(|position| !repeats.contains_key(position));
         let keys = KeyColumns::new(batch, first_of_each, ids);
 
+        let may_be_passed = self.may_be_passed(batch);
+
         self.open = true;
-        client.batch_execute("begin").await?;
-        let new_devices = statements.upsert_devices(client, &unseen, received).await?;
+        client.batch_execute(begin_statement(may_be_passed)).await?;
+        let new_devices = statements.upsert_devices(client, &devices, received).await?;
         keys.insert_new(client, statements, received).await?;
         let kept = keys.find(client, statements).await?;
         let mut written = resolve(batch, ids, repeats, &kept);
 
         order.retain(|position| !written.is_duplicate(*position));
-        let shares = batch.shares(&order, self.streaks_since);
+        let shares = batch.shares(&order, self.horizon.streaks_since);
         let jobs = JobColumns::new(&shares);
-        let failing = jobs.upsert(client, statements, received, streaks_since).await?;
-        EventColumns::new(batch, &order, ids).insert(client, statements, received).await?;
+        let failing = jobs.upsert(client, statements, streaks_since).await?;
+        let events = EventColumns::new(batch, &order, ids);
+        events.insert(client, statements, received).await?;
+        if may_be_passed {
+            events.fold_passed(client, statements, received).await?;
+        }
         let recounted = recount(client, statements, &failing).await?;
         self.committing = true;
         client.batch_execute("commit").await?;
@@ -263,8 +278,8 @@ impl PostgresEventWriter {
 
         written.new_devices = new_devices;
         written.streaks = streaks(&shares, &failing, &recounted)?;
-        let seen = owned(&all_shares, &unseen);
-        self.saw(seen, batch.received);
+        let seen = owned(&all_shares, &devices.device_ids);
+        self.saw(seen, batch);
         Ok(written)
     }
 
@@ -273,19 +288,20 @@ impl PostgresEventWriter {
         let Some(Session { connection, statements }) = &self.session else { return Ok(None) };
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let streaks_since = self.streaks_since.to_jiff();
+        let streaks_since = self.horizon.streaks_since.to_jiff();
         let order = batch.order();
-        let shares = batch.shares(&order, self.streaks_since);
+        let shares = batch.shares(&order, self.horizon.streaks_since);
         let repeats = batch.repeats();
         let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
-        let device_ids: Vec<&str> = shares.iter().map(|share| share.device_id.as_str()).collect();
+        let device_ids = shares.iter().map(|share| share.device_id.as_str()).collect();
+        let devices = DeviceColumns::new(deduplicated(device_ids));
 
         self.open = true;
         client.batch_execute("begin").await?;
         // Not for what they write: they wait for the lost transaction's locks, so that it is over.
-        statements.upsert_devices(client, &deduplicated(device_ids), received).await?;
+        statements.upsert_devices(client, &devices, received).await?;
         keys.insert_new(client, statements, received).await?;
-        JobColumns::new(&shares).upsert(client, statements, received, streaks_since).await?;
+        JobColumns::new(&shares).upsert(client, statements, streaks_since).await?;
         let stored = EventColumns::new(batch, &order, ids).are_stored(client, statements).await?;
         client.batch_execute("rollback").await?;
         self.open = false;
@@ -297,18 +313,36 @@ impl PostgresEventWriter {
         Ok(Some(resolve(batch, ids, &repeats, &kept)))
     }
 
-    /// The batch's devices that may be new, or whose `updated_at` is due, in byte-wise order.
-    fn devices_to_touch<'a>(&self, batch: &Batch, shares: &[JobShare<'a>]) -> Vec<&'a str> {
+    /// Whether folding may pass events of the batch before they are committed, or has passed them.
+    fn may_be_passed(&self, batch: &Batch) -> bool {
+        !batch.receipts.is_empty()
+            || roll_ups::may_be_passed(batch.received, self.horizon.folded_until)
+    }
+
+    /// The batch's devices that may be new, or whose `updated_at` is due; all of them when events have
+    /// receipts, which may be older than what is known of their devices.
+    fn devices_to_touch<'a>(
+        &self,
+        batch: &'a Batch,
+        order: &[usize],
+        shares: &[JobShare<'a>],
+    ) -> DeviceColumns<'a> {
+        if !batch.receipts.is_empty() {
+            return DeviceColumns::with_receipts(batch, order);
+        }
         let due = batch.received.saturating_add_milliseconds(-LAST_SEEN_STEP_MILLISECONDS);
         let devices = shares
             .iter()
             .map(|share| share.device_id)
             .filter(|device_id| self.last_seen.get(*device_id).is_none_or(|seen| *seen < due));
-        deduplicated(devices.map(DeviceId::as_str).collect())
+        DeviceColumns::new(deduplicated(devices.map(DeviceId::as_str).collect()))
     }
 
-    fn saw(&mut self, devices: Vec<DeviceId>, received: Timestamp) {
-        self.last_seen.extend(devices.into_iter().map(|device_id| (device_id, received)));
+    fn saw(&mut self, devices: Vec<DeviceId>, batch: &Batch) {
+        if batch.receipts.is_empty() {
+            let seen = devices.into_iter().map(|device_id| (device_id, batch.received));
+            self.last_seen.extend(seen);
+        }
     }
 
     /// Remembers that `batch` may be stored under `ids`.
@@ -502,6 +536,16 @@ fn streaks(
         }
     }
     Ok(streaks)
+}
+
+fn begin_statement(may_be_passed: bool) -> &'static str {
+    if may_be_passed { roll_ups::BEGIN_WITHOUT_FOLDING } else { "begin" }
+}
+
+/// The months in which the events of a batch were received.
+fn months_of(batch: &Batch) -> BTreeSet<Date> {
+    let now = batch.receipts.is_empty().then_some(batch.received);
+    batch.receipts.iter().copied().chain(now).map(partitions::month_of).collect()
 }
 
 /// Neighbours that are equal become one.

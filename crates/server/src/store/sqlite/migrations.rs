@@ -12,7 +12,7 @@ use super::{
 };
 use crate::store::{
     StoreError,
-    migrations::{Applied, Contents, Migration, MigrationDatabase, Source},
+    migrations::{Applied, Contents, Migration, MigrationDatabase, Ours, Source},
 };
 
 /// The file is opened for each step, and made by the first that writes. Everything here blocks: it
@@ -56,7 +56,7 @@ impl SqliteMigrations {
 impl MigrationDatabase for SqliteMigrations {
     async fn contents(&mut self) -> Result<Contents, StoreError> {
         if !self.path.exists() {
-            return Ok(Contents::Ours(Vec::new()));
+            return Ok(Contents::Ours(Ours::default()));
         }
         let read = || -> rusqlite::Result<Contents> {
             let connection = Connection::open(&self.path)?;
@@ -64,14 +64,15 @@ impl MigrationDatabase for SqliteMigrations {
             let snapshot = connection.unchecked_transaction()?;
             let exists = |table: &str| has_table(&snapshot, table);
             if exists("pisync_migrations")? {
-                return applied(&snapshot).map(Contents::Ours);
+                return applied(&snapshot)
+                    .map(|applied| Contents::Ours(Ours { applied, taken_over: false }));
             }
             for table in ["devices", "sync_events"] {
                 if exists(table)? {
                     return Ok(Contents::Foreign(table));
                 }
             }
-            Ok(Contents::Ours(Vec::new()))
+            Ok(Contents::Ours(Ours::default()))
         };
         read().map_err(|error| {
             StoreError::Failed(format!("cannot read {}: {error}", self.path.display()))

@@ -34,8 +34,8 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, Retention, Store, StoreError, SyncHistory,
-    Verified, Window, step_size::StepSize, verify::devices_of,
+    Figures, FleetStats, HistoryQuery, Page, PoolUsage, Retention, Store, StoreError,
+    SumDifference, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_to_repair,
 };
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
@@ -152,11 +152,20 @@ impl Store for SqliteStore {
         let verified =
             self.read(move |connection| verify::page(connection, after.as_deref())).await?;
         if repair && verified.raw_since.is_none() {
-            for device_id in devices_of(&verified.differences) {
+            for device_id in devices_to_repair(&verified) {
                 self.writer.call(move |writer| verify::repair(writer, &device_id)).await?;
             }
         }
         Ok(verified)
+    }
+
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
+        self.read(verify::hours).await
+    }
+
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
+        let seen = seen.clone();
+        self.writer.call(move |writer| verify::repair_hour(writer, &seen)).await
     }
 
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {

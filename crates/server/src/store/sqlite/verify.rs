@@ -4,14 +4,23 @@
 use std::collections::BTreeMap;
 
 use pisync_core::{JobFigures, Timestamp};
-use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 
 use super::{
     expiry,
     reads::time,
+    roll_ups,
     writer::{JobStatements, WriteConnection, job_figures},
 };
-use crate::store::verify::{PAGE_DEVICES, Recount, Verified, page_length};
+use crate::store::verify::{
+    DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumDifference, SumRecount, Sums, Verified, page_length,
+};
+
+/// Sums as [`sums`] reads them.
+const SUMS: &str =
+    "total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count";
+
+const HOUR: i64 = 60 * 60 * 1000;
 
 /// Recounts the page of devices after `after`.
 pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Result<Verified> {
@@ -39,15 +48,26 @@ pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Re
     let is_last = length == devices.len() && devices.len() < PAGE_DEVICES as usize;
     let devices = &devices[..length];
 
-    let mut figures = Recount::default();
+    let folded = roll_ups::folded_id(&snapshot)?;
+    let stored_days = format!("select {SUMS}, day from device_days where device = ?1");
+    let (mut figures, mut days) = (Recount::default(), SumRecount::default());
     for (number, device_id, _) in devices {
         let mut stored = snapshot.prepare_cached(STORED)?;
         let mut rows = stored.query([number])?;
         while let Some(row) = rows.next()? {
             figures.stored(device_id.clone(), row.get(12)?, job_figures(row)?);
         }
-        for (job, recounted) in recount(&snapshot, *number)? {
+        let mut stored = snapshot.prepare_cached(&stored_days)?;
+        let mut rows = stored.query([number])?;
+        while let Some(row) = rows.next()? {
+            days.stored(Some(device_id.clone()), time(row, 6)?, sums(row)?);
+        }
+        let recounted = recount(&snapshot, *number, folded)?;
+        for (job, recounted) in recounted.jobs {
             figures.recounted(device_id.clone(), job, recounted);
+        }
+        for (day, recounted) in recounted.days {
+            days.recounted(Some(device_id.clone()), day, recounted);
         }
     }
     let raw_since = expiry::raw_since(&snapshot)?;
@@ -55,6 +75,7 @@ pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Re
         devices: devices.len() as u64,
         events: figures.events(),
         differences: figures.differences(raw_since.is_none()),
+        days: days.differences(raw_since.is_none()),
         raw_since,
         nameless_devices: if is_last { nameless_devices(&snapshot)? } else { 0 },
         next: devices.last().filter(|_| !is_last).map(|(_, device_id, _)| device_id.clone()),
@@ -71,29 +92,122 @@ pub(super) fn repair(writer: &mut WriteConnection, device_id: &str) -> rusqlite:
         .optional()?;
     // Somebody may have deleted it meanwhile.
     let Some(number) = number else { return Ok(()) };
-    let recounted = recount(&transaction, number)?;
+    let recounted = recount(&transaction, number, roll_ups::folded_id(&transaction)?)?;
     transaction.execute("delete from device_jobs where device = ?1", [number])?;
     let mut jobs = JobStatements::prepare(&transaction)?;
-    for (job, figures) in &recounted {
+    for (job, figures) in &recounted.jobs {
         jobs.add(number, job, figures, Timestamp::MIN)?;
     }
     drop(jobs);
+    transaction.execute("delete from device_days where device = ?1", [number])?;
+    let mut insert = transaction.prepare(&format!(
+        "insert into device_days (device, day, {SUMS}) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"
+    ))?;
+    for (day, sums) in &recounted.days {
+        let [a, b, c, d, e, f] = sums.columns().map(|(_, sum)| sum);
+        insert.execute(params![number, day.as_millisecond(), a, b, c, d, e, f])?;
+    }
+    drop(insert);
     transaction.commit()
 }
 
-/// What each job of a device adds up to. Events pass one by one, in the order of their dates, so that
-/// neither a long history nor a streak takes memory.
-fn recount(
-    transaction: &Transaction<'_>,
-    device: i64,
-) -> rusqlite::Result<BTreeMap<String, JobFigures>> {
+/// Recounts the fleet's hours from all folded events, as of one moment.
+pub(super) fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     const EVENTS: &str = "
-        select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at
+        select total_files_synced, total_errors, internet_speed, timestamp
+          from sync_events
+         where id <= ?1
+    ";
+    let snapshot = connection.unchecked_transaction()?;
+    let mut hours = SumRecount::default();
+    let mut stored = snapshot.prepare(&format!("select {SUMS}, hour from fleet_hours"))?;
+    let mut rows = stored.query([])?;
+    while let Some(row) = rows.next()? {
+        hours.stored(None, time(row, 6)?, sums(row)?);
+    }
+    let mut recounted = BTreeMap::<Timestamp, Sums>::new();
+    let mut events = snapshot.prepare(EVENTS)?;
+    let mut rows = events.query([roll_ups::folded_id(&snapshot)?])?;
+    while let Some(row) = rows.next()? {
+        let hour = beginning(time(row, 3)?, HOUR);
+        let event = sums_of(row.get(0)?, row.get(1)?, row.get(2)?);
+        recounted.entry(hour).or_default().add(&event);
+    }
+    for (hour, sums) in recounted {
+        hours.recounted(None, hour, sums);
+    }
+    Ok(hours.differences(expiry::raw_since(&snapshot)?.is_none()))
+}
+
+/// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
+/// were `seen`; then false.
+pub(super) fn repair_hour(
+    writer: &mut WriteConnection,
+    seen: &SumDifference,
+) -> rusqlite::Result<bool> {
+    const WRITE: &str = "
+        insert into fleet_hours as stored values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+            on conflict (hour) do update
+           set total_syncs = ?2, failed_syncs = ?3, total_files_synced = ?4, total_errors = ?5,
+               speed_sum = ?6, speed_count = ?7
+         where (total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count)
+             = (?8, ?9, ?10, ?11, ?12, ?13)
+    ";
+    let sums = [seen.recounted.columns(), seen.stored.columns()].concat();
+    let numbers =
+        [seen.begins.as_millisecond()].into_iter().chain(sums.iter().map(|(_, sum)| *sum));
+    let changed =
+        writer.connection.prepare_cached(WRITE)?.execute(rusqlite::params_from_iter(numbers))?;
+    Ok(changed == 1)
+}
+
+/// A row that begins with [`SUMS`].
+fn sums(row: &Row<'_>) -> rusqlite::Result<Sums> {
+    Ok(Sums {
+        total_syncs: row.get(0)?,
+        failed_syncs: row.get(1)?,
+        total_files_synced: row.get(2)?,
+        total_errors: row.get(3)?,
+        speed_sum: row.get(4)?,
+        speed_count: row.get(5)?,
+    })
+}
+
+/// The beginning of the day or hour, `length` milliseconds long, that an event is dated in.
+fn beginning(timestamp: Timestamp, length: i64) -> Timestamp {
+    timestamp.saturating_add_milliseconds(-timestamp.as_millisecond().rem_euclid(length))
+}
+
+/// What one event adds.
+fn sums_of(files: i64, errors: i64, speed: Option<i64>) -> Sums {
+    Sums {
+        total_syncs: 1,
+        failed_syncs: i64::from(errors > 0),
+        total_files_synced: files,
+        total_errors: errors,
+        speed_sum: speed.unwrap_or_default(),
+        speed_count: i64::from(speed.is_some()),
+    }
+}
+
+/// What a device's events add up to.
+#[derive(Default)]
+struct Recounted {
+    jobs: BTreeMap<String, JobFigures>,
+    /// By their beginning, of folded events alone.
+    days: BTreeMap<Timestamp, Sums>,
+}
+
+/// Counts a device's events, of which those up to the id `folded` are folded. They pass one by one, in the
+/// order of their dates, so that neither a long history nor a streak takes memory.
+fn recount(transaction: &Transaction<'_>, device: i64, folded: i64) -> rusqlite::Result<Recounted> {
+    const EVENTS: &str = "
+        select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at, id
           from sync_events
          where device = ?1
          order by timestamp
     ";
-    let mut jobs = BTreeMap::new();
+    let mut recounted = Recounted::default();
     let mut events = transaction.prepare_cached(EVENTS)?;
     let mut rows = events.query([device])?;
     while let Some(row) = rows.next()? {
@@ -104,10 +218,15 @@ fn recount(
             timestamp: time(row, 4)?,
             received: time(row, 5)?,
         };
+        if row.get::<_, i64>(6)? <= folded {
+            let day = beginning(event.timestamp, DAY_MILLISECONDS);
+            let one = sums_of(event.total_files_synced, event.total_errors, event.speed);
+            recounted.days.entry(day).or_default().add(&one);
+        }
         let job: String = row.get(0)?;
-        event.count_into(jobs.entry(job).or_insert_with(|| event.nothing_yet()));
+        event.count_into(recounted.jobs.entry(job).or_insert_with(|| event.nothing_yet()));
     }
-    Ok(jobs)
+    Ok(recounted)
 }
 
 /// What of an event counts. Foreign SQL may have written it, so ranges are not taken for granted.

@@ -141,15 +141,13 @@ impl WriteConnection {
         // The number of each event's device, by position in the batch.
         let mut numbers = vec![0; batch.events.len()];
         let mut found: Vec<(&DeviceId, i64)> = Vec::new();
-        let same_device = |left: &usize, right: &usize| {
-            batch.events[*left].device_id == batch.events[*right].device_id
-        };
-        for positions in order.chunk_by(same_device) {
+        for positions in batch.by_device(&order) {
             let device_id = &batch.events[positions[0]].device_id;
             let number = match self.devices.get(device_id) {
                 Some(number) => *number,
                 None => {
-                    let (number, is_new) = find_or_add(&transaction, device_id, batch.received)?;
+                    let (received, _) = batch.received_within(positions);
+                    let (number, is_new) = find_or_add(&transaction, device_id, received)?;
                     found.push((device_id, number));
                     if is_new {
                         written.new_devices.push(device_id.clone());
@@ -162,6 +160,9 @@ impl WriteConnection {
             }
         }
 
+        if !batch.receipts.is_empty() {
+            move_devices_back(&transaction, batch, &order, &numbers)?;
+        }
         let last_id = insert_events(&transaction, batch, &numbers, self.last_id, &mut written)?;
 
         let mut counting = order;
@@ -307,6 +308,22 @@ fn last_id(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
         .map(Option::unwrap_or_default)
 }
 
+/// Moves `created_at` of devices back to when the first of their events were received.
+fn move_devices_back(
+    transaction: &Transaction<'_>,
+    batch: &Batch,
+    order: &[usize],
+    numbers: &[i64],
+) -> rusqlite::Result<()> {
+    const MOVE_BACK: &str = "update devices set created_at = ?2 where id = ?1 and created_at > ?2";
+    let mut move_back = transaction.prepare_cached(MOVE_BACK)?;
+    for positions in batch.by_device(order) {
+        let (received, _) = batch.received_within(positions);
+        move_back.execute(params![numbers[positions[0]], received.as_millisecond()])?;
+    }
+    Ok(())
+}
+
 /// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
 /// before, and notes their ids, which follow `last_id`; answers the last one.
 fn insert_events(
@@ -346,7 +363,7 @@ fn insert_events(
             event.duration.map(SyncDuration::milliseconds),
             event.bytes_synced.map(u64::cast_signed),
             event.metadata.as_ref().map(Metadata::as_str),
-            batch.received.as_millisecond(),
+            batch.received_at(position).as_millisecond(),
             event.event_id.as_ref().map(EventId::as_str),
         ])?;
         written.ids.push(id);

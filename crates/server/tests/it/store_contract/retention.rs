@@ -27,16 +27,16 @@ fn days_ago(days: i64) -> Timestamp {
     at(-days * DAY)
 }
 
-fn retention(days: u32) -> Retention {
+pub(crate) fn retention(days: u32) -> Retention {
     Retention::new(days, 300).unwrap()
 }
 
-async fn fold(store: &dyn Store) {
+pub(crate) async fn fold(store: &dyn Store) {
     while store.fold_events(at(3600)).await.unwrap() {}
 }
 
 /// Drops all that may go, also what must be announced first.
-async fn expire(store: &dyn Store, retention: &Retention) {
+pub(crate) async fn expire(store: &dyn Store, retention: &Retention) {
     for minutes in [0, 10] {
         while store.drop_old_events(at(minutes * 60), retention).await.unwrap() {}
     }

@@ -2,10 +2,13 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
 };
 
-use pisync::store::{FailureQuery, Figures, Window};
+use pisync::store::{Batch, FailureQuery, Figures, Window};
 use pisync_core::{Mbps, SyncEvent, Timestamp};
 use proptest::{
     prelude::*,
@@ -22,6 +25,7 @@ both_stores!(
     windows_are_exact_whatever_is_folded_when,
     everything_is_folded_in_the_end,
     a_database_that_was_filled_before_is_folded,
+    what_comes_behind_folding_is_folded_once,
 );
 
 const HOUR: i64 = 60 * 60;
@@ -31,6 +35,10 @@ const DAY: i64 = 24 * HOUR;
 enum Step {
     /// Events: of which device, how long ago in milliseconds, how many errors, which speed.
     Write(Vec<(u8, i64, u32, Option<i64>)>),
+    /// The same, by a node whose clock is slow by so many seconds.
+    WriteSlow(i64, Vec<(u8, i64, u32, Option<i64>)>),
+    /// The same, of events that were received so many milliseconds after their dates.
+    Import(i64, Vec<(u8, i64, u32, Option<i64>)>),
     /// So many seconds pass, and a part of what is stored is folded.
     Fold(i64),
     /// A device is deleted.
@@ -48,9 +56,16 @@ fn age() -> impl Strategy<Value = i64> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let event = (0..5_u8, age(), 0..3_u32, prop::option::of(0..500_i64));
+    let events = || {
+        let event = (0..5_u8, age(), 0..3_u32, prop::option::of(0..500_i64));
+        prop::collection::vec(event, 1..8)
+    };
     prop_oneof![
-        4 => prop::collection::vec(event, 1..8).prop_map(Step::Write),
+        4 => events().prop_map(Step::Write),
+        2 => (0..200_i64, events())
+            .prop_map(|(slow, events)| Step::WriteSlow(slow, events)),
+        2 => (-300_000..40 * DAY * 1000, events())
+            .prop_map(|(took, events)| Step::Import(took, events)),
         3 => (0..7200_i64).prop_map(Step::Fold),
         1 => (0..5_u8).prop_map(Step::Delete),
     ]
@@ -124,6 +139,16 @@ async fn assert_exact(fixture: &TestStore, sent: &[SyncEvent], now: Timestamp) {
     }
 }
 
+/// Events of devices, dated so many milliseconds before `now`.
+fn events_at(now: Timestamp, events: Vec<(u8, i64, u32, Option<i64>)>) -> Vec<SyncEvent> {
+    let event = |(device, age, total_errors, speed): (u8, i64, u32, _)| SyncEvent {
+        total_errors,
+        internet_speed: Option::and_then(speed, Mbps::from_hundredths),
+        ..success(&format!("pi-{device}"), now.saturating_add_milliseconds(-age.max(-300_000)))
+    };
+    events.into_iter().map(event).collect()
+}
+
 async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
     let cases = if fixture.is_postgres() { 15 } else { 30 };
     let config =
@@ -139,18 +164,25 @@ async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
                 let now = at(second.load(Ordering::Relaxed));
                 match step {
                     Step::Write(events) => {
-                        let event =
-                            |(device, age, total_errors, speed): (u8, i64, u32, _)| SyncEvent {
-                                total_errors,
-                                internet_speed: Option::and_then(speed, Mbps::from_hundredths),
-                                ..success(
-                                    &format!("pi-{device}"),
-                                    now.saturating_add_milliseconds(-age.max(-300_000)),
-                                )
-                            };
-                        let events: Vec<_> = events.into_iter().map(event).collect();
+                        let events = events_at(now, events);
                         sent.extend(events.iter().cloned());
                         writer.write(&batch_at(now, events)).await.unwrap();
+                    }
+                    Step::WriteSlow(seconds, events) => {
+                        let slow = now.saturating_add_milliseconds(-seconds * 1000);
+                        let events = events_at(slow, events);
+                        sent.extend(events.iter().cloned());
+                        fixture.writer().write(&batch_at(slow, events)).await.unwrap();
+                    }
+                    Step::Import(took, events) => {
+                        let events = events_at(now, events);
+                        sent.extend(events.iter().cloned());
+                        let received = |event: &SyncEvent| {
+                            event.timestamp.saturating_add_milliseconds(took).min(now)
+                        };
+                        let receipts = events.iter().map(received).collect();
+                        let batch = Arc::new(Batch { received: now, events, receipts });
+                        fixture.writer().write(&batch).await.unwrap();
                     }
                     Step::Fold(seconds) => {
                         let now = second.fetch_add(seconds, Ordering::Relaxed) + seconds;
@@ -229,4 +261,48 @@ async fn a_database_that_was_filled_before_is_folded(fixture: &TestStore) {
     let cast = if fixture.is_postgres() { "::bigint" } else { "" };
     let folded = format!("select sum(total_syncs){cast} from device_days");
     assert_eq!(number(fixture, &folded).await, 120);
+}
+
+/// Several nodes store events that were received long ago, or by slow clocks, while another folds: each is
+/// folded once, by whichever of them.
+async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
+    const WRITERS: i64 = 3;
+    const BATCHES: i64 = 40;
+    let writing = AtomicBool::new(true);
+    let fold = async {
+        // An hour passes again and again, so that folding runs into what is being written.
+        let mut minutes = 0;
+        while writing.load(Ordering::Relaxed) {
+            fixture.store.fold_events(at(minutes * 60)).await.unwrap();
+            minutes = (minutes + 1) % 60;
+            tokio::task::yield_now().await;
+        }
+    };
+    let write = async |number: i64| {
+        let mut writer = fixture.writer();
+        for batch in 0..BATCHES {
+            // By turns an import of some days and a clock that is some minutes slow.
+            let event =
+                |step: i64| failure(&format!("pi-{}", (step + number) % 4), at(-step * 3601));
+            let events: Vec<_> = (0..5).map(|step| event(step + batch)).collect();
+            let receipts: Vec<_> = events.iter().map(|event| event.timestamp).collect();
+            let batch = if batch % 2 == 0 {
+                Batch { received: at(0), events, receipts }
+            } else {
+                Batch::new(at(-200 * number), events)
+            };
+            writer.write(&Arc::new(batch)).await.unwrap();
+        }
+    };
+    let write_all = async {
+        futures_util::future::join3(write(1), write(2), write(3)).await;
+        writing.store(false, Ordering::Relaxed);
+    };
+    futures_util::future::join(fold, write_all).await;
+    fold_everything(fixture, at(2 * HOUR)).await;
+    let cast = if fixture.is_postgres() { "::bigint" } else { "" };
+    for table in ["device_days", "fleet_hours"] {
+        let folded = format!("select sum(total_syncs){cast} from {table}");
+        assert_eq!(number(fixture, &folded).await, WRITERS * BATCHES * 5, "{table}");
+    }
 }

@@ -56,7 +56,7 @@ pub(crate) fn of_job(job: &str, event: SyncEvent) -> SyncEvent {
 
 /// Events received at `received`.
 pub(crate) fn batch_at(received: Timestamp, events: Vec<SyncEvent>) -> Arc<Batch> {
-    Arc::new(Batch { received, events })
+    Arc::new(Batch::new(received, events))
 }
 
 /// Stores events that are received now.

@@ -137,6 +137,17 @@ impl PostgresServer {
         postgres_target(self.config(name))
     }
 
+    /// Creates an empty database on a small disk, which the server must see.
+    pub(crate) async fn create_database_on(&self, disk: &SmallDisk, name: &str) -> PostgresTarget {
+        let client = connect(&self.config("postgres")).await;
+        let folder = disk.folder_for_postgres();
+        let tablespace = format!("create tablespace small location '{}'", folder.display());
+        client.batch_execute(&tablespace).await.unwrap();
+        let create = format!("create database {name} tablespace small");
+        client.batch_execute(&create).await.unwrap();
+        postgres_target(self.config(name))
+    }
+
     /// Drops a database, whoever is connected to it.
     pub(crate) async fn drop_database(&self, name: &str) {
         let statement = format!("drop database {name} with (force)");

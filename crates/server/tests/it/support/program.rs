@@ -101,6 +101,11 @@ impl Program {
         self.start(arguments).wait()
     }
 
+    /// Starts a command, and kills it as soon as it says something with this in it.
+    pub(crate) fn kill_at(&self, arguments: &[&str], text: &str) {
+        self.start(arguments).wait_for(text);
+    }
+
     /// Starts a server and returns when it is ready.
     pub(crate) fn serve(&self, arguments: &[&str]) -> Serving {
         let mut running = self.start(arguments);

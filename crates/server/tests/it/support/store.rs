@@ -152,6 +152,21 @@ impl TestDatabase {
         }
     }
 
+    /// What an SQL expression comes to.
+    pub(crate) async fn number(&self, expression: &str) -> i64 {
+        let select = format!("select cast({expression} as bigint)");
+        match &self.target {
+            Target::Sqlite(path) => {
+                let connection = rusqlite::Connection::open(path).unwrap();
+                connection.query_row(&select, [], |row| row.get(0)).unwrap()
+            }
+            Target::Postgres(target) => {
+                let client = postgres::connect(&target.config).await;
+                client.query_one(&select, &[]).await.unwrap().get(0)
+            }
+        }
+    }
+
     /// The names of all tables, but for the databases' own.
     pub(crate) async fn tables(&self) -> Vec<String> {
         match &self.target {
@@ -206,14 +221,17 @@ impl Fixture for TestDatabase {
     }
 }
 
-/// Recounts all figures and gives those that are not what the events add up to.
+/// Recounts everything and gives the figures that are not what the events add up to. Sums by day and hour
+/// must be.
 pub(crate) async fn differences(store: &dyn Store, repair: bool) -> Vec<JobDifference> {
     let (mut found, mut after) = (Vec::new(), None);
     loop {
         let page = store.verify(after.as_deref(), repair).await.unwrap();
+        assert_eq!(page.days, []);
         found.extend(page.differences);
         after = page.next;
         if after.is_none() {
+            assert_eq!(store.verify_hours().await.unwrap(), []);
             return found;
         }
     }
