@@ -4,6 +4,7 @@
 pub mod decimal;
 pub mod event_stream;
 pub mod figures;
+pub mod received_event;
 pub mod sync_event;
 pub mod text;
 pub mod timestamp;
@@ -12,6 +13,7 @@ pub mod violation;
 mod lenient;
 
 pub use figures::{JobFigures, StreakCount};
+pub use received_event::ReceivedEvent;
 pub use sync_event::{Arrival, Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
 pub use text::{DeviceId, EventId, JobName};
 pub use timestamp::Timestamp;

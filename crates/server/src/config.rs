@@ -77,6 +77,14 @@ pub struct MigrationArgs {
     pub migrations_dir: PathBuf,
 }
 
+/// What is expected of devices' clocks.
+#[derive(Debug, Clone, Args)]
+pub struct ClockSkewArgs {
+    /// How far ahead of the server's clock an event may be dated
+    #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
+    pub max_clock_skew_seconds: u32,
+}
+
 /// Everything about a running server.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Server")]
@@ -100,9 +108,8 @@ pub struct ServeArgs {
     /// PEM file of the certificate's private key
     #[arg(long, env = "TLS_KEY", value_name = "FILE")]
     tls_key: Option<String>,
-    /// How far ahead of the server's clock an event may be dated
-    #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
-    max_clock_skew_seconds: u32,
+    #[command(flatten)]
+    clock_skew: ClockSkewArgs,
     /// How long a device may send an event again, under the same event_id, without it being stored twice
     #[arg(
         long,
@@ -274,12 +281,12 @@ impl ServeArgs {
         if self.retention_days == 0 {
             return Ok(None);
         }
-        let retention = Retention::new(self.retention_days, self.max_clock_skew_seconds);
+        let retention = Retention::new(self.retention_days, self.clock_skew.max_clock_skew_seconds);
         retention.map(Some).ok_or_else(|| {
             ConfigError(format!(
                 "RETENTION_DAYS={}: must be 0 to keep events for ever, or at least {}: the last 24 hours are counted event by event",
                 self.retention_days,
-                Retention::fewest_days(self.max_clock_skew_seconds),
+                Retention::fewest_days(self.clock_skew.max_clock_skew_seconds),
             ))
         })
     }
@@ -333,7 +340,7 @@ impl ServeArgs {
             retention: self.retention()?,
             http: HttpSettings {
                 auth,
-                max_clock_skew_seconds: self.max_clock_skew_seconds,
+                max_clock_skew_seconds: self.clock_skew.max_clock_skew_seconds,
                 sync_per_minute: self.rate_limit_sync_per_minute,
                 api_per_minute: self.rate_limit_api_per_minute,
                 key_per_minute: self.rate_limit_key_per_minute,

@@ -3,12 +3,13 @@
 use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, Timestamp, text::check_text};
 
+use super::database;
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     keys::{self, KeyWish, MAX_NAME},
     random::Randomness,
-    store::{self, Actor, ApiKey, Revocation, Scope, Store, Target, Via, migrations::Migrator},
+    store::{Actor, ApiKey, Revocation, Scope, Via},
 };
 
 const MAX_GROUP: usize = 100;
@@ -74,7 +75,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             if let Some((field, problem)) = wish.problem(now) {
                 return Err(format!("{field} {problem}"));
             }
-            let store = open(&target, command, now).await?;
+            let store = database::open(&target, &command.migrations, now).await?;
             let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by)
                 .await
                 .map_err(|error| error.to_string())?;
@@ -82,7 +83,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             Ok(())
         }
         Action::List => {
-            let store = open(&target, command, now).await?;
+            let store = database::open(&target, &command.migrations, now).await?;
             let keys = store.keys().await.map_err(|error| error.to_string())?.keys;
             for line in table(&keys, now) {
                 println!("{line}");
@@ -90,7 +91,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             Ok(())
         }
         Action::Revoke { ids } => {
-            let store = open(&target, command, now).await?;
+            let store = database::open(&target, &command.migrations, now).await?;
             let mut unknown = Vec::new();
             for id in ids {
                 match store.revoke_key(*id, &by).await.map_err(|error| error.to_string())? {
@@ -139,27 +140,6 @@ fn end(when: &str, now: Timestamp) -> Result<Timestamp, String> {
     so_long.or_else(|| Timestamp::parse_iso8601(when)).ok_or_else(|| {
         format!("--expires {when}: expected so many hours, days or weeks (12h, 90d, 4w), or a time such as 2027-01-01")
     })
-}
-
-/// Opens the store, with the schema that it needs: SQLite's is brought up to date, as a server does it.
-async fn open(
-    target: &Target,
-    command: &KeyCommand,
-    now: Timestamp,
-) -> Result<std::sync::Arc<dyn Store>, String> {
-    let migrator = Migrator::new(target, &command.migrations.migrations_dir).await;
-    let mut migrator = migrator.map_err(|error| error.to_string())?;
-    let pending = migrator.check().await.map_err(|error| error.to_string())?;
-    if !pending.is_empty() {
-        if matches!(target, Target::Postgres(_)) {
-            let pending = pending.join(", ");
-            return Err(format!("pending migrations: {pending}; run `pisync migrate up` first"));
-        }
-        // Not under a running server of an older version.
-        let _claim = store::claim(target).map_err(|error| error.to_string())?;
-        migrator.up(now).await.map_err(|error| error.to_string())?;
-    }
-    store::open(target).await.map_err(|error| error.to_string())
 }
 
 /// The list as a table.

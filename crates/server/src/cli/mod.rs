@@ -2,7 +2,10 @@
 
 mod backup;
 mod copy;
+mod database;
 mod db;
+mod export;
+mod import;
 mod key;
 mod migrate;
 mod openapi;
@@ -39,8 +42,10 @@ Examples:
   pisync copy --from sqlite:data/pisync.db --to postgres://pisync@localhost/pisync
                                            move from SQLite to PostgreSQL
   pisync key create --scope admin          a key that opens everything, shown this once
+  pisync import events.csv.gz              events from elsewhere
+  pisync export --output events.ndjson.gz  and out again
 
-Exit status: 0 success, 1 failure, 2 wrong usage.";
+Exit status: 0 success, 1 failure, 2 wrong usage, 3 done in part (import).";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -52,6 +57,10 @@ enum Command {
     Db(db::DbCommand),
     /// Recount all figures from the raw events and report what differs
     Verify(verify::VerifyCommand),
+    /// Store events from a file: NDJSON, a JSON array or CSV, also compressed
+    Import(import::ImportCommand),
+    /// Write events into a file or to standard output, as NDJSON or CSV
+    Export(export::ExportCommand),
     /// Copy an SQLite database into one file, also while a server uses it
     Backup(backup::BackupCommand),
     /// Put a backup in the place of an SQLite database
@@ -92,6 +101,9 @@ pub fn main() -> ExitCode {
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,
+            // The one command that may also end halfway.
+            Some(Command::Import(command)) => return import::run(&command).await,
+            Some(Command::Export(command)) => export::run(&command).await,
             Some(Command::Backup(command)) => backup::backup(&command),
             Some(Command::Restore(command)) => backup::restore(&command).await,
             Some(Command::Copy(command)) => copy::run(&command).await,
@@ -100,9 +112,10 @@ pub fn main() -> ExitCode {
             // `with_default_command` has seen to it.
             None => Err("no command".to_owned()),
         }
+        .map(|()| ExitCode::SUCCESS)
     });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(message) => fail(&message),
     }
 }

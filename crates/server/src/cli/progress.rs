@@ -58,11 +58,20 @@ impl Progress {
         format!(", {} %, {seconds} s left", bytes * 100 / total)
     }
 
-    /// Takes the bar away.
-    pub(super) fn finish(self) {
+    /// Says something else.
+    pub(super) fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    /// Takes the bar away, and tells how long it took.
+    pub(super) fn finish(self) -> Duration {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+        self.started.elapsed()
     }
 }
 
@@ -76,7 +85,7 @@ fn bar(total: Option<u64>) -> ProgressBar {
 }
 
 /// Events a second.
-fn rate(events: u64, took: Duration) -> u64 {
+pub(super) fn rate(events: u64, took: Duration) -> u64 {
     let milliseconds = took.as_millis().max(1);
     u64::try_from(u128::from(events) * 1000 / milliseconds).unwrap_or(u64::MAX)
 }

@@ -2,9 +2,10 @@
 
 use clap::Args;
 
+use super::database;
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
-    store::{self, FigureDifference, Store, SumDifference, Verified, migrations::Migrator},
+    store::{FigureDifference, Store, SumDifference, Verified},
 };
 
 /// How often hours that servers fold events into meanwhile are recounted for repair.
@@ -29,20 +30,7 @@ pub(super) struct VerifyCommand {
 
 pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
-    let migrations = Migrator::new(&target, &command.migrations.migrations_dir).await;
-    let pending = match migrations {
-        Ok(mut migrator) => migrator.check().await,
-        Err(error) => Err(error),
-    };
-    let pending = pending.map_err(|error| error.to_string())?;
-    if !pending.is_empty() {
-        // Opening an SQLite file that is not there would make it.
-        return Err(format!(
-            "{target} has pending migrations: {}; run `pisync migrate up` first",
-            pending.join(", ")
-        ));
-    }
-    let store = store::open(&target).await.map_err(|error| error.to_string())?;
+    let store = database::open_current(&target, &command.migrations).await?;
 
     let mut sum = Verified::default();
     let (mut jobs, mut days, mut after) = (0, 0, None);

@@ -64,15 +64,3 @@ impl From<Figures> for DeviceFigures {
 pub(super) fn success_rate(figures: &Figures) -> f64 {
     figures.success_ratio().map_or(0.0, |ratio| (ratio * 10_000.0).round() / 100.0)
 }
-
-/// A speed from its hundredths.
-#[expect(clippy::cast_precision_loss, reason = "at most 34 bits")]
-pub(super) fn in_mbps(hundredths: i64) -> f64 {
-    hundredths as f64 / 100.0
-}
-
-/// A duration from its milliseconds.
-#[expect(clippy::cast_precision_loss, reason = "at most 35 bits")]
-pub(super) fn in_seconds(milliseconds: i64) -> f64 {
-    milliseconds as f64 / 1000.0
-}

@@ -1,8 +1,6 @@
 //! A device's history as CSV or NDJSON, streamed page by page: memory stays the same however long the
 //! history is, and between two pages no connection to the database is held.
 
-use std::fmt::Write as _;
-
 use axum::{
     body::Body,
     http::{HeaderMap, header},
@@ -11,67 +9,44 @@ use axum::{
 use bytes::Bytes;
 use futures_util::stream;
 
-use super::{SharedState, error::ApiError, sync_history::HistoryEvent};
-use crate::store::{EventPage, HistoryQuery, StoreError};
+use super::{SharedState, error::ApiError};
+use crate::{
+    event_format::{Format, HistoryEvent},
+    store::{EventPage, HistoryQuery, StoreError},
+};
 
 /// Events that are read at a time. With the largest metadata they are 2 MiB; usually 100 KiB.
 const PAGE: u32 = 500;
 
-/// RFC 4180 with names in the first line.
-const CSV_HEADER: &str = "id,device_id,event_id,timestamp,total_files_synced,total_errors,internet_speed,\
-     job,duration_seconds,bytes_synced,metadata,created_at,updated_at\r\n";
-
-/// What a history can be streamed as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
-    Csv,
-    NdJson,
+/// The format that the client wants rather than JSON.
+pub(super) fn wanted(headers: &HeaderMap) -> Option<Format> {
+    // Of equals, one that is named goes before a wildcard, which JSON answers, and the first
+    // before those after it.
+    let mut best = (0.0, false, None);
+    let lines = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    for range in lines.flat_map(|line| line.split(',')) {
+        let mut parts = range.split(';').map(str::trim);
+        let media_type = parts.next().unwrap_or_default().to_ascii_lowercase();
+        let (named, format) = match media_type.as_str() {
+            "text/csv" => (true, Some(Format::Csv)),
+            "application/x-ndjson" | "application/ndjson" => (true, Some(Format::Ndjson)),
+            "application/json" => (true, None),
+            "*/*" | "application/*" => (false, None),
+            _ => continue,
+        };
+        let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok());
+        let weight: f64 = weight.unwrap_or(1.0);
+        if weight > best.0 || (weight == best.0 && named && !best.1 && weight > 0.0) {
+            best = (weight, named, format);
+        }
+    }
+    best.2
 }
 
-impl Format {
-    /// The format that the client wants rather than JSON.
-    pub(super) fn wanted(headers: &HeaderMap) -> Option<Self> {
-        // Of equals, one that is named goes before a wildcard, which JSON answers, and the first
-        // before those after it.
-        let mut best = (0.0, false, None);
-        let lines = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-        for range in lines.flat_map(|line| line.split(',')) {
-            let mut parts = range.split(';').map(str::trim);
-            let media_type = parts.next().unwrap_or_default().to_ascii_lowercase();
-            let (named, format) = match media_type.as_str() {
-                "text/csv" => (true, Some(Self::Csv)),
-                "application/x-ndjson" | "application/ndjson" => (true, Some(Self::NdJson)),
-                "application/json" => (true, None),
-                "*/*" | "application/*" => (false, None),
-                _ => continue,
-            };
-            let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok());
-            let weight: f64 = weight.unwrap_or(1.0);
-            if weight > best.0 || (weight == best.0 && named && !best.1 && weight > 0.0) {
-                best = (weight, named, format);
-            }
-        }
-        best.2
-    }
-
-    fn media_type(self) -> &'static str {
-        match self {
-            Self::Csv => "text/csv; charset=utf-8; header=present",
-            Self::NdJson => "application/x-ndjson",
-        }
-    }
-
-    fn write(self, text: &mut String, event: &HistoryEvent) -> Result<(), StoreError> {
-        let written = match self {
-            Self::Csv => write_csv(text, event).map_err(|error| error.to_string()),
-            Self::NdJson => serde_json::to_string(event)
-                .map(|line| {
-                    text.push_str(&line);
-                    text.push('\n');
-                })
-                .map_err(|error| error.to_string()),
-        };
-        written.map_err(StoreError::Failed)
+fn media_type(format: Format) -> &'static str {
+    match format {
+        Format::Csv => "text/csv; charset=utf-8; header=present",
+        Format::Ndjson => "application/x-ndjson",
     }
 }
 
@@ -102,7 +77,7 @@ pub(super) async fn respond(
         let text = pages.text(page, is_first)?;
         Ok::<_, StoreError>(Some((Bytes::from(text), more.then_some((pages, None)))))
     });
-    Ok(([(header::CONTENT_TYPE, format.media_type())], Body::from_stream(stream)).into_response())
+    Ok(([(header::CONTENT_TYPE, media_type(format))], Body::from_stream(stream)).into_response())
 }
 
 /// The pages still to come.
@@ -132,50 +107,15 @@ impl Pages {
 
     fn text(&self, page: EventPage, is_first: bool) -> Result<String, StoreError> {
         let mut text = String::new();
-        if is_first && self.format == Format::Csv {
-            text.push_str(CSV_HEADER);
+        if is_first {
+            text.push_str(self.format.heading());
         }
         let device_id = self.query.device_id.as_str();
         for event in page.events {
-            self.format.write(&mut text, &HistoryEvent::new(device_id, event))?;
+            let event = HistoryEvent::new(device_id, event);
+            self.format.write(&mut text, &event).map_err(StoreError::Failed)?;
         }
         Ok(text)
-    }
-}
-
-/// One line. Cells that a spreadsheet would take for formulas are left as they are: anything put before
-/// them would be read back as a part of them.
-fn write_csv(text: &mut String, event: &HistoryEvent) -> std::fmt::Result {
-    write!(text, "{},", event.id)?;
-    write_cell(text, &event.device_id);
-    text.push(',');
-    write_cell(text, event.event_id.as_deref().unwrap_or_default());
-    write!(text, ",{},{},{},", event.timestamp, event.total_files_synced, event.total_errors)?;
-    write_number(text, event.internet_speed)?;
-    write_cell(text, event.job.as_deref().unwrap_or_default());
-    text.push(',');
-    write_number(text, event.duration_seconds)?;
-    write_number(text, event.bytes_synced)?;
-    write_cell(text, event.metadata.as_ref().map_or("", |metadata| metadata.get()));
-    write!(text, ",{},{}\r\n", event.created_at, event.updated_at)
-}
-
-/// A number or nothing, and the comma after it.
-fn write_number(text: &mut String, number: Option<impl std::fmt::Display>) -> std::fmt::Result {
-    match number {
-        Some(number) => write!(text, "{number},"),
-        None => text.write_char(','),
-    }
-}
-
-/// Text, in quotes where it must be.
-fn write_cell(text: &mut String, cell: &str) {
-    if cell.contains(['"', ',', '\r', '\n']) {
-        text.push('"');
-        text.push_str(&cell.replace('"', "\"\""));
-        text.push('"');
-    } else {
-        text.push_str(cell);
     }
 }
 
@@ -186,12 +126,12 @@ mod tests {
     fn wanted(accept: &str) -> Option<Format> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, accept.parse().unwrap());
-        Format::wanted(&headers)
+        super::wanted(&headers)
     }
 
     #[test]
     fn the_format_that_is_wanted_most() {
-        assert_eq!(Format::wanted(&HeaderMap::new()), None);
+        assert_eq!(super::wanted(&HeaderMap::new()), None);
         for (accept, expected) in [
             ("*/*", None),
             ("application/json", None),
@@ -205,25 +145,11 @@ mod tests {
             ("application/json;q=0.5, text/csv", Some(Format::Csv)),
             ("application/json, text/csv", None),
             ("text/csv;q=0", None),
-            ("text/csv;q=0.2, application/x-ndjson;q=0.3", Some(Format::NdJson)),
-            ("application/x-ndjson, application/json", Some(Format::NdJson)),
-            ("application/*, application/x-ndjson", Some(Format::NdJson)),
+            ("text/csv;q=0.2, application/x-ndjson;q=0.3", Some(Format::Ndjson)),
+            ("application/x-ndjson, application/json", Some(Format::Ndjson)),
+            ("application/*, application/x-ndjson", Some(Format::Ndjson)),
         ] {
             assert_eq!(wanted(accept), expected, "{accept}");
         }
-    }
-
-    #[test]
-    fn cells_that_need_quotes_have_them() {
-        let cell = |cell: &str| {
-            let mut text = String::new();
-            write_cell(&mut text, cell);
-            text
-        };
-        assert_eq!(cell("plain text"), "plain text");
-        assert_eq!(cell("a,b"), "\"a,b\"");
-        assert_eq!(cell("say \"hi\""), "\"say \"\"hi\"\"\"");
-        assert_eq!(cell("two\r\nlines"), "\"two\r\nlines\"");
-        assert_eq!(cell("=1+1"), "=1+1");
     }
 }

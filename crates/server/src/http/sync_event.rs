@@ -19,8 +19,8 @@ use super::{
     envelope::Success,
     error::{AnyTime, ApiError, WithBody},
     extract::json_body,
-    figures::{in_mbps, in_seconds},
 };
+use crate::event_format::{in_mbps, in_seconds};
 use crate::{ingest::Receipt, store::StoredEvent};
 
 /// The largest body of a single event, in bytes.

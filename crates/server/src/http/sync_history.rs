@@ -7,7 +7,6 @@ use axum::{
 };
 use pisync_core::Timestamp;
 use serde::Serialize;
-use serde_json::value::RawValue;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -16,11 +15,14 @@ use super::{
     envelope::Success,
     error::{AnyTime, ApiError, OfDevice, WithQuery},
     extract::{DevicePath, DevicePathParameter, Query},
-    figures::{DeviceFigures, in_mbps, in_seconds},
-    history_stream::{self, Format},
+    figures::DeviceFigures,
+    history_stream,
     query::cursor_text,
 };
-use crate::store::{HistoryQuery, StoredEvent, SyncHistory};
+use crate::{
+    event_format::HistoryEvent,
+    store::{HistoryQuery, SyncHistory},
+};
 
 const DEFAULT_LIMIT: u32 = 50;
 
@@ -91,65 +93,6 @@ struct HistoryPagination {
     next_cursor: Option<String>,
 }
 
-/// One reported sync.
-#[derive(Serialize, ToSchema)]
-pub(super) struct HistoryEvent {
-    #[schema(example = 1)]
-    pub(super) id: i64,
-    #[schema(example = "pi-device-001")]
-    pub(super) device_id: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(example = "8d1ef3f2-20c0-4c5b-9f7a-3c1f3f3f4b11")]
-    pub(super) event_id: Option<String>,
-    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
-    pub(super) timestamp: Timestamp,
-    #[schema(example = 150)]
-    pub(super) total_files_synced: i64,
-    #[schema(example = 2)]
-    pub(super) total_errors: i64,
-    /// Mbps.
-    #[schema(example = 45.6)]
-    pub(super) internet_speed: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(example = "nightly-backup")]
-    pub(super) job: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(example = 73.25)]
-    pub(super) duration_seconds: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(example = 104857600)]
-    pub(super) bytes_synced: Option<i64>,
-    /// As it was sent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    pub(super) metadata: Option<Box<RawValue>>,
-    /// When the server received it.
-    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
-    pub(super) created_at: Timestamp,
-    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
-    pub(super) updated_at: Timestamp,
-}
-
-impl HistoryEvent {
-    pub(super) fn new(device_id: &str, event: StoredEvent) -> Self {
-        Self {
-            id: event.id,
-            device_id: device_id.to_owned(),
-            event_id: event.event_id,
-            timestamp: event.timestamp,
-            total_files_synced: event.total_files_synced,
-            total_errors: event.total_errors,
-            internet_speed: event.internet_speed.map(in_mbps),
-            job: event.job,
-            duration_seconds: event.duration.map(in_seconds),
-            bytes_synced: event.bytes_synced,
-            metadata: event.metadata,
-            created_at: event.created_at,
-            updated_at: event.updated_at,
-        }
-    }
-}
-
 /// A device's sync history
 ///
 /// The device's figures, and its events newest first. With `Accept: text/csv` or
@@ -196,9 +139,10 @@ async fn get_sync_history(
         from: query.timestamp("startDate"),
         until: query.timestamp("endDate"),
         job: query.job(),
+        oldest_first: false,
     };
     query.finish()?;
-    let mut response = match Format::wanted(&headers) {
+    let mut response = match history_stream::wanted(&headers) {
         None => one_page(&state, &history_query).await?.into_response(),
         Some(format) => history_stream::respond(state, history_query, limit, format).await?,
     };

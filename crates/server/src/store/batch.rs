@@ -6,7 +6,7 @@ use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
 };
 
-use super::StoredEvent;
+use super::{ImportProgress, StoredEvent};
 
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
@@ -17,6 +17,9 @@ pub struct Batch {
     pub events: Vec<SyncEvent>,
     /// When each event was received, their `created_at`; empty when all of them arrive now.
     pub receipts: Vec<Timestamp>,
+    /// How far the import comes to which the events belong, stored with them; a step of an import may
+    /// also have no events.
+    pub progress: Option<ImportProgress>,
 }
 
 /// What became of a batch that was committed.
@@ -94,7 +97,7 @@ impl Batch {
     /// Events that arrive at `received`.
     #[must_use]
     pub fn new(received: Timestamp, events: Vec<SyncEvent>) -> Self {
-        Self { received, events, receipts: Vec::new() }
+        Self { received, events, receipts: Vec::new(), progress: None }
     }
 
     /// When the event at `position` was received.

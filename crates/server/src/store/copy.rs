@@ -42,6 +42,8 @@ pub(super) enum Kind {
     Day,
     /// A decimal fraction, in units of this many decimals.
     Decimal(u32),
+    /// 1 for yes, 0 for no.
+    Boolean,
 }
 
 /// A column, by its name on PostgreSQL.
@@ -211,6 +213,20 @@ pub(super) const TABLES: &[Table] = &[
             column("action", Kind::Text),
             column("subject", Kind::Text),
             column("details", Kind::Text),
+        ],
+    ),
+    table(
+        "imports",
+        Rows::Plain,
+        &[
+            column("id", Kind::Bytes),
+            column("name", Kind::Text),
+            column("head", Kind::Bytes),
+            column("records", Kind::Integer),
+            column("digest", Kind::Bytes),
+            column("rejected", Kind::Integer),
+            column("finished", Kind::Boolean),
+            column("updated_at", Kind::Time),
         ],
     ),
 ];

@@ -22,23 +22,44 @@ pub struct HistoryQuery {
     pub limit: u32,
     /// After so many.
     pub offset: u64,
+    /// Oldest first instead of newest first; `after` is then a place in that order.
+    pub oldest_first: bool,
 }
 
 impl HistoryQuery {
     /// The device's newest events, so many of them.
     #[must_use]
     pub fn newest(device_id: DeviceId, limit: u32) -> Self {
-        Self { device_id, job: None, from: None, until: None, after: None, limit, offset: 0 }
+        Self {
+            device_id,
+            job: None,
+            from: None,
+            until: None,
+            after: None,
+            limit,
+            offset: 0,
+            oldest_first: false,
+        }
     }
 
     /// The position to begin after: before everything, when none was given.
     pub(super) fn start(&self) -> HistoryPosition {
-        self.after.unwrap_or(HistoryPosition::START)
+        let first = if self.oldest_first {
+            HistoryPosition::BEFORE_OLDEST
+        } else {
+            HistoryPosition::BEFORE_NEWEST
+        };
+        self.after.unwrap_or(first)
+    }
+
+    /// What differs between the orders, in either store's SQL: how what comes behind a position compares
+    /// to it, and the direction.
+    pub(super) fn order(&self) -> (&'static str, &'static str) {
+        if self.oldest_first { (">", "asc") } else { ("<", "desc") }
     }
 }
 
-/// An event's place in a history, newest first by `timestamp`, then by id. It stays where it is
-/// while others arrive.
+/// An event's place in a history, by `timestamp`, then by id. It stays where it is while others arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HistoryPosition {
     /// Since 1970: foreign SQL can have written more digits into PostgreSQL than PiSync does.
@@ -48,8 +69,10 @@ pub struct HistoryPosition {
 }
 
 impl HistoryPosition {
-    /// Before the newest event that can be.
-    const START: Self = Self { microsecond: i64::MAX, id: i64::MAX };
+    /// Before the newest event that can be, when those come first.
+    const BEFORE_NEWEST: Self = Self { microsecond: i64::MAX, id: i64::MAX };
+    /// Before the oldest.
+    const BEFORE_OLDEST: Self = Self { microsecond: i64::MIN, id: i64::MIN };
 }
 
 /// A page of a device's history, with its figures.
@@ -70,7 +93,7 @@ pub struct SyncHistory {
 /// A page of a device's events.
 #[derive(Debug)]
 pub struct EventPage {
-    /// Newest first by `timestamp`, then by id.
+    /// In the order that was asked for.
     pub events: Vec<StoredEvent>,
     /// The last event's position, when there are more after it.
     pub next: Option<HistoryPosition>,

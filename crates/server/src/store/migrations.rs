@@ -36,12 +36,14 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
+    "2026-11-22-04-imports",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
+    "2026-11-22-04-imports",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

@@ -6,6 +6,7 @@ mod backup;
 mod batch;
 mod copy;
 mod history;
+mod imports;
 mod keys;
 pub mod migrations;
 mod postgres;
@@ -26,6 +27,7 @@ pub use backup::{BackedUp, Restored, backup, restore};
 pub use batch::{Batch, Duplicate, FailureStreak, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
+pub use imports::{Digest, ImportProgress};
 pub use keys::{
     Actor, ApiKey, AuditEntry, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope, Via,
 };
@@ -134,6 +136,17 @@ pub trait Store: KeyStore + Send + Sync {
         now: Timestamp,
         retention: &Retention,
     ) -> Result<bool, StoreError>;
+
+    /// One page of the ids of all devices, or those of a group, in byte-wise order, beginning after the
+    /// device `after`; empty behind the last.
+    async fn device_ids(
+        &self,
+        group: Option<&str>,
+        after: Option<&str>,
+    ) -> Result<Vec<DeviceId>, StoreError>;
+
+    /// All imports there have been.
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError>;
 
     /// Leaves everything in order at the end; nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;
@@ -387,6 +400,18 @@ pub fn claim(target: &Target) -> Result<Claim, StoreError> {
         Target::Postgres(_) => Ok(Claim(None)),
     }
 }
+
+/// Whether a server on this machine has claimed `target`. PostgreSQL looks after itself.
+#[must_use]
+pub fn is_claimed(target: &Target) -> bool {
+    match target {
+        Target::Sqlite(path) => sqlite::is_locked(path),
+        Target::Postgres(_) => false,
+    }
+}
+
+/// The most devices on a page of [`Store::device_ids`].
+const DEVICE_IDS: u32 = 1_000;
 
 /// The pattern for `like … escape '\'` that finds `text` anywhere, taken literally.
 fn like_pattern(text: &str) -> String {

@@ -35,8 +35,12 @@ both_stores!(
 );
 
 /// The migration that is part of the program.
-const EMBEDDED: [&str; 3] =
-    ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups", "2026-11-22-03-keys"];
+const EMBEDDED: [&str; 4] = [
+    "2026-11-22-01-sync-events",
+    "2026-11-22-02-event-keys-and-roll-ups",
+    "2026-11-22-03-keys",
+    "2026-11-22-04-imports",
+];
 
 /// What `migrate status` says of each migration, by name.
 fn status(program: &Program) -> Vec<(String, String)> {
@@ -76,14 +80,15 @@ async fn migrations_forth_and_back(installed: &Installed) {
 
     let tables = database.tables().await;
     assert!(tables.contains(&"sync_events".to_owned()));
-    let [first, second, third] = EMBEDDED;
+    let [first, second, third, fourth] = EMBEDDED;
     for arguments in [&["migrate", "down"][..], &["migrate", "down", "7"], &["migrate", "rollback"]]
     {
         let refused = program.run(arguments);
         assert_eq!(refused.code(), 1);
-        let expected = format!("  {third}: every API key and the audit log\n");
+        let expected = format!("  {fourth}: which files were imported, and how far\n");
         assert!(refused.stderr.contains(&expected), "{refused:?}");
         for expected in [
+            format!("  {third}: every API key and the audit log\n"),
             format!("  {second}: figures by day and hour of events"),
             format!("  {first}: every device and every sync event\n"),
         ] {
@@ -94,9 +99,12 @@ async fn migrations_forth_and_back(installed: &Installed) {
         assert_eq!(database.tables().await, tables);
     }
     let down = program.run(&["migrate", "down", "--yes"]);
-    assert_eq!(down.success(), format!("taken back {third}\n"));
+    assert_eq!(down.success(), format!("taken back {fourth}\n"));
     let down = program.run(&["migrate", "down", "7", "--yes"]);
-    assert_eq!(down.success(), format!("taken back {second}\ntaken back {first}\n"));
+    assert_eq!(
+        down.success(),
+        format!("taken back {third}\ntaken back {second}\ntaken back {first}\n")
+    );
     assert!(!database.tables().await.contains(&"sync_events".to_owned()));
     assert_eq!(status(program), embedded("pending"));
     let nothing = program.run(&["migrate", "down"]);
@@ -379,7 +387,12 @@ fn help() {
         assert!(shown.iter().any(|text| serve.success().contains(text)), "{name}: {serve:?}");
     }
     assert!(!serve.stdout.contains("s3cret-word"));
-    for command in [&["migrate", "--help"][..], &["db", "setup", "--help"]] {
+    for command in [
+        &["migrate", "--help"][..],
+        &["db", "setup", "--help"],
+        &["import", "--help"],
+        &["export", "--help"],
+    ] {
         let help = program.run(command);
         assert!(help.success().contains("[env: DATABASE_URL]"), "{help:?}");
     }

@@ -89,6 +89,17 @@ async fn fill(fixture: &TestStore) {
     fixture.database.make_key(wish(Scope::Admin)).await;
     fixture.store.keys_used(&[(number, at(5))]).await.unwrap();
     fixture.store.revoke_key(number, &somebody()).await.unwrap();
+    let (bytes, finished) = match fixture.is_postgres() {
+        true => (r"'\x0100ff'", "true"),
+        false => ("x'0100ff'", "1"),
+    };
+    let received =
+        if fixture.is_postgres() { "'2026-01-01 00:00:01.5+00'" } else { "1767225601500" };
+    let import = format!(
+        "insert into imports (id, name, head, records, digest, rejected, finished, updated_at)
+         values ({bytes}, 'events.csv', {bytes}, 7, {bytes}, 2, {finished}, {received})"
+    );
+    fixture.database.execute(&import).await;
     let since = match fixture.is_postgres() {
         true => "raw_since = '2025-01-01 00:00+00', streaks_since = '2025-01-01 00:05+00'",
         false => "raw_since = 1735689600000, streaks_since = 1735689900000",

@@ -33,8 +33,12 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 3] =
-    ["2026-11-22-01-sync-events", "2026-11-22-02-event-keys-and-roll-ups", "2026-11-22-03-keys"];
+const EMBEDDED: [&str; 4] = [
+    "2026-11-22-01-sync-events",
+    "2026-11-22-02-event-keys-and-roll-ups",
+    "2026-11-22-03-keys",
+    "2026-11-22-04-imports",
+];
 
 fn no_folder() -> &'static Path {
     Path::new("/nonexistent")

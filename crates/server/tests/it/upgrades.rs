@@ -28,7 +28,7 @@ struct Version {
 }
 
 /// From the first release on. The present is 2026-11-22T12:00:00Z, in milliseconds 1795348800000.
-const VERSIONS: [Version; 3] = [
+const VERSIONS: [Version; 4] = [
     Version {
         name: "2026-11-22-01-sync-events",
         // Two jobs of one device, the unnamed one failing twice since its success; and one that never reported.
@@ -137,6 +137,24 @@ const VERSIONS: [Version; 3] = [
                      + (select version from api_key_changes)",
         rows: 3,
     },
+    Version {
+        name: "2026-11-22-04-imports",
+        sqlite: "
+            insert into imports values
+                (x'01112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', 'events.csv',
+                 x'02112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', 70,
+                 x'03112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', 2, 1, 1795345200000);
+        ",
+        postgres: "
+            insert into imports values
+                ('\\x01112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', 'events.csv',
+                 '\\x02112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', 70,
+                 '\\x03112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', 2, true,
+                 '2026-11-22 11:00+00');
+        ",
+        count: "(select records + rejected from imports)",
+        rows: 72,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.
@@ -225,6 +243,12 @@ async fn assert_newest(database: &TestDatabase, filled: usize) {
         assert_eq!((keys.version, keys.keys[0].hint.as_str()), (1, "psk_abc"));
         assert!(keys.keys[0].is_valid(now()));
         assert_eq!(store.audit(None, 10).await.unwrap()[0].action, "key.create");
+    }
+    if filled >= 4 {
+        let import = &store.imports().await.unwrap()[0];
+        assert_eq!((import.id[0], import.head[0], import.digest[0]), (1, 2, 3));
+        assert_eq!((import.records, import.rejected, import.finished), (70, 2, true));
+        assert_eq!((import.name.as_str(), import.at), ("events.csv", at(-3600)));
     }
     store.close().await.unwrap();
 }

@@ -360,6 +360,7 @@ fn copy_out(selection: &Selection) -> String {
             let name = format!(r#"t."{}""#, column.name);
             match column.kind {
                 Kind::Integer | Kind::Integer32 => format!("{name}::bigint"),
+                Kind::Boolean => format!("{name}::integer::bigint"),
                 Kind::Text => format!("{name}::text"),
                 Kind::Bytes | Kind::Time => name,
                 Kind::Day => format!("({name} - date '1970-01-01')::bigint"),
@@ -383,7 +384,9 @@ fn read_type(column: &Column) -> Type {
         Kind::Text => Type::TEXT,
         Kind::Bytes => Type::BYTEA,
         Kind::Time => Type::TIMESTAMPTZ,
-        Kind::Integer | Kind::Integer32 | Kind::Day | Kind::Decimal(_) => Type::INT8,
+        Kind::Integer | Kind::Integer32 | Kind::Day | Kind::Decimal(_) | Kind::Boolean => {
+            Type::INT8
+        }
     }
 }
 
@@ -477,6 +480,7 @@ impl ToSql for Cell<'_> {
             (Value::Integer(number), Kind::Day) => {
                 out.put_i32(i32::try_from(number - YEAR_2000_DAYS)?);
             }
+            (Value::Integer(number), Kind::Boolean) => out.put_u8((*number != 0).into()),
             (Value::Integer(number), Kind::Decimal(scale)) => put_numeric(*number, scale, out),
             (Value::Integer(number), _) => out.put_i64(*number),
         }

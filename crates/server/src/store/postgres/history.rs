@@ -55,24 +55,31 @@ async fn exists(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<b
 }
 
 async fn page(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<EventPage, Error> {
-    // The position's time bounds the index from above, so that a page far down costs as much as the
-    // first one.
+    // The position's time bounds the index, so that a page far down costs as much as the first one.
+    let (behind, direction) = query.order();
     let select_events = format!(
         "select {EVENT_COLUMNS}
            from sync_events event
           where device_id = $1
             and timestamp between $2 and $3
-            and (timestamp < $4 or id < $5)
+            and (timestamp {behind} $4 or id {behind} $5)
             and ($6::text is null or job = $6)
-          order by timestamp desc, id desc
+          order by timestamp {direction}, id {direction}
           limit $7 offset $8"
     );
     let (device_id, job) = (query.device_id.as_str(), query.job.as_ref().map(JobName::as_str));
     let HistoryPosition { microsecond, id } = query.start();
-    let bound = if microsecond < 0 { jiff::Timestamp::MIN } else { jiff::Timestamp::MAX };
-    let start = jiff::Timestamp::from_microsecond(microsecond).unwrap_or(bound);
-    let (from, until) = range(query);
-    let until = until.min(start);
+    // PostgreSQL's times end earlier than the time library's.
+    let bounds = Timestamp::MIN.to_jiff()..=jiff::Timestamp::MAX;
+    let bound = if microsecond < 0 { *bounds.start() } else { *bounds.end() };
+    let start =
+        jiff::Timestamp::from_microsecond(microsecond).unwrap_or(bound).max(*bounds.start());
+    let (mut from, mut until) = range(query);
+    if query.oldest_first {
+        from = from.max(start);
+    } else {
+        until = until.min(start);
+    }
     // One more tells whether there is a next page.
     let (limit, offset) = (i64::from(query.limit) + 1, query.offset.cast_signed());
 

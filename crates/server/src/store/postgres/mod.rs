@@ -7,6 +7,7 @@ pub(super) mod copy;
 mod dump;
 mod expiry;
 mod history;
+mod imports;
 mod keys;
 mod migrations;
 mod partitions;
@@ -37,8 +38,8 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, PostgresTarget, Retention, Store,
-    StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
+    Figures, FleetStats, HistoryQuery, ImportProgress, Page, PoolUsage, PostgresTarget, Retention,
+    Store, StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
     verify::devices_to_repair,
 };
 
@@ -186,6 +187,18 @@ impl Store for PostgresStore {
             }
         }
         Ok(verified)
+    }
+
+    async fn device_ids(
+        &self,
+        group: Option<&str>,
+        after: Option<&str>,
+    ) -> Result<Vec<DeviceId>, StoreError> {
+        self.call(async |connection| reads::device_ids(connection, group, after).await).await
+    }
+
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
+        self.call(async |connection| imports::imports(connection).await).await
     }
 
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {

@@ -22,7 +22,7 @@ use tokio_postgres::{Error, Row, error::SqlState};
 use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
     expiry::{self, Horizon},
-    partitions, roll_ups,
+    imports, partitions, roll_ups,
     statements::{
         DeviceColumns, EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount,
     },
@@ -216,6 +216,9 @@ impl PostgresEventWriter {
         if may_be_passed {
             events.fold_passed(client, statements, received).await?;
         }
+        if let Some(progress) = &batch.progress {
+            imports::advance(client, progress).await?;
+        }
         self.committing = true;
         let (recounted, committed) =
             future::join(recount(client, statements, &failing), client.batch_execute("commit"))
@@ -270,6 +273,9 @@ impl PostgresEventWriter {
         events.insert(client, statements, received).await?;
         if may_be_passed {
             events.fold_passed(client, statements, received).await?;
+        }
+        if let Some(progress) = &batch.progress {
+            imports::advance(client, progress).await?;
         }
         let recounted = recount(client, statements, &failing).await?;
         self.committing = true;

@@ -45,27 +45,34 @@ pub(super) fn events(
 }
 
 fn page(snapshot: &Connection, device: i64, query: &HistoryQuery) -> rusqlite::Result<EventPage> {
-    // The position's time bounds the index from above, so that a page far down costs as much as the
-    // first one.
+    // The position's time bounds the index, so that a page far down costs as much as the first one.
+    let (behind, direction) = query.order();
     let select_events = format!(
         "select {EVENT_COLUMNS}
            from sync_events
           where device = :device
             and timestamp between :from and :until
-            and (timestamp < :start or id < :start_id)
+            and (timestamp {behind} :start or id {behind} :start_id)
             and (:job is null or job = :job)
-          order by timestamp desc, id desc
+          order by timestamp {direction}, id {direction}
           limit :limit offset :offset"
     );
     let start = query.start();
     let start_millisecond = start.microsecond.div_euclid(1000);
+    let mut from = query.from.unwrap_or(Timestamp::MIN).as_millisecond();
+    let mut until = until(query);
+    if query.oldest_first {
+        from = from.max(start_millisecond);
+    } else {
+        until = until.min(start_millisecond);
+    }
     let mut events = snapshot
         .prepare_cached(&select_events)?
         .query_map(
             named_params! {
                 ":device": device,
-                ":from": query.from.unwrap_or(Timestamp::MIN).as_millisecond(),
-                ":until": until(query).min(start_millisecond),
+                ":from": from,
+                ":until": until,
                 ":start": start_millisecond,
                 ":start_id": start.id,
                 ":job": query.job.as_ref().map(JobName::as_str),

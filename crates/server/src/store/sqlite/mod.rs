@@ -7,6 +7,7 @@ mod connection;
 pub(super) mod copy;
 mod expiry;
 mod history;
+mod imports;
 mod keys;
 mod migrations;
 mod reads;
@@ -34,8 +35,9 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, Page, PoolUsage, Retention, Store, StoreError,
-    SumDifference, SyncHistory, Verified, Window, step_size::StepSize, verify::devices_to_repair,
+    Figures, FleetStats, HistoryQuery, ImportProgress, Page, PoolUsage, Retention, Store,
+    StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
+    verify::devices_to_repair,
 };
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
@@ -159,6 +161,22 @@ impl Store for SqliteStore {
         Ok(verified)
     }
 
+    async fn device_ids(
+        &self,
+        group: Option<&str>,
+        after: Option<&str>,
+    ) -> Result<Vec<DeviceId>, StoreError> {
+        let [group, after] = [group, after].map(|text| text.map(str::to_owned));
+        self.read(move |connection| {
+            reads::device_ids(connection, group.as_deref(), after.as_deref())
+        })
+        .await
+    }
+
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
+        self.read(imports::imports).await
+    }
+
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
         self.read(verify::hours).await
     }
@@ -217,13 +235,24 @@ impl Store for SqliteStore {
     }
 }
 
+/// Whether a server holds the lock of [`lock_file`].
+pub(super) fn is_locked(database: &Path) -> bool {
+    // Without a file there is no server, and nothing is left behind by asking.
+    File::open(lock_path(database))
+        .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+fn lock_path(database: &Path) -> PathBuf {
+    let mut path = PathBuf::from(database).into_os_string();
+    path.push(".lock");
+    PathBuf::from(path)
+}
+
 /// Locks the file beside the database that says a server is using it. The lock goes with the process,
 /// however it ends.
 pub(super) fn lock_file(database: &Path) -> Result<File, StoreError> {
     connection::create_folder(database)?;
-    let mut path = PathBuf::from(database).into_os_string();
-    path.push(".lock");
-    let path = PathBuf::from(path);
+    let path = lock_path(database);
     let file = File::create(&path).map_err(|error| {
         StoreError::Failed(format!(
             "cannot open {}: {error}; set DATA_DIR to a folder that the server may write",

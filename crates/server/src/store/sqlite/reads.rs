@@ -5,7 +5,8 @@ use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params, types::Type};
 
 use crate::store::{
-    Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, Page, like_pattern,
+    DEVICE_IDS, Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, Page,
+    like_pattern,
 };
 
 /// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
@@ -159,6 +160,26 @@ pub(super) fn device(
 }
 
 /// The number that stands for a device in the other tables.
+/// One page of devices' ids, in byte-wise order.
+pub(super) fn device_ids(
+    connection: &Connection,
+    group: Option<&str>,
+    after: Option<&str>,
+) -> rusqlite::Result<Vec<DeviceId>> {
+    const DEVICE_IDS_AFTER: &str = r#"
+        select device_id
+          from devices
+         where device_id > ifnull(:after, '') and (:group is null or "group" = :group)
+         order by device_id
+         limit :limit
+    "#;
+    let mut select = connection.prepare_cached(DEVICE_IDS_AFTER)?;
+    let parameters = named_params! { ":after": after, ":group": group, ":limit": DEVICE_IDS };
+    let rows = select.query_map(parameters, |row| row.get::<_, String>(0))?;
+    // What foreign SQL has named so that nobody can ask for it has no history either.
+    rows.filter_map(|id| id.map(|id| DeviceId::new(&id).ok()).transpose()).collect()
+}
+
 pub(super) fn device_number(
     connection: &Connection,
     device_id: &DeviceId,

@@ -16,7 +16,7 @@ use super::{
     connection::store_error,
     expiry,
     history::{EVENT_COLUMNS, stored_event},
-    keys,
+    imports, keys,
     reads::{device_number, optional_time, time},
     roll_ups,
 };
@@ -177,6 +177,9 @@ impl WriteConnection {
         }
 
         drop(jobs);
+        if let Some(progress) = &batch.progress {
+            imports::advance(&transaction, progress)?;
+        }
         transaction.commit()?;
         self.last_id = last_id;
         self.devices

@@ -21,7 +21,7 @@ const DAY: i64 = 24 * 60 * 60;
 /// Events that are stored now, each with the time at which it was received.
 fn received(events: Vec<(Timestamp, SyncEvent)>) -> Arc<Batch> {
     let (receipts, events) = events.into_iter().unzip();
-    Arc::new(Batch { received: now(), events, receipts })
+    Arc::new(Batch { receipts, ..Batch::new(now(), events) })
 }
 
 async fn events_keep_their_receive_times(fixture: &TestStore) {

@@ -181,7 +181,7 @@ async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
                             event.timestamp.saturating_add_milliseconds(took).min(now)
                         };
                         let receipts = events.iter().map(received).collect();
-                        let batch = Arc::new(Batch { received: now, events, receipts });
+                        let batch = Arc::new(Batch { receipts, ..Batch::new(now, events) });
                         fixture.writer().write(&batch).await.unwrap();
                     }
                     Step::Fold(seconds) => {
@@ -287,7 +287,7 @@ async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
             let events: Vec<_> = (0..5).map(|step| event(step + batch)).collect();
             let receipts: Vec<_> = events.iter().map(|event| event.timestamp).collect();
             let batch = if batch % 2 == 0 {
-                Batch { received: at(0), events, receipts }
+                Batch { receipts, ..Batch::new(at(0), events) }
             } else {
                 Batch::new(at(-200 * number), events)
             };

@@ -77,6 +77,10 @@ impl Program {
     }
 
     fn start(&self, arguments: &[&str]) -> Running {
+        self.start_reading(arguments, Stdio::null())
+    }
+
+    fn start_reading(&self, arguments: &[&str], input: Stdio) -> Running {
         let program = env!("CARGO_BIN_EXE_pisync");
         let mut words = self.entrance.iter().map(String::as_str).chain([program]);
         let mut child = Command::new(words.next().unwrap_or(program))
@@ -86,7 +90,7 @@ impl Program {
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -99,6 +103,29 @@ impl Program {
     /// Runs a command that ends by itself.
     pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
         self.start(arguments).wait()
+    }
+
+    /// Runs a command that reads a file of the working directory as its standard input.
+    pub(crate) fn run_reading(&self, arguments: &[&str], name: &str) -> Ended {
+        let file = std::fs::File::open(self.path(name)).unwrap();
+        self.start_reading(arguments, file.into()).wait()
+    }
+
+    /// Starts a command and kills it as soon as `enough` says so, or it ends before.
+    pub(crate) async fn run_until(
+        &self,
+        arguments: &[&str],
+        mut enough: impl AsyncFnMut() -> bool,
+    ) -> Ended {
+        let mut running = self.start(arguments);
+        while running.child.try_wait().unwrap().is_none() {
+            if enough().await {
+                // It may have ended by itself.
+                let _ = running.child.kill();
+                break;
+            }
+        }
+        running.wait()
     }
 
     /// Starts a command, and kills it as soon as it says something with this in it.

@@ -1,0 +1,2 @@
+-- loses: which files were imported, and how far
+drop table imports;

@@ -1,0 +1,198 @@
+//! `pisync export`: events into a file or to whoever reads them.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use flate2::{Compression, write::GzEncoder};
+use pisync_core::{DeviceId, Timestamp};
+
+use super::{database, progress::Progress};
+use crate::{
+    config::{DatabaseArgs, MigrationArgs},
+    event_format::Format,
+    export::{Export, ExportError},
+    store::Store,
+};
+
+/// How much is gathered before it is written, in bytes.
+const BUFFER: usize = 64 << 10;
+
+/// zstd's own default: smaller than gzip at several times its speed.
+const ZSTD_LEVEL: i32 = 3;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Events have the fields of a device's history, created_at included, oldest first
+within each device; `pisync import` reads them back. Devices' names and groups
+are not part of events, and keys and settings neither: `pisync copy` moves a
+whole database.
+
+Works beside a running server; events that arrive meanwhile may be in it or
+not. A file is written beside its place and put there once it is whole.
+
+Examples:
+  pisync export --output events.ndjson.gz
+  pisync export --group school-17 --from 2026-01-01 --format csv | head
+  pisync export --device pi-001 --zstd > pi-001.ndjson.zst")]
+pub(super) struct ExportCommand {
+    /// How events follow each other [default: csv for FILE.csv, also compressed; else ndjson]
+    #[arg(long)]
+    format: Option<Format>,
+    /// Only this device's events
+    #[arg(long, value_name = "ID", conflicts_with = "group")]
+    device: Option<String>,
+    /// Only those of this group's devices
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
+    /// Only events dated then or later; a bare date is its midnight in UTC
+    #[arg(long, value_name = "DATE", value_parser = date)]
+    from: Option<Timestamp>,
+    /// Only events dated then or earlier
+    #[arg(long, value_name = "DATE", value_parser = date)]
+    until: Option<Timestamp>,
+    /// Where to write them; - for standard output
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    output: PathBuf,
+    /// Compress with gzip, as for FILE.gz
+    #[arg(long, conflicts_with = "zstd")]
+    gzip: bool,
+    /// Compress with zstd, as for FILE.zst
+    #[arg(long)]
+    zstd: bool,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+}
+
+fn date(text: &str) -> Result<Timestamp, String> {
+    Timestamp::parse_iso8601(text)
+        .ok_or_else(|| "expected a date such as 2026-01-31 or 2026-01-31T12:00:00Z".to_owned())
+}
+
+/// How what is written is compressed.
+#[derive(Clone, Copy)]
+enum Packing {
+    Plain,
+    Gzip,
+    Zstd,
+}
+
+impl ExportCommand {
+    fn packing(&self) -> Packing {
+        let is = |extension| self.output.extension().is_some_and(|found| found == extension);
+        match () {
+            () if self.gzip => Packing::Gzip,
+            () if self.zstd => Packing::Zstd,
+            () if is("gz") => Packing::Gzip,
+            () if is("zst") => Packing::Zstd,
+            () => Packing::Plain,
+        }
+    }
+
+    fn format(&self) -> Format {
+        let name = self.output.file_name().map(|name| name.to_string_lossy());
+        let is_csv = name.is_some_and(|name| name.ends_with(".csv") || name.contains(".csv."));
+        self.format.unwrap_or(if is_csv { Format::Csv } else { Format::Ndjson })
+    }
+}
+
+pub(super) async fn run(command: &ExportCommand) -> Result<(), String> {
+    let target = command.database.target().map_err(|error| error.to_string())?;
+    let device = command.device.as_deref().map(DeviceId::new).transpose();
+    let export = Export {
+        format: command.format(),
+        device: device.map_err(|error| format!("--device {error}"))?,
+        group: command.group.clone(),
+        from: command.from,
+        until: command.until,
+    };
+    let store = database::open_current(&target, &command.migrations).await?;
+    if command.output.as_os_str() == "-" {
+        let written = write(&export, &*store, io::stdout(), command.packing(), |_| {}).await;
+        return match written {
+            // Whoever reads has seen enough.
+            Err(ExportError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) => Err(error.to_string()),
+            Ok(_) => Ok(()),
+        };
+    }
+    let mut progress = Progress::new(None);
+    let watch = |events| progress.update(0, events);
+    let result = to_file(&export, &*store, &command.output, command.packing(), watch).await;
+    progress.finish();
+    let events = result?;
+    println!("exported {events} events to {}", command.output.display());
+    Ok(())
+}
+
+/// Writes a file beside `path`, and puts it there once it is whole; to what is there and no file, such as a
+/// device, directly.
+async fn to_file(
+    export: &Export,
+    store: &dyn Store,
+    path: &Path,
+    packing: Packing,
+    watch: impl FnMut(u64),
+) -> Result<u64, String> {
+    let failed =
+        |error: &dyn std::fmt::Display| format!("cannot write {}: {error}", path.display());
+    let explain = |error: ExportError| match error {
+        ExportError::Write(error) => failed(&error),
+        error => error.to_string(),
+    };
+    let Some(name) = path.file_name().filter(|_| !path.is_dir()) else {
+        return Err(failed(&"it is a directory"));
+    };
+    if path.metadata().is_ok_and(|there| !there.is_file()) {
+        let device = File::options().write(true).open(path).map_err(|error| failed(&error))?;
+        return write(export, store, device, packing, watch).await.map_err(explain);
+    }
+    let mut partial = name.to_owned();
+    partial.push(".partial");
+    let partial = path.with_file_name(partial);
+    let file = File::create(&partial).map_err(|error| failed(&error))?;
+    let events = async {
+        let events = write(export, store, &file, packing, watch).await?;
+        file.sync_all()?;
+        fs::rename(&partial, path)?;
+        Ok(events)
+    };
+    events.await.map_err(|error| {
+        // It is of no use, and may be why the disk is full.
+        let _ = fs::remove_file(&partial);
+        explain(error)
+    })
+}
+
+/// Writes to the end of `output`.
+async fn write(
+    export: &Export,
+    store: &dyn Store,
+    output: impl Write,
+    packing: Packing,
+    watch: impl FnMut(u64),
+) -> Result<u64, ExportError> {
+    let mut output = BufWriter::with_capacity(BUFFER, output);
+    let events = match packing {
+        Packing::Plain => export.run(store, &mut output, watch).await?,
+        Packing::Gzip => {
+            let mut encoder = GzEncoder::new(&mut output, Compression::default());
+            let events = export.run(store, &mut encoder, watch).await?;
+            encoder.finish()?;
+            events
+        }
+        Packing::Zstd => {
+            let mut encoder = zstd::stream::write::Encoder::new(&mut output, ZSTD_LEVEL)?;
+            let events = export.run(store, &mut encoder, watch).await?;
+            encoder.finish()?;
+            events
+        }
+    };
+    output.flush()?;
+    Ok(events)
+}

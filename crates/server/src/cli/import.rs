@@ -1,0 +1,150 @@
+//! `pisync import`: events from a file, beside a running server or without one.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+
+use super::{
+    database,
+    progress::{Progress, rate},
+};
+use crate::{
+    clock::Clock,
+    config::{ClockSkewArgs, DatabaseArgs, MigrationArgs},
+    import::{Format, Import, Source, Status},
+    random::Randomness,
+    store,
+};
+
+/// Some records were no events.
+const PARTLY: u8 = 3;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Records are what POST /api/sync-event takes, as JSON objects (one per line, or
+an array) or as CSV whose first line names the fields in any order; gzip and
+zstd are recognised. An event may also have a created_at: when a server
+received it, which is kept; without, it is received now. What `pisync export`
+writes can be read.
+
+Each record is checked as the API does it. Those that are wrong are put into
+the file of rejected records, with their reasons, and the others are stored.
+
+Run the same command again after an interruption: it goes on where it was, and
+no event is stored twice. An input is known by its records, whatever its name;
+one that has grown is imported from where it ended before.
+
+Works beside a running server.
+
+Examples:
+  pisync import events.ndjson.gz
+  pisync export | ssh new-server pisync import -
+
+Exit status: 0 when every record is stored, 1 on failure, 2 on wrong usage, 3
+when some records were rejected and the others are stored.")]
+pub(super) struct ImportCommand {
+    /// What to import; - for standard input
+    file: PathBuf,
+    /// How records follow each other [default: what the first character tells]
+    #[arg(long)]
+    format: Option<Format>,
+    /// Where to put records that are wrong [default: FILE.rejected]
+    #[arg(long, value_name = "FILE")]
+    rejected: Option<PathBuf>,
+    /// Import it once more although it was imported already: events without an event_id are then stored twice
+    #[arg(long)]
+    again: bool,
+    #[command(flatten)]
+    clock_skew: ClockSkewArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+}
+
+impl ImportCommand {
+    fn source(&self) -> Source {
+        if self.file.as_os_str() == "-" { Source::Stdin } else { Source::File(self.file.clone()) }
+    }
+
+    /// Where records that are wrong go.
+    fn rejected(&self) -> PathBuf {
+        self.rejected.clone().unwrap_or_else(|| match self.source() {
+            Source::File(path) => {
+                let mut name = path.into_os_string();
+                name.push(".rejected");
+                name.into()
+            }
+            Source::Stdin => "stdin.rejected".into(),
+        })
+    }
+}
+
+pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
+    let target = command.database.target().map_err(|error| error.to_string())?;
+    let clock = Clock::system();
+    let store = database::open(&target, &command.migrations, clock.now()).await?;
+    let source = command.source();
+    let name = source.name();
+    let import = Import {
+        format: command.format,
+        rejected: command.rejected(),
+        again: command.again,
+        max_clock_skew_seconds: command.clock_skew.max_clock_skew_seconds,
+        id: Randomness::system().bytes()?,
+        source,
+    };
+    let mut progress = Progress::new(import.source.bytes());
+    let mut is_first = true;
+    let watch = |status: &Status| {
+        if std::mem::take(&mut is_first) {
+            introduce(&progress, status);
+        }
+        progress.update(status.bytes, status.stored + status.duplicates);
+    };
+    let result = import.run(&*store, &clock, || store::is_claimed(&target), watch).await;
+    let took = progress.finish();
+    let status = result.map_err(|error| error.to_string())?;
+    if let Err(error) = store.close().await {
+        // Everything is stored all the same, and the next server sees to the rest.
+        eprintln!("cannot close the database properly: {error}");
+    }
+    let Status { stored, duplicates, rejected, .. } = status;
+    if let Some(before) = status.resumed.as_ref().filter(|before| before.finished)
+        && stored + duplicates + rejected == 0
+    {
+        println!(
+            "{name} was imported already, at {}, and nothing was done; import it once more with --again",
+            before.at
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "imported {stored} events into {target}, {}/s; {duplicates} were there already, {rejected} were rejected",
+        rate(stored, took)
+    );
+    if rejected == 0 {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let file = command.rejected();
+    let file = file.display();
+    if stored + duplicates + status.passed == 0 {
+        return Err(format!("no record is an event; {file} says why"));
+    }
+    eprintln!("pisync: {rejected} records were rejected; {file} says why");
+    Ok(ExitCode::from(PARTLY))
+}
+
+/// Says what is special about an import.
+fn introduce(progress: &Progress, status: &Status) {
+    if !status.ignored_columns.is_empty() {
+        progress
+            .say(&format!("columns that are passed over: {}", status.ignored_columns.join(", ")));
+    }
+    if let Some(before) = status.resumed.as_ref().filter(|before| !before.finished) {
+        progress.say(&format!(
+            "going on after the {} records of the import that was interrupted at {}",
+            before.records, before.at
+        ));
+    }
+}

@@ -1,0 +1,334 @@
+//! Importing events that were exported, logged or kept elsewhere. A thread reads and checks records while the
+//! batch before them is stored. How far an import has come is stored with its events, so that one that was
+//! interrupted goes on where it was. The command line calls this, beside running servers.
+
+mod csv;
+mod input;
+mod records;
+mod rejected;
+mod resume;
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use pisync_core::{Arrival, ParseError, ReceivedEvent, Violation};
+use tokio::sync::mpsc;
+
+pub use self::{input::Source, records::Format};
+use self::{
+    records::Record,
+    rejected::{Rejected, RejectedFile},
+    resume::Rest,
+};
+use crate::{
+    clock::Clock,
+    store::{Batch, Digest, EventWriter, ImportProgress, Store, StoreError, Written},
+};
+
+/// Records in one transaction: some 20 ms of work, which servers that write meanwhile hardly notice, and
+/// larger ones gain little.
+const STEP_RECORDS: usize = 1_000;
+
+/// The text that they may have altogether, in bytes.
+const STEP_BYTES: usize = 4 << 20;
+
+/// Steps that are read ahead: one is enough for reading and storing to go on at the same time, and the other
+/// makes up for a slow commit.
+const STEPS_AHEAD: usize = 2;
+
+/// How long to wait for a database that is away.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How often to try meanwhile.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Why an import has ended early, in words for whoever started it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ImportError(String);
+
+/// What to import.
+#[derive(Debug)]
+pub struct Import {
+    /// From where.
+    pub source: Source,
+    /// How records follow each other; its beginning tells when `None`.
+    pub format: Option<Format>,
+    /// Where to put the records that are no events.
+    pub rejected: PathBuf,
+    /// Import it once more although it was imported already.
+    pub again: bool,
+    /// How far ahead of its receipt an event may be dated.
+    pub max_clock_skew_seconds: u32,
+    /// Random: what the import is called, unless it goes on with another.
+    pub id: Digest,
+}
+
+/// How far an import has come.
+#[derive(Debug, Default)]
+pub struct Status {
+    /// Bytes read of the input, as they are in the file.
+    pub bytes: u64,
+    /// Records of imports before, that this one goes on with.
+    pub passed: u64,
+    /// Events that were stored.
+    pub stored: u64,
+    /// Events that were there already, under the same event id.
+    pub duplicates: u64,
+    /// Records that are no events.
+    pub rejected: u64,
+    /// What this import goes on with, if it does.
+    pub resumed: Option<ImportProgress>,
+    /// Columns of CSV that nobody knows.
+    pub ignored_columns: Vec<String>,
+}
+
+impl Status {
+    /// The error that an import has met, with what became of the records before it.
+    fn after(&self, error: ImportError) -> ImportError {
+        let taken = self.stored + self.duplicates + self.rejected;
+        if taken == 0 {
+            return error;
+        }
+        ImportError(format!("{error}; the {taken} records before are dealt with, and stay"))
+    }
+}
+
+/// What the reading thread sends first.
+struct Beginning {
+    resumed: Option<ImportProgress>,
+    ignored_columns: Vec<String>,
+}
+
+/// Some records, read and checked.
+#[derive(Default)]
+struct Step {
+    events: Vec<ReceivedEvent>,
+    rejected: Vec<Rejected>,
+    /// Records taken so far, and what they are known by.
+    records: u64,
+    digest: Digest,
+    head: Digest,
+    /// Nothing follows.
+    is_last: bool,
+}
+
+enum Message {
+    Beginning(Beginning),
+    Step(Step),
+}
+
+impl Import {
+    /// Imports into `store`. `watch` hears of every step; `gives_way` tells whether somebody else must get
+    /// at the database in between.
+    ///
+    /// # Errors
+    /// What is wrong with the input, the database or the file of rejected records. Steps that were stored
+    /// stay, and the same import goes on after them.
+    pub async fn run(
+        self,
+        store: &dyn Store,
+        clock: &Clock,
+        gives_way: impl Fn() -> bool,
+        mut watch: impl FnMut(&Status),
+    ) -> Result<Status, ImportError> {
+        let mut imports = store.imports().await.map_err(|error| ImportError(error.to_string()))?;
+        if self.again {
+            imports.retain(|import| !import.finished);
+        }
+        let taken = Arc::new(AtomicU64::new(0));
+        let import = Arc::new(self);
+        let mut messages = read_ahead(&import, imports, clock, &taken)?;
+        let mut status = Status::default();
+        let mut rejected_file = None;
+        let mut writer = store.event_writer();
+        while let Some(message) = messages.recv().await {
+            status.bytes = taken.load(Ordering::Relaxed);
+            match message.map_err(|error| status.after(error))? {
+                Message::Beginning(beginning) => {
+                    status.passed = beginning.resumed.as_ref().map_or(0, |resumed| resumed.records);
+                    status.resumed = beginning.resumed;
+                    status.ignored_columns = beginning.ignored_columns;
+                    let file = RejectedFile::open(import.rejected.clone(), status.passed)?;
+                    rejected_file = Some(file);
+                    watch(&status);
+                }
+                Message::Step(step) => {
+                    if let Some(file) = &mut rejected_file {
+                        file.add(&step.rejected)?;
+                    }
+                    let started = Instant::now();
+                    import.store(&mut *writer, step, clock, &mut status).await?;
+                    watch(&status);
+                    if gives_way() {
+                        // As long as it was kept from them: they find their turn within a few of ours.
+                        tokio::time::sleep(started.elapsed()).await;
+                    }
+                }
+            }
+        }
+        Ok(status)
+    }
+
+    /// Stores one step.
+    async fn store(
+        &self,
+        writer: &mut dyn EventWriter,
+        step: Step,
+        clock: &Clock,
+        status: &mut Status,
+    ) -> Result<(), ImportError> {
+        status.rejected += step.rejected.len() as u64;
+        let is_new = step.records > status.passed;
+        if !is_new && status.resumed.as_ref().is_some_and(|resumed| resumed.finished) {
+            return Ok(());
+        }
+        let (before, after) = (status.resumed.as_ref(), step.records);
+        let progress = ImportProgress {
+            id: before.map_or(self.id, |resumed| resumed.id),
+            name: self.source.name(),
+            head: step.head,
+            records: step.records,
+            digest: step.digest,
+            rejected: before.map_or(0, |resumed| resumed.rejected) + status.rejected,
+            finished: step.is_last,
+            at: clock.now(),
+        };
+        let received = clock.now();
+        let receipts = receipts(&step.events, received);
+        let events: Vec<_> = step.events.into_iter().map(|event| event.event).collect();
+        let count = events.len() as u64;
+        let batch =
+            Arc::new(Batch { receipts, progress: Some(progress), ..Batch::new(received, events) });
+        let written = write(writer, &batch).await.map_err(|error| {
+            ImportError(format!(
+                "cannot store the records up to {after}: {error}; those before them are stored, and the same command goes on after them"
+            ))
+        })?;
+        let duplicates = written.duplicates.len() as u64;
+        status.duplicates += duplicates;
+        status.stored += count - duplicates;
+        Ok(())
+    }
+
+    /// Reads and checks the input to its end.
+    fn read(
+        &self,
+        imports: &[ImportProgress],
+        clock: &Clock,
+        taken: &Arc<AtomicU64>,
+        messages: &mpsc::Sender<Result<Message, ImportError>>,
+    ) -> Result<(), ImportError> {
+        let mut rest = Rest::open(&self.source, self.format, imports, taken)?;
+        let beginning = Beginning {
+            resumed: rest.resumed.clone(),
+            ignored_columns: rest.ignored_columns().to_vec(),
+        };
+        let mut message = Message::Beginning(beginning);
+        loop {
+            let is_last = matches!(&message, Message::Step(step) if step.is_last);
+            // Whoever does not listen has met an error, and tells it.
+            if messages.blocking_send(Ok(message)).is_err() || is_last {
+                return Ok(());
+            }
+            message = Message::Step(self.read_step(&mut rest, clock)?);
+        }
+    }
+
+    fn read_step(&self, rest: &mut Rest, clock: &Clock) -> Result<Step, ImportError> {
+        let received = clock.now();
+        let skew = i64::from(self.max_clock_skew_seconds) * 1000;
+        let arrival = Arrival { received, latest: received.saturating_add_milliseconds(skew) };
+        let (mut step, mut bytes) = (Step::default(), 0);
+        while step.events.len() + step.rejected.len() < STEP_RECORDS && bytes < STEP_BYTES {
+            let Some(record) = rest.next()? else {
+                step.is_last = true;
+                break;
+            };
+            bytes += record.text.len();
+            match check(&record, arrival) {
+                Ok(event) => step.events.push(event),
+                Err(_) if record.may_be_cut_off => {
+                    return Err(ImportError(format!(
+                        "{} ends in the middle of a record: it is cut off; import it again once it is whole",
+                        self.source.name()
+                    )));
+                }
+                Err(details) => {
+                    let text = String::from_utf8_lossy(&record.text).into_owned();
+                    let record = rest.fingerprint.records;
+                    step.rejected.push(Rejected { record, details, text });
+                }
+            }
+        }
+        step.records = rest.fingerprint.records;
+        (step.digest, step.head) = (rest.fingerprint.digest(), rest.fingerprint.head());
+        Ok(step)
+    }
+}
+
+/// Starts the thread that reads. It ends with the input, or when nobody listens any more.
+fn read_ahead(
+    import: &Arc<Import>,
+    imports: Vec<ImportProgress>,
+    clock: &Clock,
+    taken: &Arc<AtomicU64>,
+) -> Result<mpsc::Receiver<Result<Message, ImportError>>, ImportError> {
+    let (sender, messages) = mpsc::channel(STEPS_AHEAD);
+    let (import, clock, taken) = (Arc::clone(import), clock.clone(), Arc::clone(taken));
+    thread::Builder::new()
+        .name("import".into())
+        .spawn(move || {
+            if let Err(error) = import.read(&imports, &clock, &taken, &sender) {
+                let _ = sender.blocking_send(Err(error));
+            }
+        })
+        .map_err(|error| ImportError(format!("cannot start a thread: {error}")))?;
+    Ok(messages)
+}
+
+/// The event that a record is, or what is wrong with it.
+fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violation>> {
+    if let Some(problem) = &record.problem {
+        return Err(vec![Violation::of("value", problem, None)]);
+    }
+    ReceivedEvent::from_json(&record.text, arrival).map_err(|error| match error {
+        ParseError::Invalid(violations) => violations,
+        ParseError::Malformed(where_) => {
+            vec![Violation::worded("", format!("Malformed JSON: {where_}"), None)]
+        }
+    })
+}
+
+/// When each event was received: nothing when all of them arrive now.
+fn receipts(
+    events: &[ReceivedEvent],
+    received: pisync_core::Timestamp,
+) -> Vec<pisync_core::Timestamp> {
+    if events.iter().all(|event| event.created_at.is_none()) {
+        return Vec::new();
+    }
+    events.iter().map(|event| event.created_at.unwrap_or(received)).collect()
+}
+
+/// Writes a batch, and waits for a database that is away.
+async fn write(writer: &mut dyn EventWriter, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+    let started = Instant::now();
+    loop {
+        match writer.write(batch).await {
+            Err(StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_))
+                if started.elapsed() < PATIENCE =>
+            {
+                tokio::time::sleep(RETRY).await;
+            }
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The file of rejected records: a JSON line for each, with its reasons. It is written before the step of the
+//! import to which it belongs is committed, so what an interrupted step has left there is taken out again.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufRead, BufReader, Seek, SeekFrom, Write},
+    path::PathBuf,
+};
+
+use pisync_core::Violation;
+use serde::{Deserialize, Serialize};
+
+use super::ImportError;
+
+/// The longest line that is looked at in a file that is there already, in bytes: a record of 64 KiB, in which
+/// each byte may be written as six, and its reasons.
+const LONGEST_LINE: u64 = 1 << 20;
+
+/// A record that is no event.
+#[derive(Serialize)]
+pub(super) struct Rejected {
+    /// Its number among all records, from 1.
+    pub(super) record: u64,
+    /// Every wrong field.
+    pub(super) details: Vec<Violation>,
+    /// What was read.
+    pub(super) text: String,
+}
+
+/// The file, which is made when it is needed.
+pub(super) struct RejectedFile {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl RejectedFile {
+    /// Opens the file at `path` for an import that has taken so many records already. Those of later records
+    /// are taken out of it.
+    pub(super) fn open(path: PathBuf, taken: u64) -> Result<Self, ImportError> {
+        let mut rejected = Self { path, file: None };
+        match OpenOptions::new().read(true).write(true).open(&rejected.path) {
+            Ok(file) => rejected.go_on(file, taken)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(rejected.failed(&error)),
+        }
+        Ok(rejected)
+    }
+
+    /// Goes on with a file that is there.
+    fn go_on(&mut self, mut file: File, taken: u64) -> Result<(), ImportError> {
+        #[derive(Deserialize)]
+        struct Line {
+            record: u64,
+        }
+        let mut reader = BufReader::new(&file);
+        let (mut line, mut whole) = (Vec::new(), 0);
+        loop {
+            line.clear();
+            let read = io::Read::take(&mut reader, LONGEST_LINE).read_until(b'\n', &mut line);
+            if read.map_err(|error| self.failed(&error))? == 0 {
+                break;
+            }
+            match serde_json::from_slice::<Line>(&line) {
+                Ok(known) if known.record <= taken && line.ends_with(b"\n") => {
+                    whole += line.len() as u64;
+                }
+                // What follows was not committed.
+                Ok(_) if taken > 0 => break,
+                Err(_) if whole > 0 => break,
+                _ => {
+                    let path = self.path.display();
+                    return Err(ImportError(format!(
+                        "{path} is there already: move it away, or name another file with --rejected"
+                    )));
+                }
+            }
+        }
+        let shortened = file.set_len(whole).and_then(|()| file.seek(SeekFrom::End(0)));
+        shortened.map_err(|error| self.failed(&error))?;
+        self.file = Some(file);
+        Ok(())
+    }
+
+    /// Adds records and returns when they are on the disk.
+    pub(super) fn add(&mut self, records: &[Rejected]) -> Result<(), ImportError> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        self.write(records).map_err(|error| self.failed(&error))
+    }
+
+    fn write(&mut self, records: &[Rejected]) -> io::Result<()> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(File::create_new(&self.path)?),
+        };
+        let mut lines = Vec::new();
+        for record in records {
+            serde_json::to_writer(&mut lines, record)?;
+            lines.push(b'\n');
+        }
+        file.write_all(&lines)?;
+        file.sync_data()
+    }
+
+    fn failed(&self, error: &io::Error) -> ImportError {
+        let path = self.path.display();
+        ImportError(format!(
+            "cannot write rejected records to {path}: {error}; name another file with --rejected"
+        ))
+    }
+}
