@@ -33,9 +33,6 @@ const YEAR_2000: i64 = 946_684_800_000;
 
 const DAY_MILLISECONDS: i64 = 86_400_000;
 
-/// Kibibytes of the file that are kept in memory while it is filled, and of an index while it is sorted.
-const CACHE_KIBIBYTES: i32 = 32_768;
-
 /// Reads a file that servers may be using.
 pub(crate) struct SqliteCopyReader {
     connection: SharedConnection,
@@ -134,7 +131,6 @@ impl SqliteCopyWriter {
             connection.pragma_update(None, "journal_mode", "off")?;
             connection.pragma_update(None, "synchronous", "off")?;
             connection.pragma_update(None, "locking_mode", "exclusive")?;
-            connection.pragma_update(None, "cache_size", -CACHE_KIBIBYTES)?;
             // An index is sorted in files, however many events there are.
             connection.pragma_update(None, "temp_store", "file")?;
             connection.execute_batch("begin immediate")?;
