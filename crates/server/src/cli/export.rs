@@ -27,9 +27,8 @@ const ZSTD_LEVEL: i32 = 3;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Events have the fields of a device's history, created_at included, oldest first
-within each device; `pisync import` reads them back. Devices' names and groups
-are not part of events, and keys and settings neither: `pisync copy` moves a
-whole database.
+within each device; `pisync import` reads them back. Names and groups of
+devices, keys and settings are not part of events.
 
 Works beside a running server; events that arrive meanwhile may be in it or
 not. A file is written beside its place and put there once it is whole.

@@ -1,6 +1,10 @@
 //! `pisync import`: events from a file, beside a running server or without one.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use clap::Args;
 
@@ -13,8 +17,11 @@ use crate::{
     config::{ClockSkewArgs, DatabaseArgs, MigrationArgs},
     import::{Format, Import, Source, Status},
     random::Randomness,
-    store,
+    store::{self, Target},
 };
+
+/// How often to look for a server that uses the same SQLite file.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Some records were no events.
 const PARTLY: u8 = 3;
@@ -102,10 +109,14 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
         }
         progress.update(status.bytes, status.stored + status.duplicates);
     };
-    let result = import.run(&*store, &clock, || store::is_claimed(&target), watch).await;
+    let mut neighbour = Neighbour { target: &target, looked: None };
+    let result = import.run(&*store, &clock, || neighbour.is_there(), watch).await;
     let took = progress.finish();
     let status = result.map_err(|error| error.to_string())?;
-    if let Err(error) = store.close().await {
+    // A server that goes on would be kept waiting, and sees to it itself.
+    if !neighbour.is_there()
+        && let Err(error) = store.close().await
+    {
         // Everything is stored all the same, and the next server sees to the rest.
         eprintln!("cannot close the database properly: {error}");
     }
@@ -133,6 +144,24 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
     }
     eprintln!("pisync: {rejected} records were rejected; {file} says why");
     Ok(ExitCode::from(PARTLY))
+}
+
+/// A server that may be using the same SQLite file.
+struct Neighbour<'a> {
+    target: &'a Target,
+    /// When it was looked for, and whether it was there.
+    looked: Option<(Instant, bool)>,
+}
+
+impl Neighbour<'_> {
+    /// Whether it is there, to the second: looking keeps a server that starts at the same moment out.
+    fn is_there(&mut self) -> bool {
+        let now = Instant::now();
+        let recent = self.looked.filter(|(at, _)| now - *at < LOOK_INTERVAL);
+        let (_, is_there) = recent.unwrap_or_else(|| (now, store::is_claimed(self.target)));
+        self.looked = Some((recent.map_or(now, |(at, _)| at), is_there));
+        is_there
+    }
 }
 
 /// Says what is special about an import.

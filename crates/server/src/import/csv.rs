@@ -234,7 +234,7 @@ mod tests {
             ),
             [
                 r#"{"timestamp":"2025-06-17","device_id":"pi","total_errors":0,"total_files_synced":1}"#,
-                r#"{"timestamp":"2025","device_id":"a \"b\", c","total_errors":-1,"total_files_synced":" 2","metadata":{"a":1}}"#,
+                r#"{"timestamp":"2025","device_id":"a \"b\", c","total_errors":-1,"total_files_synced": 2,"metadata":{"a":1}}"#,
                 r#"{"timestamp":"z"}"#,
             ]
         );

@@ -136,7 +136,7 @@ impl Import {
         self,
         store: &dyn Store,
         clock: &Clock,
-        gives_way: impl Fn() -> bool,
+        mut gives_way: impl FnMut() -> bool,
         mut watch: impl FnMut(&Status),
     ) -> Result<Status, ImportError> {
         let mut imports = store.imports().await.map_err(|error| ImportError(error.to_string()))?;

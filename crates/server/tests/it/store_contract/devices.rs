@@ -8,6 +8,7 @@ use crate::support::{
 };
 
 both_stores!(
+    ids_of_all_devices_by_the_page,
     search_is_literal_and_ignores_the_case_of_ascii,
     search_looks_at_names_too,
     groups,
@@ -301,4 +302,30 @@ async fn a_deleted_device_may_come_back(fixture: &TestStore) {
     // The figures of those that were not deleted are whole.
     let other = fixture.store.device(&device_id("pi-2")).await.unwrap().unwrap();
     assert_eq!(other.device.figures.total_syncs, 3);
+}
+
+async fn ids_of_all_devices_by_the_page(fixture: &TestStore) {
+    let mut expected: Vec<_> =
+        (0..2_300).map(|number| format!("ü-{}", number * 7_919 % 2_300)).collect();
+    let events = expected.iter().map(|device| success(device, now())).collect();
+    write(&mut *fixture.writer(), events).await;
+    expected.sort_unstable();
+    let group = DeviceChange { group: Some(Some("odd".to_owned())), ..DeviceChange::default() };
+    for device in ["ü-7", "ü-71"] {
+        fixture.store.update_device(&device_id(device), &group, &somebody()).await.unwrap();
+    }
+    for (group, expected) in
+        [(None, expected), (Some("odd"), vec!["ü-7".to_owned(), "ü-71".to_owned()])]
+    {
+        let (mut found, mut after): (Vec<String>, Option<String>) = (Vec::new(), None);
+        loop {
+            let page = fixture.store.device_ids(group, after.as_deref()).await.unwrap();
+            found.extend(page.iter().map(ToString::to_string));
+            if page.is_empty() {
+                break;
+            }
+            after = found.last().cloned();
+        }
+        assert_eq!(found, expected);
+    }
 }

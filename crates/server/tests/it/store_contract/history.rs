@@ -15,6 +15,7 @@ both_stores!(
     ids_rise_in_order_of_arrival,
     every_field_comes_back_as_sent,
     newest_first_and_the_later_id_first_among_equals,
+    oldest_first_is_the_same_backwards,
     pages_and_their_total,
     bounds_are_inclusive,
     one_job_only,
@@ -115,6 +116,31 @@ async fn newest_first_and_the_later_id_first_among_equals(fixture: &TestStore) {
     let history = history(fixture, &whole(&device_id("pi"))).await;
     let found: Vec<i64> = history.events.iter().map(|event| event.id).collect();
     assert_eq!(found, [ids[5], ids[2], ids[0], later[0], ids[3], ids[4], ids[1]]);
+}
+
+async fn oldest_first_is_the_same_backwards(fixture: &TestStore) {
+    // Few dates for many events, some of them before 1970.
+    let events = (0..40).map(|number| success("pi", at(number % 7 * -400_000_000)));
+    write(&mut *fixture.writer(), events.collect()).await;
+    let pi = device_id("pi");
+    let bounded =
+        HistoryQuery { from: Some(at(-2_000_000_000)), until: Some(at(-1)), ..whole(&pi) };
+    for query in [whole(&pi), bounded] {
+        let mut expected: Vec<_> =
+            history(fixture, &query).await.events.iter().map(|event| event.id).collect();
+        expected.reverse();
+        for limit in [1, 3, 1000] {
+            let mut query = HistoryQuery { limit, oldest_first: true, ..query.clone() };
+            let mut found = Vec::new();
+            loop {
+                let page = fixture.store.events(&query).await.unwrap().unwrap();
+                found.extend(page.events.iter().map(|event| event.id));
+                let Some(next) = page.next else { break };
+                query.after = Some(next);
+            }
+            assert_eq!(found, expected, "{limit}");
+        }
+    }
 }
 
 async fn pages_and_their_total(fixture: &TestStore) {

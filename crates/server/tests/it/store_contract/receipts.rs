@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use pisync::store::{Batch, HistoryQuery};
+use pisync::store::{Batch, HistoryQuery, Retention, Window};
 use pisync_core::{EventId, SyncEvent, Timestamp};
 
 use crate::support::{
-    events::{at, device_id, failure, now, of_job, success, write},
+    events::{at, device_id, failure, now, of_job, success, write, write_at},
     store::{TestStore, assert_right, differences},
 };
 
@@ -14,6 +14,7 @@ both_stores!(
     events_keep_their_receive_times,
     a_device_is_as_old_as_its_first_event,
     a_duplicate_is_told_with_its_own_receive_time,
+    what_is_older_than_is_kept_counts_and_goes,
 );
 
 const DAY: i64 = 24 * 60 * 60;
@@ -74,4 +75,38 @@ async fn a_duplicate_is_told_with_its_own_receive_time(fixture: &TestStore) {
         assert_eq!(first.created_at, at(-39 * DAY));
     }
     assert_right(&differences(&*fixture.store, false).await);
+}
+
+async fn what_is_older_than_is_kept_counts_and_goes(fixture: &TestStore) {
+    let retention = Retention::new(40, 300).unwrap();
+    let fold_and_drop = async || {
+        while fixture.store.fold_events(at(3600)).await.unwrap() {}
+        for minutes in [0, 10] {
+            let now = at(minutes * 60);
+            while fixture.store.drop_old_events(now, &retention).await.unwrap() {}
+        }
+    };
+    let history = async || {
+        let query = HistoryQuery::newest(device_id("pi"), 10);
+        fixture.store.sync_history(&query).await.unwrap().unwrap()
+    };
+    let mut writer = fixture.writer();
+    write_at(&mut *writer, at(-100 * DAY), vec![failure("pi", at(-100 * DAY))]).await;
+    write(&mut *writer, vec![failure("pi", at(0))]).await;
+    fold_and_drop().await;
+    assert!(history().await.raw_since.is_some());
+
+    let old = [success("pi", at(-95 * DAY)), failure("pi", at(-94 * DAY))];
+    let old = old.map(|event| (event.timestamp, event));
+    fixture.writer().write(&received(old.to_vec())).await.unwrap();
+    let window = Window::last_days(at(-90 * DAY), 30);
+    for rows in [3, if fixture.is_postgres() { 1 } else { 3 }] {
+        let found = history().await;
+        assert_eq!((found.figures.total_syncs, found.figures.failed_syncs), (4, 3));
+        // What went before them is unknown by now: they change no streak.
+        assert_eq!(found.figures.consecutive_failures, 2);
+        assert_eq!(fixture.store.window_figures(&window).await.unwrap().total_syncs, 3);
+        assert_eq!(found.events.len(), rows);
+        fold_and_drop().await;
+    }
 }
