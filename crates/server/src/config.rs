@@ -42,6 +42,27 @@ pub struct DatabaseArgs {
     data_dir: PathBuf,
 }
 
+/// Two databases: one to copy, and one to copy it to.
+#[derive(Debug, Clone, Args)]
+pub struct CopyArgs {
+    /// The database to copy: sqlite:PATH or postgres://user:password@host:port/database
+    #[arg(long, env = "COPY_FROM", hide_env_values = true, value_name = "URL")]
+    from: Secret,
+    /// The database to copy it to, which must be empty
+    #[arg(long, env = "COPY_TO", hide_env_values = true, value_name = "URL")]
+    to: Secret,
+}
+
+impl CopyArgs {
+    /// Where from and where to.
+    ///
+    /// # Errors
+    /// When one of them names no database.
+    pub fn targets(&self) -> Result<(Target, Target), ConfigError> {
+        Ok((parse_url("--from", &self.from.0)?, parse_url("--to", &self.to.0)?))
+    }
+}
+
 /// Users' own migrations.
 #[derive(Debug, Clone, Args)]
 pub struct MigrationArgs {
@@ -349,7 +370,7 @@ impl DatabaseArgs {
     /// When the settings do not name one.
     pub fn target(&self) -> Result<Target, ConfigError> {
         if let Some(url) = given(self.database_url.as_ref().map(|secret| &secret.0)) {
-            return parse_url(url);
+            return parse_url("DATABASE_URL", url);
         }
         let [host, port, name, user] = [&self.db_host, &self.db_port, &self.db_name, &self.db_user]
             .map(|value| given(value.as_ref()));
@@ -376,17 +397,20 @@ impl DatabaseArgs {
     }
 }
 
-/// Reads a database URL. What it says of TLS is understood here, for the driver knows only half of it.
-fn parse_url(url: &str) -> Result<Target, ConfigError> {
+/// Reads the database URL that stands in `setting`. What it says of TLS is understood here, for the driver
+/// knows only half of it.
+fn parse_url(setting: &str, url: &str) -> Result<Target, ConfigError> {
     if let Some(path) = url.strip_prefix("sqlite:") {
         let path = path.strip_prefix("//").unwrap_or(path);
         if path.is_empty() {
-            return wrong("DATABASE_URL: sqlite: needs a path, for instance sqlite:data/pisync.db");
+            return wrong(format!(
+                "{setting}: sqlite: needs a path, for instance sqlite:data/pisync.db"
+            ));
         }
         return Ok(Target::Sqlite(path.into()));
     }
     if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-        return wrong("DATABASE_URL must begin with postgres:// or sqlite:");
+        return wrong(format!("{setting} must begin with postgres:// or sqlite:"));
     }
     let (base, query) = url.split_once('?').unwrap_or((url, ""));
     let mut ssl_mode = SslMode::Prefer;
@@ -403,9 +427,9 @@ fn parse_url(url: &str) -> Result<Target, ConfigError> {
                     "verify-full" => SslMode::VerifyFull,
                     // Not repeated: after a password that is not encoded, it may be part of that.
                     _ => {
-                        return wrong(
-                            "DATABASE_URL: sslmode must be disable, allow, prefer, require, verify-ca or verify-full",
-                        );
+                        return wrong(format!(
+                            "{setting}: sslmode must be disable, allow, prefer, require, verify-ca or verify-full"
+                        ));
                     }
                 }
             }
@@ -420,7 +444,7 @@ fn parse_url(url: &str) -> Result<Target, ConfigError> {
         if rest.is_empty() { base.to_owned() } else { format!("{base}?{}", rest.join("&")) };
     let mut config: tokio_postgres::Config = plain.parse().map_err(|error| {
         ConfigError(format!(
-            "DATABASE_URL: {error}; special characters in the password must be percent-encoded"
+            "{setting}: {error}; special characters in the password must be percent-encoded"
         ))
     })?;
     if config.get_dbname().is_none() {

@@ -1,6 +1,7 @@
 //! The command line: what was typed, and one file per command.
 
 mod backup;
+mod copy;
 mod database;
 mod db;
 mod export;
@@ -38,6 +39,8 @@ Examples:
                                            create the PostgreSQL database and its tables
   pisync migrate status                    what is applied and what is pending
   pisync backup /mnt/usb/pisync.db         a copy of the SQLite database, also while it is in use
+  pisync copy --from sqlite:data/pisync.db --to postgres://pisync@localhost/pisync
+                                           move from SQLite to PostgreSQL
   pisync key create --scope admin          a key that opens everything, shown this once
   pisync import events.csv.gz              events from elsewhere
   pisync export --output events.ndjson.gz  and out again
@@ -62,6 +65,8 @@ enum Command {
     Backup(backup::BackupCommand),
     /// Put a backup in the place of an SQLite database
     Restore(backup::RestoreCommand),
+    /// Copy everything into another database, of the same store or the other
+    Copy(copy::CopyCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
     /// Print the API's OpenAPI document
@@ -101,6 +106,7 @@ pub fn main() -> ExitCode {
             Some(Command::Export(command)) => export::run(&command).await,
             Some(Command::Backup(command)) => backup::backup(&command),
             Some(Command::Restore(command)) => backup::restore(&command).await,
+            Some(Command::Copy(command)) => copy::run(&command).await,
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.
@@ -260,6 +266,8 @@ mod tests {
             "EVENT_ID_RETENTION_DAYS",
             "MIGRATIONS_DIR",
             "AUTO_MIGRATE",
+            "COPY_FROM",
+            "COPY_TO",
         ] {
             assert!(known.iter().any(|one| one == name), "{name}");
         }

@@ -15,8 +15,10 @@ const LINE_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) struct Progress {
     /// On a terminal.
     bar: Option<ProgressBar>,
-    /// Bytes there are; unknown for a pipe.
+    /// Bytes there are, or whatever [`Self::update`] is told; unknown for a pipe.
     total: Option<u64>,
+    /// What is counted.
+    unit: String,
     started: Instant,
     said: Instant,
 }
@@ -26,18 +28,23 @@ impl Progress {
     pub(super) fn new(total: Option<u64>) -> Self {
         let now = Instant::now();
         let bar = stderr().is_terminal().then(|| bar(total));
-        Self { bar, total, started: now, said: now }
+        Self { bar, total, unit: "events".to_owned(), started: now, said: now }
+    }
+
+    /// Counts something else than events.
+    pub(super) fn counting(self, unit: String) -> Self {
+        Self { unit, ..self }
     }
 
     /// So many bytes are read or written by now, and so many events.
     pub(super) fn update(&mut self, bytes: u64, events: u64) {
-        let rate = rate(events, self.started.elapsed());
+        let (rate, unit) = (rate(events, self.started.elapsed()), &self.unit);
         if let Some(bar) = &self.bar {
-            bar.set_message(format!("{events} events, {rate}/s"));
+            bar.set_message(format!("{events} {unit}, {rate}/s"));
             bar.set_position(bytes);
         } else if self.said.elapsed() >= LINE_INTERVAL {
             self.said = Instant::now();
-            eprintln!("{events} events, {rate}/s{}", self.left(bytes));
+            eprintln!("{events} {unit}, {rate}/s{}", self.left(bytes));
         }
     }
 

@@ -80,7 +80,7 @@ fn bound_connections(max_connections: &mut usize, file_limit: Option<u64>) {
 }
 
 /// Comes true on SIGTERM or SIGINT (Ctrl-C).
-fn shutdown_signal() -> Result<impl Future<Output = ()>, String> {
+pub(super) fn shutdown_signal() -> Result<impl Future<Output = ()>, String> {
     let cannot = |error: std::io::Error| format!("cannot listen for signals: {error}");
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;

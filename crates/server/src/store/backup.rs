@@ -42,7 +42,7 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
     if file.exists() && !overwrite {
         return Err(sqlite::backup::exists(file));
     }
-    if is_same(file, database) {
+    if sqlite::backup::is_same_file(file, database) {
         return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
     let copy = sqlite::backup::Copy::make(database, file)?;
@@ -72,7 +72,7 @@ pub async fn restore(
     if !file.is_file() {
         return Err(StoreError::Failed(format!("there is no backup file {}", file.display())));
     }
-    if is_same(file, database) {
+    if sqlite::backup::is_same_file(file, database) {
         return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
     if database.exists() && !overwrite {
@@ -99,8 +99,4 @@ async fn pending(path: &Path, migrations: &Path) -> Result<Vec<String>, String> 
         return Err("not a PiSync database".to_owned());
     }
     Ok(pending)
-}
-
-fn is_same(left: &Path, right: &Path) -> bool {
-    matches!((left.canonicalize(), right.canonicalize()), (Ok(left), Ok(right)) if left == right)
 }

@@ -4,6 +4,7 @@
 
 mod backup;
 mod batch;
+mod copy;
 mod history;
 mod imports;
 mod keys;
@@ -24,6 +25,7 @@ use pisync_core::{DeviceId, Timestamp};
 
 pub use backup::{BackedUp, Restored, backup, restore};
 pub use batch::{Batch, Duplicate, FailureStreak, Written};
+pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportProgress};
 pub use keys::{

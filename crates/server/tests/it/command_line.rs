@@ -396,6 +396,10 @@ fn help() {
         let help = program.run(command);
         assert!(help.success().contains("[env: DATABASE_URL]"), "{help:?}");
     }
+    let copy =
+        Program::new().with("COPY_TO", "postgres://pi:s3cret-word@db").run(&["copy", "--help"]);
+    assert!(copy.success().contains("[env: COPY_TO]"), "{copy:?}");
+    assert!(!copy.stdout.contains("s3cret-word"));
     let version = program.run(&["--version"]);
     assert_eq!(version.success(), format!("pisync {}\n", env!("CARGO_PKG_VERSION")));
     let document = program.run(&["openapi"]);

@@ -16,6 +16,7 @@ mod attacks;
 mod backup;
 mod browser;
 mod command_line;
+mod copy;
 mod crash;
 mod devices;
 mod export;

@@ -3,6 +3,7 @@
 
 mod changes;
 mod connect;
+pub(super) mod copy;
 mod dump;
 mod expiry;
 mod history;

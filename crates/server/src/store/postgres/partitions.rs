@@ -90,26 +90,35 @@ impl Partition {
 }
 
 async fn create(client: &mut Client, partition: &Partition) -> Result<(), tokio_postgres::Error> {
+    let transaction = client.transaction().await?;
+    if exists(transaction.client(), partition).await? {
+        return Ok(());
+    }
+    transaction.execute("select pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
+    transaction.batch_execute(&format!("set local lock_timeout = '{LOCK_TIMEOUT}'")).await?;
+    // Another node may have made it while we waited.
+    create_within(transaction.client(), partition).await?;
+    transaction.commit().await
+}
+
+/// Makes the partition, if it is missing, in the transaction under way, which keeps others from doing the
+/// same.
+pub(super) async fn create_within(
+    client: &Client,
+    partition: &Partition,
+) -> Result<(), tokio_postgres::Error> {
+    if exists(client, partition).await? {
+        return Ok(());
+    }
+    client.batch_execute(&partition.create()).await?;
+    client.batch_execute(&partition.attach()).await
+}
+
+async fn exists(client: &Client, partition: &Partition) -> Result<bool, tokio_postgres::Error> {
     const EXISTS: &str = "
         select exists (
             select from pg_inherits
              where inhparent = 'sync_events'::regclass and inhrelid = to_regclass($1))
     ";
-    let exists = async |client: &tokio_postgres::Transaction<'_>| {
-        client.query_one(EXISTS, &[&partition.table]).await?.try_get::<_, bool>(0)
-    };
-    let transaction = client.transaction().await?;
-    if exists(&transaction).await? {
-        return Ok(());
-    }
-    transaction.execute("select pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
-    // Another node may have made it while we waited.
-    if exists(&transaction).await? {
-        return Ok(());
-    }
-    let set_timeout = format!("set local lock_timeout = '{LOCK_TIMEOUT}'");
-    transaction.batch_execute(&set_timeout).await?;
-    transaction.batch_execute(&partition.create()).await?;
-    transaction.batch_execute(&partition.attach()).await?;
-    transaction.commit().await
+    client.query_one(EXISTS, &[&partition.table]).await?.try_get(0)
 }

@@ -187,6 +187,61 @@ pub(super) async fn fold(
     Ok(until < last)
 }
 
+/// The rows of `device_days` or `fleet_hours`, as they would be if exactly the events received until
+/// `until` were folded, or all of them: what is stored, with the events that are not folded yet, and
+/// without those that were received later.
+pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
+    const COLUMNS: [&str; 6] = [
+        "total_syncs",
+        "failed_syncs",
+        "total_files_synced",
+        "total_errors",
+        "speed_sum",
+        "speed_count",
+    ];
+    const FOLDED: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
+    let (key, of_event) = match table {
+        "device_days" => ("device_id, day", format!("device_id, {DAY}")),
+        _ => ("hour", HOUR.to_owned()),
+    };
+    let (names, groups) = (COLUMNS.join(", "), if key == "hour" { "1" } else { "1, 2" });
+    let sums = COLUMNS.map(|name| format!("sum({name})::bigint as {name}")).join(", ");
+    let negative = COLUMNS.map(|name| format!("-{name}")).join(", ");
+    let (received, later) = match until {
+        None => (String::new(), String::new()),
+        Some(until) => (
+            format!("and created_at <= '{until}'"),
+            format!(
+                "union all
+                 select * from (
+                     with later ({key}, {names}) as (
+                         select {of_event}, {EVENT_SUMS}
+                           from sync_events
+                          where created_at <= {FOLDED} and created_at > '{until}'
+                          group by {groups}
+                     )
+                     select {key}, {negative} from later
+                 ) negative"
+            ),
+        ),
+    };
+    format!(
+        "(
+            select {key}, {sums}
+              from (
+                  select {key}, {names} from {table}
+                  union all
+                  select {of_event}, {EVENT_SUMS}
+                    from sync_events
+                   where created_at > {FOLDED} {received}
+                   group by {groups}
+                  {later}
+              ) shares
+             group by {groups}
+        )"
+    )
+}
+
 /// Whatever was received until then is committed or given up.
 pub(super) fn final_until(now: Timestamp) -> Timestamp {
     now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)

@@ -31,10 +31,7 @@ impl Copy {
         if !source.is_file() {
             return Err(failed(format!("there is no database file {}", source.display())));
         }
-        let folder = folder_of(destination);
-        let file = tempfile::Builder::new().prefix(".pisync-copy-").tempfile_in(folder).map_err(
-            |error| failed(format!("cannot create a file in {}: {error}", folder.display())),
-        )?;
+        let (folder, file) = (folder_of(destination), new_file(destination)?);
         let Some(path) = file.path().to_str() else {
             return Err(failed(format!("the path {} is not UTF-8", file.path().display())));
         };
@@ -53,6 +50,12 @@ impl Copy {
             .sync_all()
             .map_err(|error| failed(format!("cannot write {path}: {error}")))?;
         Ok(Self { file, holds })
+    }
+
+    /// An empty file beside `destination`, for a database that is put there once it is made.
+    pub(crate) fn empty(destination: &Path) -> Result<Self, StoreError> {
+        let file = new_file(destination)?;
+        Ok(Self { file, holds: BackedUp { devices: 0, events: 0 } })
     }
 
     /// Where the copy is.
@@ -79,14 +82,30 @@ impl Copy {
     /// Puts the copy in the place of `database`, which no server uses, and tells where what was there is
     /// kept. At every moment there is the one or the other.
     pub(crate) fn replace(self, database: &Path) -> Result<Option<PathBuf>, StoreError> {
-        let cannot =
-            |error: io::Error| failed(format!("cannot replace {}: {error}", database.display()));
         let kept = if database.exists() {
             empty_log(database)?;
             keep_aside(database)
         } else {
             None
         };
+        self.take_place(database)?;
+        Ok(kept)
+    }
+
+    /// Puts the copy where there is no database, or one with nothing in it.
+    pub(crate) fn take_empty_place(self, database: &Path) -> Result<(), StoreError> {
+        if database.exists() {
+            empty_log(database)?;
+        }
+        self.file.as_file().sync_all().map_err(|error| {
+            failed(format!("cannot write {}: {error}", self.file.path().display()))
+        })?;
+        self.take_place(database)
+    }
+
+    fn take_place(self, database: &Path) -> Result<(), StoreError> {
+        let cannot =
+            |error: io::Error| failed(format!("cannot replace {}: {error}", database.display()));
         // A log that is left over would be taken for the new file's own.
         for ending in ["-wal", "-shm", "-journal"] {
             match fs::remove_file(with_ending(database, ending)) {
@@ -95,8 +114,7 @@ impl Copy {
             }
         }
         self.belong_like(database).map_err(cannot)?;
-        self.put_at(database, true)?;
-        Ok(kept)
+        self.put_at(database, true)
     }
 
     /// Gives the copy the owner and the mode of `database`, or of its folder: whoever restores may be
@@ -119,6 +137,11 @@ impl Copy {
 /// Whoever asked for it has to say so.
 pub(crate) fn exists(path: &Path) -> StoreError {
     failed(format!("{} exists; --force replaces it", path.display()))
+}
+
+/// Whether both are the same file.
+pub(crate) fn is_same_file(left: &Path, right: &Path) -> bool {
+    matches!((left.canonicalize(), right.canonicalize()), (Ok(left), Ok(right)) if left == right)
 }
 
 enum CopyError {
@@ -188,6 +211,15 @@ fn with_ending(path: &Path, ending: &str) -> PathBuf {
     let mut path = OsString::from(path);
     path.push(ending);
     path.into()
+}
+
+/// A file beside `destination`.
+fn new_file(destination: &Path) -> Result<NamedTempFile, StoreError> {
+    let folder = folder_of(destination);
+    tempfile::Builder::new()
+        .prefix(".pisync-copy-")
+        .tempfile_in(folder)
+        .map_err(|error| failed(format!("cannot create a file in {}: {error}", folder.display())))
 }
 
 fn folder_of(file: &Path) -> &Path {

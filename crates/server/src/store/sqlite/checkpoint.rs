@@ -27,9 +27,13 @@ const LONGEST_LOG: u32 = 4;
 /// part of [`CHECKPOINT_PAGES`].
 const AGAIN_AFTER: u32 = 4;
 
-/// How often the log is copied beside the writer before the writer does the rest: what comes during the
-/// second time is a small part of what came during the first.
-const PASSES: usize = 2;
+/// How many pages the writer may be left to copy, a few milliseconds of work. What comes while the log is
+/// copied is a part of what came before, and less each time.
+const REST_PAGES: i64 = 500;
+
+/// How often the log is copied beside the writer at the most. Where the disk is slower than the writer,
+/// what is left does not become less.
+const PASSES: usize = 8;
 
 /// Has `connection`, the writer's, report its log to a thread that copies it; `calls` is how that thread
 /// reaches the writer. The thread ends with the connection.
@@ -77,9 +81,13 @@ fn watch_log(connection: &mut Connection, filled: SyncSender<()>) -> rusqlite::R
 fn copy_when_filled(connection: &Connection, requests: &Receiver<()>, calls: &WeakSender<Call>) {
     while requests.recv().is_ok() {
         for _ in 0..PASSES {
-            if let Err(error) = copy_log(connection) {
-                tracing::warn!(%error, "the write-ahead log cannot be copied into the database file");
-                break;
+            match copy_log(connection).and_then(|()| pages_left(connection)) {
+                Ok(left) if left > REST_PAGES => {}
+                Ok(_) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "the write-ahead log cannot be copied into the database file");
+                    break;
+                }
             }
         }
         let Some(calls) = calls.upgrade() else { return };
@@ -91,6 +99,13 @@ fn copy_when_filled(connection: &Connection, requests: &Receiver<()>, calls: &We
             return;
         }
     }
+}
+
+/// How many pages of the log are not copied yet.
+fn pages_left(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.query_row("pragma wal_checkpoint(noop)", [], |row| {
+        Ok(row.get::<_, i64>(1)? - row.get::<_, i64>(2)?)
+    })
 }
 
 /// Copies what no reader needs to find in the log, without waiting for anybody.

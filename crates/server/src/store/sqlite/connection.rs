@@ -82,7 +82,7 @@ pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> 
     Ok(connection)
 }
 
-fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
+pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;

@@ -4,6 +4,7 @@
 pub(super) mod backup;
 mod checkpoint;
 mod connection;
+pub(super) mod copy;
 mod expiry;
 mod history;
 mod imports;

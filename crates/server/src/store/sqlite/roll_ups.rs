@@ -2,6 +2,7 @@
 //! and answering from them. Ids rise in the order of commits, for there is one writer; so what is
 //! folded is everything up to one id, and readers add the events after it in the same snapshot.
 
+use pisync_core::Timestamp;
 use rusqlite::{
     Connection, OptionalExtension, Transaction, TransactionBehavior, named_params, params,
 };
@@ -62,6 +63,61 @@ pub(super) fn fold(connection: &mut Connection, most: i64) -> rusqlite::Result<b
     transaction.execute("update roll_up_state set folded_id = ?1", [last])?;
     transaction.commit()?;
     Ok(events == most)
+}
+
+/// The rows of `device_days` or `fleet_hours`, as they would be if exactly the events received until
+/// `until` were folded, or all of them: what is stored, with the events that are not folded yet, and
+/// without those that were received later.
+pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
+    const COLUMNS: [&str; 6] = [
+        "total_syncs",
+        "failed_syncs",
+        "total_files_synced",
+        "total_errors",
+        "speed_sum",
+        "speed_count",
+    ];
+    const FOLDED: &str = "(select folded_id from roll_up_state)";
+    let (key, of_event) = match table {
+        "device_days" => ("device, day", format!("device, {DAY}")),
+        _ => ("hour", HOUR.to_owned()),
+    };
+    let (names, groups) = (COLUMNS.join(", "), if key == "hour" { "1" } else { "1, 2" });
+    let sums = COLUMNS.map(|name| format!("sum({name}) as {name}")).join(", ");
+    let negative = COLUMNS.map(|name| format!("-{name}")).join(", ");
+    let (received, later) = match until.map(Timestamp::as_millisecond) {
+        None => (String::new(), String::new()),
+        Some(until) => (
+            format!("and created_at <= {until}"),
+            format!(
+                "union all
+                 select * from (
+                     with later ({key}, {names}) as (
+                         select {of_event}, {EVENT_SUMS}
+                           from sync_events
+                          where id <= {FOLDED} and created_at > {until}
+                          group by {groups}
+                     )
+                     select {key}, {negative} from later
+                 )"
+            ),
+        ),
+    };
+    format!(
+        "(
+            select {key}, {sums}
+              from (
+                  select {key}, {names} from {table}
+                  union all
+                  select {of_event}, {EVENT_SUMS}
+                    from sync_events
+                   where id > {FOLDED} {received}
+                   group by {groups}
+                  {later}
+              )
+             group by {groups}
+        )"
+    )
 }
 
 pub(super) fn folded_id(connection: &Connection) -> rusqlite::Result<i64> {

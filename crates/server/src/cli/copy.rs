@@ -1,0 +1,94 @@
+//! `pisync copy`: everything into another database.
+
+use clap::Args;
+
+use super::{progress::Progress, serve::shutdown_signal};
+use crate::{
+    clock::Clock,
+    config::CopyArgs,
+    store::{self, Copied, CopyProgress, Target},
+};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The copy is of one moment: a server may go on using the source meanwhile, and
+what it receives later is not copied. So to move, stop the server first.
+
+The destination must be empty; its tables, or its SQLite file, are made. It is
+filled in one transaction and compared with the source before that ends: it
+holds everything or nothing. After an interruption just run it again.
+
+Examples:
+  pisync copy --from sqlite:data/pisync.db \\
+              --to postgres://pisync@localhost/pisync
+  COPY_TO=postgres://pisync:secret@db/pisync pisync copy --from sqlite:pisync.db
+                                  keeps the password out of the list of processes")]
+pub(super) struct CopyCommand {
+    #[command(flatten)]
+    databases: CopyArgs,
+}
+
+pub(super) async fn run(command: &CopyCommand) -> Result<(), String> {
+    let (from, to) = command.databases.targets().map_err(|error| error.to_string())?;
+    let now = Clock::system().now();
+    let mut table = None;
+    let mut report = |progress| show(&mut table, progress);
+    let copied = tokio::select! {
+        copied = store::copy(&from, &to, now, &mut report) => {
+            copied.map_err(|error| error.to_string())
+        }
+        () = shutdown_signal()? => {
+            Err(format!("interrupted; nothing was kept of the copy in {to}"))
+        }
+    };
+    if copied.is_err()
+        && let Some(table) = table
+    {
+        table.progress.finish();
+    }
+    say(&from, &to, &copied?);
+    println!("what {from} received after {now} may not be in it");
+    Ok(())
+}
+
+fn say(from: &Target, to: &Target, copied: &Copied) {
+    for left_out in &copied.left_out {
+        println!("not copied, for it is not PiSync's: {left_out}");
+    }
+    let rows = |table: &str| copied.rows.get(table).copied().unwrap_or_default();
+    println!(
+        "copied {from} to {to}: devices: {}, events: {}; all tables have the same rows and checksums",
+        rows("devices"),
+        rows("sync_events")
+    );
+}
+
+/// The table that is under way.
+struct Table {
+    name: &'static str,
+    comparing: bool,
+    rows: u64,
+    progress: Progress,
+}
+
+fn show(table: &mut Option<Table>, progress: CopyProgress) {
+    match progress {
+        CopyProgress::Table { name, comparing, rows } => {
+            let progress = Progress::new(Some(rows)).counting(format!("rows of {name}"));
+            *table = Some(Table { name, comparing, rows: 0, progress });
+        }
+        CopyProgress::Rows(rows) => {
+            if let Some(table) = table {
+                table.rows += rows;
+                table.progress.update(table.rows, table.rows);
+            }
+        }
+        CopyProgress::Done(rows) => {
+            if let Some(Table { name, comparing, progress, .. }) = table.take() {
+                progress.finish();
+                let done = if comparing { "compared" } else { "copied" };
+                println!("{done:<9} {name}: {rows}");
+            }
+        }
+    }
+}
