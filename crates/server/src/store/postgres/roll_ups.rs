@@ -383,8 +383,10 @@ pub(super) async fn repeated_failures(
           ) failures
          group by device_id
     ";
-    // Days tell whose events are worth counting.
-    const BY_EVENT: &str = "
+    // Days tell whose events are worth counting: within the window nobody failed more often than on its days.
+    let least = if query.consecutive { "1" } else { "$7::bigint" };
+    let by_event = format!(
+        "
         select device_id, (
                    select count(*)
                      from sync_events event
@@ -395,16 +397,22 @@ pub(super) async fn repeated_failures(
                ) as failed_syncs
           from (
               select device_id
-                from device_days
-               where day between $4 and $5 and failed_syncs > 0
-              union
-              select device_id
-                from sync_events
-               where created_at > $3 and created_at >= $6
-                 and total_errors > 0 and timestamp >= $1 and timestamp < $2
+                from (
+                    select device_id, failed_syncs
+                      from device_days
+                     where day between $4 and $5 and failed_syncs > 0
+                    union all
+                    select device_id, 1
+                      from sync_events
+                     where created_at > $3 and created_at >= $6
+                       and total_errors > 0 and timestamp >= $1 and timestamp < $2
+                ) failures
+               group by device_id
+              having sum(failed_syncs) >= {least}
           ) candidate
-    ";
-    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+        "
+    );
+    let failing = if window.is_whole_days() { BY_DAY } else { &by_event };
     let measure =
         if query.consecutive { "max(j.consecutive_failures)" } else { "failing.failed_syncs" };
     let listed = format!(
@@ -415,7 +423,7 @@ pub(super) async fn repeated_failures(
            join device_jobs j using (device_id)
           where failing.failed_syncs > 0
           group by d.device_id, failing.failed_syncs
-         having {measure} >= $7"
+         having {measure} >= $7::bigint"
     );
     let select = format!(
         "{listed}

@@ -222,8 +222,10 @@ pub(super) fn repeated_failures(
           )
          group by device
     ";
-    // Days tell whose events are worth counting.
-    const BY_EVENT: &str = "
+    // Days tell whose events are worth counting: within the window nobody failed more often than on its days.
+    let least = if query.consecutive { "1" } else { ":threshold" };
+    let by_event = format!(
+        "
         select device, (
                    select count(*)
                      from sync_events event
@@ -233,16 +235,22 @@ pub(super) fn repeated_failures(
                ) as failed_syncs
           from (
               select device
-                from device_days
-               where day > :from - 86400000 and day < :until and failed_syncs > 0
-              union
-              select device
-                from sync_events
-               where id > (select folded_id from roll_up_state)
-                 and total_errors > 0 and +timestamp >= :from and +timestamp < :until
+                from (
+                    select device, failed_syncs
+                      from device_days
+                     where day > :from - 86400000 and day < :until and failed_syncs > 0
+                    union all
+                    select device, 1
+                      from sync_events
+                     where id > (select folded_id from roll_up_state)
+                       and total_errors > 0 and +timestamp >= :from and +timestamp < :until
+                )
+               group by device
+              having sum(failed_syncs) >= {least}
           ) candidate
-    ";
-    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+        "
+    );
+    let failing = if window.is_whole_days() { BY_DAY } else { &by_event };
     let measure =
         if query.consecutive { "max(j.consecutive_failures)" } else { "failing.failed_syncs" };
     let listed = format!(
