@@ -311,7 +311,7 @@ pub(super) trait CopyReader: Send + Sync {
 
 /// Fills a new database, and shows it at the end.
 #[async_trait]
-pub(super) trait CopyWriter: CopyReader {
+pub(super) trait CopyWriter: Send + Sync {
     /// Whether the store has this column.
     fn keeps(&self, table: &'static Table, column: &'static Column) -> bool;
 
@@ -323,6 +323,9 @@ pub(super) trait CopyWriter: CopyReader {
 
     /// Gives no id up to this one to anybody.
     async fn set_last_id(&self, table: &'static Table, id: i64) -> Result<(), StoreError>;
+
+    /// A table's rows as they were written, in any order.
+    fn rows(&self, selection: Selection) -> RowStream;
 
     /// Adds rows.
     async fn write(

@@ -142,28 +142,13 @@ impl PostgresCopyWriter {
 }
 
 #[async_trait]
-impl CopyReader for PostgresCopyWriter {
-    async fn left_out(&self) -> Result<Vec<String>, StoreError> {
-        left_out(&self.connection.client).await.map_err(store_error)
-    }
-
-    async fn count(&self, table: &'static Table) -> Result<u64, StoreError> {
-        count(&self.connection.client, table).await.map_err(store_error)
-    }
-
-    async fn last_id(&self, table: &'static Table) -> Result<i64, StoreError> {
-        last_id(&self.connection.client, table).await.map_err(store_error)
+impl CopyWriter for PostgresCopyWriter {
+    fn keeps(&self, _table: &'static Table, _column: &'static Column) -> bool {
+        true
     }
 
     fn rows(&self, selection: Selection) -> RowStream {
         rows(&self.connection, selection)
-    }
-}
-
-#[async_trait]
-impl CopyWriter for PostgresCopyWriter {
-    fn keeps(&self, _table: &'static Table, _column: &'static Column) -> bool {
-        true
     }
 
     fn time_step(&self) -> i64 {

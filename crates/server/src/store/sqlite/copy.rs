@@ -142,28 +142,13 @@ impl SqliteCopyWriter {
 }
 
 #[async_trait]
-impl CopyReader for SqliteCopyWriter {
-    async fn left_out(&self) -> Result<Vec<String>, StoreError> {
-        run(&self.connection, left_out).await
-    }
-
-    async fn count(&self, table: &'static Table) -> Result<u64, StoreError> {
-        run(&self.connection, move |connection| count(connection, table)).await
-    }
-
-    async fn last_id(&self, table: &'static Table) -> Result<i64, StoreError> {
-        run(&self.connection, move |connection| last_id(connection, table)).await
+impl CopyWriter for SqliteCopyWriter {
+    fn keeps(&self, table: &'static Table, column: &'static Column) -> bool {
+        matches!(place_of(table, column), ColumnPlace::Own(_) | ColumnPlace::DeviceNumber)
     }
 
     fn rows(&self, selection: Selection) -> RowStream {
         rows(&self.connection, selection)
-    }
-}
-
-#[async_trait]
-impl CopyWriter for SqliteCopyWriter {
-    fn keeps(&self, table: &'static Table, column: &'static Column) -> bool {
-        matches!(place_of(table, column), ColumnPlace::Own(_) | ColumnPlace::DeviceNumber)
     }
 
     fn time_step(&self) -> i64 {
