@@ -326,6 +326,14 @@ impl Metadata {
         Self::object(text)
     }
 
+    /// Checks and keeps what a server has kept before, dated or as it was sent.
+    ///
+    /// # Errors
+    /// When it is longer than either may be, or not a JSON object.
+    pub fn kept(text: &str) -> Result<Self, MetadataError> {
+        Self::dated(text).or_else(|_| Self::new(text))
+    }
+
     /// Checks and keeps what a server has dated by an event's arrival: it may be longer by that than what
     /// devices send.
     pub(crate) fn dated(text: &str) -> Result<Self, MetadataError> {

@@ -7,7 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 
 use crate::{
     clock::Clock,
@@ -116,7 +120,9 @@ pub async fn run(
     keyring.refresh(&*store).await?;
     check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
     let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
-    let (ingest, task) = Ingest::new(store.event_writer(), clock.clone(), Arc::clone(&metrics));
+    let (tell, news) = mpsc::unbounded_channel();
+    let writer = store.ingest_writer(tell).await?;
+    let (ingest, task) = Ingest::new(writer, news, clock.clone(), Arc::clone(&metrics));
     let (stop_ingest, stopped) = oneshot::channel::<()>();
     let mut ingest_task = tokio::spawn(task.run(async {
         let _ = stopped.await;

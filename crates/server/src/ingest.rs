@@ -13,13 +13,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync_core::{SyncEvent, Timestamp};
+use pisync_core::{DeviceId, SyncEvent, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{Batch, EventWriter, StoreError, StoredEvent, Written},
+    store::{Batch, EventWriter, FailureStreak, News, StoreError, StoredEvent, Written},
 };
 
 /// Events that may wait or be under way, batches included: 5,000 devices reporting at the same second
@@ -235,10 +235,12 @@ pub struct Ingest {
 }
 
 impl Ingest {
-    /// Makes an entrance and the task behind it, which the caller spawns and watches.
+    /// Makes an entrance and the task behind it, which the caller spawns and watches. `news` is what
+    /// `writer` learns after it has returned.
     #[must_use]
     pub fn new(
         writer: Box<dyn EventWriter>,
+        news: mpsc::UnboundedReceiver<News>,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> (Self, IngestTask) {
@@ -251,8 +253,16 @@ impl Ingest {
             available: Arc::clone(&available),
             metrics: Arc::clone(&metrics),
         };
-        let task =
-            IngestTask { writer, waiting, load, available, logged_away: false, clock, metrics };
+        let task = IngestTask {
+            writer,
+            news,
+            waiting,
+            load,
+            available,
+            logged_away: false,
+            clock,
+            metrics,
+        };
         (entrance, task)
     }
 
@@ -325,6 +335,7 @@ impl Ingest {
 /// The task that owns the writer.
 pub struct IngestTask {
     writer: Box<dyn EventWriter>,
+    news: mpsc::UnboundedReceiver<News>,
     waiting: mpsc::UnboundedReceiver<Submission>,
     load: Arc<Load>,
     available: Arc<AtomicBool>,
@@ -353,16 +364,29 @@ impl IngestTask {
                 }
                 taken = self.waiting.recv_many(&mut submissions, BATCH_EVENTS) => {
                     if taken == 0 {
-                        return Ok(());
+                        break;
                     }
                     self.store_all(&mut submissions).await?;
                 }
+                Some(news) = self.news.recv() => announce(&news.new_devices, &news.streaks),
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
                         self.available.store(true, Ordering::Relaxed);
                     }
                 }
             }
+        }
+        let finished = self.writer.finish().await;
+        while let Ok(news) = self.news.try_recv() {
+            announce(&news.new_devices, &news.streaks);
+        }
+        match finished {
+            // What was acknowledged is safe all the same, and the next start sees to it.
+            Err(StoreError::Unavailable(why)) => {
+                tracing::warn!(error = why, "the database cannot be left in order");
+                Ok(())
+            }
+            finished => finished,
         }
     }
 
@@ -500,19 +524,7 @@ impl IngestTask {
         #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
         self.metrics.batch_events.observe(events as f64);
         self.metrics.batch_duration.observe(duration.as_secs_f64());
-        for device_id in &written.new_devices {
-            tracing::info!(%device_id, "new device");
-        }
-        for streak in &written.streaks {
-            if streak.before < NOTABLE_STREAK && streak.after >= NOTABLE_STREAK {
-                tracing::warn!(
-                    device_id = %streak.device_id,
-                    job = streak.job.as_ref().map(tracing::field::display),
-                    consecutive_failures = streak.after,
-                    "a device keeps failing"
-                );
-            }
-        }
+        announce(&written.new_devices, &written.streaks);
         if tracing::enabled!(tracing::Level::DEBUG) {
             for (position, (event, id)) in batch.events.iter().zip(&written.ids).enumerate() {
                 tracing::debug!(
@@ -524,6 +536,23 @@ impl IngestTask {
                     "sync event stored"
                 );
             }
+        }
+    }
+}
+
+/// Puts what was learnt of devices into the log.
+fn announce(new_devices: &[DeviceId], streaks: &[FailureStreak]) {
+    for device_id in new_devices {
+        tracing::info!(%device_id, "new device");
+    }
+    for streak in streaks {
+        if streak.before < NOTABLE_STREAK && streak.after >= NOTABLE_STREAK {
+            tracing::warn!(
+                device_id = %streak.device_id,
+                job = streak.job.as_ref().map(tracing::field::display),
+                consecutive_failures = streak.after,
+                "a device keeps failing"
+            );
         }
     }
 }

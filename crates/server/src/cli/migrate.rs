@@ -165,6 +165,7 @@ async fn down(
     migrations: &[Migration],
     yes: bool,
 ) -> Result<(), String> {
+    store::settle(target).map_err(|error| error.to_string())?;
     // Not under a running server.
     let _claim = store::claim(target).map_err(|error| error.to_string())?;
     if migrations.is_empty() {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{StoreError, Target, claim, migrations::Migrator, postgres, sqlite};
+use super::{StoreError, Target, claim, migrations::Migrator, postgres, settle, sqlite};
 
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +45,7 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
     if sqlite::backup::is_same_file(file, database) {
         return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
+    settle(target)?;
     let copy = sqlite::backup::Copy::make(database, file)?;
     let holds = copy.holds;
     copy.put_at(file, overwrite)?;
@@ -78,7 +79,12 @@ pub async fn restore(
     if database.exists() && !overwrite {
         return Err(sqlite::backup::exists(database));
     }
+    // What is replaced is kept, and shall be whole. It may be replaced because it is damaged.
+    let settled = settle(target);
     let _claim = claim(target)?;
+    if let Err(error) = settled {
+        tracing::warn!(%error, "the last events cannot be brought into the database that is replaced");
+    }
     let copy = sqlite::backup::Copy::make(file, database)?;
     let pending = pending(copy.path(), migrations)
         .await

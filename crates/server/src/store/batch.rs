@@ -35,6 +35,15 @@ pub struct Written {
     pub streaks: Vec<FailureStreak>,
 }
 
+/// What was learnt of devices when their events came into the tables, after these were acknowledged.
+#[derive(Debug, Default)]
+pub struct News {
+    /// As in [`Written`].
+    pub new_devices: Vec<DeviceId>,
+    /// As in [`Written`].
+    pub streaks: Vec<FailureStreak>,
+}
+
 impl Written {
     /// Whether the event at this position of the batch was not stored.
     #[must_use]

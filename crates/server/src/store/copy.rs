@@ -612,7 +612,10 @@ async fn migrator(target: &Target) -> Result<Migrator, CopyError> {
 
 async fn open_source(from: &Target) -> Result<Box<dyn CopyReader>, StoreError> {
     Ok(match from {
-        Target::Sqlite(path) => Box::new(sqlite::copy::SqliteCopyReader::open(path)?),
+        Target::Sqlite(path) => {
+            sqlite::settle(path)?;
+            Box::new(sqlite::copy::SqliteCopyReader::open(path)?)
+        }
         Target::Postgres(target) => {
             Box::new(postgres::copy::PostgresCopyReader::open(target).await?)
         }

@@ -37,6 +37,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
+    "2026-11-23-05-ingest-journal",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -44,6 +45,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
+    "2026-11-23-05-ingest-journal",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

@@ -22,9 +22,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
+use tokio::sync::mpsc;
 
 pub use backup::{BackedUp, Restored, backup, restore};
-pub use batch::{Batch, Duplicate, FailureStreak, Written};
+pub use batch::{Batch, Duplicate, FailureStreak, News, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportProgress};
@@ -63,8 +64,15 @@ pub trait Store: KeyStore + Send + Sync {
     /// Asks the database for a sign of life.
     async fn ping(&self) -> Result<(), StoreError>;
 
-    /// What ingest writes through. There is one per server; it owns the connection it writes on.
+    /// Something to write batches through, which are in the tables when it returns.
     fn event_writer(&self) -> Box<dyn EventWriter>;
+
+    /// What ingest writes through; there is one per server. When it returns, events survive a power cut and
+    /// every later read finds them, but what is learnt of their devices may come later, as `news`.
+    async fn ingest_writer(
+        &self,
+        news: mpsc::UnboundedSender<News>,
+    ) -> Result<Box<dyn EventWriter>, StoreError>;
 
     /// A device's figures and one page of its events; `None` for an unknown device.
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError>;
@@ -167,6 +175,11 @@ pub trait EventWriter: Send {
 
     /// Whether writing could work now; connects again if need be.
     async fn probe(&mut self) -> Result<(), StoreError>;
+
+    /// Does what is left to do for what was written.
+    async fn finish(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
 }
 
 /// What a device, or a fleet, adds up to.
@@ -407,6 +420,19 @@ pub fn is_claimed(target: &Target) -> bool {
     match target {
         Target::Sqlite(path) => sqlite::is_locked(path),
         Target::Postgres(_) => false,
+    }
+}
+
+/// Returns once everything that a server has acknowledged by now is where other processes look for it. On
+/// SQLite a running server sees to that within a second, and what one has left behind that was killed is seen
+/// to here.
+///
+/// # Errors
+/// When that is not possible.
+pub fn settle(target: &Target) -> Result<(), StoreError> {
+    match target {
+        Target::Sqlite(path) => sqlite::settle(path),
+        Target::Postgres(_) => Ok(()),
     }
 }
 

@@ -60,6 +60,7 @@ async fn fill_the_disk_under(program: &Program, disk: &SmallDisk) {
     let client = &serving.client;
     let reporters = Reporters::start(client);
     reporters.wait_for(50).await;
+    assert!(!stored_ids(client, "pi").await.is_empty());
     disk.fill();
     until_ready(client, 503).await;
     // Long enough to be found full again and again. Each refusal is looked at by the reporters.

@@ -33,11 +33,12 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 4] = [
+const EMBEDDED: [&str; 5] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
+    "2026-11-23-05-ingest-journal",
 ];
 
 fn no_folder() -> &'static Path {

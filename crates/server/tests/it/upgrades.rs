@@ -28,7 +28,7 @@ struct Version {
 }
 
 /// From the first release on. The present is 2026-11-22T12:00:00Z, in milliseconds 1795348800000.
-const VERSIONS: [Version; 4] = [
+const VERSIONS: [Version; 5] = [
     Version {
         name: "2026-11-22-01-sync-events",
         // Two jobs of one device, the unnamed one failing twice since its success; and one that never reported.
@@ -154,6 +154,14 @@ const VERSIONS: [Version; 4] = [
         ",
         count: "(select records + rejected from imports)",
         rows: 72,
+    },
+    Version {
+        name: "2026-11-23-05-ingest-journal",
+        // How far the journal has come, which is of no use without it.
+        sqlite: "update ingest_state set settled = 7",
+        postgres: "",
+        count: "(select 1)",
+        rows: 1,
     },
 ];
 

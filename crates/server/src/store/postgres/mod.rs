@@ -27,6 +27,7 @@ use std::{
 use async_trait::async_trait;
 use deadpool_postgres::{Object, Pool};
 use pisync_core::{DeviceId, Timestamp};
+use tokio::sync::mpsc;
 
 pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
@@ -38,9 +39,9 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, Page, PoolUsage, PostgresTarget, Retention,
-    Store, StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
-    verify::devices_to_repair,
+    Figures, FleetStats, HistoryQuery, ImportProgress, News, Page, PoolUsage, PostgresTarget,
+    Retention, Store, StoreError, SumDifference, SyncHistory, Verified, Window,
+    step_size::StepSize, verify::devices_to_repair,
 };
 
 /// How long a sign of life may take.
@@ -119,6 +120,13 @@ impl Store for PostgresStore {
 
     fn event_writer(&self) -> Box<dyn EventWriter> {
         Box::new(PostgresEventWriter::new(self.connector.clone()))
+    }
+
+    async fn ingest_writer(
+        &self,
+        _news: mpsc::UnboundedSender<News>,
+    ) -> Result<Box<dyn EventWriter>, StoreError> {
+        Ok(self.event_writer())
     }
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {

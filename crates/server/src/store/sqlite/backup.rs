@@ -12,6 +12,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 use tempfile::NamedTempFile;
 
+use super::journal;
 use crate::store::{BackedUp, StoreError};
 
 /// How long to wait for somebody who is using the database that is to be replaced.
@@ -113,6 +114,7 @@ impl Copy {
                 _ => {}
             }
         }
+        journal::remove(database).map_err(cannot)?;
         self.belong_like(database).map_err(cannot)?;
         self.put_at(database, true)
     }
@@ -163,6 +165,15 @@ fn copy_and_check(source: &Path, destination: &str) -> Result<BackedUp, CopyErro
     let verdict: String = copy.query_row("pragma integrity_check(1)", [], |row| row.get(0))?;
     if verdict != "ok" {
         return Err(CopyError::Damaged(verdict));
+    }
+    let has_journal: bool = copy.query_row(
+        "select exists (select 1 from sqlite_schema where name = 'ingest_state')",
+        [],
+        |row| row.get(0),
+    )?;
+    if has_journal {
+        // The journal beside the source is not the copy's.
+        copy.execute("update ingest_state set journal = random(), settled = 0", [])?;
     }
     let is_ours: bool = copy.query_row(
         "select count(*) = 3 from sqlite_schema

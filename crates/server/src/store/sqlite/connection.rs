@@ -15,10 +15,8 @@ use crate::store::{PoolUsage, StoreError};
 /// that the database is busy.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes in a page of a new file. An event dirties about two pages, wherever its device's place in the index
-/// and its figures are, and each goes to the log whole: pages a quarter of the usual size store 10 % more
-/// events, a fifth more when they have ids (docs/benchmarks.md). A file keeps the size it was made with.
-const PAGE_BYTES: u32 = 1_024;
+/// Bytes in a page of a new file, SQLite's default. A file keeps the size that it was made with.
+const PAGE_BYTES: u32 = 4_096;
 
 /// Pages in the write-ahead log before it is copied back, 64 MiB. The default of 1,000 pages makes
 /// ingest a third slower: random pages are written once per checkpoint, so fewer checkpoints write
@@ -165,9 +163,15 @@ pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
             | ErrorCode::ReadOnly
             | ErrorCode::OutOfMemory,
         ) => StoreError::Unavailable(message),
-        Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig) => {
-            StoreError::Rejected(message)
-        }
+        _ if refuses_data(&error) => StoreError::Rejected(message),
         _ => StoreError::Failed(message),
     }
+}
+
+/// Whether the database has refused the data itself.
+pub(super) fn refuses_data(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig)
+    )
 }

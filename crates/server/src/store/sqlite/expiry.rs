@@ -11,7 +11,7 @@ use super::{reads::optional_time, roll_ups::folded_id};
 const MOST_EMPTY: i64 = 4;
 
 /// Pages that are given back at a time. Each is a page moved from the end of the file.
-const VACUUM_PAGES: u32 = 512;
+const VACUUM_PAGES: u32 = 128;
 
 /// Drops the next `most` events that were received before `before`; false when there are no more. They
 /// may be dated by `lead` milliseconds after they were received.

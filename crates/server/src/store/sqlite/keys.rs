@@ -46,14 +46,20 @@ impl KeyStore for SqliteStore {
         device_id: &DeviceId,
     ) -> Result<Option<Option<String>>, StoreError> {
         const SELECT_GROUP: &str = r#"select "group" from devices where device_id = ?1"#;
-        let device_id = device_id.clone();
-        self.read(move |connection| {
-            connection
-                .prepare_cached(SELECT_GROUP)?
-                .query_row([device_id.as_str()], |row| row.get(0))
-                .optional()
-        })
-        .await
+        let select = |device_id: DeviceId| {
+            move |connection: &Connection| {
+                connection
+                    .prepare_cached(SELECT_GROUP)?
+                    .query_row([device_id.as_str()], |row| row.get(0))
+                    .optional()
+            }
+        };
+        // Every event of a group's key asks. Only a device that has just reported for the first time may
+        // not be in the tables yet.
+        match self.read(select(device_id.clone())).await? {
+            None => self.read_events(select(device_id.clone())).await,
+            found => Ok(found),
+        }
     }
 
     async fn register_device(
@@ -69,6 +75,8 @@ impl KeyStore for SqliteStore {
         let (device_id, group) = (device_id.clone(), group.to_owned());
         self.writer
             .call(move |writer| {
+                // A device that has reported already stays in its group.
+                writer.settle()?;
                 let values = params![device_id.as_str(), group, at.as_millisecond()];
                 writer.connection().execute(REGISTER, values).map(|_| ())
             })

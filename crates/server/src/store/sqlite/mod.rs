@@ -8,6 +8,8 @@ pub(super) mod copy;
 mod expiry;
 mod history;
 mod imports;
+mod intake;
+mod journal;
 mod keys;
 mod migrations;
 mod reads;
@@ -19,23 +21,25 @@ use std::{
     fs::{File, TryLockError},
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
 use rusqlite::Connection;
+use tokio::sync::mpsc;
 
 pub(super) use migrations::SqliteMigrations;
 
 use self::{
-    connection::Readers,
-    writer::{SqliteEventWriter, WriterThread},
+    connection::{Readers, store_error},
+    intake::Intake,
+    writer::{SqliteEventWriter, WriteConnection, WriterThread},
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, Page, PoolUsage, Retention, Store,
+    Figures, FleetStats, HistoryQuery, ImportProgress, News, Page, PoolUsage, Retention, Store,
     StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
     verify::devices_to_repair,
 };
@@ -49,7 +53,10 @@ const STEP_EVENTS: RangeInclusive<i64> = 250..=16_000;
 
 /// See the module.
 pub(super) struct SqliteStore {
+    path: PathBuf,
     writer: WriterThread,
+    /// How events are taken in; empty when this is no server's.
+    intake: OnceLock<Arc<Intake>>,
     readers: Arc<Readers>,
     /// Events to fold at a time.
     fold_step: StepSize,
@@ -61,14 +68,28 @@ impl SqliteStore {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let connection = connection::open_for_writing(path)?;
         Ok(Self {
+            path: path.to_owned(),
             writer: WriterThread::start(connection, path)?,
+            intake: OnceLock::new(),
             readers: Arc::new(Readers::new(path)),
             fold_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
             drop_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
         })
     }
 
-    /// Runs `read` on a connection for reading, off the async threads.
+    /// Runs `read` on a connection for reading, off the async threads, once every event that is acknowledged
+    /// by now is in the tables.
+    async fn read_events<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        if let Some(intake) = self.intake.get() {
+            intake.settled().await;
+        }
+        self.read(read).await
+    }
+
+    /// Runs `read`, which has nothing to do with events, on a connection for reading.
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
@@ -88,19 +109,30 @@ impl Store for SqliteStore {
         Box::new(SqliteEventWriter::new(self.writer.clone()))
     }
 
+    async fn ingest_writer(
+        &self,
+        news: mpsc::UnboundedSender<News>,
+    ) -> Result<Box<dyn EventWriter>, StoreError> {
+        let (intake, writer) = Intake::start(&self.path, self.writer.clone(), news).await?;
+        self.intake.set(intake).map_err(|_| {
+            StoreError::Failed("the database has an ingest writer already".to_owned())
+        })?;
+        Ok(Box::new(writer))
+    }
+
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| history::sync_history(connection, &query)).await
+        self.read_events(move |connection| history::sync_history(connection, &query)).await
     }
 
     async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| history::events(connection, &query)).await
+        self.read_events(move |connection| history::events(connection, &query)).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| match &query.window {
+        self.read_events(move |connection| match &query.window {
             None => reads::repeated_failures(connection, &query),
             Some(window) => roll_ups::repeated_failures(connection, &query, window),
         })
@@ -108,22 +140,22 @@ impl Store for SqliteStore {
     }
 
     async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
-        self.read(move |connection| reads::fleet_stats(connection, active_since)).await
+        self.read_events(move |connection| reads::fleet_stats(connection, active_since)).await
     }
 
     async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
         let window = *window;
-        self.read(move |connection| roll_ups::window_figures(connection, &window)).await
+        self.read_events(move |connection| roll_ups::window_figures(connection, &window)).await
     }
 
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
         let query = query.clone();
-        self.read(move |connection| reads::devices(connection, &query)).await
+        self.read_events(move |connection| reads::devices(connection, &query)).await
     }
 
     async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError> {
         let device_id = device_id.clone();
-        self.read(move |connection| reads::device(connection, &device_id)).await
+        self.read_events(move |connection| reads::device(connection, &device_id)).await
     }
 
     async fn update_device(
@@ -152,7 +184,7 @@ impl Store for SqliteStore {
     async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError> {
         let after = after.map(str::to_owned);
         let verified =
-            self.read(move |connection| verify::page(connection, after.as_deref())).await?;
+            self.read_events(move |connection| verify::page(connection, after.as_deref())).await?;
         if repair && verified.raw_since.is_none() {
             for device_id in devices_to_repair(&verified) {
                 self.writer.call(move |writer| verify::repair(writer, &device_id)).await?;
@@ -167,7 +199,7 @@ impl Store for SqliteStore {
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError> {
         let [group, after] = [group, after].map(|text| text.map(str::to_owned));
-        self.read(move |connection| {
+        self.read_events(move |connection| {
             reads::device_ids(connection, group.as_deref(), after.as_deref())
         })
         .await
@@ -178,7 +210,7 @@ impl Store for SqliteStore {
     }
 
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
-        self.read(verify::hours).await
+        self.read_events(verify::hours).await
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -187,14 +219,15 @@ impl Store for SqliteStore {
     }
 
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
-        self.writer.call(writer::WriteConnection::optimize).await
+        self.writer.call(WriteConnection::optimize).await
     }
 
     async fn fold_events(&self, _now: Timestamp) -> Result<bool, StoreError> {
         let most = self.fold_step.get();
-        let fold = move |connection: &mut writer::WriteConnection| {
+        let fold = move |connection: &mut WriteConnection| {
             let started = Instant::now();
-            let more = roll_ups::fold(&mut connection.connection, most)?;
+            let last = connection.last_foldable_id()?;
+            let more = roll_ups::fold(&mut connection.connection, most, last)?;
             Ok((more, started.elapsed()))
         };
         let (more, took) = self.writer.call(fold).await?;
@@ -211,7 +244,7 @@ impl Store for SqliteStore {
     ) -> Result<bool, StoreError> {
         let (before, lead) = (retention.oldest(now), retention.longest_lead());
         let most = self.drop_step.get();
-        let drop_some = move |connection: &mut writer::WriteConnection| {
+        let drop_some = move |connection: &mut WriteConnection| {
             let started = Instant::now();
             let more = expiry::drop_events(&mut connection.connection, before, lead, most)?;
             connection.streaks_since = expiry::streaks_since(&connection.connection)?;
@@ -225,14 +258,51 @@ impl Store for SqliteStore {
         Ok(more || shrinks)
     }
 
-    /// Brings everything from the log into the file, which can then be copied by itself.
+    /// Brings everything from the journal and the log into the file, which can then be copied by itself.
     async fn close(&self) -> Result<(), StoreError> {
-        self.writer.call(writer::WriteConnection::checkpoint).await
+        self.writer
+            .call(|connection| {
+                connection.settle()?;
+                connection.checkpoint()
+            })
+            .await?;
+        self.intake.get().map_or(Ok(()), |intake| intake.remove_journal())
     }
 
     fn pool_usage(&self) -> PoolUsage {
         self.readers.usage()
     }
+}
+
+/// How long a running server may take to bring what is in its journal into the tables.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Returns once everything that a server has acknowledged by now is in the tables, where other processes look
+/// for it. A running server sees to that within a second; what one has left behind that is gone, this brings
+/// there.
+pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
+    const POLL_INTERVAL: Duration = Duration::from_millis(20);
+    if !journal::exists(database) || !database.exists() {
+        return Ok(());
+    }
+    if !is_locked(database) {
+        // Whoever locks it meanwhile is a server that starts, and does the same.
+        let _lock = lock_file(database)?;
+        return intake::recover(database);
+    }
+    let began = Instant::now();
+    let mut connection = WriteConnection::open(database)?;
+    let wanted = intake::last_record(&mut connection, database)?;
+    while connection.ingest_state().map_err(store_error)?.settled < wanted {
+        if began.elapsed() > SETTLE_TIMEOUT {
+            return Err(StoreError::Unavailable(
+                "the server cannot bring what it has acknowledged into the database; its log says why"
+                    .to_owned(),
+            ));
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+    Ok(())
 }
 
 /// Whether a server holds the lock of [`lock_file`].

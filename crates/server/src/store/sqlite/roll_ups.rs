@@ -1,6 +1,6 @@
 //! Sums by device and day and by hour: folding events into them, taking a deleted device out of them,
-//! and answering from them. Ids rise in the order of commits, for there is one writer; so what is
-//! folded is everything up to one id, and readers add the events after it in the same snapshot.
+//! and answering from them. What is folded is everything up to one id, below that of all events that are
+//! stored later, and readers add the events after it in the same snapshot.
 
 use pisync_core::Timestamp;
 use rusqlite::{
@@ -30,11 +30,12 @@ const ADD: &str = "
                   speed_count        = speed_count + excluded.speed_count
 ";
 
-/// Folds the next `most` events; false when there are no more. It runs on the writer's thread, so it
-/// must be short.
-pub(super) fn fold(connection: &mut Connection, most: i64) -> rusqlite::Result<bool> {
+/// Folds the next `most` events with ids up to `last`; false when there are no more. It runs on the writer's
+/// thread, so it must be short.
+pub(super) fn fold(connection: &mut Connection, most: i64, last: i64) -> rusqlite::Result<bool> {
     const LAST_OF_STEP: &str = "
-        select max(id), count(*) from (select id from sync_events where id > ?1 order by id limit ?2)
+        select max(id), count(*)
+          from (select id from sync_events where id > ?1 and id <= ?3 order by id limit ?2)
     ";
     let fold_days = format!(
         "insert into device_days
@@ -56,7 +57,7 @@ pub(super) fn fold(connection: &mut Connection, most: i64) -> rusqlite::Result<b
     let folded = folded_id(&transaction)?;
     let (last, events): (Option<i64>, i64) = transaction
         .prepare_cached(LAST_OF_STEP)?
-        .query_row([folded, most], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        .query_row([folded, most, last], |row| Ok((row.get(0)?, row.get(1)?)))?;
     let Some(last) = last else { return Ok(false) };
     transaction.prepare_cached(&fold_days)?.execute([folded, last])?;
     transaction.prepare_cached(&fold_hours)?.execute([folded, last])?;

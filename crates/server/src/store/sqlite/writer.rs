@@ -1,6 +1,11 @@
 //! The thread that owns the only connection for writing, and what it does.
 
-use std::{collections::HashMap, path::Path, sync::Arc, thread};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Weak},
+    thread,
+};
 
 use async_trait::async_trait;
 use pisync_core::{
@@ -13,10 +18,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     checkpoint::checkpoint_beside,
-    connection::store_error,
+    connection::{open_for_writing, store_error},
     expiry,
     history::{EVENT_COLUMNS, stored_event},
-    imports, keys,
+    imports,
+    intake::{ID_DISTANCE, Intake},
+    is_locked, keys,
     reads::{device_number, optional_time, time},
     roll_ups,
 };
@@ -30,7 +37,7 @@ use crate::store::{
 const WAITING_CALLS: usize = 64;
 
 /// Devices whose numbers are remembered, some 10 MiB of them. Beyond, all are forgotten and read again.
-const REMEMBERED_DEVICES: usize = 100_000;
+pub(super) const REMEMBERED_DEVICES: usize = 100_000;
 
 /// Event ids that are forgotten in one transaction, some 10 ms of work.
 const FORGOTTEN_AT_ONCE: u16 = 1_000;
@@ -52,13 +59,7 @@ impl WriterThread {
     pub(super) fn start(mut connection: Connection, path: &Path) -> Result<Self, StoreError> {
         let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
         checkpoint_beside(&mut connection, path, calls.downgrade())?;
-        let mut connection = WriteConnection {
-            connection,
-            devices: HashMap::new(),
-            data_version: None,
-            last_id: 0,
-            streaks_since: Timestamp::MIN,
-        };
+        let mut connection = WriteConnection::new(connection, path);
         thread::Builder::new()
             .name("sqlite-writer".into())
             .spawn(move || {
@@ -68,6 +69,11 @@ impl WriterThread {
             })
             .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
         Ok(Self { calls })
+    }
+
+    /// Has the thread do something, unless there is too much for it to do already; then the answer is false.
+    pub(super) fn try_send(&self, call: Call) -> bool {
+        self.calls.try_send(call).is_ok()
     }
 
     /// Runs `work` on the thread.
@@ -85,7 +91,7 @@ impl WriterThread {
     }
 }
 
-/// Ingest's way to the thread.
+/// The way of events to the thread that go straight into the tables.
 pub(super) struct SqliteEventWriter {
     thread: WriterThread,
 }
@@ -111,6 +117,10 @@ impl EventWriter for SqliteEventWriter {
 /// The connection, with what it remembers between transactions.
 pub(super) struct WriteConnection {
     pub(super) connection: Connection,
+    /// The file.
+    path: PathBuf,
+    /// How events are taken in by the server to which the connection belongs, if it is one's.
+    intake: Weak<Intake>,
     /// The numbers of devices, as far as committed.
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
@@ -121,11 +131,94 @@ pub(super) struct WriteConnection {
     pub(super) streaks_since: Timestamp,
 }
 
+/// How far events have come into the tables.
+pub(super) struct IngestState {
+    /// Whose journal they come from.
+    pub(super) journal: i64,
+    /// Its last record in the tables.
+    pub(super) settled: u64,
+    /// The highest id that an event in the tables ever had.
+    pub(super) last_id: i64,
+}
+
+/// What events are in the journal under.
+pub(super) struct Journaled {
+    /// Their ids, which rise.
+    pub(super) ids: Vec<i64>,
+    /// With them, the journal is in the tables up to this record.
+    pub(super) through: u64,
+}
+
 impl WriteConnection {
-    /// Stores a batch with its figures in one transaction.
+    /// Stores a batch that is not in the journal.
     fn write(&mut self, batch: &Batch) -> rusqlite::Result<Written> {
+        // An event in the journal may have the same id.
+        self.settle()?;
+        self.store(batch, None)
+    }
+
+    /// Opens the file at `path`, whose schema must be current.
+    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+        open_for_writing(path).map(|connection| Self::new(connection, path))
+    }
+
+    fn new(connection: Connection, path: &Path) -> Self {
+        Self {
+            connection,
+            path: path.to_owned(),
+            intake: Weak::new(),
+            devices: HashMap::new(),
+            data_version: None,
+            last_id: 0,
+            streaks_since: Timestamp::MIN,
+        }
+    }
+
+    /// The file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// From now on, events come through `intake`.
+    pub(super) fn take_in_through(&mut self, intake: &Arc<Intake>) {
+        self.intake = Arc::downgrade(intake);
+    }
+
+    /// Brings what is in the journal into the tables, where changes are going to look for it.
+    pub(super) fn settle(&mut self) -> rusqlite::Result<()> {
+        match self.intake.upgrade() {
+            Some(intake) => intake.settle(self),
+            None => Ok(()),
+        }
+    }
+
+    /// How far events have come into the tables.
+    pub(super) fn ingest_state(&mut self) -> rusqlite::Result<IngestState> {
+        let last_id = last_id(&self.connection)?;
+        self.connection.query_row("select journal, settled from ingest_state", [], |row| {
+            let settled = row.get::<_, i64>(1)?.cast_unsigned();
+            Ok(IngestState { journal: row.get(0)?, settled, last_id })
+        })
+    }
+
+    /// Up to which id events may be folded: all of those that are stored later have a higher one.
+    pub(super) fn last_foldable_id(&mut self) -> rusqlite::Result<i64> {
+        let Some(intake) = self.intake.upgrade() else { return Ok(i64::MAX) };
+        let lowest_open_id = intake.lowest_open_id();
+        // Other processes' events have higher ones than those that wait; what comes now shall have so too.
+        intake.keep_from(last_id(&self.connection)?);
+        Ok(lowest_open_id - 1)
+    }
+
+    /// Stores a batch with its figures in one transaction.
+    pub(super) fn store(
+        &mut self,
+        batch: &Batch,
+        journaled: Option<&Journaled>,
+    ) -> rusqlite::Result<Written> {
         let order = batch.order();
         let mut written = Written::default();
+        let intake = self.intake.upgrade();
 
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -136,6 +229,10 @@ impl WriteConnection {
             self.devices.clear();
             self.last_id = last_id(&transaction)?;
             self.streaks_since = expiry::streaks_since(&transaction)?;
+            if let Some(intake) = &intake {
+                intake.keep_from(self.last_id);
+                intake.forget_devices();
+            }
         }
 
         // The number of each event's device, by position in the batch.
@@ -160,10 +257,25 @@ impl WriteConnection {
             }
         }
 
-        if !batch.receipts.is_empty() {
-            move_devices_back(&transaction, batch, &order, &numbers)?;
-        }
-        let last_id = insert_events(&transaction, batch, &numbers, self.last_id, &mut written)?;
+        let last_id = match journaled {
+            Some(Journaled { ids, through }) => {
+                settle_through(&transaction, *through)?;
+                insert_events(&transaction, batch, &numbers, Ids::Given(ids), &mut written)?
+            }
+            None => {
+                if !batch.receipts.is_empty() {
+                    move_devices_back(&transaction, batch, &order, &numbers)?;
+                }
+                let before = match &intake {
+                    Some(intake) => intake.take_ids(batch.events.len()),
+                    // The ids that a server has given follow the last one in the tables.
+                    None if is_locked(&self.path) => self.last_id + ID_DISTANCE,
+                    None => self.last_id,
+                };
+                let ids = Ids::From(before + 1);
+                insert_events(&transaction, batch, &numbers, ids, &mut written)?
+            }
+        };
 
         let mut counting = order;
         if !written.duplicates.is_empty() {
@@ -181,7 +293,7 @@ impl WriteConnection {
             imports::advance(&transaction, progress)?;
         }
         transaction.commit()?;
-        self.last_id = last_id;
+        self.last_id = self.last_id.max(last_id);
         self.devices
             .extend(found.into_iter().map(|(device_id, number)| (device_id.clone(), number)));
         Ok(written)
@@ -198,6 +310,7 @@ impl WriteConnection {
         change: &DeviceChange,
         by: &Actor,
     ) -> rusqlite::Result<bool> {
+        self.settle()?;
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let changed = transaction.execute(
@@ -228,6 +341,7 @@ impl WriteConnection {
         device_id: &DeviceId,
         by: &Actor,
     ) -> rusqlite::Result<Option<u64>> {
+        self.settle()?;
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let Some(number) = device_number(&transaction, device_id)? else {
@@ -240,6 +354,9 @@ impl WriteConnection {
         keys::record(&transaction, by, &NewAuditEntry::device_deleted(device_id, events))?;
         transaction.commit()?;
         self.devices.remove(device_id);
+        if let Some(intake) = self.intake.upgrade() {
+            intake.forget_devices();
+        }
         Ok(Some(events))
     }
 
@@ -262,7 +379,7 @@ impl WriteConnection {
 
     /// Takes the write lock and some room on the disk: on a full one a small transaction may still find
     /// a place, and events would not.
-    fn probe(&mut self) -> rusqlite::Result<()> {
+    pub(super) fn probe(&mut self) -> rusqlite::Result<()> {
         const TAKE_ROOM: &str = "
             drop table if exists pisync_probe;
             create table pisync_probe (room blob);
@@ -302,8 +419,16 @@ fn find_or_add(
         .map(|number| (number, true))
 }
 
+/// Notes that the journal is in the tables up to the record `through`.
+fn settle_through(transaction: &Transaction<'_>, through: u64) -> rusqlite::Result<()> {
+    transaction
+        .prepare_cached("update ingest_state set settled = ?1")?
+        .execute([through.cast_signed()])
+        .map(drop)
+}
+
 /// The highest id that an event ever had: it stays when the event goes.
-fn last_id(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
+fn last_id(transaction: &Connection) -> rusqlite::Result<i64> {
     transaction
         .prepare_cached("select seq from sqlite_sequence where name = 'sync_events'")?
         .query_row([], |row| row.get(0))
@@ -327,13 +452,22 @@ fn move_devices_back(
     Ok(())
 }
 
+/// The ids of a batch's events.
+#[derive(Clone, Copy)]
+enum Ids<'a> {
+    /// This one and those after it, without gaps.
+    From(i64),
+    /// One for each event.
+    Given(&'a [i64]),
+}
+
 /// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
-/// before, and notes their ids, which follow `last_id`; answers the last one.
+/// before; answers the last one's id, 0 when there is none.
 fn insert_events(
     transaction: &Transaction<'_>,
     batch: &Batch,
     numbers: &[i64],
-    mut last_id: i64,
+    ids: Ids<'_>,
     written: &mut Written,
 ) -> rusqlite::Result<i64> {
     const INSERT_EVENT: &str = "
@@ -345,8 +479,16 @@ fn insert_events(
     let mut insert = transaction.prepare_cached(INSERT_EVENT)?;
     let mut keys = EventKeys { transaction, add: None };
     written.ids.reserve_exact(batch.events.len());
+    let mut last_id = 0;
+    let mut next_id = match ids {
+        Ids::From(first) => first,
+        Ids::Given(_) => 0,
+    };
     for (position, (event, number)) in batch.events.iter().zip(numbers).enumerate() {
-        let id = last_id + 1;
+        let id = match ids {
+            Ids::From(_) => next_id,
+            Ids::Given(ids) => ids[position],
+        };
         if let Some(event_id) = &event.event_id
             && !keys.add(*number, event_id, id, batch.received)?
         {
@@ -371,6 +513,7 @@ fn insert_events(
         ])?;
         written.ids.push(id);
         last_id = id;
+        next_id = id + 1;
     }
     Ok(last_id)
 }

@@ -1,0 +1,3 @@
+-- loses: nothing
+-- Nothing: the ingest journal is SQLite's alone. Here several servers share the tables, and an event that one has
+-- acknowledged must be there for all. The versions of both stores keep in step.

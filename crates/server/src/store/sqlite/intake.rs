@@ -1,0 +1,745 @@
+//! How a server takes events in: they are acknowledged once they are in the journal, and brought into the
+//! tables many at a time.
+//!
+//! An event touches a place in the index, a row of figures and, with an id, a place among the keys, all of them
+//! somewhere in the file. Bringing thousands of events into the tables together changes each page once for
+//! several of them, and writes it once; and nobody waits for it. Whoever reads waits until everything that was
+//! acknowledged before is in the tables, so nobody sees that it was ever anywhere else.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use pisync_core::{DeviceId, EventId, JobName, Metadata};
+use rusqlite::{CachedStatement, Connection, OptionalExtension, params};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{
+    connection::{open_existing, refuses_data, store_error},
+    history::{EVENT_COLUMNS, stored_event},
+    journal::{self, Journal, Record},
+    writer::{Call, IngestState, Journaled, REMEMBERED_DEVICES, WriteConnection, WriterThread},
+};
+use crate::store::{Batch, Duplicate, EventWriter, News, StoreError, StoredEvent, Written};
+
+/// Events that are brought into the tables together, unless somebody asks for them before. Twice as many gain
+/// little more.
+const LUMP_EVENTS: usize = 16_384;
+
+/// How long events are left in the journal alone when there are fewer.
+const LUMP_TIME: Duration = Duration::from_millis(500);
+
+/// Events that may be in the journal alone, and their bytes there. Beyond, events wait, and then find the
+/// queue before them full.
+const MOST_EVENTS: usize = 65_536;
+const MOST_BYTES: usize = 32 << 20;
+
+/// How far ids of other processes' events keep from the last one in the tables, for the ids up to there may be
+/// taken: [`MOST_EVENTS`], and the largest batch after them.
+pub(super) const ID_DISTANCE: i64 = 131_072;
+
+/// How long to wait for room, which comes with every lump.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Events that are in the journal.
+#[derive(Debug)]
+struct Accepted {
+    /// The journal's record.
+    number: u64,
+    first_id: i64,
+    batch: Arc<Batch>,
+    /// Positions of the events in the batch, without duplicates. Their ids follow the first.
+    positions: Vec<usize>,
+    bytes: usize,
+}
+
+impl From<Record> for Accepted {
+    fn from(record: Record) -> Self {
+        let Record { number, first_id, received, events } = record;
+        let positions = (0..events.len()).collect();
+        let batch = Arc::new(Batch::new(received, events));
+        // How long it was matters little: it is brought into the tables at once.
+        Self { number, first_id, batch, positions, bytes: 0 }
+    }
+}
+
+impl Accepted {
+    fn ids(&self) -> impl Iterator<Item = i64> {
+        (self.first_id..).take(self.positions.len())
+    }
+}
+
+/// Where an event with an id of its device's is, that is not in the tables yet.
+#[derive(Debug, Clone)]
+struct Place {
+    id: i64,
+    batch: Arc<Batch>,
+    position: usize,
+}
+
+type Places = HashMap<(DeviceId, EventId), Place>;
+
+#[derive(Debug, Default)]
+struct State {
+    /// The next event's id.
+    next_id: i64,
+    /// The first id of the batch that is being written into the journal.
+    under_way: Option<i64>,
+    /// In the journal alone.
+    accepted: VecDeque<Arc<Accepted>>,
+    accepted_places: Places,
+    /// When the first of them came.
+    since: Option<Instant>,
+    /// Those that are being brought into the tables, or were, in vain.
+    lump: Vec<Arc<Accepted>>,
+    lump_places: Places,
+    events: usize,
+    bytes: usize,
+    /// The last record in the tables, and in the journal.
+    settled: u64,
+    last: u64,
+    /// Changes when the numbers of devices may have: one was deleted, or another process has written.
+    devices_epoch: u64,
+    /// Whether the writer has been called.
+    called: bool,
+    /// Why the last attempt failed.
+    failed: Option<String>,
+}
+
+impl State {
+    /// The lowest id that an event may have that is not in the tables.
+    fn lowest_open_id(&self) -> i64 {
+        let lump = self.lump.first().or(self.accepted.front());
+        lump.map(|accepted| accepted.first_id).or(self.under_way).unwrap_or(self.next_id)
+    }
+
+    fn place(&self, key: &(DeviceId, EventId)) -> Option<&Place> {
+        self.accepted_places.get(key).or_else(|| self.lump_places.get(key))
+    }
+
+    fn accept(&mut self, accepted: Accepted) {
+        for (position, id) in accepted.positions.iter().copied().zip(accepted.ids()) {
+            let event = &accepted.batch.events[position];
+            if let Some(event_id) = &event.event_id {
+                let place = Place { id, batch: Arc::clone(&accepted.batch), position };
+                self.accepted_places.insert((event.device_id.clone(), event_id.clone()), place);
+            }
+        }
+        self.events += accepted.positions.len();
+        self.bytes += accepted.bytes;
+        self.last = accepted.number;
+        self.since.get_or_insert_with(Instant::now);
+        self.accepted.push_back(Arc::new(accepted));
+    }
+
+    fn is_full(&self) -> bool {
+        self.events >= MOST_EVENTS || self.bytes >= MOST_BYTES
+    }
+}
+
+/// What the threads and readers share.
+pub(super) struct Intake {
+    state: Mutex<State>,
+    /// Rings when a lump is in the tables, or could not be brought there.
+    ended: Condvar,
+    /// How often it has rung.
+    endings: watch::Sender<u64>,
+    /// Tells ingest what was learnt on the way.
+    news: mpsc::UnboundedSender<News>,
+    writer: WriterThread,
+    database: PathBuf,
+}
+
+impl Intake {
+    /// Goes on with the journal of the database at `database`, whose writer is `writer`.
+    pub(super) async fn start(
+        database: &Path,
+        writer: WriterThread,
+        news: mpsc::UnboundedSender<News>,
+    ) -> Result<(Arc<Self>, IntakeWriter), StoreError> {
+        let IngestState { journal, settled, last_id } =
+            writer.call(WriteConnection::ingest_state).await?;
+        let (journal, records) = Journal::open(database, journal, settled)
+            .map_err(|error| unusable(database, &error))?;
+        let keys = open_existing(database).map_err(store_error)?;
+        keys.pragma_update(None, "query_only", true).map_err(store_error)?;
+
+        let mut state = State { next_id: last_id + 1, settled, last: settled, ..State::default() };
+        for record in records {
+            let accepted = Accepted::from(record);
+            let next_id = accepted.ids().last().map_or(0, |id| id + 1);
+            state.next_id = state.next_id.max(next_id);
+            state.accept(accepted);
+        }
+        let intake = Arc::new(Self {
+            state: Mutex::new(state),
+            ended: Condvar::new(),
+            endings: watch::Sender::new(0),
+            news,
+            writer: writer.clone(),
+            database: database.to_owned(),
+        });
+        let shared = Arc::clone(&intake);
+        let take_in = move |connection: &mut WriteConnection| {
+            connection.take_in_through(&shared);
+            Ok(())
+        };
+        writer.call(take_in).await?;
+
+        let (requests, waiting) = sync_channel(1);
+        let desk = Desk {
+            intake: Arc::clone(&intake),
+            journal,
+            keys,
+            devices: HashMap::new(),
+            devices_epoch: 0,
+        };
+        thread::Builder::new()
+            .name("sqlite-journal".into())
+            .spawn(move || desk.work(&waiting))
+            .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
+        let writer = IntakeWriter { intake: Arc::clone(&intake), requests };
+        Ok((intake, writer))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns once everything that is acknowledged by now is in the tables, or an attempt to bring it there
+    /// has failed: then whoever reads does not see what is in the journal alone.
+    pub(super) async fn settled(self: &Arc<Self>) {
+        let mut endings = self.endings.subscribe();
+        let wanted = self.state().last;
+        loop {
+            endings.mark_unchanged();
+            {
+                let mut state = self.state();
+                if state.settled >= wanted || state.failed.is_some() {
+                    return;
+                }
+                self.call_writer(&mut state);
+            }
+            // The sender lives as long as `self`.
+            let _ = endings.changed().await;
+        }
+    }
+
+    /// Has the writer bring what is in the journal into the tables, if it has not been called already.
+    fn call_writer(self: &Arc<Self>, state: &mut State) {
+        if state.called {
+            return;
+        }
+        let intake = Arc::clone(self);
+        let call: Call = Box::new(move |connection| {
+            intake.state().called = false;
+            // Whoever waits is told.
+            let _ = intake.settle(connection);
+        });
+        // Someone else has work for it; it is called again.
+        state.called = self.writer.try_send(call);
+    }
+
+    /// Brings everything into the tables that is in the journal by now.
+    pub(super) fn settle(&self, connection: &mut WriteConnection) -> rusqlite::Result<()> {
+        let wanted = self.state().last;
+        while let Some(lump) = self.take_lump(wanted) {
+            let result = store_lump(connection, &lump, |news| {
+                // Nobody listens any more when the server stops.
+                let _ = self.news.send(news);
+            });
+            self.end_lump(lump, result.as_ref().err());
+            result?;
+        }
+        Ok(())
+    }
+
+    /// What is to be brought into the tables next, until the record `wanted` is.
+    fn take_lump(&self, wanted: u64) -> Option<Vec<Arc<Accepted>>> {
+        let mut state = self.state();
+        let state = &mut *state;
+        if state.settled >= wanted {
+            state.failed = None;
+            return None;
+        }
+        if state.lump.is_empty() {
+            state.lump.extend(state.accepted.drain(..));
+            std::mem::swap(&mut state.lump_places, &mut state.accepted_places);
+            state.since = None;
+        }
+        Some(state.lump.clone())
+    }
+
+    fn end_lump(&self, lump: Vec<Arc<Accepted>>, error: Option<&rusqlite::Error>) {
+        let mut state = self.state();
+        let done = match error {
+            None => {
+                state.failed = None;
+                state.settled = lump.last().map_or(state.settled, |accepted| accepted.number);
+                state.events -= lump.iter().map(|one| one.positions.len()).sum::<usize>();
+                state.bytes -= lump.iter().map(|one| one.bytes).sum::<usize>();
+                Some((std::mem::take(&mut state.lump), std::mem::take(&mut state.lump_places)))
+            }
+            Some(error) => {
+                state.failed = Some(error.to_string());
+                // When to try again.
+                state.since = Some(Instant::now());
+                None
+            }
+        };
+        drop(state);
+        self.ended.notify_all();
+        self.endings.send_modify(|endings| *endings += 1);
+        // Thousands of events are not dropped while others wait for the state.
+        drop((done, lump));
+    }
+
+    /// All events that are going to be stored by the server, and are not, have at least this id.
+    pub(super) fn lowest_open_id(&self) -> i64 {
+        self.state().lowest_open_id()
+    }
+
+    /// Numbers of devices may not be what they were.
+    pub(super) fn forget_devices(&self) {
+        self.state().devices_epoch += 1;
+    }
+
+    /// Ids up to `last_id` are taken by others.
+    pub(super) fn keep_from(&self, last_id: i64) {
+        let mut state = self.state();
+        state.next_id = state.next_id.max(last_id + 1);
+    }
+
+    /// Takes `count` ids for events that don't go through the journal; answers the one before the first.
+    pub(super) fn take_ids(&self, count: usize) -> i64 {
+        let mut state = self.state();
+        let last = state.next_id - 1;
+        state.next_id += i64::try_from(count).unwrap_or(0);
+        last
+    }
+
+    /// Removes the journal once nothing is in it alone. Nobody may write any more.
+    pub(super) fn remove_journal(&self) -> Result<(), StoreError> {
+        let state = self.state();
+        if let Some(error) = &state.failed {
+            return Err(StoreError::Unavailable(error.clone()));
+        }
+        journal::remove(&self.database).map_err(|error| unusable(&self.database, &error))
+    }
+}
+
+/// Brings what a server has left in the journal of the database at `database` into its tables, and removes the
+/// journal. The server must not run.
+pub(super) fn recover(database: &Path) -> Result<(), StoreError> {
+    let mut connection = WriteConnection::open(database)?;
+    let state = connection.ingest_state().map_err(store_error)?;
+    let (_, records) = Journal::open(database, state.journal, state.settled)
+        .map_err(|error| unusable(database, &error))?;
+    let lump: Vec<_> = records.into_iter().map(|record| Arc::new(Accepted::from(record))).collect();
+    store_lump(&mut connection, &lump, |_| ()).map_err(store_error)?;
+    journal::remove(database).map_err(|error| unusable(database, &error))
+}
+
+/// The number of the journal's last record. A server may be writing it.
+pub(super) fn last_record(
+    connection: &mut WriteConnection,
+    database: &Path,
+) -> Result<u64, StoreError> {
+    let state = connection.ingest_state().map_err(store_error)?;
+    let (_, records) = Journal::open(database, state.journal, state.settled)
+        .map_err(|error| unusable(database, &error))?;
+    Ok(records.last().map_or(state.settled, |record| record.number))
+}
+
+fn unusable(database: &Path, error: &std::io::Error) -> StoreError {
+    StoreError::Failed(format!(
+        "cannot use the ingest journal beside {}: {error}",
+        database.display()
+    ))
+}
+
+/// Stores a lump in one transaction, and passes on what is learnt. What the tables refuse is looked for among
+/// its events and left out: what they could refuse has been refused at the door, so this is for the
+/// unforeseen.
+fn store_lump(
+    connection: &mut WriteConnection,
+    lump: &[Arc<Accepted>],
+    mut tell: impl FnMut(News),
+) -> rusqlite::Result<()> {
+    let mut store = |connection: &mut WriteConnection, lump: &[_], only| {
+        let news = store_together(connection, lump, only)?;
+        if !news.new_devices.is_empty() || !news.streaks.is_empty() {
+            tell(news);
+        }
+        Ok(())
+    };
+    let refused = match store(connection, lump, None) {
+        Err(error) if refuses_data(&error) => lump,
+        other => return other,
+    };
+    for accepted in refused {
+        let one = std::slice::from_ref(accepted);
+        match store(connection, one, None) {
+            Err(error) if refuses_data(&error) => {}
+            other => {
+                other?;
+                continue;
+            }
+        }
+        for (index, position) in accepted.positions.iter().enumerate() {
+            match store(connection, one, Some(index)) {
+                Err(error) if refuses_data(&error) => {
+                    keep_aside(connection.path(), &accepted.batch, *position, &error);
+                }
+                other => other?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Keeps an event that was acknowledged and that the tables refuse, in a file from which it can be imported
+/// once the reason is gone.
+fn keep_aside(database: &Path, batch: &Batch, position: usize, refused: &rusqlite::Error) {
+    let mut path = database.as_os_str().to_owned();
+    path.push(".refused.ndjson");
+    let line = import_line(batch, position);
+    let append = || -> std::io::Result<()> {
+        let mut file = File::options().append(true).create(true).open(&path)?;
+        file.write_all(format!("{line}\n").as_bytes())?;
+        file.sync_all()
+    };
+    let file = Path::new(&path).display();
+    match append() {
+        Ok(()) => tracing::error!(
+            error = %refused,
+            device_id = %batch.events[position].device_id,
+            %file,
+            "the database refuses an event that was acknowledged; it is kept in a file, for `pisync import`"
+        ),
+        Err(error) => tracing::error!(
+            error = %refused,
+            event = %line,
+            %file,
+            "the database refuses an event that was acknowledged, and it cannot be kept: {error}"
+        ),
+    }
+}
+
+/// An event as `pisync import` reads it.
+#[expect(clippy::cast_precision_loss, reason = "at most 35 bits")]
+fn import_line(batch: &Batch, position: usize) -> Value {
+    let event = &batch.events[position];
+    json!({
+        "device_id": event.device_id.as_str(),
+        "event_id": event.event_id.as_ref().map(EventId::as_str),
+        "timestamp": event.timestamp,
+        "total_files_synced": event.total_files_synced,
+        "total_errors": event.total_errors,
+        "internet_speed": event.internet_speed.map(|speed| speed.hundredths() as f64 / 100.0),
+        "job": event.job.as_ref().map(JobName::as_str),
+        "duration_seconds": event.duration.map(|took| took.milliseconds() as f64 / 1000.0),
+        "bytes_synced": event.bytes_synced,
+        "metadata": event.metadata.as_ref().map(Metadata::to_raw_value),
+        "created_at": batch.received_at(position),
+    })
+}
+
+/// Stores a lump, or only the event with this index of its first batch, in one transaction.
+fn store_together(
+    connection: &mut WriteConnection,
+    lump: &[Arc<Accepted>],
+    only: Option<usize>,
+) -> rusqlite::Result<News> {
+    let Some(last) = lump.last() else { return Ok(News::default()) };
+    let count = lump.iter().map(|accepted| accepted.positions.len()).sum();
+    let mut batch = Batch::new(last.batch.received, Vec::with_capacity(count));
+    let mut ids = Vec::with_capacity(count);
+    for accepted in lump {
+        for (index, (position, id)) in accepted.positions.iter().zip(accepted.ids()).enumerate() {
+            if only.is_none_or(|only| only == index) {
+                batch.events.push(accepted.batch.events[*position].clone());
+                batch.receipts.push(accepted.batch.received_at(*position));
+                ids.push(id);
+            }
+        }
+    }
+    let through = match only {
+        Some(index) if index + 1 < last.positions.len() => last.number - 1,
+        _ => last.number,
+    };
+    let written = connection.store(&batch, Some(&Journaled { ids, through }))?;
+    Ok(News { new_devices: written.new_devices, streaks: written.streaks })
+}
+
+type Reply = oneshot::Sender<Result<Written, StoreError>>;
+
+/// Ingest's way to the journal.
+pub(super) struct IntakeWriter {
+    intake: Arc<Intake>,
+    requests: SyncSender<(Arc<Batch>, Reply)>,
+}
+
+#[async_trait]
+impl EventWriter for IntakeWriter {
+    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+        let (reply, result) = oneshot::channel();
+        // One batch is under way at a time, so there is always room.
+        self.requests.send((Arc::clone(batch), reply)).map_err(|_| StoreError::Stopped)?;
+        result.await.map_err(|_| StoreError::Stopped)?
+    }
+
+    async fn probe(&mut self) -> Result<(), StoreError> {
+        let intake = Arc::clone(&self.intake);
+        self.intake
+            .writer
+            .call(move |connection| {
+                intake.settle(connection)?;
+                connection.probe()
+            })
+            .await
+    }
+
+    async fn finish(&mut self) -> Result<(), StoreError> {
+        let intake = Arc::clone(&self.intake);
+        self.intake.writer.call(move |connection| intake.settle(connection)).await
+    }
+}
+
+/// The thread that acknowledges events.
+struct Desk {
+    intake: Arc<Intake>,
+    journal: Journal,
+    /// For looking up event ids in the tables.
+    keys: Connection,
+    /// The numbers of devices there, as of `devices_epoch`.
+    devices: HashMap<DeviceId, i64>,
+    devices_epoch: u64,
+}
+
+impl Desk {
+    fn work(mut self, requests: &Receiver<(Arc<Batch>, Reply)>) {
+        loop {
+            let since = self.intake.state().since;
+            let request = match since {
+                None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(since) => requests.recv_timeout(LUMP_TIME.saturating_sub(since.elapsed())),
+            };
+            match request {
+                Ok((batch, reply)) => {
+                    // Whoever waited may have gone away; the batch is stored all the same.
+                    let _ = reply.send(self.accept(batch));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            let mut state = self.intake.state();
+            let is_due = state.since.is_some_and(|since| since.elapsed() >= LUMP_TIME);
+            if is_due || state.events >= LUMP_EVENTS {
+                self.intake.call_writer(&mut state);
+                if is_due && state.called {
+                    // Not before that is over.
+                    state.since = Some(Instant::now());
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, batch: Arc<Batch>) -> Result<Written, StoreError> {
+        self.wait_for_room()?;
+        let unavailable =
+            |error: &dyn std::fmt::Display| StoreError::Unavailable(error.to_string());
+        let known = self.find_known(&batch).map_err(store_error)?;
+        let new = batch.events.len() - known.len();
+        let (first_id, settled) = {
+            let mut state = self.intake.state();
+            let first_id = state.next_id;
+            state.next_id += i64::try_from(new).map_err(|error| unavailable(&error))?;
+            state.under_way = Some(first_id);
+            (first_id, state.settled)
+        };
+
+        let mut ids = Vec::with_capacity(batch.events.len());
+        let mut positions = Vec::with_capacity(new);
+        let mut duplicates = Vec::new();
+        let mut known = known.into_iter().peekable();
+        for position in 0..batch.events.len() {
+            match known.next_if(|known| known.position == position) {
+                None => {
+                    ids.push(first_id + i64::try_from(positions.len()).unwrap_or(0));
+                    positions.push(position);
+                }
+                Some(Known { found, .. }) => {
+                    let (id, first) = match found {
+                        Found::Stored(id, first) => (id, first),
+                        Found::InBatch(earlier) => {
+                            (ids[earlier], Some(batch.stored_event(earlier, ids[earlier])))
+                        }
+                    };
+                    ids.push(id);
+                    duplicates.push(Duplicate { position, first });
+                }
+            }
+        }
+
+        let events = positions.iter().map(|position| &batch.events[*position]);
+        let appended = if new == 0 {
+            Ok(None)
+        } else {
+            self.journal.append(first_id, batch.received, events, settled).map(Some)
+        };
+        let mut state = self.intake.state();
+        state.under_way = None;
+        match appended {
+            Ok(None) => {}
+            Ok(Some((number, bytes))) => {
+                state.accept(Accepted { number, first_id, batch, positions, bytes });
+            }
+            Err(error) => {
+                if state.next_id == first_id + i64::try_from(new).unwrap_or(0) {
+                    // Nobody has had one after them.
+                    state.next_id = first_id;
+                }
+                let why = format!("the ingest journal cannot be written: {error}");
+                return Err(StoreError::Unavailable(why));
+            }
+        }
+        Ok(Written { ids, duplicates, ..Written::default() })
+    }
+
+    /// Waits while too much is in the journal alone, and refuses while that cannot be brought further.
+    fn wait_for_room(&self) -> Result<(), StoreError> {
+        let began = Instant::now();
+        let mut state = self.intake.state();
+        loop {
+            if let Some(why) = &state.failed {
+                return Err(StoreError::Unavailable(why.clone()));
+            }
+            if !state.is_full() {
+                return Ok(());
+            }
+            if began.elapsed() > ROOM_TIMEOUT {
+                return Err(StoreError::Unavailable("the database does not keep up".into()));
+            }
+            self.intake.call_writer(&mut state);
+            let waited = self.intake.ended.wait_timeout(state, Duration::from_millis(100));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The events that were reported before, by position.
+    fn find_known(&mut self, batch: &Batch) -> rusqlite::Result<Vec<Known>> {
+        let mut known = Vec::new();
+        if batch.events.iter().all(|event| event.event_id.is_none()) {
+            return Ok(known);
+        }
+        let repeats = batch.repeats();
+        // First among those that are not in the tables, then in the tables: what leaves the one meanwhile
+        // is found in the other.
+        let mut unplaced = Vec::new();
+        {
+            let state = self.intake.state();
+            if state.devices_epoch != self.devices_epoch || self.devices.len() > REMEMBERED_DEVICES
+            {
+                self.devices_epoch = state.devices_epoch;
+                self.devices.clear();
+            }
+            for (position, event) in batch.events.iter().enumerate() {
+                let Some(event_id) = &event.event_id else { continue };
+                match state.place(&(event.device_id.clone(), event_id.clone())) {
+                    Some(place) => {
+                        let Place { id, batch, position: at } = place;
+                        let found = Found::Stored(*id, Some(batch.stored_event(*at, *id)));
+                        known.push(Known { position, found });
+                    }
+                    None => unplaced.push((position, &event.device_id, event_id)),
+                }
+            }
+        }
+        let snapshot = self.keys.unchecked_transaction()?;
+        let mut keys = Keys::prepare(&snapshot)?;
+        for (position, device_id, event_id) in unplaced {
+            if let Some(earlier) = repeats.get(&position) {
+                // Whatever the earlier one is found to be, this one is too.
+                let same = known.iter().find(|known| known.position == *earlier);
+                let found = match same.map(|known| &known.found) {
+                    Some(Found::Stored(id, first)) => Found::Stored(*id, first.clone()),
+                    _ => Found::InBatch(*earlier),
+                };
+                known.push(Known { position, found });
+            } else if let Some(id) = keys.find(device_id, event_id, &mut self.devices)? {
+                let found = Found::Stored(id, event(&snapshot, id)?);
+                known.push(Known { position, found });
+            }
+        }
+        known.sort_unstable_by_key(|known| known.position);
+        Ok(known)
+    }
+}
+
+/// An event that its device had reported before.
+struct Known {
+    position: usize,
+    found: Found,
+}
+
+enum Found {
+    /// Under this id; the event if it is still kept.
+    Stored(i64, Option<StoredEvent>),
+    /// At this earlier position of the same batch.
+    InBatch(usize),
+}
+
+/// What looks for events in the tables.
+struct Keys<'a> {
+    device: CachedStatement<'a>,
+    event: CachedStatement<'a>,
+}
+
+impl<'a> Keys<'a> {
+    fn prepare(snapshot: &'a Connection) -> rusqlite::Result<Self> {
+        const EVENT: &str = "select id from event_keys where device = ?1 and event_id = ?2";
+        Ok(Self {
+            device: snapshot.prepare_cached("select id from devices where device_id = ?1")?,
+            event: snapshot.prepare_cached(EVENT)?,
+        })
+    }
+
+    /// The id of the event that a device reported under `event_id`. The numbers of `devices` are remembered.
+    fn find(
+        &mut self,
+        device_id: &DeviceId,
+        event_id: &EventId,
+        devices: &mut HashMap<DeviceId, i64>,
+    ) -> rusqlite::Result<Option<i64>> {
+        let device = match devices.get(device_id) {
+            Some(device) => *device,
+            None => {
+                let text = device_id.as_str();
+                let Some(device) = self.device.query_row([text], |row| row.get(0)).optional()?
+                else {
+                    return Ok(None);
+                };
+                devices.insert(device_id.clone(), device);
+                device
+            }
+        };
+        self.event.query_row(params![device, event_id.as_str()], |row| row.get(0)).optional()
+    }
+}
+
+fn event(connection: &Connection, id: i64) -> rusqlite::Result<Option<StoredEvent>> {
+    let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
+    connection.prepare_cached(&select)?.query_row([id], stored_event).optional()
+}
