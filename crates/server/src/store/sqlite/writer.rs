@@ -484,7 +484,15 @@ fn insert_events(
         Ids::From(first) => first,
         Ids::Given(_) => 0,
     };
-    for (position, (event, number)) in batch.events.iter().zip(numbers).enumerate() {
+    let mut positions: Vec<usize> = (0..batch.events.len()).collect();
+    if let Ids::Given(_) = ids {
+        // In the order in which they stand in the index and among the keys, so that places follow each other.
+        positions.sort_unstable_by_key(|position| {
+            (numbers[*position], batch.events[*position].timestamp, *position)
+        });
+    }
+    for position in positions {
+        let (event, number) = (&batch.events[position], &numbers[position]);
         let id = match ids {
             Ids::From(_) => next_id,
             Ids::Given(ids) => ids[position],
@@ -512,9 +520,10 @@ fn insert_events(
             event.event_id.as_ref().map(EventId::as_str),
         ])?;
         written.ids.push(id);
-        last_id = id;
+        last_id = last_id.max(id);
         next_id = id + 1;
     }
+    written.duplicates.sort_unstable_by_key(|duplicate| duplicate.position);
     Ok(last_id)
 }
 
