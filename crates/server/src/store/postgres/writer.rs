@@ -24,7 +24,7 @@ use super::{
     expiry::{self, Horizon},
     imports, partitions, roll_ups,
     statements::{
-        DeviceColumns, EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount,
+        DeviceColumns, EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount, store,
     },
 };
 use crate::store::{
@@ -58,6 +58,10 @@ const ID_RESERVE: usize = 2_048;
 /// when answers were lost, and then many do.
 const CAREFUL_BATCHES: u32 = 32;
 
+/// Batches that are written in steps after one in which a streak had to be recounted: where devices report out
+/// of order, they go on doing so.
+const STEPWISE_BATCHES: u32 = 32;
+
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 
 /// Takes some room where the database's tables are, in a table that nobody else sees and that goes with the
@@ -87,6 +91,8 @@ pub(super) struct PostgresEventWriter {
     unsettled: Option<Unsettled>,
     /// How many batches are still to be written carefully.
     careful_batches: u32,
+    /// How many batches are still to be written in steps.
+    stepwise_batches: u32,
     /// Whether a transaction is open that an error leaves open.
     open: bool,
     /// Whether the transaction under way has been asked to commit.
@@ -117,6 +123,7 @@ impl PostgresEventWriter {
             horizon_read: None,
             unsettled: None,
             careful_batches: 0,
+            stepwise_batches: 0,
             open: false,
             committing: false,
             disk_full: false,
@@ -193,6 +200,23 @@ impl PostgresEventWriter {
         };
 
         let may_be_passed = self.may_be_passed(batch);
+
+        let in_steps = self.stepwise_batches > 0;
+        self.stepwise_batches = self.stepwise_batches.saturating_sub(1);
+        let is_plain = devices.is_empty() && !may_be_passed && batch.progress.is_none();
+        if is_plain && !in_steps {
+            self.committing = true;
+            let batch = (&jobs, &events, &keys);
+            let (failing, taken) =
+                future::join(store(client, statements, batch, (received, streaks_since)), take_ids)
+                    .await;
+            let failing = failing?;
+            self.committing = false;
+            let streaks = streaks(&shares, &failing, &[])?;
+            // They can be taken later, too.
+            self.ids.extend(taken.unwrap_or_default());
+            return Ok(Written { ids: ids.to_vec(), streaks, ..Written::default() });
+        }
 
         self.open = true;
         // Polled in this order, so sent in this order, without waiting for each other's answers.
@@ -391,6 +415,9 @@ impl PostgresEventWriter {
             attempt < RETRIES
         } else if code == SqlState::UNIQUE_VIOLATION && names(&error, "event_keys_pkey") {
             self.careful_batches = CAREFUL_BATCHES;
+            attempt < RETRIES
+        } else if code == SqlState::DIVISION_BY_ZERO {
+            self.stepwise_batches = STEPWISE_BATCHES;
             attempt < RETRIES
         } else if code == SqlState::CHECK_VIOLATION && names_no_constraint(&error) {
             // The month's partition is missing after all: somebody has dropped or detached it.
