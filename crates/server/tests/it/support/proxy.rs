@@ -35,6 +35,25 @@ const COMMIT: &[u8] = b"Q\0\0\0\x0bcommit\0";
 /// `ReadyForQuery`, outside of a transaction.
 const READY: &[u8] = b"Z\0\0\0\x05I";
 
+/// Parameters of the statement that stores a whole batch and commits it, at least; no other has as many.
+const BATCH_PARAMETERS: usize = 28;
+
+/// Whether this asks for a commit. The writer waits for all other answers before, so it comes alone.
+fn commits(asked: &[u8]) -> bool {
+    asked.ends_with(COMMIT)
+        || parameters_bound(asked).is_some_and(|count| count >= BATCH_PARAMETERS)
+}
+
+/// How many parameters the first message binds, if it is a `Bind`: a type, its length, the names of portal and
+/// statement, the formats, the parameters.
+fn parameters_bound(asked: &[u8]) -> Option<usize> {
+    let mut names = asked.strip_prefix(b"B")?.get(4..)?.splitn(3, |byte| *byte == 0);
+    let rest = names.nth(2)?;
+    let number =
+        |at: usize| Some(usize::from(u16::from_be_bytes([*rest.get(at)?, *rest.get(at + 1)?])));
+    number(2 + 2 * number(0)?)
+}
+
 /// Listens until it is dropped.
 pub(crate) struct Proxy {
     address: SocketAddr,
@@ -103,8 +122,7 @@ async fn relay(
         let passed_on = tokio::select! {
             read = from_client.read(&mut asked) => {
                 let Ok(length @ 1..) = read else { return };
-                // The writer waits for all other answers before it commits, so the commit comes alone.
-                if asked[..length].ends_with(COMMIT) {
+                if commits(&asked[..length]) {
                     let mut fault = fault.lock().unwrap_or_else(PoisonError::into_inner);
                     match *fault {
                         Fault::LoseCommit => {
