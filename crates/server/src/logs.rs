@@ -15,11 +15,15 @@ use file_rotate::{
     suffix::{AppendTimestamp, DateFrom, FileLimit},
 };
 use tracing::{Level, Subscriber, level_filters::LevelFilter};
-use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     Layer, filter::Targets, fmt, layer::SubscriberExt, registry::LookupSpan,
     util::SubscriberInitExt,
 };
+
+/// Lines that may wait to be written to each place; beyond, lines are left out rather than that requests wait. The
+/// default of 128,000 takes 4 MB of memory for each place, whether there are any or not.
+const WAITING_LINES: usize = 8_192;
 
 /// Days of log files that are kept beside the current ones.
 const DAYS_KEPT: usize = 14;
@@ -66,11 +70,13 @@ pub struct LogGuard(#[expect(dead_code, reason = "held for its drop")] Vec<Worke
 /// When the folder cannot be written.
 pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     let mut guards = Vec::new();
-    let mut keep = |writer: (NonBlocking, WorkerGuard)| {
-        guards.push(writer.1);
-        writer.0
+    let mut beside = |writer: Box<dyn io::Write + Send>| {
+        let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES);
+        let (writer, guard) = builder.finish(writer);
+        guards.push(guard);
+        writer
     };
-    let console = keep(tracing_appender::non_blocking(io::stdout()));
+    let console = beside(Box::new(io::stdout()));
     let console = if settings.json_console {
         json_lines(console).boxed()
     } else {
@@ -78,8 +84,8 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     };
     let mut layers = vec![console];
     if let Some(dir) = &settings.dir {
-        let combined = keep(tracing_appender::non_blocking(open(dir, "combined.log")?));
-        let error = keep(tracing_appender::non_blocking(open(dir, "error.log")?));
+        let combined = beside(Box::new(open(dir, "combined.log")?));
+        let error = beside(Box::new(open(dir, "error.log")?));
         layers.push(json_lines(combined).boxed());
         layers.push(json_lines(error).with_filter(LevelFilter::ERROR).boxed());
     }
