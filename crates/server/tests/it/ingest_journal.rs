@@ -61,7 +61,7 @@ async fn what_a_killed_server_has_acknowledged_is_found_by_every_command() {
         ("copy", &["copy", "--from", "sqlite:data/pisync.db", "--to", "sqlite:other.db"]),
         ("down", &["migrate", "down"]),
     ];
-    // In how many rounds the kill came first; half a second later it would have come too late.
+    // In how many rounds the kill came first; a second later it would have come too late.
     let (mut stored, mut left) = (0, 0);
     for (name, arguments) in commands {
         let serving = program.serve(&[]);

@@ -33,12 +33,12 @@ use super::{
 };
 use crate::store::{Batch, Duplicate, EventWriter, News, StoreError, StoredEvent, Written};
 
-/// Events that are brought into the tables together, unless somebody asks for them before. Twice as many gain
-/// little more.
-const LUMP_EVENTS: usize = 16_384;
+/// Events that are brought into the tables together, unless somebody asks for them before: some 200 ms of
+/// work. With half as many, one event in ten fewer is stored where they have ids.
+const LUMP_EVENTS: usize = 32_768;
 
 /// How long events are left in the journal alone when there are fewer.
-const LUMP_TIME: Duration = Duration::from_millis(500);
+const LUMP_TIME: Duration = Duration::from_secs(1);
 
 /// Events that may be in the journal alone, and their bytes there. Beyond, events wait, and then find the
 /// queue before them full.
@@ -397,7 +397,11 @@ fn store_lump(
                 continue;
             }
         }
-        for (index, position) in accepted.positions.iter().enumerate() {
+        for (index, (position, id)) in accepted.positions.iter().zip(accepted.ids()).enumerate() {
+            if connection.has_event(id)? {
+                // It was stored before a crash, in the middle of this.
+                continue;
+            }
             match store(connection, one, Some(index)) {
                 Err(error) if refuses_data(&error) => {
                     keep_aside(connection.path(), &accepted.batch, *position, &error);
@@ -405,6 +409,8 @@ fn store_lump(
                 other => other?,
             }
         }
+        // Also when the last one was refused.
+        connection.settle_through(accepted.number)?;
     }
     Ok(())
 }
@@ -475,10 +481,8 @@ fn store_together(
             }
         }
     }
-    let through = match only {
-        Some(index) if index + 1 < last.positions.len() => last.number - 1,
-        _ => last.number,
-    };
+    // Not before all of a record is.
+    let through = if only.is_none() { last.number } else { last.number - 1 };
     let written = connection.store(&batch, Some(&Journaled { ids, through }))?;
     Ok(News { new_devices: written.new_devices, streaks: written.streaks })
 }
@@ -548,8 +552,8 @@ impl Desk {
             let is_due = state.since.is_some_and(|since| since.elapsed() >= LUMP_TIME);
             if is_due || state.events >= LUMP_EVENTS {
                 self.intake.call_writer(&mut state);
-                if is_due && state.called {
-                    // Not before that is over.
+                if is_due {
+                    // Not again before that may be over.
                     state.since = Some(Instant::now());
                 }
             }

@@ -201,6 +201,18 @@ impl WriteConnection {
         })
     }
 
+    /// Whether there is an event with this id in the tables.
+    pub(super) fn has_event(&self, id: i64) -> rusqlite::Result<bool> {
+        self.connection
+            .prepare_cached("select exists (select 1 from sync_events where id = ?1)")?
+            .query_row([id], |row| row.get(0))
+    }
+
+    /// Notes that the journal is in the tables up to the record `through`, apart from what they refuse.
+    pub(super) fn settle_through(&self, through: u64) -> rusqlite::Result<()> {
+        settle_through(&self.connection, through)
+    }
+
     /// Up to which id events may be folded: all of those that are stored later have a higher one.
     pub(super) fn last_foldable_id(&mut self) -> rusqlite::Result<i64> {
         let Some(intake) = self.intake.upgrade() else { return Ok(i64::MAX) };
@@ -420,7 +432,7 @@ fn find_or_add(
 }
 
 /// Notes that the journal is in the tables up to the record `through`.
-fn settle_through(transaction: &Transaction<'_>, through: u64) -> rusqlite::Result<()> {
+fn settle_through(transaction: &Connection, through: u64) -> rusqlite::Result<()> {
     transaction
         .prepare_cached("update ingest_state set settled = ?1")?
         .execute([through.cast_signed()])
