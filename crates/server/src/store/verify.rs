@@ -78,6 +78,29 @@ pub struct Sums {
     pub speed_count: i64,
 }
 
+impl From<Sums> for super::Figures {
+    /// The times and the streak are left out.
+    fn from(sums: Sums) -> Self {
+        let Sums {
+            total_syncs,
+            failed_syncs,
+            total_files_synced,
+            total_errors,
+            speed_sum,
+            speed_count,
+        } = sums;
+        Self {
+            total_syncs,
+            failed_syncs,
+            total_files_synced,
+            total_errors,
+            speed_sum,
+            speed_count,
+            ..Self::default()
+        }
+    }
+}
+
 /// A device's day, or the fleet's hour, whose sums are not what its folded events add up to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SumDifference {

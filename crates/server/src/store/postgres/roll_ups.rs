@@ -11,7 +11,7 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::reads::{DEVICE_COLUMNS, SUMS, device_row, snapshot};
-use crate::store::{Device, FailureQuery, Figures, Page, Window};
+use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
 /// Events received longer ago than this are final. A batch is given up after 10 s, and one whose
 /// commit is uncertain after 25 s altogether; the rest is for nodes whose clocks disagree a little. What
@@ -352,14 +352,18 @@ pub(super) async fn window_figures(
     let folded = folded(&snapshot).await?;
     let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
     let row = snapshot.query_one(&select, &[&from, &until, &folded]).await?;
-    Ok(Figures {
+    sums(&row).map(Figures::from)
+}
+
+/// A row that begins with the six sums.
+pub(super) fn sums(row: &Row) -> Result<Sums, Error> {
+    Ok(Sums {
         total_syncs: row.try_get(0)?,
         failed_syncs: row.try_get(1)?,
         total_files_synced: row.try_get(2)?,
         total_errors: row.try_get(3)?,
         speed_sum: row.try_get(4)?,
         speed_count: row.try_get(5)?,
-        ..Figures::default()
     })
 }
 
@@ -395,21 +399,8 @@ pub(super) async fn repeated_failures(
                       and event.created_at >= $6
                       and event.total_errors > 0
                ) as failed_syncs
-          from (
-              select device_id
-                from (
-                    select device_id, failed_syncs
-                      from device_days
-                     where day between $4 and $5 and failed_syncs > 0
-                    union all
-                    select device_id, 1
-                      from sync_events
-                     where created_at > $3 and created_at >= $6
-                       and total_errors > 0 and timestamp >= $1 and timestamp < $2
-                ) failures
-               group by device_id
-              having sum(failed_syncs) >= {least}
-          ) candidate
+          from ({BY_DAY}) candidate
+         where candidate.failed_syncs >= {least}
         "
     );
     let failing = if window.is_whole_days() { BY_DAY } else { &by_event };

@@ -8,10 +8,10 @@ use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
 use super::{
     expiry,
-    roll_ups::{self, folded},
+    roll_ups::{self, folded, sums},
 };
 use crate::store::verify::{
-    PAGE_DEVICES, Recount, SumDifference, SumRecount, Sums, Verified, page_length,
+    PAGE_DEVICES, Recount, SumDifference, SumRecount, Verified, page_length,
 };
 
 /// Sums as [`sums`] reads them.
@@ -256,18 +256,6 @@ async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
         .await?;
     snapshot.batch_execute(NO_TIME_LIMIT).await?;
     Ok(snapshot)
-}
-
-/// A row that begins with [`SUMS`].
-fn sums(row: &Row) -> Result<Sums, Error> {
-    Ok(Sums {
-        total_syncs: row.try_get(0)?,
-        failed_syncs: row.try_get(1)?,
-        total_files_synced: row.try_get(2)?,
-        total_errors: row.try_get(3)?,
-        speed_sum: row.try_get(4)?,
-        speed_count: row.try_get(5)?,
-    })
 }
 
 /// When the day or hour after those begins.

@@ -1,7 +1,7 @@
 //! A device's history, read through the index `(device, timestamp)` whose entries end with the id.
 
 use pisync_core::{JobName, Timestamp};
-use rusqlite::{Connection, Row, named_params};
+use rusqlite::{Connection, OptionalExtension, Row, named_params};
 
 use super::{
     expiry::raw_since,
@@ -16,6 +16,15 @@ pub(super) const EVENT_COLUMNS: &str = "
     id, timestamp, total_files_synced, total_errors, internet_speed, job, duration, bytes_synced,
     metadata, created_at, event_id
 ";
+
+/// The event with this id, if it is still kept.
+pub(super) fn kept_event(
+    connection: &Connection,
+    id: i64,
+) -> rusqlite::Result<Option<StoredEvent>> {
+    let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
+    connection.prepare_cached(&select)?.query_row([id], stored_event).optional()
+}
 
 pub(super) fn sync_history(
     connection: &Connection,

@@ -21,15 +21,19 @@ use std::{
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, EventId, JobName, Metadata};
-use rusqlite::{CachedStatement, Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     connection::{open_existing, refuses_data, store_error},
-    history::{EVENT_COLUMNS, stored_event},
+    history::kept_event,
     journal::{self, Journal, Record},
-    writer::{Call, IngestState, Journaled, REMEMBERED_DEVICES, WriteConnection, WriterThread},
+    reads::device_number,
+    writer::{
+        Call, FIND_KEY, IngestState, Journaled, REMEMBERED_DEVICES, WriteConnection, WriterThread,
+        settle_through,
+    },
 };
 use crate::store::{Batch, Duplicate, EventWriter, News, StoreError, StoredEvent, Written};
 
@@ -141,6 +145,13 @@ impl State {
         self.last = accepted.number;
         self.since.get_or_insert_with(Instant::now);
         self.accepted.push_back(Arc::new(accepted));
+    }
+
+    /// Gives `count` ids that follow each other; answers the first.
+    fn take_ids(&mut self, count: usize) -> i64 {
+        let first = self.next_id;
+        self.next_id += i64::try_from(count).unwrap_or(0);
+        first
     }
 
     fn is_full(&self) -> bool {
@@ -321,12 +332,9 @@ impl Intake {
         state.next_id = state.next_id.max(last_id + 1);
     }
 
-    /// Takes `count` ids for events that don't go through the journal; answers the one before the first.
+    /// Gives `count` ids to events that don't go through the journal; answers the first.
     pub(super) fn take_ids(&self, count: usize) -> i64 {
-        let mut state = self.state();
-        let last = state.next_id - 1;
-        state.next_id += i64::try_from(count).unwrap_or(0);
-        last
+        self.state().take_ids(count)
     }
 
     /// Removes the journal once nothing is in it alone. Nobody may write any more.
@@ -410,7 +418,7 @@ fn store_lump(
             }
         }
         // Also when the last one was refused.
-        connection.settle_through(accepted.number)?;
+        settle_through(&connection.connection, accepted.number)?;
     }
     Ok(())
 }
@@ -505,19 +513,17 @@ impl EventWriter for IntakeWriter {
     }
 
     async fn probe(&mut self) -> Result<(), StoreError> {
-        let intake = Arc::clone(&self.intake);
         self.intake
             .writer
-            .call(move |connection| {
-                intake.settle(connection)?;
+            .call(|connection| {
+                connection.settle()?;
                 connection.probe()
             })
             .await
     }
 
     async fn finish(&mut self) -> Result<(), StoreError> {
-        let intake = Arc::clone(&self.intake);
-        self.intake.writer.call(move |connection| intake.settle(connection)).await
+        self.intake.writer.call(WriteConnection::settle).await
     }
 }
 
@@ -562,39 +568,35 @@ impl Desk {
 
     fn accept(&mut self, batch: Arc<Batch>) -> Result<Written, StoreError> {
         self.wait_for_room()?;
-        let unavailable =
-            |error: &dyn std::fmt::Display| StoreError::Unavailable(error.to_string());
-        let known = self.find_known(&batch).map_err(store_error)?;
-        let new = batch.events.len() - known.len();
+        let repeats = batch.repeats();
+        let known = self.find_known(&batch, &repeats).map_err(store_error)?;
+        let new = batch.events.len() - repeats.len() - known.len();
         let (first_id, settled) = {
             let mut state = self.intake.state();
-            let first_id = state.next_id;
-            state.next_id += i64::try_from(new).map_err(|error| unavailable(&error))?;
+            let first_id = state.take_ids(new);
             state.under_way = Some(first_id);
             (first_id, state.settled)
         };
 
+        let mut next_id = first_id;
         let mut ids = Vec::with_capacity(batch.events.len());
         let mut positions = Vec::with_capacity(new);
         let mut duplicates = Vec::new();
-        let mut known = known.into_iter().peekable();
         for position in 0..batch.events.len() {
-            match known.next_if(|known| known.position == position) {
-                None => {
-                    ids.push(first_id + i64::try_from(positions.len()).unwrap_or(0));
-                    positions.push(position);
-                }
-                Some(Known { found, .. }) => {
-                    let (id, first) = match found {
-                        Found::Stored(id, first) => (id, first),
-                        Found::InBatch(earlier) => {
-                            (ids[earlier], Some(batch.stored_event(earlier, ids[earlier])))
-                        }
-                    };
-                    ids.push(id);
-                    duplicates.push(Duplicate { position, first });
-                }
-            }
+            // Whatever the first of its name in the batch is found to be, this one is too.
+            let namesake = repeats.get(&position).copied().unwrap_or(position);
+            let (id, first) = if let Some(known) = known.get(&namesake) {
+                known.clone()
+            } else if namesake < position {
+                (ids[namesake], Some(batch.stored_event(namesake, ids[namesake])))
+            } else {
+                ids.push(next_id);
+                positions.push(position);
+                next_id += 1;
+                continue;
+            };
+            ids.push(id);
+            duplicates.push(Duplicate { position, first });
         }
 
         let events = positions.iter().map(|position| &batch.events[*position]);
@@ -611,7 +613,7 @@ impl Desk {
                 state.accept(Accepted { number, first_id, batch, positions, bytes });
             }
             Err(error) => {
-                if state.next_id == first_id + i64::try_from(new).unwrap_or(0) {
+                if state.next_id == next_id {
                     // Nobody has had one after them.
                     state.next_id = first_id;
                 }
@@ -642,13 +644,14 @@ impl Desk {
         }
     }
 
-    /// The events that were reported before, by position.
-    fn find_known(&mut self, batch: &Batch) -> rusqlite::Result<Vec<Known>> {
-        let mut known = Vec::new();
-        if batch.events.iter().all(|event| event.event_id.is_none()) {
-            return Ok(known);
-        }
-        let repeats = batch.repeats();
+    /// The events that were reported before the batch, by position: the first one's id, and that one if it is
+    /// still kept. Those that repeat an earlier one of the batch are left out.
+    fn find_known(
+        &mut self,
+        batch: &Batch,
+        repeats: &HashMap<usize, usize>,
+    ) -> rusqlite::Result<HashMap<usize, (i64, Option<StoredEvent>)>> {
+        let mut known = HashMap::new();
         // First among those that are not in the tables, then in the tables: what leaves the one meanwhile
         // is found in the other.
         let mut unplaced = Vec::new();
@@ -661,89 +664,36 @@ impl Desk {
             }
             for (position, event) in batch.events.iter().enumerate() {
                 let Some(event_id) = &event.event_id else { continue };
+                if repeats.contains_key(&position) {
+                    continue;
+                }
                 match state.place(&(event.device_id.clone(), event_id.clone())) {
-                    Some(place) => {
-                        let Place { id, batch, position: at } = place;
-                        let found = Found::Stored(*id, Some(batch.stored_event(*at, *id)));
-                        known.push(Known { position, found });
+                    Some(Place { id, batch, position: at }) => {
+                        known.insert(position, (*id, Some(batch.stored_event(*at, *id))));
                     }
                     None => unplaced.push((position, &event.device_id, event_id)),
                 }
             }
         }
+        if unplaced.is_empty() {
+            return Ok(known);
+        }
         let snapshot = self.keys.unchecked_transaction()?;
-        let mut keys = Keys::prepare(&snapshot)?;
+        let mut find = snapshot.prepare_cached(FIND_KEY)?;
         for (position, device_id, event_id) in unplaced {
-            if let Some(earlier) = repeats.get(&position) {
-                // Whatever the earlier one is found to be, this one is too.
-                let same = known.iter().find(|known| known.position == *earlier);
-                let found = match same.map(|known| &known.found) {
-                    Some(Found::Stored(id, first)) => Found::Stored(*id, first.clone()),
-                    _ => Found::InBatch(*earlier),
-                };
-                known.push(Known { position, found });
-            } else if let Some(id) = keys.find(device_id, event_id, &mut self.devices)? {
-                let found = Found::Stored(id, event(&snapshot, id)?);
-                known.push(Known { position, found });
+            let device = match self.devices.get(device_id) {
+                Some(device) => *device,
+                None => {
+                    let Some(device) = device_number(&snapshot, device_id)? else { continue };
+                    self.devices.insert(device_id.clone(), device);
+                    device
+                }
+            };
+            let key = params![device, event_id.as_str()];
+            if let Some(id) = find.query_row(key, |row| row.get(0)).optional()? {
+                known.insert(position, (id, kept_event(&snapshot, id)?));
             }
         }
-        known.sort_unstable_by_key(|known| known.position);
         Ok(known)
     }
-}
-
-/// An event that its device had reported before.
-struct Known {
-    position: usize,
-    found: Found,
-}
-
-enum Found {
-    /// Under this id; the event if it is still kept.
-    Stored(i64, Option<StoredEvent>),
-    /// At this earlier position of the same batch.
-    InBatch(usize),
-}
-
-/// What looks for events in the tables.
-struct Keys<'a> {
-    device: CachedStatement<'a>,
-    event: CachedStatement<'a>,
-}
-
-impl<'a> Keys<'a> {
-    fn prepare(snapshot: &'a Connection) -> rusqlite::Result<Self> {
-        const EVENT: &str = "select id from event_keys where device = ?1 and event_id = ?2";
-        Ok(Self {
-            device: snapshot.prepare_cached("select id from devices where device_id = ?1")?,
-            event: snapshot.prepare_cached(EVENT)?,
-        })
-    }
-
-    /// The id of the event that a device reported under `event_id`. The numbers of `devices` are remembered.
-    fn find(
-        &mut self,
-        device_id: &DeviceId,
-        event_id: &EventId,
-        devices: &mut HashMap<DeviceId, i64>,
-    ) -> rusqlite::Result<Option<i64>> {
-        let device = match devices.get(device_id) {
-            Some(device) => *device,
-            None => {
-                let text = device_id.as_str();
-                let Some(device) = self.device.query_row([text], |row| row.get(0)).optional()?
-                else {
-                    return Ok(None);
-                };
-                devices.insert(device_id.clone(), device);
-                device
-            }
-        };
-        self.event.query_row(params![device, event_id.as_str()], |row| row.get(0)).optional()
-    }
-}
-
-fn event(connection: &Connection, id: i64) -> rusqlite::Result<Option<StoredEvent>> {
-    let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
-    connection.prepare_cached(&select)?.query_row([id], stored_event).optional()
 }

@@ -192,32 +192,14 @@ impl JournalFile {
         };
         if end > self.bytes {
             let bytes = end.next_multiple_of(GROWTH_BYTES);
-            let mut zeros = FileWriter { file, at: self.bytes };
-            io::copy(&mut io::Read::take(io::repeat(0), bytes - self.bytes), &mut zeros)?;
+            let growth = usize::try_from(bytes - self.bytes).map_err(io::Error::other)?;
+            file.write_all_at(&vec![0; growth], self.bytes)?;
             file.sync_all()?;
             self.bytes = bytes;
         }
         file.write_all_at(record, self.end)?;
         file.sync_data()?;
         self.end = end;
-        Ok(())
-    }
-}
-
-/// Writes to a file from a place on.
-struct FileWriter<'a> {
-    file: &'a File,
-    at: u64,
-}
-
-impl io::Write for FileWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.file.write_at(bytes, self.at)?;
-        self.at += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

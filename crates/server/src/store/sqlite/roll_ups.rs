@@ -4,11 +4,11 @@
 
 use pisync_core::Timestamp;
 use rusqlite::{
-    Connection, OptionalExtension, Transaction, TransactionBehavior, named_params, params,
+    Connection, OptionalExtension, Row, Transaction, TransactionBehavior, named_params, params,
 };
 
 use super::reads::{DEVICE_COLUMNS, SUMS, device_row};
-use crate::store::{Device, FailureQuery, Figures, Page, Window};
+use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
 /// What rows of `sync_events` add up to.
 const EVENT_SUMS: &str = "
@@ -189,18 +189,20 @@ pub(super) fn window_figures(
         named_params! {
             ":from": window.from().as_millisecond(), ":until": window.until().as_millisecond(),
         },
-        |row| {
-            Ok(Figures {
-                total_syncs: row.get(0)?,
-                failed_syncs: row.get(1)?,
-                total_files_synced: row.get(2)?,
-                total_errors: row.get(3)?,
-                speed_sum: row.get(4)?,
-                speed_count: row.get(5)?,
-                ..Figures::default()
-            })
-        },
+        |row| sums(row).map(Figures::from),
     )
+}
+
+/// A row that begins with the six sums.
+pub(super) fn sums(row: &Row<'_>) -> rusqlite::Result<Sums> {
+    Ok(Sums {
+        total_syncs: row.get(0)?,
+        failed_syncs: row.get(1)?,
+        total_files_synced: row.get(2)?,
+        total_errors: row.get(3)?,
+        speed_sum: row.get(4)?,
+        speed_count: row.get(5)?,
+    })
 }
 
 /// Devices that failed within a window, whose number of failures in it stands in for that of all time.
@@ -214,7 +216,7 @@ pub(super) fn repeated_failures(
           from (
               select device, failed_syncs
                 from device_days
-               where day >= :from and day < :until and failed_syncs > 0
+               where day > :from - 86400000 and day < :until and failed_syncs > 0
               union all
               select device, 1
                 from sync_events
@@ -234,21 +236,8 @@ pub(super) fn repeated_failures(
                       and event.timestamp >= :from and event.timestamp < :until
                       and event.total_errors > 0
                ) as failed_syncs
-          from (
-              select device
-                from (
-                    select device, failed_syncs
-                      from device_days
-                     where day > :from - 86400000 and day < :until and failed_syncs > 0
-                    union all
-                    select device, 1
-                      from sync_events
-                     where id > (select folded_id from roll_up_state)
-                       and total_errors > 0 and +timestamp >= :from and +timestamp < :until
-                )
-               group by device
-              having sum(failed_syncs) >= {least}
-          ) candidate
+          from ({BY_DAY}) candidate
+         where candidate.failed_syncs >= {least}
         "
     );
     let failing = if window.is_whole_days() { BY_DAY } else { &by_event };

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 
 use pisync_core::{JobFigures, Timestamp};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
     expiry,
     reads::time,
-    roll_ups,
+    roll_ups::{self, sums},
     writer::{JobStatements, WriteConnection, job_figures},
 };
 use crate::store::verify::{
@@ -159,18 +159,6 @@ pub(super) fn repair_hour(
     let changed =
         writer.connection.prepare_cached(WRITE)?.execute(rusqlite::params_from_iter(numbers))?;
     Ok(changed == 1)
-}
-
-/// A row that begins with [`SUMS`].
-fn sums(row: &Row<'_>) -> rusqlite::Result<Sums> {
-    Ok(Sums {
-        total_syncs: row.get(0)?,
-        failed_syncs: row.get(1)?,
-        total_files_synced: row.get(2)?,
-        total_errors: row.get(3)?,
-        speed_sum: row.get(4)?,
-        speed_count: row.get(5)?,
-    })
 }
 
 /// The beginning of the day or hour, `length` milliseconds long, that an event is dated in.

@@ -20,7 +20,7 @@ use super::{
     checkpoint::checkpoint_beside,
     connection::{open_for_writing, store_error},
     expiry,
-    history::{EVENT_COLUMNS, stored_event},
+    history::kept_event,
     imports,
     intake::{ID_DISTANCE, Intake},
     is_locked, keys,
@@ -208,11 +208,6 @@ impl WriteConnection {
             .query_row([id], |row| row.get(0))
     }
 
-    /// Notes that the journal is in the tables up to the record `through`, apart from what they refuse.
-    pub(super) fn settle_through(&self, through: u64) -> rusqlite::Result<()> {
-        settle_through(&self.connection, through)
-    }
-
     /// Up to which id events may be folded: all of those that are stored later have a higher one.
     pub(super) fn last_foldable_id(&mut self) -> rusqlite::Result<i64> {
         let Some(intake) = self.intake.upgrade() else { return Ok(i64::MAX) };
@@ -278,14 +273,13 @@ impl WriteConnection {
                 if !batch.receipts.is_empty() {
                     move_devices_back(&transaction, batch, &order, &numbers)?;
                 }
-                let before = match &intake {
+                let first = match &intake {
                     Some(intake) => intake.take_ids(batch.events.len()),
                     // The ids that a server has given follow the last one in the tables.
-                    None if is_locked(&self.path) => self.last_id + ID_DISTANCE,
-                    None => self.last_id,
+                    None if is_locked(&self.path) => self.last_id + ID_DISTANCE + 1,
+                    None => self.last_id + 1,
                 };
-                let ids = Ids::From(before + 1);
-                insert_events(&transaction, batch, &numbers, ids, &mut written)?
+                insert_events(&transaction, batch, &numbers, Ids::From(first), &mut written)?
             }
         };
 
@@ -432,7 +426,7 @@ fn find_or_add(
 }
 
 /// Notes that the journal is in the tables up to the record `through`.
-fn settle_through(transaction: &Connection, through: u64) -> rusqlite::Result<()> {
+pub(super) fn settle_through(transaction: &Connection, through: u64) -> rusqlite::Result<()> {
     transaction
         .prepare_cached("update ingest_state set settled = ?1")?
         .execute([through.cast_signed()])
@@ -492,10 +486,6 @@ fn insert_events(
     let mut keys = EventKeys { transaction, add: None };
     written.ids.reserve_exact(batch.events.len());
     let mut last_id = 0;
-    let mut next_id = match ids {
-        Ids::From(first) => first,
-        Ids::Given(_) => 0,
-    };
     let mut positions: Vec<usize> = (0..batch.events.len()).collect();
     if let Ids::Given(_) = ids {
         // In the order in which they stand in the index and among the keys, so that places follow each other.
@@ -506,7 +496,7 @@ fn insert_events(
     for position in positions {
         let (event, number) = (&batch.events[position], &numbers[position]);
         let id = match ids {
-            Ids::From(_) => next_id,
+            Ids::From(first) => first.max(last_id + 1),
             Ids::Given(ids) => ids[position],
         };
         if let Some(event_id) = &event.event_id
@@ -533,11 +523,13 @@ fn insert_events(
         ])?;
         written.ids.push(id);
         last_id = last_id.max(id);
-        next_id = id + 1;
     }
     written.duplicates.sort_unstable_by_key(|duplicate| duplicate.position);
     Ok(last_id)
 }
+
+/// The id of the event that a device reported under an id of its own.
+pub(super) const FIND_KEY: &str = "select id from event_keys where device = ?1 and event_id = ?2";
 
 /// The ids that devices gave their events.
 struct EventKeys<'a> {
@@ -573,17 +565,11 @@ impl EventKeys<'_> {
         device: i64,
         event_id: &EventId,
     ) -> rusqlite::Result<(i64, Option<StoredEvent>)> {
-        const FIND: &str = "select id from event_keys where device = ?1 and event_id = ?2";
         let id = self
             .transaction
-            .prepare_cached(FIND)?
+            .prepare_cached(FIND_KEY)?
             .query_row(params![device, event_id.as_str()], |row| row.get(0))?;
-        Ok((id, self.event(id)?))
-    }
-
-    fn event(&self, id: i64) -> rusqlite::Result<Option<StoredEvent>> {
-        let select = format!("select {EVENT_COLUMNS} from sync_events where id = ?1");
-        self.transaction.prepare_cached(&select)?.query_row([id], stored_event).optional()
+        Ok((id, kept_event(self.transaction, id)?))
     }
 }
 
