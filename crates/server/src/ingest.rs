@@ -282,13 +282,12 @@ impl Ingest {
     ///
     /// # Errors
     /// See [`IngestError`].
-    pub async fn submit(&self, event: SyncEvent) -> Result<Receipt, IngestError> {
+    pub fn submit(&self, event: SyncEvent) -> impl Future<Output = Result<Receipt, IngestError>> {
         let mut room = self.room();
-        let result = match room.take(&event) {
-            Ok(()) => self.wait_for(|reply| Submission::One { event, reply, room }).await,
-            Err(error) => Err(error),
-        };
-        result.inspect_err(|error| self.count_refused(error, 1))
+        let waiting = room
+            .take(&event)
+            .and_then(|()| self.enqueue(|reply| Submission::One { event, reply, room }));
+        self.wait_for(waiting, 1)
     }
 
     /// Stores `events`, for which there is `room`, in one transaction and returns once it is committed.
@@ -304,21 +303,32 @@ impl Ingest {
         if count == 0 {
             return Ok(Vec::new());
         }
-        self.wait_for(|reply| Submission::Many { events, reply, room })
-            .await
-            .inspect_err(|error| self.count_refused(error, count))
+        let waiting = self.enqueue(|reply| Submission::Many { events, reply, room });
+        self.wait_for(waiting, count).await
     }
 
-    async fn wait_for<T>(
+    fn enqueue<T>(
         &self,
         submission: impl FnOnce(oneshot::Sender<Result<T, IngestError>>) -> Submission,
-    ) -> Result<T, IngestError> {
+    ) -> Result<oneshot::Receiver<Result<T, IngestError>>, IngestError> {
         if !self.is_available() {
             return Err(IngestError::Unavailable);
         }
         let (reply, answer) = oneshot::channel();
         self.queue.send(submission(reply)).map_err(|_| IngestError::Unavailable)?;
-        answer.await.unwrap_or(Err(IngestError::Unavailable))
+        Ok(answer)
+    }
+
+    async fn wait_for<T>(
+        &self,
+        waiting: Result<oneshot::Receiver<Result<T, IngestError>>, IngestError>,
+        events: usize,
+    ) -> Result<T, IngestError> {
+        let result = match waiting {
+            Ok(answer) => answer.await.unwrap_or(Err(IngestError::Unavailable)),
+            Err(error) => Err(error),
+        };
+        result.inspect_err(|error| self.count_refused(error, events))
     }
 
     /// Counts events that were valid and yet not stored.

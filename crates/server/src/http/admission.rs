@@ -3,7 +3,10 @@
 //! call. Then it stands within CORS: such a page can read why it is refused, and what browsers ask
 //! beforehand needs no key.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -11,26 +14,44 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::{SharedState, auth::Verdict, client_address::Client, error::ApiError, rate_limit};
+use super::{
+    SharedState,
+    auth::Verdict,
+    client_address::Client,
+    error::ApiError,
+    rate_limit::{self, Rate},
+};
 
 /// The step as a middleware.
 pub(super) async fn layer(
     State(state): State<SharedState>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let matched = request.extensions().get::<MatchedPath>().cloned();
-    admit(&state, matched.as_ref().map_or("", MatchedPath::as_str), request, next).await
-}
-
-/// Lets a request for `route` in, or says why not.
-pub(super) async fn admit(
-    state: &SharedState,
-    route: &str,
     mut request: Request,
     next: Next,
 ) -> Response {
-    let Verdict { key, result } = state.gate.check(&request, route);
+    let matched = request.extensions().get::<MatchedPath>().cloned();
+    let route = matched.as_ref().map_or("", MatchedPath::as_str);
+    let Admission { rate, entry } = admit(&state, route, &mut request);
+    let mut response = match entry {
+        Ok(_slot) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
+    if let Some(rate) = rate {
+        rate.write(response.headers_mut());
+    }
+    response
+}
+
+/// What is to happen with a request.
+pub(super) struct Admission {
+    /// For the answer, whatever it is.
+    pub(super) rate: Option<Rate>,
+    /// What to hold while the request is answered, or why it is not let in.
+    pub(super) entry: Result<Option<Slot>, ApiError>,
+}
+
+/// Looks at a request for `route`, which is empty when there is none such. The request then carries its key.
+pub(super) fn admit(state: &SharedState, route: &str, request: &mut Request) -> Admission {
+    let Verdict { key, result } = state.gate.check(request, route);
     let method = request.method();
     // Who is refused is counted, too.
     let (rate, whom) = match &key {
@@ -45,45 +66,39 @@ pub(super) async fn admit(
         request.extensions_mut().insert(key);
     }
     let too_many = rate.as_ref().and_then(|rate| rate.retry_after);
-    let mut response = match (too_many, result) {
-        (Some(seconds), _) => ApiError::TooManyRequests { seconds, whom }.into_response(),
-        (None, Err(error)) => error.into_response(),
+    let entry = match (too_many, result) {
+        (Some(seconds), _) => Err(ApiError::TooManyRequests { seconds, whom }),
+        (None, Err(error)) => Err(error),
         // What says how the server is must be heard when it is overloaded, too.
-        (None, Ok(())) if rate_limit::is_free(route) => next.run(request).await,
-        (None, Ok(())) => match state.slots.take() {
-            Some(_slot) => next.run(request).await,
-            None => ApiError::Overloaded.into_response(),
-        },
+        (None, Ok(())) if rate_limit::is_free(route) => Ok(None),
+        (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
-    if let Some(rate) = rate {
-        rate.write(response.headers_mut());
-    }
-    response
+    Admission { rate, entry }
 }
 
 /// Requests that may be answered at a time.
 pub(super) struct Slots {
     most: usize,
-    taken: AtomicUsize,
+    taken: Arc<AtomicUsize>,
 }
 
 /// One of them, until it is dropped.
-struct Slot<'a>(&'a AtomicUsize);
+pub(super) struct Slot(Arc<AtomicUsize>);
 
 impl Slots {
     /// So many; 0 is no limit.
     pub(super) fn new(most: usize) -> Self {
-        Self { most: if most == 0 { usize::MAX } else { most }, taken: AtomicUsize::new(0) }
+        Self { most: if most == 0 { usize::MAX } else { most }, taken: Arc::default() }
     }
 
-    fn take(&self) -> Option<Slot<'_>> {
+    fn take(&self) -> Option<Slot> {
         let taken = self.taken.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot(&self.taken);
+        let slot = Slot(Arc::clone(&self.taken));
         (taken < self.most).then_some(slot)
     }
 }
 
-impl Drop for Slot<'_> {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -12,7 +12,7 @@ use super::{
     auth::By,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, OfDevice, WithBody, WithQuery},
-    extract::{DevicePath, DevicePathParameter, Query, json_body},
+    extract::{DevicePath, DevicePathParameter, JsonBody, Query},
     figures::DeviceFigures,
 };
 use crate::store::{Device, DeviceChange, DeviceQuery, DeviceSort, DeviceWithJobs};
@@ -287,7 +287,7 @@ async fn update_device(
     By(actor): By,
     request: Request,
 ) -> Result<Success<DeviceDetail>, ApiError> {
-    let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
+    let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout).read().await?;
     let change = read_change(&body)?;
     if !state.store.update_device(&device_id, &change, &actor).await? {
         return Err(ApiError::NotFound("Device"));

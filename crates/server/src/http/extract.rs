@@ -4,6 +4,7 @@
 use std::{convert::Infallible, time::Duration};
 
 use axum::{
+    body::Body,
     extract::{FromRequestParts, Path, Request},
     http::{HeaderMap, header, request::Parts},
 };
@@ -16,24 +17,36 @@ use utoipa::IntoParams;
 
 use super::{error::ApiError, query::QueryString};
 
-/// Reads a JSON body of at most `limit` bytes, which may take so long to arrive in full.
-pub(super) async fn json_body(
-    request: Request,
+/// A JSON body that is still to be read. The rest of its request has been let go.
+pub(super) struct JsonBody {
+    body: Result<Body, ApiError>,
     limit: usize,
     timeout: Duration,
-) -> Result<Bytes, ApiError> {
-    check_media_type(request.headers())?;
-    // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
-    if request.body().size_hint().lower() > limit as u64 {
-        return Err(ApiError::BodyTooLarge(limit));
+}
+
+impl JsonBody {
+    /// A body of at most `limit` bytes, which may take so long to arrive in full.
+    pub(super) fn of(request: Request, limit: usize, timeout: Duration) -> Self {
+        let checked = check_media_type(request.headers());
+        // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+        let fits = request.body().size_hint().lower() <= limit as u64;
+        let body = match checked {
+            Ok(()) if !fits => Err(ApiError::BodyTooLarge(limit)),
+            checked => checked.map(|()| request.into_body()),
+        };
+        Self { body, limit, timeout }
     }
-    let body = Limited::new(request.into_body(), limit);
-    match tokio::time::timeout(timeout, body.collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::BodyTooLarge(limit)),
-        // The connection broke or the framing was wrong; nobody may be left to read the answer.
-        Ok(Err(_)) => Err(ApiError::Malformed("the body ended early".to_owned())),
-        Err(_) => Err(ApiError::BodyTimeout),
+
+    /// Reads it.
+    pub(super) async fn read(self) -> Result<Bytes, ApiError> {
+        let Self { body, limit, timeout } = self;
+        match tokio::time::timeout(timeout, Limited::new(body?, limit).collect()).await {
+            Ok(Ok(collected)) => Ok(collected.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::BodyTooLarge(limit)),
+            // The connection broke or the framing was wrong; nobody may be left to read the answer.
+            Ok(Err(_)) => Err(ApiError::Malformed("the body ended early".to_owned())),
+            Err(_) => Err(ApiError::BodyTimeout),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     auth::By,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, WithBody, WithQuery},
-    extract::{Query, json_body},
+    extract::{JsonBody, Query},
 };
 use crate::{
     keys::{self, CreateError, KeyWish, MAX_NAME},
@@ -238,7 +238,7 @@ async fn create_key(
     By(actor): By,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
+    let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout).read().await?;
     let wish = read_wish(&body, actor.at)?;
     let created = keys::create(&*state.store, &state.randomness, wish, &actor).await;
     let (id, secret) = created.map_err(|error| match error {

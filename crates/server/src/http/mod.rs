@@ -50,7 +50,7 @@ use self::{
     admission::Slots,
     auth::Gate,
     error::ApiError,
-    observe::{RefusalLog, RequestIds},
+    observe::{ObserveLayer, RefusalLog, RequestIds},
     rate_limit::RateLimits,
 };
 use crate::{
@@ -230,7 +230,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
             .layer(middleware::from_fn_with_state(Arc::clone(&state), admission::layer))
             .layer(cors(&settings.cors_origins));
     }
-    router.layer(middleware::from_fn_with_state(state, observe::observe))
+    router.layer(ObserveLayer(state))
 }
 
 fn cors(origins: &[HeaderValue]) -> CorsLayer {

@@ -2,23 +2,34 @@
 
 use std::{
     any::Any,
+    convert::Infallible,
+    net::IpAddr,
     panic::AssertUnwindSafe,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use axum::{
-    extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode},
-    middleware::Next,
+    extract::{MatchedPath, Request},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
 };
-use futures_util::FutureExt;
+use futures_util::{
+    FutureExt,
+    future::{self, BoxFuture},
+};
+use tower::{Layer, Service};
 
 use super::{
-    SharedState, admission,
+    SharedState,
+    admission::{self, Admission},
     client_address::{self, Client},
     error::{ApiError, ErrorDetail},
+    rate_limit::Rate,
     security_headers,
     serve::Peer,
 };
@@ -93,48 +104,124 @@ impl RefusalLog {
     }
 }
 
-/// The middleware around everything.
-pub(super) async fn observe(
-    State(state): State<SharedState>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let started = Instant::now();
-    let request_id = state.request_ids.of(request.headers());
-    let method = method_name(request.method());
-    let matched = request.extensions().get::<MatchedPath>().cloned();
-    let route = matched.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
-    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
-    let client =
-        peer.map(|peer| client_address::resolve(peer, request.headers(), &state.trusted_proxies));
-    let path = request.uri().path().to_owned();
+/// The layer around everything.
+#[derive(Clone)]
+pub(super) struct ObserveLayer(pub(super) SharedState);
 
-    if let Some(client) = client {
-        request.extensions_mut().insert(Client(client));
+impl<S> Layer<S> for ObserveLayer {
+    type Service = Observe<S>;
+
+    fn layer(&self, inner: S) -> Observe<S> {
+        Observe { inner, state: Arc::clone(&self.0) }
     }
-    // A bug costs one request, not the process.
-    let answering = async {
-        if state.admits_within_cors {
-            next.run(request).await
-        } else {
-            let route = matched.as_ref().map_or("", MatchedPath::as_str);
-            admission::admit(&state, route, request, next).await
-        }
-    };
-    let answered = AssertUnwindSafe(answering).catch_unwind().await;
-    let mut response = answered.unwrap_or_else(|panic| panicked(panic.as_ref()).into_response());
+}
 
-    let duration = started.elapsed();
-    let status = response.status();
-    state.metrics.answered(method, route, status.as_u16(), duration);
-    let detail = response.extensions_mut().remove::<ErrorDetail>();
-    let headers = response.headers_mut();
-    security_headers::write(headers, route);
-    let line =
-        Line { method, path: &path, status, duration, client, detail, request_id: &request_id };
-    line.log(&state.refusal_log);
-    headers.insert(REQUEST_ID, request_id);
-    response
+/// A service rather than an async function: what it holds while a request is answered is then small, and so
+/// are the memory that goes through the caches and the allocations.
+#[derive(Clone)]
+pub(super) struct Observe<S> {
+    inner: S,
+    state: SharedState,
+}
+
+impl<S> Service<Request> for Observe<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response, Infallible>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request) -> Self::Future {
+        let state = Arc::clone(&self.state);
+        let seen = Seen::new(&state, &mut request);
+        let admission = if state.admits_within_cors {
+            Admission { rate: None, entry: Ok(None) }
+        } else {
+            let route = seen.matched.as_ref().map_or("", MatchedPath::as_str);
+            admission::admit(&state, route, &mut request)
+        };
+        match admission.entry {
+            Ok(slot) => {
+                // A bug costs one request, not the process.
+                let answering = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
+                Box::pin(async move {
+                    let answered = answering
+                        .await
+                        .unwrap_or_else(|panic| Ok(panicked(panic.as_ref()).into_response()));
+                    drop(slot);
+                    answered.map(|response| seen.complete(&state, response, admission.rate))
+                })
+            }
+            Err(error) => {
+                let response = seen.complete(&state, error.into_response(), admission.rate);
+                Box::pin(future::ready(Ok(response)))
+            }
+        }
+    }
+}
+
+/// What is remembered of a request.
+struct Seen {
+    started: Instant,
+    request_id: HeaderValue,
+    method: &'static str,
+    path: Uri,
+    matched: Option<MatchedPath>,
+    client: Option<IpAddr>,
+}
+
+impl Seen {
+    /// The request then carries its client.
+    fn new(state: &SharedState, request: &mut Request) -> Self {
+        let headers = request.headers();
+        let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+        let client =
+            peer.map(|peer| client_address::resolve(peer, headers, &state.trusted_proxies));
+        let seen = Self {
+            started: Instant::now(),
+            request_id: state.request_ids.of(headers),
+            method: method_name(request.method()),
+            path: request.uri().clone(),
+            matched: request.extensions().get::<MatchedPath>().cloned(),
+            client,
+        };
+        if let Some(client) = client {
+            request.extensions_mut().insert(Client(client));
+        }
+        seen
+    }
+
+    /// Sees to the answer.
+    fn complete(self, state: &SharedState, mut response: Response, rate: Option<Rate>) -> Response {
+        let duration = self.started.elapsed();
+        let status = response.status();
+        let route = self.matched.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
+        state.metrics.answered(self.method, route, status.as_u16(), duration);
+        let detail = response.extensions_mut().remove::<ErrorDetail>();
+        let line = Line {
+            method: self.method,
+            path: self.path.path(),
+            status,
+            duration,
+            client: self.client,
+            detail,
+            request_id: &self.request_id,
+        };
+        line.log(&state.refusal_log);
+        let headers = response.headers_mut();
+        security_headers::write(headers, route);
+        if let Some(rate) = rate {
+            rate.write(headers);
+        }
+        headers.insert(REQUEST_ID, self.request_id);
+        response
+    }
 }
 
 fn panicked(panic: &(dyn Any + Send)) -> ApiError {
@@ -151,7 +238,7 @@ struct Line<'a> {
     path: &'a str,
     status: StatusCode,
     duration: Duration,
-    client: Option<std::net::IpAddr>,
+    client: Option<IpAddr>,
     detail: Option<ErrorDetail>,
     request_id: &'a HeaderValue,
 }

@@ -18,7 +18,7 @@ use super::{
     ApiState, SharedState, auth,
     envelope::Success,
     error::{AnyTime, ApiError, WithBody},
-    extract::json_body,
+    extract::JsonBody,
 };
 use crate::event_format::{in_mbps, in_seconds};
 use crate::{ingest::Receipt, store::StoredEvent};
@@ -222,24 +222,35 @@ impl ApiState {
         AnyTime,
     ),
 )]
-async fn create_sync_event(
+fn create_sync_event(
     State(state): State<SharedState>,
     request: Request,
-) -> Result<Response, ApiError> {
+) -> impl Future<Output = Result<Response, ApiError>> {
+    // An async function would hold the request, twice, until the answer.
     let idempotency_key = request.headers().get(IDEMPOTENCY_KEY).cloned();
     let key = auth::key_of(&request);
-    let body = json_body(request, BODY_LIMIT, state.body_timeout).await?;
-    let mut event = SyncEvent::from_json(&body, state.arrival()).map_err(|error| match error {
-        ParseError::Malformed(where_) => ApiError::Malformed(where_),
-        ParseError::Invalid(violations) => ApiError::Validation(violations),
-    })?;
-    if let Some(key) = idempotency_key {
-        event.event_id = Some(read_idempotency_key(&key, event.event_id.as_ref())?);
+    let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout);
+    async move {
+        let body = body.read().await?;
+        let event = SyncEvent::from_json(&body, state.arrival());
+        drop(body);
+        let mut event = event.map_err(|error| match error {
+            ParseError::Malformed(where_) => ApiError::Malformed(where_),
+            ParseError::Invalid(violations) => ApiError::Validation(violations),
+        })?;
+        if let Some(key) = idempotency_key {
+            event.event_id = Some(read_idempotency_key(&key, event.event_id.as_ref())?);
+        }
+        if let Some(key) = key {
+            auth::check_report(&state, &key, &event.device_id).await?;
+        }
+        let receipt = state.ingest.submit(event.clone()).await?;
+        Ok(answer(event, receipt))
     }
-    if let Some(key) = key {
-        auth::check_report(&state, &key, &event.device_id).await?;
-    }
-    match state.ingest.submit(event.clone()).await? {
+}
+
+fn answer(event: SyncEvent, receipt: Receipt) -> Response {
+    match receipt {
         Receipt::Created { id, created_at } => {
             let created = CreatedSyncEvent {
                 id,
@@ -255,14 +266,13 @@ async fn create_sync_event(
                 metadata: event.metadata,
                 created_at,
             };
-            Ok(Success::new("Sync event processed successfully", created)
-                .with_status(StatusCode::CREATED))
+            Success::new("Sync event processed successfully", created)
+                .with_status(StatusCode::CREATED)
         }
         Receipt::Duplicate { id, first } => {
             let first = first.map(|first| FirstSyncEvent::new(event.device_id, *first));
             let duplicate = DuplicateSyncEvent { id, duplicate: true, first };
-            Ok(Success::new("Sync event was processed before", duplicate)
-                .with_status(StatusCode::OK))
+            Success::new("Sync event was processed before", duplicate).with_status(StatusCode::OK)
         }
     }
 }

@@ -7,10 +7,7 @@ use std::collections::HashMap;
 use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, Timestamp,
 };
-use tokio_postgres::{
-    Client, Error, Row, Statement,
-    types::{FromSql, ToSql},
-};
+use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::{
     history::{EVENT_COLUMNS, stored_event},
@@ -18,7 +15,8 @@ use super::{
 };
 use crate::store::{Batch, StoredEvent, batch::JobShare};
 
-const TAKE_IDS: &str = "select nextval('sync_events_id_seq') from generate_series(1, $1::bigint)";
+const TAKE_IDS: &str =
+    "select array_agg(nextval('sync_events_id_seq')) from generate_series(1, $1::bigint)";
 
 /// Answers the devices that are new. A row is new when no transaction has locked or replaced a version
 /// of it before: its `xmax` is 0.
@@ -242,7 +240,7 @@ impl Statements {
     }
 
     pub(super) async fn take_ids(&self, client: &Client, count: i64) -> Result<Vec<i64>, Error> {
-        column(&client.query(&self.take_ids, &[&count]).await?)
+        client.query_one(&self.take_ids, &[&count]).await?.try_get(0)
     }
 
     /// Registers devices or moves their `updated_at` on; answers the new ones.
@@ -619,8 +617,3 @@ impl<'a> KeyColumns<'a> {
 
 /// By device and event id: the first event's id, and the event if it is still kept.
 pub(super) type KeptEvents = HashMap<(String, String), (i64, Option<StoredEvent>)>;
-
-/// The first column of rows.
-fn column<T: for<'a> FromSql<'a>>(rows: &[Row]) -> Result<Vec<T>, Error> {
-    rows.iter().map(|row| row.try_get(0)).collect()
-}
