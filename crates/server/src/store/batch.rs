@@ -128,12 +128,12 @@ impl Batch {
         order.chunk_by(|left, right| self.events[*left].device_id == self.events[*right].device_id)
     }
 
-    /// The positions of the events in byte-wise order of device and job, then of arrival. All nodes
-    /// touch rows in this order, so that they never wait for each other in a circle.
+    /// The positions of the events in byte-wise order of device, job and event id, then of arrival. All
+    /// nodes touch rows in this order, so that they never wait for each other in a circle.
     pub(super) fn order(&self) -> Vec<usize> {
         let key = |position: usize| {
             let event = &self.events[position];
-            (&event.device_id, &event.job, position)
+            (&event.device_id, &event.job, &event.event_id, position)
         };
         let mut order: Vec<usize> = (0..self.events.len()).collect();
         order.sort_unstable_by(|left, right| key(*left).cmp(&key(*right)));

@@ -18,21 +18,23 @@ use crate::store::{Batch, StoredEvent, batch::JobShare};
 const TAKE_IDS: &str =
     "select array_agg(nextval('sync_events_id_seq')) from generate_series(1, $1::bigint)";
 
-/// Answers the devices that are new. A row is new when no transaction has locked or replaced a version
-/// of it before: its `xmax` is 0.
+/// Registers devices or moves their `updated_at` on. A row is new when no transaction has locked or replaced a
+/// version of it before: its `xmax` is 0.
 const UPSERT_DEVICES: &str = "
-    with upserted as (
-        insert into devices (device_id, created_at, updated_at)
-        select device_id, coalesce(first_received, $2), coalesce(last_received, $2)
-          from unnest($1::text[], $3::timestamptz[], $4::timestamptz[])
-               as batch (device_id, first_received, last_received)
-            on conflict (device_id) do update
-               set created_at = least(devices.created_at, excluded.created_at),
-                   updated_at = greatest(devices.updated_at, excluded.updated_at)
-        returning device_id, xmax = 0 as is_new
-    )
-    select device_id from upserted where is_new
+    insert into devices (device_id, created_at, updated_at)
+    select device_id, coalesce(first_received, $2), coalesce(last_received, $2)
+      from unnest($1::text[], $3::timestamptz[], $4::timestamptz[])
+           as batch (device_id, first_received, last_received)
+        on conflict (device_id) do update
+           set created_at = least(devices.created_at, excluded.created_at),
+               updated_at = greatest(devices.updated_at, excluded.updated_at)
+    returning device_id, xmax = 0 as is_new
 ";
+
+/// Answers the devices that are new.
+fn upsert_devices_statement() -> String {
+    format!("with devices as ({UPSERT_DEVICES}) select device_id from devices where is_new")
+}
 
 /// The upsert of figures. The rule is that of `pisync_core::JobFigures::add`; RECOUNT stands for a streak that
 /// it cannot tell, and FIRST for what must have happened before.
@@ -91,25 +93,34 @@ fn upsert_jobs_statement() -> String {
     )
 }
 
-/// A whole batch of known devices, and its commit, in one statement. Answers the jobs that are failing. It
-/// fails, with a division by zero, when a streak must be recounted, which takes a later statement. Keys, if
-/// there are any, come before figures, as they do elsewhere: nodes don't wait for each other in a circle.
-fn store_statement(with_keys: bool) -> String {
+/// A whole batch, and its commit, in one statement, with or without devices to register and event ids.
+/// Answers the jobs that are failing, and the devices that are new, which have no job. It fails, with a
+/// division by zero, when a streak must be recounted, which takes a later statement. Devices, keys, and
+/// figures come in this order, as they do elsewhere: nodes don't wait for each other in a circle.
+fn store_statement(with_devices: bool, with_keys: bool) -> String {
+    const AFTER_DEVICES: &str = "(select count(*) from touched) is not null";
+    const AFTER_KEYS: &str = "(select count(*) from keys) is not null";
     let recount = "1 / (0 * stored.total_syncs)";
-    let upsert = UPSERT_JOBS.replace("RECOUNT", recount);
-    let events = renumbered(INSERT_EVENTS, JOB_PARAMETERS);
-    let (keys, first) = if with_keys {
-        let insert = renumbered(INSERT_KEYS, JOB_PARAMETERS + EVENT_PARAMETERS);
-        let keys = format!("keys as ({insert} returning id),");
-        (keys, "(select count(*) from keys) is not null")
-    } else {
-        (String::new(), "true")
-    };
-    let upsert = upsert.replace("FIRST", first);
-    format!(
-        "with {keys} jobs as ({upsert}), events as ({events})
-         select device_id, job, consecutive_failures from jobs where consecutive_failures <> 0"
-    )
+    let mut parts = Vec::new();
+    let mut answer =
+        "select device_id, job, consecutive_failures from jobs where consecutive_failures <> 0"
+            .to_owned();
+    let mut after = "true";
+    if with_devices {
+        let upsert = renumbered(UPSERT_DEVICES, JOB_PARAMETERS + EVENT_PARAMETERS);
+        parts.push(format!("touched as ({upsert})"));
+        answer.push_str(" union all select device_id, null, null from touched where is_new");
+        after = AFTER_DEVICES;
+    }
+    if with_keys {
+        let insert = insert_keys_statement(KEYS_AMONG_EVENTS.map(|number| number + JOB_PARAMETERS));
+        parts.push(format!("keys as ({insert} and {after} returning id)"));
+        after = AFTER_KEYS;
+    }
+    let upsert = UPSERT_JOBS.replace("RECOUNT", recount).replace("FIRST", after);
+    parts.push(format!("jobs as ({upsert})"));
+    parts.push(format!("events as ({})", renumbered(INSERT_EVENTS, JOB_PARAMETERS)));
+    format!("with {} {answer}", parts.join(", "))
 }
 
 /// How many parameters there are in [`UPSERT_JOBS`] and [`INSERT_EVENTS`].
@@ -129,7 +140,7 @@ fn renumbered(statement: &str, before: usize) -> String {
     text
 }
 
-/// Receipts are an empty array when events arrive now, and nulls take their place.
+/// A column that no event of the batch has a value for is an empty array, and nulls take its place.
 const INSERT_EVENTS: &str = "
     insert into sync_events (
         id, device_id, timestamp, total_files_synced, total_errors, internet_speed, job,
@@ -164,14 +175,24 @@ const RECOUNT_STREAKS: &str = "
     returning stored.device_id, stored.job, stored.consecutive_failures
 ";
 
-/// Fails when an event was reported before, which is rare, and costs least when it was not.
-const INSERT_KEYS: &str = "
-    insert into event_keys (device_id, event_id, id, timestamp, created_at)
-    select batch.*, $5
-      from (
-               select unnest($1::text[]), unnest($2::text[]), unnest($3::bigint[]), unnest($4::timestamptz[])
-           ) as batch
-";
+/// The parameters of [`INSERT_EVENTS`] that make a key: device, event id, id, timestamp, and when it was
+/// received.
+const KEYS_AMONG_EVENTS: [usize; 5] = [2, 11, 1, 3, 12];
+
+/// Inserts the keys of those events that have one, given the numbers of its parameters. Fails when an event
+/// was reported before, which is rare, and costs least when it was not.
+fn insert_keys_statement(numbers: [usize; 5]) -> String {
+    let [device_id, event_id, id, timestamp, received] = numbers;
+    format!(
+        "insert into event_keys (device_id, event_id, id, timestamp, created_at)
+         select batch.*, ${received}
+           from (
+                    select unnest(${device_id}::text[]), unnest(${event_id}::text[]) as event_id,
+                           unnest(${id}::bigint[]), unnest(${timestamp}::timestamptz[])
+                ) as batch
+          where event_id is not null"
+    )
+}
 
 /// Whose the keys are that are there already, this statement cannot see: one after it does, in a later
 /// snapshot.
@@ -211,8 +232,8 @@ pub(super) struct Statements {
     upsert_devices: Statement,
     upsert_jobs: Statement,
     insert_events: Statement,
-    store: Statement,
-    store_with_keys: Statement,
+    /// By whether there are devices to register, then by whether there are event ids.
+    store: [[Statement; 2]; 2],
     recount_streaks: Statement,
     insert_keys: Statement,
     insert_new_keys: Statement,
@@ -223,15 +244,20 @@ pub(super) struct Statements {
 
 impl Statements {
     pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
+        let store = async |with_devices, with_keys| {
+            client.prepare(&store_statement(with_devices, with_keys)).await
+        };
         Ok(Self {
             take_ids: client.prepare(TAKE_IDS).await?,
-            upsert_devices: client.prepare(UPSERT_DEVICES).await?,
+            upsert_devices: client.prepare(&upsert_devices_statement()).await?,
             upsert_jobs: client.prepare(&upsert_jobs_statement()).await?,
-            store: client.prepare(&store_statement(false)).await?,
-            store_with_keys: client.prepare(&store_statement(true)).await?,
+            store: [
+                [store(false, false).await?, store(false, true).await?],
+                [store(true, false).await?, store(true, true).await?],
+            ],
             insert_events: client.prepare(INSERT_EVENTS).await?,
             recount_streaks: client.prepare(RECOUNT_STREAKS).await?,
-            insert_keys: client.prepare(INSERT_KEYS).await?,
+            insert_keys: client.prepare(&insert_keys_statement([1, 2, 3, 4, 5])).await?,
             insert_new_keys: client.prepare(INSERT_NEW_KEYS).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,
             are_stored: client.prepare(ARE_STORED).await?,
@@ -250,16 +276,17 @@ impl Statements {
         devices: &DeviceColumns<'_>,
         received: jiff::Timestamp,
     ) -> Result<Vec<DeviceId>, Error> {
-        let DeviceColumns { device_ids, first_received, last_received } = devices;
-        if device_ids.is_empty() {
+        if devices.is_empty() {
             return Ok(Vec::new());
         }
-        let rows = client
-            .query(&self.upsert_devices, &[device_ids, &received, first_received, last_received])
-            .await?;
-        let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
-        rows.iter().filter_map(|row| device_id(row).transpose()).collect()
+        let rows = client.query(&self.upsert_devices, &devices.parameters(&received)).await?;
+        rows.iter().filter_map(|row| device_of(row).transpose()).collect()
     }
+}
+
+/// The device that a row begins with.
+fn device_of(row: &Row) -> Result<Option<DeviceId>, Error> {
+    Ok(DeviceId::new(row.try_get(0)?).ok())
 }
 
 /// Devices in byte-wise order, a vector per column.
@@ -278,6 +305,10 @@ impl<'a> DeviceColumns<'a> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.device_ids.is_empty()
+    }
+
+    fn parameters<'b>(&'b self, received: &'b jiff::Timestamp) -> [&'b (dyn ToSql + Sync); 4] {
+        [&self.device_ids, received, &self.first_received, &self.last_received]
     }
 
     /// All devices of a batch whose events have receipts, given its order.
@@ -377,23 +408,31 @@ impl<'a> JobColumns<'a> {
     }
 }
 
-/// Stores a batch of known devices and commits it, and answers the jobs that are failing; see
+/// Stores a batch and commits it; answers the jobs that are failing, and the devices that are new. See
 /// [`store_statement`].
 pub(super) async fn store(
     client: &Client,
     statements: &Statements,
-    (jobs, events, keys): (&JobColumns<'_>, &EventColumns<'_>, &KeyColumns<'_>),
+    (devices, jobs, events): (&DeviceColumns<'_>, &JobColumns<'_>, &EventColumns<'_>),
     (received, streaks_since): (jiff::Timestamp, jiff::Timestamp),
-) -> Result<Vec<Row>, Error> {
+) -> Result<(Vec<Row>, Vec<DeviceId>), Error> {
+    let (with_devices, with_keys) = (!devices.is_empty(), !events.event_ids.is_empty());
     let mut parameters = jobs.parameters(&streaks_since).to_vec();
     parameters.extend(events.parameters(&received));
-    let statement = if keys.is_empty() {
-        &statements.store
-    } else {
-        parameters.extend(keys.parameters(&received));
-        &statements.store_with_keys
-    };
-    client.query(statement, &parameters).await
+    if with_devices {
+        parameters.extend(devices.parameters(&received));
+    }
+    let statement = &statements.store[usize::from(with_devices)][usize::from(with_keys)];
+    let mut failing = Vec::new();
+    let mut new_devices = Vec::new();
+    for row in client.query(statement, &parameters).await? {
+        if row.try_get::<_, Option<&str>>(1)?.is_some() {
+            failing.push(row);
+        } else {
+            new_devices.extend(device_of(&row)?);
+        }
+    }
+    Ok((failing, new_devices))
 }
 
 /// Recounts the streaks that the upsert could not tell, given its answer; answers those jobs.
@@ -423,6 +462,7 @@ pub(super) struct EventColumns<'a> {
     timestamps: Vec<jiff::Timestamp>,
     total_files_synced: Vec<i32>,
     total_errors: Vec<i32>,
+    // Empty where no event has a value.
     internet_speed: Vec<Option<i64>>,
     jobs: Vec<Option<&'a str>>,
     durations: Vec<Option<i64>>,
@@ -444,16 +484,16 @@ impl<'a> EventColumns<'a> {
                 .map(|event| event.total_files_synced.cast_signed())
                 .collect(),
             total_errors: events().map(|event| event.total_errors.cast_signed()).collect(),
-            internet_speed: events()
-                .map(|event| event.internet_speed.map(Mbps::hundredths))
-                .collect(),
-            jobs: events().map(|event| event.job.as_ref().map(JobName::as_str)).collect(),
-            durations: events()
-                .map(|event| event.duration.map(SyncDuration::milliseconds))
-                .collect(),
-            bytes_synced: events().map(|event| event.bytes_synced.map(u64::cast_signed)).collect(),
-            metadata: events().map(|event| event.metadata.as_ref().map(Metadata::as_str)).collect(),
-            event_ids: events().map(|event| event.event_id.as_ref().map(EventId::as_str)).collect(),
+            internet_speed: optional(
+                events().map(|event| event.internet_speed.map(Mbps::hundredths)),
+            ),
+            jobs: optional(events().map(|event| event.job.as_ref().map(JobName::as_str))),
+            durations: optional(
+                events().map(|event| event.duration.map(SyncDuration::milliseconds)),
+            ),
+            bytes_synced: optional(events().map(|event| event.bytes_synced.map(u64::cast_signed))),
+            metadata: optional(events().map(|event| event.metadata.as_ref().map(Metadata::as_str))),
+            event_ids: optional(events().map(|event| event.event_id.as_ref().map(EventId::as_str))),
             receipts: order
                 .iter()
                 .filter_map(|position| batch.receipts.get(*position))
@@ -514,6 +554,21 @@ impl<'a> EventColumns<'a> {
         statements.passed.fold(client, &parameters).await
     }
 
+    /// Inserts the keys of those that have one; fails when one is there already.
+    pub(super) async fn insert_keys(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<u64, Error> {
+        if self.event_ids.is_empty() {
+            return Ok(0);
+        }
+        let parameters: [&(dyn ToSql + Sync); 5] =
+            [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, &received];
+        client.execute(&statements.insert_keys, &parameters).await
+    }
+
     /// Whether the events were stored by an earlier attempt.
     pub(super) async fn are_stored(
         &self,
@@ -527,7 +582,14 @@ impl<'a> EventColumns<'a> {
     }
 }
 
-/// The event ids of those events of a batch that have one, in byte-wise order, a vector per column.
+/// A column that may be without any value; then it is empty.
+fn optional<T>(values: impl Iterator<Item = Option<T>>) -> Vec<Option<T>> {
+    let column: Vec<Option<T>> = values.collect();
+    if column.iter().any(Option::is_some) { column } else { Vec::new() }
+}
+
+/// The event ids of those events of a batch that have one, in the order in which rows are touched, a vector
+/// per column. For batches in which some may have been reported before.
 pub(super) struct KeyColumns<'a> {
     device_ids: Vec<&'a str>,
     event_ids: Vec<&'a str>,
@@ -542,44 +604,26 @@ impl<'a> KeyColumns<'a> {
         positions: impl Iterator<Item = usize>,
         ids: &[i64],
     ) -> Self {
-        let mut keyed: Vec<(&str, &str, usize)> = positions
-            .filter_map(|position| {
-                let event = &batch.events[position];
-                let event_id = event.event_id.as_ref()?;
-                Some((event.device_id.as_str(), event_id.as_str(), position))
-            })
-            .collect();
-        keyed.sort_unstable();
-        Self {
-            device_ids: keyed.iter().map(|(device_id, ..)| *device_id).collect(),
-            event_ids: keyed.iter().map(|(_, event_id, _)| *event_id).collect(),
-            ids: keyed.iter().map(|(.., position)| ids[*position]).collect(),
-            timestamps: keyed
-                .iter()
-                .map(|(.., position)| batch.events[*position].timestamp.to_jiff())
-                .collect(),
+        let mut keys = Self {
+            device_ids: Vec::new(),
+            event_ids: Vec::new(),
+            ids: Vec::new(),
+            timestamps: Vec::new(),
+        };
+        for position in positions {
+            let event = &batch.events[position];
+            if let Some(event_id) = &event.event_id {
+                keys.device_ids.push(event.device_id.as_str());
+                keys.event_ids.push(event_id.as_str());
+                keys.ids.push(ids[position]);
+                keys.timestamps.push(event.timestamp.to_jiff());
+            }
         }
+        keys
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.ids.is_empty()
-    }
-
-    fn parameters<'b>(&'b self, received: &'b jiff::Timestamp) -> [&'b (dyn ToSql + Sync); 5] {
-        [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, received]
-    }
-
-    /// Inserts them; fails when one is there already.
-    pub(super) async fn insert(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        received: jiff::Timestamp,
-    ) -> Result<u64, Error> {
-        if self.is_empty() {
-            return Ok(0);
-        }
-        client.execute(&statements.insert_keys, &self.parameters(&received)).await
     }
 
     /// Inserts those that are not there yet.
@@ -592,7 +636,9 @@ impl<'a> KeyColumns<'a> {
         if self.is_empty() {
             return Ok(0);
         }
-        client.execute(&statements.insert_new_keys, &self.parameters(&received)).await
+        let parameters: [&(dyn ToSql + Sync); 5] =
+            [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, &received];
+        client.execute(&statements.insert_new_keys, &parameters).await
     }
 
     /// What is kept under these keys.

@@ -1,8 +1,10 @@
-//! Ingest's own connection: a batch is one transaction of two round trips.
+//! Ingest's own connection: a batch is one statement, which commits by itself, and otherwise one transaction
+//! of two round trips.
 //!
 //! The order of statements is what makes streaks exact with several nodes. The upsert of `device_jobs`
 //! locks the rows; a streak that must be recounted is recounted in a later statement, whose snapshot
-//! is taken after the lock and so sees what the other node has committed meanwhile.
+//! is taken after the lock and so sees what the other node has committed meanwhile. A batch that needs
+//! that cannot be one statement: it fails as such, and is written in steps.
 //!
 //! A batch with an event that was reported before fails as a whole when sent in one go. It is then
 //! written carefully: first the event ids, then, step by step, what they leave to be stored.
@@ -58,8 +60,8 @@ const ID_RESERVE: usize = 2_048;
 /// when answers were lost, and then many do.
 const CAREFUL_BATCHES: u32 = 32;
 
-/// Batches that are written in steps after one in which a streak had to be recounted: where devices report out
-/// of order, they go on doing so.
+/// Longest run of batches that are written in steps after one in which a streak had to be recounted; and after
+/// how many others the next run is short again.
 const STEPWISE_BATCHES: u32 = 32;
 
 const NO_ANSWER: &str = "PostgreSQL does not answer";
@@ -91,14 +93,47 @@ pub(super) struct PostgresEventWriter {
     unsettled: Option<Unsettled>,
     /// How many batches are still to be written carefully.
     careful_batches: u32,
-    /// How many batches are still to be written in steps.
-    stepwise_batches: u32,
+    /// Which batches are to be written in steps.
+    steps: Steps,
     /// Whether a transaction is open that an error leaves open.
     open: bool,
     /// Whether the transaction under way has been asked to commit.
     committing: bool,
     /// Whether the last batch found no room on the disk.
     disk_full: bool,
+}
+
+/// A batch in which a streak must be recounted has to be written again, in steps. One in a while is cheaper
+/// than steps for all; where devices report out of order all the time, steps are: the run of batches that
+/// are written in steps doubles while they keep coming.
+#[derive(Default)]
+struct Steps {
+    /// Batches that are still to be written in steps.
+    left: u32,
+    /// How many there were the last time.
+    run: u32,
+    /// Batches that were written otherwise since.
+    others: u32,
+}
+
+impl Steps {
+    /// Whether to write the next batch in steps.
+    fn take(&mut self) -> bool {
+        if self.left > 0 {
+            self.left -= 1;
+            return true;
+        }
+        self.others = self.others.saturating_add(1);
+        false
+    }
+
+    /// A batch could not be written otherwise.
+    fn start(&mut self) {
+        let others = std::mem::take(&mut self.others);
+        let run = if others > STEPWISE_BATCHES { 1 } else { self.run.saturating_mul(2).max(1) };
+        self.run = run.min(STEPWISE_BATCHES);
+        self.left = self.run;
+    }
 }
 
 struct Unsettled {
@@ -123,7 +158,7 @@ impl PostgresEventWriter {
             horizon_read: None,
             unsettled: None,
             careful_batches: 0,
-            stepwise_batches: 0,
+            steps: Steps::default(),
             open: false,
             committing: false,
             disk_full: false,
@@ -137,6 +172,7 @@ impl PostgresEventWriter {
             let connection = self.connector.connect().await?;
             let statements = Statements::prepare(&connection.client).await.map_err(store_error)?;
             self.session = Some(Session { connection, statements });
+            self.ids.clear();
         }
         Ok(())
     }
@@ -190,7 +226,6 @@ impl PostgresEventWriter {
         let devices = self.devices_to_touch(batch, &order, &shares);
         let jobs = JobColumns::new(&shares);
         let events = EventColumns::new(batch, &order, ids);
-        let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
         let take_ids = async {
             if self.ids.len() < ID_RESERVE {
                 statements.take_ids(client, ID_BLOCK).await
@@ -201,21 +236,23 @@ impl PostgresEventWriter {
 
         let may_be_passed = self.may_be_passed(batch);
 
-        let in_steps = self.stepwise_batches > 0;
-        self.stepwise_batches = self.stepwise_batches.saturating_sub(1);
-        let is_plain = devices.is_empty() && !may_be_passed && batch.progress.is_none();
-        if is_plain && !in_steps {
+        let is_plain = !may_be_passed && batch.progress.is_none();
+        if is_plain && !self.steps.take() {
             self.committing = true;
-            let batch = (&jobs, &events, &keys);
-            let (failing, taken) =
-                future::join(store(client, statements, batch, (received, streaks_since)), take_ids)
-                    .await;
-            let failing = failing?;
+            let columns = (&devices, &jobs, &events);
+            let (stored, taken) = future::join(
+                store(client, statements, columns, (received, streaks_since)),
+                take_ids,
+            )
+            .await;
+            let (failing, new_devices) = stored?;
             self.committing = false;
             let streaks = streaks(&shares, &failing, &[])?;
+            let seen = owned(&shares, &devices.device_ids);
             // They can be taken later, too.
             self.ids.extend(taken.unwrap_or_default());
-            return Ok(Written { ids: ids.to_vec(), streaks, ..Written::default() });
+            self.saw(seen, batch);
+            return Ok(Written { ids: ids.to_vec(), new_devices, streaks, ..Written::default() });
         }
 
         self.open = true;
@@ -224,7 +261,7 @@ impl PostgresEventWriter {
             future::join5(
                 client.batch_execute(begin_statement(may_be_passed)),
                 statements.upsert_devices(client, &devices, received),
-                keys.insert(client, statements, received),
+                events.insert_keys(client, statements, received),
                 jobs.upsert(client, statements, streaks_since),
                 events.insert(client, statements, received),
             ),
@@ -277,7 +314,7 @@ impl PostgresEventWriter {
         let all_shares = batch.shares(&order, self.horizon.streaks_since);
         let devices = self.devices_to_touch(batch, &order, &all_shares);
         let first_of_each =
-            (0..batch.events.len()).filter(|position| !repeats.contains_key(position));
+            order.iter().copied().filter(|position| !repeats.contains_key(position));
         let keys = KeyColumns::new(batch, first_of_each, ids);
 
         let may_be_passed = self.may_be_passed(batch);
@@ -322,7 +359,7 @@ impl PostgresEventWriter {
         let order = batch.order();
         let shares = batch.shares(&order, self.horizon.streaks_since);
         let repeats = batch.repeats();
-        let keys = KeyColumns::new(batch, 0..batch.events.len(), ids);
+        let keys = KeyColumns::new(batch, order.iter().copied(), ids);
         let device_ids = shares.iter().map(|share| share.device_id.as_str()).collect();
         let devices = DeviceColumns::new(deduplicated(device_ids));
 
@@ -417,7 +454,7 @@ impl PostgresEventWriter {
             self.careful_batches = CAREFUL_BATCHES;
             attempt < RETRIES
         } else if code == SqlState::DIVISION_BY_ZERO {
-            self.stepwise_batches = STEPWISE_BATCHES;
+            self.steps.start();
             attempt < RETRIES
         } else if code == SqlState::CHECK_VIOLATION && names_no_constraint(&error) {
             // The month's partition is missing after all: somebody has dropped or detached it.
@@ -449,6 +486,10 @@ impl EventWriter for PostgresEventWriter {
 
         for attempt in 0.. {
             (self.open, self.committing) = (false, false);
+            if !may_be_stored {
+                // A server that has crashed may hand out again what it had handed out last.
+                ids = None;
+            }
             let reuses_session = self.session.is_some();
             let work = async {
                 self.prepare(batch).await?;
@@ -457,7 +498,10 @@ impl EventWriter for PostgresEventWriter {
                 });
                 if may_be_stored {
                     match self.find_stored(batch, ids).await {
-                        Ok(None) => may_be_stored = false,
+                        Ok(None) => {
+                            may_be_stored = false;
+                            *ids = self.ids.drain(..batch.events.len()).collect();
+                        }
                         Ok(Some(written)) => return Ok(Ok(written)),
                         Err(error) => return Ok(Err(error)),
                     }
