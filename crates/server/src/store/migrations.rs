@@ -38,6 +38,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
+    "2026-11-23-06-failed-events",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -46,6 +47,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
+    "2026-11-23-06-failed-events",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

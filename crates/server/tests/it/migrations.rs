@@ -33,12 +33,13 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 5] = [
+const EMBEDDED: [&str; 6] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
+    "2026-11-23-06-failed-events",
 ];
 
 fn no_folder() -> &'static Path {

@@ -76,11 +76,17 @@ async fn most_failures_first_then_the_latest_then_by_name(server: &TestServer) {
     }
     let expected = ["many", "late", "B", "a", "b", "few"];
     assert_eq!(listed(server, "threshold=1").await, expected);
-    // Pages cut the same list, also where devices tie.
-    for (position, device) in expected.iter().enumerate() {
-        let page = failures(server, &format!("threshold=1&limit=1&offset={position}")).await;
-        assert_eq!(column(&page["devices"], "device_id"), [*device]);
-        assert_eq!(page["total_devices"], 6);
+    // Pages cut the same list, also where devices tie; behind the last one there is nothing, of as many.
+    for window in ["", "&window=24h", "&window=7d"] {
+        for position in 0..=expected.len() {
+            let query = format!("threshold=1&limit=1&offset={position}{window}");
+            let page = failures(server, &query).await;
+            let device: Vec<_> = expected.iter().copied().skip(position).take(1).collect();
+            assert_eq!(column(&page["devices"], "device_id"), device, "{query}");
+            assert_eq!(page["total_devices"], 6, "{query}");
+        }
+        let twice = listed(server, &format!("threshold=2{window}")).await;
+        assert_eq!(twice, expected[..5], "{window}");
     }
 }
 
@@ -98,6 +104,12 @@ async fn current_streaks(server: &TestServer) {
     assert_eq!(column(&twice["devices"], "device_id"), ["failing", "relapsed"]);
     assert_eq!(column(&twice["devices"], "consecutive_failures"), [3, 2]);
     assert_eq!(column(&twice["devices"], "total_failed_syncs"), [3, 5]);
+    for window in ["24h", "30d"] {
+        let same = failures(server, &format!("consecutive=true&threshold=2&window={window}")).await;
+        assert_eq!((&same["devices"], &same["total_devices"]), (&twice["devices"], &json!(2)));
+        let beyond = format!("consecutive=true&threshold=2&window={window}&offset=2");
+        assert_eq!(failures(server, &beyond).await["total_devices"], 2);
+    }
     // Late news of a success within the streak.
     server.store(&success("failing", at(-11))).await;
     let once = failures(server, "consecutive=true&threshold=1").await;

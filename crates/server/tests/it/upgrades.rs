@@ -28,7 +28,7 @@ struct Version {
 }
 
 /// From the first release on. The present is 2026-11-22T12:00:00Z, in milliseconds 1795348800000.
-const VERSIONS: [Version; 5] = [
+const VERSIONS: [Version; 6] = [
     Version {
         name: "2026-11-22-01-sync-events",
         // Two jobs of one device, the unnamed one failing twice since its success; and one that never reported.
@@ -162,6 +162,14 @@ const VERSIONS: [Version; 5] = [
         postgres: "",
         count: "(select 1)",
         rows: 1,
+    },
+    Version {
+        name: "2026-11-23-06-failed-events",
+        // An index, which the first version's failures are in.
+        sqlite: "",
+        postgres: "",
+        count: "(select count(*) from sync_events where total_errors > 0 and id <= 4)",
+        rows: 2,
     },
 ];
 

@@ -378,48 +378,45 @@ pub(super) async fn repeated_failures(
           from (
               select device_id, failed_syncs
                 from device_days
-               where day between $4 and $5 and failed_syncs > 0
+               where day between $6 and $7 and failed_syncs > 0
               union all
               select device_id, 1
                 from sync_events
-               where created_at > $3 and created_at >= $6
+               where created_at > $5 and created_at >= $3
                  and total_errors > 0 and timestamp >= $1 and timestamp < $2
           ) failures
          group by device_id
     ";
-    // Days tell whose events are worth counting: within the window nobody failed more often than on its days.
-    let least = if query.consecutive { "1" } else { "$7::bigint" };
-    let by_event = format!(
-        "
-        select device_id, (
-                   select count(*)
-                     from sync_events event
-                    where event.device_id = candidate.device_id
-                      and event.timestamp >= $1 and event.timestamp < $2
-                      and event.created_at >= $6
-                      and event.total_errors > 0
-               ) as failed_syncs
-          from ({BY_DAY}) candidate
-         where candidate.failed_syncs >= {least}
-        "
-    );
-    let failing = if window.is_whole_days() { BY_DAY } else { &by_event };
-    let measure =
-        if query.consecutive { "max(j.consecutive_failures)" } else { "failing.failed_syncs" };
+    // Through the index of failed events.
+    const BY_EVENT: &str = "
+        select device_id, count(*) as failed_syncs
+          from sync_events
+         where total_errors > 0 and timestamp >= $1 and timestamp < $2 and created_at >= $3
+         group by device_id
+    ";
+    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+    let (measure, least) = if query.consecutive {
+        ("max(j.consecutive_failures)", "1")
+    } else {
+        ("failing.failed_syncs", "$4::bigint")
+    };
     let listed = format!(
-        "with failing as materialized ({failing})
-         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs
+        "with failing as materialized (
+             select * from ({failing}) counted where failed_syncs >= {least}
+         )
+         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs, count(*) over ()
            from failing
            join devices d using (device_id)
            join device_jobs j using (device_id)
-          where failing.failed_syncs > 0
           group by d.device_id, failing.failed_syncs
-         having {measure} >= $7::bigint"
+         having {measure} >= $4::bigint"
     );
+    let limit = query.limit.map_or_else(|| "all".to_owned(), |limit| limit.to_string());
     let select = format!(
         "{listed}
           order by {measure} desc, max(j.last_failure) desc nulls last, d.device_id
-          limit $8 offset $9"
+          limit {limit} offset {}",
+        query.offset
     );
     let count = format!("select count(*) from ({listed}) listed");
     let snapshot = snapshot(connection).await?;
@@ -429,17 +426,17 @@ pub(super) async fn repeated_failures(
     let (first, last) = (day(window.from()), day(window.until().saturating_add_milliseconds(-1)));
     let received = window.from().saturating_add_milliseconds(-LONGEST_LEAD_MILLISECONDS).to_jiff();
     let threshold = i64::from(query.threshold);
-    let (limit, offset) = (query.limit.map(i64::from), query.offset.cast_signed());
-    let rows = snapshot
-        .query(
-            &select,
-            &[&from, &until, &folded, &first, &last, &received, &threshold, &limit, &offset],
-        )
-        .await?;
-    let total: i64 = snapshot
-        .query_one(&count, &[&from, &until, &folded, &first, &last, &received, &threshold])
-        .await?
-        .try_get(0)?;
+    let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&from, &until, &received, &threshold];
+    if window.is_whole_days() {
+        parameters.extend([&folded as &(dyn ToSql + Sync), &first, &last]);
+    }
+    let rows = snapshot.query(&select, &parameters).await?;
+    let total: i64 = match rows.first() {
+        Some(row) => row.try_get(17)?,
+        None if query.offset == 0 => 0,
+        // Behind the last page no row tells.
+        None => snapshot.query_one(&count, &parameters).await?.try_get(0)?,
+    };
     let device = |row: &Row| -> Result<Device, Error> {
         let mut device = device_row(row)?;
         device.figures.failed_syncs = row.try_get(16)?;

@@ -3,9 +3,7 @@
 //! stored later, and readers add the events after it in the same snapshot.
 
 use pisync_core::Timestamp;
-use rusqlite::{
-    Connection, OptionalExtension, Row, Transaction, TransactionBehavior, named_params, params,
-};
+use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, params};
 
 use super::reads::{DEVICE_COLUMNS, SUMS, device_row};
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
@@ -225,31 +223,25 @@ pub(super) fn repeated_failures(
           )
          group by device
     ";
-    // Days tell whose events are worth counting: within the window nobody failed more often than on its days.
-    let least = if query.consecutive { "1" } else { ":threshold" };
-    let by_event = format!(
-        "
-        select device, (
-                   select count(*)
-                     from sync_events event
-                    where event.device = candidate.device
-                      and event.timestamp >= :from and event.timestamp < :until
-                      and event.total_errors > 0
-               ) as failed_syncs
-          from ({BY_DAY}) candidate
-         where candidate.failed_syncs >= {least}
-        "
-    );
-    let failing = if window.is_whole_days() { BY_DAY } else { &by_event };
-    let measure =
-        if query.consecutive { "max(j.consecutive_failures)" } else { "failing.failed_syncs" };
+    // Through the index of failed events.
+    const BY_EVENT: &str = "
+        select device, count(*) as failed_syncs
+          from sync_events
+         where total_errors > 0 and timestamp >= :from and timestamp < :until
+         group by device
+    ";
+    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+    let (measure, least) = if query.consecutive {
+        ("max(j.consecutive_failures)", "1")
+    } else {
+        ("failing.failed_syncs", ":threshold")
+    };
     let listed = format!(
-        "with failing as materialized ({failing})
-         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs
+        "with failing as materialized (select * from ({failing}) where failed_syncs >= {least})
+         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs, count(*) over ()
            from failing
            join devices d on d.id = failing.device
            join device_jobs j on j.device = failing.device
-          where failing.failed_syncs > 0
           group by failing.device
          having {measure} >= :threshold"
     );
@@ -261,7 +253,8 @@ pub(super) fn repeated_failures(
     let count = format!("select count(*) from ({listed})");
     let (from, until) = (window.from().as_millisecond(), window.until().as_millisecond());
     let snapshot = connection.unchecked_transaction()?;
-    let items = snapshot
+    let mut total = 0_i64;
+    let items: Vec<Device> = snapshot
         .prepare_cached(&select)?
         .query_map(
             named_params! {
@@ -271,16 +264,16 @@ pub(super) fn repeated_failures(
             |row| {
                 let mut device = device_row(row)?;
                 device.figures.failed_syncs = row.get(16)?;
+                total = row.get(17)?;
                 Ok(device)
             },
         )?
         .collect::<rusqlite::Result<_>>()?;
-    let total: Option<i64> = snapshot
-        .prepare_cached(&count)?
-        .query_row(
-            named_params! { ":from": from, ":until": until, ":threshold": query.threshold },
-            |row| row.get(0),
-        )
-        .optional()?;
-    Ok(Page { items, total: total.unwrap_or(0).cast_unsigned() })
+    // Behind the last page no row tells.
+    if items.is_empty() && query.offset > 0 {
+        let parameters =
+            named_params! { ":from": from, ":until": until, ":threshold": query.threshold };
+        total = snapshot.prepare_cached(&count)?.query_row(parameters, |row| row.get(0))?;
+    }
+    Ok(Page { items, total: total.cast_unsigned() })
 }

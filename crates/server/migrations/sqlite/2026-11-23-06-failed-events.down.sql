@@ -1,0 +1,2 @@
+-- loses: nothing
+drop index idx_sync_events_failed;
