@@ -15,7 +15,7 @@ use std::{
 
 use axum::{
     extract::{MatchedPath, Request},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode},
     response::{IntoResponse, Response},
 };
 use futures_util::{
@@ -116,8 +116,8 @@ impl<S> Layer<S> for ObserveLayer {
     }
 }
 
-/// A service rather than an async function: what it holds while a request is answered is then small, and so
-/// are the memory that goes through the caches and the allocations.
+/// A service rather than an async function, which would hold the request several times over until the answer:
+/// with hundreds of connections that is more than the caches hold.
 #[derive(Clone)]
 pub(super) struct Observe<S> {
     inner: S,
@@ -171,7 +171,7 @@ struct Seen {
     started: Instant,
     request_id: HeaderValue,
     method: &'static str,
-    path: Uri,
+    path: Box<str>,
     matched: Option<MatchedPath>,
     client: Option<IpAddr>,
 }
@@ -187,7 +187,8 @@ impl Seen {
             started: Instant::now(),
             request_id: state.request_ids.of(headers),
             method: method_name(request.method()),
-            path: request.uri().clone(),
+            // A copy: the URI itself would keep all that was read with it.
+            path: request.uri().path().into(),
             matched: request.extensions().get::<MatchedPath>().cloned(),
             client,
         };
@@ -206,7 +207,7 @@ impl Seen {
         let detail = response.extensions_mut().remove::<ErrorDetail>();
         let line = Line {
             method: self.method,
-            path: self.path.path(),
+            path: &self.path,
             status,
             duration,
             client: self.client,
