@@ -27,13 +27,13 @@ pub(super) struct JsonBody {
 impl JsonBody {
     /// A body of at most `limit` bytes, which may take so long to arrive in full.
     pub(super) fn of(request: Request, limit: usize, timeout: Duration) -> Self {
-        let checked = check_media_type(request.headers());
-        // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
-        let fits = request.body().size_hint().lower() <= limit as u64;
-        let body = match checked {
-            Ok(()) if !fits => Err(ApiError::BodyTooLarge(limit)),
-            checked => checked.map(|()| request.into_body()),
-        };
+        let body = check_media_type(request.headers()).and_then(|()| {
+            // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+            if request.body().size_hint().lower() > limit as u64 {
+                return Err(ApiError::BodyTooLarge(limit));
+            }
+            Ok(request.into_body())
+        });
         Self { body, limit, timeout }
     }
 

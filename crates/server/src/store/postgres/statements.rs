@@ -33,7 +33,7 @@ const UPSERT_DEVICES: &str = "
 
 /// Answers the devices that are new.
 fn upsert_devices_statement() -> String {
-    format!("with devices as ({UPSERT_DEVICES}) select device_id from devices where is_new")
+    format!("with touched as ({UPSERT_DEVICES}) select device_id from touched where is_new")
 }
 
 /// The upsert of figures. The rule is that of `pisync_core::JobFigures::add`; RECOUNT stands for a streak that
@@ -194,16 +194,11 @@ fn insert_keys_statement(numbers: [usize; 5]) -> String {
     )
 }
 
-/// Whose the keys are that are there already, this statement cannot see: one after it does, in a later
-/// snapshot.
-const INSERT_NEW_KEYS: &str = "
-    insert into event_keys (device_id, event_id, id, timestamp, created_at)
-    select batch.*, $5
-      from (
-               select unnest($1::text[]), unnest($2::text[]), unnest($3::bigint[]), unnest($4::timestamptz[])
-           ) as batch
-        on conflict do nothing
-";
+/// Leaves out the keys that are there already. Whose they are, this statement cannot see: one after it does, in a
+/// later snapshot.
+fn insert_new_keys_statement() -> String {
+    format!("{} on conflict do nothing", insert_keys_statement([1, 2, 3, 4, 5]))
+}
 
 fn find_keys_statement() -> String {
     format!(
@@ -258,7 +253,7 @@ impl Statements {
             insert_events: client.prepare(INSERT_EVENTS).await?,
             recount_streaks: client.prepare(RECOUNT_STREAKS).await?,
             insert_keys: client.prepare(&insert_keys_statement([1, 2, 3, 4, 5])).await?,
-            insert_new_keys: client.prepare(INSERT_NEW_KEYS).await?,
+            insert_new_keys: client.prepare(&insert_new_keys_statement()).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,
             are_stored: client.prepare(ARE_STORED).await?,
             passed: PassedStatements::prepare(client).await?,
@@ -561,12 +556,50 @@ impl<'a> EventColumns<'a> {
         statements: &Statements,
         received: jiff::Timestamp,
     ) -> Result<u64, Error> {
+        self.write_keys(client, &statements.insert_keys, received).await
+    }
+
+    /// Inserts the keys that are not there yet.
+    pub(super) async fn insert_new_keys(
+        &self,
+        client: &Client,
+        statements: &Statements,
+        received: jiff::Timestamp,
+    ) -> Result<u64, Error> {
+        self.write_keys(client, &statements.insert_new_keys, received).await
+    }
+
+    async fn write_keys(
+        &self,
+        client: &Client,
+        statement: &Statement,
+        received: jiff::Timestamp,
+    ) -> Result<u64, Error> {
         if self.event_ids.is_empty() {
             return Ok(0);
         }
         let parameters: [&(dyn ToSql + Sync); 5] =
             [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, &received];
-        client.execute(&statements.insert_keys, &parameters).await
+        client.execute(statement, &parameters).await
+    }
+
+    /// What is kept under their keys.
+    pub(super) async fn find_keys(
+        &self,
+        client: &Client,
+        statements: &Statements,
+    ) -> Result<KeptEvents, Error> {
+        let mut kept = HashMap::new();
+        if self.event_ids.is_empty() {
+            return Ok(kept);
+        }
+        for row in client.query(&statements.find_keys, &[&self.device_ids, &self.event_ids]).await?
+        {
+            let is_there = row.try_get::<_, Option<i64>>(3)?.is_some();
+            let event = if is_there { Some(stored_event(&row, 3)?) } else { None };
+            kept.insert((row.try_get(0)?, row.try_get(1)?), (row.try_get(2)?, event));
+        }
+        Ok(kept)
     }
 
     /// Whether the events were stored by an earlier attempt.
@@ -586,79 +619,6 @@ impl<'a> EventColumns<'a> {
 fn optional<T>(values: impl Iterator<Item = Option<T>>) -> Vec<Option<T>> {
     let column: Vec<Option<T>> = values.collect();
     if column.iter().any(Option::is_some) { column } else { Vec::new() }
-}
-
-/// The event ids of those events of a batch that have one, in the order in which rows are touched, a vector
-/// per column. For batches in which some may have been reported before.
-pub(super) struct KeyColumns<'a> {
-    device_ids: Vec<&'a str>,
-    event_ids: Vec<&'a str>,
-    ids: Vec<i64>,
-    timestamps: Vec<jiff::Timestamp>,
-}
-
-impl<'a> KeyColumns<'a> {
-    /// Those at `positions` of the batch.
-    pub(super) fn new(
-        batch: &'a Batch,
-        positions: impl Iterator<Item = usize>,
-        ids: &[i64],
-    ) -> Self {
-        let mut keys = Self {
-            device_ids: Vec::new(),
-            event_ids: Vec::new(),
-            ids: Vec::new(),
-            timestamps: Vec::new(),
-        };
-        for position in positions {
-            let event = &batch.events[position];
-            if let Some(event_id) = &event.event_id {
-                keys.device_ids.push(event.device_id.as_str());
-                keys.event_ids.push(event_id.as_str());
-                keys.ids.push(ids[position]);
-                keys.timestamps.push(event.timestamp.to_jiff());
-            }
-        }
-        keys
-    }
-
-    fn is_empty(&self) -> bool {
-        self.ids.is_empty()
-    }
-
-    /// Inserts those that are not there yet.
-    pub(super) async fn insert_new(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        received: jiff::Timestamp,
-    ) -> Result<u64, Error> {
-        if self.is_empty() {
-            return Ok(0);
-        }
-        let parameters: [&(dyn ToSql + Sync); 5] =
-            [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, &received];
-        client.execute(&statements.insert_new_keys, &parameters).await
-    }
-
-    /// What is kept under these keys.
-    pub(super) async fn find(
-        &self,
-        client: &Client,
-        statements: &Statements,
-    ) -> Result<KeptEvents, Error> {
-        let mut kept = HashMap::new();
-        if self.is_empty() {
-            return Ok(kept);
-        }
-        for row in client.query(&statements.find_keys, &[&self.device_ids, &self.event_ids]).await?
-        {
-            let is_there = row.try_get::<_, Option<i64>>(3)?.is_some();
-            let event = if is_there { Some(stored_event(&row, 3)?) } else { None };
-            kept.insert((row.try_get(0)?, row.try_get(1)?), (row.try_get(2)?, event));
-        }
-        Ok(kept)
-    }
 }
 
 /// By device and event id: the first event's id, and the event if it is still kept.

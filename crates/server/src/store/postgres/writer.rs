@@ -25,9 +25,7 @@ use super::{
     connect::{Connection, Connector, describe, is_connection_lost, store_error},
     expiry::{self, Horizon},
     imports, partitions, roll_ups,
-    statements::{
-        DeviceColumns, EventColumns, JobColumns, KeptEvents, KeyColumns, Statements, recount, store,
-    },
+    statements::{DeviceColumns, EventColumns, JobColumns, KeptEvents, Statements, recount, store},
 };
 use crate::store::{
     Batch, Duplicate, EventWriter, FailureStreak, StoreError, Written, batch::JobShare,
@@ -172,6 +170,7 @@ impl PostgresEventWriter {
             let connection = self.connector.connect().await?;
             let statements = Statements::prepare(&connection.client).await.map_err(store_error)?;
             self.session = Some(Session { connection, statements });
+            // The server may be another one, or one that has crashed; see `write`.
             self.ids.clear();
         }
         Ok(())
@@ -313,17 +312,17 @@ impl PostgresEventWriter {
         let mut order = batch.order();
         let all_shares = batch.shares(&order, self.horizon.streaks_since);
         let devices = self.devices_to_touch(batch, &order, &all_shares);
-        let first_of_each =
-            order.iter().copied().filter(|position| !repeats.contains_key(position));
-        let keys = KeyColumns::new(batch, first_of_each, ids);
+        let mut first_of_each = order.clone();
+        first_of_each.retain(|position| !repeats.contains_key(position));
+        let keys = EventColumns::new(batch, &first_of_each, ids);
 
         let may_be_passed = self.may_be_passed(batch);
 
         self.open = true;
         client.batch_execute(begin_statement(may_be_passed)).await?;
         let new_devices = statements.upsert_devices(client, &devices, received).await?;
-        keys.insert_new(client, statements, received).await?;
-        let kept = keys.find(client, statements).await?;
+        keys.insert_new_keys(client, statements, received).await?;
+        let kept = keys.find_keys(client, statements).await?;
         let mut written = resolve(batch, ids, repeats, &kept);
 
         order.retain(|position| !written.is_duplicate(*position));
@@ -359,7 +358,7 @@ impl PostgresEventWriter {
         let order = batch.order();
         let shares = batch.shares(&order, self.horizon.streaks_since);
         let repeats = batch.repeats();
-        let keys = KeyColumns::new(batch, order.iter().copied(), ids);
+        let events = EventColumns::new(batch, &order, ids);
         let device_ids = shares.iter().map(|share| share.device_id.as_str()).collect();
         let devices = DeviceColumns::new(deduplicated(device_ids));
 
@@ -367,16 +366,16 @@ impl PostgresEventWriter {
         client.batch_execute("begin").await?;
         // Not for what they write: they wait for the lost transaction's locks, so that it is over.
         statements.upsert_devices(client, &devices, received).await?;
-        keys.insert_new(client, statements, received).await?;
+        events.insert_new_keys(client, statements, received).await?;
         JobColumns::new(&shares).upsert(client, statements, streaks_since).await?;
-        let stored = EventColumns::new(batch, &order, ids).are_stored(client, statements).await?;
+        let stored = events.are_stored(client, statements).await?;
         client.batch_execute("rollback").await?;
         self.open = false;
 
         if !stored {
             return Ok(None);
         }
-        let kept = keys.find(client, statements).await?;
+        let kept = events.find_keys(client, statements).await?;
         Ok(Some(resolve(batch, ids, &repeats, &kept)))
     }
 

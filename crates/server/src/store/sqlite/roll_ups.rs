@@ -214,7 +214,7 @@ pub(super) fn repeated_failures(
           from (
               select device, failed_syncs
                 from device_days
-               where day > :from - 86400000 and day < :until and failed_syncs > 0
+               where day >= :from and day < :until and failed_syncs > 0
               union all
               select device, 1
                 from sync_events

@@ -426,8 +426,8 @@ fn find_or_add(
 }
 
 /// Notes that the journal is in the tables up to the record `through`.
-pub(super) fn settle_through(transaction: &Connection, through: u64) -> rusqlite::Result<()> {
-    transaction
+pub(super) fn settle_through(connection: &Connection, through: u64) -> rusqlite::Result<()> {
+    connection
         .prepare_cached("update ingest_state set settled = ?1")?
         .execute([through.cast_signed()])
         .map(drop)
