@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Deserialize)]
 struct Event {
     device_id: String,
+    event_id: Option<String>,
     timestamp: String,
     total_files_synced: u32,
     total_errors: u32,
@@ -28,6 +29,8 @@ struct Created {
 struct Data {
     id: i64,
     device_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_id: Option<String>,
     timestamp: String,
     total_files_synced: u32,
     total_errors: u32,
@@ -39,6 +42,7 @@ async fn create(Json(event): Json<Event>) -> (StatusCode, Json<Created>) {
     let data = Data {
         id: 1,
         device_id: event.device_id,
+        event_id: event.event_id,
         timestamp: event.timestamp,
         total_files_synced: event.total_files_synced,
         total_errors: event.total_errors,

@@ -2,19 +2,21 @@
 //!
 //! One task owns the store's writer. It takes everything that waits in a bounded queue, stores it in
 //! one transaction, and only then answers each waiter. There is no timer: a batch is what gathered
-//! while the last one was being committed. The queue is bounded in events and in bytes; when it is full,
-//! or the database away, the answer comes at once.
+//! while the last one was being committed, or, as soon as that is as much as the last one, it is sent off
+//! behind it, so that the database need not wait for us. The queue is bounded in events and in bytes; when it
+//! is full, or the database away, the answer comes at once.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use pisync_core::{DeviceId, SyncEvent, Timestamp};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::{
     clock::Clock,
@@ -33,11 +35,19 @@ const QUEUE_BYTES: usize = 32 << 20;
 /// waits longer. What was submitted together stays together, however many.
 const BATCH_EVENTS: usize = 1_024;
 
+/// Batches that may be under way at a time. One is being stored; a second keeps the store from waiting for the
+/// next; a third would only keep later events out of the second.
+const BATCHES_UNDER_WAY: usize = 2;
+
+/// Events that are enough for a batch while another one is under way, however many there are.
+const ENOUGH_EVENTS: usize = 256;
+
 /// How often to look whether the database is back.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long to try to learn whether a batch was committed when the connection was lost on the way.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long after a batch was sent off to try to learn whether it was committed, when the connection was lost on
+/// the way.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// How often to try meanwhile.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
@@ -174,6 +184,40 @@ struct Load {
     bytes: AtomicUsize,
 }
 
+/// What waits in the queue, for the task to know when it is enough for another batch.
+#[derive(Debug)]
+struct Backlog {
+    /// Counted in after they are in the queue, so for a moment there may be fewer than none.
+    events: AtomicIsize,
+    /// How many of them ring, when there were not so many before; at least one.
+    enough: AtomicIsize,
+    bell: Notify,
+}
+
+impl Backlog {
+    fn new() -> Self {
+        Self { events: AtomicIsize::new(0), enough: AtomicIsize::new(1), bell: Notify::new() }
+    }
+
+    /// So many events have come into the queue. Should the bell not ring that is just being asked for, no harm
+    /// is done: the batch under way ends soon.
+    fn add(&self, events: usize) {
+        let before = self.events.fetch_add(events.cast_signed(), Ordering::Relaxed);
+        let enough = self.enough.load(Ordering::Relaxed);
+        if before < enough && before + events.cast_signed() >= enough {
+            self.bell.notify_one();
+        }
+    }
+
+    fn remove(&self, events: usize) {
+        self.events.fetch_sub(events.cast_signed(), Ordering::Relaxed);
+    }
+
+    fn is_enough(&self) -> bool {
+        self.events.load(Ordering::Relaxed) >= self.enough.load(Ordering::Relaxed)
+    }
+}
+
 /// A share of the queue's bounds, given back when it is dropped. It is taken while a batch is being
 /// read, so that bodies under way count too.
 #[derive(Debug)]
@@ -230,6 +274,7 @@ pub struct Ingest {
     // Bounded by `load`, which counts what a bound on submissions could not.
     queue: mpsc::UnboundedSender<Submission>,
     load: Arc<Load>,
+    backlog: Arc<Backlog>,
     available: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
 }
@@ -246,10 +291,12 @@ impl Ingest {
     ) -> (Self, IngestTask) {
         let (queue, waiting) = mpsc::unbounded_channel();
         let load = Arc::new(Load::default());
+        let backlog = Arc::new(Backlog::new());
         let available = Arc::new(AtomicBool::new(true));
         let entrance = Self {
             queue,
             load: Arc::clone(&load),
+            backlog: Arc::clone(&backlog),
             available: Arc::clone(&available),
             metrics: Arc::clone(&metrics),
         };
@@ -257,7 +304,11 @@ impl Ingest {
             writer,
             news,
             waiting,
+            next: None,
+            under_way: VecDeque::new(),
+            peak: 0,
             load,
+            backlog,
             available,
             logged_away: false,
             clock,
@@ -315,7 +366,10 @@ impl Ingest {
             return Err(IngestError::Unavailable);
         }
         let (reply, answer) = oneshot::channel();
-        self.queue.send(submission(reply)).map_err(|_| IngestError::Unavailable)?;
+        let submission = submission(reply);
+        let events = submission.len();
+        self.queue.send(submission).map_err(|_| IngestError::Unavailable)?;
+        self.backlog.add(events);
         Ok(answer)
     }
 
@@ -342,12 +396,26 @@ impl Ingest {
     }
 }
 
+/// A batch on its way into the store, and who waits for it.
+struct UnderWay {
+    batch: Arc<Batch>,
+    waiters: Vec<Waiter>,
+    since: Instant,
+}
+
 /// The task that owns the writer.
 pub struct IngestTask {
     writer: Box<dyn EventWriter>,
     news: mpsc::UnboundedReceiver<News>,
     waiting: mpsc::UnboundedReceiver<Submission>,
+    /// Taken from the queue already.
+    next: Option<Submission>,
+    /// Batches that have been sent off, the oldest first.
+    under_way: VecDeque<UnderWay>,
+    /// The most events that there were at a time lately.
+    peak: usize,
     load: Arc<Load>,
+    backlog: Arc<Backlog>,
     available: Arc<AtomicBool>,
     /// Whether the log has it last that the database is away.
     logged_away: bool,
@@ -363,7 +431,6 @@ impl IngestTask {
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), StoreError> {
         tokio::pin!(shutdown);
         let mut closing = false;
-        let mut submissions = Vec::with_capacity(BATCH_EVENTS);
         loop {
             tokio::select! {
                 // In this order: closing must not wait for a queue that never empties.
@@ -372,12 +439,17 @@ impl IngestTask {
                     closing = true;
                     self.waiting.close();
                 }
-                taken = self.waiting.recv_many(&mut submissions, BATCH_EVENTS) => {
-                    if taken == 0 {
-                        break;
-                    }
-                    self.store_all(&mut submissions).await?;
+                () = std::future::ready(()), if self.may_send() => self.send_off().await?,
+                written = self.writer.sent(), if !self.under_way.is_empty() => {
+                    self.finish_first(written).await?;
                 }
+                submission = self.waiting.recv(), if self.under_way.is_empty() => {
+                    match submission {
+                        Some(submission) => self.next = Some(self.taken(submission)),
+                        None => break,
+                    }
+                }
+                () = self.backlog.bell.notified(), if !self.under_way.is_empty() => {}
                 Some(news) = self.news.recv() => announce(&news.new_devices, &news.streaks),
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
@@ -400,66 +472,138 @@ impl IngestTask {
         }
     }
 
-    /// Stores submissions, some hundred events at a time.
-    async fn store_all(&mut self, submissions: &mut Vec<Submission>) -> Result<(), StoreError> {
-        while !submissions.is_empty() {
-            let mut events = 0;
-            let fits = |submission: &&Submission| {
-                let first = events == 0;
-                events += submission.len();
-                first || events <= BATCH_EVENTS
-            };
-            let count = submissions.iter().take_while(fits).count();
-            let together: Vec<_> = submissions.drain(..count).collect();
-            let taken: usize = together.iter().map(Submission::len).sum();
-            let load = self.load.events.load(Ordering::Relaxed);
-            self.metrics.queue_events.set(i64::try_from(load.saturating_sub(taken)).unwrap_or(0));
-            if self.available.load(Ordering::Relaxed) {
-                self.store(together).await?;
-            } else {
-                // They came in while the database was being found away.
-                refuse(together.into_iter());
+    /// Whether the next batch may be sent off: there are events for one, as many as in the last one while that
+    /// is under way.
+    fn may_send(&self) -> bool {
+        if self.under_way.is_empty() {
+            return self.next.is_some();
+        }
+        self.under_way.len() < BATCHES_UNDER_WAY
+            && (self.next.is_some() || self.backlog.is_enough())
+    }
+
+    /// Sees how many events there are at a time. Half of them are enough for a batch while another one is under
+    /// way: with fewer, batches would become smaller, and more than that do not come together.
+    fn look_at_load(&mut self) {
+        let load = self.load.events.load(Ordering::Relaxed);
+        self.peak = load.max(self.peak - self.peak / 16);
+        let enough = (self.peak / 2).clamp(1, ENOUGH_EVENTS);
+        self.backlog.enough.store(enough.cast_signed(), Ordering::Relaxed);
+    }
+
+    /// Notes that the submission has left the queue.
+    fn taken(&self, submission: Submission) -> Submission {
+        self.backlog.remove(submission.len());
+        submission
+    }
+
+    fn take(&mut self) -> Option<Submission> {
+        let next = self.next.take();
+        next.or_else(|| self.waiting.try_recv().ok().map(|submission| self.taken(submission)))
+    }
+
+    /// Takes what waits, some hundred events at most, and sends it off. Where that cannot be done it is stored,
+    /// after what is under way.
+    async fn send_off(&mut self) -> Result<(), StoreError> {
+        let received = self.clock.now();
+        let mut events = Vec::new();
+        let mut waiters = Vec::new();
+        while let Some(submission) = self.take() {
+            if !events.is_empty() && events.len() + submission.len() > BATCH_EVENTS {
+                self.next = Some(submission);
+                break;
             }
+            // Whoever has hung up would take the answer for lost and send again: don't store twice.
+            if !submission.is_abandoned() {
+                waiters.push(submission.unpack(&mut events));
+            }
+        }
+        let under_way: usize = self.under_way.iter().map(|sent| sent.batch.events.len()).sum();
+        let waiting = self.load.events.load(Ordering::Relaxed);
+        let waiting = waiting.saturating_sub(under_way + events.len());
+        self.metrics.queue_events.set(i64::try_from(waiting).unwrap_or(0));
+        if events.is_empty() {
+            return Ok(());
+        }
+        if !self.available.load(Ordering::Relaxed) {
+            // They came in while the database was being found away.
+            refuse(waiters);
+            return Ok(());
+        }
+        let batch = Arc::new(Batch::new(received, events));
+        let sent = UnderWay { batch, waiters, since: Instant::now() };
+        if self.writer.send(&sent.batch) {
+            self.under_way.push_back(sent);
+            return Ok(());
+        }
+        while !self.under_way.is_empty() {
+            let written = self.writer.sent().await;
+            self.finish_first(written).await?;
+        }
+        self.store(sent).await
+    }
+
+    /// Answers those who wait for the batch that was sent off first. When it is not known to be stored, waits
+    /// for the others, too, and writes all of which that is so.
+    async fn finish_first(&mut self, mut written: Option<Written>) -> Result<(), StoreError> {
+        self.look_at_load();
+        let mut unknown = Vec::new();
+        while let Some(sent) = self.under_way.pop_front() {
+            match written {
+                Some(written) => {
+                    self.came_back();
+                    self.answer(sent, written);
+                }
+                None => unknown.push(sent),
+            }
+            if unknown.is_empty() || self.under_way.is_empty() {
+                break;
+            }
+            written = self.writer.sent().await;
+        }
+        for sent in unknown {
+            self.store(sent).await?;
         }
         Ok(())
     }
 
-    /// Stores submissions in one transaction and answers them. When the database refuses the batch for
-    /// the data in it, the submissions are halved until the culprit stands alone: the others lose
-    /// nothing.
-    async fn store(&mut self, submissions: Vec<Submission>) -> Result<(), StoreError> {
-        let received = self.clock.now();
-        let mut events = Vec::with_capacity(submissions.len());
-        let waiters: Vec<Waiter> = submissions
-            .into_iter()
-            // Whoever has hung up would take the answer for lost and send again: don't store twice.
-            .filter(|submission| !submission.is_abandoned())
-            .map(|submission| submission.unpack(&mut events))
-            .collect();
-        let mut parts = vec![(events, waiters)];
-        while let Some((events, mut waiters)) = parts.pop() {
-            if events.is_empty() {
+    fn answer(&self, UnderWay { batch, waiters, since }: UnderWay, written: Written) {
+        self.record(&batch, &written, since.elapsed());
+        let mut receipts = receipts(written, batch.received);
+        for waiter in waiters {
+            waiter.answer(&mut receipts);
+        }
+    }
+
+    /// Stores a batch and answers those who wait for it. When the database refuses it for the data in it, the
+    /// submissions are halved until the culprit stands alone: the others lose nothing.
+    async fn store(&mut self, batch: UnderWay) -> Result<(), StoreError> {
+        let mut parts = vec![batch];
+        while let Some(mut part) = parts.pop() {
+            if !self.available.load(Ordering::Relaxed) {
+                // It went away with the batch before.
+                refuse(part.waiters);
                 continue;
             }
-            let batch = Arc::new(Batch::new(received, events));
-            let started = Instant::now();
-            let error = match self.write(&batch).await {
+            let error = match self.write(&part).await {
                 Ok(written) => {
-                    self.record(&batch, &written, started.elapsed());
-                    let mut receipts = receipts(written, received);
-                    for waiter in waiters {
-                        waiter.answer(&mut receipts);
-                    }
+                    self.answer(part, written);
                     continue;
                 }
                 Err(StoreError::Stopped) => return Err(StoreError::Stopped),
                 Err(error) => error,
             };
-            if matches!(error, StoreError::Rejected(_)) && waiters.len() > 1 {
-                let second_half = waiters.split_off(waiters.len() / 2);
-                let middle: usize = waiters.iter().map(Waiter::len).sum();
-                parts.push((batch.events[middle..].to_vec(), second_half));
-                parts.push((batch.events[..middle].to_vec(), waiters));
+            if matches!(error, StoreError::Rejected(_)) && part.waiters.len() > 1 {
+                let half = |events: &[SyncEvent], waiters| UnderWay {
+                    batch: Arc::new(Batch::new(part.batch.received, events.to_vec())),
+                    waiters,
+                    since: Instant::now(),
+                };
+                let second_half = part.waiters.split_off(part.waiters.len() / 2);
+                let middle: usize = part.waiters.iter().map(Waiter::len).sum();
+                let (first, second) = part.batch.events.split_at(middle);
+                parts.push(half(second, second_half));
+                parts.push(half(first, part.waiters));
                 continue;
             }
             let answer = match &error {
@@ -468,7 +612,7 @@ impl IngestTask {
                 }
                 _ => IngestError::Failed(error.to_string()),
             };
-            for waiter in waiters {
+            for waiter in part.waiters {
                 waiter.refuse(answer.clone());
             }
         }
@@ -477,20 +621,18 @@ impl IngestTask {
 
     /// Writes a batch; when the outcome is unknown, tries to learn it for a while. Says when the
     /// database has gone away.
-    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
-        let started = Instant::now();
+    async fn write(&mut self, part: &UnderWay) -> Result<Written, StoreError> {
+        let UnderWay { batch, since, .. } = part;
         let mut result = self.writer.write(batch).await;
         while let Err(StoreError::OutcomeUnknown(why)) = &result {
             self.went_away(why);
-            if started.elapsed() > SETTLE_TIMEOUT {
+            if since.elapsed() > SETTLE_TIMEOUT {
                 break;
             }
             // Those in the queue are certainly not stored: they need not wait for the outcome.
-            let mut waiting = Vec::new();
-            while let Ok(submission) = self.waiting.try_recv() {
-                waiting.push(submission);
+            while let Some(submission) = self.take() {
+                submission.refuse(IngestError::Unavailable);
             }
-            refuse(waiting.into_iter());
             tokio::time::sleep(SETTLE_INTERVAL).await;
             result = self.writer.write(batch).await;
         }
@@ -579,8 +721,8 @@ fn receipts(written: Written, received: Timestamp) -> impl Iterator<Item = Recei
 }
 
 /// Answers that the database is away.
-fn refuse(submissions: impl Iterator<Item = Submission>) {
-    for submission in submissions {
-        submission.refuse(IngestError::Unavailable);
+fn refuse(waiters: Vec<Waiter>) {
+    for waiter in waiters {
+        waiter.refuse(IngestError::Unavailable);
     }
 }

@@ -166,12 +166,26 @@ pub trait Store: KeyStore + Send + Sync {
 /// Writes batches of events. One task owns it.
 #[async_trait]
 pub trait EventWriter: Send {
-    /// Stores a batch in one transaction, figures included, and returns once it is committed.
+    /// Stores a batch in one transaction, figures included, and returns once it is committed. None that has been
+    /// sent off may be under way.
     ///
     /// # Errors
     /// After any error but [`StoreError::OutcomeUnknown`] nothing of the batch is stored. After that
     /// one, writing the same batch (the same `Arc`) again stores it exactly once.
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError>;
+
+    /// Sends a batch off, to be stored behind those that have been sent off before it. False when that cannot be
+    /// done now, and nothing has happened: then it can be written, once none is under way.
+    fn send(&mut self, _batch: &Arc<Batch>) -> bool {
+        false
+    }
+
+    /// Waits for the batch that was sent off first. `None` when it is not known to be stored: once none is under
+    /// way, writing the same batch (the same `Arc`) stores it exactly once. The future may be dropped and
+    /// another one asked for.
+    async fn sent(&mut self) -> Option<Written> {
+        None
+    }
 
     /// Whether writing could work now; connects again if need be.
     async fn probe(&mut self) -> Result<(), StoreError>;

@@ -24,6 +24,7 @@ mod faults;
 mod fuzz_corpus;
 mod import;
 mod ingest;
+mod ingest_batches;
 mod ingest_journal;
 mod keys;
 mod migrations;

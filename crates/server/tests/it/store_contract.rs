@@ -10,4 +10,5 @@ pub(crate) mod nodes;
 mod receipts;
 pub(crate) mod retention;
 mod roll_ups;
+mod sent_off;
 mod streaks;

@@ -19,6 +19,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long to wait for all of it: several hosts, the handshake, signing in.
 const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long to wait for a session's end that has been asked for.
+const BACKEND_END_TIMEOUT: Duration = Duration::from_secs(4);
+
 /// Connections in the pool. Reads are short; a small pool keeps PostgreSQL's memory small, with
 /// several nodes before it.
 const POOL_SIZE: usize = 8;
@@ -41,9 +44,49 @@ pub(super) struct Connection {
     driver: tokio::task::JoinHandle<()>,
 }
 
+impl Connection {
+    /// Ends it: whoever still waits for an answer hears that the connection is closed.
+    pub(super) fn close(&self) {
+        self.driver.abort();
+    }
+}
+
+/// The process behind a session on PostgreSQL's side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Backend {
+    pid: i32,
+    started: jiff::Timestamp,
+}
+
+impl Backend {
+    /// The one that serves `client`.
+    pub(super) async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        const SELECT: &str =
+            "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()";
+        let row = client.query_one(SELECT, &[]).await?;
+        Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)? })
+    }
+
+    /// Ends it, through the session of another, so that nothing that it was sent takes effect any more; false
+    /// when it is still there after some seconds. Another server, such as a standby that has taken over, does
+    /// not have it.
+    pub(super) async fn end(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
+        let end = format!(
+            "select pg_terminate_backend(pid, {})
+               from pg_stat_activity
+              where pid = $1 and backend_start = $2",
+            BACKEND_END_TIMEOUT.as_millis()
+        );
+        match client.query_opt(&end, &[&self.pid, &self.started]).await? {
+            None => Ok(true),
+            Some(row) => row.try_get(0),
+        }
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.driver.abort();
+        self.close();
     }
 }
 

@@ -286,16 +286,26 @@ fn device_of(row: &Row) -> Result<Option<DeviceId>, Error> {
 
 /// Devices in byte-wise order, a vector per column.
 pub(super) struct DeviceColumns<'a> {
-    pub(super) device_ids: Vec<&'a str>,
+    device_ids: Vec<&'a str>,
     /// When the batch's events of each device were received; empty when they arrive now.
     first_received: Vec<jiff::Timestamp>,
     last_received: Vec<jiff::Timestamp>,
 }
 
 impl<'a> DeviceColumns<'a> {
-    /// Devices whose events arrive now.
-    pub(super) fn new(device_ids: Vec<&'a str>) -> Self {
-        Self { device_ids, first_received: Vec::new(), last_received: Vec::new() }
+    /// The devices of the events at the positions `touched`; all of them when events have receipts. Both
+    /// positions and the whole batch's `order` are sorted by device.
+    pub(super) fn of(batch: &'a Batch, order: &[usize], touched: &[usize]) -> Self {
+        let (mut first_received, mut last_received) = (Vec::new(), Vec::new());
+        if !batch.receipts.is_empty() {
+            for positions in batch.by_device(order) {
+                let (first, last) = batch.received_within(positions);
+                first_received.push(first.to_jiff());
+                last_received.push(last.to_jiff());
+            }
+        }
+        let device_id = |position: &usize| batch.events[*position].device_id.as_str();
+        Self { device_ids: touched.iter().map(device_id).collect(), first_received, last_received }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -304,18 +314,6 @@ impl<'a> DeviceColumns<'a> {
 
     fn parameters<'b>(&'b self, received: &'b jiff::Timestamp) -> [&'b (dyn ToSql + Sync); 4] {
         [&self.device_ids, received, &self.first_received, &self.last_received]
-    }
-
-    /// All devices of a batch whose events have receipts, given its order.
-    pub(super) fn with_receipts(batch: &'a Batch, order: &[usize]) -> Self {
-        let mut devices = Self::new(Vec::new());
-        for positions in batch.by_device(order) {
-            let (first, last) = batch.received_within(positions);
-            devices.device_ids.push(batch.events[positions[0]].device_id.as_str());
-            devices.first_received.push(first.to_jiff());
-            devices.last_received.push(last.to_jiff());
-        }
-        devices
     }
 }
 

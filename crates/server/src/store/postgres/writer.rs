@@ -8,21 +8,27 @@
 //!
 //! A batch with an event that was reported before fails as a whole when sent in one go. It is then
 //! written carefully: first the event ids, then, step by step, what they leave to be stored.
+//!
+//! Batches that are one statement can be sent off one behind the other, so that PostgreSQL goes on with the
+//! next while the answer to the last is still being taken in. What fails among them is written by itself.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
 use async_trait::async_trait;
-use futures_util::future;
+use futures_util::{
+    FutureExt,
+    future::{self, BoxFuture},
+};
 use jiff::civil::Date;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, Row, error::SqlState};
 
 use super::{
-    connect::{Connection, Connector, describe, is_connection_lost, store_error},
+    connect::{Backend, Connection, Connector, describe, is_connection_lost, store_error},
     expiry::{self, Horizon},
     imports, partitions, roll_ups,
     statements::{DeviceColumns, EventColumns, JobColumns, KeptEvents, Statements, recount, store},
@@ -76,19 +82,23 @@ const TAKE_ROOM: &str = "
 /// See the module.
 pub(super) struct PostgresEventWriter {
     connector: Connector,
-    session: Option<Session>,
+    session: Option<Arc<Session>>,
+    /// Batches that have been sent off, the oldest first.
+    sent: VecDeque<Sent>,
     /// When each device's `updated_at` was last moved on by this node.
     last_seen: HashMap<DeviceId, Timestamp>,
     /// Months whose partition is known to exist.
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
+    /// Whether a batch that has been sent off brings more of them.
+    ids_are_coming: bool,
     /// How far back others have come, by and by.
     horizon: Horizon,
     /// When that was looked up.
     horizon_read: Option<Timestamp>,
-    /// A batch that may or may not have been committed.
-    unsettled: Option<Unsettled>,
+    /// Batches that may or may not have been committed.
+    unsettled: Vec<Unsettled>,
     /// How many batches are still to be written carefully.
     careful_batches: u32,
     /// Which batches are to be written in steps.
@@ -115,9 +125,14 @@ struct Steps {
 }
 
 impl Steps {
-    /// Whether to write the next batch in steps.
+    /// Whether the next batch is to be written in steps.
+    fn are_due(&self) -> bool {
+        self.left > 0
+    }
+
+    /// Whether to write the next batch in steps; that is then done.
     fn take(&mut self) -> bool {
-        if self.left > 0 {
+        if self.are_due() {
             self.left -= 1;
             return true;
         }
@@ -134,14 +149,36 @@ impl Steps {
     }
 }
 
+/// A batch whose answer was lost.
 struct Unsettled {
     batch: Arc<Batch>,
     ids: Vec<i64>,
+    /// Who may still be storing it.
+    backend: Backend,
+}
+
+/// A batch that has been sent off as one statement.
+struct Sent {
+    batch: Arc<Batch>,
+    ids: Vec<i64>,
+    /// The events whose devices it registers or moves on.
+    touched: Vec<usize>,
+    brings_ids: bool,
+    session: Arc<Session>,
+    outcome: BoxFuture<'static, Result<Stored, Error>>,
+}
+
+/// What a batch that is one statement comes to.
+struct Stored {
+    new_devices: Vec<DeviceId>,
+    streaks: Vec<FailureStreak>,
+    taken_ids: Vec<i64>,
 }
 
 struct Session {
     connection: Connection,
     statements: Statements,
+    backend: Backend,
 }
 
 impl PostgresEventWriter {
@@ -149,12 +186,14 @@ impl PostgresEventWriter {
         Self {
             connector,
             session: None,
+            sent: VecDeque::new(),
             last_seen: HashMap::new(),
             months: HashSet::new(),
             ids: VecDeque::new(),
+            ids_are_coming: false,
             horizon: Horizon { streaks_since: Timestamp::MIN, folded_until: None },
             horizon_read: None,
-            unsettled: None,
+            unsettled: Vec::new(),
             careful_batches: 0,
             steps: Steps::default(),
             open: false,
@@ -168,10 +207,12 @@ impl PostgresEventWriter {
         self.session.take_if(|session| session.connection.client.is_closed());
         if self.session.is_none() {
             let connection = self.connector.connect().await?;
+            let backend = Backend::of(&connection.client).await.map_err(store_error)?;
             let statements = Statements::prepare(&connection.client).await.map_err(store_error)?;
-            self.session = Some(Session { connection, statements });
+            self.session = Some(Arc::new(Session { connection, statements, backend }));
             // The server may be another one, or one that has crashed; see `write`.
             self.ids.clear();
+            self.ids_are_coming = false;
         }
         Ok(())
     }
@@ -179,9 +220,11 @@ impl PostgresEventWriter {
     /// Connects if need be, sees to the months' partitions and to enough ids.
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
-        let Some(session) = &mut self.session else { return Err(StoreError::Stopped) };
-        let due = batch.received.saturating_add_milliseconds(-HORIZON_MILLISECONDS);
-        if self.horizon_read.is_none_or(|read| !(due..=batch.received).contains(&read)) {
+        // Nothing is under way, so nobody else has the session.
+        let Some(session) = self.session.as_mut().and_then(Arc::get_mut) else {
+            return Err(StoreError::Stopped);
+        };
+        if !is_fresh(self.horizon_read, batch.received) {
             let client = &session.connection.client;
             self.horizon = expiry::horizon(client).await.map_err(store_error)?;
             self.horizon_read = Some(batch.received);
@@ -200,21 +243,84 @@ impl PostgresEventWriter {
         Ok(())
     }
 
-    /// One transaction. `ids` are the events' ids in the batch's order.
-    async fn transact(&mut self, batch: &Batch, ids: &[i64]) -> Result<Written, Error> {
-        let repeats = batch.repeats();
+    /// Whether there is nothing to prepare for the batch.
+    fn is_prepared(&self, batch: &Batch) -> bool {
+        is_fresh(self.horizon_read, batch.received)
+            && months_of(batch).is_subset(&self.months)
+            && self.ids.len() >= batch.events.len()
+    }
+
+    /// Whether the batch can be one statement, if no streak must be recounted.
+    fn is_plain(&self, batch: &Batch) -> bool {
+        batch.progress.is_none() && !self.may_be_passed(batch)
+    }
+
+    /// Whether to look first which events of the batch were reported before.
+    fn calls_for_care(&self, batch: &Batch, repeats: &HashMap<usize, usize>) -> bool {
         let has_keys = || batch.events.iter().any(|event| event.event_id.is_some());
-        if self.careful_batches > 0 && has_keys() || !repeats.is_empty() {
-            self.careful_batches = self.careful_batches.saturating_sub(1);
-            self.write_carefully(batch, ids, &repeats).await
-        } else {
-            self.write_in_one_go(batch, ids).await
+        !repeats.is_empty() || self.careful_batches > 0 && has_keys()
+    }
+
+    /// Sends the batch off as one statement, which nothing must speak against.
+    fn send_whole(&mut self, session: &Arc<Session>, batch: &Arc<Batch>, ids: Vec<i64>) -> Sent {
+        let order = batch.order();
+        let touched = self.devices_to_touch(batch, &order);
+        let brings_ids = self.ids.len() < ID_RESERVE && !self.ids_are_coming;
+        self.ids_are_coming |= brings_ids;
+        let outcome = store_whole(
+            Arc::clone(session),
+            Arc::clone(batch),
+            (order, ids.clone(), touched.clone()),
+            self.horizon.streaks_since,
+            brings_ids,
+        );
+        let mut sent = Sent {
+            batch: Arc::clone(batch),
+            ids,
+            touched,
+            brings_ids,
+            session: Arc::clone(session),
+            outcome: outcome.boxed(),
+        };
+        // The first look at it sends it. There is nothing to be had yet, and nobody to wake.
+        if let Some(outcome) = (&mut sent.outcome).now_or_never() {
+            sent.outcome = future::ready(outcome).boxed();
         }
+        sent
+    }
+
+    /// What is known once a batch is stored that had been sent off.
+    fn was_stored(&mut self, sent: Sent, stored: Stored) -> Written {
+        self.disk_full = false;
+        self.ids.extend(stored.taken_ids);
+        self.saw(&sent.touched, &sent.batch);
+        let Stored { new_devices, streaks, .. } = stored;
+        Written { ids: sent.ids, new_devices, streaks, ..Written::default() }
+    }
+
+    /// One transaction. `ids` are the events' ids in the batch's order.
+    async fn transact(&mut self, batch: &Arc<Batch>, ids: &[i64]) -> Result<Written, Error> {
+        let repeats = batch.repeats();
+        if self.calls_for_care(batch, &repeats) {
+            self.careful_batches = self.careful_batches.saturating_sub(1);
+            return self.write_carefully(batch, ids, &repeats).await;
+        }
+        if !self.is_plain(batch) || self.steps.take() {
+            return self.write_in_steps(batch, ids).await;
+        }
+        let Some(session) = self.session.clone() else { return Ok(Written::default()) };
+        self.committing = true;
+        let mut sent = self.send_whole(&session, batch, ids.to_vec());
+        let stored = (&mut sent.outcome).await;
+        self.ids_are_coming &= !sent.brings_ids;
+        let stored = stored?;
+        self.committing = false;
+        Ok(self.was_stored(sent, stored))
     }
 
     /// Sends everything but the commit without waiting for an answer.
-    async fn write_in_one_go(&mut self, batch: &Batch, ids: &[i64]) -> Result<Written, Error> {
-        let Some(Session { connection, statements }) = &self.session else {
+    async fn write_in_steps(&mut self, batch: &Batch, ids: &[i64]) -> Result<Written, Error> {
+        let Some(Session { connection, statements, .. }) = self.session.as_deref() else {
             return Ok(Written::default());
         };
         let client = &connection.client;
@@ -222,7 +328,8 @@ impl PostgresEventWriter {
         let streaks_since = self.horizon.streaks_since.to_jiff();
         let order = batch.order();
         let shares = batch.shares(&order, self.horizon.streaks_since);
-        let devices = self.devices_to_touch(batch, &order, &shares);
+        let touched = self.devices_to_touch(batch, &order);
+        let devices = DeviceColumns::of(batch, &order, &touched);
         let jobs = JobColumns::new(&shares);
         let events = EventColumns::new(batch, &order, ids);
         let take_ids = async {
@@ -232,27 +339,7 @@ impl PostgresEventWriter {
                 Ok(Vec::new())
             }
         };
-
         let may_be_passed = self.may_be_passed(batch);
-
-        let is_plain = !may_be_passed && batch.progress.is_none();
-        if is_plain && !self.steps.take() {
-            self.committing = true;
-            let columns = (&devices, &jobs, &events);
-            let (stored, taken) = future::join(
-                store(client, statements, columns, (received, streaks_since)),
-                take_ids,
-            )
-            .await;
-            let (failing, new_devices) = stored?;
-            self.committing = false;
-            let streaks = streaks(&shares, &failing, &[])?;
-            let seen = owned(&shares, &devices.device_ids);
-            // They can be taken later, too.
-            self.ids.extend(taken.unwrap_or_default());
-            self.saw(seen, batch);
-            return Ok(Written { ids: ids.to_vec(), new_devices, streaks, ..Written::default() });
-        }
 
         self.open = true;
         // Polled in this order, so sent in this order, without waiting for each other's answers.
@@ -289,9 +376,8 @@ impl PostgresEventWriter {
         (self.open, self.committing) = (false, false);
 
         let streaks = streaks(&shares, &failing, &recounted)?;
-        let seen = owned(&shares, &devices.device_ids);
         self.ids.extend(taken);
-        self.saw(seen, batch);
+        self.saw(&touched, batch);
         Ok(Written { ids: ids.to_vec(), new_devices, streaks, ..Written::default() })
     }
 
@@ -303,15 +389,15 @@ impl PostgresEventWriter {
         ids: &[i64],
         repeats: &HashMap<usize, usize>,
     ) -> Result<Written, Error> {
-        let Some(Session { connection, statements }) = &self.session else {
+        let Some(Session { connection, statements, .. }) = self.session.as_deref() else {
             return Ok(Written::default());
         };
         let client = &connection.client;
         let received = batch.received.to_jiff();
         let streaks_since = self.horizon.streaks_since.to_jiff();
         let mut order = batch.order();
-        let all_shares = batch.shares(&order, self.horizon.streaks_since);
-        let devices = self.devices_to_touch(batch, &order, &all_shares);
+        let touched = self.devices_to_touch(batch, &order);
+        let devices = DeviceColumns::of(batch, &order, &touched);
         let mut first_of_each = order.clone();
         first_of_each.retain(|position| !repeats.contains_key(position));
         let keys = EventColumns::new(batch, &first_of_each, ids);
@@ -344,39 +430,27 @@ impl PostgresEventWriter {
 
         written.new_devices = new_devices;
         written.streaks = streaks(&shares, &failing, &recounted)?;
-        let seen = owned(&all_shares, &devices.device_ids);
-        self.saw(seen, batch);
+        self.saw(&touched, batch);
         Ok(written)
     }
 
     /// Whether a batch was stored by an attempt whose outcome was lost, and how.
-    async fn find_stored(&mut self, batch: &Batch, ids: &[i64]) -> Result<Option<Written>, Error> {
-        let Some(Session { connection, statements }) = &self.session else { return Ok(None) };
+    async fn find_stored(&mut self, unsettled: &Unsettled) -> Result<Option<Written>, StoreError> {
+        let Some(Session { connection, statements, .. }) = self.session.as_deref() else {
+            return Ok(None);
+        };
         let client = &connection.client;
-        let received = batch.received.to_jiff();
-        let streaks_since = self.horizon.streaks_since.to_jiff();
-        let order = batch.order();
-        let shares = batch.shares(&order, self.horizon.streaks_since);
-        let repeats = batch.repeats();
-        let events = EventColumns::new(batch, &order, ids);
-        let device_ids = shares.iter().map(|share| share.device_id.as_str()).collect();
-        let devices = DeviceColumns::new(deduplicated(device_ids));
-
-        self.open = true;
-        client.batch_execute("begin").await?;
-        // Not for what they write: they wait for the lost transaction's locks, so that it is over.
-        statements.upsert_devices(client, &devices, received).await?;
-        events.insert_new_keys(client, statements, received).await?;
-        JobColumns::new(&shares).upsert(client, statements, streaks_since).await?;
-        let stored = events.are_stored(client, statements).await?;
-        client.batch_execute("rollback").await?;
-        self.open = false;
-
-        if !stored {
+        let Unsettled { batch, ids, backend } = unsettled;
+        // What was sent to it may still be on its way through it.
+        if !backend.end(client).await.map_err(store_error)? {
+            return Err(StoreError::Unavailable("a session that was lost does not end".into()));
+        }
+        let events = EventColumns::new(batch, &batch.order(), ids);
+        if !events.are_stored(client, statements).await.map_err(store_error)? {
             return Ok(None);
         }
-        let kept = events.find_keys(client, statements).await?;
-        Ok(Some(resolve(batch, ids, &repeats, &kept)))
+        let kept = events.find_keys(client, statements).await.map_err(store_error)?;
+        Ok(Some(resolve(batch, ids, &batch.repeats(), &kept)))
     }
 
     /// Whether folding may pass events of the batch before they are committed, or has passed them.
@@ -385,42 +459,32 @@ impl PostgresEventWriter {
             || roll_ups::may_be_passed(batch.received, self.horizon.folded_until)
     }
 
-    /// The batch's devices that may be new, or whose `updated_at` is due; all of them when events have
-    /// receipts, which may be older than what is known of their devices.
-    fn devices_to_touch<'a>(
-        &self,
-        batch: &'a Batch,
-        order: &[usize],
-        shares: &[JobShare<'a>],
-    ) -> DeviceColumns<'a> {
-        if !batch.receipts.is_empty() {
-            return DeviceColumns::with_receipts(batch, order);
-        }
+    /// An event of each of the batch's devices that may be new, or whose `updated_at` is due; of all of them
+    /// when events have receipts, which may be older than what is known of their devices.
+    fn devices_to_touch(&self, batch: &Batch, order: &[usize]) -> Vec<usize> {
         let due = batch.received.saturating_add_milliseconds(-LAST_SEEN_STEP_MILLISECONDS);
-        let devices = shares
-            .iter()
-            .map(|share| share.device_id)
-            .filter(|device_id| self.last_seen.get(*device_id).is_none_or(|seen| *seen < due));
-        DeviceColumns::new(deduplicated(devices.map(DeviceId::as_str).collect()))
+        let is_due = |device_id| self.last_seen.get(device_id).is_none_or(|seen| *seen < due);
+        batch
+            .by_device(order)
+            .map(|positions| positions[0])
+            .filter(|first| !batch.receipts.is_empty() || is_due(&batch.events[*first].device_id))
+            .collect()
     }
 
-    fn saw(&mut self, devices: Vec<DeviceId>, batch: &Batch) {
+    fn saw(&mut self, touched: &[usize], batch: &Batch) {
         if batch.receipts.is_empty() {
-            let seen = devices.into_iter().map(|device_id| (device_id, batch.received));
-            self.last_seen.extend(seen);
+            let device_ids = touched.iter().map(|first| batch.events[*first].device_id.clone());
+            self.last_seen.extend(device_ids.map(|device_id| (device_id, batch.received)));
         }
     }
 
-    /// Remembers that `batch` may be stored under `ids`.
-    fn leave_unsettled(
-        &mut self,
-        batch: &Arc<Batch>,
-        ids: Option<Vec<i64>>,
-        why: String,
-    ) -> StoreError {
-        self.session = None;
-        self.unsettled = ids.map(|ids| Unsettled { batch: Arc::clone(batch), ids });
-        StoreError::OutcomeUnknown(why)
+    /// Remembers that `batch` may be stored under `ids`, by `session`, of which nothing more can be had.
+    fn leave_unsettled(&mut self, batch: &Arc<Batch>, ids: Vec<i64>, session: &Arc<Session>) {
+        session.connection.close();
+        self.session.take_if(|current| Arc::ptr_eq(current, session));
+        // Of others that have been given up, nobody is going to ask.
+        self.unsettled.retain(|unsettled| Arc::strong_count(&unsettled.batch) > 1);
+        self.unsettled.push(Unsettled { batch: Arc::clone(batch), ids, backend: session.backend });
     }
 
     /// What to do about a failed transaction: `Ok` to try again.
@@ -438,110 +502,144 @@ impl PostgresEventWriter {
                 self.session = None;
             }
         }
-        let Some(code) = error.code().cloned() else { return Err(store_error(error)) };
-        self.disk_full = code == SqlState::DISK_FULL;
-        let again = if code == SqlState::T_R_DEADLOCK_DETECTED
-            || code == SqlState::T_R_SERIALIZATION_FAILURE
+        if attempt < self.heed(&error) { Ok(()) } else { Err(store_error(error)) }
+    }
+
+    /// Draws from what PostgreSQL says of a batch how to write it; tells how often that is worth trying.
+    fn heed(&mut self, error: &Error) -> u32 {
+        let Some(code) = error.code() else { return 0 };
+        self.disk_full = *code == SqlState::DISK_FULL;
+        if *code == SqlState::T_R_DEADLOCK_DETECTED || *code == SqlState::T_R_SERIALIZATION_FAILURE
         {
-            attempt < RETRIES
-        } else if code == SqlState::FOREIGN_KEY_VIOLATION {
+            RETRIES
+        } else if *code == SqlState::FOREIGN_KEY_VIOLATION {
             // A device was deleted behind our back, perhaps after the deletion and this batch had
             // met in a deadlock: register it again.
             self.last_seen.clear();
-            attempt < RETRIES
-        } else if code == SqlState::UNIQUE_VIOLATION && names(&error, "event_keys_pkey") {
+            RETRIES
+        } else if *code == SqlState::UNIQUE_VIOLATION && names(error, "event_keys_pkey") {
             self.careful_batches = CAREFUL_BATCHES;
-            attempt < RETRIES
-        } else if code == SqlState::DIVISION_BY_ZERO {
+            RETRIES
+        } else if *code == SqlState::DIVISION_BY_ZERO {
             self.steps.start();
-            attempt < RETRIES
-        } else if code == SqlState::CHECK_VIOLATION && names_no_constraint(&error) {
+            RETRIES
+        } else if *code == SqlState::CHECK_VIOLATION && names_no_constraint(error) {
             // The month's partition is missing after all: somebody has dropped or detached it.
-            !std::mem::take(&mut self.months).is_empty() && attempt < RETRIES
-        } else if code == SqlState::FEATURE_NOT_SUPPORTED
-            || code == SqlState::INVALID_SQL_STATEMENT_NAME
-            || code == SqlState::READ_ONLY_SQL_TRANSACTION
+            if std::mem::take(&mut self.months).is_empty() { 0 } else { RETRIES }
+        } else if *code == SqlState::FEATURE_NOT_SUPPORTED
+            || *code == SqlState::INVALID_SQL_STATEMENT_NAME
+            || *code == SqlState::READ_ONLY_SQL_TRANSACTION
         {
             // A statement that outlived a migration, or a server that has become a standby.
             self.session = None;
-            attempt == 0
+            1
         } else {
-            false
-        };
-        if again { Ok(()) } else { Err(store_error(error)) }
+            0
+        }
     }
 }
 
 #[async_trait]
 impl EventWriter for PostgresEventWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
-        let unsettled =
-            self.unsettled.take().filter(|unsettled| Arc::ptr_eq(&unsettled.batch, batch));
-        let mut may_be_stored = unsettled.is_some();
-        let mut ids = unsettled.map(|unsettled| unsettled.ids);
+        let unsettled = self.unsettled.iter().position(|left| Arc::ptr_eq(&left.batch, batch));
+        if let Some(position) = unsettled {
+            let unsettled = self.unsettled.swap_remove(position);
+            let found = tokio::time::timeout(WRITE_TIMEOUT, async {
+                self.connect().await?;
+                self.find_stored(&unsettled).await
+            });
+            match found.await.unwrap_or_else(|_| Err(StoreError::Unavailable(NO_ANSWER.into()))) {
+                Ok(Some(written)) => return Ok(written),
+                Ok(None) => {}
+                Err(error) => {
+                    // Still not known.
+                    self.session = None;
+                    self.unsettled.push(unsettled);
+                    return Err(StoreError::OutcomeUnknown(error.to_string()));
+                }
+            }
+        }
         if self.last_seen.len() > REMEMBERED_DEVICES {
             self.last_seen.clear();
         }
 
         for attempt in 0.. {
             (self.open, self.committing) = (false, false);
-            if !may_be_stored {
-                // A server that has crashed may hand out again what it had handed out last.
-                ids = None;
-            }
             let reuses_session = self.session.is_some();
+            // Others at each attempt: a server that has crashed may hand out again what it had handed out last.
+            let mut ids = Vec::new();
             let work = async {
                 self.prepare(batch).await?;
-                let ids = ids.get_or_insert_with(|| {
-                    self.ids.drain(..batch.events.len()).collect::<Vec<_>>()
-                });
-                if may_be_stored {
-                    match self.find_stored(batch, ids).await {
-                        Ok(None) => {
-                            may_be_stored = false;
-                            *ids = self.ids.drain(..batch.events.len()).collect();
-                        }
-                        Ok(Some(written)) => return Ok(Ok(written)),
-                        Err(error) => return Ok(Err(error)),
-                    }
-                }
-                Ok::<_, StoreError>(self.transact(batch, ids).await)
+                ids.extend(self.ids.drain(..batch.events.len()));
+                Ok::<_, StoreError>(self.transact(batch, &ids).await)
             };
-            let error = match tokio::time::timeout(WRITE_TIMEOUT, work).await {
+            let outcome = tokio::time::timeout(WRITE_TIMEOUT, work).await;
+            let why = match outcome {
                 Ok(Ok(Ok(written))) => {
                     self.disk_full = false;
                     return Ok(written);
                 }
-                Ok(Ok(Err(error))) if self.committing && is_connection_lost(&error) => {
-                    StoreError::OutcomeUnknown(describe(&error))
+                Ok(Ok(Err(error))) if !self.committing || !is_connection_lost(&error) => {
+                    self.recover(error, attempt).await?;
+                    continue;
                 }
-                Ok(Ok(Err(error))) => match self.recover(error, attempt).await {
-                    Ok(()) => continue,
-                    Err(error) => error,
-                },
                 // An idle connection that a restarted server has closed shows only now.
                 Ok(Err(StoreError::Unavailable(_))) if attempt == 0 && reuses_session => {
                     self.session = None;
                     continue;
                 }
-                Ok(Err(error)) => error,
-                Err(_) if self.committing => StoreError::OutcomeUnknown(NO_ANSWER.into()),
-                Err(_) => StoreError::Unavailable(NO_ANSWER.into()),
-            };
-            return Err(match error {
-                StoreError::OutcomeUnknown(why) => self.leave_unsettled(batch, ids, why),
-                // Still not known: this attempt has not come as far as looking.
-                StoreError::Unavailable(why) if may_be_stored => {
-                    self.leave_unsettled(batch, ids, why)
+                Ok(Err(error)) => {
+                    if matches!(error, StoreError::Unavailable(_)) {
+                        self.session = None;
+                    }
+                    return Err(error);
                 }
-                StoreError::Unavailable(why) => {
+                Ok(Ok(Err(error))) => describe(&error),
+                Err(_) if self.committing => NO_ANSWER.into(),
+                Err(_) => {
                     self.session = None;
-                    StoreError::Unavailable(why)
+                    return Err(StoreError::Unavailable(NO_ANSWER.into()));
                 }
-                error => error,
-            });
+            };
+            if let Some(session) = self.session.clone() {
+                self.leave_unsettled(batch, ids, &session);
+            }
+            return Err(StoreError::OutcomeUnknown(why));
         }
         Err(StoreError::Stopped)
+    }
+
+    fn send(&mut self, batch: &Arc<Batch>) -> bool {
+        let Some(session) = self.session.clone() else { return false };
+        if session.connection.client.is_closed()
+            || !self.is_prepared(batch)
+            || !self.is_plain(batch)
+            || self.steps.are_due()
+            || self.calls_for_care(batch, &batch.repeats())
+        {
+            return false;
+        }
+        self.steps.take();
+        let ids = self.ids.drain(..batch.events.len()).collect();
+        let sent = self.send_whole(&session, batch, ids);
+        self.sent.push_back(sent);
+        true
+    }
+
+    async fn sent(&mut self) -> Option<Written> {
+        let first = self.sent.front_mut()?;
+        let outcome = tokio::time::timeout(WRITE_TIMEOUT, &mut first.outcome).await;
+        let sent = self.sent.pop_front()?;
+        self.ids_are_coming &= !sent.brings_ids;
+        match outcome {
+            Ok(Ok(stored)) => return Some(self.was_stored(sent, stored)),
+            Ok(Err(error)) if !is_connection_lost(&error) => {
+                self.heed(&error);
+            }
+            _ => self.leave_unsettled(&sent.batch, sent.ids, &sent.session),
+        }
+        None
     }
 
     async fn probe(&mut self) -> Result<(), StoreError> {
@@ -565,6 +663,33 @@ impl EventWriter for PostgresEventWriter {
         }
         result
     }
+}
+
+/// Stores a batch in one statement. Given the positions of its events in order, their ids, and those whose
+/// devices are to be touched.
+async fn store_whole(
+    session: Arc<Session>,
+    batch: Arc<Batch>,
+    (order, ids, touched): (Vec<usize>, Vec<i64>, Vec<usize>),
+    streaks_since: Timestamp,
+    take_ids: bool,
+) -> Result<Stored, Error> {
+    let Session { connection, statements, .. } = &*session;
+    let client = &connection.client;
+    let shares = batch.shares(&order, streaks_since);
+    let devices = DeviceColumns::of(&batch, &order, &touched);
+    let jobs = JobColumns::new(&shares);
+    let events = EventColumns::new(&batch, &order, &ids);
+    let take_ids = async {
+        if take_ids { statements.take_ids(client, ID_BLOCK).await } else { Ok(Vec::new()) }
+    };
+    let columns = (&devices, &jobs, &events);
+    let times = (batch.received.to_jiff(), streaks_since.to_jiff());
+    let (stored, taken) = future::join(store(client, statements, columns, times), take_ids).await;
+    let (failing, new_devices) = stored?;
+    let streaks = streaks(&shares, &failing, &[])?;
+    // They can be taken later, too.
+    Ok(Stored { new_devices, streaks, taken_ids: taken.unwrap_or_default() })
 }
 
 /// Which events of a batch count, given what is kept under their event ids: those that are kept under
@@ -614,31 +739,20 @@ fn streaks(
     Ok(streaks)
 }
 
+/// Whether what was looked up at `read` may be used at `now`.
+fn is_fresh(read: Option<Timestamp>, now: Timestamp) -> bool {
+    let due = now.saturating_add_milliseconds(-HORIZON_MILLISECONDS);
+    read.is_some_and(|read| (due..=now).contains(&read))
+}
+
 fn begin_statement(may_be_passed: bool) -> &'static str {
     if may_be_passed { roll_ups::BEGIN_WITHOUT_FOLDING } else { "begin" }
 }
 
 /// The months in which the events of a batch were received.
-fn months_of(batch: &Batch) -> BTreeSet<Date> {
+fn months_of(batch: &Batch) -> HashSet<Date> {
     let now = batch.receipts.is_empty().then_some(batch.received);
     batch.receipts.iter().copied().chain(now).map(partitions::month_of).collect()
-}
-
-/// Neighbours that are equal become one.
-fn deduplicated(mut device_ids: Vec<&str>) -> Vec<&str> {
-    device_ids.dedup();
-    device_ids
-}
-
-/// The devices of `shares` that are among `device_ids`; both are sorted.
-fn owned(shares: &[JobShare<'_>], device_ids: &[&str]) -> Vec<DeviceId> {
-    let mut devices: Vec<DeviceId> = shares
-        .iter()
-        .filter(|share| device_ids.binary_search(&share.device_id.as_str()).is_ok())
-        .map(|share| share.device_id.clone())
-        .collect();
-    devices.dedup();
-    devices
 }
 
 /// A row that no partition takes violates a check that has no name.

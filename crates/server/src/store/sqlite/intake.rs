@@ -53,6 +53,9 @@ const MOST_BYTES: usize = 32 << 20;
 /// taken: [`MOST_EVENTS`], and the largest batch after them.
 pub(super) const ID_DISTANCE: i64 = 131_072;
 
+/// Batches that may be sent off before the first of them is in the journal.
+const BATCHES_SENT_OFF: usize = 2;
+
 /// How long to wait for room, which comes with every lump.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -208,7 +211,7 @@ impl Intake {
         };
         writer.call(take_in).await?;
 
-        let (requests, waiting) = sync_channel(1);
+        let (requests, waiting) = sync_channel(BATCHES_SENT_OFF);
         let desk = Desk {
             intake: Arc::clone(&intake),
             journal,
@@ -220,7 +223,8 @@ impl Intake {
             .name("sqlite-journal".into())
             .spawn(move || desk.work(&waiting))
             .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
-        let writer = IntakeWriter { intake: Arc::clone(&intake), requests };
+        let writer =
+            IntakeWriter { intake: Arc::clone(&intake), requests, replies: VecDeque::new() };
         Ok((intake, writer))
     }
 
@@ -501,15 +505,32 @@ type Reply = oneshot::Sender<Result<Written, StoreError>>;
 pub(super) struct IntakeWriter {
     intake: Arc<Intake>,
     requests: SyncSender<(Arc<Batch>, Reply)>,
+    /// Of batches that have been sent off, the oldest first.
+    replies: VecDeque<oneshot::Receiver<Result<Written, StoreError>>>,
 }
 
 #[async_trait]
 impl EventWriter for IntakeWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
         let (reply, result) = oneshot::channel();
-        // One batch is under way at a time, so there is always room.
+        // None is under way, so there is room.
         self.requests.send((Arc::clone(batch), reply)).map_err(|_| StoreError::Stopped)?;
         result.await.map_err(|_| StoreError::Stopped)?
+    }
+
+    fn send(&mut self, batch: &Arc<Batch>) -> bool {
+        let (reply, result) = oneshot::channel();
+        let has_room = self.requests.try_send((Arc::clone(batch), reply)).is_ok();
+        if has_room {
+            self.replies.push_back(result);
+        }
+        has_room
+    }
+
+    async fn sent(&mut self) -> Option<Written> {
+        let result = self.replies.front_mut()?.await;
+        self.replies.pop_front();
+        result.ok()?.ok()
     }
 
     async fn probe(&mut self) -> Result<(), StoreError> {

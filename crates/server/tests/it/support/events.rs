@@ -73,6 +73,24 @@ pub(crate) async fn write_at(
     writer.write(&batch_at(received, events)).await.unwrap()
 }
 
+/// Sends batches off, each behind the one before as far as the writer can, and writes what comes to nothing.
+pub(crate) async fn send_all(writer: &mut dyn EventWriter, batches: &[Arc<Batch>]) -> Vec<Written> {
+    let sent = batches.iter().take_while(|batch| writer.send(batch)).count();
+    let mut outcomes = Vec::new();
+    for _ in 0..sent {
+        outcomes.push(writer.sent().await);
+    }
+    outcomes.resize_with(batches.len(), || None);
+    let mut written = Vec::new();
+    for (batch, outcome) in batches.iter().zip(outcomes) {
+        written.push(match outcome {
+            Some(written) => written,
+            None => writer.write(batch).await.unwrap(),
+        });
+    }
+    written
+}
+
 /// What the jobs of each device add up to, counted the plain way from everything that was sent:
 /// nothing here is kept up to date, and nothing is shared with the code under test.
 pub(crate) fn recount(

@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use tokio::{
@@ -12,6 +13,7 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     task::JoinHandle,
+    time::Instant,
 };
 use tokio_postgres::Config;
 
@@ -25,6 +27,9 @@ pub(crate) enum Fault {
     /// The next commit is carried out, but its answer does not come back: both connections are
     /// dropped once the server has answered.
     LoseAnswer,
+    /// The next commit reaches the server, and so does what comes behind it for a moment. Then the client's
+    /// connection is dropped, of which the server hears nothing: it goes on with what it has.
+    Strand,
     /// No new connection is passed on.
     Refuse,
 }
@@ -35,10 +40,14 @@ const COMMIT: &[u8] = b"Q\0\0\0\x0bcommit\0";
 /// `ReadyForQuery`, outside of a transaction.
 const READY: &[u8] = b"Z\0\0\0\x05I";
 
+/// How long what comes behind a commit that is stranded is still passed on.
+const STRANDED_AFTER: Duration = Duration::from_millis(200);
+
 /// Parameters of the statement that stores a whole batch and commits it, at least; no other has as many.
 const BATCH_PARAMETERS: usize = 28;
 
-/// Whether this asks for a commit. The writer waits for all other answers before, so it comes alone.
+/// Whether this asks for a commit. The writer waits for all other answers before, but for those to batches that
+/// it has sent off, so it comes first.
 fn commits(asked: &[u8]) -> bool {
     asked.ends_with(COMMIT)
         || parameters_bound(asked).is_some_and(|count| count >= BATCH_PARAMETERS)
@@ -118,8 +127,14 @@ async fn relay(
 ) {
     let (mut asked, mut answered) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     let mut loses_answer = false;
+    let mut strands = None;
     loop {
         let passed_on = tokio::select! {
+            () = async { tokio::time::sleep_until(strands.unwrap()).await }, if strands.is_some() => {
+                drop((from_client, to_client));
+                let _server = (from_server, to_server);
+                return std::future::pending().await;
+            }
             read = from_client.read(&mut asked) => {
                 let Ok(length @ 1..) = read else { return };
                 if commits(&asked[..length]) {
@@ -132,6 +147,10 @@ async fn relay(
                         Fault::LoseAnswer => {
                             *fault = Fault::None;
                             loses_answer = true;
+                        }
+                        Fault::Strand => {
+                            *fault = Fault::None;
+                            strands = Some(Instant::now() + STRANDED_AFTER);
                         }
                         Fault::None | Fault::Refuse => {}
                     }

@@ -1,0 +1,232 @@
+//! How ingest makes batches and hands them to a store: here to one that does as it is told, for what a real one
+//! does at which moment cannot be arranged.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use pisync::{
+    clock::Clock,
+    ingest::{Ingest, IngestError, Receipt},
+    metrics::Metrics,
+    store::{Batch, EventWriter, StoreError, Written},
+};
+use tokio::{
+    sync::{Semaphore, mpsc::unbounded_channel, oneshot},
+    task::JoinHandle,
+};
+
+use crate::support::events::{at, now, success};
+
+/// A batch as the numbers of its events.
+type Numbers = Vec<u32>;
+
+#[derive(Debug, Default)]
+struct Told {
+    /// What ingest has done.
+    calls: Vec<(&'static str, Numbers)>,
+    /// Whether batches may be sent off.
+    takes: bool,
+    /// Of those that are sent off, the ones that come to nothing.
+    fails: Vec<Numbers>,
+    is_away: bool,
+    under_way: VecDeque<Arc<Batch>>,
+}
+
+/// A store's writer that does as it is told.
+#[derive(Clone)]
+struct Obedient {
+    told: Arc<Mutex<Told>>,
+    /// How many of the batches that were sent off may end.
+    ends: Arc<Semaphore>,
+}
+
+fn numbers(batch: &Batch) -> Numbers {
+    batch.events.iter().map(|event| event.total_files_synced).collect()
+}
+
+fn written(batch: &Batch) -> Written {
+    let ids = batch.events.iter().map(|event| i64::from(event.total_files_synced));
+    Written { ids: ids.collect(), ..Written::default() }
+}
+
+impl Obedient {
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn calls(&self) -> Vec<(&'static str, Numbers)> {
+        self.told().calls.clone()
+    }
+}
+
+#[async_trait]
+impl EventWriter for Obedient {
+    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+        let mut told = self.told();
+        assert!(told.under_way.is_empty(), "{told:?}");
+        told.calls.push(("write", numbers(batch)));
+        if told.is_away { Err(StoreError::Unavailable("away".into())) } else { Ok(written(batch)) }
+    }
+
+    fn send(&mut self, batch: &Arc<Batch>) -> bool {
+        let mut told = self.told();
+        if told.takes {
+            told.calls.push(("send", numbers(batch)));
+            told.under_way.push_back(Arc::clone(batch));
+            assert!(told.under_way.len() <= 2, "{told:?}");
+        }
+        told.takes
+    }
+
+    async fn sent(&mut self) -> Option<Written> {
+        self.ends.acquire().await.unwrap().forget();
+        let mut told = self.told();
+        let batch = told.under_way.pop_front().unwrap();
+        (!told.fails.contains(&numbers(&batch))).then(|| written(&batch))
+    }
+
+    async fn probe(&mut self) -> Result<(), StoreError> {
+        if self.told().is_away { Err(StoreError::Unavailable("away".into())) } else { Ok(()) }
+    }
+}
+
+/// Ingest before such a store.
+struct Running {
+    ingest: Ingest,
+    store: Obedient,
+    _stop: oneshot::Sender<()>,
+}
+
+impl Running {
+    fn start() -> Self {
+        let told = Arc::new(Mutex::new(Told { takes: true, ..Told::default() }));
+        let store = Obedient { told, ends: Arc::new(Semaphore::new(0)) };
+        let (_, news) = unbounded_channel();
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let (ingest, task) = Ingest::new(Box::new(store.clone()), news, Clock::new(now), metrics);
+        let (stop, stopped) = oneshot::channel();
+        tokio::spawn(task.run(async {
+            let _ = stopped.await;
+        }));
+        Self { ingest, store, _stop: stop }
+    }
+
+    /// Submits the event with this number and lets ingest see it.
+    async fn submit(&self, number: u32) -> JoinHandle<Result<Receipt, IngestError>> {
+        let event = success("pi", at(i64::from(number)));
+        let event = pisync_core::SyncEvent { total_files_synced: number, ..event };
+        let ingest = self.ingest.clone();
+        let waiting = tokio::spawn(async move { ingest.submit(event).await });
+        settle().await;
+        waiting
+    }
+
+    /// Lets the batch that was sent off first come to its end.
+    async fn end_one(&self) {
+        self.store.ends.add_permits(1);
+        settle().await;
+    }
+}
+
+/// Everybody gets a turn, and again: nobody waits for time.
+async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn stored(waiting: JoinHandle<Result<Receipt, IngestError>>) -> i64 {
+    match waiting.await.unwrap().unwrap() {
+        Receipt::Created { id, .. } => id,
+        duplicate @ Receipt::Duplicate { .. } => panic!("{duplicate:?}"),
+    }
+}
+
+async fn unavailable(waiting: JoinHandle<Result<Receipt, IngestError>>) {
+    assert_eq!(waiting.await.unwrap().unwrap_err(), IngestError::Unavailable);
+}
+
+#[tokio::test]
+async fn a_second_batch_goes_off_behind_the_first_once_it_is_large_enough() {
+    let running = Running::start();
+    let mut waiting = Vec::new();
+    for number in 1..=4 {
+        waiting.push(running.submit(number).await);
+    }
+    // Who is first waits for nothing; nor does the next, as long as nobody knows how many there are.
+    assert_eq!(running.store.calls(), [("send", vec![1]), ("send", vec![2])]);
+    running.end_one().await;
+    assert_eq!(running.store.calls()[2..], [("send", vec![3, 4])]);
+    running.end_one().await;
+    // There were four at a time: one is not enough behind another batch, two are.
+    waiting.push(running.submit(5).await);
+    assert_eq!(running.store.calls().len(), 3);
+    waiting.push(running.submit(6).await);
+    assert_eq!(running.store.calls()[3..], [("send", vec![5, 6])]);
+    // When nothing is under way, whatever waits is enough.
+    waiting.push(running.submit(7).await);
+    running.end_one().await;
+    assert_eq!(running.store.calls().len(), 4);
+    running.end_one().await;
+    assert_eq!(running.store.calls()[4..], [("send", vec![7])]);
+    running.end_one().await;
+    for (number, waiting) in (1..).zip(waiting) {
+        assert_eq!(stored(waiting).await, number);
+    }
+}
+
+#[tokio::test]
+async fn what_comes_to_nothing_is_written_once_nothing_is_under_way() {
+    let running = Running::start();
+    running.store.told().fails.push(vec![1]);
+    let (first, second) = (running.submit(1).await, running.submit(2).await);
+    running.end_one().await;
+    assert!(!first.is_finished());
+    running.end_one().await;
+    assert_eq!((stored(first).await, stored(second).await), (1, 2));
+    let calls = [("send", vec![1]), ("send", vec![2]), ("write", vec![1])];
+    assert_eq!(running.store.calls(), calls);
+}
+
+#[tokio::test]
+async fn where_nothing_can_be_sent_off_it_is_written_behind_what_is_under_way() {
+    let running = Running::start();
+    let first = running.submit(1).await;
+    running.store.told().takes = false;
+    let second = running.submit(2).await;
+    let third = running.submit(3).await;
+    assert_eq!(running.store.calls(), [("send", vec![1])]);
+    running.end_one().await;
+    for (waiting, number) in [(first, 1), (second, 2), (third, 3)] {
+        assert_eq!(stored(waiting).await, number);
+    }
+    let calls = [("send", vec![1]), ("write", vec![2]), ("write", vec![3])];
+    assert_eq!(running.store.calls(), calls);
+}
+
+#[tokio::test]
+async fn when_the_store_goes_away_nobody_waits_for_the_second_batch() {
+    let running = Running::start();
+    running.store.told().fails.extend([vec![1], vec![2]]);
+    running.store.told().is_away = true;
+    let waiting = [running.submit(1).await, running.submit(2).await, running.submit(3).await];
+    running.end_one().await;
+    running.end_one().await;
+    for waiting in waiting {
+        unavailable(waiting).await;
+    }
+    // Whether the second one is stored is not asked: that would take long, with a store that does not answer.
+    let calls = [("send", vec![1]), ("send", vec![2]), ("write", vec![1])];
+    assert_eq!(running.store.calls(), calls);
+    unavailable(running.submit(4).await).await;
+
+    running.store.told().is_away = false;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let back = running.submit(5).await;
+    running.end_one().await;
+    assert_eq!(stored(back).await, 5);
+}
