@@ -6,7 +6,7 @@ pragma cache_size = -262144;
 begin;
 insert into devices (device_id, created_at)
 with recursive numbers (number) as (select 0 union all select number + 1 from numbers where number < 4999)
-select printf('pi-%05d', number), (unixepoch() - 80 * 86400) * 1000 from numbers;
+select printf('pi-%05d', number), (unixepoch() - 110 * 86400) * 1000 from numbers;
 
 insert into sync_events (device, timestamp, total_files_synced, total_errors, internet_speed, created_at)
 with recursive numbers (number) as (
@@ -14,7 +14,7 @@ with recursive numbers (number) as (
 ),
 moments as (
     select number,
-           unixepoch() * 1000 - cast(80 * 86400000 * (1 - cast(number as real) / (select events from load)) as integer) as at
+           unixepoch() * 1000 - 900 * ((select events from load) - number) as at
       from numbers
 )
 select 1 + number % 5000, at, number % 500,

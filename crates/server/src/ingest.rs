@@ -472,8 +472,7 @@ impl IngestTask {
         }
     }
 
-    /// Whether the next batch may be sent off: there are events for one, as many as in the last one while that
-    /// is under way.
+    /// Whether the next batch is to be sent off: there are events for one, or enough while another is under way.
     fn may_send(&self) -> bool {
         if self.under_way.is_empty() {
             return self.next.is_some();
