@@ -85,14 +85,14 @@ async fn a_file_is_claimed_by_one(fixture: &TestStore) {
 }
 
 /// A store, and a writer to the same database that goes through a proxy.
-struct Behind {
-    fixture: TestStore,
-    proxy: Proxy,
-    writer: Box<dyn EventWriter>,
+pub(super) struct Behind {
+    pub(super) fixture: TestStore,
+    pub(super) proxy: Proxy,
+    pub(super) writer: Box<dyn EventWriter>,
 }
 
 impl Behind {
-    async fn a_proxy() -> Self {
+    pub(super) async fn a_proxy() -> Self {
         let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
         let Target::Postgres(target) = fixture.target() else { unreachable!() };
         let proxy = Proxy::before(target.config.get_ports()[0]).await;

@@ -4,12 +4,12 @@ use pisync::store::{self, EventWriter, Target, Written};
 use pisync_core::{EventId, SyncEvent};
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::streaks::figures_of;
+use super::{faults::Behind, streaks::figures_of};
 use crate::support::{
     events::{at, batch_at, device_id, failure, now, recount, send_all, success, write, write_at},
-    postgres::{connect, postgres_target},
-    proxy::{Fault, Proxy},
-    store::{Fixture, TestDatabase, TestStore, assert_right, differences},
+    postgres::connect,
+    proxy::Fault,
+    store::{TestStore, assert_right, differences},
 };
 
 both_stores!(
@@ -134,13 +134,8 @@ async fn what_the_database_refuses_does_not_hold_up_the_next(fixture: &TestStore
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_were_on_a_connection_that_breaks() {
     for fault in [Fault::LoseCommit, Fault::LoseAnswer, Fault::Strand] {
-        let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
+        let Behind { fixture, proxy, mut writer } = Behind::a_proxy().await;
         let Target::Postgres(target) = fixture.target() else { unreachable!() };
-        let proxy = Proxy::before(target.config.get_ports()[0]).await;
-        let through = Target::Postgres(Box::new(postgres_target(proxy.config(&target.config))));
-        let mut writer = store::open(&through).await.unwrap().event_writer();
-        write(&mut *writer, vec![success("pi", at(-10)), success("other", at(-10))]).await;
-
         let mut holder = connect(&target.config).await;
         let lock = holder.transaction().await.unwrap();
         if fault == Fault::Strand {
