@@ -26,8 +26,8 @@ pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent
     let whole = serde_json::from_slice::<&RawValue>(body)
         .map_err(|error| ParseError::Malformed(error.to_string()))?;
     let Ok(fields) = serde_json::from_str::<Fields<'_>>(whole.get()) else {
-        let message = "\"value\" must be of type object";
-        return Err(ParseError::Invalid(vec![Violation::worded("", message, echo(whole))]));
+        let violation = Violation::of_whole("must be of type object", echo(whole));
+        return Err(ParseError::Invalid(vec![violation]));
     };
 
     let mut reader = Reader { fields: &fields, violations: Vec::new() };

@@ -30,6 +30,12 @@ impl Violation {
         Self::worded(field, message, value)
     }
 
+    /// A violation of the whole body, or of a whole event in it, whose message reads `"value" <rule>`.
+    #[must_use]
+    pub fn of_whole(rule: &str, value: Option<Value>) -> Self {
+        Self::worded("", format!("\"value\" {rule}"), value)
+    }
+
     /// A violation with a message of its own.
     #[must_use]
     pub fn worded(

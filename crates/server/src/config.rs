@@ -128,7 +128,7 @@ pub struct ServeArgs {
     #[arg(long, env = "RETENTION_DAYS", default_value_t = 0, value_name = "DAYS")]
     retention_days: u32,
 
-    /// Requests a minute from one address to POST /api/sync-event; 0 is no limit
+    /// Requests a minute from one address to POST /api/sync-event and /api/sync-events; 0 is no limit
     #[arg(
         long,
         env = "RATE_LIMIT_SYNC_PER_MINUTE",

@@ -329,8 +329,8 @@ fn read_change(body: &[u8]) -> Result<DeviceChange, ApiError> {
     let value: Value =
         serde_json::from_slice(body).map_err(|error| ApiError::Malformed(error.to_string()))?;
     let Value::Object(mut fields) = value else {
-        let message = "\"value\" must be of type object";
-        return Err(ApiError::Validation(vec![Violation::worded("", message, Some(value))]));
+        let violation = Violation::of_whole("must be of type object", Some(value));
+        return Err(ApiError::Validation(vec![violation]));
     };
     let mut violations = Vec::new();
     let change = DeviceChange {

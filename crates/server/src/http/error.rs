@@ -30,6 +30,8 @@ pub(super) enum ApiError {
     Validation(Vec<Violation>),
     /// 400: the body is not JSON; says where.
     Malformed(String),
+    /// 400: the body broke off or is not compressed as it says; says what is wrong.
+    Unreadable(String),
     /// 401: no key; says what to send.
     KeyNeeded(&'static str),
     /// 401: a key that opens nothing; says why.
@@ -164,7 +166,9 @@ pub(super) enum OfDevice {
 impl ApiError {
     fn status(&self) -> StatusCode {
         match self {
-            Self::Validation(_) | Self::Malformed(_) => StatusCode::BAD_REQUEST,
+            Self::Validation(_) | Self::Malformed(_) | Self::Unreadable(_) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::KeyNeeded(_) | Self::WrongKey(_) => StatusCode::UNAUTHORIZED,
             Self::WrongScope(_) | Self::OtherDevice => StatusCode::FORBIDDEN,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
@@ -216,6 +220,7 @@ impl IntoResponse for ApiError {
                 "Validation failed".to_owned()
             }
             Self::Malformed(where_) => format!("Malformed JSON: {where_}"),
+            Self::Unreadable(why) => format!("The request's body cannot be read: {why}"),
             Self::KeyNeeded(what) | Self::WrongKey(what) => what.to_owned(),
             Self::WrongScope(scope) => {
                 format!("This key does not open this: a key of the scope {} does", scope.as_str())

@@ -44,7 +44,7 @@ impl JsonBody {
             Ok(Ok(collected)) => Ok(collected.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::BodyTooLarge(limit)),
             // The connection broke or the framing was wrong; nobody may be left to read the answer.
-            Ok(Err(_)) => Err(ApiError::Malformed("the body ended early".to_owned())),
+            Ok(Err(_)) => Err(ApiError::Unreadable("it ended early".to_owned())),
             Err(_) => Err(ApiError::BodyTimeout),
         }
     }

@@ -290,8 +290,8 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
     let value: Value =
         serde_json::from_slice(body).map_err(|error| ApiError::Malformed(error.to_string()))?;
     let Value::Object(fields) = value else {
-        let message = "\"value\" must be of type object";
-        return Err(ApiError::Validation(vec![Violation::worded("", message, Some(value))]));
+        let violation = Violation::of_whole("must be of type object", Some(value));
+        return Err(ApiError::Validation(vec![violation]));
     };
     let mut reader = Reader { fields, violations: Vec::new() };
     let scope = reader.required("scope", str::parse::<Scope>);

@@ -65,11 +65,11 @@ impl QueryString {
             Ok(value) if range.contains(&value) => Some(value),
             Ok(value) if value > *range.end() => {
                 let rule = format!("must be less than or equal to {}", range.end());
-                self.refuse(name, &rule, value)
+                self.refuse(name, &rule, as_sent(&text))
             }
             _ => {
                 let rule = format!("must be greater than or equal to {}", range.start());
-                self.refuse(name, &rule, scaled.value)
+                self.refuse(name, &rule, as_sent(&text))
             }
         }
     }
@@ -153,6 +153,11 @@ impl QueryString {
     }
 }
 
+/// A number, of any size, as it was sent.
+fn as_sent(number: &str) -> Value {
+    serde_json::from_str(number).unwrap_or_else(|_| number.into())
+}
+
 /// Hexadecimal digits in each half of a cursor.
 const CURSOR_HALF: usize = 16;
 
@@ -176,6 +181,7 @@ fn read_cursor(text: &str) -> Option<HistoryPosition> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::json;
 
     use super::*;
 
@@ -186,6 +192,16 @@ mod tests {
             assert_eq!(query.offset(), 0);
             let violations = query.finish().unwrap_err();
             assert_eq!(violations[0].message, "\"offset\" must be an integer", "{text}");
+        }
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_given_back_as_it_was_sent() {
+        for (text, value) in [("-1", json!(-1)), ("1e20", json!(1e20)), ("007000", json!("007000"))]
+        {
+            let mut query = QueryString::parse(&format!("limit={text}"));
+            assert_eq!(query.limit(), None);
+            assert_eq!(query.finish().unwrap_err()[0].value, Some(value));
         }
     }
 

@@ -284,7 +284,7 @@ impl Reading {
                 Err(_) => return Err(ApiError::BodyTimeout),
                 // The connection broke, or what arrives is not compressed as it says.
                 Ok(Err(error)) => {
-                    return Err(ApiError::Malformed(format!("the body cannot be read: {error}")));
+                    return Err(ApiError::Unreadable(error.to_string()));
                 }
                 Ok(Ok(count)) => count,
             };
@@ -308,7 +308,7 @@ impl Reading {
         let violations = match piece {
             Piece::TooLong => {
                 let rule = format!("must be at most {MAX_EVENT_BYTES} bytes of JSON text");
-                vec![Violation::of("value", &rule, None)]
+                vec![Violation::of_whole(&rule, None)]
             }
             Piece::Event(text) => match SyncEvent::from_json(text, self.arrival) {
                 Ok(event) => {
@@ -335,8 +335,7 @@ impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         match error {
             StreamError::NotAnArray => {
-                let message = "\"value\" must be an array";
-                Self::Validation(vec![Violation::worded("", message, None)])
+                Self::Validation(vec![Violation::of_whole("must be an array", None)])
             }
             StreamError::Broken { .. } => Self::Malformed(error.to_string()),
         }

@@ -297,7 +297,7 @@ fn read_ahead(
 /// The event that a record is, or what is wrong with it.
 fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violation>> {
     if let Some(problem) = &record.problem {
-        return Err(vec![Violation::of("value", problem, None)]);
+        return Err(vec![Violation::of_whole(problem, None)]);
     }
     ReceivedEvent::from_json(&record.text, arrival).map_err(|error| match error {
         ParseError::Invalid(violations) => violations,
