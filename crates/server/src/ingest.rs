@@ -524,14 +524,9 @@ impl IngestTask {
         if events.is_empty() {
             return Ok(());
         }
-        if !self.available.load(Ordering::Relaxed) {
-            // They came in while the database was being found away.
-            refuse(waiters);
-            return Ok(());
-        }
         let batch = Arc::new(Batch::new(received, events));
         let sent = UnderWay { batch, waiters, since: Instant::now() };
-        if self.writer.send(&sent.batch) {
+        if self.available.load(Ordering::Relaxed) && self.writer.send(&sent.batch) {
             self.under_way.push_back(sent);
             return Ok(());
         }
@@ -580,8 +575,10 @@ impl IngestTask {
         let mut parts = vec![batch];
         while let Some(mut part) = parts.pop() {
             if !self.available.load(Ordering::Relaxed) {
-                // It went away with the batch before.
-                refuse(part.waiters);
+                // It went away with the batch before, or while these came in.
+                for waiter in part.waiters {
+                    waiter.refuse(IngestError::Unavailable);
+                }
                 continue;
             }
             let error = match self.write(&part).await {
@@ -717,11 +714,4 @@ fn receipts(written: Written, received: Timestamp) -> impl Iterator<Item = Recei
             None => Receipt::Created { id, created_at: received },
         }
     })
-}
-
-/// Answers that the database is away.
-fn refuse(waiters: Vec<Waiter>) {
-    for waiter in waiters {
-        waiter.refuse(IngestError::Unavailable);
-    }
 }

@@ -12,7 +12,7 @@ use super::{
     auth::By,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, OfDevice, WithBody, WithQuery},
-    extract::{DevicePath, DevicePathParameter, JsonBody, Query},
+    extract::{DevicePath, DevicePathParameter, JsonBody, Query, read_object},
     figures::DeviceFigures,
 };
 use crate::store::{Device, DeviceChange, DeviceQuery, DeviceSort, DeviceWithJobs};
@@ -326,12 +326,7 @@ async fn delete_device(
 }
 
 fn read_change(body: &[u8]) -> Result<DeviceChange, ApiError> {
-    let value: Value =
-        serde_json::from_slice(body).map_err(|error| ApiError::Malformed(error.to_string()))?;
-    let Value::Object(mut fields) = value else {
-        let violation = Violation::of_whole("must be of type object", Some(value));
-        return Err(ApiError::Validation(vec![violation]));
-    };
+    let mut fields = read_object(body)?;
     let mut violations = Vec::new();
     let change = DeviceChange {
         name: read_text(&mut fields, "name", MAX_NAME, &mut violations),

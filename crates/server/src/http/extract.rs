@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body as _;
 use pisync_core::{DeviceId, Violation};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use utoipa::IntoParams;
 
 use super::{error::ApiError, query::QueryString};
@@ -47,6 +47,18 @@ impl JsonBody {
             Ok(Err(_)) => Err(ApiError::Unreadable("it ended early".to_owned())),
             Err(_) => Err(ApiError::BodyTimeout),
         }
+    }
+}
+
+/// The fields of a body that is a JSON object.
+pub(super) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    match serde_json::from_slice(body) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(value) => {
+            let violation = Violation::of_whole("must be of type object", Some(value));
+            Err(ApiError::Validation(vec![violation]))
+        }
+        Err(error) => Err(ApiError::Malformed(error.to_string())),
     }
 }
 

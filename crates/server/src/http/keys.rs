@@ -16,7 +16,7 @@ use super::{
     auth::By,
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, WithBody, WithQuery},
-    extract::{JsonBody, Query},
+    extract::{JsonBody, Query, read_object},
 };
 use crate::{
     keys::{self, CreateError, KeyWish, MAX_NAME},
@@ -287,12 +287,7 @@ async fn revoke_key(
 }
 
 fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
-    let value: Value =
-        serde_json::from_slice(body).map_err(|error| ApiError::Malformed(error.to_string()))?;
-    let Value::Object(fields) = value else {
-        let violation = Violation::of_whole("must be of type object", Some(value));
-        return Err(ApiError::Validation(vec![violation]));
-    };
+    let fields = read_object(body)?;
     let mut reader = Reader { fields, violations: Vec::new() };
     let scope = reader.required("scope", str::parse::<Scope>);
     let wish = KeyWish {

@@ -473,6 +473,9 @@ impl PostgresEventWriter {
 
     fn saw(&mut self, touched: &[usize], batch: &Batch) {
         if batch.receipts.is_empty() {
+            if self.last_seen.len() > REMEMBERED_DEVICES {
+                self.last_seen.clear();
+            }
             let device_ids = touched.iter().map(|first| batch.events[*first].device_id.clone());
             self.last_seen.extend(device_ids.map(|device_id| (device_id, batch.received)));
         }
@@ -560,10 +563,6 @@ impl EventWriter for PostgresEventWriter {
                 }
             }
         }
-        if self.last_seen.len() > REMEMBERED_DEVICES {
-            self.last_seen.clear();
-        }
-
         for attempt in 0.. {
             (self.open, self.committing) = (false, false);
             let reuses_session = self.session.is_some();
