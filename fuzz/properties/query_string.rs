@@ -27,7 +27,7 @@ pub(crate) fn check(input: &[u8]) {
         }
         Err(violations) => {
             assert!(!violations.is_empty(), "refused without a word");
-            for Violation { field, message, value } in violations {
+            for Violation { field, message, value, .. } in violations {
                 assert!(message.starts_with(&format!("\"{field}\" ")), "{message}");
                 let echo = value.map_or(String::new(), |value| value.to_string());
                 // 256 characters and an ellipsis, of which an escaped one takes up to six.

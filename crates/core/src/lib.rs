@@ -16,5 +16,5 @@ pub use figures::{JobFigures, StreakCount};
 pub use received_event::ReceivedEvent;
 pub use sync_event::{Arrival, Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
 pub use text::{DeviceId, EventId, JobName};
-pub use timestamp::Timestamp;
-pub use violation::Violation;
+pub use timestamp::{Timestamp, TimestampError};
+pub use violation::{Violation, ViolationCode};

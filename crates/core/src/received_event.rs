@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
-use crate::{Arrival, Metadata, ParseError, SyncEvent, Timestamp, Violation};
+use crate::{Arrival, Metadata, ParseError, SyncEvent, Timestamp, Violation, ViolationCode};
 
 const FIELD: &str = "created_at";
 
@@ -89,14 +89,18 @@ fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violat
             .and_then(|mut fields| fields.remove(FIELD)),
     };
     let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(None) };
-    let rule = match value.as_str().map(Timestamp::parse_iso8601) {
-        None => "must be a valid date",
-        Some(None) => "must be in ISO 8601 date format",
-        Some(Some(at)) if at > arrival.latest => "cannot be in the future",
-        Some(Some(at)) if at.as_millisecond() < EARLIEST_MILLISECOND => "must not be before 1970",
-        Some(Some(at)) => return Ok(Some(at)),
+    let (code, rule) = match value.as_str().map(Timestamp::from_iso8601) {
+        None => (ViolationCode::Type, "must be a valid date".to_owned()),
+        Some(Err(error)) => (error.code(), error.to_string()),
+        Some(Ok(at)) if at > arrival.latest => {
+            (ViolationCode::Future, "cannot be in the future".to_owned())
+        }
+        Some(Ok(at)) if at.as_millisecond() < EARLIEST_MILLISECOND => {
+            (ViolationCode::Range, "must not be before 1970".to_owned())
+        }
+        Some(Ok(at)) => return Ok(Some(at)),
     };
-    Err(Violation::of(FIELD, rule, Some(value)))
+    Err(Violation::of(FIELD, &rule, Some(value)).coded(code))
 }
 
 #[cfg(test)]
@@ -171,6 +175,9 @@ mod tests {
             ("7", "must be a valid date"),
             ("{}", "must be a valid date"),
             (r#""yesterday""#, "must be in ISO 8601 date format"),
+            (r#""2025-06-01T00:00:00-24:00""#, "must have an offset from UTC of at most 23:59"),
+            (r#""0000-01-01""#, "must be within the years 1 to 9999"),
+            (r#""9999-12-31""#, "cannot be in the future"),
             (r#""2026-01-01T00:05:01Z""#, "cannot be in the future"),
             (r#""1969-12-31T23:59:59Z""#, "must not be before 1970"),
         ] {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::{
-    DeviceId, EventId, JobName, Timestamp, Violation,
+    DeviceId, EventId, JobName, Timestamp, Violation, ViolationCode,
     decimal::{self, Scaled},
     lenient,
 };
@@ -199,6 +199,17 @@ impl fmt::Display for NumberError {
     }
 }
 
+impl NumberError {
+    /// Which kind of rule is broken.
+    #[must_use]
+    pub fn code(self) -> ViolationCode {
+        match self {
+            Self::NotANumber | Self::NotAnInteger => ViolationCode::Type,
+            Self::Negative | Self::TooLarge(_) => ViolationCode::Range,
+        }
+    }
+}
+
 /// Reads `text` scaled by `10^scale` into `0..=most`; `most_text` is that bound as it reads unscaled.
 pub(crate) fn parse_bounded(
     text: &str,
@@ -293,23 +304,67 @@ impl From<SyncDuration> for f64 {
 #[serde(transparent)]
 pub struct Metadata(Box<RawValue>);
 
+/// What is said of text with half a surrogate pair in it, such as `\ud800` alone: no encoding can hold that.
+pub(crate) const HALF_SURROGATE: &str = "must be valid Unicode text";
+
 /// Why metadata is refused. [`fmt::Display`] gives the words that follow the quoted field name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MetadataError {
-    /// JSON, but no object; or an object that no JSON reader would give back: nested beyond 128
-    /// levels, with a number beyond a double, or with half a surrogate pair.
+    /// JSON, but no object.
     NotAnObject,
     /// More text than is kept.
     TooLong,
+    /// Half a surrogate pair, which no JSON reader gives back.
+    HalfSurrogate,
+    /// A number that no double holds.
+    HugeNumber,
+    /// Deeper than JSON readers go.
+    TooDeep,
+    /// Something else that cannot be read back.
+    Unreadable,
 }
 
 impl fmt::Display for MetadataError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotAnObject => formatter.write_str("must be of type object"),
+        formatter.write_str(match self {
+            Self::NotAnObject => "must be of type object",
             Self::TooLong => {
-                write!(formatter, "must be at most {MAX_METADATA_BYTES} bytes of JSON text")
+                return write!(
+                    formatter,
+                    "must be at most {MAX_METADATA_BYTES} bytes of JSON text"
+                );
             }
+            Self::HalfSurrogate => HALF_SURROGATE,
+            Self::HugeNumber => "must not hold numbers beyond 1.8e308",
+            Self::TooDeep => "must not be nested more than 127 levels deep",
+            Self::Unreadable => "must be JSON that can be read back",
+        })
+    }
+}
+
+impl MetadataError {
+    /// Which kind of rule is broken.
+    #[must_use]
+    pub fn code(self) -> ViolationCode {
+        match self {
+            Self::NotAnObject => ViolationCode::Type,
+            Self::TooLong => ViolationCode::Length,
+            Self::HugeNumber => ViolationCode::Range,
+            Self::HalfSurrogate | Self::TooDeep | Self::Unreadable => ViolationCode::Format,
+        }
+    }
+
+    /// What keeps `text`, which is JSON, from being read in full as an object. The reader tells only in words,
+    /// which a test holds against these.
+    fn of(text: &str, error: &serde_json::Error) -> Self {
+        let words = error.to_string();
+        let says = |part| words.contains(part);
+        match () {
+            () if !text.trim_ascii_start().starts_with('{') => Self::NotAnObject,
+            () if says("surrogate") || says("hex escape") => Self::HalfSurrogate,
+            () if says("number out of range") => Self::HugeNumber,
+            () if says("recursion limit") => Self::TooDeep,
+            () => Self::Unreadable,
         }
     }
 }
@@ -318,10 +373,14 @@ impl Metadata {
     /// Checks and keeps `text`.
     ///
     /// # Errors
-    /// When it is too long or not a JSON object.
+    /// When it is too long or not a JSON object. An empty array is taken for an empty object.
     pub fn new(text: &str) -> Result<Self, MetadataError> {
         if text.len() > MAX_METADATA_BYTES {
             return Err(MetadataError::TooLong);
+        }
+        // PHP writes an empty object so: it has one kind of array for both.
+        if text.strip_prefix('[').is_some_and(|rest| rest.trim_ascii_start() == "]") {
+            return Ok(Self::empty());
         }
         Self::object(text)
     }
@@ -346,10 +405,9 @@ impl Metadata {
     fn object(text: &str) -> Result<Self, MetadataError> {
         // Read in full, so that what history gives back can be read by whoever asks for it.
         serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text)
-            .ok()
-            .and_then(|_| RawValue::from_string(text.to_owned()).ok())
+            .and_then(|_| RawValue::from_string(text.to_owned()))
             .map(Self)
-            .ok_or(MetadataError::NotAnObject)
+            .map_err(|error| MetadataError::of(text, &error))
     }
 
     /// `metadata` with the date that the device gave as `device_timestamp`, unless the device has put

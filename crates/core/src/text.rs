@@ -5,6 +5,8 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
+use crate::ViolationCode;
+
 /// Why a text cannot be a name. [`fmt::Display`] gives the words that follow the quoted field name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TextError {
@@ -28,6 +30,17 @@ impl fmt::Display for TextError {
     }
 }
 
+impl TextError {
+    /// Which kind of rule is broken.
+    #[must_use]
+    pub fn code(self) -> ViolationCode {
+        match self {
+            Self::Empty | Self::TooLong(_) => ViolationCode::Length,
+            Self::ControlCharacter => ViolationCode::Format,
+        }
+    }
+}
+
 /// Checks that `text` has 1 to `most` characters and no control character.
 ///
 /// # Errors
@@ -44,6 +57,30 @@ pub fn check_text(text: &str, most: usize) -> Result<(), TextError> {
         return Err(TextError::ControlCharacter);
     }
     Ok(())
+}
+
+/// The text of a JSON body: without the byte order mark that some Windows tools put before it.
+///
+/// # Errors
+/// When there is nothing in it, or it is no UTF-8; says where, and what it may be instead.
+pub fn json_text(body: &[u8]) -> Result<&str, String> {
+    let body = body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body);
+    match std::str::from_utf8(body) {
+        Ok(text) if text.trim_ascii().is_empty() => Err("there is nothing in it".to_owned()),
+        Ok(text) => Ok(text),
+        Err(error) => Err(not_utf8(body, error.valid_up_to())),
+    }
+}
+
+/// Says that a body is no UTF-8 after so many bytes.
+fn not_utf8(body: &[u8], at: usize) -> String {
+    match body {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "it is UTF-16; send UTF-8".to_owned(),
+        _ => {
+            let byte = body.get(at).copied().unwrap_or_default();
+            format!("it is not UTF-8: byte {byte:#04x} after {at} bytes; send UTF-8")
+        }
+    }
 }
 
 macro_rules! name {

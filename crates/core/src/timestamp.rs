@@ -1,9 +1,11 @@
 //! An instant in UTC with the precision that PiSync stores: whole milliseconds.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
-use jiff::{civil, tz::TimeZone};
+use jiff::{civil, fmt::temporal::Pieces};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use crate::ViolationCode;
 
 /// A UTC instant in whole milliseconds, from year 1 to year 9999 (what RFC 3339 can write and both
 /// databases can hold).
@@ -14,6 +16,9 @@ pub struct Timestamp(i64);
 const MIN_MILLISECOND: i64 = -62_135_596_800_000;
 /// `9999-12-30T22:00:00.999Z`, the last instant that the time library can hold.
 const MAX_MILLISECOND: i64 = 253_402_207_200_999;
+/// `9999-12-31T23:59:59.999Z`, where the years of four digits end.
+const END_OF_9999: i64 = 253_402_300_799_999;
+const DAY_SECONDS: i64 = 24 * 60 * 60;
 
 impl Timestamp {
     /// The earliest instant, `0001-01-01T00:00:00.000Z`.
@@ -54,26 +59,153 @@ impl Timestamp {
         Self(self.0.saturating_add(milliseconds).clamp(MIN_MILLISECOND, MAX_MILLISECOND))
     }
 
-    /// Reads an ISO 8601 date and time. Without an offset it is read as UTC; a bare date is its
-    /// midnight. Digits beyond milliseconds are cut.
+    /// Reads an ISO 8601 date and time, as [`Self::from_iso8601`] does; `None` for anything else.
     #[must_use]
     pub fn parse_iso8601(text: &str) -> Option<Self> {
-        let instant = text.parse().ok().or_else(|| without_offset(text))?;
-        Self::from_millisecond(whole_milliseconds(instant))
+        Self::from_iso8601(text).ok()
+    }
+
+    /// Reads an ISO 8601 date and time: the one rule for bodies, queries, imports and the command line.
+    ///
+    /// Without an offset it is read as UTC; a bare date, month or year is its first instant. Digits beyond
+    /// milliseconds are cut. As RFC 3339 has it, an offset is at most 23:59, `-00:00` is UTC, and a leap
+    /// second is taken (as the second before it). As the Node service had it, `24:00` is the next midnight.
+    /// The year 9999 ends for us at [`Self::MAX`]: later instants of it become that one.
+    ///
+    /// # Errors
+    /// When it is something else; says what is wrong with it.
+    pub fn from_iso8601(text: &str) -> Result<Self, TimestampError> {
+        // What nearly all devices send. Offsets are only bounded on the other way.
+        if text.ends_with('Z')
+            && let Ok(instant) = text.parse()
+            && let Some(timestamp) = Self::from_millisecond(whole_milliseconds(instant))
+        {
+            return Ok(timestamp);
+        }
+        read_pieces(text)
     }
 }
 
-/// Reads a date and time that has no offset as UTC.
-fn without_offset(text: &str) -> Option<jiff::Timestamp> {
-    // The time library passes over a time zone's name, which would make its local time UTC.
-    if text.contains('[') {
-        return None;
+/// Why a text is no instant. [`fmt::Display`] gives the words that follow the quoted field name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimestampError {
+    /// Not of the form that ISO 8601 has for dates and times.
+    NotIso8601,
+    /// Of that form, but the calendar has no such day.
+    NoSuchDay,
+    /// An offset from UTC that no clock on earth has.
+    Offset,
+    /// Before the year 1 or after the year 9999.
+    OutOfRange,
+}
+
+impl fmt::Display for TimestampError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::NotIso8601 => "must be in ISO 8601 date format",
+            Self::NoSuchDay => "must be a day that the calendar has",
+            Self::Offset => "must have an offset from UTC of at most 23:59",
+            Self::OutOfRange => "must be within the years 1 to 9999",
+        })
     }
-    text.parse::<civil::DateTime>()
-        .ok()?
-        .to_zoned(TimeZone::UTC)
-        .ok()
-        .map(|zoned| zoned.timestamp())
+}
+
+impl TimestampError {
+    /// Which kind of rule is broken.
+    #[must_use]
+    pub fn code(self) -> ViolationCode {
+        match self {
+            Self::OutOfRange => ViolationCode::Range,
+            Self::NotIso8601 | Self::NoSuchDay | Self::Offset => ViolationCode::Format,
+        }
+    }
+}
+
+/// The same with what is left of the time library's own limits: its instants end a day before its calendar.
+fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
+    let (text, is_day_after) = midnight_at_the_end(text);
+    let whole_date = first_day(&text);
+    let pieces =
+        Pieces::parse(whole_date.as_deref().unwrap_or(&text)).map_err(|_| what_is_wrong(&text))?;
+    let offset = pieces.to_numeric_offset();
+    // A time zone's name without an offset says only what its rules were when somebody last looked.
+    if offset.is_none() && text.contains('[') {
+        return Err(TimestampError::NotIso8601);
+    }
+    let offset = offset.map_or(0, |offset| i64::from(offset.seconds()));
+    if offset.abs() >= DAY_SECONDS {
+        return Err(TimestampError::Offset);
+    }
+    let local = pieces.date().to_datetime(pieces.time().unwrap_or(civil::Time::midnight()));
+    let since_1970 = local.duration_since(civil::Date::constant(1970, 1, 1).at(0, 0, 0, 0));
+    let millisecond = i64::try_from(since_1970.as_nanos().div_euclid(1_000_000))
+        .map_err(|_| TimestampError::OutOfRange)?;
+    let days_after = if is_day_after { DAY_SECONDS } else { 0 };
+    let millisecond = millisecond + (days_after - offset) * 1000;
+    if !(MIN_MILLISECOND..=END_OF_9999).contains(&millisecond) {
+        return Err(TimestampError::OutOfRange);
+    }
+    Ok(Timestamp(millisecond.min(MAX_MILLISECOND)))
+}
+
+/// `24:00` after a date as `00:00`, and whether it was that: the midnight at the end of the day.
+fn midnight_at_the_end(text: &str) -> (Cow<'_, str>, bool) {
+    let Some(time) = text.find(['T', 't', ' ']) else { return (text.into(), false) };
+    let (date, time) = (&text[..=time], &text[time + 1..]);
+    let rest = time.strip_prefix("24:00").filter(|rest| {
+        let rest = rest.strip_prefix(":00").unwrap_or(rest);
+        let rest = rest.strip_prefix('.').map_or(rest, |digits| digits.trim_start_matches('0'));
+        rest.is_empty() || rest.starts_with(['Z', 'z', '+', '-', '['])
+    });
+    match rest {
+        Some(rest) => (format!("{date}00:00{rest}").into(), true),
+        None => (text.into(), false),
+    }
+}
+
+/// The first day of a bare year or month, which the Node service took.
+fn first_day(text: &str) -> Option<String> {
+    let is_form = |form: &str| has_form(text, form);
+    match () {
+        () if is_form("0000") => Some(format!("{text}-01-01")),
+        () if is_form("0000-00") => Some(format!("{text}-01")),
+        () => None,
+    }
+}
+
+/// Whether `text` has digits where `form` has zeros, and else what `form` has.
+fn has_form(text: &str, form: &str) -> bool {
+    text.len() == form.len()
+        && text.bytes().zip(form.bytes()).all(|(byte, expected)| match expected {
+            b'0' => byte.is_ascii_digit(),
+            _ => byte == expected,
+        })
+}
+
+/// What is wrong with a text that the time library does not read. Only errors come this way.
+fn what_is_wrong(text: &str) -> TimestampError {
+    let (date, time) = match text.find(['T', 't', ' ']) {
+        Some(at) => (&text[..at], &text[at + 1..]),
+        None => (text, ""),
+    };
+    // Years beyond four digits have a sign and six.
+    if date.starts_with(['+', '-']) && has_form(&date[1..], "000000-00-00") {
+        return TimestampError::OutOfRange;
+    }
+    if !["0000-00-00", "00000000", "0000-00"].into_iter().any(|form| has_form(date, form)) {
+        return TimestampError::NotIso8601;
+    }
+    let day = first_day(date);
+    if day.as_deref().unwrap_or(date).parse::<civil::Date>().is_err() {
+        return TimestampError::NoSuchDay;
+    }
+    let offset = time.find(['+', '-']).map(|sign| &time[sign + 1..]);
+    let hours =
+        offset.and_then(|offset| offset.get(..2)).and_then(|hours| hours.parse::<u8>().ok());
+    match hours {
+        Some(24..) => TimestampError::Offset,
+        _ => TimestampError::NotIso8601,
+    }
 }
 
 /// Milliseconds since 1970, cut towards the past also before 1970: digits are dropped, never rounded.
@@ -99,8 +231,8 @@ impl Serialize for Timestamp {
 impl<'de> Deserialize<'de> for Timestamp {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        Self::parse_iso8601(&text)
-            .ok_or_else(|| de::Error::custom(format!("not an ISO 8601 date and time: {text}")))
+        Self::from_iso8601(&text)
+            .map_err(|error| de::Error::custom(format!("the time {text} {error}")))
     }
 }
 
@@ -127,27 +259,74 @@ mod tests {
             ("2025-06-17 10:30", "2025-06-17T10:30:00.000Z"),
             ("2025-06-17T12:30+02:00[Europe/Berlin]", "2025-06-17T10:30:00.000Z"),
             ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
+            ("2025-06-17T10:30:00+0530", "2025-06-17T05:00:00.000Z"),
+            ("2025-06-17T10:30:00.9999+05:30", "2025-06-17T05:00:00.999Z"),
+            ("1969-12-31T23:59:59.9999+00:00", "1969-12-31T23:59:59.999Z"),
+            ("2025-06-17T10:30:00+23:59", "2025-06-16T10:31:00.000Z"),
+            ("2025-06-17T10:30:00-23:59", "2025-06-18T10:29:00.000Z"),
+            ("2025-06-17T10:30:00-00:00", "2025-06-17T10:30:00.000Z"),
+            ("2025-06-17T10:30:60Z", "2025-06-17T10:30:59.000Z"),
+            ("2025-06-17T10:30:60+00:00", "2025-06-17T10:30:59.000Z"),
+            ("2025-06-17T24:00Z", "2025-06-18T00:00:00.000Z"),
+            ("2025-12-31 24:00:00.000+01:00", "2025-12-31T23:00:00.000Z"),
+            ("2025-06-17T24:00:00", "2025-06-18T00:00:00.000Z"),
+            ("2025-06", "2025-06-01T00:00:00.000Z"),
+            ("2025", "2025-01-01T00:00:00.000Z"),
+            ("+002025-06-17T10:30:00Z", "2025-06-17T10:30:00.000Z"),
+            // The end of the calendar, which is what whoever means "for ever" writes.
+            ("9999-12-31", "9999-12-30T22:00:00.999Z"),
+            ("9999-12-31T23:59:59.999Z", "9999-12-30T22:00:00.999Z"),
+            ("9999-12-31T23:59:59+00:00", "9999-12-30T22:00:00.999Z"),
         ] {
             assert_eq!(reading(text).as_deref(), Some(expected), "{text}");
         }
     }
 
     #[test]
-    fn refuses_the_rest() {
-        for text in [
-            "",
-            "yesterday",
-            "1750000000000",
-            "2025-13-01",
-            "2025-02-30",
-            "10:30",
-            "2025-06-17T25:00:00Z",
-            "0000-01-01T00:00:00Z",
-            "-000001-01-01T00:00:00Z",
-            "2025-06-17T10:30:00Zjunk",
-            "2025-06-17T12:30[Europe/Berlin]",
+    fn says_what_is_wrong_with_the_rest() {
+        use TimestampError::{NoSuchDay, NotIso8601, Offset, OutOfRange};
+        for (text, error) in [
+            ("", NotIso8601),
+            ("yesterday", NotIso8601),
+            ("1750000000000", NotIso8601),
+            ("10:30", NotIso8601),
+            ("2025-6-7", NotIso8601),
+            ("2025-W25", NotIso8601),
+            ("2025-06Z", NotIso8601),
+            ("10000-01-01", NotIso8601),
+            ("2025-06-17T25:00:00Z", NotIso8601),
+            ("2025-06-17T10:60:00Z", NotIso8601),
+            ("2025-06-17T10:30:61Z", NotIso8601),
+            ("2025-06-17T24:00:01Z", NotIso8601),
+            ("2025-06-17T24:01Z", NotIso8601),
+            ("2025-06-17T10:30:00Zjunk", NotIso8601),
+            (" 2025-06-17T10:30:00Z", NotIso8601),
+            ("2025-06-17T12:30[Europe/Berlin]", NotIso8601),
+            ("2025-06-17T10:30:00+05:60", NotIso8601),
+            ("2025-06-17T10:30:00\u{2212}02:00", NotIso8601),
+            ("\u{fc}", NotIso8601),
+            ("2025-13-01", NoSuchDay),
+            ("2025-13", NoSuchDay),
+            ("2025-02-30", NoSuchDay),
+            ("2025-02-29T10:30:00Z", NoSuchDay),
+            ("2025-00-01", NoSuchDay),
+            ("2025-06-17T10:30:00+24:00", Offset),
+            ("2025-06-17T10:30:00-24:00", Offset),
+            ("2025-06-17T10:30:00+25:00", Offset),
+            ("2025-06-17T10:30:00+2500", Offset),
+            ("2025-06-17T10:30:00-99:00", Offset),
+            ("2025-06-17T10:30:00+24:00[Europe/Berlin]", Offset),
+            ("0000-01-01T00:00:00Z", OutOfRange),
+            ("0000-12-31", OutOfRange),
+            ("0000", OutOfRange),
+            ("-000001-01-01T00:00:00Z", OutOfRange),
+            ("0001-01-01T00:00:00+00:01", OutOfRange),
+            ("9999-12-31T23:59:59-00:01", OutOfRange),
+            ("9999-12-31T24:00Z", OutOfRange),
+            ("+010000-01-01T00:00:00Z", OutOfRange),
+            ("+275760-09-13", OutOfRange),
         ] {
-            assert_eq!(reading(text), None, "{text}");
+            assert_eq!(Timestamp::from_iso8601(text), Err(error), "{text}");
         }
     }
 
@@ -171,6 +350,18 @@ mod tests {
         #[test]
         fn never_panics(text in ".{0,40}") {
             let _ = Timestamp::parse_iso8601(&text);
+        }
+
+        #[test]
+        fn never_panics_near_a_date(text in "[+-]?[0-9]{0,6}-?[0-9]{0,3}-?[0-9]{0,3}[T t]?[0-9:.,]{0,12}[+Z\\[-]?[0-9:]{0,6}") {
+            let _ = Timestamp::parse_iso8601(&text);
+        }
+
+        /// Both ways of reading agree: `Z` goes one way, an offset of zero the other.
+        #[test]
+        fn an_offset_of_zero_is_utc(millisecond in MIN_MILLISECOND..=MAX_MILLISECOND) {
+            let text = Timestamp(millisecond).to_string().replace('Z', "+00:00");
+            prop_assert_eq!(Timestamp::from_iso8601(&text), Ok(Timestamp(millisecond)));
         }
     }
 }

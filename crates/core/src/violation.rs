@@ -9,6 +9,41 @@ use serde_json::Value;
 /// with what was sent.
 const ECHO_LIMIT: usize = 256;
 
+/// What kind of rule was broken: the stable word for programs and metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ViolationCode {
+    /// A field is not there.
+    Required,
+    /// JSON of another type.
+    Type,
+    /// A number or a time beyond its bounds.
+    Range,
+    /// Of the right type, and not of the right form.
+    Format,
+    /// Too long, or empty.
+    Length,
+    /// A time that has not come.
+    Future,
+    /// Not JSON at all: a line of a batch.
+    MalformedJson,
+}
+
+impl ViolationCode {
+    /// The word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Required => "required",
+            Self::Type => "type",
+            Self::Range => "range",
+            Self::Format => "format",
+            Self::Length => "length",
+            Self::Future => "future",
+            Self::MalformedJson => "malformed_json",
+        }
+    }
+}
+
 /// A field that was refused, why, and what was sent.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Violation {
@@ -19,6 +54,9 @@ pub struct Violation {
     /// What was sent, shortened; absent when nothing was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<Value>,
+    /// Which kind of rule it breaks.
+    #[serde(skip)]
+    pub code: ViolationCode,
 }
 
 impl Violation {
@@ -36,20 +74,31 @@ impl Violation {
         Self::worded("", format!("\"value\" {rule}"), value)
     }
 
-    /// A violation with a message of its own.
+    /// A violation with a message of its own. It is one of form until [`Self::coded`] says otherwise.
     #[must_use]
     pub fn worded(
         field: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
         value: Option<Value>,
     ) -> Self {
-        Self { field: field.into(), message: message.into(), value: value.map(shorten) }
+        Self {
+            field: field.into(),
+            message: message.into(),
+            value: value.map(shorten),
+            code: ViolationCode::Format,
+        }
+    }
+
+    /// The same violation, of another kind of rule.
+    #[must_use]
+    pub fn coded(self, code: ViolationCode) -> Self {
+        Self { code, ..self }
     }
 
     /// The field is required and was not sent.
     #[must_use]
     pub fn required(field: &'static str) -> Self {
-        Self::of(field, "is required", None)
+        Self::of(field, "is required", None).coded(ViolationCode::Required)
     }
 }
 

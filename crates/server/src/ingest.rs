@@ -21,7 +21,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{Batch, EventWriter, FailureStreak, News, StoreError, StoredEvent, Written},
+    seldom::Seldom,
+    store::{Batch, Conflict, EventWriter, FailureStreak, News, StoreError, StoredEvent, Written},
 };
 
 /// Events that may wait or be under way, batches included: 5,000 devices reporting at the same second
@@ -51,6 +52,9 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// How often to try meanwhile.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A device that gives all of its events one id does so with each report: one line in so long is enough.
+const CONFLICT_LOGGED_EVERY: Duration = Duration::from_secs(1);
 
 /// Failures in a row that are worth a line in the log.
 const NOTABLE_STREAK: i64 = 3;
@@ -313,6 +317,7 @@ impl Ingest {
             logged_away: false,
             clock,
             metrics,
+            conflicts_logged: Seldom::new(CONFLICT_LOGGED_EVERY),
         };
         (entrance, task)
     }
@@ -421,6 +426,7 @@ pub struct IngestTask {
     logged_away: bool,
     clock: Clock,
     metrics: Arc<Metrics>,
+    conflicts_logged: Seldom,
 }
 
 impl IngestTask {
@@ -672,6 +678,7 @@ impl IngestTask {
         #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
         self.metrics.batch_events.observe(events as f64);
         self.metrics.batch_duration.observe(duration.as_secs_f64());
+        self.note_conflicts(batch, written);
         announce(&written.new_devices, &written.streaks);
         if tracing::enabled!(tracing::Level::DEBUG) {
             for (position, (event, id)) in batch.events.iter().zip(&written.ids).enumerate() {
@@ -682,6 +689,26 @@ impl IngestTask {
                     total_files_synced = event.total_files_synced,
                     total_errors = event.total_errors,
                     "sync event stored"
+                );
+            }
+        }
+    }
+}
+
+impl IngestTask {
+    /// Says of duplicates when they are not what is stored. They are answered as duplicates all the same: the
+    /// contract has it so, and an error would make the device try for ever.
+    fn note_conflicts(&self, batch: &Batch, written: &Written) {
+        for Conflict { event, first, fields } in written.conflicts(batch) {
+            self.metrics.event_id_conflict();
+            if let Some(passed_over) = self.conflicts_logged.due() {
+                tracing::warn!(
+                    device_id = %event.device_id,
+                    event_id = event.event_id.as_ref().map(tracing::field::display),
+                    stored_id = first.id,
+                    differs_in = fields.join(", "),
+                    passed_over,
+                    "an event_id was used again for another event, which is not stored; give each event an id of its own. Of the next second's nothing is logged, pisync_sync_event_id_conflicts_total counts them"
                 );
             }
         }

@@ -14,4 +14,5 @@ pub mod keys;
 pub mod logs;
 pub mod metrics;
 pub mod random;
+mod seldom;
 pub mod store;

@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use pisync_core::{Violation, ViolationCode};
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 
 use crate::store::{FleetStats, PoolUsage};
@@ -32,6 +33,8 @@ pub struct Metrics {
     pub batch_duration: Histogram,
     events: IntCounterVec,
     events_refused: IntCounterVec,
+    events_rejected: IntCounterVec,
+    event_id_conflicts: IntCounter,
     connections: IntGaugeVec,
     devices: IntGauge,
     active_devices: IntGauge,
@@ -92,6 +95,17 @@ impl Metrics {
                 ),
                 &["reason"],
             )?)?,
+            events_rejected: keep.this(IntCounterVec::new(
+                Opts::new(
+                    "pisync_sync_events_rejected_total",
+                    "Sync events that were wrong and not stored, by the code of what was wrong first.",
+                ),
+                &["reason"],
+            )?)?,
+            event_id_conflicts: keep.this(IntCounter::new(
+                "pisync_sync_event_id_conflicts_total",
+                "Duplicates whose content is not what is stored under their event id. What is stored stays.",
+            )?)?,
             connections: keep.this(IntGaugeVec::new(
                 Opts::new(
                     "pisync_database_connections",
@@ -129,6 +143,17 @@ impl Metrics {
     /// Counts events that were valid and yet not stored.
     pub fn refused(&self, reason: &str, events: u64) {
         self.events_refused.with_label_values(&[reason]).inc_by(events);
+    }
+
+    /// Counts an event that was wrong, by what was wrong with it first.
+    pub fn rejected(&self, violations: &[Violation]) {
+        let code = violations.first().map_or(ViolationCode::MalformedJson, |first| first.code);
+        self.events_rejected.with_label_values(&[code.as_str()]).inc();
+    }
+
+    /// Counts an event that is not what was stored under its id.
+    pub fn event_id_conflict(&self) {
+        self.event_id_conflicts.inc();
     }
 
     /// Takes over what the store says of its connections.

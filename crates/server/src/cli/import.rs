@@ -134,6 +134,12 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
         "imported {stored} events into {target}, {}/s; {duplicates} were there already, {rejected} were rejected",
         rate(stored, took)
     );
+    if status.conflicting > 0 {
+        eprintln!(
+            "pisync: {} of those that were there already differ from what is stored under their event_id; what is stored stays, so give each event an id of its own and import those again",
+            status.conflicting
+        );
+    }
     if rejected == 0 {
         return Ok(ExitCode::SUCCESS);
     }

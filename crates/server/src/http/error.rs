@@ -66,7 +66,7 @@ pub(super) enum ApiError {
     Internal(String),
 }
 
-/// The text of a 500 or the like, on its way to the log.
+/// What the log is to say of an error: a 500's text, or what was wrong with a request.
 #[derive(Debug, Clone)]
 pub(super) struct ErrorDetail(pub(super) String);
 
@@ -98,6 +98,23 @@ pub(super) struct FieldError {
     /// What was sent, shortened; absent when nothing was.
     #[serde(skip_serializing_if = "Option::is_none")]
     value: Option<Value>,
+}
+
+/// Longest text of a refused request's fault in the log, in characters.
+const LOGGED_LENGTH: usize = 300;
+
+/// What is wrong, on one line of the log.
+pub(super) fn in_short(violations: &[Violation]) -> String {
+    let messages: Vec<_> = violations.iter().map(|violation| violation.message.as_str()).collect();
+    cut(&messages.join(", "))
+}
+
+/// The beginning of a text that a client may have made long.
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(LOGGED_LENGTH) {
+        Some((end, _)) => format!("{}\u{2026}", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 impl From<Violation> for FieldError {
@@ -216,11 +233,18 @@ impl IntoResponse for ApiError {
         let mut log = None;
         let error = match self {
             Self::Validation(violations) => {
+                log = Some(ErrorDetail(in_short(&violations)));
                 details = violations.into_iter().map(FieldError::from).collect();
                 "Validation failed".to_owned()
             }
-            Self::Malformed(where_) => format!("Malformed JSON: {where_}"),
-            Self::Unreadable(why) => format!("The request's body cannot be read: {why}"),
+            Self::Malformed(where_) => {
+                log = Some(ErrorDetail(cut(&where_)));
+                format!("Malformed JSON: {where_}")
+            }
+            Self::Unreadable(why) => {
+                log = Some(ErrorDetail(cut(&why)));
+                format!("The request's body cannot be read: {why}")
+            }
             Self::KeyNeeded(what) | Self::WrongKey(what) => what.to_owned(),
             Self::WrongScope(scope) => {
                 format!("This key does not open this: a key of the scope {} does", scope.as_str())

@@ -11,7 +11,7 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body as _;
-use pisync_core::{DeviceId, Violation};
+use pisync_core::{DeviceId, Violation, text::json_text};
 use serde_json::{Map, Value};
 use utoipa::IntoParams;
 
@@ -52,7 +52,8 @@ impl JsonBody {
 
 /// The fields of a body that is a JSON object.
 pub(super) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
-    match serde_json::from_slice(body) {
+    let text = json_text(body).map_err(ApiError::Malformed)?;
+    match serde_json::from_str(text) {
         Ok(Value::Object(fields)) => Ok(fields),
         Ok(value) => {
             let violation = Violation::of_whole("must be of type object", Some(value));

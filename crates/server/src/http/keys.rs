@@ -297,8 +297,7 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
             .optional("device_id", |text| DeviceId::new(text).map_err(|error| error.to_string())),
         group: reader.optional("group", |text| short(text, MAX_GROUP)),
         expires_at: reader.optional("expires_at", |text| {
-            let time = Timestamp::parse_iso8601(text);
-            time.ok_or_else(|| "must be in ISO 8601 date format".to_owned())
+            Timestamp::from_iso8601(text).map_err(|error| error.to_string())
         }),
     };
     let Reader { fields, mut violations } = reader;

@@ -16,6 +16,7 @@ mod health;
 mod history_stream;
 mod keys;
 mod metrics;
+mod node_paths;
 mod observe;
 pub mod query;
 mod rate_limit;
@@ -34,11 +35,13 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
+    extract::Request,
     http::{HeaderName, HeaderValue, Method, header},
     middleware,
 };
 use ipnet::IpNet;
 use pisync_core::Timestamp;
+use tower::ServiceExt;
 use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa_axum::router::OpenApiRouter;
 
@@ -50,7 +53,7 @@ use self::{
     admission::Slots,
     auth::Gate,
     error::ApiError,
-    observe::{ObserveLayer, RefusalLog, RequestIds},
+    observe::{ObserveLayer, RequestIds, SeldomLogged},
     rate_limit::RateLimits,
 };
 use crate::{
@@ -120,7 +123,7 @@ pub struct ApiState {
     admits_within_cors: bool,
     trusted_proxies: Vec<IpNet>,
     request_ids: RequestIds,
-    refusal_log: RefusalLog,
+    seldom_logged: SeldomLogged,
     /// Milliseconds.
     max_clock_skew: i64,
     body_timeout: Duration,
@@ -205,7 +208,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
         store: parts.store,
         ingest: parts.ingest,
         request_ids: RequestIds::new(&parts.clock),
-        refusal_log: RefusalLog::new(),
+        seldom_logged: SeldomLogged::new(),
         clock: parts.clock,
         metrics: parts.metrics,
         limits: RateLimits::new(
@@ -230,7 +233,15 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
             .layer(middleware::from_fn_with_state(Arc::clone(&state), admission::layer))
             .layer(cors(&settings.cors_origins));
     }
-    router.layer(ObserveLayer(state))
+    let router = router.layer(ObserveLayer(state));
+    // Outside of all layers: what is respelt passes through them once, under its route's name.
+    let again = router.clone();
+    router.fallback(move |mut request: Request| {
+        if let Some(uri) = node_paths::respell(request.uri()) {
+            *request.uri_mut() = uri;
+        }
+        again.clone().oneshot(request)
+    })
 }
 
 fn cors(origins: &[HeaderValue]) -> CorsLayer {

@@ -33,7 +33,7 @@ use super::{
     security_headers,
     serve::Peer,
 };
-use crate::clock::Clock;
+use crate::{clock::Clock, seldom::Seldom};
 
 /// The header that carries a request's id.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -44,8 +44,11 @@ const MAX_REQUEST_ID: usize = 64;
 /// A request that takes longer is worth a line in the log.
 const SLOW: Duration = Duration::from_secs(1);
 
-/// While the database is away every request is refused: one line in so many milliseconds is enough.
-const REFUSED_EVERY: u64 = 10_000;
+/// While the database is away every request is refused: one line in so long is enough.
+const REFUSED_EVERY: Duration = Duration::from_secs(10);
+
+/// So is one for batches with events that were rejected; metrics count them all.
+const REJECTED_EVERY: Duration = Duration::from_secs(10);
 
 /// Stands for the route of requests that match none: a label must not grow with what is asked for.
 const UNMATCHED: &str = "unmatched";
@@ -79,29 +82,29 @@ impl RequestIds {
     }
 }
 
-/// Spares the log a line for each request that is refused for now.
-pub(super) struct RefusalLog {
-    started: Instant,
-    /// When the next line may come, in milliseconds after the start.
-    due: AtomicU64,
+/// What is said of requests only once in a while, however many there are.
+pub(super) struct SeldomLogged {
+    /// Those that are refused for now.
+    refusals: Seldom,
+    /// Batches with events that were rejected: a device that sends such sends them all day.
+    rejections: Seldom,
 }
 
-impl RefusalLog {
+impl SeldomLogged {
     pub(super) fn new() -> Self {
-        Self { started: Instant::now(), due: AtomicU64::new(0) }
+        Self { refusals: Seldom::new(REFUSED_EVERY), rejections: Seldom::new(REJECTED_EVERY) }
     }
+}
 
-    /// Whether this refusal gets a line.
-    fn is_due(&self) -> bool {
-        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let due = self.due.load(Ordering::Relaxed);
-        // Of several at once, one.
-        now >= due
-            && self
-                .due
-                .compare_exchange(due, now + REFUSED_EVERY, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
-    }
+/// What was wrong with events that a batch brought, on its way to the log. The answer to the batch is a 200.
+#[derive(Debug, Clone)]
+pub(super) struct RejectedEvents {
+    /// How many were rejected.
+    pub(super) rejected: usize,
+    /// How many were not.
+    pub(super) taken: usize,
+    /// What was wrong with the first of them.
+    pub(super) reasons: String,
 }
 
 /// The layer around everything.
@@ -205,6 +208,7 @@ impl Seen {
         let route = self.matched.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
         state.metrics.answered(self.method, route, status.as_u16(), duration);
         let detail = response.extensions_mut().remove::<ErrorDetail>();
+        let rejected = response.extensions_mut().remove::<RejectedEvents>();
         let line = Line {
             method: self.method,
             path: &self.path,
@@ -212,9 +216,10 @@ impl Seen {
             duration,
             client: self.client,
             detail,
+            rejected,
             request_id: &self.request_id,
         };
-        line.log(&state.refusal_log);
+        line.log(&state.seldom_logged);
         let headers = response.headers_mut();
         security_headers::write(headers, route);
         if let Some(rate) = rate {
@@ -241,13 +246,14 @@ struct Line<'a> {
     duration: Duration,
     client: Option<IpAddr>,
     detail: Option<ErrorDetail>,
+    rejected: Option<RejectedEvents>,
     request_id: &'a HeaderValue,
 }
 
 impl Line<'_> {
-    fn log(&self, refusals: &RefusalLog) {
+    fn log(&self, seldom: &SeldomLogged) {
         macro_rules! line {
-            ($level:ident, $message:literal) => {
+            ($level:ident, $message:literal $(, $field:ident = $value:expr)*) => {
                 tracing::$level!(
                     method = self.method,
                     path = self.path,
@@ -256,16 +262,29 @@ impl Line<'_> {
                     client = self.client.map(tracing::field::display),
                     request_id = self.request_id.to_str().unwrap_or_default(),
                     error = self.detail.as_ref().map(|detail| detail.0.as_str()),
+                    $($field = $value,)*
                     $message
                 )
             };
         }
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+        if let Some(RejectedEvents { rejected, taken, reasons }) = &self.rejected
+            && let Some(passed_over) = seldom.rejections.due()
+        {
+            line!(
+                warn,
+                "events of a batch were rejected; of the next 10 s' such batches nothing is logged, pisync_sync_events_rejected_total counts them",
+                rejected = rejected,
+                taken = taken,
+                reasons = reasons.as_str(),
+                batches_passed_over = passed_over
+            );
+        } else if self.status == StatusCode::SERVICE_UNAVAILABLE {
             // Expected while the database is away, which has an error line of its own.
-            if refusals.is_due() {
+            if let Some(passed_over) = seldom.refusals.due() {
                 line!(
                     warn,
-                    "request refused for now; of the next 10 s' refusals nothing is logged"
+                    "request refused for now; of the next 10 s' refusals nothing is logged",
+                    passed_over = passed_over
                 );
             } else {
                 line!(debug, "request refused for now");

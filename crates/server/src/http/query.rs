@@ -3,7 +3,10 @@
 
 use std::ops::RangeInclusive;
 
-use pisync_core::{JobName, Timestamp, Violation, decimal::parse_scaled, text::check_text};
+use percent_encoding::percent_decode_str;
+use pisync_core::{
+    JobName, Timestamp, TimestampError, Violation, decimal::parse_scaled, text::check_text,
+};
 use serde_json::Value;
 
 use crate::store::{HistoryPosition, Window};
@@ -15,16 +18,39 @@ pub const MAX_OFFSET: u64 = (1 << 53) - 1;
 /// [`QueryString::finish`] tells.
 #[derive(Debug)]
 pub struct QueryString {
-    pairs: Vec<(String, String)>,
+    pairs: Vec<Pair>,
     violations: Vec<Violation>,
 }
 
+/// One parameter as it was given.
+#[derive(Debug)]
+struct Pair {
+    name: String,
+    value: String,
+    /// Whether all of the value is UTF-8; what is not became replacement characters.
+    is_text: bool,
+}
+
+impl Pair {
+    fn read(text: &str) -> Self {
+        let (name, value) = text.split_once('=').unwrap_or((text, ""));
+        let [name, value] = [name, value].map(|part| {
+            // As HTML forms write it.
+            let bytes: Vec<u8> = percent_decode_str(&part.replace('+', " ")).collect();
+            String::from_utf8(bytes)
+                .map_err(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+        });
+        let is_text = value.is_ok();
+        let [name, value] = [name, value].map(|part| part.unwrap_or_else(|lossy| lossy));
+        Self { name, value, is_text }
+    }
+}
+
 impl QueryString {
-    /// The text after a request target's question mark. There is none that cannot be read: what is not
-    /// UTF-8 once decoded becomes replacement characters.
+    /// The text after a request target's question mark. Nothing is wrong with it until a parameter is read.
     #[must_use]
     pub fn parse(query: &str) -> Self {
-        let pairs = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+        let pairs = query.split('&').filter(|pair| !pair.is_empty()).map(Pair::read).collect();
         Self { pairs, violations: Vec::new() }
     }
 
@@ -43,11 +69,14 @@ impl QueryString {
 
     /// The parameter's text, when it is there.
     fn get(&mut self, name: &'static str) -> Option<String> {
-        let mut values =
-            self.pairs.iter().filter(|(key, _)| key == name).map(|(_, value)| value.clone());
-        let value = values.next()?;
-        if values.next().is_some() {
+        let mut given = self.pairs.iter().filter(|pair| pair.name == name);
+        let first = given.next()?;
+        let (value, is_text, again) = (first.value.clone(), first.is_text, given.next().is_some());
+        if again {
             return self.refuse(name, "must be given only once", value);
+        }
+        if !is_text {
+            return self.refuse(name, "must be valid UTF-8", value);
         }
         Some(value)
     }
@@ -87,12 +116,16 @@ impl QueryString {
     /// An instant.
     pub fn timestamp(&mut self, name: &'static str) -> Option<Timestamp> {
         let text = self.get(name)?;
-        // A plus sign that was not percent-encoded arrives as a space.
-        let parsed = Timestamp::parse_iso8601(&text)
-            .or_else(|| Timestamp::parse_iso8601(&text.replace(' ', "+")));
+        let parsed = match (Timestamp::from_iso8601(&text), text.rsplit_once(' ')) {
+            // A plus sign that was not percent-encoded arrives as a space.
+            (Err(TimestampError::NotIso8601), Some((time, offset))) => {
+                Timestamp::from_iso8601(&format!("{time}+{offset}"))
+            }
+            (parsed, _) => parsed,
+        };
         match parsed {
-            Some(timestamp) => Some(timestamp),
-            None => self.refuse(name, "must be in ISO 8601 date format", text),
+            Ok(timestamp) => Some(timestamp),
+            Err(error) => self.refuse(name, &error.to_string(), text),
         }
     }
 
@@ -192,6 +225,35 @@ mod tests {
             assert_eq!(query.offset(), 0);
             let violations = query.finish().unwrap_err();
             assert_eq!(violations[0].message, "\"offset\" must be an integer", "{text}");
+        }
+    }
+
+    #[test]
+    fn a_time_that_is_refused_says_why() {
+        let complaint = |text: &str| {
+            let mut query = QueryString::parse(&format!("endDate={text}"));
+            assert_eq!(query.timestamp("endDate"), None, "{text}");
+            query.finish().unwrap_err().remove(0).message
+        };
+        for (text, rule) in [
+            ("x", "must be in ISO 8601 date format"),
+            ("2025-06-17%20x", "must be in ISO 8601 date format"),
+            ("2025-02-30", "must be a day that the calendar has"),
+            ("2025-06-17T10:30:00%2B25:00", "must have an offset from UTC of at most 23:59"),
+            ("2025-06-17T10:30:00+25:00", "must have an offset from UTC of at most 23:59"),
+            ("0000-01-01", "must be within the years 1 to 9999"),
+            ("%2B010000-01-01", "must be within the years 1 to 9999"),
+            ("%ff", "must be valid UTF-8"),
+            ("2025&endDate=2026", "must be given only once"),
+        ] {
+            assert_eq!(complaint(text), format!("\"endDate\" {rule}"), "{text}");
+        }
+        for text in
+            ["9999-12-31", "9999-12-31T23:59:59.999Z", "2025-06-17+10:30:00+02:00", "2025-06"]
+        {
+            let mut query = QueryString::parse(&format!("endDate={text}"));
+            assert!(query.timestamp("endDate").is_some(), "{text}");
+            assert_eq!(query.finish(), Ok(()));
         }
     }
 

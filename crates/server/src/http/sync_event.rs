@@ -227,7 +227,10 @@ fn create_sync_event(
     request: Request,
 ) -> impl Future<Output = Result<Response, ApiError>> {
     // An async function would hold the request, twice, until the answer.
-    let idempotency_key = request.headers().get(IDEMPOTENCY_KEY).cloned();
+    let mut idempotency_keys = request.headers().get_all(IDEMPOTENCY_KEY).iter().cloned();
+    let idempotency_key = idempotency_keys.next();
+    let is_ambiguous = idempotency_keys.next().is_some();
+    drop(idempotency_keys);
     let key = auth::key_of(&request);
     let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout);
     async move {
@@ -235,11 +238,18 @@ fn create_sync_event(
         let event = SyncEvent::from_json(&body, state.arrival());
         drop(body);
         let mut event = event.map_err(|error| match error {
-            ParseError::Malformed(where_) => ApiError::Malformed(where_),
-            ParseError::Invalid(violations) => ApiError::Validation(violations),
+            ParseError::Malformed(where_) => {
+                state.metrics.rejected(&[]);
+                ApiError::Malformed(where_)
+            }
+            ParseError::Invalid(violations) => {
+                state.metrics.rejected(&violations);
+                ApiError::Validation(violations)
+            }
         })?;
         if let Some(key) = idempotency_key {
-            event.event_id = Some(read_idempotency_key(&key, event.event_id.as_ref())?);
+            event.event_id =
+                Some(read_idempotency_key(&key, is_ambiguous, event.event_id.as_ref())?);
         }
         if let Some(key) = key {
             auth::check_report(&state, &key, &event.device_id).await?;
@@ -280,13 +290,18 @@ fn answer(event: SyncEvent, receipt: Receipt) -> Response {
 /// The event id that the header names, which must not contradict the body's.
 fn read_idempotency_key(
     key: &HeaderValue,
+    is_ambiguous: bool,
     event_id: Option<&EventId>,
 ) -> Result<EventId, ApiError> {
-    let text = key.to_str().unwrap_or_default();
+    let lossy = String::from_utf8_lossy(key.as_bytes());
     let refuse = |rule: &str| {
-        let violation = Violation::of("Idempotency-Key", rule, Some(text.into()));
+        let violation = Violation::of("Idempotency-Key", rule, Some(lossy.as_ref().into()));
         ApiError::Validation(vec![violation])
     };
+    if is_ambiguous {
+        return Err(refuse("must be given only once"));
+    }
+    let text = key.to_str().map_err(|_| refuse("must be ASCII text"))?;
     let key = EventId::new(text).map_err(|error| refuse(&error.to_string()))?;
     match event_id {
         Some(event_id) if *event_id != key => Err(refuse("must be the same as \"event_id\"")),

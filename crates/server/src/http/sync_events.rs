@@ -9,11 +9,12 @@ use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{HeaderMap, header},
+    http::{HeaderMap, StatusCode, header},
+    response::Response,
 };
 use futures_util::TryStreamExt;
 use pisync_core::{
-    Arrival, ParseError, SyncEvent, Violation,
+    Arrival, ParseError, SyncEvent, Violation, ViolationCode,
     event_stream::{EventSplitter, Format, MAX_EVENT_BYTES, Piece, StreamError},
 };
 use serde::Serialize;
@@ -28,7 +29,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     SharedState, auth,
     envelope::Success,
-    error::{AnyTime, ApiError, FieldError, WithBody},
+    error::{AnyTime, ApiError, FieldError, WithBody, in_short},
+    observe::RejectedEvents,
     sync_event::{IDEMPOTENCY_KEY, NewSyncEvent},
 };
 use crate::ingest::{Ingest, Receipt, Room};
@@ -48,6 +50,9 @@ const TIMES_AS_LONG: u32 = 20;
 
 /// The memory that a rejected event's violation takes until it is answered, in bytes, roughly.
 const VIOLATION_BYTES: usize = 512;
+
+/// Rejected events whose reasons the log gets.
+const REASONS_LOGGED: usize = 3;
 
 pub(super) fn router() -> OpenApiRouter<SharedState> {
     OpenApiRouter::new().routes(routes!(create_sync_events))
@@ -120,11 +125,11 @@ enum EventResult {
 async fn create_sync_events(
     State(state): State<SharedState>,
     request: Request,
-) -> Result<Success<BatchResult>, ApiError> {
+) -> Result<Response, ApiError> {
     let headers = request.headers();
     if let Some(key) = headers.get(IDEMPOTENCY_KEY) {
         let rule = "is for single events: give each event an \"event_id\"";
-        let value = key.to_str().ok().map(Into::into);
+        let value = Some(String::from_utf8_lossy(key.as_bytes()).into());
         return Err(ApiError::Validation(vec![Violation::of("Idempotency-Key", rule, value)]));
     }
     let key = auth::key_of(&request);
@@ -148,8 +153,35 @@ async fn create_sync_events(
             auth::check_report(&state, &key, device_id).await?;
         }
     }
+    let taken = events.len();
     let receipts = state.ingest.submit_many(events, room).await?;
-    Ok(Success::new("Sync events processed", BatchResult::new(receipts, rejected)))
+    let noted = note_rejected(&state, taken, &rejected);
+    let result = Success::new("Sync events processed", BatchResult::new(receipts, rejected));
+    let mut response = result.with_status(StatusCode::OK);
+    if let Some(noted) = noted {
+        response.extensions_mut().insert(noted);
+    }
+    Ok(response)
+}
+
+/// Counts what was rejected, and says for the log what was wrong with the first few.
+fn note_rejected(
+    state: &SharedState,
+    taken: usize,
+    rejected: &[(usize, Vec<Violation>)],
+) -> Option<RejectedEvents> {
+    if rejected.is_empty() {
+        return None;
+    }
+    for (_, violations) in rejected {
+        state.metrics.rejected(violations);
+    }
+    let reasons: Vec<_> = rejected
+        .iter()
+        .take(REASONS_LOGGED)
+        .map(|(index, violations)| format!("event {index}: {}", in_short(violations)))
+        .collect();
+    Some(RejectedEvents { rejected: rejected.len(), taken, reasons: reasons.join("; ") })
 }
 
 impl BatchResult {
@@ -308,7 +340,7 @@ impl Reading {
         let violations = match piece {
             Piece::TooLong => {
                 let rule = format!("must be at most {MAX_EVENT_BYTES} bytes of JSON text");
-                vec![Violation::of_whole(&rule, None)]
+                vec![Violation::of_whole(&rule, None).coded(ViolationCode::Length)]
             }
             Piece::Event(text) => match SyncEvent::from_json(text, self.arrival) {
                 Ok(event) => {
@@ -318,7 +350,9 @@ impl Reading {
                 }
                 Err(ParseError::Invalid(violations)) => violations,
                 Err(ParseError::Malformed(where_)) if self.format == Format::Lines => {
-                    vec![Violation::worded("", format!("Malformed JSON: {where_}"), None)]
+                    let message = format!("Malformed JSON: {where_}");
+                    let violation = Violation::worded("", message, None);
+                    vec![violation.coded(ViolationCode::MalformedJson)]
                 }
                 Err(ParseError::Malformed(where_)) => {
                     return Err(ApiError::Malformed(format!("event {index}: {where_}")));
@@ -335,7 +369,9 @@ impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         match error {
             StreamError::NotAnArray => {
-                Self::Validation(vec![Violation::of_whole("must be an array", None)])
+                let rule = "must be an array; send one event per line as application/x-ndjson";
+                let violation = Violation::of_whole(rule, None).coded(ViolationCode::Type);
+                Self::Validation(vec![violation])
             }
             StreamError::Broken { .. } => Self::Malformed(error.to_string()),
         }

@@ -82,6 +82,8 @@ pub struct Status {
     pub stored: u64,
     /// Events that were there already, under the same event id.
     pub duplicates: u64,
+    /// Those of them that are not what is stored under their event id.
+    pub conflicting: u64,
     /// Records that are no events.
     pub rejected: u64,
     /// What this import goes on with, if it does.
@@ -214,6 +216,7 @@ impl Import {
         })?;
         let duplicates = written.duplicates.len() as u64;
         status.duplicates += duplicates;
+        status.conflicting += written.conflicts(&batch).count() as u64;
         status.stored += count - duplicates;
         Ok(())
     }

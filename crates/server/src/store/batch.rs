@@ -52,6 +52,29 @@ impl Written {
     }
 }
 
+impl Written {
+    /// The duplicates that are not what is stored: their device has given one id to two events, and the second
+    /// is not stored. Costs nothing when there are no duplicates.
+    pub fn conflicts<'a>(&'a self, batch: &'a Batch) -> impl Iterator<Item = Conflict<'a>> {
+        self.duplicates.iter().filter_map(|duplicate| {
+            let (event, first) = (&batch.events[duplicate.position], duplicate.first.as_ref()?);
+            let fields = first.differences(event);
+            (!fields.is_empty()).then_some(Conflict { event, first, fields })
+        })
+    }
+}
+
+/// An event that came under the id of another.
+#[derive(Debug)]
+pub struct Conflict<'a> {
+    /// What came.
+    pub event: &'a SyncEvent,
+    /// What is stored, and stays.
+    pub first: &'a StoredEvent,
+    /// The fields in which they differ.
+    pub fields: Vec<&'static str>,
+}
+
 /// An event that its device had reported before, under the same event id.
 #[derive(Debug)]
 pub struct Duplicate {

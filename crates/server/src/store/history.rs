@@ -1,6 +1,6 @@
 //! A device's history: what to read of it, and what comes back.
 
-use pisync_core::{DeviceId, JobName, Timestamp};
+use pisync_core::{DeviceId, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
 use serde_json::value::RawValue;
 
 use super::Figures;
@@ -126,6 +126,41 @@ pub struct StoredEvent {
     pub created_at: Timestamp,
     /// When the row was last changed; PiSync never changes one.
     pub updated_at: Timestamp,
+}
+
+impl StoredEvent {
+    /// The fields in which `event`, which came under the same id, says something else. None when it is the same
+    /// report, sent again.
+    #[must_use]
+    pub fn differences(&self, event: &SyncEvent) -> Vec<&'static str> {
+        let metadata = event.metadata.as_ref().map(Metadata::as_str);
+        let (kept, sent) = (self.metadata.as_deref().map(RawValue::get), metadata);
+        // What is dated by its arrival has another date each time; the device's own date is in the metadata.
+        let is_dated_by_arrival = is_dated_by_arrival(kept) && is_dated_by_arrival(sent);
+        let comparisons = [
+            ("timestamp", is_dated_by_arrival || self.timestamp == event.timestamp),
+            ("total_files_synced", self.total_files_synced == i64::from(event.total_files_synced)),
+            ("total_errors", self.total_errors == i64::from(event.total_errors)),
+            ("internet_speed", self.internet_speed == event.internet_speed.map(Mbps::hundredths)),
+            ("job", self.job.as_deref() == event.job.as_ref().map(JobName::as_str)),
+            ("duration_seconds", self.duration == event.duration.map(SyncDuration::milliseconds)),
+            ("bytes_synced", self.bytes_synced == event.bytes_synced.map(u64::cast_signed)),
+            ("metadata", is_same_json(kept, sent)),
+        ];
+        comparisons.into_iter().filter(|(_, same)| !same).map(|(field, _)| field).collect()
+    }
+}
+
+/// Whether metadata has the date that a device without a trustworthy clock gave.
+fn is_dated_by_arrival(metadata: Option<&str>) -> bool {
+    metadata.is_some_and(|text| text.contains("\"device_timestamp\""))
+}
+
+/// Whether two texts mean the same: whoever writes JSON anew may put spaces and fields elsewhere.
+fn is_same_json(left: Option<&str>, right: Option<&str>) -> bool {
+    let (Some(left), Some(right)) = (left, right) else { return left == right };
+    let read = |text| serde_json::from_str::<serde_json::Value>(text).ok();
+    left == right || read(left).is_some_and(|left| Some(left) == read(right))
 }
 
 /// Metadata as it was stored; text that is no JSON (foreign SQL can write it) is given as a string.

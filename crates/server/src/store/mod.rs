@@ -25,7 +25,7 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio::sync::mpsc;
 
 pub use backup::{BackedUp, Restored, backup, restore};
-pub use batch::{Batch, Duplicate, FailureStreak, News, Written};
+pub use batch::{Batch, Conflict, Duplicate, FailureStreak, News, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportProgress};

@@ -203,6 +203,18 @@ async fn what_was_imported_is_known_again(installed: &Installed) {
     let again = program.run(&["import", "with-ids", "--again"]);
     assert!(again.success().contains("; 1500 were there already, 0 were rejected"), "{again:?}");
     assert_eq!(total(&database.target).await, 4_500);
+    // An id that comes with another event is not passed over in silence.
+    let mut others = with_ids;
+    for event in &mut others[1_000..1_003] {
+        event["total_files_synced"] = json!(77);
+    }
+    file(program, "others", lines(&others));
+    let others = program.run(&["import", "others"]);
+    assert_eq!(others.code(), 0, "{others:?}");
+    assert!(others.stdout.contains("; 1500 were there already, 0 were rejected"), "{others:?}");
+    let warning = "pisync: 3 of those that were there already differ from what is stored under their event_id;";
+    assert!(others.stderr.starts_with(warning), "{others:?}");
+    assert_eq!(total(&database.target).await, 4_500);
 }
 
 async fn a_file_that_has_grown_is_imported_from_there(installed: &Installed) {

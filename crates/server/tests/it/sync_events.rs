@@ -236,7 +236,9 @@ async fn what_is_broken_stores_nothing(server: &TestServer) {
         assert!(answer.error(400).starts_with("Malformed JSON: "), "{body}");
     }
     for body in [good.to_string(), "17".into(), String::new()] {
-        assert_eq!(deliver(server, ARRAY, body).await.complaints(), ["\"value\" must be an array"]);
+        let complaint =
+            "\"value\" must be an array; send one event per line as application/x-ndjson";
+        assert_eq!(deliver(server, ARRAY, body).await.complaints(), [complaint]);
     }
     for media_type in ["text/plain", "application/xml", "text/csv"] {
         let answer = deliver(server, media_type, format!("[{good}]")).await;
