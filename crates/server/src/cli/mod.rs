@@ -6,6 +6,7 @@ mod database;
 mod db;
 mod export;
 mod import;
+mod journal;
 mod key;
 mod migrate;
 mod openapi;
@@ -67,6 +68,8 @@ enum Command {
     Restore(backup::RestoreCommand),
     /// Copy everything into another database, of the same store or the other
     Copy(copy::CopyCommand),
+    /// Look into the ingest journal of an SQLite database, and go on with a damaged one
+    Journal(journal::JournalCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
     /// Print the API's OpenAPI document
@@ -107,6 +110,7 @@ pub fn main() -> ExitCode {
             Some(Command::Backup(command)) => backup::backup(&command),
             Some(Command::Restore(command)) => backup::restore(&command).await,
             Some(Command::Copy(command)) => copy::run(&command).await,
+            Some(Command::Journal(command)) => journal::run(&command),
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             // `with_default_command` has seen to it.

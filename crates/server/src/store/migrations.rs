@@ -39,6 +39,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
     "2026-11-23-06-failed-events",
+    "2026-11-25-07-ingest-progress",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -48,6 +49,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
     "2026-11-23-06-failed-events",
+    "2026-11-25-07-ingest-progress",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows
@@ -164,6 +166,12 @@ pub(super) struct Ours {
 pub(super) trait MigrationDatabase: Send {
     /// Looks without changing anything.
     async fn contents(&mut self) -> Result<Contents, StoreError>;
+
+    /// Whether the schema may be changed: what was acknowledged and is not in the tables yet must be known to
+    /// find its way into those of this version.
+    fn may_change(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 
     /// Runs a migration's `up` and records it, in one transaction under the lock; false when another
     /// process has applied it meanwhile.
@@ -311,6 +319,7 @@ impl Migrator {
         let batch = applied.iter().map(|applied| applied.batch).max().unwrap_or(0) + 1;
         let mut done = Vec::new();
         for migration in self.pending(&applied) {
+            self.database.may_change()?;
             let result = self.database.apply(&migration, batch, now).await;
             if result.map_err(|error| failure(&migration.name, error))? {
                 done.push(migration.name);
@@ -345,6 +354,7 @@ impl Migrator {
     pub async fn down(&mut self, migrations: &[Migration]) -> Result<Vec<String>, MigrationError> {
         let mut done = Vec::new();
         for migration in migrations {
+            self.database.may_change()?;
             let result = self.database.revert(migration).await;
             if result.map_err(|error| failure(&migration.name, error))? {
                 done.push(migration.name.clone());

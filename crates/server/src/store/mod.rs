@@ -7,6 +7,7 @@ mod batch;
 mod copy;
 mod history;
 mod imports;
+mod journal;
 mod keys;
 pub mod migrations;
 mod postgres;
@@ -29,6 +30,10 @@ pub use batch::{Batch, Conflict, Duplicate, FailureStreak, News, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportProgress};
+pub use journal::{
+    JournalFileReport, JournalReport, JournalSalvage, JournalStretch, inspect_journal,
+    salvage_journal,
+};
 pub use keys::{
     Actor, ApiKey, AuditEntry, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope, Via,
 };

@@ -28,6 +28,7 @@ mod import;
 mod ingest;
 mod ingest_batches;
 mod ingest_journal;
+mod ingest_recovery;
 mod keys;
 mod migrations;
 mod node_wire;

@@ -28,7 +28,7 @@ struct Version {
 }
 
 /// From the first release on. The present is 2026-11-22T12:00:00Z, in milliseconds 1795348800000.
-const VERSIONS: [Version; 6] = [
+const VERSIONS: &[Version] = &[
     Version {
         name: "2026-11-22-01-sync-events",
         // Two jobs of one device, the unnamed one failing twice since its success; and one that never reported.
@@ -171,6 +171,14 @@ const VERSIONS: [Version; 6] = [
         count: "(select count(*) from sync_events where total_errors > 0 and id <= 4)",
         rows: 2,
     },
+    Version {
+        name: "2026-11-25-07-ingest-progress",
+        // How far a record has come, which is of no use without the journal.
+        sqlite: "update ingest_state set settled_events = 3",
+        postgres: "",
+        count: "(select 1)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.
@@ -190,7 +198,7 @@ async fn migrator(database: &TestDatabase) -> Migrator {
 /// Has a database live through the first versions, each of which leaves its rows.
 async fn live_through(database: &TestDatabase, migrations: &[Migration]) {
     let is_sqlite = database.file().is_some();
-    for (migration, version) in migrations.iter().zip(&VERSIONS) {
+    for (migration, version) in migrations.iter().zip(VERSIONS) {
         assert_eq!(migration.name, version.name);
         let applied_at = if is_sqlite { "1795345200000" } else { "'2026-11-22 11:00+00'" };
         let record = format!(

@@ -114,7 +114,13 @@ impl Copy {
                 _ => {}
             }
         }
-        journal::remove(database).map_err(cannot)?;
+        // Whoever could apply it has removed it.
+        for kept in journal::set_all_aside(database).map_err(cannot)? {
+            tracing::warn!(
+                file = %kept.display(),
+                "the ingest journal of the replaced database was renamed; it has acknowledged events that are not in the tables"
+            );
+        }
         self.belong_like(database).map_err(cannot)?;
         self.put_at(database, true)
     }

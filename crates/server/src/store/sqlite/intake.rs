@@ -10,6 +10,8 @@ use std::{
     collections::{HashMap, VecDeque},
     fs::File,
     io::Write as _,
+    ops::Range,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -20,7 +22,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, EventId, JobName, Metadata};
+use pisync_core::{DeviceId, EventId, JobName, Metadata, SyncEvent, Timestamp};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -28,11 +30,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     connection::{open_existing, refuses_data, store_error},
     history::kept_event,
-    journal::{self, Journal, Record},
+    journal::{self, Journal, Record, Survey},
     reads::device_number,
     writer::{
-        Call, FIND_KEY, IngestState, Journaled, REMEMBERED_DEVICES, WriteConnection, WriterThread,
-        settle_through,
+        Call, FIND_KEY, IngestState, Journaled, REMEMBERED_DEVICES, Through, WriteConnection,
+        WriterThread, settle_through,
     },
 };
 use crate::store::{Batch, Duplicate, EventWriter, News, StoreError, StoredEvent, Written};
@@ -49,9 +51,12 @@ const LUMP_TIME: Duration = Duration::from_secs(1);
 const MOST_EVENTS: usize = 65_536;
 const MOST_BYTES: usize = 32 << 20;
 
-/// How far ids of other processes' events keep from the last one in the tables, for the ids up to there may be
-/// taken: [`MOST_EVENTS`], and the largest batch after them.
-pub(super) const ID_DISTANCE: i64 = 131_072;
+/// Ids that are reserved at a time, before they are given: those of [`MOST_EVENTS`] and of the largest batch
+/// after them, twice. A crash loses what is left of them.
+const RESERVED_IDS: i64 = 262_144;
+
+/// With fewer left, more are reserved.
+const FEWEST_RESERVED_IDS: i64 = RESERVED_IDS / 2;
 
 /// Batches that may be sent off before the first of them is in the journal.
 const BATCHES_SENT_OFF: usize = 2;
@@ -85,6 +90,15 @@ impl Accepted {
     fn ids(&self) -> impl Iterator<Item = i64> {
         (self.first_id..).take(self.positions.len())
     }
+
+    /// How far the journal is applied with the first `events` of these.
+    fn through(&self, events: usize) -> Through {
+        if events < self.positions.len() {
+            Through { record: self.number - 1, events }
+        } else {
+            Through { record: self.number, events: 0 }
+        }
+    }
 }
 
 /// Where an event with an id of its device's is, that is not in the tables yet.
@@ -101,6 +115,8 @@ type Places = HashMap<(DeviceId, EventId), Place>;
 struct State {
     /// The next event's id.
     next_id: i64,
+    /// The last id that is reserved for this server's events.
+    last_reserved_id: i64,
     /// The first id of the batch that is being written into the journal.
     under_way: Option<i64>,
     /// In the journal alone.
@@ -150,11 +166,14 @@ impl State {
         self.accepted.push_back(Arc::new(accepted));
     }
 
-    /// Gives `count` ids that follow each other; answers the first.
-    fn take_ids(&mut self, count: usize) -> i64 {
-        let first = self.next_id;
-        self.next_id += i64::try_from(count).unwrap_or(0);
-        first
+    /// Gives `count` ids that follow each other, and answers the first; `None` when so many are not reserved.
+    fn take_ids(&mut self, count: usize) -> Option<i64> {
+        let (first, next) = (self.next_id, self.next_id.checked_add(i64::try_from(count).ok()?)?);
+        if next - 1 > self.last_reserved_id {
+            return None;
+        }
+        self.next_id = next;
+        Some(first)
     }
 
     fn is_full(&self) -> bool {
@@ -182,20 +201,22 @@ impl Intake {
         writer: WriterThread,
         news: mpsc::UnboundedSender<News>,
     ) -> Result<(Arc<Self>, IntakeWriter), StoreError> {
-        let IngestState { journal, settled, last_id } =
-            writer.call(WriteConnection::ingest_state).await?;
-        let (journal, records) = Journal::open(database, journal, settled)
-            .map_err(|error| unusable(database, &error))?;
+        let IngestState { journal, settled, .. } =
+            writer.call(|connection| connection.ingest_state()).await?;
+        let (journal, records) = Journal::open(database, journal, settled)?;
         let keys = open_existing(database).map_err(store_error)?;
         keys.pragma_update(None, "query_only", true).map_err(store_error)?;
 
-        let mut state = State { next_id: last_id + 1, settled, last: settled, ..State::default() };
+        let mut state = State { settled, last: settled, ..State::default() };
+        let mut last_id = 0;
         for record in records {
             let accepted = Accepted::from(record);
-            let next_id = accepted.ids().last().map_or(0, |id| id + 1);
-            state.next_id = state.next_id.max(next_id);
+            last_id = last_id.max(accepted.ids().last().unwrap_or(0));
             state.accept(accepted);
         }
+        let reserved =
+            writer.call(move |connection| connection.reserve_ids(RESERVED_IDS, last_id)).await?;
+        (state.next_id, state.last_reserved_id) = reserved.into_inner();
         let intake = Arc::new(Self {
             state: Mutex::new(state),
             ended: Condvar::new(),
@@ -277,7 +298,43 @@ impl Intake {
             self.end_lump(lump, result.as_ref().err());
             result?;
         }
+        let left = {
+            let state = self.state();
+            state.last_reserved_id - state.next_id + 1
+        };
+        if left < FEWEST_RESERVED_IDS { self.reserve_ids(connection) } else { Ok(()) }
+    }
+
+    /// Reserves more ids. They follow those that are left, unless somebody else has taken ids meanwhile.
+    fn reserve_ids(&self, connection: &mut WriteConnection) -> rusqlite::Result<()> {
+        let (first, last) = connection.reserve_ids(RESERVED_IDS, 0)?.into_inner();
+        let mut state = self.state();
+        if first != state.last_reserved_id + 1 {
+            state.next_id = first;
+        }
+        state.last_reserved_id = last;
         Ok(())
+    }
+
+    /// Sees to it that the next event's id is above all ids in the tables, so that what is in them can be
+    /// folded.
+    pub(super) fn pass_other_writers(
+        &self,
+        connection: &mut WriteConnection,
+    ) -> rusqlite::Result<()> {
+        let highest = connection.highest_id()?;
+        if highest < self.state().next_id {
+            return Ok(());
+        }
+        // Somebody else has taken ids above ours, or without asking from among them.
+        self.state().last_reserved_id = -1;
+        self.reserve_ids(connection)
+    }
+
+    /// The ids that were reserved and never given. Nobody may take any more.
+    pub(super) fn unused_ids(&self) -> std::ops::RangeInclusive<i64> {
+        let state = self.state();
+        state.next_id..=state.last_reserved_id
     }
 
     /// What is to be brought into the tables next, until the record `wanted` is.
@@ -330,14 +387,8 @@ impl Intake {
         self.state().devices_epoch += 1;
     }
 
-    /// Ids up to `last_id` are taken by others.
-    pub(super) fn keep_from(&self, last_id: i64) {
-        let mut state = self.state();
-        state.next_id = state.next_id.max(last_id + 1);
-    }
-
     /// Gives `count` ids to events that don't go through the journal; answers the first.
-    pub(super) fn take_ids(&self, count: usize) -> i64 {
+    pub(super) fn take_ids(&self, count: usize) -> Option<i64> {
         self.state().take_ids(count)
     }
 
@@ -355,9 +406,14 @@ impl Intake {
 /// journal. The server must not run.
 pub(super) fn recover(database: &Path) -> Result<(), StoreError> {
     let mut connection = WriteConnection::open(database)?;
+    if !connection.has_current_ingest_state().map_err(store_error)? {
+        return Err(StoreError::Failed(format!(
+            "the last events that were acknowledged for {} are still in its ingest journal, and its tables are those of an older version; run `pisync migrate up` first",
+            database.display()
+        )));
+    }
     let state = connection.ingest_state().map_err(store_error)?;
-    let (_, records) = Journal::open(database, state.journal, state.settled)
-        .map_err(|error| unusable(database, &error))?;
+    let (_, records) = Journal::open(database, state.journal, state.settled)?;
     let lump: Vec<_> = records.into_iter().map(|record| Arc::new(Accepted::from(record))).collect();
     store_lump(&mut connection, &lump, |_| ()).map_err(store_error)?;
     journal::remove(database).map_err(|error| unusable(database, &error))
@@ -369,12 +425,12 @@ pub(super) fn last_record(
     database: &Path,
 ) -> Result<u64, StoreError> {
     let state = connection.ingest_state().map_err(store_error)?;
-    let (_, records) = Journal::open(database, state.journal, state.settled)
-        .map_err(|error| unusable(database, &error))?;
-    Ok(records.last().map_or(state.settled, |record| record.number))
+    let survey =
+        Survey::read(database, state.journal).map_err(|error| unusable(database, &error))?;
+    Ok(survey.last_number().max(state.settled))
 }
 
-fn unusable(database: &Path, error: &std::io::Error) -> StoreError {
+pub(super) fn unusable(database: &Path, error: &std::io::Error) -> StoreError {
     StoreError::Failed(format!(
         "cannot use the ingest journal beside {}: {error}",
         database.display()
@@ -389,40 +445,42 @@ fn store_lump(
     lump: &[Arc<Accepted>],
     mut tell: impl FnMut(News),
 ) -> rusqlite::Result<()> {
-    let mut store = |connection: &mut WriteConnection, lump: &[_], only| {
-        let news = store_together(connection, lump, only)?;
+    // What an attempt before this one has stored, which may have been interrupted anywhere.
+    let IngestState { settled, settled_events, .. } = connection.ingest_state()?;
+    let done = lump.iter().take_while(|accepted| accepted.number <= settled).count();
+    let lump = &lump[done..];
+    let mut store = |connection: &mut WriteConnection, lump: &[_], events| {
+        let news = store_together(connection, lump, events)?;
         if !news.new_devices.is_empty() || !news.streaks.is_empty() {
             tell(news);
         }
         Ok(())
     };
-    let refused = match store(connection, lump, None) {
-        Err(error) if refuses_data(&error) => lump,
+    match store(connection, lump, settled_events..usize::MAX) {
+        Err(error) if refuses_data(&error) => {}
         other => return other,
-    };
-    for accepted in refused {
+    }
+    let mut first = settled_events;
+    for accepted in lump {
         let one = std::slice::from_ref(accepted);
-        match store(connection, one, None) {
+        match store(connection, one, first..usize::MAX) {
             Err(error) if refuses_data(&error) => {}
             other => {
                 other?;
+                first = 0;
                 continue;
             }
         }
-        for (index, (position, id)) in accepted.positions.iter().zip(accepted.ids()).enumerate() {
-            if connection.has_event(id)? {
-                // It was stored before a crash, in the middle of this.
-                continue;
-            }
-            match store(connection, one, Some(index)) {
+        for (index, position) in accepted.positions.iter().enumerate().skip(first) {
+            match store(connection, one, index..index + 1) {
                 Err(error) if refuses_data(&error) => {
                     keep_aside(connection.path(), &accepted.batch, *position, &error);
+                    settle_through(&connection.connection, accepted.through(index + 1))?;
                 }
                 other => other?,
             }
         }
-        // Also when the last one was refused.
-        settle_through(&connection.connection, accepted.number)?;
+        first = 0;
     }
     Ok(())
 }
@@ -430,16 +488,10 @@ fn store_lump(
 /// Keeps an event that was acknowledged and that the tables refuse, in a file from which it can be imported
 /// once the reason is gone.
 fn keep_aside(database: &Path, batch: &Batch, position: usize, refused: &rusqlite::Error) {
-    let mut path = database.as_os_str().to_owned();
-    path.push(".refused.ndjson");
+    let path = file_beside(database, ".refused.ndjson");
     let line = import_line(batch, position);
-    let append = || -> std::io::Result<()> {
-        let mut file = File::options().append(true).create(true).open(&path)?;
-        file.write_all(format!("{line}\n").as_bytes())?;
-        file.sync_all()
-    };
-    let file = Path::new(&path).display();
-    match append() {
+    let file = path.display();
+    match append_lines(&path, std::slice::from_ref(&line)) {
         Ok(()) => tracing::error!(
             error = %refused,
             device_id = %batch.events[position].device_id,
@@ -453,6 +505,42 @@ fn keep_aside(database: &Path, batch: &Batch, position: usize, refused: &rusqlit
             "the database refuses an event that was acknowledged, and it cannot be kept: {error}"
         ),
     }
+}
+
+/// Keeps events that were found in a damaged stretch of the journal in a file, as `pisync import` reads it, and
+/// answers where. Nobody knows whether they are as they were, nor when they were received.
+pub(super) fn keep_doubtful(
+    database: &Path,
+    events: Vec<SyncEvent>,
+) -> Result<PathBuf, StoreError> {
+    let path = file_beside(database, ".doubtful.ndjson");
+    let batch = Batch::new(Timestamp::MIN, events);
+    let lines: Vec<_> = (0..batch.events.len())
+        .map(|position| {
+            let mut line = import_line(&batch, position);
+            if let Some(fields) = line.as_object_mut() {
+                fields.remove("created_at");
+            }
+            line
+        })
+        .collect();
+    append_lines(&path, &lines)
+        .map_err(|error| StoreError::Failed(format!("cannot write {}: {error}", path.display())))?;
+    Ok(path)
+}
+
+fn file_beside(database: &Path, ending: &str) -> PathBuf {
+    let mut path = database.as_os_str().to_owned();
+    path.push(ending);
+    path.into()
+}
+
+/// Puts lines at the end of a file, which is made when it is missing, and on the disk.
+fn append_lines(path: &Path, lines: &[Value]) -> std::io::Result<()> {
+    let mut file = File::options().append(true).create(true).mode(0o600).open(path)?;
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
 }
 
 /// An event as `pisync import` reads it.
@@ -474,27 +562,29 @@ fn import_line(batch: &Batch, position: usize) -> Value {
     })
 }
 
-/// Stores a lump, or only the event with this index of its first batch, in one transaction.
+/// Stores a lump in one transaction; of its first batch only the events with these indexes.
 fn store_together(
     connection: &mut WriteConnection,
     lump: &[Arc<Accepted>],
-    only: Option<usize>,
+    events: Range<usize>,
 ) -> rusqlite::Result<News> {
-    let Some(last) = lump.last() else { return Ok(News::default()) };
+    let (Some(first), Some(last)) = (lump.first(), lump.last()) else {
+        return Ok(News::default());
+    };
     let count = lump.iter().map(|accepted| accepted.positions.len()).sum();
     let mut batch = Batch::new(last.batch.received, Vec::with_capacity(count));
     let mut ids = Vec::with_capacity(count);
     for accepted in lump {
+        let is_first = Arc::ptr_eq(accepted, first);
         for (index, (position, id)) in accepted.positions.iter().zip(accepted.ids()).enumerate() {
-            if only.is_none_or(|only| only == index) {
+            if !is_first || events.contains(&index) {
                 batch.events.push(accepted.batch.events[*position].clone());
                 batch.receipts.push(accepted.batch.received_at(*position));
                 ids.push(id);
             }
         }
     }
-    // Not before all of a record is.
-    let through = if only.is_none() { last.number } else { last.number - 1 };
+    let through = if lump.len() == 1 { last.through(events.end) } else { last.through(usize::MAX) };
     let written = connection.store(&batch, Some(&Journaled { ids, through }))?;
     Ok(News { new_devices: written.new_devices, streaks: written.streaks })
 }
@@ -594,7 +684,11 @@ impl Desk {
         let new = batch.events.len() - repeats.len() - known.len();
         let (first_id, settled) = {
             let mut state = self.intake.state();
-            let first_id = state.take_ids(new);
+            let Some(first_id) = state.take_ids(new) else {
+                // More are reserved when events are brought into the tables.
+                self.intake.call_writer(&mut state);
+                return Err(StoreError::Unavailable("no ids are reserved for events".into()));
+            };
             state.under_way = Some(first_id);
             (first_id, state.settled)
         };

@@ -79,6 +79,10 @@ impl MigrationDatabase for SqliteMigrations {
         })
     }
 
+    fn may_change(&self) -> Result<(), StoreError> {
+        super::check_journal(&self.path)
+    }
+
     async fn apply(
         &mut self,
         migration: &Migration,

@@ -34,14 +34,15 @@ pub(super) use migrations::SqliteMigrations;
 
 use self::{
     connection::{Readers, store_error},
-    intake::Intake,
+    intake::{Intake, unusable},
+    journal::Survey,
     writer::{SqliteEventWriter, WriteConnection, WriterThread},
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, News, Page, PoolUsage, Retention, Store,
-    StoreError, SumDifference, SyncHistory, Verified, Window, step_size::StepSize,
-    verify::devices_to_repair,
+    Figures, FleetStats, HistoryQuery, ImportProgress, JournalReport, JournalSalvage, News, Page,
+    PoolUsage, Retention, Store, StoreError, SumDifference, SyncHistory, Verified, Window,
+    step_size::StepSize, verify::devices_to_repair,
 };
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
@@ -263,6 +264,7 @@ impl Store for SqliteStore {
         self.writer
             .call(|connection| {
                 connection.settle()?;
+                connection.return_unused_ids()?;
                 connection.checkpoint()
             })
             .await?;
@@ -303,6 +305,73 @@ pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
         std::thread::sleep(POLL_INTERVAL);
     }
     Ok(())
+}
+
+/// Sees to it that the schema is not changed while there are acknowledged events in the ingest journal that this
+/// version could not bring into the new tables.
+///
+/// # Errors
+/// When the journal is damaged or a newer version's; then nothing was changed.
+pub(super) fn check_journal(database: &Path) -> Result<(), StoreError> {
+    /// Under a running server, what is read may be of several moments.
+    const ATTEMPTS: usize = 3;
+    if !journal::exists(database) || !database.exists() {
+        return Ok(());
+    }
+    let mut attempt = 1;
+    loop {
+        let Some((identity, applied)) = journal_state(database)? else { return Ok(()) };
+        let survey =
+            Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
+        match survey.check(applied) {
+            Err(_) if attempt < ATTEMPTS => attempt += 1,
+            checked => return checked,
+        }
+    }
+}
+
+/// Whose journal the database at `database` goes on with, and up to which record it is in the tables, whatever
+/// version made them; `None` where there is no such thing.
+fn journal_state(database: &Path) -> Result<Option<(i64, u64)>, StoreError> {
+    const EXISTS: &str = "select exists (select 1 from sqlite_schema where type = 'table' and name = 'ingest_state')";
+    let read = || -> rusqlite::Result<Option<(i64, u64)>> {
+        let connection = connection::open_existing(database)?;
+        if !connection.query_row(EXISTS, [], |row| row.get(0))? {
+            return Ok(None);
+        }
+        connection.query_row("select journal, settled from ingest_state", [], |row| {
+            Ok(Some((row.get(0)?, row.get::<_, i64>(1)?.cast_unsigned())))
+        })
+    };
+    read().map_err(store_error)
+}
+
+/// What is in the ingest journal of the database at `database`. Changes nothing.
+pub(super) fn inspect_journal(database: &Path) -> Result<JournalReport, StoreError> {
+    let (identity, applied) = existing_journal_state(database)?;
+    let survey = Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
+    Ok(survey.report(applied))
+}
+
+/// See [`journal::salvage`]. No server may be running.
+pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreError> {
+    let (identity, applied) = existing_journal_state(database)?;
+    let mut salvaged = journal::salvage(database, identity, applied)
+        .map_err(|error| unusable(database, &error))?;
+    if !salvaged.doubtful.is_empty() {
+        let file = intake::keep_doubtful(database, std::mem::take(&mut salvaged.doubtful))?;
+        salvaged.result.doubtful = Some(file);
+    }
+    Ok(salvaged.result)
+}
+
+fn existing_journal_state(database: &Path) -> Result<(i64, u64), StoreError> {
+    let missing =
+        || StoreError::Failed(format!("there is no PiSync database at {}", database.display()));
+    if !database.exists() {
+        return Err(missing());
+    }
+    journal_state(database)?.ok_or_else(missing)
 }
 
 /// Whether a server holds the lock of [`lock_file`].

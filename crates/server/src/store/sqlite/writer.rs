@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
     thread,
@@ -12,7 +13,9 @@ use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, StreakCount, SyncDuration, Timestamp,
 };
 use rusqlite::{
-    CachedStatement, Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params,
+    CachedStatement, Connection, OptionalExtension, Row, Transaction, TransactionBehavior,
+    ffi::{SQLITE_CONSTRAINT_PRIMARYKEY, SQLITE_CONSTRAINT_ROWID},
+    params,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,8 +25,8 @@ use super::{
     expiry,
     history::kept_event,
     imports,
-    intake::{ID_DISTANCE, Intake},
-    is_locked, keys,
+    intake::Intake,
+    keys,
     reads::{device_number, optional_time, time},
     roll_ups,
 };
@@ -125,8 +128,6 @@ pub(super) struct WriteConnection {
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
     data_version: Option<i64>,
-    /// The id of the last event, as far as committed.
-    last_id: i64,
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
 }
@@ -137,16 +138,25 @@ pub(super) struct IngestState {
     pub(super) journal: i64,
     /// Its last record in the tables.
     pub(super) settled: u64,
-    /// The highest id that an event in the tables ever had.
-    pub(super) last_id: i64,
+    /// So many events of the record after that are in the tables, too, or kept in a file.
+    pub(super) settled_events: usize,
+}
+
+/// How far the journal is in the tables.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Through {
+    /// Up to this record.
+    pub(super) record: u64,
+    /// And so many events of the one after it.
+    pub(super) events: usize,
 }
 
 /// What events are in the journal under.
 pub(super) struct Journaled {
     /// Their ids, which rise.
     pub(super) ids: Vec<i64>,
-    /// With them, the journal is in the tables up to this record.
-    pub(super) through: u64,
+    /// How far the journal is in the tables with them.
+    pub(super) through: Through,
 }
 
 impl WriteConnection {
@@ -169,7 +179,6 @@ impl WriteConnection {
             intake: Weak::new(),
             devices: HashMap::new(),
             data_version: None,
-            last_id: 0,
             streaks_since: Timestamp::MIN,
         }
     }
@@ -193,28 +202,85 @@ impl WriteConnection {
     }
 
     /// How far events have come into the tables.
-    pub(super) fn ingest_state(&mut self) -> rusqlite::Result<IngestState> {
-        let last_id = last_id(&self.connection)?;
-        self.connection.query_row("select journal, settled from ingest_state", [], |row| {
-            let settled = row.get::<_, i64>(1)?.cast_unsigned();
-            Ok(IngestState { journal: row.get(0)?, settled, last_id })
+    pub(super) fn ingest_state(&self) -> rusqlite::Result<IngestState> {
+        const STATE: &str = "select journal, settled, settled_events from ingest_state";
+        self.connection.prepare_cached(STATE)?.query_row([], |row| {
+            Ok(IngestState {
+                journal: row.get(0)?,
+                settled: row.get::<_, i64>(1)?.cast_unsigned(),
+                settled_events: usize::try_from(row.get::<_, u32>(2)?).unwrap_or(usize::MAX),
+            })
         })
     }
 
-    /// Whether there is an event with this id in the tables.
-    pub(super) fn has_event(&self, id: i64) -> rusqlite::Result<bool> {
+    /// Whether [`Self::ingest_state`] can be asked for: an older version's tables lack some of it.
+    pub(super) fn has_current_ingest_state(&self) -> rusqlite::Result<bool> {
+        const EXISTS: &str = "
+            select exists (
+                       select 1 from pragma_table_info('ingest_state') where name = 'settled_events'
+                   )
+        ";
+        self.connection.query_row(EXISTS, [], |row| row.get(0))
+    }
+
+    /// Reserves `count` ids above `at_least` and above all that were ever given or reserved, by whomever. Rows
+    /// that other programs insert without an id get higher ones from then on.
+    pub(super) fn reserve_ids(
+        &mut self,
+        count: i64,
+        at_least: i64,
+    ) -> rusqlite::Result<RangeInclusive<i64>> {
+        const RESERVE: &str = "
+            update sqlite_sequence
+               set seq = max(seq, ?2) + ?1
+             where name = 'sync_events'
+            returning seq
+        ";
+        const FIRST: &str = "
+            insert into sqlite_sequence (name, seq)
+            values ('sync_events', max(?2, ifnull((select max(id) from sync_events), 0)) + ?1)
+            returning seq
+        ";
+        let transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let last: Option<i64> = transaction
+            .prepare_cached(RESERVE)?
+            .query_row([count, at_least], |row| row.get(0))
+            .optional()?;
+        let last = match last {
+            Some(last) => last,
+            None => transaction.query_row(FIRST, [count, at_least], |row| row.get(0))?,
+        };
+        transaction.commit()?;
+        Ok(last - count + 1..=last)
+    }
+
+    /// Gives ids back that were reserved last and never given, so that a proper stop leaves no gap. Everything
+    /// must be in the tables, and nobody may take ids any more.
+    pub(super) fn return_unused_ids(&mut self) -> rusqlite::Result<()> {
+        const RETURN: &str =
+            "update sqlite_sequence set seq = ?1 - 1 where name = 'sync_events' and seq = ?2";
+        let Some(unused) = self.intake.upgrade().map(|intake| intake.unused_ids()) else {
+            return Ok(());
+        };
+        if !unused.is_empty() {
+            self.connection.execute(RETURN, [unused.start(), unused.end()])?;
+        }
+        Ok(())
+    }
+
+    /// The highest id of an event in the tables.
+    pub(super) fn highest_id(&self) -> rusqlite::Result<i64> {
         self.connection
-            .prepare_cached("select exists (select 1 from sync_events where id = ?1)")?
-            .query_row([id], |row| row.get(0))
+            .prepare_cached("select ifnull(max(id), 0) from sync_events")?
+            .query_row([], |row| row.get(0))
     }
 
     /// Up to which id events may be folded: all of those that are stored later have a higher one.
     pub(super) fn last_foldable_id(&mut self) -> rusqlite::Result<i64> {
         let Some(intake) = self.intake.upgrade() else { return Ok(i64::MAX) };
-        let lowest_open_id = intake.lowest_open_id();
-        // Other processes' events have higher ones than those that wait; what comes now shall have so too.
-        intake.keep_from(last_id(&self.connection)?);
-        Ok(lowest_open_id - 1)
+        intake.pass_other_writers(self)?;
+        Ok(intake.lowest_open_id() - 1)
     }
 
     /// Stores a batch with its figures in one transaction.
@@ -234,10 +300,8 @@ impl WriteConnection {
             || self.devices.len() > REMEMBERED_DEVICES
         {
             self.devices.clear();
-            self.last_id = last_id(&transaction)?;
             self.streaks_since = expiry::streaks_since(&transaction)?;
             if let Some(intake) = &intake {
-                intake.keep_from(self.last_id);
                 intake.forget_devices();
             }
         }
@@ -264,24 +328,22 @@ impl WriteConnection {
             }
         }
 
-        let last_id = match journaled {
+        match journaled {
             Some(Journaled { ids, through }) => {
                 settle_through(&transaction, *through)?;
-                insert_events(&transaction, batch, &numbers, Ids::Given(ids), &mut written)?
+                insert_events(&transaction, batch, &numbers, Ids::Given(ids), &mut written)?;
             }
             None => {
                 if !batch.receipts.is_empty() {
                     move_devices_back(&transaction, batch, &order, &numbers)?;
                 }
-                let first = match &intake {
-                    Some(intake) => intake.take_ids(batch.events.len()),
-                    // The ids that a server has given follow the last one in the tables.
-                    None if is_locked(&self.path) => self.last_id + ID_DISTANCE + 1,
-                    None => self.last_id + 1,
+                let first = match intake.and_then(|intake| intake.take_ids(batch.events.len())) {
+                    Some(first) => first,
+                    None => last_id(&transaction)? + 1,
                 };
-                insert_events(&transaction, batch, &numbers, Ids::From(first), &mut written)?
+                insert_events(&transaction, batch, &numbers, Ids::From(first), &mut written)?;
             }
-        };
+        }
 
         let mut counting = order;
         if !written.duplicates.is_empty() {
@@ -299,7 +361,6 @@ impl WriteConnection {
             imports::advance(&transaction, progress)?;
         }
         transaction.commit()?;
-        self.last_id = self.last_id.max(last_id);
         self.devices
             .extend(found.into_iter().map(|(device_id, number)| (device_id.clone(), number)));
         Ok(written)
@@ -425,15 +486,18 @@ fn find_or_add(
         .map(|number| (number, true))
 }
 
-/// Notes that the journal is in the tables up to the record `through`.
-pub(super) fn settle_through(connection: &Connection, through: u64) -> rusqlite::Result<()> {
+/// Notes how far the journal is in the tables.
+pub(super) fn settle_through(connection: &Connection, through: Through) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("update ingest_state set settled = ?1")?
-        .execute([through.cast_signed()])
+        .prepare_cached("update ingest_state set settled = ?1, settled_events = ?2")?
+        .execute(params![
+            through.record.cast_signed(),
+            u32::try_from(through.events).unwrap_or(u32::MAX)
+        ])
         .map(drop)
 }
 
-/// The highest id that an event ever had: it stays when the event goes.
+/// The highest id that an event ever had, or that is reserved for one.
 fn last_id(transaction: &Connection) -> rusqlite::Result<i64> {
     transaction
         .prepare_cached("select seq from sqlite_sequence where name = 'sync_events'")?
@@ -468,14 +532,14 @@ enum Ids<'a> {
 }
 
 /// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
-/// before; answers the last one's id, 0 when there is none.
+/// before.
 fn insert_events(
     transaction: &Transaction<'_>,
     batch: &Batch,
     numbers: &[i64],
     ids: Ids<'_>,
     written: &mut Written,
-) -> rusqlite::Result<i64> {
+) -> rusqlite::Result<()> {
     const INSERT_EVENT: &str = "
         insert into sync_events (
             id, device, timestamp, total_files_synced, total_errors, internet_speed,
@@ -507,25 +571,55 @@ fn insert_events(
             written.duplicates.push(Duplicate { position, first });
             continue;
         }
-        insert.execute(params![
-            id,
-            number,
-            event.timestamp.as_millisecond(),
-            event.total_files_synced,
-            event.total_errors,
-            event.internet_speed.map(Mbps::hundredths),
-            event.job.as_ref().map(JobName::as_str),
-            event.duration.map(SyncDuration::milliseconds),
-            event.bytes_synced.map(u64::cast_signed),
-            event.metadata.as_ref().map(Metadata::as_str),
-            batch.received_at(position).as_millisecond(),
-            event.event_id.as_ref().map(EventId::as_str),
-        ])?;
+        let mut insert_as = |id: Option<i64>| {
+            insert.execute(params![
+                id,
+                number,
+                event.timestamp.as_millisecond(),
+                event.total_files_synced,
+                event.total_errors,
+                event.internet_speed.map(Mbps::hundredths),
+                event.job.as_ref().map(JobName::as_str),
+                event.duration.map(SyncDuration::milliseconds),
+                event.bytes_synced.map(u64::cast_signed),
+                event.metadata.as_ref().map(Metadata::as_str),
+                batch.received_at(position).as_millisecond(),
+                event.event_id.as_ref().map(EventId::as_str),
+            ])
+        };
+        let id = match insert_as(Some(id)) {
+            Err(error) if is_id_taken(&error) => {
+                // An event that was acknowledged is stored, whatever its id.
+                insert_as(None)?;
+                let new_id = transaction.last_insert_rowid();
+                if let Some(event_id) = &event.event_id {
+                    keys.change(*number, event_id, new_id)?;
+                }
+                tracing::warn!(
+                    device_id = %event.device_id,
+                    id,
+                    new_id,
+                    "another program has taken the id of an event, which is therefore stored under another one; insert rows into sync_events without an id"
+                );
+                new_id
+            }
+            other => {
+                other?;
+                id
+            }
+        };
         written.ids.push(id);
         last_id = last_id.max(id);
     }
     written.duplicates.sort_unstable_by_key(|duplicate| duplicate.position);
-    Ok(last_id)
+    Ok(())
+}
+
+/// Whether a row was refused since another one has its id.
+fn is_id_taken(error: &rusqlite::Error) -> bool {
+    error.sqlite_error().is_some_and(|error| {
+        matches!(error.extended_code, SQLITE_CONSTRAINT_PRIMARYKEY | SQLITE_CONSTRAINT_ROWID)
+    })
 }
 
 /// The id of the event that a device reported under an id of its own.
@@ -557,6 +651,14 @@ impl EventKeys<'_> {
         };
         let key = params![device, event_id.as_str(), id, received.as_millisecond()];
         Ok(self.add.insert(add).execute(key)? > 0)
+    }
+
+    /// The event has another id.
+    fn change(&self, device: i64, event_id: &EventId, id: i64) -> rusqlite::Result<()> {
+        self.transaction
+            .prepare_cached("update event_keys set id = ?3 where device = ?1 and event_id = ?2")?
+            .execute(params![device, event_id.as_str(), id])
+            .map(drop)
     }
 
     /// The id of the event that was first reported, and the event if it is still kept.

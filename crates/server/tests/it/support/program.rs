@@ -2,10 +2,10 @@
 //! environment and nothing else.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader, Read, Write as _},
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
     time::{Duration, Instant},
@@ -109,6 +109,13 @@ impl Program {
     pub(crate) fn run_reading(&self, arguments: &[&str], name: &str) -> Ended {
         let file = std::fs::File::open(self.path(name)).unwrap();
         self.start_reading(arguments, file.into()).wait()
+    }
+
+    /// Starts a command that reads from its standard input what it is fed.
+    pub(crate) fn run_fed(&self, arguments: &[&str]) -> Fed {
+        let mut running = self.start_reading(arguments, Stdio::piped());
+        let input = running.child.stdin.take().unwrap();
+        Fed { running, input }
     }
 
     /// Starts a command and kills it as soon as `enough` says so, or it ends before.
@@ -216,6 +223,25 @@ impl Running {
         let stderr = rest(&self.stderr);
         let stdout = std::mem::take(&mut self.said) + &rest(&self.stdout);
         Ended { status: self.child.wait().unwrap(), stdout, stderr }
+    }
+}
+
+/// A process that is fed through its standard input.
+pub(crate) struct Fed {
+    running: Running,
+    input: ChildStdin,
+}
+
+impl Fed {
+    pub(crate) fn feed(&mut self, text: &str) {
+        self.input.write_all(text.as_bytes()).unwrap();
+        self.input.flush().unwrap();
+    }
+
+    /// Closes its standard input and waits for its end.
+    pub(crate) fn finish(self) -> Ended {
+        drop(self.input);
+        self.running.wait()
     }
 }
 

@@ -1,0 +1,2 @@
+-- loses: nothing
+alter table ingest_state drop column settled_events;

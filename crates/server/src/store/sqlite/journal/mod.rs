@@ -1,0 +1,260 @@
+//! The ingest journal: two files beside the database in which events are on the disk, in the order of their
+//! ids, before they are in its tables.
+//!
+//! A record is a batch ([`record`]). Records are numbered without gaps, and `ingest_state.settled` says which
+//! of them are in the tables already; what is left after that one is what a crash has left to do. A file is
+//! written from its beginning again once all its records are applied, so old records may follow the newest:
+//! they have lower numbers.
+//!
+//! A record that is not whole, with no later one anywhere, is one that a power cut interrupted: nobody was
+//! told that it is stored. When a later one is there, or a number is missing, the disk has lost what was
+//! acknowledged ([`survey`]); then nothing goes on before a person has looked.
+
+mod record;
+mod salvage;
+mod survey;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use pisync_core::{SyncEvent, Timestamp};
+
+pub(super) use record::Record;
+pub(super) use salvage::salvage;
+use survey::FileSurvey;
+pub(super) use survey::Survey;
+
+use crate::store::StoreError;
+
+/// What the files' names end in.
+const ENDINGS: [&str; 2] = [".ingest-1", ".ingest-2"];
+
+/// A file that is as long as this gives way to the other one, as soon as that is free.
+const FILE_BYTES: u64 = 4 << 20;
+
+/// A file grows by this much, filled with zeros: syncing what overwrites them changes nothing but data, and
+/// costs the disk one write instead of several.
+const GROWTH_BYTES: u64 = 1 << 20;
+
+/// See the module. There is one per database, and only whoever has claimed the database writes it.
+#[derive(Debug)]
+pub(super) struct Journal {
+    /// `ingest_state.journal`.
+    identity: i64,
+    files: [JournalFile; 2],
+    /// Which of them is being written.
+    current: usize,
+    last_number: u64,
+    /// Whether the next record takes the place of one that failed, which may be there all the same.
+    retries: bool,
+    record: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct JournalFile {
+    path: PathBuf,
+    /// Made when it is first needed.
+    file: Option<File>,
+    /// How long it is.
+    bytes: u64,
+    /// Where the next record goes.
+    end: u64,
+    /// The last record's number; 0 before the first.
+    last_number: u64,
+}
+
+impl Journal {
+    /// Opens the journal of the database at `database`, whose `ingest_state` says whose journal it is and
+    /// how much of it is `applied`. Answers the records that are not, in order.
+    ///
+    /// # Errors
+    /// When acknowledged records are missing or damaged, or were written by a newer version: the message says
+    /// what to do, and nothing is changed.
+    pub(super) fn open(
+        database: &Path,
+        identity: i64,
+        applied: u64,
+    ) -> Result<(Self, Vec<Record>), StoreError> {
+        let survey =
+            Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
+        survey.check(applied)?;
+        let failed = |error: io::Error| unusable(database, &error);
+        let [first, second] = &survey.files;
+        let files =
+            [JournalFile::open(first).map_err(failed)?, JournalFile::open(second).map_err(failed)?];
+        let records = survey.into_unapplied(applied);
+        let last_number = records.last().map_or(applied, |record| record.number);
+        let current = usize::from(files[1].last_number > files[0].last_number);
+        let journal =
+            Self { identity, files, current, last_number, retries: false, record: Vec::new() };
+        Ok((journal, records))
+    }
+
+    /// Puts events on the disk, whose ids begin at `first_id`, and answers their record's number and length.
+    /// Records up to `applied` are in the tables, and that is on the disk, too.
+    ///
+    /// # Errors
+    /// When that fails: then the next record takes the place of this one. A crash before that may find it
+    /// written all the same.
+    pub(super) fn append<'a>(
+        &mut self,
+        first_id: i64,
+        received: Timestamp,
+        events: impl Iterator<Item = &'a SyncEvent>,
+        applied: u64,
+    ) -> io::Result<(u64, usize)> {
+        let number = self.last_number + 1;
+        record::encode(&mut self.record, self.identity, number, first_id, received, events)?;
+        let [current, other] = [self.current, 1 - self.current];
+        if self.files[current].last_number <= applied {
+            self.files[current].end = 0;
+        } else if !self.retries
+            && self.files[current].end >= FILE_BYTES
+            && self.files[other].last_number <= applied
+        {
+            self.files[other].end = 0;
+            self.current = other;
+        }
+        self.retries = true;
+        self.files[self.current].append(&self.record)?;
+        self.retries = false;
+        self.files[self.current].last_number = number;
+        self.last_number = number;
+        Ok((number, self.record.len()))
+    }
+}
+
+impl JournalFile {
+    /// Goes on with a file. One in which nothing is this database's is renamed rather than written over.
+    fn open(found: &FileSurvey) -> io::Result<Self> {
+        let path = found.path.clone();
+        if !found.exists {
+            return Ok(Self { path, file: None, bytes: 0, end: 0, last_number: 0 });
+        }
+        if found.is_strange() {
+            let aside = set_aside(&path)?;
+            tracing::warn!(
+                file = %aside.display(),
+                "the ingest journal has no event of this database in it; the file was renamed"
+            );
+            return Ok(Self { path, file: None, bytes: 0, end: 0, last_number: 0 });
+        }
+        if let Some(bytes) = found.torn_tail() {
+            tracing::warn!(
+                file = %path.display(),
+                bytes,
+                "the ingest journal ends with a record that is not whole: it was interrupted while it was written, and its events were not acknowledged"
+            );
+        }
+        let file = OpenOptions::new().write(true).open(&path)?;
+        let (end, last_number) = found.end();
+        Ok(Self { path, file: Some(file), bytes: found.bytes, end, last_number })
+    }
+
+    fn append(&mut self, record: &[u8]) -> io::Result<()> {
+        let end = self.end + record.len() as u64;
+        let file = match &self.file {
+            Some(file) => file,
+            None => self.file.insert(create(&self.path)?),
+        };
+        if end > self.bytes {
+            let bytes = end.next_multiple_of(GROWTH_BYTES);
+            let growth = usize::try_from(bytes - self.bytes).map_err(io::Error::other)?;
+            file.write_all_at(&vec![0; growth], self.bytes)?;
+            file.sync_all()?;
+            self.bytes = bytes;
+        }
+        file.write_all_at(record, self.end)?;
+        file.sync_data()?;
+        self.end = end;
+        Ok(())
+    }
+}
+
+/// Whether the database has a journal: none is left when a server has stopped properly.
+pub(super) fn exists(database: &Path) -> bool {
+    paths(database).iter().any(|path| path.exists())
+}
+
+/// Removes the journal of a database, all of which is applied.
+pub(super) fn remove(database: &Path) -> io::Result<()> {
+    for path in paths(database) {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Renames the journal of a database, for a person to look at, and answers the new names.
+pub(super) fn set_all_aside(database: &Path) -> io::Result<Vec<PathBuf>> {
+    paths(database).iter().filter(|path| path.exists()).map(|path| set_aside(path)).collect()
+}
+
+fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    let aside = second_name(path)?;
+    fs::remove_file(path)?;
+    sync_folder(path)?;
+    Ok(aside)
+}
+
+/// Gives a file a second name, in the place of no other.
+fn second_name(path: &Path) -> io::Result<PathBuf> {
+    for number in 1.. {
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(format!(".aside-{number}"));
+        let aside = PathBuf::from(aside);
+        match fs::hard_link(path, &aside) {
+            Ok(()) => {
+                sync_folder(path)?;
+                return Ok(aside);
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(_) if !aside.exists() => {
+                // A file system without hard links.
+                fs::copy(path, &aside)?;
+                File::open(&aside)?.sync_all()?;
+                sync_folder(path)?;
+                return Ok(aside);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::other("no name is free"))
+}
+
+fn paths(database: &Path) -> [PathBuf; 2] {
+    ENDINGS.map(|ending| {
+        let mut path = database.as_os_str().to_owned();
+        path.push(ending);
+        path.into()
+    })
+}
+
+/// Makes a file that is still there after a power cut. Events are nobody else's to read.
+fn create(path: &Path) -> io::Result<File> {
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    sync_folder(path)?;
+    Ok(file)
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+fn unusable(database: &Path, error: &io::Error) -> StoreError {
+    StoreError::Failed(format!(
+        "cannot use the ingest journal beside {}: {error}",
+        database.display()
+    ))
+}
+
+#[cfg(test)]
+mod tests;

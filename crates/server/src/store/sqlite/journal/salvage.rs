@@ -1,0 +1,88 @@
+//! Going on with a damaged journal: what is whole is kept, what is missing is marked, and the damaged files stay
+//! beside it.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
+};
+
+use pisync_core::SyncEvent;
+use tempfile::NamedTempFile;
+
+use super::{
+    paths,
+    record::{self, Record},
+    second_name,
+    survey::Survey,
+    sync_folder,
+};
+use crate::store::JournalSalvage;
+
+/// What came of a salvage.
+#[derive(Debug)]
+pub(in super::super) struct Salvaged {
+    pub(in super::super) result: JournalSalvage,
+    /// Events that can be read in the damaged stretches.
+    pub(in super::super) doubtful: Vec<SyncEvent>,
+}
+
+/// Makes a journal of what is left of the one of the database at `database`, whose number is `identity` and of
+/// which the records up to `applied` are in the tables. Killed at any point, it can be run again.
+pub(in super::super) fn salvage(
+    database: &Path,
+    identity: i64,
+    applied: u64,
+) -> io::Result<Salvaged> {
+    let survey = Survey::read(database, identity)?;
+    if let Some(version) = survey.newer_version() {
+        return Err(io::Error::other(format!(
+            "there are events in format {version}, which this version of PiSync cannot read; use the newer version"
+        )));
+    }
+    let damage = survey.damage(applied);
+    let doubtful = damage.iter().flat_map(|damage| survey.doubtful_events(damage)).collect();
+    let records = survey.into_unapplied(applied);
+    let mut result = JournalSalvage {
+        damage: damage.map(|damage| damage.to_string()),
+        events: records.iter().map(|record| record.events.len()).sum(),
+        ..JournalSalvage::default()
+    };
+    if result.damage.is_none() {
+        return Ok(Salvaged { result, doubtful });
+    }
+    let [first, second] = paths(database);
+    for path in [&first, &second] {
+        if path.exists() {
+            result.kept.push(second_name(path)?);
+        }
+    }
+    // From here on everything is in the first file. Until the second is gone, it has some of it, too.
+    write_all(&first, identity, applied, &records)?;
+    match fs::remove_file(&second) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    sync_folder(&first)?;
+    Ok(Salvaged { result, doubtful })
+}
+
+/// Writes `records` into the file at `path`, with a mark in the place of those that are missing.
+fn write_all(path: &Path, identity: i64, applied: u64, records: &[Record]) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let mut file = NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    let mut buffer = Vec::new();
+    let mut expected = applied + 1;
+    for Record { number, first_id, received, events } in records {
+        if expected < *number {
+            record::encode_lost(&mut buffer, identity, expected..*number)?;
+            file.write_all(&buffer)?;
+        }
+        record::encode(&mut buffer, identity, *number, *first_id, *received, events.iter())?;
+        file.write_all(&buffer)?;
+        expected = number + 1;
+    }
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_folder(path)
+}

@@ -1,0 +1,311 @@
+//! What is in the files of an ingest journal, whatever has become of them: whole records, wherever they stand,
+//! and stretches that are none.
+
+use std::{
+    fmt, fs, io,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use pisync_core::SyncEvent;
+
+use super::{
+    paths,
+    record::{self, Found, Record},
+};
+use crate::store::{JournalFileReport, JournalReport, JournalStretch, StoreError};
+
+/// What both files hold.
+#[derive(Debug)]
+pub(in super::super) struct Survey {
+    pub(super) database: PathBuf,
+    pub(in super::super) files: [FileSurvey; 2],
+}
+
+/// What one file holds.
+#[derive(Debug)]
+pub(in super::super) struct FileSurvey {
+    pub(in super::super) path: PathBuf,
+    pub(in super::super) exists: bool,
+    /// How long it is.
+    pub(in super::super) bytes: u64,
+    /// Whole records, by their place in the file.
+    pub(in super::super) records: Vec<Placed>,
+    /// Stretches that are no record and not all zeros. The remains of older, longer records are among them.
+    pub(in super::super) other: Vec<Range<usize>>,
+    /// Whole records of another database.
+    pub(in super::super) foreign: usize,
+    /// The version of a record that this program cannot read.
+    pub(in super::super) newer: Option<u16>,
+    contents: Vec<u8>,
+}
+
+/// A record and where it stands.
+#[derive(Debug)]
+pub(in super::super) struct Placed {
+    pub(in super::super) at: Range<usize>,
+    pub(in super::super) record: Record,
+}
+
+/// Acknowledged records that are not there.
+#[derive(Debug, PartialEq, Eq)]
+pub(in super::super) struct Damage {
+    /// Their numbers, in stretches.
+    pub(in super::super) missing: Vec<Range<u64>>,
+    /// Stretches of the files that are no record, before a later one.
+    pub(in super::super) places: Vec<(PathBuf, Range<usize>)>,
+}
+
+impl Survey {
+    /// Reads the journal of the database at `database`, whose number is `identity`. Changes nothing.
+    pub(in super::super) fn read(database: &Path, identity: i64) -> io::Result<Self> {
+        let [first, second] = paths(database);
+        let files = [FileSurvey::read(first, identity)?, FileSurvey::read(second, identity)?];
+        Ok(Self { database: database.to_owned(), files })
+    }
+
+    /// The highest number of a record; 0 when there is none.
+    pub(in super::super) fn last_number(&self) -> u64 {
+        self.records().map(|record| record.number).max().unwrap_or(0)
+    }
+
+    /// The whole records behind the record `applied`, in order.
+    pub(in super::super) fn into_unapplied(self, applied: u64) -> Vec<Record> {
+        let records = self.files.into_iter().flat_map(|file| file.records);
+        let mut records: Vec<_> =
+            records.map(|placed| placed.record).filter(|record| record.number > applied).collect();
+        records.sort_by_key(|record| record.number);
+        // A salvage that was interrupted leaves some in both files.
+        records.dedup_by_key(|record| record.number);
+        records
+    }
+
+    /// What there is, for a person to read.
+    pub(in super::super) fn report(&self, applied: u64) -> JournalReport {
+        let files = self.files.iter().filter(|file| file.exists);
+        JournalReport {
+            applied,
+            files: files.map(|file| file.report(applied)).collect(),
+            unapplied_events: self
+                .records()
+                .filter(|record| record.number > applied)
+                .map(|record| record.events.len())
+                .sum(),
+            damage: self.damage(applied).map(|damage| damage.to_string()),
+            newer_version: self.newer_version(),
+        }
+    }
+
+    fn records(&self) -> impl Iterator<Item = &Record> {
+        self.files.iter().flat_map(|file| &file.records).map(|placed| &placed.record)
+    }
+
+    /// What is missing behind the record `applied`, and where it may have been.
+    pub(in super::super) fn damage(&self, applied: u64) -> Option<Damage> {
+        let mut there: Vec<_> = self.records().map(Record::numbers).collect();
+        there.sort_unstable_by_key(|numbers| *numbers.start());
+        let mut missing = Vec::new();
+        let mut expected = applied + 1;
+        for numbers in there {
+            if *numbers.start() > expected {
+                missing.push(expected..*numbers.start());
+            }
+            expected = expected.max(numbers.end() + 1);
+        }
+        if missing.is_empty() {
+            return None;
+        }
+        let mut places = Vec::new();
+        for file in &self.files {
+            let unapplied = |placed: &&Placed| placed.record.number > applied;
+            let Some(last) = file.records.iter().rfind(unapplied) else { continue };
+            let before = file.other.iter().filter(|place| place.end <= last.at.start);
+            places.extend(before.map(|place| (file.path.clone(), place.clone())));
+        }
+        Some(Damage { missing, places })
+    }
+
+    /// Whether everything that was acknowledged after the record `applied` can be read.
+    ///
+    /// # Errors
+    /// When it cannot; the message says what to do.
+    pub(in super::super) fn check(&self, applied: u64) -> Result<(), StoreError> {
+        if let Some(version) = self.newer_version() {
+            return Err(StoreError::Failed(format!(
+                "the ingest journal beside {} has events in format {version}, which this version of PiSync cannot read; start the newer version and stop it properly, then go on with this one",
+                self.database.display()
+            )));
+        }
+        match self.damage(applied) {
+            None => Ok(()),
+            Some(damage) => Err(StoreError::Failed(format!(
+                "the ingest journal beside {} is damaged: {damage}; nothing was changed. `pisync journal inspect` shows what is left, and `pisync journal salvage` stores it and keeps the damaged files",
+                self.database.display()
+            ))),
+        }
+    }
+
+    /// Events in the stretches that are damaged, as far as they can be read.
+    pub(super) fn doubtful_events(&self, damage: &Damage) -> Vec<SyncEvent> {
+        let of_file = |(path, place): &(PathBuf, Range<usize>)| {
+            let file = self.files.iter().find(|file| file.path == *path);
+            file.map(|file| file.legible_events(place)).unwrap_or_default()
+        };
+        damage.places.iter().flat_map(of_file).collect()
+    }
+
+    /// The format of records that this program is too old for.
+    pub(in super::super) fn newer_version(&self) -> Option<u16> {
+        self.files.iter().find_map(|file| file.newer)
+    }
+}
+
+impl FileSurvey {
+    fn read(path: PathBuf, identity: i64) -> io::Result<Self> {
+        let (exists, contents) = match fs::read(&path) {
+            Ok(contents) => (true, contents),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (false, Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut file = Self {
+            path,
+            exists,
+            bytes: contents.len() as u64,
+            records: Vec::new(),
+            other: Vec::new(),
+            foreign: 0,
+            newer: None,
+            contents,
+        };
+        file.find_records(identity);
+        Ok(file)
+    }
+
+    fn find_records(&mut self, identity: i64) {
+        let mut contents = std::mem::take(&mut self.contents);
+        // A file is filled with zeros before it is written. A mark for lost records may end with some.
+        let filled = contents.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        contents.truncate(filled + record::HEADER_BYTES);
+        // Where the stretch began that is no record so far.
+        let (mut at, mut begun) = (0, 0);
+        while let Some(place) = record::next_candidate(&contents, at) {
+            let length = match record::decode(&contents[place..], identity) {
+                Found::Record(record, length) => {
+                    self.records.push(Placed { at: place..place + length, record });
+                    length
+                }
+                Found::Foreign(length) => {
+                    self.foreign += 1;
+                    length
+                }
+                Found::Newer { version } => {
+                    self.newer = Some(version);
+                    at = place + 1;
+                    continue;
+                }
+                Found::Nothing => {
+                    at = place + 1;
+                    continue;
+                }
+            };
+            self.note_other(&contents, begun..place);
+            at = place + length;
+            begun = at;
+        }
+        self.note_other(&contents, begun..contents.len());
+        self.contents = contents;
+    }
+
+    fn note_other(&mut self, contents: &[u8], place: Range<usize>) {
+        if contents[place.clone()].iter().any(|byte| *byte != 0) {
+            self.other.push(place);
+        }
+    }
+
+    fn report(&self, applied: u64) -> JournalFileReport {
+        let mut records: Vec<JournalStretch> = Vec::new();
+        let mut applied_records = 0;
+        for Placed { at, record } in &self.records {
+            if record.number <= applied {
+                applied_records += 1;
+                continue;
+            }
+            match records.last_mut() {
+                Some(stretch)
+                    if stretch.last + 1 == record.number && stretch.bytes.end == at.start =>
+                {
+                    stretch.last = record.number;
+                    stretch.events += record.events.len();
+                    stretch.bytes.end = at.end;
+                }
+                _ => records.push(JournalStretch {
+                    first: record.number,
+                    last: record.number,
+                    events: record.events.len(),
+                    bytes: at.clone(),
+                }),
+            }
+        }
+        JournalFileReport {
+            path: self.path.clone(),
+            bytes: self.bytes,
+            records,
+            applied_records,
+            foreign_records: self.foreign,
+            other: self.other.clone(),
+        }
+    }
+
+    /// Whether the file holds something, and nothing of this database.
+    pub(super) fn is_strange(&self) -> bool {
+        self.records.is_empty() && (self.foreign > 0 || !self.other.is_empty())
+    }
+
+    /// Where the next record goes, and the number of the last one.
+    pub(super) fn end(&self) -> (u64, u64) {
+        let last = self.records.iter().max_by_key(|placed| placed.record.number);
+        last.map_or((0, 0), |placed| (placed.at.end as u64, placed.record.number))
+    }
+
+    /// How many bytes there are of a record that a power cut has interrupted behind the last one.
+    pub(super) fn torn_tail(&self) -> Option<usize> {
+        let end = usize::try_from(self.end().0).ok()?;
+        let behind = self.contents.get(end..)?;
+        let is_whole = self.records.iter().any(|placed| placed.at.start == end);
+        (record::is_begun(behind) && !is_whole)
+            .then(|| behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1))
+    }
+
+    /// Events in a stretch that is no whole record, as far as they can be read.
+    fn legible_events(&self, place: &Range<usize>) -> Vec<SyncEvent> {
+        self.contents.get(place.clone()).map(record::legible_events).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let records: Vec<String> = self
+            .missing
+            .iter()
+            .map(|numbers| match numbers.end - numbers.start {
+                1 => numbers.start.to_string(),
+                _ => format!("{} to {}", numbers.start, numbers.end - 1),
+            })
+            .collect();
+        let noun = match self.missing.as_slice() {
+            [numbers] if numbers.end - numbers.start == 1 => "record",
+            _ => "records",
+        };
+        write!(formatter, "acknowledged events are missing ({noun} {})", records.join(", "))?;
+        for (path, place) in &self.places {
+            write!(
+                formatter,
+                ", and bytes {} to {} of {} are no record",
+                place.start,
+                place.end - 1,
+                path.display()
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,338 @@
+//! What the journal gives back, whatever has become of its files.
+
+use pisync_core::{DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration};
+use tempfile::TempDir;
+
+use super::{salvage::Salvaged, *};
+
+const IDENTITY: i64 = -7;
+
+struct Place {
+    _folder: TempDir,
+    database: PathBuf,
+}
+
+impl Place {
+    fn make() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let database = folder.path().join("test.db");
+        Self { _folder: folder, database }
+    }
+
+    fn open(&self, applied: u64) -> (Journal, Vec<Record>) {
+        Journal::open(&self.database, IDENTITY, applied).unwrap()
+    }
+
+    /// What opening says when it fails.
+    fn refusal(&self, applied: u64) -> String {
+        Journal::open(&self.database, IDENTITY, applied).unwrap_err().to_string()
+    }
+
+    /// The numbers of the records that are found.
+    fn found(&self, applied: u64) -> Vec<u64> {
+        self.open(applied).1.iter().map(|record| record.number).collect()
+    }
+
+    fn path(&self, file: usize) -> PathBuf {
+        paths(&self.database)[file].clone()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.database.parent().unwrap()).unwrap();
+        let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name();
+        let mut names: Vec<_> = entries.map(|entry| name(entry).into_string().unwrap()).collect();
+        names.sort_unstable();
+        names
+    }
+}
+
+fn time(millisecond: i64) -> Timestamp {
+    Timestamp::from_millisecond(millisecond).unwrap()
+}
+
+fn plain() -> SyncEvent {
+    SyncEvent {
+        device_id: DeviceId::new("pi").unwrap(),
+        event_id: None,
+        timestamp: time(-1),
+        total_files_synced: 0,
+        total_errors: 0,
+        internet_speed: None,
+        job: None,
+        duration: None,
+        bytes_synced: None,
+        metadata: None,
+    }
+}
+
+fn full() -> SyncEvent {
+    SyncEvent {
+        device_id: DeviceId::new("Gerät \"1\"").unwrap(),
+        event_id: Some(EventId::new("run-1").unwrap()),
+        timestamp: time(1_795_348_800_123),
+        total_files_synced: i32::MAX.unsigned_abs(),
+        total_errors: 1,
+        internet_speed: Mbps::from_hundredths(9_999_999_999),
+        job: Some(JobName::new("nightly\\backup").unwrap()),
+        duration: SyncDuration::from_milliseconds(31_536_000_000),
+        bytes_synced: Some((1 << 53) - 1),
+        metadata: Some(Metadata::new("{ \"a\":\n\"\\u0000\"}").unwrap()),
+    }
+}
+
+/// Appends one event of about so many bytes.
+fn append(journal: &mut Journal, bytes: usize, applied: u64) -> u64 {
+    let text = format!("{{\"x\":\"{}\"}}", "x".repeat(bytes.min(4_000)));
+    let event = SyncEvent { metadata: Some(Metadata::new(&text).unwrap()), ..plain() };
+    let count = (bytes / 4_000).max(1);
+    let events = std::iter::repeat_n(&event, count);
+    journal.append(1, time(0), events, applied).unwrap().0
+}
+
+#[test]
+fn events_come_back_as_they_were() {
+    let place = Place::make();
+    let (mut journal, none) = place.open(0);
+    assert!(none.is_empty() && !exists(&place.database));
+    journal.append(5, time(7), [plain(), full()].iter(), 0).unwrap();
+    journal.append(7, time(8), [full()].iter(), 0).unwrap();
+    let (mut journal, found) = place.open(0);
+    let what = |record: &Record| (record.number, record.first_id, record.received);
+    assert_eq!(found.iter().map(what).collect::<Vec<_>>(), [(1, 5, time(7)), (2, 7, time(8))]);
+    assert_eq!(found[0].events, [plain(), full()]);
+    assert_eq!(found[1].events, [full()]);
+    // It goes on where it was.
+    assert_eq!(append(&mut journal, 1, 0), 3);
+    assert_eq!(place.found(0), [1, 2, 3]);
+    assert_eq!(place.found(2), [3]);
+    remove(&place.database).unwrap();
+    assert!(!exists(&place.database));
+    remove(&place.database).unwrap();
+}
+
+/// A power cut leaves a record that is not whole, and none after it: that was not acknowledged.
+#[test]
+fn a_record_that_is_not_whole_ends_it() {
+    let place = Place::make();
+    let (mut journal, _) = place.open(0);
+    append(&mut journal, 100, 0);
+    let first = journal.files[0].end;
+    append(&mut journal, 100, 0);
+    let contents = fs::read(place.path(0)).unwrap();
+    let end = usize::try_from(journal.files[0].end).unwrap();
+    for broken in (usize::try_from(first).unwrap()..end).step_by(7) {
+        let mut torn = contents.clone();
+        torn[broken..end].fill(0);
+        fs::write(place.path(0), &torn).unwrap();
+        assert_eq!(place.found(0), [1], "{broken}");
+        torn.truncate(broken);
+        fs::write(place.path(0), &torn).unwrap();
+        assert_eq!(place.found(0), [1], "{broken}");
+    }
+    // The next record takes its place.
+    let (mut journal, _) = place.open(0);
+    assert_eq!(append(&mut journal, 10, 0), 2);
+    assert_eq!(place.found(0), [1, 2]);
+}
+
+/// Whichever bit is flipped, and wherever the middle is cut out: what is behind it is not dropped in silence.
+#[test]
+fn damage_before_a_whole_record_stops_the_start() {
+    for version in [1, record::VERSION] {
+        let place = Place::make();
+        let mut ends = Vec::new();
+        if version == 1 {
+            let mut contents = Vec::new();
+            for number in 1..=4 {
+                contents.extend(record::encode_1(IDENTITY, number, 1, time(0), &[full()]));
+                ends.push(contents.len());
+            }
+            contents.resize(4_096, 0);
+            fs::write(place.path(0), contents).unwrap();
+        } else {
+            let (mut journal, _) = place.open(0);
+            for _ in 0..4 {
+                journal.append(1, time(0), std::iter::once(&full()), 0).unwrap();
+                ends.push(usize::try_from(journal.files[0].end).unwrap());
+            }
+        }
+        assert_eq!(place.found(0), [1, 2, 3, 4]);
+        let mut contents = fs::read(place.path(0)).unwrap();
+        contents.truncate(ends[3]);
+        for bit in (0..ends[2] * 8).step_by(17) {
+            let mut flipped = contents.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            fs::write(place.path(0), &flipped).unwrap();
+            let number = ends.iter().position(|end| bit / 8 < *end).unwrap() + 1;
+            let said = place.refusal(0);
+            let missing = format!("acknowledged events are missing (record {number})");
+            assert!(said.contains(&missing) && said.contains("salvage"), "{bit}: {said}");
+            // What is in the tables already may be damaged.
+            assert_eq!(place.found(3), [4], "{bit}");
+        }
+        for end in (1..ends[2]).step_by(7) {
+            let cut = [&contents[end..], &vec![0; end]].concat();
+            fs::write(place.path(0), &cut).unwrap();
+            let begin = ends.iter().position(|one| *one >= end).unwrap();
+            assert!(place.refusal(0).contains("are missing"), "{end}");
+            assert_eq!(place.found(begin as u64 + 1).len(), 3 - begin, "{end}");
+        }
+        // A file that is gone.
+        fs::remove_file(place.path(0)).unwrap();
+        fs::write(place.path(1), &contents[ends[1]..]).unwrap();
+        assert!(place.refusal(0).contains("are missing (records 1 to 2)"));
+    }
+}
+
+#[test]
+fn salvage_keeps_what_is_whole_and_says_what_is_not() {
+    let place = Place::make();
+    let (mut journal, _) = place.open(0);
+    let mut ends = Vec::new();
+    for number in 0..5 {
+        journal.append(1 + 2 * number, time(0), [full(), plain()].iter(), 0).unwrap();
+        ends.push(usize::try_from(journal.files[0].end).unwrap());
+    }
+    let whole = salvage(&place.database, IDENTITY, 0).unwrap().result;
+    assert!(whole.damage.is_none() && whole.events == 10 && whole.kept.is_empty());
+    let mut contents = fs::read(place.path(0)).unwrap();
+    contents[ends[1] - 3] ^= 4;
+    contents[ends[2] - 3] = b'{';
+    fs::write(place.path(0), &contents).unwrap();
+    let Salvaged { result: salvaged, doubtful } = salvage(&place.database, IDENTITY, 0).unwrap();
+    assert!(salvaged.damage.unwrap().contains("are missing (records 2 to 3)"));
+    assert_eq!((salvaged.events, salvaged.kept.len()), (6, 1));
+    // One of each that is damaged, and the other as it may have been.
+    assert_eq!(doubtful, [full(), full()]);
+    assert_eq!(fs::read(&salvaged.kept[0]).unwrap(), contents);
+    let (mut journal, found) = place.open(0);
+    let events = |record: &Record| (record.number, record.first_id, record.events.len());
+    assert_eq!(
+        found.iter().map(events).collect::<Vec<_>>(),
+        [(1, 1, 2), (3, 2, 0), (4, 7, 2), (5, 9, 2)]
+    );
+    // The mark goes on standing for what was lost.
+    append(&mut journal, 1, 0);
+    assert_eq!(place.found(0), [1, 3, 4, 5, 6]);
+    let again = salvage(&place.database, IDENTITY, 0).unwrap().result;
+    assert!(again.damage.is_none());
+    // It was killed before the second file was removed.
+    fs::write(place.path(1), &contents[ends[2]..]).unwrap();
+    assert_eq!(place.found(0), [1, 3, 4, 5, 6]);
+}
+
+#[test]
+fn what_version_1_wrote_is_read() {
+    let place = Place::make();
+    let mut contents = record::encode_1(IDENTITY, 8, 5, time(7), &[plain(), full()]);
+    contents.extend(record::encode_1(IDENTITY, 9, 7, time(8), &[full()]));
+    contents.resize(1 << 20, 0);
+    fs::write(place.path(1), contents).unwrap();
+    let (mut journal, found) = place.open(7);
+    assert_eq!(found[0].events, [plain(), full()]);
+    assert_eq!((found[1].number, found[1].first_id, found[1].received), (9, 7, time(8)));
+    // Both versions in one file.
+    assert_eq!(append(&mut journal, 1, 7), 10);
+    assert_eq!(place.found(7), [8, 9, 10]);
+}
+
+#[test]
+fn another_databases_journal_is_not_written_over() {
+    let place = Place::make();
+    append(&mut place.open(0).0, 1, 0);
+    let (mut journal, records) = Journal::open(&place.database, IDENTITY + 1, 0).unwrap();
+    assert!(records.is_empty());
+    journal.append(1, time(0), std::iter::once(&plain()), 0).unwrap();
+    assert_eq!(place.names(), ["test.db.ingest-1", "test.db.ingest-1.aside-1"]);
+    // What has no mark of ours is kept, too.
+    fs::write(place.path(1), b"what is this?").unwrap();
+    Journal::open(&place.database, IDENTITY + 1, 0).unwrap();
+    assert_eq!(
+        place.names(),
+        ["test.db.ingest-1", "test.db.ingest-1.aside-1", "test.db.ingest-2.aside-1"]
+    );
+}
+
+#[test]
+fn what_is_applied_is_written_over() {
+    let place = Place::make();
+    let (mut journal, _) = place.open(0);
+    for number in 1..=3 {
+        assert_eq!(append(&mut journal, 1_000 * number, 0), number as u64);
+    }
+    // Longer and shorter than what was there.
+    assert_eq!(append(&mut journal, 1_500, 3), 4);
+    assert_eq!(place.found(3), [4]);
+    assert_eq!(append(&mut journal, 1, 3), 5);
+    assert_eq!(place.found(3), [4, 5]);
+    assert_eq!(append(&mut journal, 1, 5), 6);
+    assert_eq!(place.found(5), [6]);
+    assert_eq!(fs::metadata(place.path(0)).unwrap().len(), GROWTH_BYTES);
+    assert!(!place.path(1).exists());
+}
+
+#[test]
+fn the_files_take_turns() {
+    let place = Place::make();
+    let (mut journal, _) = place.open(0);
+    let large = usize::try_from(FILE_BYTES).unwrap() / 4;
+    let mut applied = 0;
+    for number in 1..=60 {
+        assert_eq!(append(&mut journal, large, applied), number);
+        assert_eq!(place.found(applied), (applied + 1..=number).collect::<Vec<_>>());
+        // Never all of it.
+        applied = number.saturating_sub(3);
+    }
+    for file in 0..2 {
+        let bytes = fs::metadata(place.path(file)).unwrap().len();
+        assert!((FILE_BYTES..3 * FILE_BYTES).contains(&bytes), "{bytes}");
+    }
+    // While nothing is applied, the file grows.
+    for number in 61..=90 {
+        assert_eq!(append(&mut journal, large, applied), number);
+    }
+    assert_eq!(place.found(applied), (applied + 1..=90).collect::<Vec<_>>());
+}
+
+#[test]
+fn one_that_failed_is_followed_by_another_in_its_place() {
+    let place = Place::make();
+    let (mut journal, _) = place.open(0);
+    let large = usize::try_from(FILE_BYTES).unwrap();
+    append(&mut journal, large, 0);
+    append(&mut journal, large, 0);
+    // As if the disk had refused: the file is open for reading alone.
+    let file = journal.files[1].file.replace(File::open(place.path(1)).unwrap());
+    let event = plain();
+    journal.append(9, time(0), std::iter::once(&event), 0).unwrap_err();
+    journal.files[1].file = file;
+    // Not into the other file, although that is free now: what failed might be found in this one.
+    let length = journal.files[1].end;
+    assert_eq!(append(&mut journal, 1, 1), 3);
+    assert!(journal.files[1].end > length);
+    assert_eq!(place.found(1), [2, 3]);
+    assert_eq!(append(&mut journal, 1, 1), 4);
+    assert!(journal.files[0].end < length);
+    assert_eq!(place.found(1), [2, 3, 4]);
+}
+
+/// Whole, and not to be read: it is as it was written, so a newer version has written it.
+#[test]
+fn what_a_newer_version_wrote_is_not_passed_over() {
+    let place = Place::make();
+    let (mut journal, _) = place.open(0);
+    append(&mut journal, 1, 0);
+    append(&mut journal, 1, 0);
+    let contents = fs::read(place.path(0)).unwrap();
+    let end = usize::try_from(journal.files[0].end).unwrap() / 2;
+    for (at, byte) in [(4, 3), (record::HEADER_BYTES, b'{')] {
+        let mut newer = contents.clone();
+        newer[at] = byte;
+        let checksum = record::checksum(&newer[..end]).to_le_bytes();
+        newer[12..16].copy_from_slice(&checksum);
+        fs::write(place.path(0), newer).unwrap();
+        let said = place.refusal(0);
+        assert!(said.contains("start the newer version"), "{said}");
+        assert!(salvage(&place.database, IDENTITY, 0).is_err());
+    }
+}
