@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 /// How often a line says how far it is, where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -54,8 +54,8 @@ impl Progress {
             return String::new();
         };
         let elapsed = u128::from(total - bytes) * self.started.elapsed().as_millis();
-        let seconds = elapsed / u128::from(bytes) / 1000;
-        format!(", {} %, {seconds} s left", bytes * 100 / total)
+        let seconds = (elapsed / u128::from(bytes)).div_ceil(1000).max(1);
+        format!(", {} %, {seconds} s left", percent(bytes, total))
     }
 
     /// Says something else.
@@ -77,15 +77,47 @@ impl Progress {
 
 fn bar(total: Option<u64>) -> ProgressBar {
     let (bar, template) = match total {
-        Some(total) => (ProgressBar::new(total), "{wide_bar} {percent:>3} %  {msg}  {eta} left"),
+        Some(total) => (ProgressBar::new(total), "{wide_bar} {done:>3} %  {msg}  {eta} left"),
         None => (ProgressBar::new_spinner(), "{spinner} {msg}  {elapsed}"),
     };
     let style = ProgressStyle::with_template(template);
-    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    // indicatif's own `percent` rounds, so it would say 100 too early.
+    let done = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+        // What is left out when it cannot be written is a number on a screen.
+        let _ = write!(text, "{}", percent(state.pos(), state.len().unwrap_or_default()));
+    };
+    bar.with_style(style.with_key("done", done))
+}
+
+/// Per cent, rounded down. While this is shown the command is still at work, if only at committing what it has
+/// read, so it never says 100.
+fn percent(done: u64, total: u64) -> u64 {
+    let percent = u128::from(done) * 100 / u128::from(total.max(1));
+    u64::try_from(percent).unwrap_or(u64::MAX).min(99)
 }
 
 /// Events a second.
 pub(super) fn rate(events: u64, took: Duration) -> u64 {
     let milliseconds = took.as_millis().max(1);
     u64::try_from(u128::from(events) * 1000 / milliseconds).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_under_way_is_never_said_to_be_done() {
+        assert_eq!(percent(0, 0), 0);
+        assert_eq!(percent(0, 1_000), 0);
+        assert_eq!(percent(499, 1_000), 49);
+        assert_eq!(percent(999, 1_000), 99);
+        assert_eq!(percent(1_000, 1_000), 99);
+        assert_eq!(percent(u64::MAX, u64::MAX), 99);
+        let mut progress = Progress::new(Some(1_000));
+        progress.started -= Duration::from_secs(1);
+        assert_eq!(progress.left(1_000), ", 99 %, 1 s left");
+        assert_eq!(progress.left(500), ", 50 %, 1 s left");
+    }
 }

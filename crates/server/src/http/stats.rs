@@ -57,7 +57,8 @@ struct StatsData {
     total_files_synced: i64,
     #[schema(example = 2)]
     total_errors: i64,
-    /// Per cent of syncs without errors; 0 when there are none.
+    /// Per cent of syncs without errors, to 2 decimals; 0 when there are no syncs. 100 only when none has
+    /// failed, and 0 only when none has succeeded.
     #[schema(example = 99.31)]
     overall_success_rate: f64,
     /// Mean of the measured speeds in Mbps; null when none was measured.

@@ -237,19 +237,23 @@ impl Figures {
         self.total_syncs - self.failed_syncs
     }
 
-    /// Share of syncs without errors, 0 to 1; `None` before the first sync.
+    /// Share of syncs without errors, 0 to 1, not rounded; `None` before the first sync.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "a ratio for people to read")]
     pub fn success_ratio(&self) -> Option<f64> {
         (self.total_syncs > 0).then(|| self.successful_syncs() as f64 / self.total_syncs as f64)
     }
 
-    /// Mean of the measured speeds in Mbps, rounded to 2 decimals; `None` when none was measured.
+    /// Mean of the measured speeds in Mbps, rounded to 2 decimals; `None` when none was measured, and 0
+    /// only when all were 0.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "rounded to hundredths of a mean")]
     pub fn avg_internet_speed(&self) -> Option<f64> {
-        (self.speed_count > 0)
-            .then(|| (self.speed_sum as f64 / self.speed_count as f64).round() / 100.0)
+        (self.speed_count > 0).then(|| {
+            let hundredths = (self.speed_sum as f64 / self.speed_count as f64).round();
+            // A slow line is not one that carries nothing.
+            if self.speed_sum > 0 { hundredths.max(1.0) / 100.0 } else { hundredths / 100.0 }
+        })
     }
 }
 

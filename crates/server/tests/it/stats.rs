@@ -14,6 +14,7 @@ both_stores!(
     active_devices_by_when_they_were_heard_from,
     the_ten_most_recent_devices,
     rates_are_rounded,
+    a_rate_is_never_rounded_to_all_or_nothing,
     only_what_is_dated_within_a_window,
 );
 
@@ -112,6 +113,36 @@ async fn rates_are_rounded(server: &TestServer) {
     let found = stats(server).await;
     assert_eq!(found["overall_success_rate"], 66.67);
     assert_eq!(found["avg_internet_speed"], 1.0);
+}
+
+async fn a_rate_is_never_rounded_to_all_or_nothing(server: &TestServer) {
+    server.store(&with(success("pi", at(-2)), &json!({"internet_speed": 0.01}))).await;
+    server.store(&with(failure("pi", at(-1)), &json!({"internet_speed": 0}))).await;
+    assert_eq!(stats(server).await["overall_success_rate"], 50.0);
+    for (failed, shown, ratio) in [
+        (1, 99.99, 29_999.0 / 30_000.0),
+        (29_999, 0.01, 1.0 / 30_000.0),
+        (0, 100.0, 1.0),
+        (30_000, 0.0, 0.0),
+    ] {
+        let update = format!(
+            "update device_jobs set total_syncs = 30000, failed_syncs = {failed}, speed_count = 30000"
+        );
+        server.database.execute(&update).await;
+        let found = stats(server).await;
+        assert_eq!(found["overall_success_rate"], shown);
+        assert_eq!(found["avg_internet_speed"], 0.01, "measured, if hardly anything");
+        let device = server.get("/api/device/pi").await.data(200);
+        let history = server.get("/api/device/pi/sync-history").await.data(200);
+        let devices = server.get("/api/devices").await.data(200);
+        for figures in [&device, &device["jobs"][0], &history["stats"], &devices["devices"][0]] {
+            assert_eq!(figures["success_rate"], shown, "{figures}");
+            assert_eq!(figures["avg_internet_speed"], 0.01, "{figures}");
+        }
+        let metrics = server.get("/metrics").await;
+        let line = format!("pisync_sync_success_ratio {ratio}");
+        assert!(metrics.text().lines().any(|found| found == line), "{line}");
+    }
 }
 
 async fn only_what_is_dated_within_a_window(server: &TestServer) {
