@@ -1,11 +1,14 @@
 //! What a device's job adds up to, and the rule for its streak of failures, whatever order its events
 //! arrive in.
 //!
-//! A streak is the number of failures dated after the job's last success; a success at the same
-//! instant ends it. Events dated before what is still kept in full come too late for that: what they
-//! would have to be compared with may be gone, so they count in everything but the streak. A batch is folded into one [`JobFigures`] per device and job, and the stores add
-//! that to the stored ones. The PostgreSQL store states the same rule in SQL; one property test holds
-//! both against a naive recount.
+//! A streak is the number of failures after the job's last success, in the order in which a history
+//! shows them: by date, and by id where dates are equal. Ids of one batch rise in its order. Ids of
+//! different batches need not rise in the order of their commits, so figures alone never decide between
+//! a stored event and a new one of the same date: those are counted again. Events dated before what is
+//! still kept in full come too late for that: what they would have to be compared with may be gone, so
+//! they count in everything but the streak. A batch is folded into one [`JobFigures`] per device and job,
+//! and the stores add that to the stored ones. The PostgreSQL store states the same rule in SQL; one
+//! property test holds both against a naive recount.
 
 use crate::{SyncEvent, Timestamp};
 
@@ -32,7 +35,7 @@ pub struct JobFigures {
     pub last_success: Option<Timestamp>,
     /// Date of the latest sync with errors.
     pub last_failure: Option<Timestamp>,
-    /// Failures dated after `last_success`.
+    /// Failures after the latest sync without errors, by date and then by id.
     pub consecutive_failures: i64,
     /// When the server last received an event.
     pub last_received: Timestamp,
@@ -43,14 +46,14 @@ pub struct JobFigures {
 pub enum StreakCount {
     /// `consecutive_failures` is right.
     Known,
-    /// Events arrived out of order: the failures after `last_success` must be counted among the
-    /// stored events.
+    /// Events arrived out of order, or with the dates of others: the failures after the last success
+    /// must be counted among the stored events, by date and then by id.
     Recount,
 }
 
 impl JobFigures {
-    /// Folds the events of one device's job, received at `received`. `None` when there are none. Those
-    /// dated before `streaks_since` change no streak.
+    /// Folds the events of one device's job, received at `received`, in the order of their ids. `None` when
+    /// there are none. Those dated before `streaks_since` change no streak.
     pub fn fold<'a>(
         events: impl Iterator<Item = &'a SyncEvent> + Clone,
         received: Timestamp,
@@ -71,7 +74,9 @@ impl JobFigures {
             consecutive_failures: 0,
             last_received: received,
         };
-        for event in events.clone() {
+        // Where the last success stands among the events.
+        let mut last_success_at = 0;
+        for (index, event) in events.clone().enumerate() {
             figures.total_syncs += 1;
             figures.total_files_synced += i64::from(event.total_files_synced);
             figures.total_errors += i64::from(event.total_errors);
@@ -84,14 +89,16 @@ impl JobFigures {
             if event.failed() {
                 figures.failed_syncs += 1;
                 figures.last_failure = figures.last_failure.max(Some(event.timestamp));
-            } else {
-                figures.last_success = figures.last_success.max(Some(event.timestamp));
+            } else if figures.last_success <= Some(event.timestamp) {
+                figures.last_success = Some(event.timestamp);
+                last_success_at = index;
             }
         }
-        let unanswered = events.filter(|event| {
+        let last_success = (figures.last_success, last_success_at);
+        let unanswered = events.enumerate().filter(|(index, event)| {
             event.failed()
                 && event.timestamp >= streaks_since
-                && Some(event.timestamp) > figures.last_success
+                && (Some(event.timestamp), *index) > last_success
         });
         for _ in unanswered {
             figures.consecutive_failures += 1;
@@ -99,9 +106,10 @@ impl JobFigures {
         Some(figures)
     }
 
-    /// Adds what a batch brought that was folded with the same `streaks_since`. When the answer is [`StreakCount::Recount`], the caller counts the
-    /// stored failures dated after `last_success` and sets `consecutive_failures` to that; then
-    /// `last_success` is not before `streaks_since`, so they are all there.
+    /// Adds what a batch brought that was folded with the same `streaks_since`. When the answer is
+    /// [`StreakCount::Recount`], the caller counts the stored failures after the last success and sets
+    /// `consecutive_failures` to that; then `last_success` is not before `streaks_since`, so they are all
+    /// there.
     pub fn add(&mut self, batch: &Self, streaks_since: Timestamp) -> StreakCount {
         let streak = self.streak_with(batch, streaks_since);
         self.total_syncs += batch.total_syncs;
@@ -127,11 +135,15 @@ impl JobFigures {
     /// The streak once `batch` is added, when it can be told from the figures alone.
     fn streak_with(&self, batch: &Self, streaks_since: Timestamp) -> Option<i64> {
         let since = Some(streaks_since);
-        if batch.last_success > self.last_success && batch.last_success >= since {
-            // A newer success ends the old streak, unless a failure dated after it came earlier.
-            return (self.last_failure <= batch.last_success).then_some(batch.consecutive_failures);
+        if batch.last_success >= self.last_success && batch.last_success >= since {
+            // A newer success ends the old streak, unless a failure that came earlier may stand after it.
+            // Of two successes of one instant either may be the last, which matters if there are failures.
+            let is_newer = batch.last_success > self.last_success;
+            let is_known = self.last_failure < batch.last_success
+                && (is_newer || batch.last_failure < batch.last_success);
+            return is_known.then_some(batch.consecutive_failures);
         }
-        if batch.last_failure <= self.last_success || batch.last_failure < since {
+        if batch.last_failure < self.last_success || batch.last_failure < since {
             // Nothing here is dated after the last success, or all of it comes too late.
             return Some(self.consecutive_failures);
         }
@@ -163,11 +175,29 @@ mod tests {
         }
     }
 
-    fn naive_streak(events: &[SyncEvent]) -> i64 {
-        let last_success =
-            events.iter().filter(|event| !event.failed()).map(|event| event.timestamp).max();
-        let streak =
-            events.iter().filter(|event| event.failed() && Some(event.timestamp) > last_success);
+    /// An event with the number of its batch among ids, which need not rise in the order of arrival, then
+    /// that of arrival, and its place in the batch. The three together are the event's id.
+    type Stored = ((u8, usize, usize), SyncEvent);
+
+    /// The events of a batch that arrives as number `arrival`, under ids that begin with `block`.
+    fn batch(block: u8, arrival: usize, reports: &[(i64, u32)]) -> Vec<Stored> {
+        let events = reports.iter().map(|(second, errors)| event(*second, *errors));
+        events.enumerate().map(|(index, event)| ((block, arrival, index), event)).collect()
+    }
+
+    fn fold(events: &[Stored], streaks_since: Timestamp) -> JobFigures {
+        let received = Timestamp::from_millisecond(1_000_000).unwrap();
+        let mut by_id: Vec<_> = events.iter().collect();
+        by_id.sort_by_key(|(id, _)| *id);
+        JobFigures::fold(by_id.into_iter().map(|(_, event)| event), received, streaks_since)
+            .unwrap()
+    }
+
+    /// The failures at the end of the history.
+    fn naive_streak<'a>(events: impl IntoIterator<Item = &'a Stored>) -> i64 {
+        let mut history: Vec<_> = events.into_iter().collect();
+        history.sort_by_key(|(id, event)| (event.timestamp, *id));
+        let streak = history.iter().rev().take_while(|(_, event)| event.failed());
         i64::try_from(streak.count()).unwrap()
     }
 
@@ -175,14 +205,15 @@ mod tests {
         /// Few distinct instants, so that ties and late arrivals are common.
         #[test]
         fn any_order_and_any_batches_give_the_naive_figures(
-            batches in prop::collection::vec(prop::collection::vec((0i64..12, 0u32..2), 1..5), 1..12),
+            batches in prop::collection::vec(
+                (0..4u8, prop::collection::vec((0i64..12, 0u32..2), 1..5)), 1..12,
+            ),
         ) {
-            let received = Timestamp::from_millisecond(1_000_000).unwrap();
-            let mut stored: Vec<SyncEvent> = Vec::new();
+            let mut stored: Vec<Stored> = Vec::new();
             let mut figures: Option<JobFigures> = None;
-            for batch in batches {
-                let batch: Vec<_> = batch.into_iter().map(|(second, errors)| event(second, errors)).collect();
-                let added = JobFigures::fold(batch.iter(), received, Timestamp::MIN).unwrap();
+            for (arrival, (block, reports)) in batches.into_iter().enumerate() {
+                let batch = batch(block, arrival, &reports);
+                let added = fold(&batch, Timestamp::MIN);
                 stored.extend(batch);
                 match &mut figures {
                     None => figures = Some(added),
@@ -190,7 +221,7 @@ mod tests {
                         figures.consecutive_failures = naive_streak(&stored);
                     },
                 }
-                let whole = JobFigures::fold(stored.iter(), received, Timestamp::MIN).unwrap();
+                let whole = fold(&stored, Timestamp::MIN);
                 prop_assert_eq!(figures, Some(whole));
                 prop_assert_eq!(whole.consecutive_failures, naive_streak(&stored));
             }
@@ -203,36 +234,47 @@ mod tests {
         #[test]
         fn events_that_come_too_late_change_no_streak(
             batches in prop::collection::vec(
-                (0i64..3, prop::collection::vec((0i64..12, 0u32..2), 1..5)), 1..12,
+                (0i64..3, 0..4u8, prop::collection::vec((0i64..12, 0u32..2), 1..5)), 1..12,
             ),
         ) {
-            let received = Timestamp::from_millisecond(1_000_000).unwrap();
             let mut since = 0;
-            let (mut counting, mut all): (Vec<SyncEvent>, Vec<SyncEvent>) = Default::default();
+            let (mut counting, mut all): (Vec<Stored>, Vec<Stored>) = Default::default();
             let mut figures: Option<JobFigures> = None;
-            for (later, batch) in batches {
+            for (arrival, (later, block, reports)) in batches.into_iter().enumerate() {
                 since += later;
                 let streaks_since = Timestamp::from_millisecond(since * 1000).unwrap();
-                let batch: Vec<_> = batch.into_iter().map(|(second, errors)| event(second, errors)).collect();
-                let added = JobFigures::fold(batch.iter(), received, streaks_since).unwrap();
-                let in_time = batch.iter().filter(|event| event.timestamp >= streaks_since);
+                let batch = batch(block, arrival, &reports);
+                let added = fold(&batch, streaks_since);
+                let in_time = batch.iter().filter(|(_, event)| event.timestamp >= streaks_since);
                 counting.extend(in_time.cloned());
                 all.extend(batch);
                 match &mut figures {
                     None => figures = Some(added),
                     Some(figures) => if figures.add(&added, streaks_since) == StreakCount::Recount {
                         prop_assert!(figures.last_success >= Some(streaks_since));
-                        let kept = all.iter().filter(|event| event.timestamp >= streaks_since);
-                        let after = kept.filter(|event| event.failed() && Some(event.timestamp) > figures.last_success);
-                        figures.consecutive_failures = i64::try_from(after.count()).unwrap();
+                        let kept = all.iter().filter(|(_, event)| event.timestamp >= streaks_since);
+                        figures.consecutive_failures = naive_streak(kept);
                     },
                 }
                 let figures = figures.unwrap();
-                let whole = JobFigures::fold(all.iter(), received, Timestamp::MIN).unwrap();
+                let whole = fold(&all, Timestamp::MIN);
                 prop_assert_eq!(JobFigures { consecutive_failures: 0, ..figures }, JobFigures { consecutive_failures: 0, ..whole });
                 prop_assert_eq!(figures.consecutive_failures, naive_streak(&counting));
             }
         }
+    }
+
+    /// Devices that do not know the time: the server dates all events of a batch alike.
+    #[test]
+    fn events_of_one_instant_follow_each_other_as_they_came() {
+        let streak = |errors: &[u32]| {
+            let reports: Vec<_> = errors.iter().map(|errors| (0, *errors)).collect();
+            fold(&batch(0, 0, &reports), Timestamp::MIN).consecutive_failures
+        };
+        assert_eq!(streak(&[0, 1, 1, 1]), 3);
+        assert_eq!(streak(&[1, 1, 1, 0]), 0);
+        assert_eq!(streak(&[1, 0, 1, 1]), 2);
+        assert_eq!(streak(&[1, 1]), 2);
     }
 
     #[test]

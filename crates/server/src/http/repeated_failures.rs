@@ -74,8 +74,8 @@ struct FailingDevice {
     /// Syncs with errors: of all time, or within the window.
     #[schema(example = 3)]
     total_failed_syncs: i64,
-    /// Failures dated after the last success, whatever the window; of a device with several jobs, those
-    /// of the worst.
+    /// Failures after the last success, by date and then by id, whatever the window; of a device with
+    /// several jobs, those of the worst.
     #[schema(example = 0)]
     consecutive_failures: i64,
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]

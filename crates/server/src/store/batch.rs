@@ -1,6 +1,6 @@
 //! A batch of events on its way into a store, and what came of it.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
@@ -197,8 +197,8 @@ impl Batch {
         }
     }
 
-    /// What the batch adds to each device's job, given the [`Self::order`] of the events that count. Events
-    /// dated before `streaks_since` change no streak.
+    /// What the batch adds to each device's job, given the [`Self::order`] of the events that count, whose ids
+    /// rise in the batch's order. Events dated before `streaks_since` change no streak.
     pub(super) fn shares(&self, order: &[usize], streaks_since: Timestamp) -> Vec<JobShare<'_>> {
         let event = |position: &usize| &self.events[*position];
         order
@@ -208,8 +208,16 @@ impl Batch {
             })
             .filter_map(|positions| {
                 let (_, received) = self.received_within(positions);
-                let figures =
-                    JobFigures::fold(positions.iter().map(event), received, streaks_since)?;
+                // Events with ids of their own stand in the order of those.
+                let in_arrival_order = if positions.is_sorted() {
+                    Cow::Borrowed(positions)
+                } else {
+                    let mut positions = positions.to_vec();
+                    positions.sort_unstable();
+                    Cow::Owned(positions)
+                };
+                let events = in_arrival_order.iter().map(event);
+                let figures = JobFigures::fold(events, received, streaks_since)?;
                 let position = *positions.first()?;
                 let SyncEvent { device_id, job, .. } = &self.events[position];
                 Some(JobShare { position, device_id, job: job.as_ref(), figures })

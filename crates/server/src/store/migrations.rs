@@ -40,6 +40,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-23-05-ingest-journal",
     "2026-11-23-06-failed-events",
     "2026-11-25-07-ingest-progress",
+    "2026-11-25-08-streaks-of-equal-dates",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -50,6 +51,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-23-05-ingest-journal",
     "2026-11-23-06-failed-events",
     "2026-11-25-07-ingest-progress",
+    "2026-11-25-08-streaks-of-equal-dates",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

@@ -99,7 +99,9 @@ async fn everything_that_came_at_once_adds_up(server: &TestServer) {
         let arrival = Arrival { received: now(), latest: now() };
         SyncEvent::from_json(event.to_string().as_bytes(), arrival).unwrap()
     };
-    let sent: Vec<_> = events.iter().map(|event| (now(), parse(event))).collect();
+    let id = |data: &Value| data["id"].as_i64().unwrap();
+    let sent: Vec<_> =
+        events.iter().zip(&data).map(|(event, data)| (id(data), now(), parse(event))).collect();
     for (device_id, jobs) in recount(&sent) {
         let found = server.get(&format!("/api/device/{device_id}")).await.data(200);
         let expected = sum(jobs.values());

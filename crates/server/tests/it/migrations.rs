@@ -40,6 +40,7 @@ const EMBEDDED: [&str; 6] = [
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
     "2026-11-23-06-failed-events",
+    "2026-11-25-08-streaks-of-equal-dates",
 ];
 
 fn no_folder() -> &'static Path {

@@ -10,11 +10,11 @@ use pisync::store::{
 use pisync_core::{EventId, SyncEvent, Timestamp};
 
 use crate::support::{
-    events::{at, device_id, now, success, write},
+    events::{at, device_id, failure, now, success, write},
     store::{TestDatabase, assert_right, differences},
 };
 
-both_stores!(a_database_that_any_version_has_filled);
+both_stores!(a_database_that_any_version_has_filled, streaks_follow_the_rule_of_their_version);
 
 /// What the program wrote once a migration was its newest, and what there is to see of it ever after.
 struct Version {
@@ -179,6 +179,14 @@ const VERSIONS: &[Version] = &[
         count: "(select 1)",
         rows: 1,
     },
+    Version {
+        name: "2026-11-25-08-streaks-of-equal-dates",
+        // Figures, which here are what they were.
+        sqlite: "",
+        postgres: "",
+        count: "(select sum(consecutive_failures) from device_jobs)",
+        rows: 3,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.
@@ -275,6 +283,31 @@ async fn assert_newest(database: &TestDatabase, filled: usize) {
         assert_eq!((import.name.as_str(), import.at), ("events.csv", at(-3600)));
     }
     store.close().await.unwrap();
+}
+
+/// Since a failure with the date of the last success counts when it came after it.
+async fn streaks_follow_the_rule_of_their_version(database: &TestDatabase) {
+    let mut migrator = migrator(database).await;
+    migrator.up(now()).await.unwrap();
+    let store = store::open(&database.target).await.unwrap();
+    store.maintain(now()).await.unwrap();
+    let mut events = vec![failure("alike", at(0)), success("alike", at(0))];
+    events.extend([failure("alike", at(0)), failure("alike", at(1))]);
+    events.extend([success("later", at(0)), failure("later", at(1))]);
+    events.extend([failure("never", at(0)), failure("never", at(0))]);
+    write(&mut *store.event_writer(), events).await;
+    store.close().await.unwrap();
+
+    let streaks =
+        async || database.number("(select sum(consecutive_failures) from device_jobs)").await;
+    assert_eq!(streaks().await, 2 + 1 + 2);
+    let all = migrator.last(usize::MAX).await.unwrap();
+    let last =
+        all.iter().position(|migration| migration.name == "2026-11-25-08-streaks-of-equal-dates");
+    migrator.down(&all[..=last.unwrap()]).await.unwrap();
+    assert_eq!(streaks().await, 1 + 1 + 2);
+    migrator.up(now()).await.unwrap();
+    assert_eq!(streaks().await, 2 + 1 + 2);
 }
 
 async fn assert_figures(store: &Arc<dyn Store>, filled: usize) {

@@ -66,14 +66,16 @@ const UPSERT_JOBS: &str = "
                last_failure       = greatest(stored.last_failure, excluded.last_failure),
                last_received      = greatest(stored.last_received, excluded.last_received),
                consecutive_failures = case
-                   when excluded.last_success > coalesce(stored.last_success, '-infinity')
+                   when excluded.last_success >= coalesce(stored.last_success, '-infinity')
                     and excluded.last_success >= $15 then
                        case
-                           when stored.last_failure > excluded.last_success then RECOUNT
+                           when stored.last_failure >= excluded.last_success
+                             or excluded.last_success = stored.last_success
+                            and excluded.last_failure >= excluded.last_success then RECOUNT
                            else excluded.consecutive_failures
                        end
                    when excluded.last_failure is null
-                     or excluded.last_failure <= stored.last_success
+                     or excluded.last_failure < stored.last_success
                      or excluded.last_failure < $15 then
                        stored.consecutive_failures
                    when greatest(excluded.first_sync, $15)
@@ -159,21 +161,37 @@ const INSERT_EVENTS: &str = "
            ) as batch
 ";
 
-/// The rule is that of [`pisync_core::StreakCount::Recount`].
-const RECOUNT_STREAKS: &str = "
-    update device_jobs stored
-       set consecutive_failures = (
-               select count(*)
-                 from sync_events event
-                where event.device_id = stored.device_id
-                  and coalesce(event.job, '') = stored.job
-                  and event.total_errors > 0
-                  and event.timestamp > coalesce(stored.last_success, '-infinity')
-           )
-      from unnest($1::text[], $2::text[]) as batch (device_id, job)
-     where stored.device_id = batch.device_id and stored.job = batch.job
-    returning stored.device_id, stored.job, stored.consecutive_failures
-";
+/// Counts the stored failures of a job after its last success, by date and then by id, given the name under which
+/// the statement around it knows the job's `device_id`, `job` and `last_success`. The rule is that of
+/// [`pisync_core::StreakCount::Recount`].
+pub(super) fn unanswered_failures(job: &str) -> String {
+    format!(
+        "select count(*)
+           from sync_events event
+          where event.device_id = {job}.device_id
+            and coalesce(event.job, '') = {job}.job
+            and event.total_errors > 0
+            and (event.timestamp, event.id) > (coalesce({job}.last_success, '-infinity'), coalesce((
+                    select max(success.id)
+                      from sync_events success
+                     where success.device_id = {job}.device_id
+                       and coalesce(success.job, '') = {job}.job
+                       and success.total_errors <= 0
+                       and success.timestamp = {job}.last_success
+                ), 0))"
+    )
+}
+
+fn recount_streaks_statement() -> String {
+    format!(
+        "update device_jobs stored
+            set consecutive_failures = ({})
+           from unnest($1::text[], $2::text[]) as batch (device_id, job)
+          where stored.device_id = batch.device_id and stored.job = batch.job
+         returning stored.device_id, stored.job, stored.consecutive_failures",
+        unanswered_failures("stored")
+    )
+}
 
 /// The parameters of [`INSERT_EVENTS`] that make a key: device, event id, id, timestamp, and when it was
 /// received.
@@ -251,7 +269,7 @@ impl Statements {
                 [store(true, false).await?, store(true, true).await?],
             ],
             insert_events: client.prepare(INSERT_EVENTS).await?,
-            recount_streaks: client.prepare(RECOUNT_STREAKS).await?,
+            recount_streaks: client.prepare(&recount_streaks_statement()).await?,
             insert_keys: client.prepare(&insert_keys_statement([1, 2, 3, 4, 5])).await?,
             insert_new_keys: client.prepare(&insert_new_keys_statement()).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,

@@ -9,6 +9,7 @@ use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 use super::{
     expiry,
     roll_ups::{self, folded, sums},
+    statements::unanswered_failures,
 };
 use crate::store::verify::{
     PAGE_DEVICES, Recount, SumDifference, SumRecount, Verified, page_length,
@@ -54,16 +55,11 @@ pub(super) fn recounted(filter: &str) -> String {
          )
          select device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
                 speed_count, first_sync, last_sync, last_success, last_failure,
-                case when last_failure > coalesce(last_success, '-infinity') then (
-                    select count(*)
-                      from sync_events event
-                     where event.device_id = counted.device_id
-                       and coalesce(event.job, '') = counted.job
-                       and event.total_errors > 0
-                       and event.timestamp > coalesce(counted.last_success, '-infinity')
-                ) else 0 end as consecutive_failures,
+                case when last_failure >= coalesce(last_success, '-infinity')
+                     then ({}) else 0 end as consecutive_failures,
                 last_received
-           from counted"
+           from counted",
+        unanswered_failures("counted")
     )
 }
 

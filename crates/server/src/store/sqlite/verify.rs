@@ -187,13 +187,13 @@ struct Recounted {
 }
 
 /// Counts a device's events, of which those up to the id `folded` are folded. They pass one by one, in the
-/// order of their dates, so that neither a long history nor a streak takes memory.
+/// order of their dates and ids, so that neither a long history nor a streak takes memory.
 fn recount(transaction: &Transaction<'_>, device: i64, folded: i64) -> rusqlite::Result<Recounted> {
     const EVENTS: &str = "
         select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at, id
           from sync_events
          where device = ?1
-         order by timestamp
+         order by timestamp, id
     ";
     let mut recounted = Recounted::default();
     let mut events = transaction.prepare_cached(EVENTS)?;
@@ -244,7 +244,7 @@ impl Event {
         }
     }
 
-    /// Adds an event that is dated after, or at the same instant as, all that were added before.
+    /// Adds an event that comes, by its date and then by its id, after all that were added before.
     fn count_into(&self, figures: &mut JobFigures) {
         let add = |sum: &mut i64, number| *sum = sum.saturating_add(number);
         add(&mut figures.total_syncs, 1);
@@ -259,10 +259,7 @@ impl Event {
         if self.total_errors > 0 {
             figures.failed_syncs += 1;
             figures.last_failure = Some(self.timestamp);
-            // A success at the same instant ends the streak, whichever comes first.
-            if Some(self.timestamp) > figures.last_success {
-                figures.consecutive_failures += 1;
-            }
+            figures.consecutive_failures += 1;
         } else {
             figures.last_success = Some(self.timestamp);
             figures.consecutive_failures = 0;

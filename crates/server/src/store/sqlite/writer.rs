@@ -710,7 +710,12 @@ impl<'a> JobStatements<'a> {
         const COUNT_UNANSWERED_FAILURES: &str = "
             select count(*)
               from sync_events
-             where device = ?1 and ifnull(job, '') = ?2 and total_errors > 0 and timestamp > ?3
+             where device = ?1 and ifnull(job, '') = ?2 and total_errors > 0
+               and (timestamp, id) > (?3, ifnull((
+                       select max(id)
+                         from sync_events
+                        where device = ?1 and ifnull(job, '') = ?2 and total_errors <= 0 and timestamp = ?3
+                   ), 0))
         ";
         Ok(Self {
             select: transaction.prepare_cached(SELECT)?,

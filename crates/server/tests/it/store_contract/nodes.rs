@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use pisync::store::{self, Store};
-use pisync_core::{DeviceId, SyncEvent, Timestamp};
+use pisync_core::{DeviceId, SyncEvent};
 use tokio::task::JoinSet;
 
 use super::streaks::figures_of;
 use crate::support::{
-    events::{at, batch_at, device_id, failure, of_job, recount, somebody, success, sum},
+    events::{
+        Sent, at, batch_at, device_id, failure, of_job, recount, sent, somebody, success, sum,
+    },
     store::{Fixture, TestDatabase, TestStore, assert_right, differences},
 };
 
@@ -42,24 +44,20 @@ impl Numbers {
 }
 
 /// Writes many small batches as one node does and returns what it sent.
-pub(crate) async fn be_a_node(
-    store: Arc<dyn Store>,
-    seed: u64,
-    batches: u32,
-) -> Vec<(Timestamp, SyncEvent)> {
+pub(crate) async fn be_a_node(store: Arc<dyn Store>, seed: u64, batches: u32) -> Vec<Sent> {
     let mut numbers = Numbers(seed);
     let mut writer = store.event_writer();
-    let mut sent = Vec::new();
+    let mut all = Vec::new();
     for _ in 0..batches {
         let received = at(numbers.below(MONTHS.cast_unsigned()) * MONTH_SECONDS);
         let events: Vec<_> = (0..=numbers.below(6)).map(|_| numbers.event()).collect();
-        sent.extend(events.iter().map(|event| (received, event.clone())));
-        let written = writer.write(&batch_at(received, events)).await.unwrap();
+        let written = writer.write(&batch_at(received, events.clone())).await.unwrap();
+        all.extend(sent(received, &events, &written));
         for streak in written.streaks {
             assert!(0 <= streak.before && streak.before < streak.after, "{streak:?}");
         }
     }
-    sent
+    all
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,9 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use super::{faults::Behind, streaks::figures_of};
 use crate::support::{
-    events::{at, batch_at, device_id, failure, now, recount, send_all, success, write, write_at},
+    events::{
+        at, batch_at, device_id, failure, now, recount, send_all, sent, success, write, write_at,
+    },
     postgres::connect,
     proxy::Fault,
     store::{TestStore, assert_right, differences},
@@ -36,7 +38,9 @@ async fn total_syncs(fixture: &TestStore, device: &str) -> i64 {
 
 async fn one_behind_the_other(fixture: &TestStore) {
     let mut writer = ingest_writer(fixture).await;
-    write(&mut *writer, vec![success("pi", at(-10))]).await;
+    let first = [success("pi", at(-10))];
+    let written = write(&mut *writer, first.to_vec()).await;
+    let mut all = sent(now(), &first, &written);
     let batches = [
         batch_at(now(), vec![failure("pi", at(0)), success("new", at(1)), failure("pi", at(2))]),
         batch_at(now(), vec![failure("pi", at(3)), named("a", success("new", at(4)))]),
@@ -45,14 +49,13 @@ async fn one_behind_the_other(fixture: &TestStore) {
     let first = writer.sent().await.unwrap();
     let second = writer.sent().await.unwrap();
     assert!(writer.sent().await.is_none());
+    all.extend(sent(now(), &batches[0].events, &first));
+    all.extend(sent(now(), &batches[1].events, &second));
     let ids = [first.ids, second.ids].concat();
     assert_eq!(ids.len(), 5);
     assert!(ids.is_sorted_by(|left, right| left < right), "{ids:?}");
 
-    let mut sent = vec![(now(), success("pi", at(-10)))];
-    let events = batches.iter().flat_map(|batch| &batch.events);
-    sent.extend(events.map(|event| (now(), event.clone())));
-    for (device, jobs) in recount(&sent) {
+    for (device, jobs) in recount(&all) {
         assert_eq!(figures_of(&*fixture.store, &device).await.0, jobs);
     }
     // A success in between ends the streak, whichever batch it comes with.
@@ -61,9 +64,10 @@ async fn one_behind_the_other(fixture: &TestStore) {
         batch_at(now(), vec![failure("pi", at(5)), success("pi", at(4))]),
         batch_at(now(), vec![failure("pi", at(6))]),
     ];
-    send_all(&mut *writer, &late).await;
-    sent.extend(late.iter().flat_map(|batch| &batch.events).map(|event| (now(), event.clone())));
-    for (device, jobs) in recount(&sent) {
+    for (batch, written) in late.iter().zip(send_all(&mut *writer, &late).await) {
+        all.extend(sent(now(), &batch.events, &written));
+    }
+    for (device, jobs) in recount(&all) {
         assert_eq!(figures_of(&*fixture.store, &device).await.0, jobs);
     }
     writer.finish().await.unwrap();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use pisync::store::{Figures, Store};
-use pisync_core::{DeviceId, Mbps, SyncEvent, Timestamp};
+use pisync_core::{DeviceId, EventId, Mbps, SyncEvent};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
@@ -14,11 +14,16 @@ use proptest::{
 use tokio::{runtime::Handle, sync::Mutex, task::block_in_place};
 
 use crate::support::{
-    events::{at, batch_at, device_id, job_name, recount, sum},
-    store::TestStore,
+    events::{
+        Sent, at, batch_at, device_id, failure, job_name, recount, sent, success, sum, write,
+    },
+    store::{TestStore, assert_right, differences},
 };
 
-both_stores!(any_order_and_any_batches_add_up_the_same);
+both_stores!(
+    any_order_and_any_batches_add_up_the_same,
+    events_of_one_instant_follow_each_other_as_they_came,
+);
 
 /// An event to be, of the device with this number. The ranges are small, so that events of one job
 /// share an instant, and come late, all the time.
@@ -90,14 +95,14 @@ async fn any_order_and_any_batches_add_up_the_same(fixture: &TestStore) {
         let prefix = format!("case-{case_number}");
         let work = async {
             let mut writer = writer.lock().await;
-            let mut sent: Vec<(Timestamp, SyncEvent)> = Vec::new();
+            let mut all: Vec<Sent> = Vec::new();
             for (second, reports) in &batches {
                 let events: Vec<_> = reports.iter().map(|report| report.event(&prefix)).collect();
                 let received = at(*second);
-                sent.extend(events.iter().map(|event| (received, event.clone())));
-                let written = writer.write(&batch_at(received, events)).await.unwrap();
+                let written = writer.write(&batch_at(received, events.clone())).await.unwrap();
+                all.extend(sent(received, &events, &written));
                 // What a batch reports of streaks is what then stands in the store.
-                let counted = recount(&sent);
+                let counted = recount(&all);
                 for streak in &written.streaks {
                     let job = streak.job.as_ref().map(|job| job.as_str().to_owned());
                     let expected = counted[&streak.device_id][&job].consecutive_failures;
@@ -105,7 +110,7 @@ async fn any_order_and_any_batches_add_up_the_same(fixture: &TestStore) {
                     prop_assert!(expected > 0 && streak.before < expected);
                 }
             }
-            for (device_id, jobs) in recount(&sent) {
+            for (device_id, jobs) in recount(&all) {
                 let (found_jobs, found) = figures_of(&*fixture.store, &device_id).await;
                 prop_assert_eq!(&found_jobs, &jobs);
                 prop_assert_eq!(found, sum(jobs.values()));
@@ -115,4 +120,34 @@ async fn any_order_and_any_batches_add_up_the_same(fixture: &TestStore) {
         block_in_place(|| Handle::current().block_on(work))
     };
     TestRunner::new(config).run(&batches(), check).unwrap();
+}
+
+async fn events_of_one_instant_follow_each_other_as_they_came(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let mut batch_number = 0;
+    // Each letter is an event of the same instant, each word a batch: a success or a failure.
+    for (device, batches, expected) in [
+        ("one-batch", "sfff", 3),
+        ("success-last", "fffs", 0),
+        ("success-between", "fsffsf", 1),
+        ("batch-after-batch", "s ff f", 3),
+        ("success-in-the-second", "ff sf", 1),
+        ("success-alone", "ff s", 0),
+        ("success-twice", "sf sff", 2),
+        ("each-alone", "f s f s f f", 2),
+    ] {
+        for batch in batches.split(' ') {
+            let events = batch.chars().enumerate().map(|(index, letter)| {
+                let event = if letter == 's' { success } else { failure };
+                // The ids that devices give say nothing about the order.
+                let event_id = EventId::new(format!("{batch_number}-{}", 9 - index)).ok();
+                SyncEvent { event_id, ..event(device, at(0)) }
+            });
+            write(&mut *writer, events.collect()).await;
+            batch_number += 1;
+        }
+        let (_, figures) = figures_of(&*fixture.store, &device_id(device)).await;
+        assert_eq!(figures.consecutive_failures, expected, "{device}");
+    }
+    assert_right(&differences(&*fixture.store, false).await);
 }

@@ -91,14 +91,21 @@ pub(crate) async fn send_all(writer: &mut dyn EventWriter, batches: &[Arc<Batch>
     written
 }
 
+/// An event that was sent, the id under which it was stored, and when it was received.
+pub(crate) type Sent = (i64, Timestamp, SyncEvent);
+
+/// What was sent of a batch without duplicates, given what became of it.
+pub(crate) fn sent(received: Timestamp, events: &[SyncEvent], written: &Written) -> Vec<Sent> {
+    let stored = written.ids.iter().zip(events);
+    stored.map(|(id, event)| (*id, received, event.clone())).collect()
+}
+
 /// What the jobs of each device add up to, counted the plain way from everything that was sent:
 /// nothing here is kept up to date, and nothing is shared with the code under test.
-pub(crate) fn recount(
-    sent: &[(Timestamp, SyncEvent)],
-) -> BTreeMap<DeviceId, BTreeMap<Option<String>, Figures>> {
-    let mut by_job: BTreeMap<_, BTreeMap<_, Vec<&(Timestamp, SyncEvent)>>> = BTreeMap::new();
+pub(crate) fn recount(sent: &[Sent]) -> BTreeMap<DeviceId, BTreeMap<Option<String>, Figures>> {
+    let mut by_job: BTreeMap<_, BTreeMap<_, Vec<&Sent>>> = BTreeMap::new();
     for received_event in sent {
-        let SyncEvent { device_id, job, .. } = &received_event.1;
+        let SyncEvent { device_id, job, .. } = &received_event.2;
         let job = job.as_ref().map(|job| job.as_str().to_owned());
         by_job.entry(device_id.clone()).or_default().entry(job).or_default().push(received_event);
     }
@@ -111,8 +118,11 @@ pub(crate) fn recount(
         .collect()
 }
 
-fn recount_job(sent: &[&(Timestamp, SyncEvent)]) -> Figures {
-    let events = || sent.iter().map(|(_, event)| event);
+fn recount_job(sent: &[&Sent]) -> Figures {
+    let events = || sent.iter().map(|(_, _, event)| event);
+    // As a history shows them.
+    let mut history = sent.to_vec();
+    history.sort_by_key(|(id, _, event)| (event.timestamp, *id));
     let count = |events: usize| i64::try_from(events).unwrap();
     let failed = |event: &&SyncEvent| event.total_errors > 0;
     let last_success = events().filter(|event| !failed(event)).map(|event| event.timestamp).max();
@@ -129,12 +139,9 @@ fn recount_job(sent: &[&(Timestamp, SyncEvent)]) -> Figures {
         last_success,
         last_failure: events().filter(failed).map(|event| event.timestamp).max(),
         consecutive_failures: count(
-            events()
-                .filter(failed)
-                .filter(|event| last_success.is_none_or(|success| event.timestamp > success))
-                .count(),
+            history.iter().rev().take_while(|(_, _, event)| failed(&event)).count(),
         ),
-        last_seen: sent.iter().map(|(received, _)| *received).max(),
+        last_seen: sent.iter().map(|(_, received, _)| *received).max(),
     }
 }
 
