@@ -6,7 +6,11 @@
 //! different batches need not rise in the order of their commits, so figures alone never decide between
 //! a stored event and a new one of the same date: those are counted again. Events dated before what is
 //! still kept in full come too late for that: what they would have to be compared with may be gone, so
-//! they count in everything but the streak. A batch is folded into one [`JobFigures`] per device and job,
+//! they count in everything but the streak.
+//!
+//! Nor can anything be dated far ahead of the server's clock, unless a clock was wrong when it came. Such an event
+//! would be a job's last for good, and hide all that is reported later. Maintenance finds the jobs that have one and
+//! counts them again without it; until its date has come it counts in sums alone. A batch is folded into one [`JobFigures`] per device and job,
 //! and the stores add that to the stored ones. The PostgreSQL store states the same rule in SQL; one
 //! property test holds both against a naive recount.
 
@@ -41,13 +45,25 @@ pub struct JobFigures {
     pub last_received: Timestamp,
 }
 
+/// How far ahead of the server's clock an event may be dated without a clock having been wrong, in milliseconds:
+/// twice the largest clock skew that can be allowed, for what is imported may have been received by one, too.
+pub const LONGEST_LEAD: i64 = 2 * 24 * 60 * 60 * 1000;
+
+/// The later of two dates, of which one after `latest` gives way to one that is not.
+#[must_use]
+pub fn later_until(latest: Timestamp, left: Timestamp, right: Timestamp) -> Timestamp {
+    let (earlier, later) = (left.min(right), left.max(right));
+    if later > latest && earlier <= latest { earlier } else { later }
+}
+
 /// Whether the streak is known after a batch was added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreakCount {
     /// `consecutive_failures` is right.
     Known,
     /// Events arrived out of order, or with the dates of others: the failures after the last success
-    /// must be counted among the stored events, by date and then by id.
+    /// must be counted among the stored events, by date and then by id. What is dated after `last_failure` does
+    /// not count: its date is wrong.
     Recount,
 }
 
@@ -292,5 +308,15 @@ mod tests {
             );
         }
         assert_eq!(figures.consecutive_failures, 99 - 98);
+    }
+
+    #[test]
+    fn a_date_that_cannot_be_gives_way() {
+        let at = |second: i64| Timestamp::from_millisecond(second * 1000).unwrap();
+        for (left, right, expected) in
+            [(1, 2, 2), (2, 12, 2), (12, 2, 2), (10, 11, 10), (11, 12, 12)]
+        {
+            assert_eq!(later_until(at(10), at(left), at(right)), at(expected), "{left} {right}");
+        }
     }
 }

@@ -12,7 +12,7 @@ pub mod violation;
 
 mod lenient;
 
-pub use figures::{JobFigures, StreakCount};
+pub use figures::{JobFigures, LONGEST_LEAD, StreakCount, later_until};
 pub use received_event::ReceivedEvent;
 pub use sync_event::{Arrival, Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
 pub use text::{DeviceId, EventId, JobName};

@@ -18,6 +18,7 @@ use crate::{
     http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Tls},
     ingest::Ingest,
     keys::{self, Keyring},
+    maintenance::{Maintenance, STEP_YIELD, earlier_time},
     metrics::Metrics,
     random::Randomness,
     store::{
@@ -32,15 +33,9 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// How often it tries again when that failed.
 const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 
-/// In milliseconds.
-const DAY: i64 = 86_400_000;
 /// How often events are folded into the sums by day and hour. Reads add up those that are not, so it is
 /// not long; and a few at a time are folded in less than a step.
 const FOLD_INTERVAL: Duration = Duration::from_secs(30);
-
-/// While there is more to fold or to drop: how many times as long as each step to wait after it, so
-/// that ingest has nineteen twentieths of the database.
-const STEP_YIELD: u32 = 19;
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
@@ -106,7 +101,13 @@ pub async fn run(
     let _claim = store::claim(&settings.target)?;
     migrate(&settings, &clock).await?;
     let store = store::open(&settings.target).await?;
-    store.maintain(clock.now()).await?;
+    let mut maintenance = Maintenance::new(
+        Arc::clone(&store),
+        clock.clone(),
+        settings.retention,
+        settings.event_id_retention_days,
+    );
+    maintenance.prepare().await?;
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
     let address = listener.local_addr().map_err(|error| died(&error))?;
@@ -127,12 +128,7 @@ pub async fn run(
     let mut ingest_task = tokio::spawn(task.run(async {
         let _ = stopped.await;
     }));
-    let mut maintenance = Background(tokio::spawn(maintain(
-        Arc::clone(&store),
-        clock.clone(),
-        settings.retention,
-        settings.event_id_retention_days,
-    )));
+    let mut maintenance = Background(tokio::spawn(maintain(maintenance)));
     let mut folding = Background(tokio::spawn(fold(Arc::clone(&store), clock.clone())));
     let mut following =
         Background(tokio::spawn(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
@@ -229,23 +225,12 @@ async fn migrate(settings: &Settings, clock: &Clock) -> Result<(), AppError> {
     if pending.is_empty() { Ok(()) } else { Err(AppError::PendingMigrations(pending)) }
 }
 
-async fn maintain(
-    store: Arc<dyn Store>,
-    clock: Clock,
-    retention: Option<Retention>,
-    event_id_retention_days: u32,
-) {
+async fn maintain(mut maintenance: Maintenance) {
     loop {
-        let work = async {
-            store.maintain(clock.now()).await?;
-            forget_event_ids(&*store, &clock, event_id_retention_days).await?;
-            match &retention {
-                Some(retention) => drop_old_events(&*store, &clock, retention).await,
-                None => Ok(()),
-            }
-        };
-        let pause = match work.await {
-            Ok(()) => MAINTENANCE_INTERVAL,
+        let pause = match maintenance.run().await {
+            Ok(true) => MAINTENANCE_INTERVAL,
+            // The clock is not set yet.
+            Ok(false) => MAINTENANCE_RETRY,
             Err(error) => {
                 tracing::warn!(%error, "maintenance failed; it will be tried again");
                 MAINTENANCE_RETRY
@@ -255,38 +240,16 @@ async fn maintain(
     }
 }
 
-/// Forgets the event ids of so many days ago, in small steps too.
-async fn forget_event_ids(store: &dyn Store, clock: &Clock, days: u32) -> Result<(), StoreError> {
-    loop {
-        let started = Instant::now();
-        let oldest = clock.now().saturating_add_milliseconds(-DAY * i64::from(days));
-        if !store.forget_event_ids(oldest).await? {
-            return Ok(());
-        }
-        tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
-    }
-}
-
-/// Drops what is too old, a little at a time, and gives way to ingest in between.
-async fn drop_old_events(
-    store: &dyn Store,
-    clock: &Clock,
-    retention: &Retention,
-) -> Result<(), StoreError> {
-    loop {
-        let started = Instant::now();
-        if !store.drop_old_events(clock.now(), retention).await? {
-            return Ok(());
-        }
-        tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
-    }
-}
-
 /// Folds events a few at a time, and gives way to ingest in between.
 async fn fold(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();
-        let pause = match store.fold_events(clock.now()).await {
+        let folded = async {
+            // Events beyond would be received by a clock that is ahead, and are not waited for.
+            let now = earlier_time(&*store, &clock).await?;
+            store.fold_events(now).await
+        };
+        let pause = match folded.await {
             Ok(true) => started.elapsed() * STEP_YIELD,
             Ok(false) => FOLD_INTERVAL,
             Err(StoreError::Unavailable(error)) => {

@@ -1,36 +1,157 @@
 //! The one place that reads the wall clock. `app` makes a [`Clock`] and passes it on; tests pass one
 //! that stands still or moves at their word.
+//!
+//! A Raspberry Pi has no battery for its clock and may start in 1970. No event may be dated by such a
+//! clock, nor be refused because of it: who needs the time of an event asks for [`Clock::set_time`].
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use pisync_core::Timestamp;
 
+/// How far the clock may be behind the time at which the program was built, in milliseconds: a day, for a
+/// clock of whoever built it that was ahead.
+const BUILD_MARGIN: i64 = 24 * 60 * 60 * 1000;
+
 /// Tells the time. Cheap to clone.
 #[derive(Clone)]
-pub struct Clock(Arc<dyn Fn() -> Timestamp + Send + Sync>);
+pub struct Clock(Arc<Inner>);
+
+struct Inner {
+    now: Box<dyn Fn() -> Timestamp + Send + Sync>,
+    /// No right clock shows an earlier time.
+    earliest: Timestamp,
+    /// Whether it means to show the same as other machines' clocks.
+    is_real: bool,
+    /// Whether the log has it last that the clock is not set.
+    said_unset: AtomicBool,
+}
+
+/// The clock shows a time that is certainly past.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this machine's clock says {now}, and this program was made later than {earliest}; set the clock, or wait until NTP has set it"
+)]
+pub struct ClockNotSet {
+    now: Timestamp,
+    earliest: Timestamp,
+}
 
 impl Clock {
     /// The machine's clock.
     #[must_use]
     pub fn system() -> Self {
         #[expect(clippy::disallowed_methods, reason = "this is the clock")]
-        Self::new(|| Timestamp::truncate(jiff::Timestamp::now()))
+        let now = || Timestamp::truncate(jiff::Timestamp::now());
+        Self::new(now).real().not_before(built_at())
     }
 
-    /// A clock of one's own.
+    /// A clock of one's own, which no other clock has to agree with.
     pub fn new(now: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
-        Self(Arc::new(now))
+        Self::with(Box::new(now), Timestamp::MIN, false)
     }
 
-    /// The present instant, in whole milliseconds.
+    fn with(
+        now: Box<dyn Fn() -> Timestamp + Send + Sync>,
+        earliest: Timestamp,
+        is_real: bool,
+    ) -> Self {
+        Self(Arc::new(Inner { now, earliest, is_real, said_unset: AtomicBool::new(false) }))
+    }
+
+    /// The same clock, which means to show what databases' clocks show.
+    #[must_use]
+    pub fn real(self) -> Self {
+        let earliest = self.0.earliest;
+        Self::with(Box::new(move || self.now()), earliest, true)
+    }
+
+    /// The same clock, which is not set while it shows a time more than a day before `built`.
+    #[must_use]
+    pub fn not_before(self, built: Timestamp) -> Self {
+        let is_real = self.0.is_real;
+        let earliest = built.saturating_add_milliseconds(-BUILD_MARGIN);
+        Self::with(Box::new(move || self.now()), earliest, is_real)
+    }
+
+    /// Whether it can be compared with a database's clock.
+    #[must_use]
+    pub fn is_real(&self) -> bool {
+        self.0.is_real
+    }
+
+    /// The present instant, in whole milliseconds, or what the clock takes for it.
     #[must_use]
     pub fn now(&self) -> Timestamp {
-        (self.0)()
+        (self.0.now)()
     }
+
+    /// The present instant. The log hears of it once when the clock is not set, and once when it is again.
+    ///
+    /// # Errors
+    /// When the clock is not set.
+    pub fn set_time(&self) -> Result<Timestamp, ClockNotSet> {
+        let Inner { earliest, said_unset, .. } = &*self.0;
+        let now = self.now();
+        if now < *earliest {
+            let error = ClockNotSet { now, earliest: *earliest };
+            if !said_unset.swap(true, Ordering::Relaxed) {
+                tracing::error!(
+                    "{error}; until then events are answered 503 and nothing is deleted"
+                );
+            }
+            return Err(error);
+        }
+        if said_unset.load(Ordering::Relaxed) && said_unset.swap(false, Ordering::Relaxed) {
+            tracing::info!(%now, "the clock is set; events are stored again");
+        }
+        Ok(now)
+    }
+}
+
+/// When the program was built.
+fn built_at() -> Timestamp {
+    let seconds = env!("PISYNC_BUILD_SECONDS").parse::<i64>().unwrap_or_default();
+    Timestamp::from_millisecond(seconds.saturating_mul(1000)).unwrap_or(Timestamp::MIN)
 }
 
 impl std::fmt::Debug for Clock {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("Clock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicI64;
+
+    use super::*;
+
+    #[test]
+    fn a_clock_from_before_the_build_is_not_set() {
+        let built = Timestamp::from_millisecond(1_795_348_800_000).unwrap();
+        let time = Arc::new(AtomicI64::new(0));
+        let read = Arc::clone(&time);
+        let clock =
+            Clock::new(move || Timestamp::from_millisecond(read.load(Ordering::Relaxed)).unwrap());
+        // Only who knows when the program was built can tell.
+        assert!(clock.set_time().is_ok());
+        let clock = clock.not_before(built);
+        assert!(
+            clock.set_time().unwrap_err().to_string().contains("says 1970-01-01T00:00:00.000Z")
+        );
+        for (behind, is_set) in [(BUILD_MARGIN + 1, false), (BUILD_MARGIN, true), (0, true)] {
+            time.store(built.as_millisecond() - behind, Ordering::Relaxed);
+            assert_eq!(clock.set_time().is_ok(), is_set, "{behind}");
+        }
+    }
+
+    #[test]
+    fn the_program_knows_when_it_was_built() {
+        let built = built_at();
+        assert!(built > Timestamp::parse_iso8601("2025-01-01").unwrap());
+        assert!(built <= Clock::system().set_time().unwrap());
     }
 }

@@ -80,8 +80,14 @@ pub struct MigrationArgs {
 /// What is expected of devices' clocks.
 #[derive(Debug, Clone, Args)]
 pub struct ClockSkewArgs {
-    /// How far ahead of the server's clock an event may be dated
-    #[arg(long, env = "MAX_CLOCK_SKEW_SECONDS", default_value_t = 300, value_name = "SECONDS")]
+    /// How far ahead of the server's clock an event may be dated; at most a day, 86400
+    #[arg(
+        long,
+        env = "MAX_CLOCK_SKEW_SECONDS",
+        default_value_t = 300,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u32).range(..=86_400)
+    )]
     pub max_clock_skew_seconds: u32,
 }
 

@@ -12,6 +12,7 @@ pub mod import;
 pub mod ingest;
 pub mod keys;
 pub mod logs;
+pub mod maintenance;
 pub mod metrics;
 pub mod random;
 mod seldom;

@@ -4,6 +4,7 @@ use clap::Args;
 
 use super::database;
 use crate::{
+    clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     store::{FigureDifference, Store, SumDifference, Verified},
 };
@@ -32,10 +33,11 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
     let store = database::open_current(&target, &command.migrations).await?;
 
+    let now = Clock::system().set_time().map_err(|error| error.to_string())?;
     let mut sum = Verified::default();
     let (mut jobs, mut days, mut after) = (0, 0, None);
     loop {
-        let page = store.verify(after.as_deref(), command.repair).await;
+        let page = store.verify(after.as_deref(), now, command.repair).await;
         let page = page.map_err(|error| error.to_string())?;
         sum.devices += page.devices;
         sum.events += page.events;

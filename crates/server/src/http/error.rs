@@ -23,6 +23,9 @@ const RETRY_WHEN_OVERLOADED: u32 = 2;
 /// Seconds after which to try again when the database is away.
 const RETRY_WHEN_AWAY: u32 = 5;
 
+/// Seconds after which to try again when the clock is not set: NTP sets it within a minute of the network's coming.
+const RETRY_WHEN_CLOCK_NOT_SET: u32 = 60;
+
 /// Everything that can be answered instead of what was asked for.
 #[derive(Debug)]
 pub(super) enum ApiError {
@@ -62,6 +65,8 @@ pub(super) enum ApiError {
     Overloaded,
     /// 503: the database is away.
     DatabaseAway,
+    /// 503: the server does not know what time it is.
+    ClockNotSet,
     /// 500: the text is for the log and never sent.
     Internal(String),
 }
@@ -139,7 +144,7 @@ pub(super) enum AnyTime {
     /// Something went wrong inside; the log knows it by the request id.
     #[response(status = 500)]
     Internal(ErrorBody),
-    /// Too much to do, or the database is away; `Retry-After` says when to come back.
+    /// Too much to do, the database is away, or the server's clock is not set; `Retry-After` says when to come back.
     #[response(status = 503)]
     Unavailable(ErrorBody),
 }
@@ -194,7 +199,9 @@ impl ApiError {
             Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Overloaded | Self::DatabaseAway => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Overloaded | Self::DatabaseAway | Self::ClockNotSet => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -217,6 +224,7 @@ impl ApiError {
             Self::TooManyRequests { seconds, .. } => Some(HeaderValue::from(*seconds)),
             Self::Overloaded => Some(HeaderValue::from(RETRY_WHEN_OVERLOADED)),
             Self::DatabaseAway => Some(HeaderValue::from(RETRY_WHEN_AWAY)),
+            Self::ClockNotSet => Some(HeaderValue::from(RETRY_WHEN_CLOCK_NOT_SET)),
             _ => None,
         }
     }
@@ -266,6 +274,10 @@ impl IntoResponse for ApiError {
             Self::Overloaded => "The server is overloaded, please try again later".to_owned(),
             Self::DatabaseAway => {
                 "The database is temporarily unavailable, please try again later".to_owned()
+            }
+            Self::ClockNotSet => {
+                "The server's clock is not set, so it cannot date events; please try again later"
+                    .to_owned()
             }
             Self::Internal(detail) => {
                 log = Some(ErrorDetail(detail));

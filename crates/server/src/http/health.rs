@@ -25,7 +25,7 @@ pub(super) fn router() -> OpenApiRouter<SharedState> {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({"status": "OK", "port": 3000, "timestamp": "2026-11-22T14:58:20.597Z"}))]
 struct Health {
-    /// `OK`, or `UNAVAILABLE` while the database is away.
+    /// `OK`, or `UNAVAILABLE` while the database is away or the clock is not set.
     status: &'static str,
     /// Where the server listens.
     port: u16,
@@ -75,11 +75,12 @@ async fn get_liveness(State(state): State<SharedState>) -> impl IntoResponse {
     security(()),
     responses(
         (status = 200, description = "It can.", body = Health),
-        (status = 503, description = "The database is away, or the server is shutting down.", body = Health),
+        (status = 503, description = "The database is away, the server's clock is not set, or the server is shutting down.", body = Health),
     ),
 )]
 async fn get_readiness(State(state): State<SharedState>) -> Response {
-    if state.ingest.is_available() && state.store.ping().await.is_ok() {
+    let can_store = state.ingest.is_available() && state.clock.set_time().is_ok();
+    if can_store && state.store.ping().await.is_ok() {
         return Health::ok(&state).into_response();
     }
     let health = Health { status: "UNAVAILABLE", port: state.port, timestamp: state.clock.now() };

@@ -189,10 +189,11 @@ impl FirstSyncEvent {
 }
 
 impl ApiState {
-    /// What an event that arrives now is measured by.
-    pub(super) fn arrival(&self) -> Arrival {
-        let received = self.clock.now();
-        Arrival { received, latest: received.saturating_add_milliseconds(self.max_clock_skew) }
+    /// What an event that arrives now is measured by. By a clock that is not set every event would be from the
+    /// future, and the event is not what is wrong.
+    pub(super) fn arrival(&self) -> Result<Arrival, ApiError> {
+        let received = self.clock.set_time().map_err(|_| ApiError::ClockNotSet)?;
+        Ok(Arrival { received, latest: received.saturating_add_milliseconds(self.max_clock_skew) })
     }
 }
 
@@ -235,7 +236,7 @@ fn create_sync_event(
     let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout);
     async move {
         let body = body.read().await?;
-        let event = SyncEvent::from_json(&body, state.arrival());
+        let event = SyncEvent::from_json(&body, state.arrival()?);
         drop(body);
         let mut event = event.map_err(|error| match error {
             ParseError::Malformed(where_) => {

@@ -135,7 +135,7 @@ async fn create_sync_events(
     let key = auth::key_of(&request);
     let format = format(headers)?;
     let encoding = Encoding::of(headers)?;
-    let mut reading = Reading::new(&state.ingest, state.arrival(), format);
+    let mut reading = Reading::new(&state.ingest, state.arrival()?, format);
     reading.read(encoding.decode(request.into_body()), state.body_timeout).await.inspect_err(
         |error| {
             if matches!(error, ApiError::Overloaded) {

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync_core::{Arrival, ParseError, ReceivedEvent, Violation};
+use pisync_core::{Arrival, ParseError, ReceivedEvent, Timestamp, Violation};
 use tokio::sync::mpsc;
 
 pub use self::{input::Source, records::Format};
@@ -29,6 +29,7 @@ use self::{
 };
 use crate::{
     clock::Clock,
+    maintenance::database_time,
     store::{Batch, Digest, EventWriter, ImportProgress, Store, StoreError, Written},
 };
 
@@ -42,6 +43,9 @@ const STEP_BYTES: usize = 4 << 20;
 /// Steps that are read ahead: one is enough for reading and storing to go on at the same time, and the other
 /// makes up for a slow commit.
 const STEPS_AHEAD: usize = 2;
+
+/// By how much this machine's clock may be ahead of PostgreSQL's, in milliseconds: an hour.
+const LARGEST_LEAD: i64 = 60 * 60 * 1000;
 
 /// How long to wait for a database that is away.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -141,6 +145,12 @@ impl Import {
         mut gives_way: impl FnMut() -> bool,
         mut watch: impl FnMut(&Status),
     ) -> Result<Status, ImportError> {
+        // By a wrong clock events would be dated wrong, or rejected as from the future.
+        let now = clock.set_time().map_err(|error| ImportError(error.to_string()))?;
+        let database = database_time(store, clock).await;
+        if let Some(database) = database.map_err(|error| ImportError(error.to_string()))? {
+            check_clocks(now, database)?;
+        }
         let mut imports = store.imports().await.map_err(|error| ImportError(error.to_string()))?;
         if self.again {
             imports.retain(|import| !import.finished);
@@ -277,6 +287,17 @@ impl Import {
     }
 }
 
+/// Refuses when this machine's clock is so far ahead of the database's that one of them is wrong.
+fn check_clocks(own: Timestamp, database: Timestamp) -> Result<(), ImportError> {
+    let ahead = own.as_millisecond() - database.as_millisecond();
+    if ahead <= LARGEST_LEAD {
+        return Ok(());
+    }
+    Err(ImportError(format!(
+        "this machine's clock says {own}, and PostgreSQL's {database}; set the one that is wrong, or events are dated wrong"
+    )))
+}
+
 /// Starts the thread that reads. It ends with the input, or when nobody listens any more.
 fn read_ahead(
     import: &Arc<Import>,
@@ -333,5 +354,21 @@ async fn write(writer: &mut dyn EventWriter, batch: &Arc<Batch>) -> Result<Writt
             }
             result => return result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_far_ahead_of_the_databases_is_refused() {
+        let at =
+            |millisecond| Timestamp::from_millisecond(1_795_348_800_000 + millisecond).unwrap();
+        for behind in [-400 * 24 * LARGEST_LEAD, 0, LARGEST_LEAD] {
+            assert!(check_clocks(at(behind), at(0)).is_ok(), "{behind}");
+        }
+        let error = check_clocks(at(LARGEST_LEAD + 1), at(0)).unwrap_err().to_string();
+        assert!(error.contains("PostgreSQL's 2026-11-22T12:00:00.000Z"), "{error}");
     }
 }

@@ -41,6 +41,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-23-06-failed-events",
     "2026-11-25-07-ingest-progress",
     "2026-11-25-08-streaks-of-equal-dates",
+    "2026-11-25-08-trusted-time",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -52,6 +53,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-23-06-failed-events",
     "2026-11-25-07-ingest-progress",
     "2026-11-25-08-streaks-of-equal-dates",
+    "2026-11-25-08-trusted-time",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

@@ -16,10 +16,11 @@ mod sqlite;
 mod step_size;
 pub mod take_over;
 mod target;
+mod trusted_time;
 mod verify;
 mod window;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
@@ -39,6 +40,7 @@ pub use keys::{
 };
 pub use retention::Retention;
 pub use target::{PostgresTarget, SslMode, Target};
+pub use trusted_time::TrustedTime;
 pub use verify::{FigureDifference, JobDifference, SumDifference, Sums, Verified};
 pub use window::Window;
 
@@ -124,8 +126,18 @@ pub trait Store: KeyStore + Send + Sync {
     /// Recounts the figures and days of one page of devices, those after the device `after`, from their raw
     /// events, as of one moment. With `repair` it then writes what the events add up to, each device in a short
     /// transaction of its own; the answer still tells what was found. Where old events are no longer kept,
-    /// nothing is repaired. Safe beside running servers.
-    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError>;
+    /// nothing is repaired. Events dated so far after `now` that a clock must have been wrong change no streak. Safe
+    /// beside running servers.
+    async fn verify(
+        &self,
+        after: Option<&str>,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<Verified, StoreError>;
+
+    /// Counts the jobs again whose last events are dated, or were received, so far after `now` that a clock must have
+    /// been wrong then: what is reported later would be hidden behind them for good. Answers how many there were.
+    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError>;
 
     /// Recounts the sums of the fleet's hours from all folded events, as of one moment: some second for a
     /// million of them. Once old events were dropped, sums can only be found to be too small.
@@ -134,6 +146,13 @@ pub trait Store: KeyStore + Send + Sync {
     /// Writes what was recounted in the place of an hour's sums; false, and nothing is changed, when they
     /// are no longer what was found.
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError>;
+
+    /// Moves the time on by which old events and event ids are deleted, given what the clock says and for how long
+    /// this server has run since it last did.
+    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError>;
+
+    /// The database's own clock; `None` on SQLite, which goes by the server's.
+    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError>;
 
     /// Does what must be done from time to time, such as making partitions ahead of need.
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError>;

@@ -42,3 +42,4 @@ mod take_over;
 mod tls;
 mod upgrades;
 mod verify;
+mod wrong_clock;

@@ -11,4 +11,4 @@ mod receipts;
 pub(crate) mod retention;
 mod roll_ups;
 mod sent_off;
-mod streaks;
+pub(crate) mod streaks;

@@ -187,6 +187,13 @@ const VERSIONS: &[Version] = &[
         count: "(select sum(consecutive_failures) from device_jobs)",
         rows: 3,
     },
+    Version {
+        name: "2026-11-25-08-trusted-time",
+        sqlite: "insert into trusted_time values (1, 1795345200000, 1795345200000, 0)",
+        postgres: "insert into trusted_time values (1, '2026-11-22 11:00+00', '2026-11-22 11:00+00', 0)",
+        count: "(select count(*) from trusted_time)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

@@ -12,7 +12,7 @@ use crate::{
         retention::{expire, fold, retention},
     },
     support::{
-        events::{at, device_id, failure, now, of_job, somebody, success, write, write_at},
+        events::{at, device_id, failure, later, now, of_job, somebody, success, write, write_at},
         http::{event, with},
         program::Installed,
         store::{TestStore, assert_right, differences},
@@ -35,7 +35,7 @@ async fn what_ingest_keeps_is_right(fixture: &TestStore) {
     assert_right(&differences(&*fixture.store, false).await);
     let sent = be_a_node(Arc::clone(&fixture.store), 5, 60).await;
     assert_right(&differences(&*fixture.store, false).await);
-    let page = fixture.store.verify(None, false).await.unwrap();
+    let page = fixture.store.verify(None, later(), false).await.unwrap();
     assert_eq!((page.devices, page.events), (6, sent.len() as u64));
     assert_eq!((page.nameless_devices, page.next), (0, None));
     // Nor does a repair change what is right.
@@ -159,7 +159,7 @@ async fn wrong_figures_are_found_and_repaired(fixture: &TestStore) {
         let delete = "pragma foreign_keys = off; delete from devices where device_id = 'pi-3'";
         fixture.database.execute(delete).await;
         for repair in [false, true] {
-            let page = fixture.store.verify(None, repair).await.unwrap();
+            let page = fixture.store.verify(None, later(), repair).await.unwrap();
             assert_eq!((page.nameless_devices, page.differences.len()), (1, 0));
         }
     }
@@ -175,7 +175,7 @@ async fn a_page_ends_between_devices(fixture: &TestStore) {
     let (mut devices, mut events, mut after) = (0, 0, None);
     let mut pages = 0;
     loop {
-        let page = fixture.store.verify(after.as_deref(), false).await.unwrap();
+        let page = fixture.store.verify(after.as_deref(), later(), false).await.unwrap();
         (devices, events, pages) = (devices + page.devices, events + page.events, pages + 1);
         assert_right(&page.differences);
         after = page.next;
@@ -192,7 +192,7 @@ async fn a_page_ends_between_devices(fixture: &TestStore) {
     // What is said to be much is looked at in smaller pages.
     let much = "update device_jobs set total_syncs = 150000";
     fixture.database.execute(much).await;
-    let page = fixture.store.verify(None, false).await.unwrap();
+    let page = fixture.store.verify(None, later(), false).await.unwrap();
     assert_eq!((page.devices, page.next.as_deref()), (1, Some("pi-000")));
 }
 
@@ -227,7 +227,7 @@ async fn a_repair_beside_a_server_that_writes(fixture: &TestStore) {
 
 /// Recounts the sums by day and hour, and gives how many days and hours were wrong.
 async fn wrong_sums(store: &dyn Store, repair: bool) -> (usize, usize) {
-    let days = store.verify(None, repair).await.unwrap().days;
+    let days = store.verify(None, later(), repair).await.unwrap().days;
     assert!(days.iter().all(|day| !day.figures().is_empty() && day.device_id.is_some()));
     let hours = store.verify_hours().await.unwrap();
     assert!(hours.iter().all(|hour| !hour.figures().is_empty() && hour.device_id.is_none()));
@@ -285,14 +285,14 @@ async fn a_repair_of_sums_beside_folding(fixture: &TestStore) {
         let wrong = "update device_days set total_syncs = total_syncs + 1";
         fixture.database.execute(wrong).await;
         let repair = async {
-            other.verify(None, true).await.unwrap();
+            other.verify(None, later(), true).await.unwrap();
             for hour in other.verify_hours().await.unwrap() {
                 other.repair_hour(&hour).await.unwrap();
             }
         };
         tokio::join!(fold(&*fixture.store), repair);
         // What was wrong and has grown since is found again.
-        other.verify(None, true).await.unwrap();
+        other.verify(None, later(), true).await.unwrap();
         assert_eq!(wrong_sums(&*other, false).await, (0, 0), "round {round}");
     }
 }
@@ -307,7 +307,7 @@ async fn what_is_left_of_old_events_tells_which_sums_are_too_small(fixture: &Tes
     }
     fold(&*fixture.store).await;
     expire(&*fixture.store, &retention(30)).await;
-    assert!(fixture.store.verify(None, false).await.unwrap().raw_since.is_some());
+    assert!(fixture.store.verify(None, later(), false).await.unwrap().raw_since.is_some());
     assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
     // The hours of its old events are not known any more.
     let by = somebody();
@@ -316,9 +316,9 @@ async fn what_is_left_of_old_events_tells_which_sums_are_too_small(fixture: &Tes
     fixture.database.execute("update device_days set total_syncs = 1").await;
     fixture.database.execute("update fleet_hours set total_syncs = 0").await;
     assert_eq!(wrong_sums(&*fixture.store, false).await, (1, 1));
-    let page = fixture.store.verify(None, true).await.unwrap();
+    let page = fixture.store.verify(None, later(), true).await.unwrap();
     assert_eq!(page.days.len(), 1);
-    assert_eq!(fixture.store.verify(None, true).await.unwrap().days, page.days);
+    assert_eq!(fixture.store.verify(None, later(), true).await.unwrap().days, page.days);
 }
 
 async fn the_command(installed: &Installed) {

@@ -20,6 +20,7 @@ use super::{
     connect::{Connection, Connector, is_connection_lost, store_error},
     partitions::{self, Partition},
     roll_ups,
+    trusted_time::database_time,
 };
 use crate::store::{
     PostgresTarget, StoreError,
@@ -98,6 +99,8 @@ pub(crate) struct PostgresCopyWriter {
     connection: Arc<Connection>,
     /// Months whose partition is known to exist.
     months: HashSet<Date>,
+    /// What PostgreSQL takes for the present.
+    database_time: Timestamp,
 }
 
 impl PostgresCopyWriter {
@@ -109,12 +112,13 @@ impl PostgresCopyWriter {
         let mut connection = Connector::new(target)?.connect().await?;
         connection.client.batch_execute(NO_TIME_LIMITS).await.map_err(store_error)?;
         refuse_servers(&connection.client).await?;
-        partitions::ensure_ahead(&mut connection.client, now).await?;
+        let database_time = database_time(&connection.client).await.map_err(store_error)?;
+        partitions::ensure_ahead(&mut connection.client, now.min(database_time)).await?;
         lock_tables(&connection.client).await?;
         if let Some(table) = first_filled(&connection.client).await.map_err(store_error)? {
             return Ok(Err(table));
         }
-        Ok(Ok(Self { connection: Arc::new(connection), months: HashSet::new() }))
+        Ok(Ok(Self { connection: Arc::new(connection), months: HashSet::new(), database_time }))
     }
 
     /// Sees to the partitions of these events.
@@ -155,9 +159,10 @@ impl CopyWriter for PostgresCopyWriter {
         1
     }
 
-    /// What is younger than that, servers fold as they do with what they receive.
+    /// What is younger than that, servers fold as they do with what they receive. By a clock that is ahead it would
+    /// be long before they do.
     fn sums(&self, now: Timestamp) -> Sums {
-        Sums::ReceivedUntil(roll_ups::final_until(now))
+        Sums::ReceivedUntil(roll_ups::final_until(now.min(self.database_time)))
     }
 
     async fn set_last_id(&self, table: &'static Table, id: i64) -> Result<(), StoreError> {
@@ -266,7 +271,7 @@ async fn left_out(client: &Client) -> Result<Vec<String>, Error> {
           join pg_attribute a on a.attrelid = t.oid and a.attnum > 0 and not a.attisdropped
          where t.relnamespace = (select relnamespace from pg_class where oid = 'devices'::regclass)
            and t.relkind in ('r', 'p') and not t.relispartition
-           and t.relname not in ('pisync_migrations', 'pisync_take_over')
+           and t.relname not in ('pisync_migrations', 'pisync_take_over', 'trusted_time')
          order by 1, a.attnum
     ";
     let mut known = HashSet::from([

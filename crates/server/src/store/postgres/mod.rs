@@ -10,12 +10,14 @@ mod history;
 mod imports;
 mod keys;
 mod migrations;
+mod misdated;
 mod partitions;
 mod reads;
 mod roll_ups;
 mod statements;
 mod take_over;
 mod tls;
+mod trusted_time;
 mod verify;
 mod writer;
 
@@ -26,7 +28,7 @@ use std::{
 
 use async_trait::async_trait;
 use deadpool_postgres::{Object, Pool};
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio::sync::mpsc;
 
 pub(super) use dump::{dump_instead, restore_instead};
@@ -40,7 +42,7 @@ use self::{
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
     Figures, FleetStats, HistoryQuery, ImportProgress, News, Page, PoolUsage, PostgresTarget,
-    Retention, Store, StoreError, SumDifference, SyncHistory, Verified, Window,
+    Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime, Verified, Window,
     step_size::StepSize, verify::devices_to_repair,
 };
 
@@ -185,16 +187,28 @@ impl Store for PostgresStore {
         self.call(async |connection| changes::forget_event_ids(connection, before).await).await
     }
 
-    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError> {
+    async fn verify(
+        &self,
+        after: Option<&str>,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<Verified, StoreError> {
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
         // Not `call`: a long history takes as long as it takes.
         let mut connection = self.connection().await?;
-        let verified = verify::page(&mut connection, after).await.map_err(store_error)?;
+        let verified = verify::page(&mut connection, after, latest).await.map_err(store_error)?;
         if repair && verified.raw_since.is_none() {
             for device_id in devices_to_repair(&verified) {
-                verify::repair(&mut connection, &device_id).await.map_err(store_error)?;
+                verify::repair(&mut connection, &device_id, latest).await.map_err(store_error)?;
             }
         }
         Ok(verified)
+    }
+
+    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        let mut connection = self.connection().await?;
+        misdated::recount(&mut connection, latest).await.map_err(store_error)
     }
 
     async fn device_ids(
@@ -216,6 +230,14 @@ impl Store for PostgresStore {
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
         self.call(async |connection| verify::repair_hour(connection, seen).await).await
+    }
+
+    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError> {
+        self.call(async |connection| trusted_time::advance(connection, now, ran).await).await
+    }
+
+    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
+        self.call(async |connection| trusted_time::database_time(connection).await).await.map(Some)
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {

@@ -162,7 +162,7 @@ const INSERT_EVENTS: &str = "
 ";
 
 /// Counts the stored failures of a job after its last success, by date and then by id, given the name under which
-/// the statement around it knows the job's `device_id`, `job` and `last_success`. The rule is that of
+/// the statement around it knows the job's `device_id`, `job`, `last_success` and `last_failure`. The rule is that of
 /// [`pisync_core::StreakCount::Recount`].
 pub(super) fn unanswered_failures(job: &str) -> String {
     format!(
@@ -171,6 +171,7 @@ pub(super) fn unanswered_failures(job: &str) -> String {
           where event.device_id = {job}.device_id
             and coalesce(event.job, '') = {job}.job
             and event.total_errors > 0
+            and event.timestamp <= {job}.last_failure
             and (event.timestamp, event.id) > (coalesce({job}.last_success, '-infinity'), coalesce((
                     select max(success.id)
                       from sync_events success

@@ -33,8 +33,9 @@ const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 /// A page: the devices after $1 up to $2, those that are not registered included; null means no bound.
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
-/// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`].
-pub(super) fn recounted(filter: &str) -> String {
+/// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`]. Those dated after the parameter
+/// `latest` change no streak, and are not shown as the last while there are others.
+pub(super) fn recounted(filter: &str, latest: &str) -> String {
     format!(
         "with counted as (
             select device_id, coalesce(job, '') as job,
@@ -45,10 +46,11 @@ pub(super) fn recounted(filter: &str) -> String {
                    coalesce(sum(internet_speed * 100), 0)::bigint as speed_sum,
                    count(internet_speed) as speed_count,
                    min(timestamp) as first_sync,
-                   max(timestamp) as last_sync,
-                   max(timestamp) filter (where total_errors <= 0) as last_success,
-                   max(timestamp) filter (where total_errors > 0) as last_failure,
-                   max(created_at) as last_received
+                   coalesce(max(timestamp) filter (where timestamp <= {latest}), max(timestamp)) as last_sync,
+                   max(timestamp) filter (where timestamp <= {latest} and total_errors <= 0) as last_success,
+                   max(timestamp) filter (where timestamp <= {latest} and total_errors > 0) as last_failure,
+                   coalesce(max(created_at) filter (where created_at <= {latest}), max(created_at))
+                       as last_received
               from sync_events
              where {filter}
              group by device_id, coalesce(job, '')
@@ -63,8 +65,12 @@ pub(super) fn recounted(filter: &str) -> String {
     )
 }
 
-/// Recounts the page of devices after `after`.
-pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result<Verified, Error> {
+/// Recounts the page of devices after `after`. No event can be dated after `latest`.
+pub(super) async fn page(
+    connection: &mut Object,
+    after: Option<&str>,
+    latest: Timestamp,
+) -> Result<Verified, Error> {
     const DEVICES: &str = "
         select d.device_id,
                (select coalesce(sum(total_syncs), 0)::bigint
@@ -89,7 +95,8 @@ pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result
     for row in snapshot.query(&stored, &[&after, &next]).await? {
         figures.stored(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
     }
-    for row in snapshot.query(&recounted(PAGE), &[&after, &next]).await? {
+    let recounted = recounted(PAGE, "$3");
+    for row in snapshot.query(&recounted, &[&after, &next, &latest.to_jiff()]).await? {
         figures.recounted(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
     }
     let stored_days = format!(
@@ -118,10 +125,14 @@ pub(super) async fn page(connection: &mut Object, after: Option<&str>) -> Result
 }
 
 /// Writes what the events of a device add up to in the place of its figures, and registers it if need be.
-pub(super) async fn repair(connection: &mut Object, device_id: &str) -> Result<(), Error> {
+pub(super) async fn repair(
+    connection: &mut Object,
+    device_id: &str,
+    latest: Timestamp,
+) -> Result<(), Error> {
     let mut attempt = 0;
     loop {
-        match try_repair(connection, device_id).await {
+        match try_repair(connection, device_id, latest).await {
             Err(error)
                 if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempt < RETRIES =>
             {
@@ -132,7 +143,11 @@ pub(super) async fn repair(connection: &mut Object, device_id: &str) -> Result<(
     }
 }
 
-async fn try_repair(connection: &mut Object, device_id: &str) -> Result<(), Error> {
+async fn try_repair(
+    connection: &mut Object,
+    device_id: &str,
+    latest: Timestamp,
+) -> Result<(), Error> {
     const REGISTER_DEVICE: &str = "
         insert into devices (device_id, created_at, updated_at)
         select $1::text, min(created_at), max(created_at)
@@ -184,7 +199,7 @@ async fn try_repair(connection: &mut Object, device_id: &str) -> Result<(), Erro
                 last_received = recounted.last_received
            from ({}) recounted
           where stored.device_id = $1 and stored.job = any($2::text[]) and stored.job = recounted.job",
-        recounted("device_id = $1")
+        recounted("device_id = $1", "$3")
     );
 
     let transaction = connection.transaction().await?;
@@ -202,7 +217,7 @@ async fn try_repair(connection: &mut Object, device_id: &str) -> Result<(), Erro
     // Later statements see what others had committed before we got the locks; who comes after waits. A job
     // that another server has made since is not ours to touch.
     transaction.execute(REMOVE_JOBS, &[&device_id, &jobs]).await?;
-    transaction.execute(&write_figures, &[&device_id, &jobs]).await?;
+    transaction.execute(&write_figures, &[&device_id, &jobs, &latest.to_jiff()]).await?;
     roll_ups::fold_days_again(&transaction, device_id, folded).await?;
     transaction.commit().await
 }

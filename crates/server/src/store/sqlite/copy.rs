@@ -248,7 +248,7 @@ fn left_out(connection: &Connection) -> rusqlite::Result<Vec<String>> {
           from sqlite_schema t
           join pragma_table_info(t.name) c
          where t.type = 'table' and t.name not like 'sqlite\_%' escape '\'
-           and t.name not in ('pisync_migrations', 'pisync_probe', 'ingest_state')
+           and t.name not in ('pisync_migrations', 'pisync_probe', 'ingest_state', 'trusted_time')
          order by t.name, c.cid
     ";
     let mut known = HashSet::from([("roll_up_state", "id"), ("roll_up_state", "folded_id")]);

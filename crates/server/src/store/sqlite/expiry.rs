@@ -16,16 +16,17 @@ const VACUUM_PAGES: u32 = 128;
 /// Drops the next `most` events that were received before `before`; false when there are no more. They
 /// may be dated by `lead` milliseconds after they were received.
 ///
-/// They go in the order of their ids. One that was stored while the clock was ahead keeps those after it
-/// until its time has come.
+/// They go in the order of their ids. What was received after `now`, while the clock was ahead, is as old as what
+/// came next, and goes with that.
 pub(super) fn drop_events(
     connection: &mut Connection,
+    now: Timestamp,
     before: Timestamp,
     lead: i64,
     most: i64,
 ) -> rusqlite::Result<bool> {
     const OLDEST: &str = "
-        select id, created_at from sync_events where id <= ?1 order by id limit ?2
+        select id, created_at from sync_events where id <= ?1 and created_at <= ?3 order by id limit ?2
     ";
     const DELETE: &str = "delete from sync_events where id <= ?1";
     const SINCE: &str = "
@@ -37,7 +38,7 @@ pub(super) fn drop_events(
     let (mut last, mut newest, mut events) = (None, i64::MIN, 0);
     {
         let mut select = transaction.prepare_cached(OLDEST)?;
-        let mut rows = select.query([folded_id(&transaction)?, most])?;
+        let mut rows = select.query([folded_id(&transaction)?, most, now.as_millisecond()])?;
         while let Some(row) = rows.next()? {
             let received: i64 = row.get(1)?;
             if received >= before.as_millisecond() {

@@ -12,8 +12,10 @@ mod intake;
 mod journal;
 mod keys;
 mod migrations;
+mod misdated;
 mod reads;
 mod roll_ups;
+mod trusted_time;
 mod verify;
 mod writer;
 
@@ -26,7 +28,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use rusqlite::Connection;
 use tokio::sync::mpsc;
 
@@ -41,8 +43,8 @@ use self::{
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
     Figures, FleetStats, HistoryQuery, ImportProgress, JournalReport, JournalSalvage, News, Page,
-    PoolUsage, Retention, Store, StoreError, SumDifference, SyncHistory, Verified, Window,
-    step_size::StepSize, verify::devices_to_repair,
+    PoolUsage, Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime, Verified,
+    Window, step_size::StepSize, verify::devices_to_repair,
 };
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
@@ -182,16 +184,38 @@ impl Store for SqliteStore {
         self.writer.call(move |connection| connection.forget_event_ids(before)).await
     }
 
-    async fn verify(&self, after: Option<&str>, repair: bool) -> Result<Verified, StoreError> {
+    async fn verify(
+        &self,
+        after: Option<&str>,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<Verified, StoreError> {
         let after = after.map(str::to_owned);
-        let verified =
-            self.read_events(move |connection| verify::page(connection, after.as_deref())).await?;
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        let verified = self
+            .read_events(move |connection| verify::page(connection, after.as_deref(), latest))
+            .await?;
         if repair && verified.raw_since.is_none() {
             for device_id in devices_to_repair(&verified) {
-                self.writer.call(move |writer| verify::repair(writer, &device_id)).await?;
+                self.writer.call(move |writer| verify::repair(writer, &device_id, latest)).await?;
             }
         }
         Ok(verified)
+    }
+
+    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        let (mut after, mut recounted) = (None, 0);
+        loop {
+            let step =
+                move |writer: &mut WriteConnection| misdated::recount_some(writer, after, latest);
+            let (step, next) = self.writer.call(step).await?;
+            recounted += step;
+            after = next;
+            if after.is_none() {
+                return Ok(recounted);
+            }
+        }
     }
 
     async fn device_ids(
@@ -217,6 +241,16 @@ impl Store for SqliteStore {
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
         let seen = seen.clone();
         self.writer.call(move |writer| verify::repair_hour(writer, &seen)).await
+    }
+
+    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError> {
+        self.writer
+            .call(move |writer| trusted_time::advance(&mut writer.connection, now, ran))
+            .await
+    }
+
+    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
+        Ok(None)
     }
 
     async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
@@ -247,7 +281,7 @@ impl Store for SqliteStore {
         let most = self.drop_step.get();
         let drop_some = move |connection: &mut WriteConnection| {
             let started = Instant::now();
-            let more = expiry::drop_events(&mut connection.connection, before, lead, most)?;
+            let more = expiry::drop_events(&mut connection.connection, now, before, lead, most)?;
             connection.streaks_since = expiry::streaks_since(&connection.connection)?;
             let took = started.elapsed();
             Ok((more, took, !more && expiry::shrink(&connection.connection)?))

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use pisync_core::{JobFigures, Timestamp};
+use pisync_core::{JobFigures, Timestamp, later_until};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
@@ -22,8 +22,12 @@ const SUMS: &str =
 
 const HOUR: i64 = 60 * 60 * 1000;
 
-/// Recounts the page of devices after `after`.
-pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Result<Verified> {
+/// Recounts the page of devices after `after`. No event can be dated after `latest`.
+pub(super) fn page(
+    connection: &Connection,
+    after: Option<&str>,
+    latest: Timestamp,
+) -> rusqlite::Result<Verified> {
     const DEVICES: &str = "
         select d.id, d.device_id,
                (select ifnull(sum(total_syncs), 0) from device_jobs where device = d.id)
@@ -62,7 +66,7 @@ pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Re
         while let Some(row) = rows.next()? {
             days.stored(Some(device_id.clone()), time(row, 6)?, sums(row)?);
         }
-        let recounted = recount(&snapshot, *number, folded)?;
+        let recounted = recount(&snapshot, *number, folded, latest)?;
         for (job, recounted) in recounted.jobs {
             figures.recounted(device_id.clone(), job, recounted);
         }
@@ -83,7 +87,11 @@ pub(super) fn page(connection: &Connection, after: Option<&str>) -> rusqlite::Re
 }
 
 /// Writes what the events of a device add up to in the place of its figures.
-pub(super) fn repair(writer: &mut WriteConnection, device_id: &str) -> rusqlite::Result<()> {
+pub(super) fn repair(
+    writer: &mut WriteConnection,
+    device_id: &str,
+    latest: Timestamp,
+) -> rusqlite::Result<()> {
     // Nothing can be written between the counting and the writing.
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -92,7 +100,7 @@ pub(super) fn repair(writer: &mut WriteConnection, device_id: &str) -> rusqlite:
         .optional()?;
     // Somebody may have deleted it meanwhile.
     let Some(number) = number else { return Ok(()) };
-    let recounted = recount(&transaction, number, roll_ups::folded_id(&transaction)?)?;
+    let recounted = recount(&transaction, number, roll_ups::folded_id(&transaction)?, latest)?;
     transaction.execute("delete from device_jobs where device = ?1", [number])?;
     let mut jobs = JobStatements::prepare(&transaction)?;
     for (job, figures) in &recounted.jobs {
@@ -188,7 +196,12 @@ struct Recounted {
 
 /// Counts a device's events, of which those up to the id `folded` are folded. They pass one by one, in the
 /// order of their dates and ids, so that neither a long history nor a streak takes memory.
-fn recount(transaction: &Transaction<'_>, device: i64, folded: i64) -> rusqlite::Result<Recounted> {
+fn recount(
+    transaction: &Transaction<'_>,
+    device: i64,
+    folded: i64,
+    latest: Timestamp,
+) -> rusqlite::Result<Recounted> {
     const EVENTS: &str = "
         select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at, id
           from sync_events
@@ -212,7 +225,8 @@ fn recount(transaction: &Transaction<'_>, device: i64, folded: i64) -> rusqlite:
             recounted.days.entry(day).or_default().add(&one);
         }
         let job: String = row.get(0)?;
-        event.count_into(recounted.jobs.entry(job).or_insert_with(|| event.nothing_yet()));
+        let figures = recounted.jobs.entry(job).or_insert_with(|| event.nothing_yet());
+        event.count_into(figures, latest);
     }
     Ok(recounted)
 }
@@ -244,8 +258,9 @@ impl Event {
         }
     }
 
-    /// Adds an event that comes, by its date and then by its id, after all that were added before.
-    fn count_into(&self, figures: &mut JobFigures) {
+    /// Adds an event that comes, by its date and then by its id, after all that were added before. One dated after
+    /// `latest` changes no streak.
+    fn count_into(&self, figures: &mut JobFigures, latest: Timestamp) {
         let add = |sum: &mut i64, number| *sum = sum.saturating_add(number);
         add(&mut figures.total_syncs, 1);
         add(&mut figures.total_files_synced, self.total_files_synced);
@@ -254,10 +269,13 @@ impl Event {
             add(&mut figures.speed_sum, speed);
             add(&mut figures.speed_count, 1);
         }
-        figures.last_sync = self.timestamp;
-        figures.last_received = figures.last_received.max(self.received);
+        figures.last_sync = later_until(latest, figures.last_sync, self.timestamp);
+        figures.last_received = later_until(latest, figures.last_received, self.received);
+        figures.failed_syncs += i64::from(self.total_errors > 0);
+        if self.timestamp > latest {
+            return;
+        }
         if self.total_errors > 0 {
-            figures.failed_syncs += 1;
             figures.last_failure = Some(self.timestamp);
             figures.consecutive_failures += 1;
         } else {

@@ -711,6 +711,7 @@ impl<'a> JobStatements<'a> {
             select count(*)
               from sync_events
              where device = ?1 and ifnull(job, '') = ?2 and total_errors > 0
+               and timestamp <= ?4
                and (timestamp, id) > (?3, ifnull((
                        select max(id)
                          from sync_events
@@ -739,9 +740,10 @@ impl<'a> JobStatements<'a> {
             Some(mut figures) => {
                 if figures.add(new, streaks_since) == StreakCount::Recount {
                     let after = figures.last_success.map_or(i64::MIN, Timestamp::as_millisecond);
+                    let until = figures.last_failure.map_or(i64::MIN, Timestamp::as_millisecond);
                     figures.consecutive_failures = self
                         .count_unanswered_failures
-                        .query_row(params![device, job, after], |row| row.get(0))?;
+                        .query_row(params![device, job, after, until], |row| row.get(0))?;
                 }
                 (figures, &mut self.update)
             }

@@ -8,7 +8,7 @@ use pisync::store::{
 use pisync_core::Timestamp;
 
 use crate::support::{
-    events::{at, batch_at, device_id, failure, now, somebody, success, write, write_at},
+    events::{at, batch_at, device_id, failure, later, now, somebody, success, write, write_at},
     postgres::connect,
     store::{Fixture, TestDatabase, TestStore},
 };
@@ -82,10 +82,10 @@ async fn old_events_go_and_their_figures_stay(fixture: &TestStore) {
     assert_eq!((stats.figures.total_syncs, stats.figures.failed_syncs), (12, 6));
     // What is left cannot say that the figures are too large, only that they are too small; and nothing
     // is repaired by it.
-    assert_eq!(fixture.store.verify(None, true).await.unwrap().differences, []);
+    assert_eq!(fixture.store.verify(None, later(), true).await.unwrap().differences, []);
     let too_small = "update device_jobs set total_syncs = 1 where total_syncs = 6";
     fixture.database.execute(too_small).await;
-    let verified = fixture.store.verify(None, true).await.unwrap();
+    let verified = fixture.store.verify(None, later(), true).await.unwrap();
     assert_eq!((verified.differences.len(), verified.raw_since.is_some()), (2, true));
     assert_eq!(fixture.store.fleet_stats(now()).await.unwrap().figures.total_syncs, 2);
     let query = FailureQuery {
@@ -208,6 +208,22 @@ async fn sqlite_drops_in_small_steps_and_gives_pages_back() {
     assert!(steps > 5);
     assert!(pages() < before / 2, "{} of {before} pages are left", pages());
     assert_eq!(history(&fixture, "pi-7").await.events.len(), 0);
+}
+
+/// On SQLite events go in the order of their ids; PostgreSQL's months do not wait for each other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_clock_that_was_ahead_received_keeps_nothing_back() {
+    let fixture = TestStore::prepare(TestDatabase::sqlite()).await;
+    let mut writer = fixture.writer();
+    for received in [days_ago(100), days_ago(-365), days_ago(99), days_ago(1)] {
+        write_at(&mut *writer, received, vec![success("pi", days_ago(100))]).await;
+    }
+    fold(&*fixture.store).await;
+    expire(&*fixture.store, &retention(40)).await;
+    let history = history(&fixture, "pi").await;
+    assert_eq!((history.events.len(), history.figures.total_syncs), (1, 4));
+    assert_eq!(history.raw_since, Some(days_ago(99).saturating_add_milliseconds(1)));
+    fixture.into_database().remove().await;
 }
 
 /// A long read keeps a month from being dropped, but neither events from coming in nor the next attempt

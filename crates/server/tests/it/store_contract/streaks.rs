@@ -75,7 +75,7 @@ fn batches() -> impl Strategy<Value = Vec<(i64, Vec<Report>)>> {
 }
 
 /// What the store says of a device's jobs, and of the device.
-pub(super) async fn figures_of(
+pub(crate) async fn figures_of(
     store: &dyn Store,
     device: &DeviceId,
 ) -> (BTreeMap<Option<String>, Figures>, Figures) {
@@ -140,7 +140,7 @@ async fn events_of_one_instant_follow_each_other_as_they_came(fixture: &TestStor
             let events = batch.chars().enumerate().map(|(index, letter)| {
                 let event = if letter == 's' { success } else { failure };
                 // The ids that devices give say nothing about the order.
-                let event_id = EventId::new(format!("{batch_number}-{}", 9 - index)).ok();
+                let event_id = EventId::new(&format!("{batch_number}-{}", 9 - index)).ok();
                 SyncEvent { event_id, ..event(device, at(0)) }
             });
             write(&mut *writer, events.collect()).await;

@@ -15,6 +15,11 @@ pub(crate) fn at(second: i64) -> Timestamp {
     now().saturating_add_milliseconds(second * 1000)
 }
 
+/// After everything that tests store, whenever they have it received.
+pub(crate) fn later() -> Timestamp {
+    at(1_000 * 24 * 60 * 60)
+}
+
 /// Whoever changes something, where it does not matter who.
 pub(crate) fn somebody() -> Actor {
     Actor { via: Via::Local, address: None, at: now() }

@@ -30,17 +30,22 @@ use super::{
 pub(crate) struct TestClock(Arc<AtomicI64>);
 
 impl TestClock {
-    fn new() -> Self {
-        Self(Arc::new(AtomicI64::new(now().as_millisecond())))
+    pub(crate) fn at(time: Timestamp) -> Self {
+        Self(Arc::new(AtomicI64::new(time.as_millisecond())))
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        Timestamp::from_millisecond(self.0.load(Ordering::SeqCst)).unwrap()
     }
 
     pub(crate) fn set(&self, time: Timestamp) {
         self.0.store(time.as_millisecond(), Ordering::SeqCst);
     }
 
-    fn clock(&self) -> Clock {
-        let time = Arc::clone(&self.0);
-        Clock::new(move || Timestamp::from_millisecond(time.load(Ordering::SeqCst)).unwrap())
+    /// A clock that is not set while it stands before 2026.
+    pub(crate) fn clock(&self) -> Clock {
+        let clock = self.clone();
+        Clock::new(move || clock.now()).not_before(Timestamp::parse_iso8601("2026-01-02").unwrap())
     }
 }
 
@@ -77,19 +82,30 @@ impl TestServer {
         database: TestDatabase,
         adjust: impl FnOnce(&mut Settings),
     ) -> Self {
+        let server = Self::start_at(now(), database, adjust).await;
+        // The connection waits until the server takes it in.
+        server.get("/health/ready").await.json(200);
+        server
+    }
+
+    /// A server whose clock stands at `time`, which it may not be ready with.
+    pub(crate) async fn start_at(
+        time: Timestamp,
+        database: TestDatabase,
+        adjust: impl FnOnce(&mut Settings),
+    ) -> Self {
         let mut settings = settings(database.target.clone());
         adjust(&mut settings);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let client = Client::new(listener.local_addr().unwrap());
-        let clock = TestClock::new();
+        let clock = TestClock::at(time);
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(app::run(settings, clock.clock(), listener, async {
             // Also when the test has failed and let go of the other end.
             let _ = stopped.await;
         }));
         let server = Self { clock, database, client, stop, task };
-        // The connection waits until the server takes it in.
-        server.get("/health/ready").await.json(200);
+        server.get("/health/live").await.json(200);
         server
     }
 

@@ -18,7 +18,7 @@ use pisync::{
 use tempfile::TempDir;
 
 use super::{
-    events::now,
+    events::{later, now},
     postgres::{self, PostgresServer},
 };
 
@@ -226,7 +226,7 @@ impl Fixture for TestDatabase {
 pub(crate) async fn differences(store: &dyn Store, repair: bool) -> Vec<JobDifference> {
     let (mut found, mut after) = (Vec::new(), None);
     loop {
-        let page = store.verify(after.as_deref(), repair).await.unwrap();
+        let page = store.verify(after.as_deref(), later(), repair).await.unwrap();
         assert_eq!(page.days, []);
         found.extend(page.differences);
         after = page.next;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use jiff::civil::Date;
-use pisync_core::Timestamp;
+use pisync_core::{LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, Transaction};
 
 use crate::store::{
@@ -171,9 +171,10 @@ pub(super) async fn count_figures(
     transaction.batch_execute("analyze devices, sync_events").await?;
     let count = format!(
         "insert into device_jobs ({JOB_COLUMNS}) select * from ({}) jobs",
-        recounted("true")
+        recounted("true", "$1")
     );
-    transaction.execute(&count, &[]).await?;
+    let latest = now.saturating_add_milliseconds(LONGEST_LEAD).to_jiff();
+    transaction.execute(&count, &[&latest]).await?;
     report(&Progress::Folding);
     roll_ups::fold_between(transaction, Timestamp::MIN, roll_ups::final_until(now)).await?;
     transaction.batch_execute("analyze device_jobs, device_days, fleet_hours").await

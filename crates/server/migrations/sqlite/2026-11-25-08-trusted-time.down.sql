@@ -1,0 +1,2 @@
+-- loses: nothing
+drop table trusted_time;

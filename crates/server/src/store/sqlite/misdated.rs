@@ -1,0 +1,82 @@
+//! Jobs whose last event has a date that cannot be, from a time when a clock was wrong: maintenance finds their dates
+//! and streaks again among the other events that are still kept.
+
+use pisync_core::Timestamp;
+use rusqlite::{TransactionBehavior, params};
+
+use super::writer::WriteConnection;
+
+/// Devices at a time: all of a device's events are read, while ingest waits.
+const DEVICES: u32 = 4;
+
+/// Counts the jobs of some devices again, those after the device number `after`, when they have a date after
+/// `latest`. Answers how many jobs it were, and after which device to go on.
+pub(super) fn recount_some(
+    writer: &mut WriteConnection,
+    after: Option<i64>,
+    latest: Timestamp,
+) -> rusqlite::Result<(u64, Option<i64>)> {
+    const FIND: &str = "
+        select distinct device
+          from device_jobs
+         where device > ?1 and max(last_sync, last_received) > ?2
+         order by device
+         limit ?3
+    ";
+    // Where all dates are wrong, they are all there is to show.
+    const RECOUNT: &str = "
+        with dates as (
+            select ifnull(job, '') as job,
+                   max(timestamp) filter (where timestamp <= ?2) as last_sync,
+                   max(timestamp) filter (where timestamp <= ?2 and total_errors <= 0) as last_success,
+                   max(timestamp) filter (where timestamp <= ?2 and total_errors > 0) as last_failure,
+                   max(created_at) filter (where created_at <= ?2) as last_received
+              from sync_events
+             where device = ?1
+             group by 1
+        )
+        update device_jobs
+           set last_sync = ifnull(dates.last_sync, device_jobs.last_sync),
+               last_success = dates.last_success,
+               last_failure = dates.last_failure,
+               last_received = ifnull(dates.last_received, device_jobs.last_received),
+               consecutive_failures = (
+                   select count(*)
+                     from sync_events event
+                    where event.device = ?1 and ifnull(event.job, '') = dates.job
+                      and event.total_errors > 0 and event.timestamp <= ?2
+                      and (event.timestamp, event.id) > (
+                              ifnull(dates.last_success, -9223372036854775808),
+                              ifnull((
+                                  select max(success.id)
+                                    from sync_events success
+                                   where success.device = ?1 and ifnull(success.job, '') = dates.job
+                                     and success.total_errors <= 0
+                                     and success.timestamp = dates.last_success
+                              ), 0)
+                          )
+               )
+          from dates
+         where device_jobs.device = ?1 and device_jobs.job = dates.job
+           and max(device_jobs.last_sync, device_jobs.last_received) > ?2
+           and (device_jobs.last_sync, device_jobs.last_success, device_jobs.last_failure,
+                device_jobs.last_received)
+               is not (ifnull(dates.last_sync, device_jobs.last_sync), dates.last_success,
+                       dates.last_failure, ifnull(dates.last_received, device_jobs.last_received))
+    ";
+    writer.settle()?;
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let latest = latest.as_millisecond();
+    let devices: Vec<i64> = transaction
+        .prepare_cached(FIND)?
+        .query_map(params![after.unwrap_or(0), latest, DEVICES], |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    let mut recounted = 0;
+    for device in &devices {
+        recounted += transaction.prepare_cached(RECOUNT)?.execute(params![device, latest])? as u64;
+    }
+    transaction.commit()?;
+    let next = devices.last().copied().filter(|_| devices.len() == DEVICES as usize);
+    Ok((recounted, next))
+}

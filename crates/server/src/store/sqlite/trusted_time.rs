@@ -1,0 +1,62 @@
+//! The time by which to delete, kept in one row.
+
+use std::time::Duration;
+
+use pisync_core::Timestamp;
+use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
+
+use super::reads::{optional_time, time};
+use crate::store::trusted_time::{AGREEMENT_MILLISECONDS, TrustedTime, WITNESSES, Witnesses};
+
+/// Moves the time on by which to delete, and answers it.
+pub(super) fn advance(
+    connection: &mut Connection,
+    now: Timestamp,
+    ran: Duration,
+) -> rusqlite::Result<TrustedTime> {
+    const SELECT: &str = "select until, seen, doubted from trusted_time";
+    const NEWEST: &str = "select max(last_received) from device_jobs";
+    const WRITE: &str = "
+        insert into trusted_time (id, until, seen, doubted) values (1, ?1, ?2, ?3)
+            on conflict (id) do update
+           set until = excluded.until, seen = excluded.seen, doubted = excluded.doubted
+    ";
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let stored = transaction
+        .query_row(SELECT, [], |row| {
+            Ok(TrustedTime { until: time(row, 0)?, seen: time(row, 1)?, doubted: row.get(2)? })
+        })
+        .optional()?;
+    let before = match stored {
+        Some(stored) => stored,
+        None => {
+            let newest = transaction.query_row(NEWEST, [], |row| optional_time(row, 0))?;
+            TrustedTime::first(newest, now)
+        }
+    };
+    let witnesses =
+        if before.doubts(now) { witnesses(&transaction, now)? } else { Witnesses::default() };
+    let after = before.advance(now, ran, witnesses);
+    transaction.execute(
+        WRITE,
+        params![after.until.as_millisecond(), after.seen.as_millisecond(), after.doubted],
+    )?;
+    transaction.commit()?;
+    Ok(after)
+}
+
+fn witnesses(connection: &Connection, now: Timestamp) -> rusqlite::Result<Witnesses> {
+    // What has the very date of its receipt was dated by the server itself.
+    const WITNESSES_OF: &str = "
+        select count(distinct device),
+               count(distinct iif(
+                   abs(timestamp - created_at) <= ?2 and timestamp <> created_at, device, null
+               ))
+          from (select device, timestamp, created_at from sync_events order by id desc limit ?3)
+         where created_at between ?1 - ?2 and ?1
+    ";
+    let parameters = params![now.as_millisecond(), AGREEMENT_MILLISECONDS, WITNESSES];
+    connection.query_row(WITNESSES_OF, parameters, |row| {
+        Ok(Witnesses { devices: row.get(0)?, agreeing: row.get(1)? })
+    })
+}
