@@ -35,13 +35,14 @@ both_stores!(
 );
 
 /// The migration that is part of the program.
-const EMBEDDED: [&str; 8] = [
+const EMBEDDED: [&str; 9] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
     "2026-11-22-04-imports",
     "2026-11-23-05-ingest-journal",
     "2026-11-23-06-failed-events",
+    "2026-11-25-07-ingest-progress",
     "2026-11-25-08-streaks-of-equal-dates",
     "2026-11-25-08-trusted-time",
 ];
