@@ -24,22 +24,22 @@ both_stores!(the_server_is_killed_again_and_again);
 const ROUNDS: usize = 20;
 
 /// Clients that report at the same time.
-const CLIENTS: usize = 8;
+pub(crate) const CLIENTS: usize = 8;
 
 /// Devices that they report for: few, so that several clients report for the same.
 const DEVICES: usize = 5;
 
 /// What a client has to report, each event under an id of its own, until it is acknowledged.
-struct Reporter {
+pub(crate) struct Reporter {
     number: usize,
     made: usize,
     /// Sent, but nobody knows what became of it.
     unanswered: Vec<Value>,
-    acknowledged: BTreeSet<String>,
+    pub(crate) acknowledged: BTreeSet<String>,
 }
 
 impl Reporter {
-    fn new(number: usize) -> Self {
+    pub(crate) fn new(number: usize) -> Self {
         Self { number, made: 0, unanswered: Vec::new(), acknowledged: BTreeSet::new() }
     }
 
@@ -90,7 +90,11 @@ impl Reporter {
 }
 
 /// Lets all of them report until nobody answers, or each has so many more acknowledged.
-async fn all_report(reporters: Vec<Reporter>, client: &Client, enough: usize) -> Vec<Reporter> {
+pub(crate) async fn all_report(
+    reporters: Vec<Reporter>,
+    client: &Client,
+    enough: usize,
+) -> Vec<Reporter> {
     let mut tasks = JoinSet::new();
     for reporter in reporters {
         tasks.spawn(reporter.report(client.clone(), enough));
@@ -99,12 +103,19 @@ async fn all_report(reporters: Vec<Reporter>, client: &Client, enough: usize) ->
 }
 
 /// How long to let them report before the next kill, in milliseconds: another moment in each round.
-fn moment(round: usize) -> Duration {
+pub(crate) fn moment(round: usize) -> Duration {
     Duration::from_millis(u64::try_from(round * 89 % 160).unwrap() + 15)
 }
 
 /// Asserts that each acknowledged event is in its device's history exactly once, and no other event is.
 async fn assert_all_there(client: &Client, reporters: &[Reporter]) {
+    let expected = assert_reported(client, reporters).await;
+    let total = client.get("/api/stats").await.data(200)["total_sync_events"].take();
+    assert_eq!(total, expected);
+}
+
+/// As [`assert_all_there`], beside other devices; answers how many events these are.
+pub(crate) async fn assert_reported(client: &Client, reporters: &[Reporter]) -> usize {
     let mut expected = BTreeMap::new();
     for reporter in reporters {
         assert!(reporter.unanswered.is_empty());
@@ -128,9 +139,9 @@ async fn assert_all_there(client: &Client, reporters: &[Reporter]) {
             }
         }
     }
+    assert_eq!(found.len(), expected.len());
     assert_eq!(found, expected);
-    let total = client.get("/api/stats").await.data(200)["total_sync_events"].take();
-    assert_eq!(total, expected.len());
+    expected.len()
 }
 
 async fn the_server_is_killed_again_and_again(installed: &Installed) {
@@ -165,7 +176,7 @@ async fn the_server_is_killed_again_and_again(installed: &Installed) {
 }
 
 /// Sends what is still unanswered.
-async fn finish(reporters: Vec<Reporter>, client: &Client) -> Vec<Reporter> {
+pub(crate) async fn finish(reporters: Vec<Reporter>, client: &Client) -> Vec<Reporter> {
     let mut finished = Vec::new();
     for mut reporter in reporters {
         while !reporter.unanswered.is_empty() {

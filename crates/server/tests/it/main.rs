@@ -30,6 +30,7 @@ mod ingest_batches;
 mod ingest_journal;
 mod ingest_recovery;
 mod keys;
+mod kill_soak;
 mod migrations;
 mod node_wire;
 mod repeated_failures;

@@ -24,18 +24,23 @@ use super::{
 /// No command may take longer, however loaded the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a server says once it can be reached.
+const READY: &str = "PiSync is ready on http";
+
 /// Goes with its folder.
 pub(crate) struct Program {
     folder: TempDir,
     environment: Vec<(String, String)>,
     /// What the command line begins with.
     entrance: Vec<String>,
+    /// The program, when it is not the one that is tested.
+    binary: Option<String>,
 }
 
 impl Program {
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("pisync-program-").tempdir().unwrap();
-        Self { folder, environment: Vec::new(), entrance: Vec::new() }
+        Self { folder, environment: Vec::new(), entrance: Vec::new(), binary: None }
     }
 
     /// With another environment variable.
@@ -43,6 +48,11 @@ impl Program {
     pub(crate) fn with(mut self, name: &str, value: impl ToString) -> Self {
         self.environment.push((name.to_owned(), value.to_string()));
         self
+    }
+
+    /// Another version of the program, from now on; the tested one again for `None`.
+    pub(crate) fn set_binary(&mut self, path: Option<&str>) {
+        self.binary = path.map(str::to_owned);
     }
 
     /// With sight of a small disk.
@@ -76,12 +86,13 @@ impl Program {
         text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
     }
 
-    fn start(&self, arguments: &[&str]) -> Running {
+    /// Starts a command that goes on beside the test.
+    pub(crate) fn start(&self, arguments: &[&str]) -> Running {
         self.start_reading(arguments, Stdio::null())
     }
 
     fn start_reading(&self, arguments: &[&str], input: Stdio) -> Running {
-        let program = env!("CARGO_BIN_EXE_pisync");
+        let program = self.binary.as_deref().unwrap_or(env!("CARGO_BIN_EXE_pisync"));
         let mut words = self.entrance.iter().map(String::as_str).chain([program]);
         let mut child = Command::new(words.next().unwrap_or(program))
             .args(words)
@@ -143,9 +154,30 @@ impl Program {
     /// Starts a server and returns when it is ready.
     pub(crate) fn serve(&self, arguments: &[&str]) -> Serving {
         let mut running = self.start(arguments);
-        let ready = running.wait_for("PiSync is ready on http");
+        let ready = running.wait_for(READY);
+        Self::serving(running, &ready)
+    }
+
+    /// Starts a server, again and again while another command holds the database's lock for a moment, as a
+    /// supervisor does.
+    pub(crate) fn serve_as_supervised(&self) -> Serving {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let mut running = self.start(&["serve"]);
+            match running.try_wait_for(READY) {
+                Some(ready) => return Self::serving(running, &ready),
+                None => {
+                    let ended = running.wait();
+                    let is_locked = ended.stderr.contains("is in use by a running PiSync");
+                    assert!(is_locked && Instant::now() < until, "{ended:?}");
+                }
+            }
+        }
+    }
+
+    fn serving(running: Running, ready: &str) -> Serving {
         let address = ready.split("://").nth(1).unwrap();
-        let address = address.split(';').next().unwrap().parse().expect(&ready);
+        let address = address.split(';').next().unwrap().parse().expect(ready);
         Serving { running, client: Client::new(address) }
     }
 }
@@ -171,7 +203,7 @@ fn lines_of(output: impl Read + Send + 'static) -> Receiver<String> {
 }
 
 /// A process, which ends with its owner.
-struct Running {
+pub(crate) struct Running {
     child: Child,
     stdout: Receiver<String>,
     stderr: Receiver<String>,
@@ -190,22 +222,36 @@ impl Drop for Running {
 impl Running {
     /// The next line on stdout with this in it.
     fn wait_for(&mut self, text: &str) -> String {
+        self.try_wait_for(text).unwrap_or_else(|| {
+            let errors: Vec<_> = self.stderr.try_iter().collect();
+            panic!("{text:?} does not come; it said:\n{}\n{}", self.said, errors.join("\n"));
+        })
+    }
+
+    /// The next line on stdout with this in it; `None` when the process ends before, or takes too long.
+    fn try_wait_for(&mut self, text: &str) -> Option<String> {
         let until = Instant::now() + PATIENCE;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let Ok(line) = self.stdout.recv_timeout(left) else {
-                let errors: Vec<_> = self.stderr.try_iter().collect();
-                panic!("{text:?} does not come; it said:\n{}\n{}", self.said, errors.join("\n"));
-            };
+            let line = self.stdout.recv_timeout(left).ok()?;
             self.said += &line;
             self.said.push('\n');
             if line.contains(text) {
-                return line;
+                return Some(line);
             }
         }
     }
 
-    fn wait(mut self) -> Ended {
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    pub(crate) fn kill(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+    }
+
+    pub(crate) fn wait(mut self) -> Ended {
         let until = Instant::now() + PATIENCE;
         // The output ends with the process.
         let rest = |lines: &Receiver<String>| {
