@@ -71,7 +71,7 @@ impl<'a> Beside<'a> {
     /// Sees what has ended, and starts the next of each kind.
     fn go_on(&mut self, round: usize) {
         for (side, mut command) in std::mem::take(&mut self.running) {
-            if round % 3 == 0 && matches!(side, Side::Import(_)) {
+            if round.is_multiple_of(3) && matches!(side, Side::Import(_)) {
                 command.kill();
             }
             if command.has_ended() {
@@ -158,13 +158,16 @@ impl<'a> Beside<'a> {
 /// Events of one device, most of them received now, some so long ago that retention drops them at once.
 fn import_file(number: usize) -> String {
     let line = |record: usize| -> String {
-        let device =
-            if record % 50 == 0 { "long-ago".to_owned() } else { format!("imported-{number}") };
+        let device = if record.is_multiple_of(50) {
+            "long-ago".to_owned()
+        } else {
+            format!("imported-{number}")
+        };
         let mut event = with(
             event(&device),
             &json!({"event_id": format!("{number}-{record}"), "timestamp": at(-100 * 86_400)}),
         );
-        if record % 50 == 0 {
+        if record.is_multiple_of(50) {
             event["created_at"] = json!(at(-100 * 86_400 + 60));
         }
         event.to_string() + "\n"
@@ -243,7 +246,7 @@ async fn everything_beside_a_server_that_is_killed(installed: &KilledProgram) {
                 async move { report_and_delete(&client, &doomed).await }
             });
             beside.insert_foreign_row().await;
-            let after = moment(round) * if round % 5 == 0 { 8 } else { 1 };
+            let after = moment(round) * if round.is_multiple_of(5) { 8 } else { 1 };
             reporters = report_until_killed(serving, reporters, after).await;
             if deleting.await.unwrap() {
                 deleted.push(doomed);
