@@ -149,9 +149,9 @@ fn write_number(text: &mut String, number: Option<impl std::fmt::Display>) -> st
     }
 }
 
-/// Text, in quotes where it must be.
+/// Text, in quotes where it must be: also where blanks at its ends would be taken for none of it.
 fn write_cell(text: &mut String, cell: &str) {
-    if cell.contains(['"', ',', '\r', '\n']) {
+    if cell.contains(['"', ',', '\r', '\n']) || cell.trim_ascii() != cell {
         text.push('"');
         text.push_str(&cell.replace('"', "\"\""));
         text.push('"');
@@ -176,6 +176,8 @@ mod tests {
         assert_eq!(cell("say \"hi\""), "\"say \"\"hi\"\"\"");
         assert_eq!(cell("two\r\nlines"), "\"two\r\nlines\"");
         assert_eq!(cell("=1+1"), "=1+1");
+        assert_eq!(cell(" spaced"), "\" spaced\"");
+        assert_eq!(cell("spaced\t"), "\"spaced\t\"");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     clock::Clock,
     config::{ClockSkewArgs, DatabaseArgs, MigrationArgs},
-    import::{Format, Import, Source, Status},
+    import::{ColumnNames, Format, Import, Source, Status},
     random::Randomness,
     store::{self, Target},
 };
@@ -36,6 +36,8 @@ writes can be read.
 
 Each record is checked as the API does it. Those that are wrong are put into
 the file of rejected records, with their reasons, and the others are stored.
+An input that is broken off or damaged is imported up to there: run the command
+again once it is whole. CSV is UTF-8, its cells are separated by commas.
 
 Run the same command again after an interruption: it goes on where it was, and
 no event is stored twice. An input is known by its records, whatever its name;
@@ -131,13 +133,19 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
         return Ok(ExitCode::SUCCESS);
     }
     println!(
-        "imported {stored} events into {target}, {}/s; {duplicates} were there already, {rejected} were rejected",
-        rate(stored, took)
+        "imported {stored} events into {target}, {}/s, of {} records; {duplicates} were there already, {rejected} were rejected",
+        rate(stored, took),
+        status.records
     );
     if status.conflicting > 0 {
         eprintln!(
             "pisync: {} of those that were there already differ from what is stored under their event_id; what is stored stays, so give each event an id of its own and import those again",
             status.conflicting
+        );
+    }
+    if status.is_cut_off {
+        eprintln!(
+            "pisync: {name} ends in the middle of a record, the last of those rejected; import it again once it is whole"
         );
     }
     if rejected == 0 {
@@ -172,9 +180,15 @@ impl Neighbour<'_> {
 
 /// Says what is special about an import.
 fn introduce(progress: &Progress, status: &Status) {
-    if !status.ignored_columns.is_empty() {
-        progress
-            .say(&format!("columns that are passed over: {}", status.ignored_columns.join(", ")));
+    let ColumnNames { ignored, capital } = &status.column_names;
+    if !ignored.is_empty() {
+        progress.say(&format!("columns that are passed over: {}", ignored.join(", ")));
+    }
+    if !capital.is_empty() {
+        progress.say(&format!(
+            "columns whose names are taken as if they had no capital letters: {}",
+            capital.join(", ")
+        ));
     }
     if let Some(before) = status.resumed.as_ref().filter(|before| !before.finished) {
         progress.say(&format!(

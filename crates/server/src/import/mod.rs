@@ -21,7 +21,7 @@ use std::{
 use pisync_core::{Arrival, ParseError, ReceivedEvent, Timestamp, Violation};
 use tokio::sync::mpsc;
 
-pub use self::{input::Source, records::Format};
+pub use self::{csv::ColumnNames, input::Source, records::Format};
 use self::{
     records::Record,
     rejected::{Rejected, RejectedFile},
@@ -90,10 +90,15 @@ pub struct Status {
     pub conflicting: u64,
     /// Records that are no events.
     pub rejected: u64,
+    /// Records that were read: each of them is one of the above.
+    pub records: u64,
+    /// The input ends in the middle of a record, which is rejected. Once the input is whole, the same import goes on
+    /// with that record.
+    pub is_cut_off: bool,
     /// What this import goes on with, if it does.
     pub resumed: Option<ImportProgress>,
-    /// Columns of CSV that nobody knows.
-    pub ignored_columns: Vec<String>,
+    /// What is special about the columns of CSV.
+    pub column_names: ColumnNames,
 }
 
 impl Status {
@@ -103,14 +108,17 @@ impl Status {
         if taken == 0 {
             return error;
         }
-        ImportError(format!("{error}; the {taken} records before are dealt with, and stay"))
+        let Self { stored, duplicates, rejected, .. } = self;
+        ImportError(format!(
+            "{error}; of the {taken} records before, {stored} are imported, {duplicates} were there already, {rejected} were rejected"
+        ))
     }
 }
 
 /// What the reading thread sends first.
 struct Beginning {
     resumed: Option<ImportProgress>,
-    ignored_columns: Vec<String>,
+    column_names: ColumnNames,
 }
 
 /// Some records, read and checked.
@@ -124,6 +132,9 @@ struct Step {
     head: Digest,
     /// Nothing follows.
     is_last: bool,
+    /// The last of the rejected is where the input breaks off. It does not count among the records taken: whole, it
+    /// will be another.
+    is_cut_off: bool,
 }
 
 enum Message {
@@ -167,7 +178,7 @@ impl Import {
                 Message::Beginning(beginning) => {
                     status.passed = beginning.resumed.as_ref().map_or(0, |resumed| resumed.records);
                     status.resumed = beginning.resumed;
-                    status.ignored_columns = beginning.ignored_columns;
+                    status.column_names = beginning.column_names;
                     let file = RejectedFile::open(import.rejected.clone(), status.passed)?;
                     rejected_file = Some(file);
                     watch(&status);
@@ -186,6 +197,12 @@ impl Import {
                 }
             }
         }
+        let Status { records, stored, duplicates, rejected, .. } = status;
+        if records != stored + duplicates + rejected {
+            return Err(ImportError(format!(
+                "{records} records were read, but {stored} imported, {duplicates} there already and {rejected} rejected: this is a fault of PiSync, please report it"
+            )));
+        }
         Ok(status)
     }
 
@@ -197,6 +214,9 @@ impl Import {
         clock: &Clock,
         status: &mut Status,
     ) -> Result<(), ImportError> {
+        let cut_off = u64::from(step.is_cut_off);
+        status.records = step.records - status.passed + cut_off;
+        status.is_cut_off = step.is_cut_off;
         status.rejected += step.rejected.len() as u64;
         let is_new = step.records > status.passed;
         if !is_new && status.resumed.as_ref().is_some_and(|resumed| resumed.finished) {
@@ -209,8 +229,8 @@ impl Import {
             head: step.head,
             records: step.records,
             digest: step.digest,
-            rejected: before.map_or(0, |resumed| resumed.rejected) + status.rejected,
-            finished: step.is_last,
+            rejected: before.map_or(0, |resumed| resumed.rejected) + status.rejected - cut_off,
+            finished: step.is_last && !step.is_cut_off,
             at: clock.now(),
         };
         let received = clock.now();
@@ -240,10 +260,8 @@ impl Import {
         messages: &mpsc::Sender<Result<Message, ImportError>>,
     ) -> Result<(), ImportError> {
         let mut rest = Rest::open(&self.source, self.format, imports, taken)?;
-        let beginning = Beginning {
-            resumed: rest.resumed.clone(),
-            ignored_columns: rest.ignored_columns().to_vec(),
-        };
+        let beginning =
+            Beginning { resumed: rest.resumed.clone(), column_names: rest.column_names().clone() };
         let mut message = Message::Beginning(beginning);
         loop {
             let is_last = matches!(&message, Message::Step(step) if step.is_last);
@@ -251,39 +269,56 @@ impl Import {
             if messages.blocking_send(Ok(message)).is_err() || is_last {
                 return Ok(());
             }
-            message = Message::Step(self.read_step(&mut rest, clock)?);
+            let mut step = Step::default();
+            let result = self.read_step(&mut rest, clock, &mut step);
+            step.records = rest.fingerprint.records;
+            (step.digest, step.head) = (rest.fingerprint.digest(), rest.fingerprint.head());
+            if result.is_err() && !(step.events.is_empty() && step.rejected.is_empty()) {
+                // What comes before the place where the input is broken is imported.
+                let _ = messages.blocking_send(Ok(Message::Step(step)));
+                return result;
+            }
+            result?;
+            message = Message::Step(step);
         }
     }
 
-    fn read_step(&self, rest: &mut Rest, clock: &Clock) -> Result<Step, ImportError> {
+    /// Reads and checks some records, up to a place where the input is broken.
+    fn read_step(
+        &self,
+        rest: &mut Rest,
+        clock: &Clock,
+        step: &mut Step,
+    ) -> Result<(), ImportError> {
         let received = clock.now();
         let skew = i64::from(self.max_clock_skew_seconds) * 1000;
         let arrival = Arrival { received, latest: received.saturating_add_milliseconds(skew) };
-        let (mut step, mut bytes) = (Step::default(), 0);
+        let mut bytes = 0;
         while step.events.len() + step.rejected.len() < STEP_RECORDS && bytes < STEP_BYTES {
             let Some(record) = rest.next()? else {
                 step.is_last = true;
                 break;
             };
             bytes += record.text.len();
-            match check(&record, arrival) {
+            let checked = check(&record, arrival);
+            if checked.is_err() && record.may_be_cut_off {
+                (step.is_last, step.is_cut_off) = (true, true);
+            } else {
+                rest.take(&record);
+            }
+            match checked {
                 Ok(event) => step.events.push(event),
-                Err(_) if record.may_be_cut_off => {
-                    return Err(ImportError(format!(
-                        "{} ends in the middle of a record: it is cut off; import it again once it is whole",
-                        self.source.name()
-                    )));
-                }
                 Err(details) => {
                     let text = String::from_utf8_lossy(&record.text).into_owned();
-                    let record = rest.fingerprint.records;
+                    let record = rest.fingerprint.records + u64::from(step.is_cut_off);
                     step.rejected.push(Rejected { record, details, text });
                 }
             }
+            if step.is_last {
+                break;
+            }
         }
-        step.records = rest.fingerprint.records;
-        (step.digest, step.head) = (rest.fingerprint.digest(), rest.fingerprint.head());
-        Ok(step)
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use pisync_core::event_stream::{self, EventSplitter, MAX_EVENT_BYTES, Piece, Str
 
 use super::{
     ImportError,
-    csv::CsvCutter,
+    csv::{ColumnNames, CsvCutter},
     input::{Input, Source},
 };
 
@@ -50,10 +50,20 @@ impl Record {
     pub(super) fn too_long() -> Self {
         Self::wrong(&format!("must be at most {MAX_EVENT_BYTES} bytes"), &[])
     }
+
+    /// NUL bytes where records should be. How many there are is of no interest.
+    pub(super) fn nuls() -> Self {
+        Self::wrong("is a run of NUL bytes, as a power cut leaves them", &[])
+    }
 }
 
 enum Cutter {
-    Json(EventSplitter),
+    /// Lines of JSON; `in_nuls` after NUL bytes.
+    Lines {
+        splitter: EventSplitter,
+        in_nuls: bool,
+    },
+    Array(EventSplitter),
     Csv(Box<CsvCutter>),
     /// The input has come to its end.
     Done,
@@ -66,9 +76,10 @@ pub(super) struct Records {
     chunk: Vec<u8>,
     /// Cut and not taken yet.
     found: VecDeque<Record>,
-    is_array: bool,
-    /// Columns of CSV that nobody knows.
-    pub(super) ignored_columns: Vec<String>,
+    /// What comes after them.
+    failed: Option<ImportError>,
+    /// What is special about the columns of CSV.
+    pub(super) column_names: ColumnNames,
 }
 
 impl Records {
@@ -85,6 +96,9 @@ impl Records {
             if count == 0 {
                 return Err(ImportError(format!("{} is empty", source.name())));
             }
+            if let Some(encoding) = other_encoding(&chunk[..count]) {
+                return Err(ImportError(format!("cannot import {}: {encoding}", source.name())));
+            }
             if let Some(first) = first_character(&chunk[..count]) {
                 break (count, first);
             }
@@ -95,81 +109,171 @@ impl Records {
             _ => Format::Csv,
         });
         let cutter = match format {
-            Format::Ndjson => Cutter::Json(EventSplitter::new(event_stream::Format::Lines)),
-            Format::Json => Cutter::Json(EventSplitter::new(event_stream::Format::Array)),
+            Format::Ndjson => Cutter::Lines {
+                splitter: EventSplitter::new(event_stream::Format::Lines),
+                in_nuls: false,
+            },
+            Format::Json => Cutter::Array(EventSplitter::new(event_stream::Format::Array)),
             Format::Csv => Cutter::Csv(Box::new(CsvCutter::new())),
         };
-        let is_array = format == Format::Json;
         let mut records = Self {
             input,
             cutter,
             chunk,
             found: VecDeque::new(),
-            is_array,
-            ignored_columns: Vec::new(),
+            failed: None,
+            column_names: ColumnNames::default(),
         };
-        records.cut(start)?;
+        records.cut(start);
         while let Cutter::Csv(cutter) = &records.cutter {
-            if let Some(ignored) = cutter.ignored_columns() {
-                records.ignored_columns = ignored.to_vec();
+            if let Some(names) = cutter.column_names() {
+                records.column_names = names.clone();
                 break;
             }
-            let count = records.input.read(&mut records.chunk)?;
-            records.cut(count)?;
+            records.read();
         }
-        Ok(records)
+        match records.failed.take() {
+            Some(error) if records.found.is_empty() => Err(error),
+            failed => Ok(Self { failed, ..records }),
+        }
     }
 
-    /// The next record; `None` at the end.
+    /// The next record; `None` at the end. What comes before the place where the input is broken is given first.
     pub(super) fn next(&mut self) -> Result<Option<Record>, ImportError> {
-        while self.found.is_empty() && !matches!(self.cutter, Cutter::Done) {
-            let count = self.input.read(&mut self.chunk)?;
-            self.cut(count)?;
+        while self.found.is_empty() {
+            if let Some(error) = self.failed.take() {
+                return Err(error);
+            }
+            if matches!(self.cutter, Cutter::Done) {
+                return Ok(None);
+            }
+            self.read();
         }
         Ok(self.found.pop_front())
     }
 
+    /// Reads on and cuts what comes.
+    fn read(&mut self) {
+        match self.input.read(&mut self.chunk) {
+            Ok(count) => self.cut(count),
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn fail(&mut self, error: ImportError) {
+        self.cutter = Cutter::Done;
+        self.failed = Some(error);
+    }
+
     /// Cuts the first bytes of the chunk; none is the end.
-    fn cut(&mut self, count: usize) -> Result<(), ImportError> {
+    fn cut(&mut self, count: usize) {
         let (bytes, found) = (&self.chunk[..count], &mut self.found);
-        let mut take = |piece: Piece<'_>| -> Result<(), StreamError> {
-            found.push_back(match piece {
-                Piece::Event(text) => Record::event(text.to_vec()),
-                Piece::TooLong => Record::too_long(),
-            });
-            Ok(())
-        };
         let result = match (&mut self.cutter, count) {
-            (Cutter::Json(cutter), 1..) => cutter.push(bytes, &mut take).map_err(broken),
+            (Cutter::Lines { splitter, in_nuls }, 1..) => lines(splitter, in_nuls, bytes, found),
+            (Cutter::Array(splitter), 1..) => splitter.push(bytes, &mut taking(found)),
             (Cutter::Csv(cutter), 1..) => cutter.push(bytes, found),
             (cutter, 0) => match std::mem::replace(cutter, Cutter::Done) {
-                Cutter::Json(cutter) => {
-                    let result = cutter.finish(&mut take).map_err(broken);
-                    if let Some(last) = found.back_mut() {
-                        last.may_be_cut_off = !self.is_array && !is_json(&last.text);
-                    }
-                    result
-                }
+                Cutter::Lines { splitter, in_nuls } => last_line(splitter, in_nuls, found),
+                Cutter::Array(splitter) => splitter.finish(&mut taking(found)),
                 Cutter::Csv(mut cutter) => cutter.finish(found),
                 Cutter::Done => Ok(()),
             },
             (Cutter::Done, _) => Ok(()),
         };
-        let name = || self.input.source.name();
-        result.map_err(|error| ImportError(format!("cannot import {}: {error}", name())))
+        if let Err(error) = result {
+            let name = self.input.source.name();
+            self.fail(ImportError(format!("cannot import {name}: {error}")));
+        }
     }
+}
+
+/// Puts what is cut to the rest.
+fn taking(found: &mut VecDeque<Record>) -> impl FnMut(Piece<'_>) -> Result<(), ImportError> {
+    move |piece| {
+        found.push_back(match piece {
+            Piece::Event(text) => Record::event(text.to_vec()),
+            Piece::TooLong => Record::too_long(),
+        });
+        Ok(())
+    }
+}
+
+/// Cuts lines. NUL bytes end a line too: after a power cut a file may have some where the end of its last line was
+/// to be, and lines that were added later behind them.
+fn lines(
+    splitter: &mut EventSplitter,
+    in_nuls: &mut bool,
+    mut bytes: &[u8],
+    found: &mut VecDeque<Record>,
+) -> Result<(), ImportError> {
+    while let Some(first) = bytes.first() {
+        let is_nul = |byte: &u8| *byte == 0;
+        let end = bytes.iter().position(|byte| is_nul(byte) != is_nul(first));
+        let (here, behind) = bytes.split_at(end.unwrap_or(bytes.len()));
+        match (is_nul(first), std::mem::replace(in_nuls, is_nul(first))) {
+            (true, false) => splitter.push(b"\n", &mut taking(found))?,
+            (true, true) => {}
+            (false, was_in_nuls) => {
+                if was_in_nuls {
+                    found.push_back(Record::nuls());
+                }
+                splitter.push(here, &mut taking(found))?;
+            }
+        }
+        bytes = behind;
+    }
+    Ok(())
+}
+
+/// Cuts what is left at the end.
+fn last_line(
+    splitter: EventSplitter,
+    in_nuls: bool,
+    found: &mut VecDeque<Record>,
+) -> Result<(), ImportError> {
+    if in_nuls {
+        // They may yet become lines.
+        found.push_back(Record { may_be_cut_off: true, ..Record::nuls() });
+        return Ok(());
+    }
+    let before = found.len();
+    splitter.finish(&mut taking(found))?;
+    for last in found.range_mut(before..) {
+        last.may_be_cut_off = !is_json(&last.text);
+    }
+    Ok(())
 }
 
 fn is_json(text: &[u8]) -> bool {
     serde_json::from_slice::<serde::de::IgnoredAny>(text).is_ok()
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
-fn broken(error: StreamError) -> ImportError {
-    ImportError(match error {
-        StreamError::NotAnArray => "it is no JSON array".to_owned(),
-        StreamError::Broken { .. } => format!("the JSON array is broken: {error}"),
-    })
+impl From<StreamError> for ImportError {
+    fn from(error: StreamError) -> Self {
+        Self(match error {
+            StreamError::NotAnArray => "it is no JSON array".to_owned(),
+            StreamError::Broken { .. } => format!("the JSON array is broken: {error}"),
+        })
+    }
+}
+
+/// What a text is that begins like one in another encoding, or like something that must be unpacked first.
+fn other_encoding(bytes: &[u8]) -> Option<String> {
+    const PACKED: [(&[u8], &str); 3] =
+        [(b"PK\x03\x04", "zip"), (b"\xfd7zXZ\0", "xz"), (b"BZh", "bzip2")];
+    if let Some((_, name)) = PACKED.into_iter().find(|(magic, _)| bytes.starts_with(magic)) {
+        return Some(format!(
+            "it is packed with {name}; unpack it first, or pack it with gzip or zstd"
+        ));
+    }
+    let is_utf16 = match bytes {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
+        // Without a mark: of ASCII's characters every other byte is NUL.
+        [first, 0, second, 0, ..] | [0, first, 0, second, ..] => *first != 0 && *second != 0,
+        _ => false,
+    };
+    let advice = "it is UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8 FILE > NEW-FILE";
+    is_utf16.then(|| advice.to_owned())
 }
 
 /// The first byte that is neither white space nor a part of a byte order mark.

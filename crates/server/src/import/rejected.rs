@@ -4,6 +4,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufRead, BufReader, Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
     path::PathBuf,
 };
 
@@ -38,8 +39,17 @@ impl RejectedFile {
     /// are taken out of it.
     pub(super) fn open(path: PathBuf, taken: u64) -> Result<Self, ImportError> {
         let mut rejected = Self { path, file: None };
-        match OpenOptions::new().read(true).write(true).open(&rejected.path) {
+        // A link may lead to a file of somebody else's choice.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
+        match options.open(&rejected.path) {
             Ok(file) => rejected.go_on(file, taken)?,
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+                let path = rejected.path.display();
+                return Err(ImportError(format!(
+                    "{path} is a symbolic link: remove it, or name another file with --rejected"
+                )));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(rejected.failed(&error)),
         }

@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     ImportError,
+    csv::ColumnNames,
     input::Source,
     records::{Format, Record, Records},
 };
@@ -73,6 +74,8 @@ pub(super) struct Rest {
     records: Records,
     /// Read already.
     kept: VecDeque<Record>,
+    /// What comes after those.
+    failed: Option<ImportError>,
     /// Of what was taken, by this import and those before.
     pub(super) fingerprint: Fingerprint,
     /// The import that is gone on with.
@@ -90,11 +93,21 @@ impl Rest {
         let mut records = Records::open(source, format, taken)?;
         let mut fingerprint = Fingerprint::default();
         let (mut kept, mut resumed) = (VecDeque::new(), None);
+        let mut failed = None;
         while !imports.is_empty() && fingerprint.records < HEAD_RECORDS {
-            let Some(record) = records.next()? else { break };
-            fingerprint.take(&record);
-            kept.push_back(record);
-            resumed = fingerprint.find(imports).or(resumed);
+            match records.next() {
+                Ok(Some(record)) => {
+                    fingerprint.take(&record);
+                    kept.push_back(record);
+                    resumed = fingerprint.find(imports).or(resumed);
+                }
+                Ok(None) => break,
+                // What comes before is imported all the same.
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
         }
         let Some(longest) = fingerprint.longest(imports) else {
             let passed = resumed.map_or(0, |import| import.records);
@@ -102,15 +115,25 @@ impl Rest {
             for record in kept.drain(..usize::try_from(passed).unwrap_or(0)) {
                 fingerprint.take(&record);
             }
-            return Ok(Self { records, kept, fingerprint, resumed: resumed.cloned() });
+            return Ok(Self { records, kept, failed, fingerprint, resumed: resumed.cloned() });
         };
+        let mut is_broken = false;
         while fingerprint.records < longest {
-            let Some(record) = records.next()? else { break };
+            let record = match records.next() {
+                Ok(Some(record)) => record,
+                Ok(None) => break,
+                // What comes before is imported all the same, when the input is read a second time.
+                Err(_) if source.can_be_reopened() => {
+                    is_broken = true;
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             fingerprint.take(&record);
             resumed = fingerprint.find(imports).or(resumed);
         }
         let passed = resumed.map_or(0, |import| import.records);
-        if passed < fingerprint.records {
+        if passed < fingerprint.records || is_broken {
             // It only began like another: back to where they part.
             if !source.can_be_reopened() {
                 return Err(ImportError(format!(
@@ -126,23 +149,28 @@ impl Rest {
                 fingerprint.take(&record);
             }
         }
-        Ok(Self { records, kept: VecDeque::new(), fingerprint, resumed: resumed.cloned() })
+        let kept = VecDeque::new();
+        Ok(Self { records, kept, failed: None, fingerprint, resumed: resumed.cloned() })
     }
 
-    /// The next record; `None` at the end.
+    /// The next record; `None` at the end. It counts as taken once [`Self::take`] is told of it.
     pub(super) fn next(&mut self) -> Result<Option<Record>, ImportError> {
-        let record = match self.kept.pop_front() {
-            Some(record) => Some(record),
-            None => self.records.next()?,
-        };
-        if let Some(record) = &record {
-            self.fingerprint.take(record);
+        if let Some(record) = self.kept.pop_front() {
+            return Ok(Some(record));
         }
-        Ok(record)
+        match self.failed.take() {
+            Some(error) => Err(error),
+            None => self.records.next(),
+        }
     }
 
-    /// Columns of CSV that nobody knows.
-    pub(super) fn ignored_columns(&self) -> &[String] {
-        &self.records.ignored_columns
+    /// Takes a record into what the import is known by.
+    pub(super) fn take(&mut self, record: &Record) {
+        self.fingerprint.take(record);
+    }
+
+    /// What is special about the columns of CSV.
+    pub(super) fn column_names(&self) -> &ColumnNames {
+        &self.records.column_names
     }
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{
     events::at,
     http::event,
-    program::{Installed, Program, url},
+    program::{Ended, Installed, Program, url},
     small_disk::SmallDisk,
     store::TestDatabase,
 };
@@ -17,6 +17,10 @@ use crate::support::{
 both_stores!(
     every_form_is_read,
     what_is_wrong_is_rejected_with_its_reasons,
+    an_unclosed_quotation_mark_costs_one_line,
+    blanks_around_cells_and_capital_letters,
+    what_comes_before_damage_is_imported,
+    a_damaged_input_that_begins_like_another,
     what_was_imported_is_known_again,
     a_file_that_has_grown_is_imported_from_there,
     inputs_that_begin_alike_are_told_apart,
@@ -27,7 +31,7 @@ both_stores!(
 const DAY: i64 = 24 * 60 * 60;
 
 /// So many events of some devices, two minutes apart, received a minute later; each tenth failed.
-fn events(count: i64, with_ids: bool) -> Vec<Value> {
+pub(crate) fn events(count: i64, with_ids: bool) -> Vec<Value> {
     let event = |number: i64| {
         let mut event = json!({
             "device_id": format!("pi-{}", number % 7),
@@ -44,7 +48,7 @@ fn events(count: i64, with_ids: bool) -> Vec<Value> {
     (0..count).map(event).collect()
 }
 
-fn lines(events: &[Value]) -> String {
+pub(crate) fn lines(events: &[Value]) -> String {
     events.iter().fold(String::new(), |mut text, event| {
         writeln!(text, "{event}").unwrap();
         text
@@ -72,6 +76,25 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 fn file<'a>(program: &Program, name: &'a str, bytes: impl AsRef<[u8]>) -> &'a str {
     std::fs::write(program.path(name), bytes).unwrap();
     name
+}
+
+/// What an import says of its records, of which none may be missing: how many were imported, and rejected.
+fn counted(ended: &Ended) -> (u64, u64) {
+    let numbers: Vec<u64> = ended
+        .stdout
+        .split(|character: char| !character.is_ascii_alphanumeric())
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let said = ended.stdout.rsplit_once(", of ").unwrap().1;
+    let [records, duplicates, rejected] =
+        ["", " records; ", " were there already, "].map(|before| {
+            let start = said.find(before).unwrap() + before.len();
+            let digits = said[start..].split(|character: char| !character.is_ascii_digit());
+            digits.into_iter().next().unwrap().parse::<u64>().expect(said)
+        });
+    let imported = numbers[0];
+    assert_eq!(records, imported + duplicates + rejected, "{ended:?}");
+    (imported, rejected)
 }
 
 /// How many events the figures know of, which must be right.
@@ -107,6 +130,7 @@ async fn every_form_is_read(installed: &Installed) {
         let imported = "imported 2500 events into ";
         assert!(ended.success().starts_with(imported), "{name}: {ended:?}");
         assert!(ended.stdout.ends_with("; 0 were there already, 0 were rejected\n"), "{ended:?}");
+        assert_eq!(counted(&ended), (2_500, 0));
         expected += 2_500;
         assert_eq!(total(&database.target).await, expected, "{name}");
     }
@@ -139,6 +163,7 @@ async fn what_is_wrong_is_rejected_with_its_reasons(installed: &Installed) {
     assert_eq!(ended.code(), 3, "{ended:?}");
     assert_eq!(ended.stderr, "pisync: 5 records were rejected; events.rejected says why\n");
     assert!(ended.stdout.starts_with("imported 6 events"), "{ended:?}");
+    assert_eq!(counted(&ended), (6, 5));
     assert_eq!(total(&database.target).await, 6);
     let rejected = std::fs::read_to_string(program.path("events.rejected")).unwrap();
     let rejected: Vec<Value> =
@@ -178,6 +203,151 @@ async fn what_is_wrong_is_rejected_with_its_reasons(installed: &Installed) {
     let rejected = std::fs::read_to_string(program.path("cells.rejected")).unwrap();
     assert!(rejected.contains(r#"\"total_files_synced\" must be an integer"#), "{rejected}");
     assert!(rejected.contains(r#"\"metadata\" must be of type object"#), "{rejected}");
+}
+
+async fn an_unclosed_quotation_mark_costs_one_line(installed: &Installed) {
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    let mut text = "device_id,timestamp,total_files_synced,total_errors,note,metadata\n".to_owned();
+    for number in 0..3_000 {
+        let rest = match number {
+            1 => "\"disk 3.5,",
+            1_500 => "fine,\"{\"\"a\"\":1}",
+            2_000 => "\"two\nlines\",\"{\n\"\"a\"\":1}\"",
+            2_999 => "\"fine",
+            _ => "fine,",
+        };
+        writeln!(text, "pi-{},2025-06-17T10:30:00Z,{number},0,{rest}", number % 5).unwrap();
+    }
+    let ended = program.run(&["import", file(program, "events.csv", &text)]);
+    assert_eq!(ended.code(), 3, "{ended:?}");
+    assert_eq!(counted(&ended), (2_997, 3), "{ended:?}");
+    assert!(
+        ended.stderr.contains("pisync: 3 records were rejected; events.csv.rejected says why\n")
+    );
+    assert_eq!(total(&database.target).await, 2_997);
+    let rejected = std::fs::read_to_string(program.path("events.csv.rejected")).unwrap();
+    let rejected: Vec<Value> =
+        rejected.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let numbers: Vec<_> = rejected.iter().map(|line| line["record"].as_i64().unwrap()).collect();
+    assert_eq!(numbers, [2, 1_501, 3_000]);
+    assert_eq!(rejected[0]["text"], "pi-1,2025-06-17T10:30:00Z,1,0,\"disk 3.5,");
+    for line in &rejected {
+        let message = "\"value\" has a quotation mark that is not closed";
+        assert_eq!(line["details"][0]["message"], message);
+    }
+    // It is known again.
+    let again = program.run(&["import", "events.csv"]);
+    assert!(again.stdout.contains(" was imported already, at "), "{again:?}");
+}
+
+async fn blanks_around_cells_and_capital_letters(installed: &Installed) {
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    let cells = "Timestamp, DEVICE_ID , total_files_synced, total_errors,  job\n\
+                 2025-06-17T10:30:00Z, pi-0 , 1, 0,\t\"nightly, all\" \n";
+    let ended = program.run(&["import", file(program, "cells", cells)]);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert_eq!(counted(&ended), (1, 0));
+    let said =
+        "columns whose names are taken as if they had no capital letters: Timestamp, DEVICE_ID\n";
+    assert!(ended.stderr.contains(said), "{ended:?}");
+    let csv = exported(program, &database.target);
+    assert!(csv.contains("pi-0,,2025-06-17T10:30:00.000Z,1,0,,\"nightly, all\","), "{csv}");
+}
+
+async fn what_comes_before_damage_is_imported(installed: &Installed) {
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    // Each input is of other events, or it would be known again.
+    let all = events(30_000, false);
+    let mut cases = all.chunks(2_500);
+    let mut next = || cases.next().unwrap();
+    let mut expected = 0;
+    let mut check = async |name: &str,
+                           damaged: &[u8],
+                           before: Option<u64>,
+                           code: i32,
+                           whole: &[u8],
+                           count: u64| {
+        file(program, name, damaged);
+        let rejected = format!("{name}.rejected");
+        let ended = program.run(&["import", name]);
+        assert_eq!(ended.code(), code, "{name}: {ended:?}");
+        let stored = u64::try_from(total(&database.target).await).unwrap() - expected;
+        if let Some(before) = before {
+            assert_eq!(stored, before, "{name}");
+        }
+        assert!(stored >= count / 4, "{name}: {stored} were stored");
+        if code == 3 {
+            assert_eq!(counted(&ended), (stored, 1), "{name}: {ended:?}");
+            let expected = format!("pisync: {name} ends in the middle of a record");
+            assert!(ended.stderr.contains(&expected), "{ended:?}");
+            assert_eq!(
+                std::fs::read_to_string(program.path(&rejected)).unwrap().lines().count(),
+                1
+            );
+            // As long as it stays as it is, so does everything.
+            let again = program.run(&["import", name]);
+            assert_eq!((again.code(), counted(&again)), (3, (0, 1)), "{again:?}");
+        } else {
+            let dealt_with = format!(
+                "; of the {stored} records before, {stored} are imported, 0 were there already, 0 were rejected"
+            );
+            assert!(ended.failure().ends_with(&dealt_with), "{ended:?}");
+        }
+        // Once it is whole, nothing is stored twice.
+        file(program, name, whole);
+        let ended = program.run(&["import", name]);
+        assert_eq!(ended.code(), 0, "{name}: {ended:?}");
+        let going_on = format!("going on after the {stored} records ");
+        assert!(ended.stderr.starts_with(&going_on), "{name}: {ended:?}");
+        expected += count;
+        assert_eq!(u64::try_from(total(&database.target).await).unwrap(), expected, "{name}");
+        if code == 3 {
+            assert_eq!(std::fs::read_to_string(program.path(&rejected)).unwrap(), "");
+        }
+    };
+    let ndjson = lines(next());
+    let cut = &ndjson.as_bytes()[..ndjson.len() - 9];
+    check("cut.ndjson", cut, Some(2_499), 3, ndjson.as_bytes(), 2_500).await;
+    let cells = csv(next());
+    let cut = &cells.as_bytes()[..cells.len() - 30];
+    check("cut.csv", cut, Some(2_499), 3, cells.as_bytes(), 2_500).await;
+    for (name, text) in [("nuls.ndjson", lines(next())), ("nuls.csv", csv(next()))] {
+        let (end, _) = text.match_indices('\n').nth(2_000).unwrap();
+        let records = if name == "nuls.csv" { 2_000 } else { 2_001 };
+        // The end of the last line was not written either.
+        let damaged = [&text.as_bytes()[..end], &vec![0; 100_000]].concat();
+        check(name, &damaged, Some(records), 3, text.as_bytes(), 2_500).await;
+    }
+    let array = Value::from(next().to_vec()).to_string();
+    let cut = &array.as_bytes()[..array.len() - 5];
+    check("cut.json", cut, Some(2_499), 1, array.as_bytes(), 2_500).await;
+    let array = Value::from(next().to_vec()).to_string();
+    let (middle, _) = array.match_indices(",{").nth(1_200).unwrap();
+    let broken = [&array.as_bytes()[..middle], b" ", &array.as_bytes()[middle + 1..]].concat();
+    check("broken.json", &broken, Some(1_201), 1, array.as_bytes(), 2_500).await;
+    let packed = gzip(lines(next()).as_bytes());
+    check("cut.gz", &packed[..packed.len() / 2], None, 1, &packed, 2_500).await;
+    let long = lines(&[next(), next()].concat());
+    let packed = zstd::encode_all(long.as_bytes(), 1).unwrap();
+    check("cut.zst", &packed[..packed.len() * 3 / 4], None, 1, &packed, 5_000).await;
+}
+
+async fn a_damaged_input_that_begins_like_another(installed: &Installed) {
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    let first = events(3_000, false);
+    program.run(&["import", file(program, "first", lines(&first))]).success();
+    let mut second = first;
+    second[150]["device_id"] = json!("other");
+    let array = Value::from(second).to_string();
+    let (middle, _) = array.match_indices(",{").nth(1_999).unwrap();
+    file(program, "second", &array[..middle]);
+    let ended = program.run(&["import", "second"]);
+    assert!(ended.failure().contains("of the 2000 records before, 2000 are imported"), "{ended:?}");
+    assert_eq!(total(&database.target).await, 5_000);
 }
 
 async fn what_was_imported_is_known_again(installed: &Installed) {
@@ -336,28 +506,14 @@ async fn beside_a_server_that_stores_events(installed: &Installed) {
 #[test]
 fn bad_inputs() {
     let program = Program::new();
-    let whole = lines(&events(3, false));
     let packed = gzip(lines(&events(3_000, false)).as_bytes());
-    let array = Value::from(events(3, false)).to_string();
     std::fs::create_dir(program.path("folder")).unwrap();
+    let header = "device_id,timestamp,total_files_synced,total_errors\n";
+    let utf16 =
+        |bytes: fn(u16) -> [u8; 2]| header.encode_utf16().flat_map(bytes).collect::<Vec<u8>>();
+    let (little, big) = (utf16(u16::to_le_bytes), utf16(u16::to_be_bytes));
     for (name, bytes, expected) in [
-        (
-            "cut.gz",
-            &packed[..packed.len() / 2],
-            "cut.gz is cut off: its compressed data ends early",
-        ),
-        ("bad.gz", &[&packed[..20], &packed[40..]].concat(), "cannot read bad.gz: "),
-        ("cut.json", &array.as_bytes()[..array.len() - 5], "the JSON array is broken: "),
-        (
-            "cut.ndjson",
-            &whole.as_bytes()[..whole.len() - 5],
-            "cut.ndjson ends in the middle of a record",
-        ),
-        (
-            "cut.csv",
-            b"device_id,timestamp,total_files_synced,total_errors\npi,2025-0",
-            "cut.csv ends in the middle",
-        ),
+        ("bad.gz", &[&packed[..20], &packed[40..]].concat()[..], "cannot read bad.gz: "),
         ("empty", b"", "empty is empty"),
         ("blank", b" \n\n", "blank is empty"),
         (
@@ -365,7 +521,23 @@ fn bad_inputs() {
             b"device_id,timestamp,files\n",
             "does not name the columns total_files_synced, total_errors",
         ),
-        ("utf16.csv", b"\xff\xfed\0e\0v\0i\0c\0e\0", "it holds no sync events"),
+        (
+            "semicolons.csv",
+            header.replace(',', ";").as_bytes(),
+            "its cells are separated by semicolons",
+        ),
+        ("tabs.csv", header.replace(',', "\t").as_bytes(), "its cells are separated by tabs"),
+        ("marked-le.csv", &[b"\xff\xfe", &little[..]].concat(), "marked-le.csv: it is UTF-16 text"),
+        (
+            "marked-be.csv",
+            &[b"\xfe\xff", &big[..]].concat(),
+            "it is UTF-16 text; convert it first: iconv",
+        ),
+        ("le.csv", &little, "it is UTF-16 text"),
+        ("be.csv", &big, "it is UTF-16 text"),
+        ("le.ndjson", b"{\0\"\0d\0", "it is UTF-16 text"),
+        ("be.json", b"\0[\0{\0\"", "it is UTF-16 text"),
+        ("events.zip", b"PK\x03\x04\x14\0", "it is packed with zip; unpack it first"),
         ("program", b"\x7fELF\x02\x01\x01\0\0\0", "it holds no sync events"),
     ] {
         file(&program, name, bytes);
@@ -380,14 +552,12 @@ fn bad_inputs() {
         let ended = program.run(&["import", name]);
         assert!(ended.failure().contains(expected), "{name}: {ended:?}");
     }
-    // What is whole later is imported from where it broke off.
-    file(&program, "cut.gz", &packed);
-    let ended = program.run(&["import", "cut.gz"]);
-    assert_eq!(ended.code(), 0, "{ended:?}");
-    assert!(ended.stderr.starts_with("going on after the 1000 records"), "{ended:?}");
-    assert!(ended.stdout.starts_with("imported 2000 events"), "{ended:?}");
-    let stats = program.run(&["verify"]);
-    assert!(stats.success().contains("events: 3000;"), "{stats:?}");
+    assert!(program.run(&["verify"]).success().contains("events: 0;"));
+    // What says what it would hold, and holds nothing, is imported.
+    for (name, text) in [("header.csv", header), ("array.json", "[]")] {
+        let ended = program.run(&["import", file(&program, name, text)]);
+        assert_eq!((ended.code(), counted(&ended)), (0, (0, 0)), "{ended:?}");
+    }
 }
 
 #[test]
@@ -435,11 +605,16 @@ fn a_full_disk_for_what_comes_out() {
     let full = disk.path().join("events.ndjson");
     let ended = program.run(&["export", "--output", full.to_str().unwrap()]);
     assert!(ended.failure().contains("No space left on device"), "{ended:?}");
-    for name in ["events.ndjson", "events.ndjson.partial"] {
-        assert!(!disk.seen_from_here(name).exists(), "{name}");
-    }
+    assert!(!disk.seen_from_here("events.ndjson").exists());
+    assert!(names_of_partial_files(&disk.seen_from_here("")).is_empty());
     // What is no file is written to as it is.
     let ended = program.run(&["export", "--output", "/dev/full"]);
     assert!(ended.failure().contains("cannot write /dev/full: No space left"), "{ended:?}");
-    assert!(!std::path::Path::new("/dev/full.partial").exists());
+    assert!(names_of_partial_files(std::path::Path::new("/dev")).is_empty());
+}
+
+/// Names of files that were not made to their end.
+fn names_of_partial_files(folder: &std::path::Path) -> Vec<std::ffi::OsString> {
+    let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().contains("partial")).collect()
 }
