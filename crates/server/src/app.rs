@@ -8,14 +8,13 @@ use std::{
 };
 
 use tokio::{
-    net::TcpListener,
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
 
 use crate::{
     clock::Clock,
-    http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Tls},
+    http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Listeners, Tls},
     ingest::Ingest,
     keys::{self, Keyring},
     maintenance::{Maintenance, STEP_YIELD, earlier_time},
@@ -86,7 +85,7 @@ pub enum AppError {
     Died(String),
 }
 
-/// Runs a server on `listener` until `shutdown` comes; then everything that was accepted is committed
+/// Runs a server on `listeners` until `shutdown` comes; then everything that was accepted is committed
 /// and answered before it returns.
 ///
 /// # Errors
@@ -94,7 +93,7 @@ pub enum AppError {
 pub async fn run(
     settings: Settings,
     clock: Clock,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
     // A SQLite file belongs to one server, also while it migrates.
@@ -110,7 +109,12 @@ pub async fn run(
     maintenance.prepare().await?;
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
-    let address = listener.local_addr().map_err(|error| died(&error))?;
+    let listeners = listeners.into();
+    let addresses = listeners.addresses().map_err(|error| died(&error))?;
+    // What it takes to be let in depends on whether others than this machine's own users can get here.
+    let reaches_out = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
+    let address = addresses.iter().find(reaches_out).or(addresses.first()).copied();
+    let address = address.ok_or_else(|| died(&"there is no address to listen on"))?;
     let (tls, tls_watch) = match settings.http.tls.clone().map(Tls::load).transpose() {
         Ok(tls) => tls.unzip(),
         Err(error) => return Err(AppError::Tls(error)),
@@ -149,13 +153,16 @@ pub async fn run(
         tls,
     };
 
+    let others = addresses.iter().filter(|other| **other != address);
+    let also: Vec<_> = others.map(|other| format!("{scheme}://{other}")).collect();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         database = %settings.target,
+        also = (!also.is_empty()).then(|| also.join(" ")),
         "PiSync is ready on {scheme}://{address}; its documentation is at /api-docs"
     );
     tokio::select! {
-        () = http::serve(listener, router, connections, shutdown) => {}
+        () = http::serve(listeners, router, connections, shutdown) => {}
         ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
         ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
         ended = &mut following.0 => return Err(ended_early("following keys", ended.map(Ok))),

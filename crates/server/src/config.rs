@@ -14,6 +14,9 @@ use crate::{
     store::{PostgresTarget, Retention, SslMode, Target},
 };
 
+/// What `LOG_DIR` says for no files at all: being empty, it would be as good as not set.
+const NO_LOG_DIR: &str = "none";
+
 /// Which database.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Database")]
@@ -190,7 +193,7 @@ pub struct ServeArgs {
     /// How much to log: error, warn, info, debug or trace
     #[arg(long, env = "LOG_LEVEL", default_value = "info", help_heading = "Logs")]
     log_level: LogLevel,
-    /// Folder of combined.log and error.log; empty for the console alone
+    /// Folder of combined.log and error.log; none for the console alone
     #[arg(long, env = "LOG_DIR", default_value = "logs", help_heading = "Logs")]
     log_dir: String,
 
@@ -277,7 +280,7 @@ impl ServeArgs {
         };
         LogSettings {
             level: self.log_level,
-            dir: given(Some(&self.log_dir)).map(PathBuf::from),
+            dir: given(Some(&self.log_dir)).filter(|dir| *dir != NO_LOG_DIR).map(PathBuf::from),
             json_console: self.app_env.unwrap_or(node_env) == AppEnv::Production,
         }
     }

@@ -7,6 +7,10 @@ use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
     str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use file_rotate::{
@@ -62,14 +66,70 @@ pub struct LogSettings {
 /// Writes what is left when it is dropped.
 #[must_use = "log lines are lost once this is dropped"]
 #[derive(Debug)]
-pub struct LogGuard(#[expect(dead_code, reason = "held for its drop")] Vec<WorkerGuard>);
+pub struct LogGuard {
+    #[expect(dead_code, reason = "held for its drop")]
+    guards: Vec<WorkerGuard>,
+    openings: Openings,
+}
+
+impl LogGuard {
+    /// Has the next line of each log file open it anew: somebody has renamed it, as logrotate does.
+    pub fn reopen(&self) {
+        self.openings.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// How often log files were to be opened.
+#[derive(Debug, Clone, Default)]
+struct Openings(Arc<AtomicU64>);
+
+impl Openings {
+    fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A log file that is opened anew when that is asked for.
+struct LogFile {
+    dir: PathBuf,
+    name: &'static str,
+    file: FileRotate<AppendTimestamp>,
+    openings: Openings,
+    /// How many of them were heard of.
+    seen: u64,
+}
+
+impl LogFile {
+    fn open(dir: &Path, name: &'static str, openings: &Openings) -> Result<Self, String> {
+        let (openings, seen) = (openings.clone(), openings.count());
+        Ok(Self { dir: dir.to_owned(), name, file: open(dir, name)?, openings, seen })
+    }
+}
+
+impl io::Write for LogFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.openings.count();
+        if count != self.seen {
+            self.seen = count;
+            // Where that cannot be, lines go on to where they went, and whoever has asked may do so again.
+            if let Ok(file) = open(&self.dir, self.name) {
+                self.file = file;
+            }
+        }
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
 
 /// Starts logging for the whole process.
 ///
 /// # Errors
 /// When the folder cannot be written.
 pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
-    let mut guards = Vec::new();
+    let (mut guards, openings) = (Vec::new(), Openings::default());
     let mut beside = |writer: Box<dyn io::Write + Send>| {
         let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES);
         let (writer, guard) = builder.finish(writer);
@@ -84,8 +144,8 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     };
     let mut layers = vec![console];
     if let Some(dir) = &settings.dir {
-        let combined = beside(Box::new(open(dir, "combined.log")?));
-        let error = beside(Box::new(open(dir, "error.log")?));
+        let combined = beside(Box::new(LogFile::open(dir, "combined.log", &openings)?));
+        let error = beside(Box::new(LogFile::open(dir, "error.log", &openings)?));
         layers.push(json_lines(combined).boxed());
         layers.push(json_lines(error).with_filter(LevelFilter::ERROR).boxed());
     }
@@ -98,7 +158,7 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
         .with(targets)
         .try_init()
         .map_err(|error| error.to_string())?;
-    Ok(LogGuard(guards))
+    Ok(LogGuard { guards, openings })
 }
 
 fn json_lines<S>(writer: NonBlocking) -> impl Layer<S>

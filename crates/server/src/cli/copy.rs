@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{progress::Progress, serve::shutdown_signal};
+use super::progress::Progress;
 use crate::{
     clock::Clock,
     config::CopyArgs,
@@ -34,20 +34,13 @@ pub(super) async fn run(command: &CopyCommand) -> Result<(), String> {
     let now = Clock::system().set_time().map_err(|error| error.to_string())?;
     let mut table = None;
     let mut report = |progress| show(&mut table, progress);
-    let copied = tokio::select! {
-        copied = store::copy(&from, &to, now, &mut report) => {
-            copied.map_err(|error| error.to_string())
-        }
-        () = shutdown_signal()? => {
-            Err(format!("interrupted; nothing was kept of the copy in {to}"))
-        }
-    };
+    let copied = store::copy(&from, &to, now, &mut report).await;
     if copied.is_err()
         && let Some(table) = table
     {
         table.progress.finish();
     }
-    say(&from, &to, &copied?);
+    say(&from, &to, &copied.map_err(|error| error.to_string())?);
     println!("what {from} received after {now} may not be in it");
     Ok(())
 }

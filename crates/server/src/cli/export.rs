@@ -1,7 +1,7 @@
 //! `pisync export`: events into a file or to whoever reads them.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
 };
@@ -16,6 +16,7 @@ use crate::{
     event_format::Format,
     export::{Export, ExportError},
     store::Store,
+    temporary::TemporaryFile,
 };
 
 /// How much is gathered before it is written, in bytes.
@@ -31,7 +32,8 @@ within each device; `pisync import` reads them back. Names and groups of
 devices, keys and settings are not part of events.
 
 Works beside a running server; events that arrive meanwhile may be in it or
-not. A file is written beside its place and put there once it is whole.
+not. A file is written beside its place and put there once it is whole; only its
+owner may read it.
 
 Examples:
   pisync export --output events.ndjson.gz
@@ -144,28 +146,21 @@ async fn to_file(
         ExportError::Write(error) => failed(&error),
         error => error.to_string(),
     };
-    let Some(name) = path.file_name().filter(|_| !path.is_dir()) else {
+    if path.is_dir() || path.file_name().is_none() {
         return Err(failed(&"it is a directory"));
-    };
+    }
     if path.metadata().is_ok_and(|there| !there.is_file()) {
         let device = File::options().write(true).open(path).map_err(|error| failed(&error))?;
         return write(export, store, device, packing, watch).await.map_err(explain);
     }
-    let mut partial = name.to_owned();
-    partial.push(".partial");
-    let partial = path.with_file_name(partial);
-    let file = File::create(&partial).map_err(|error| failed(&error))?;
+    let file = TemporaryFile::beside(path).map_err(|error| failed(&error))?;
     let events = async {
-        let events = write(export, store, &file, packing, watch).await?;
-        file.sync_all()?;
-        fs::rename(&partial, path)?;
+        let events = write(export, store, file.as_file(), packing, watch).await?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
         Ok(events)
     };
-    events.await.map_err(|error| {
-        // It is of no use, and may be why the disk is full.
-        let _ = fs::remove_file(&partial);
-        explain(error)
-    })
+    events.await.map_err(explain)
 }
 
 /// Writes to the end of `output`.

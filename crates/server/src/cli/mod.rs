@@ -1,24 +1,43 @@
 //! The command line: what was typed, and one file per command.
 
+/// As the standard library's, but without its panic: see `output`.
+macro_rules! print {
+    ($($argument:tt)*) => { $crate::cli::output::text(format_args!($($argument)*)) };
+}
+
+/// As the standard library's, but without its panic: see `output`.
+macro_rules! println {
+    ($($argument:tt)*) => { print!("{}\n", format_args!($($argument)*)) };
+}
+
+/// As the standard library's, but without its panic: see `output`.
+macro_rules! eprintln {
+    ($($argument:tt)*) => { $crate::cli::output::error_line(format_args!($($argument)*)) };
+}
+
 mod backup;
 mod copy;
 mod database;
 mod db;
 mod export;
 mod import;
+mod interrupt;
 mod journal;
 mod key;
 mod migrate;
 mod openapi;
+mod output;
 mod progress;
 mod serve;
+mod settings;
 mod take_over;
 mod verify;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use self::settings::{SettingsFile, without_environment};
 use crate::config::ServeArgs;
 
 /// Did every device sync? A server that Raspberry Pi fleets report their file-sync runs to.
@@ -46,7 +65,8 @@ Examples:
   pisync import events.csv.gz              events from elsewhere
   pisync export --output events.ndjson.gz  and out again
 
-Exit status: 0 success, 1 failure, 2 wrong usage, 3 done in part (import).";
+Exit status: 0 success, 1 failure, 2 wrong usage, 3 done in part (import), 129, 130
+or 143 ended by SIGHUP, SIGINT or SIGTERM.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -76,20 +96,33 @@ enum Command {
     Openapi,
 }
 
-/// Settings in `.env` whose names no command knows: most likely a typo.
-#[derive(Debug, Default)]
-struct EnvFile {
-    unknown: Vec<String>,
+impl Command {
+    /// What is left of a command that a signal ends; `None` of one that deals with signals by itself.
+    fn remains(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Serve(_) => return None,
+            Self::Import(_) => "what was stored stays, and the same command goes on after it",
+            Self::Export(_) | Self::Backup(_) => "nothing was kept of the file",
+            Self::Copy(_) => "nothing was kept of the copy",
+            Self::Migrate(_) | Self::Db(_) => {
+                "each migration is applied as a whole or not at all: see pisync migrate status"
+            }
+            Self::Restore(_) => {
+                "the database is the one before or the backup, whole in either case"
+            }
+            Self::Verify(_) => "figures that were repaired stay repaired",
+            Self::Journal(_) | Self::Key(_) | Self::Openapi => "run it again",
+        })
+    }
 }
 
 /// Runs the command that was typed.
 #[must_use]
 pub fn main() -> ExitCode {
-    let env_file = match read_env_file() {
-        Ok(env_file) => env_file,
+    let (cli, settings_file) = match typed() {
+        Ok(typed) => typed,
         Err(message) => return fail(&message),
     };
-    let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(http_threads())
         .enable_all()
@@ -98,9 +131,14 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&format!("cannot start: {error}")),
     };
+    if let Some(remains) = cli.command.as_ref().and_then(Command::remains)
+        && let Err(message) = interrupt::end_at_signals(runtime.handle(), remains)
+    {
+        return fail(&message);
+    }
     let result = runtime.block_on(async {
         match cli.command {
-            Some(Command::Serve(arguments)) => serve::run(&arguments, &env_file).await,
+            Some(Command::Serve(arguments)) => serve::run(&arguments, &settings_file).await,
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,
@@ -119,6 +157,7 @@ pub fn main() -> ExitCode {
         .map(|()| ExitCode::SUCCESS)
     });
     match result {
+        Ok(_) if output::is_incomplete() => fail("cannot write to standard output"),
         Ok(code) => code,
         Err(message) => fail(&message),
     }
@@ -151,54 +190,25 @@ fn with_default_command(mut arguments: Vec<std::ffi::OsString>) -> Vec<std::ffi:
     arguments
 }
 
-/// Takes over the settings in `.env`, where the environment does not have them already.
-fn read_env_file() -> Result<EnvFile, String> {
-    let text = match std::fs::read_to_string(".env") {
-        Ok(text) => without_substitution(&text),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(EnvFile::default()),
-        Err(error) => return Err(format!("cannot read .env: {error}")),
+/// What was typed, with the settings of the environment and of `.env`. Ends the process when it makes no sense, or
+/// when help was asked for.
+fn typed() -> Result<(Cli, SettingsFile), String> {
+    let settings_file = SettingsFile::read(&known_variables())?;
+    let typed = with_default_command(std::env::args_os().collect());
+    let matches = match settings_file.complete(Cli::command(), typed.clone())? {
+        Some(completed) => without_environment(Cli::command(), false).get_matches_from(completed),
+        // The command as it is written shows the help that was asked for, which names the variables, or says what is
+        // wrong.
+        None => Cli::command().get_matches_from(typed),
     };
-    let bad = |error: dotenvy::Error| match error {
-        // The library would repeat the line, and there are passwords in this file.
-        dotenvy::Error::LineParse(line, _) => {
-            let before = text.find(&line).map_or("", |start| &text[..start]);
-            format!(
-                "cannot read .env: line {} is malformed; put a value with spaces or quotes into single quotes",
-                before.matches('\n').count() + 1
-            )
-        }
-        error => format!("cannot read .env: {error}"),
-    };
-    let mut unknown = Vec::new();
-    let known = known_variables();
-    for entry in dotenvy::from_read_iter(text.as_bytes()) {
-        let (name, _) = entry.map_err(bad)?;
-        if !known.contains(&name) {
-            unknown.push(name);
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.to_string())?;
+    if !matches!(cli.command, Some(Command::Serve(_))) {
+        // A server writes them into its log.
+        for warning in &settings_file.warnings {
+            eprintln!("pisync: {warning}");
         }
     }
-    dotenvy::from_read(text.as_bytes()).map_err(bad)?;
-    Ok(EnvFile { unknown })
-}
-
-/// The text of a `.env` file with dollar signs that mean themselves, as they did to the Node service.
-/// The library would put variables in their place: a password would quietly become another.
-fn without_substitution(text: &str) -> String {
-    let mut literal = String::with_capacity(text.len());
-    let (mut quote, mut escaped) = (None, false);
-    for character in text.chars() {
-        match character {
-            '\n' => (quote, escaped) = (None, false),
-            _ if escaped => escaped = false,
-            '\\' if quote != Some('\'') => escaped = true,
-            '\'' | '"' if quote.is_none() => quote = Some(character),
-            _ if quote == Some(character) => quote = None,
-            '$' if quote != Some('\'') => literal.push('\\'),
-            _ => {}
-        }
-        literal.push(character);
-    }
-    literal
+    Ok((cli, settings_file))
 }
 
 /// The environment variables that any command reads.

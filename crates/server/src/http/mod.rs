@@ -15,6 +15,7 @@ mod figures;
 mod health;
 mod history_stream;
 mod keys;
+mod listeners;
 mod metrics;
 mod node_paths;
 mod observe;
@@ -46,6 +47,7 @@ use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa_axum::router::OpenApiRouter;
 
 pub use auth::AuthMode;
+pub use listeners::Listeners;
 pub use serve::{ConnectionSettings, serve};
 pub use tls::{Tls, TlsFiles};
 

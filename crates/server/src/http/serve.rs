@@ -9,11 +9,12 @@ use std::{
 
 use axum::Router;
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::sync::Semaphore;
 
 use super::{
     Timeouts,
     connection::{serve_plain, serve_tls},
+    listeners::Listeners,
     tls::Tls,
 };
 
@@ -46,7 +47,7 @@ pub(super) struct Peer(pub(super) SocketAddr);
 /// Serves `router` until `shutdown` comes, then takes nothing more in and returns when the requests
 /// under way are answered, or after 20 s.
 pub async fn serve(
-    listener: TcpListener,
+    listeners: Listeners,
     router: Router,
     settings: ConnectionSettings,
     shutdown: impl Future<Output = ()>,
@@ -71,7 +72,7 @@ pub async fn serve(
         };
         let (stream, peer) = tokio::select! {
             () = &mut shutdown => break,
-            accepted = listener.accept() => match accepted {
+            accepted = listeners.accept() => match accepted {
                 Ok(connection) => connection,
                 Err(error) => {
                     tracing::warn!(%error, "cannot take in a connection");
@@ -96,7 +97,7 @@ pub async fn serve(
             drop(place);
         });
     }
-    drop(listener);
+    drop(listeners);
     if tokio::time::timeout(GRACE, graceful.shutdown()).await.is_err() {
         tracing::warn!("some requests did not finish in time and were cut off");
     }

@@ -469,7 +469,10 @@ pub fn create_pair(
     let mut paths = [PathBuf::new(), PathBuf::new()];
     for (path, (file, text)) in paths.iter_mut().zip(files) {
         *path = folder.join(file);
-        std::fs::write(&*path, text).map_err(|error| cannot(path, error))?;
+        // Only where there is nothing yet, not even a link.
+        std::fs::File::create_new(&*path)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
+            .map_err(|error| cannot(path, error))?;
     }
     Ok(paths)
 }

@@ -414,7 +414,7 @@ const IDLE: usize = 10_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_idle_connections() {
-    let program = Program::new().with("PORT", 0).with("LOG_DIR", "");
+    let program = Program::new().with("PORT", 0).with("LOG_DIR", "none");
     let serving = program.serve(&[]);
     let mut idle = Command::new(std::env::current_exe().unwrap())
         .args(["attacks::hold_idle_connections", "--exact", "--ignored", "--nocapture"])

@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
     path::Path,
     time::{Duration, Instant},
 };
@@ -257,7 +256,7 @@ async fn what_was_acknowledged_before_the_signal_is_stored(installed: &Installed
 }
 
 /// The lines of a log with this message.
-fn lines<'a>(log: &'a [Value], message: &str) -> Vec<&'a Value> {
+pub(crate) fn lines<'a>(log: &'a [Value], message: &str) -> Vec<&'a Value> {
     log.iter().filter(|line| line["message"] == message).collect()
 }
 
@@ -349,7 +348,7 @@ async fn an_inner_error_is_in_the_log_alone(installed: &Installed) {
 }
 
 /// Every variable that a server reads, but for the Node service's names and those without effect yet.
-const VARIABLES: [&str; 26] = [
+pub(crate) const VARIABLES: [&str; 26] = [
     "AUTH",
     "RATE_LIMIT_KEY_PER_MINUTE",
     "MAX_CONNECTIONS",
@@ -459,65 +458,8 @@ fn wrong_settings_are_told_in_one_line() {
 }
 
 #[test]
-fn settings_come_from_arguments_then_the_environment_then_the_file() {
-    let [file, environment, argument] = [(); 3].map(|()| unused_address().port());
-    let at = |serving: crate::support::program::Serving| -> SocketAddr {
-        let address = serving.address();
-        serving.stop();
-        address
-    };
-    let program =
-        Program::new().with_file(".env", &format!("# ours\nPORT={file}\n\nHOST='127.0.0.1'\n"));
-    assert_eq!(at(program.serve(&[])).port(), file);
-    let program = program.with("PORT", environment);
-    assert_eq!(at(program.serve(&["serve"])).port(), environment);
-    assert_eq!(at(program.serve(&["--port", &argument.to_string()])).port(), argument);
-    assert!(
-        lines(&program.log("combined.log"), "unknown setting in .env; is it misspelt?").is_empty()
-    );
-}
-
-#[test]
-fn a_misspelt_setting_is_warned_about() {
-    let text = "PORT=0\nRATE_LIMT_API_PER_MINUTE=5\nexport LOG_LEVEL=warn\n";
-    let program = Program::new().with_file(".env", text);
-    // The level is what the test cannot see the start at.
-    let serving = program.serve(&["--log-level", "info"]);
-    serving.stop();
-    let log = program.log("combined.log");
-    let warnings = lines(&log, "unknown setting in .env; is it misspelt?");
-    assert_eq!(warnings.len(), 1, "{log:?}");
-    assert_eq!(warnings[0]["level"], "WARN");
-    assert_eq!(warnings[0]["name"], "RATE_LIMT_API_PER_MINUTE");
-}
-
-#[test]
-fn a_malformed_file_of_settings() {
-    let text = "PORT=0\n\nDB_PASSWORD='s3cret-word\nHOST=localhost\n";
-    let ended = Program::new().with_file(".env", text).run(&[]);
-    let expected = "cannot read .env: line 3 is malformed";
-    assert!(ended.failure().starts_with(expected), "{ended:?}");
-    assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
-    let ended = Program::new().with_file(".env", "PORT=0\nDB_PASSWORD=two s3cret-words\n").run(&[]);
-    assert!(ended.failure().starts_with("cannot read .env: line 2 is malformed"), "{ended:?}");
-    assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
-}
-
-#[test]
-fn dollar_signs_in_the_file_mean_themselves() {
-    for value in
-        ["da$PORT", "\"da$PORT\"", "'da$PORT'", "da\\$PORT", "'da'\"$\"PORT # it's a folder"]
-    {
-        let text = format!("# whose server isn't ours\nPORT=0\nDATA_DIR={value}\n");
-        let program = Program::new().with_file(".env", &text);
-        program.run(&["db", "setup"]).success();
-        assert_eq!(program.names_in("."), [".env", "da$PORT"], "{value}");
-    }
-}
-
-#[test]
 fn without_a_folder_for_logs() {
-    let program = Program::new().with("PORT", 0).with("LOG_DIR", "");
+    let program = Program::new().with("PORT", 0).with("LOG_DIR", "none");
     let ended = program.serve(&[]).stop();
     assert!(ended.stdout.contains("stopped; everything that was accepted is stored"));
     assert_eq!(program.names_in("."), ["data"]);

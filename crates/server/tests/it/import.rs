@@ -89,8 +89,8 @@ fn counted(ended: &Ended) -> (u64, u64) {
     let [records, duplicates, rejected] =
         ["", " records; ", " were there already, "].map(|before| {
             let start = said.find(before).unwrap() + before.len();
-            let digits = said[start..].split(|character: char| !character.is_ascii_digit());
-            digits.into_iter().next().unwrap().parse::<u64>().expect(said)
+            let mut digits = said[start..].split(|character: char| !character.is_ascii_digit());
+            digits.next().unwrap().parse::<u64>().expect(said)
         });
     let imported = numbers[0];
     assert_eq!(records, imported + duplicates + rejected, "{ended:?}");

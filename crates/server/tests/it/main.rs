@@ -34,6 +34,8 @@ mod kill_soak;
 mod migrations;
 mod node_wire;
 mod repeated_failures;
+mod settings_file;
+mod signals;
 mod stats;
 mod store_contract;
 mod sync_event;

@@ -184,7 +184,7 @@ impl Bare {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(serve(listener, router, settings, async {
+        let task = tokio::spawn(serve(listener.into(), router, settings, async {
             let _ = stopped.await;
         }));
         Self { port, stop, task }

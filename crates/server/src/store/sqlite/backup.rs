@@ -10,10 +10,12 @@ use std::{
 };
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use tempfile::NamedTempFile;
 
 use super::journal;
-use crate::store::{BackedUp, StoreError};
+use crate::{
+    store::{BackedUp, StoreError},
+    temporary::TemporaryFile,
+};
 
 /// How long to wait for somebody who is using the database that is to be replaced.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -21,7 +23,7 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A checked copy of a database, on the disk under a name that nobody knows; it goes with this value until
 /// it is put in its place.
 pub(crate) struct Copy {
-    file: NamedTempFile,
+    file: TemporaryFile,
     pub(crate) holds: BackedUp,
 }
 
@@ -71,9 +73,9 @@ impl Copy {
         } else {
             self.file.persist_noclobber(destination)
         };
-        put.map_err(|error| match error.error.kind() {
+        put.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => exists(destination),
-            _ => failed(format!("cannot write {}: {}", destination.display(), error.error)),
+            _ => failed(format!("cannot write {}: {error}", destination.display())),
         })?;
         let folder = folder_of(destination);
         let synced = File::open(folder).and_then(|folder| folder.sync_all());
@@ -231,11 +233,9 @@ fn with_ending(path: &Path, ending: &str) -> PathBuf {
 }
 
 /// A file beside `destination`.
-fn new_file(destination: &Path) -> Result<NamedTempFile, StoreError> {
+fn new_file(destination: &Path) -> Result<TemporaryFile, StoreError> {
     let folder = folder_of(destination);
-    tempfile::Builder::new()
-        .prefix(".pisync-copy-")
-        .tempfile_in(folder)
+    TemporaryFile::beside(destination)
         .map_err(|error| failed(format!("cannot create a file in {}: {error}", folder.display())))
 }
 

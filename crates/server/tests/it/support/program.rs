@@ -2,8 +2,10 @@
 //! environment and nothing else.
 
 use std::{
+    ffi::OsString,
     io::{BufRead, BufReader, Read, Write as _},
     net::SocketAddr,
+    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver},
@@ -30,7 +32,7 @@ const READY: &str = "PiSync is ready on http";
 /// Goes with its folder.
 pub(crate) struct Program {
     folder: TempDir,
-    environment: Vec<(String, String)>,
+    environment: Vec<(String, OsString)>,
     /// What the command line begins with.
     entrance: Vec<String>,
     /// The program, when it is not the one that is tested.
@@ -46,7 +48,13 @@ impl Program {
     /// With another environment variable.
     #[expect(clippy::needless_pass_by_value, reason = "short to write down")]
     pub(crate) fn with(mut self, name: &str, value: impl ToString) -> Self {
-        self.environment.push((name.to_owned(), value.to_string()));
+        self.environment.push((name.to_owned(), value.to_string().into()));
+        self
+    }
+
+    /// With another environment variable, whose value need not be text.
+    pub(crate) fn with_bytes(mut self, name: &str, value: &[u8]) -> Self {
+        self.environment.push((name.to_owned(), OsString::from_vec(value.to_vec())));
         self
     }
 
@@ -61,6 +69,12 @@ impl Program {
         // Who enters leaves the working directory behind.
         let folder = self.folder.path().to_str().unwrap().to_owned();
         self.entrance.extend(["env".to_owned(), "--chdir".to_owned(), folder]);
+        self
+    }
+
+    /// Run by another program, which may change what a process starts with.
+    pub(crate) fn run_by(mut self, words: &[&str]) -> Self {
+        self.entrance.extend(words.iter().map(ToString::to_string));
         self
     }
 
@@ -146,6 +160,24 @@ impl Program {
         running.wait()
     }
 
+    /// Starts a command and sends it a signal as soon as `enough` says so, or it ends before.
+    pub(crate) async fn signal_at(
+        &self,
+        arguments: &[&str],
+        input: impl Into<Stdio>,
+        name: &str,
+        mut enough: impl AsyncFnMut() -> bool,
+    ) -> Waiting {
+        let mut running = self.start_reading(arguments, input.into());
+        while running.child.try_wait().unwrap().is_none() {
+            if enough().await {
+                running.signal(name);
+                break;
+            }
+        }
+        Waiting(running)
+    }
+
     /// Starts a command, and kills it as soon as it says something with this in it.
     pub(crate) fn kill_at(&self, arguments: &[&str], text: &str) {
         self.start(arguments).wait_for(text);
@@ -220,6 +252,13 @@ impl Drop for Running {
 }
 
 impl Running {
+    /// Sends a signal. It may have ended by itself: until it is waited for, its number is nobody else's.
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args(["-s", name, &pid]).status().unwrap();
+        assert!(status.success());
+    }
+
     /// The next line on stdout with this in it.
     fn wait_for(&mut self, text: &str) -> String {
         self.try_wait_for(text).unwrap_or_else(|| {
@@ -291,6 +330,20 @@ impl Fed {
     }
 }
 
+/// A process that was sent a signal.
+pub(crate) struct Waiting(Running);
+
+impl Waiting {
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.0.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(self) -> Ended {
+        self.0.wait()
+    }
+}
+
 /// A server that runs as a process, and a client of it.
 pub(crate) struct Serving {
     running: Running,
@@ -304,9 +357,7 @@ impl Serving {
 
     /// Sends a signal, as supervisors and terminals do.
     pub(crate) fn signal(&self, name: &str) {
-        let pid = self.running.child.id().to_string();
-        let status = Command::new("kill").args(["-s", name, &pid]).status().unwrap();
-        assert!(status.success());
+        self.running.signal(name);
     }
 
     /// Waits until it says something with this in it.

@@ -1,0 +1,180 @@
+//! Settings that were not typed: from environment variables, or else from the `.env` file. Each becomes the
+//! argument that would have been typed, so that one definition reads them all. The process's environment stays as it
+//! is. A message of this module never shows a value that may be a password.
+
+use std::{any::TypeId, ffi::OsString, path::PathBuf};
+
+use clap::{Arg, Command, builder::Resettable, parser::ValueSource};
+
+use crate::{
+    config::Secret,
+    env_file::{EnvFile, Setting},
+};
+
+/// The file of settings in the working directory, and what is odd about it.
+#[derive(Debug, Default)]
+pub(super) struct SettingsFile {
+    file: EnvFile,
+    /// What whoever has written it should know; none of it keeps a command from running.
+    pub(super) warnings: Vec<String>,
+    /// Settings whose names no command knows: most likely typos.
+    pub(super) unknown: Vec<String>,
+}
+
+impl SettingsFile {
+    /// Reads `.env`, if there is one. `known` are the names that any command reads.
+    pub(super) fn read(known: &[String]) -> Result<Self, String> {
+        let mut settings = Self::default();
+        match std::fs::read(".env") {
+            Ok(bytes) => {
+                settings.file =
+                    EnvFile::parse(&bytes).map_err(|error| format!("cannot read .env: {error}"))?;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => {
+                let warning = ".env is a folder, not a file of settings; it is ignored";
+                settings.warnings.push(warning.to_owned());
+            }
+            Err(error) => return Err(format!("cannot read .env: {error}")),
+        }
+        for line in &settings.file.odd_lines {
+            settings
+                .warnings
+                .push(format!("line {line} of .env is no setting (NAME=value); it is ignored"));
+        }
+        for setting in settings.file.settings() {
+            if let Some(swallowed) = swallowed(setting, known) {
+                settings.warnings.push(format!(
+                    "the value of {} in line {} of .env takes the setting {swallowed} in; is a quotation mark not closed?",
+                    setting.name, setting.line
+                ));
+            }
+            if !known.contains(&setting.name) {
+                settings.unknown.push(setting.name.clone());
+            }
+        }
+        Ok(settings)
+    }
+
+    /// What was typed, with the settings of the command that were not; `None` when what was typed is no command
+    /// that could be run.
+    ///
+    /// A variable of the environment goes before the file's also when it is empty, as it did for the Node
+    /// service; being empty, it is as good as none.
+    pub(super) fn complete(
+        &self,
+        mut command: Command,
+        mut typed: Vec<OsString>,
+    ) -> Result<Option<Vec<OsString>>, String> {
+        let mut lenient = without_environment(command.clone(), true);
+        let Ok(found) = lenient.try_get_matches_from_mut(&typed) else {
+            return Ok(None);
+        };
+        command.build();
+        let (mut command, mut found) = (&command, &found);
+        while let Some((name, inner)) = found.subcommand() {
+            let Some(of_name) = command.find_subcommand(name) else { break };
+            (command, found) = (of_name, inner);
+        }
+        let mut settings = Vec::new();
+        for argument in command.get_arguments() {
+            let (Some(variable), Some(flag)) = (argument.get_env(), argument.get_long()) else {
+                continue;
+            };
+            if found.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine) {
+                continue;
+            }
+            let Some(value) = self.value(argument, &variable.to_string_lossy())? else { continue };
+            let mut setting = OsString::from(format!("--{flag}="));
+            setting.push(value);
+            settings.push(setting);
+        }
+        // Behind two hyphens nothing is a flag.
+        let end = typed.iter().position(|word| word == "--").unwrap_or(typed.len());
+        typed.splice(end..end, settings);
+        Ok(Some(typed))
+    }
+
+    /// The value of an argument that was not typed; `None` when it is not set, or to nothing.
+    fn value(&self, argument: &Arg, name: &str) -> Result<Option<OsString>, String> {
+        let kind = argument.get_value_parser().type_id();
+        if let Some(value) = std::env::var_os(name) {
+            if value.to_str().is_none() && kind != TypeId::of::<PathBuf>() {
+                return Err(format!("the environment variable {name} is not valid UTF-8 text"));
+            }
+            return Ok(Some(value).filter(|value| !value.is_empty()));
+        }
+        let Some(setting) = self.file.get(name).filter(|setting| !setting.value.is_empty()) else {
+            return Ok(None);
+        };
+        let value = &setting.value;
+        let problem = if value.contains('\0') {
+            "contains a NUL byte: the file may be damaged; write the line again"
+        } else if !self.file.is_utf8 && value.contains('\u{fffd}') {
+            "is not valid UTF-8 text; save the file as UTF-8"
+        } else if value.contains(['\n', '\r']) && kind != TypeId::of::<Secret>() {
+            "has several lines; is a quotation mark not closed?"
+        } else {
+            return Ok(Some(value.into()));
+        };
+        Err(format!("the value of {name} in line {} of .env {problem}", setting.line))
+    }
+}
+
+/// A known setting that stands, most likely by mistake, within the value of another.
+fn swallowed<'a>(setting: &Setting, known: &'a [String]) -> Option<&'a String> {
+    let mut names = setting.value.lines().skip(1).filter_map(|line| {
+        let (name, _) = line.split_once('=')?;
+        let name = name.trim();
+        Some(name.strip_prefix("export ").unwrap_or(name).trim())
+    });
+    names.find_map(|name| known.iter().find(|known| *known == name))
+}
+
+/// The command as it takes settings that are typed alone, and, if `lenient`, without those that it cannot do
+/// without.
+pub(super) fn without_environment(command: Command, lenient: bool) -> Command {
+    command
+        .mut_args(|argument| {
+            let argument = argument.env(Resettable::Reset);
+            let is_setting = argument.get_long().is_some();
+            if lenient && is_setting { argument.required(false) } else { argument }
+        })
+        .mut_subcommands(|command| without_environment(command, lenient))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    /// A setting is passed on as `--flag=value` of the command that is run.
+    #[test]
+    fn every_variable_is_a_flag_of_the_command_that_reads_it() {
+        fn check(command: &Command) {
+            for argument in command.get_arguments().filter(|argument| argument.get_env().is_some())
+            {
+                assert!(argument.get_long().is_some(), "{argument}");
+                assert!(argument.get_action().takes_values(), "{argument}");
+                assert!(
+                    argument.is_global_set() || command.get_subcommands().next().is_none(),
+                    "{argument} would not be known to the commands below {}",
+                    command.get_name()
+                );
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn a_swallowed_setting_is_found() {
+        let file = EnvFile::parse(b"A='x\nexport HOST = y\nB='\nC=z").unwrap();
+        let known = ["PORT".to_owned(), "HOST".to_owned()];
+        let found = swallowed(file.get("A").unwrap(), &known);
+        assert_eq!(found.map(String::as_str), Some("HOST"));
+        assert_eq!(swallowed(file.get("C").unwrap(), &known), None);
+    }
+}

@@ -1,0 +1,224 @@
+//! Files that are being made beside the place where they will be: under a name that nobody can foresee, readable by
+//! their owner alone, and renamed once they are whole. They go with their owner, with a command that is stopped by a
+//! signal, and, where a command was killed, with the next one that makes such a file in the same folder.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use tempfile::NamedTempFile;
+
+/// What their names begin with.
+const PREFIX: &str = ".pisync-partial-";
+
+/// And what they began with in earlier versions.
+const EARLIER_PREFIX: &str = ".pisync-copy-";
+
+/// Random characters in a name.
+const RANDOM: usize = 16;
+
+/// What SQLite puts beside a database, which such a file may be.
+const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
+
+/// How often to make another file when somebody takes it for one that was left over: that takes them some
+/// microseconds after it was made and before it is locked.
+const ATTEMPTS: usize = 10;
+
+/// Those of this process. A signal may come at any time, whoever owns them.
+static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn live() -> MutexGuard<'static, Vec<PathBuf>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct TemporaryFile {
+    // Goes before its entry does.
+    file: NamedTempFile,
+    entry: Entry,
+}
+
+/// The place of a file among those of this process.
+#[derive(Debug)]
+struct Entry(PathBuf);
+
+impl Entry {
+    fn new(path: &Path) -> Self {
+        live().push(path.to_owned());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        remove_beside(&self.0);
+        live().retain(|path| *path != self.0);
+    }
+}
+
+impl TemporaryFile {
+    /// Makes an empty file beside `destination`.
+    pub(crate) fn beside(destination: &Path) -> io::Result<Self> {
+        let folder = destination.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        for _ in 0..ATTEMPTS {
+            let file =
+                tempfile::Builder::new().prefix(PREFIX).rand_bytes(RANDOM).tempfile_in(folder)?;
+            let entry = Entry::new(file.path());
+            // Held until the file is closed. Where a file system has no locks, nothing is taken for left over either.
+            let _ = file.as_file().lock();
+            let metadata = file.as_file().metadata()?;
+            if metadata.nlink() > 0 {
+                remove_left_over(folder, metadata.uid());
+                return Ok(Self { file, entry });
+            }
+        }
+        Err(io::Error::other("each new file is removed by somebody else"))
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// To write to.
+    pub(crate) fn as_file(&self) -> &File {
+        self.file.as_file()
+    }
+
+    /// Gives it its place, in which it may replace another.
+    pub(crate) fn persist(self, destination: &Path) -> io::Result<()> {
+        let Self { file, entry: _entry } = self;
+        file.persist(destination).map(drop).map_err(|error| error.error)
+    }
+
+    /// Gives it its place, if nothing is there.
+    pub(crate) fn persist_noclobber(self, destination: &Path) -> io::Result<()> {
+        let Self { file, entry: _entry } = self;
+        file.persist_noclobber(destination).map(drop).map_err(|error| error.error)
+    }
+}
+
+/// Removes every such file of this process, which is about to end without any of their owners' ends.
+pub(crate) fn remove_all() {
+    for path in live().iter() {
+        // It may have its place already.
+        let _ = fs::remove_file(path);
+        remove_beside(path);
+    }
+}
+
+fn remove_beside(path: &Path) {
+    for ending in BESIDE {
+        let mut beside = OsString::from(path);
+        beside.push(ending);
+        let _ = fs::remove_file(beside);
+    }
+}
+
+/// Removes the files in a folder that `owner` has left there when they were killed. Others' stay, whatever their
+/// names, and so do those that somebody has locked.
+fn remove_left_over(folder: &Path, owner: u32) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let is_ours =
+            is_name_of_ours(&name) && !BESIDE.iter().any(|ending| ends_with(&name, ending));
+        if is_ours && is_left_over(&entry.path(), owner) {
+            let path = entry.path();
+            remove_beside(&path);
+            match fs::remove_file(&path) {
+                Ok(()) => {
+                    tracing::info!(path = %path.display(), "removed what an interrupted command has left");
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove what an interrupted command has left");
+                }
+            }
+        }
+    }
+}
+
+fn is_name_of_ours(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    [PREFIX, EARLIER_PREFIX].iter().any(|prefix| name.starts_with(prefix.as_bytes()))
+}
+
+fn ends_with(name: &OsStr, ending: &str) -> bool {
+    name.as_encoded_bytes().ends_with(ending.as_bytes())
+}
+
+fn is_left_over(path: &Path, owner: u32) -> bool {
+    // No link is followed, and nothing is waited for.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(path) else {
+        return false;
+    };
+    let is_own =
+        file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.uid() == owner);
+    is_own && file.try_lock().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_its_owners_alone_until_it_has_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let destination = folder.path().join("file");
+        let file = TemporaryFile::beside(&destination).unwrap();
+        assert_eq!(file.as_file().metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        let path = file.path().to_owned();
+        fs::write(folder.path().join(format!("{}-wal", names(folder.path())[0])), "log").unwrap();
+        file.persist(&destination).unwrap();
+        assert_eq!(names(folder.path()), ["file"]);
+        assert!(!live().contains(&path));
+        let second = TemporaryFile::beside(&destination).unwrap();
+        assert!(second.persist_noclobber(&destination).is_err());
+        drop(TemporaryFile::beside(&destination).unwrap());
+        assert_eq!(names(folder.path()), ["file"]);
+    }
+
+    #[test]
+    fn what_was_left_over_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for name in
+            [".pisync-partial-x", ".pisync-partial-x-wal", ".pisync-copy-y", "pisync.db", "kept"]
+        {
+            fs::write(at(name), "").unwrap();
+        }
+        symlink(at("kept"), at(".pisync-partial-link")).unwrap();
+        fs::create_dir(at(".pisync-partial-folder")).unwrap();
+        let used = TemporaryFile::beside(&at("other")).unwrap();
+        let file = TemporaryFile::beside(&at("file")).unwrap();
+        assert!(used.path().exists(), "somebody is writing it");
+        file.persist(&at("file")).unwrap();
+        drop(used);
+        let expected =
+            [".pisync-partial-folder", ".pisync-partial-link", "file", "kept", "pisync.db"];
+        assert_eq!(names(folder.path()), expected);
+        // Of another owner, nothing is removed: in a folder for everybody they may have any name.
+        fs::write(at(".pisync-copy-y"), "").unwrap();
+        let uid = fs::metadata(at("kept")).unwrap().uid();
+        remove_left_over(folder.path(), uid + 1);
+        assert!(at(".pisync-copy-y").exists());
+    }
+}

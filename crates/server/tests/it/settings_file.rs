@@ -1,0 +1,178 @@
+//! Settings that are not typed: the environment and a `.env` file, read as the Node service read them, and told of
+//! without a password ever being shown.
+
+use std::net::SocketAddr;
+
+use crate::{
+    command_line::{VARIABLES, lines},
+    support::{program::Program, server::unused_address},
+};
+
+#[test]
+fn settings_come_from_arguments_then_the_environment_then_the_file() {
+    let [file, environment, argument] = [(); 3].map(|()| unused_address().port());
+    let at = |serving: crate::support::program::Serving| -> SocketAddr {
+        let address = serving.address();
+        serving.stop();
+        address
+    };
+    let program =
+        Program::new().with_file(".env", &format!("# ours\nPORT={file}\n\nHOST='127.0.0.1'\n"));
+    assert_eq!(at(program.serve(&[])).port(), file);
+    let program = program.with("PORT", environment);
+    assert_eq!(at(program.serve(&["serve"])).port(), environment);
+    assert_eq!(at(program.serve(&["--port", &argument.to_string()])).port(), argument);
+    assert!(
+        lines(&program.log("combined.log"), "unknown setting in .env; is it misspelt?").is_empty()
+    );
+}
+
+#[test]
+fn a_misspelt_setting_is_warned_about() {
+    let text = "PORT=0\nRATE_LIMT_API_PER_MINUTE=5\nexport LOG_LEVEL=warn\n";
+    let program = Program::new().with_file(".env", text);
+    // The level is what the test cannot see the start at.
+    let serving = program.serve(&["--log-level", "info"]);
+    serving.stop();
+    let log = program.log("combined.log");
+    let warnings = lines(&log, "unknown setting in .env; is it misspelt?");
+    assert_eq!(warnings.len(), 1, "{log:?}");
+    assert_eq!(warnings[0]["level"], "WARN");
+    assert_eq!(warnings[0]["name"], "RATE_LIMT_API_PER_MINUTE");
+}
+
+#[test]
+fn the_file_means_what_it_meant_to_the_node_service() {
+    // What each line means is compared with dotenv itself, in src/env_file.rs.
+    for (text, folder) in [
+        ("\u{feff}DATA_DIR=here", "here"),
+        ("export DATA_DIR: first\r\nDATA_DIR = 'second' # the last one counts\r\n", "second"),
+        ("DATA_DIR=\"a'b\" # c", "a'b"),
+        ("DATA_DIR=a#b", "a"),
+        ("DATA_DIR=a\\b", "a\\b"),
+        ("DATA_DIR=da$PORT", "da$PORT"),
+        ("DATA_DIR=\"da${PORT}\"", "da${PORT}"),
+        ("DATA_DIR='two words'", "two words"),
+        ("DATA_DIR=two words", "two words"),
+        ("DATA_DIR='it's'", "it's"),
+    ] {
+        let program =
+            Program::new().with_file(".env", &format!("# whose server isn't ours\n{text}"));
+        program.run(&["db", "setup"]).success();
+        let mut expected = [".env", folder];
+        expected.sort_unstable();
+        assert_eq!(program.names_in("."), expected, "{text}");
+    }
+}
+
+#[test]
+fn an_odd_line_is_warned_about_and_ends_nothing() {
+    let text = "DATA_DIR=here\nDB_PASSWORD s3cret-word\n\n<<<<<<< HEAD\n# fine\nPORT=0\n\0\0\0\0";
+    let program = Program::new().with_file(".env", text);
+    let ended = program.run(&["db", "setup"]);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let warning = |line| format!("line {line} of .env is no setting (NAME=value); it is ignored");
+    let expected = [2, 4, 7].map(|line| format!("pisync: {}\n", warning(line))).concat();
+    assert_eq!(ended.stderr, expected);
+    assert_eq!(program.names_in("."), [".env", "here"]);
+    let ended = program.serve(&[]).stop();
+    let log = program.log("combined.log");
+    for line in [2, 4, 7] {
+        let found = lines(&log, &warning(line)).into_iter().map(|line| line["level"].clone());
+        assert_eq!(found.collect::<Vec<_>>(), ["WARN"], "{log:?}");
+    }
+    assert!(!format!("{ended:?}{log:?}").contains("s3cret-word"));
+    // Help is not the place for it.
+    program.run(&["--help"]).success();
+    // Nor is a folder of that name, as Docker makes it for a file that is not there, the end.
+    let program = Program::new();
+    std::fs::create_dir(program.path(".env")).unwrap();
+    let ended = program.run(&["db", "setup"]);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert!(ended.stderr.starts_with("pisync: .env is a folder"), "{ended:?}");
+}
+
+/// What cannot be a value is told by its name and line, and never shown: it may be a password, or have one in it.
+#[test]
+fn values_that_no_setting_can_have() {
+    for (text, expected) in [
+        (
+            &b"PORT=0\nDB_PASSWORD=s3cret-word\0\n"[..],
+            "the value of DB_PASSWORD in line 2 of .env contains a NUL byte",
+        ),
+        (
+            b"DATABASE_URL=postgres://pi:s3cret-word\0@db/pisync\n",
+            "the value of DATABASE_URL in line 1 of .env contains a NUL byte",
+        ),
+        (b"DATA_DIR=s3cret-word\0", "the value of DATA_DIR in line 1 of .env contains a NUL byte"),
+        (
+            b"DB_PASSWORD=s3cret-word\xff\n",
+            "the value of DB_PASSWORD in line 1 of .env is not valid UTF-8",
+        ),
+        (
+            b"\nPORT='0\nDB_PASSWORD=s3cret-word\nHOST='\n",
+            "the value of PORT in line 2 of .env has several lines; is a quotation mark not closed?",
+        ),
+        (
+            b"LOG_LEVEL=\"info\\ns3cret-word\"",
+            "the value of LOG_LEVEL in line 1 of .env has several lines",
+        ),
+        (b"\xff\xfeP\0=\0s3cret-word", "cannot read .env: it is UTF-16 text; save it as UTF-8"),
+    ] {
+        let program = Program::new();
+        std::fs::write(program.path(".env"), text).unwrap();
+        let ended = program.run(&[]);
+        assert!(ended.failure().starts_with(expected), "{ended:?}");
+        assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
+        assert_eq!(program.names_in("."), [".env"]);
+    }
+    for name in ["DB_PASSWORD", "DATABASE_URL", "PORT", "HOST", "AUTH"] {
+        let ended = Program::new().with_bytes(name, b"s3cret-word\xff").run(&[]);
+        let expected = format!("the environment variable {name} is not valid UTF-8 text");
+        assert_eq!(ended.failure(), expected);
+    }
+    // A path is whatever the file system takes.
+    let program = Program::new().with_bytes("MIGRATIONS_DIR", b"dir-\xff");
+    program.run(&["db", "setup"]).success();
+}
+
+#[test]
+fn an_unclosed_quotation_mark_that_takes_a_setting_in_is_named() {
+    let text = "DB_PASSWORD='s3cret-word\nDB_HOST=db\nDB_USER='\n";
+    let ended = Program::new().with_file(".env", text).run(&["openapi"]);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let expected = "pisync: the value of DB_PASSWORD in line 1 of .env takes the setting DB_HOST in; is a quotation mark not closed?\n";
+    assert_eq!(ended.stderr, expected);
+}
+
+#[test]
+fn an_empty_value_is_none() {
+    let empty = VARIABLES.map(|name| format!("{name}=\n")).concat() + "NODE_ENV=\n";
+    let in_file = Program::new().with_file(".env", &empty);
+    let in_environment = VARIABLES
+        .iter()
+        .chain(&["NODE_ENV"])
+        .fold(Program::new(), |program, name| program.with(name, ""));
+    for program in [in_file, in_environment] {
+        // The default would be in the way of other tests.
+        let serving = program.serve(&["--port", "0"]);
+        assert!(serving.address().ip().is_loopback());
+        serving.stop();
+        let names = program.names_in(".");
+        assert!(
+            names.iter().map(String::as_str).filter(|name| *name != ".env").eq(["data", "logs"]),
+            "{names:?}"
+        );
+    }
+    let ended = Program::new().with("COPY_FROM", "").with("COPY_TO", "sqlite:x").run(&["copy"]);
+    assert_eq!(ended.code(), 2, "{ended:?}");
+    assert!(ended.stderr.contains("--from <URL>"), "{ended:?}");
+}
+
+/// As it was for the Node service: dotenv leaves a variable alone that is there, whatever its value.
+#[test]
+fn an_empty_variable_hides_the_files() {
+    let program = Program::new().with_file(".env", "DATA_DIR=elsewhere\n").with("DATA_DIR", "");
+    program.run(&["db", "setup"]).success();
+    assert_eq!(program.names_in("."), [".env", "data"]);
+}
