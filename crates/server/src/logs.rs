@@ -3,12 +3,13 @@
 //! request never waits for a disk, and when lines come faster than it can take them, some are dropped.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::OpenOptions,
     io::{self, IsTerminal},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     str::FromStr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -25,12 +26,20 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+use crate::{
+    permissions,
+    threads::{ThreadMark, Threads},
+};
+
 /// Lines that may wait to be written to each place; beyond, lines are left out rather than that requests wait. The
 /// default of 128,000 takes 4 MB of memory for each place, whether there are any or not.
 const WAITING_LINES: usize = 8_192;
 
 /// Days of log files that are kept beside the current ones.
 const DAYS_KEPT: usize = 14;
+
+/// The threads that write log lines. There is one log in a process.
+static THREADS: OnceLock<Threads> = OnceLock::new();
 
 /// How much to log. Understands the Node service's names too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,13 +139,13 @@ impl io::Write for LogFile {
 /// When the folder cannot be written.
 pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     let (mut guards, openings) = (Vec::new(), Openings::default());
-    let mut beside = |writer: Box<dyn io::Write + Send>| {
-        let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES);
-        let (writer, guard) = builder.finish(writer);
+    let threads = THREADS.get_or_init(Threads::new);
+    let mut beside = |name, writer: Box<dyn io::Write + Send>| {
+        let (writer, guard) = write_beside(threads, name, writer);
         guards.push(guard);
         writer
     };
-    let console = beside(Box::new(io::stdout()));
+    let console = beside("log-console", Box::new(io::stdout()));
     let console = if settings.json_console {
         json_lines(console).boxed()
     } else {
@@ -144,8 +153,9 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     };
     let mut layers = vec![console];
     if let Some(dir) = &settings.dir {
-        let combined = beside(Box::new(LogFile::open(dir, "combined.log", &openings)?));
-        let error = beside(Box::new(LogFile::open(dir, "error.log", &openings)?));
+        let combined =
+            beside("log-combined", Box::new(LogFile::open(dir, "combined.log", &openings)?));
+        let error = beside("log-error", Box::new(LogFile::open(dir, "error.log", &openings)?));
         layers.push(json_lines(combined).boxed());
         layers.push(json_lines(error).with_filter(LevelFilter::ERROR).boxed());
     }
@@ -159,6 +169,41 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
         .try_init()
         .map_err(|error| error.to_string())?;
     Ok(LogGuard { guards, openings })
+}
+
+/// Waits until a thread that writes log lines has ended, and tells which and how. Nobody would notice
+/// otherwise: lines that nobody takes are left out.
+pub(crate) async fn thread_end() -> String {
+    match THREADS.get() {
+        Some(threads) => threads.first_end().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Has a thread of its own write to `writer`.
+fn write_beside(
+    threads: &Threads,
+    name: &'static str,
+    writer: Box<dyn io::Write + Send>,
+) -> (NonBlocking, WorkerGuard) {
+    let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES);
+    builder.finish(Marked { writer, _mark: threads.mark(name) })
+}
+
+/// A writer that tells when the thread that has it ends.
+struct Marked {
+    writer: Box<dyn io::Write + Send>,
+    _mark: ThreadMark,
+}
+
+impl io::Write for Marked {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.writer.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
 }
 
 fn json_lines<S>(writer: NonBlocking) -> impl Layer<S>
@@ -177,14 +222,17 @@ where
 fn open(dir: &Path, name: &str) -> Result<FileRotate<AppendTimestamp>, String> {
     let path = dir.join(name);
     // The library would panic; this says what to do.
-    fs::create_dir_all(dir)
-        .and_then(|()| OpenOptions::new().create(true).append(true).open(&path))
+    permissions::create_folder(dir)
+        .and_then(|()| permissions::append(&path, permissions::LOG))
+        .and_then(|_| permissions::restrict(&path, permissions::LOG))
         .map_err(|error| {
             format!(
                 "cannot write {}: {error}; set LOG_DIR to a folder that the server may write, or to nothing to log to the console alone",
                 path.display()
             )
         })?;
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).create(true).mode(permissions::LOG);
     Ok(FileRotate::new(
         path,
         AppendTimestamp::with_format(
@@ -194,15 +242,33 @@ fn open(dir: &Path, name: &str) -> Result<FileRotate<AppendTimestamp>, String> {
         ),
         ContentLimit::Time(TimeFrequency::Daily),
         Compression::None,
-        None,
+        Some(options),
     ))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write as _, time::Duration};
+    use std::{fs, io::Write as _, os::unix::fs::PermissionsExt, time::Duration};
 
     use super::*;
+
+    /// As the library that rotates files does when it cannot make their folder again.
+    #[tokio::test]
+    async fn a_writer_that_panics_is_noticed() {
+        struct Panics;
+        impl io::Write for Panics {
+            fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+                panic!("create dir")
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let threads = Threads::new();
+        let (mut writer, _guard) = write_beside(&threads, "log-error", Box::new(Panics));
+        writer.write_all(b"line\n").unwrap();
+        assert_eq!(threads.first_end().await, "the thread log-error panicked");
+    }
 
     #[test]
     fn the_node_services_levels_are_understood() {
@@ -233,6 +299,7 @@ mod tests {
         file.write_all(b"today\n").unwrap();
 
         assert_eq!(fs::read_to_string(&current).unwrap(), "today\n");
+        assert_eq!(fs::metadata(&current).unwrap().permissions().mode() & 0o777, 0o640);
         let mut others: Vec<_> = fs::read_dir(dir.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

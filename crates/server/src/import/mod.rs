@@ -14,7 +14,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -31,6 +30,7 @@ use crate::{
     clock::Clock,
     maintenance::database_time,
     store::{Batch, Digest, EventWriter, ImportProgress, Store, StoreError, Written},
+    threads::Threads,
 };
 
 /// Records in one transaction: some 20 ms of work, which servers that write meanwhile hardly notice, and
@@ -172,6 +172,7 @@ impl Import {
         let mut status = Status::default();
         let mut rejected_file = None;
         let mut writer = store.event_writer();
+        let mut is_read = false;
         while let Some(message) = messages.recv().await {
             status.bytes = taken.load(Ordering::Relaxed);
             match message.map_err(|error| status.after(error))? {
@@ -184,6 +185,7 @@ impl Import {
                     watch(&status);
                 }
                 Message::Step(step) => {
+                    is_read = step.is_last;
                     if let Some(file) = &mut rejected_file {
                         file.add(&step.rejected)?;
                     }
@@ -196,6 +198,11 @@ impl Import {
                     }
                 }
             }
+        }
+        if !is_read {
+            // The thread that reads has panicked.
+            let early = "reading has ended before the end of the input";
+            return Err(status.after(ImportError(early.to_owned())));
         }
         let Status { records, stored, duplicates, rejected, .. } = status;
         if records != stored + duplicates + rejected {
@@ -342,9 +349,8 @@ fn read_ahead(
 ) -> Result<mpsc::Receiver<Result<Message, ImportError>>, ImportError> {
     let (sender, messages) = mpsc::channel(STEPS_AHEAD);
     let (import, clock, taken) = (Arc::clone(import), clock.clone(), Arc::clone(taken));
-    thread::Builder::new()
-        .name("import".into())
-        .spawn(move || {
+    Threads::new()
+        .start("import", move || {
             if let Err(error) = import.read(&imports, &clock, &taken, &sender) {
                 let _ = sender.blocking_send(Err(error));
             }

@@ -12,6 +12,7 @@ use pisync_core::Violation;
 use serde::{Deserialize, Serialize};
 
 use super::ImportError;
+use crate::permissions::{self, PRIVATE};
 
 /// The longest line that is looked at in a file that is there already, in bytes: a record of 64 KiB, in which
 /// each byte may be written as six, and its reasons.
@@ -102,7 +103,7 @@ impl RejectedFile {
     fn write(&mut self, records: &[Rejected]) -> io::Result<()> {
         let file = match &mut self.file {
             Some(file) => file,
-            None => self.file.insert(File::create_new(&self.path)?),
+            None => self.file.insert(permissions::create_new(&self.path, PRIVATE)?),
         };
         let mut lines = Vec::new();
         for record in records {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{StoreError, Target, claim, migrations::Migrator, postgres, settle, sqlite};
+use super::{StoreError, Target, migrations::Migrator, postgres, settle, sqlite};
 
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,8 +45,12 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
     if sqlite::backup::is_same_file(file, database) {
         return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
+    if !database.is_file() {
+        let database = database.display();
+        return Err(StoreError::Failed(format!("there is no database file {database}")));
+    }
     settle(target)?;
-    let copy = sqlite::backup::Copy::make(database, file)?;
+    let copy = sqlite::backup::Copy::make(&sqlite::files::resolve(database)?, file)?;
     let holds = copy.holds;
     copy.put_at(file, overwrite)?;
     Ok(holds)
@@ -76,15 +80,17 @@ pub async fn restore(
     if sqlite::backup::is_same_file(file, database) {
         return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
-    if database.exists() && !overwrite {
+    if sqlite::files::holds_something(database) && !overwrite {
         return Err(sqlite::backup::exists(database));
     }
     // What is replaced is kept, and shall be whole. It may be replaced because it is damaged.
     let settled = settle(target);
-    let _claim = claim(target)?;
+    let claim = sqlite::files::Claim::take(database)?;
     if let Err(error) = settled {
         tracing::warn!(%error, "the last events cannot be brought into the database that is replaced");
     }
+    // A symbolic link goes on leading to where it did.
+    let database = claim.database();
     let copy = sqlite::backup::Copy::make(file, database)?;
     let pending = pending(copy.path(), migrations)
         .await

@@ -180,6 +180,17 @@ pub trait Store: KeyStore + Send + Sync {
     /// All imports there have been.
     async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError>;
 
+    /// Waits until a thread has ended that the store cannot do without, and tells which and how: from then on
+    /// the store is of no use.
+    async fn thread_end(&self) -> String {
+        // A store without threads.
+        std::future::pending().await
+    }
+
+    /// Has a thread of the store panic, as a mistake of ours would.
+    #[cfg(test)]
+    fn break_writer(&self) {}
+
     /// Leaves everything in order at the end; nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;
 
@@ -443,7 +454,17 @@ pub async fn create_database(target: &Target) -> Result<bool, StoreError> {
 /// Keeps others from changing the same SQLite file under a running server, for as long as it lives.
 /// PostgreSQL looks after itself.
 #[derive(Debug)]
-pub struct Claim(#[expect(dead_code, reason = "held for its lock")] Option<std::fs::File>);
+pub struct Claim(Option<sqlite::files::Claim>);
+
+impl Claim {
+    /// Checks that what was claimed is still what is opened by its name.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn check(&self) -> Result<(), StoreError> {
+        self.0.as_ref().map_or(Ok(()), sqlite::files::Claim::check)
+    }
+}
 
 /// Claims `target` for this process.
 ///
@@ -451,7 +472,7 @@ pub struct Claim(#[expect(dead_code, reason = "held for its lock")] Option<std::
 /// When another process holds it.
 pub fn claim(target: &Target) -> Result<Claim, StoreError> {
     match target {
-        Target::Sqlite(path) => sqlite::lock_file(path).map(Some).map(Claim),
+        Target::Sqlite(path) => sqlite::files::Claim::take(path).map(Some).map(Claim),
         Target::Postgres(_) => Ok(Claim(None)),
     }
 }
@@ -460,7 +481,7 @@ pub fn claim(target: &Target) -> Result<Claim, StoreError> {
 #[must_use]
 pub fn is_claimed(target: &Target) -> bool {
     match target {
-        Target::Sqlite(path) => sqlite::is_locked(path),
+        Target::Sqlite(path) => sqlite::files::is_claimed(path),
         Target::Postgres(_) => false,
     }
 }

@@ -122,7 +122,7 @@ async fn nothing_is_replaced_unless_asked() {
     assert_eq!(devices(&program).await, 3);
 
     let restored = program.run(&["restore", "two.db", "--force"]);
-    assert!(restored.success().contains("kept as data/pisync.db.replaced"), "{restored:?}");
+    assert!(restored.success().ends_with("/data/pisync.db.replaced\n"), "{restored:?}");
     assert_eq!(devices(&program).await, 2);
     // And what was there before is whole.
     program.run(&["restore", "data/pisync.db.replaced", "--force"]).success();
@@ -245,7 +245,7 @@ async fn a_full_disk_leaves_nothing_behind() {
     assert!(full.failure().contains("full"), "{full:?}");
     let left = fs::read_dir(disk.seen_from_here("")).unwrap();
     let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, ["pisync.db.lock"]);
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

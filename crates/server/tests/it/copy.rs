@@ -346,7 +346,7 @@ async fn an_interrupted_copy_leaves_nothing(fixture: &TestStore) {
                 let folder = path.parent().unwrap();
                 let left: Vec<_> =
                     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-                assert_eq!(left, ["pisync.db.lock"]);
+                assert!(left.is_empty(), "{left:?}");
             }
             Target::Postgres(_) => {
                 for table in ["devices", "sync_events", "api_keys"] {
@@ -530,10 +530,7 @@ async fn what_cannot_be_copied_is_refused_in_one_line() {
         assert!(refused.failure().starts_with(problem), "{from} {to}: {refused:?}");
         assert!(!refused.stderr.contains("secret"), "{refused:?}");
     }
-    let locks = ["folder.lock", "new.db.lock"];
-    let left: Vec<_> =
-        program.names_in(".").into_iter().filter(|name| !locks.contains(&name.as_str())).collect();
-    assert_eq!(left, before);
+    assert_eq!(program.names_in("."), before);
 
     let missing = PostgresTargetWithout::database().await;
     let refused = program.run(&["copy", "--from", "sqlite:data/pisync.db", "--to", &missing.0]);
@@ -574,5 +571,5 @@ async fn a_full_disk_leaves_nothing_behind() {
     assert!(full.failure().contains("full"), "{full:?}");
     let left = fs::read_dir(disk.seen_from_here("")).unwrap();
     let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, ["copy.db.lock"]);
+    assert!(left.is_empty(), "{left:?}");
 }

@@ -1,18 +1,22 @@
 //! Whole copies of the file: out of a database that may be in use, and into the place of one that is not.
 
 use std::{
-    ffi::OsString,
     fs::{self, File},
     io,
-    os::unix::fs::{MetadataExt, chown},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::journal;
+use super::{
+    files::{
+        Identity, LOG_INDEX, REPLACED, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something,
+    },
+    journal,
+};
 use crate::{
+    permissions::{self, folder_of},
     store::{BackedUp, StoreError},
     temporary::TemporaryFile,
 };
@@ -85,7 +89,7 @@ impl Copy {
     /// Puts the copy in the place of `database`, which no server uses, and tells where what was there is
     /// kept. At every moment there is the one or the other.
     pub(crate) fn replace(self, database: &Path) -> Result<Option<PathBuf>, StoreError> {
-        let kept = if database.exists() {
+        let kept = if holds_something(database) {
             empty_log(database)?;
             keep_aside(database)
         } else {
@@ -110,8 +114,8 @@ impl Copy {
         let cannot =
             |error: io::Error| failed(format!("cannot replace {}: {error}", database.display()));
         // A log that is left over would be taken for the new file's own.
-        for ending in ["-wal", "-shm", "-journal"] {
-            match fs::remove_file(with_ending(database, ending)) {
+        for ending in [WRITE_AHEAD_LOG, LOG_INDEX, ROLLBACK_JOURNAL] {
+            match fs::remove_file(beside(database, ending)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
                 _ => {}
             }
@@ -127,20 +131,11 @@ impl Copy {
         self.put_at(database, true)
     }
 
-    /// Gives the copy the owner and the mode of `database`, or of its folder: whoever restores may be
-    /// root, and the server is not.
+    /// Gives the copy the owner of `database`, or of its folder: whoever restores may be root, and the server
+    /// is not.
     fn belong_like(&self, database: &Path) -> io::Result<()> {
-        let old = fs::metadata(database);
-        let model =
-            old.as_ref().ok().cloned().map_or_else(|| fs::metadata(folder_of(database)), Ok)?;
-        let own = self.file.as_file().metadata()?;
-        if (own.uid(), own.gid()) != (model.uid(), model.gid()) {
-            chown(self.file.path(), Some(model.uid()), Some(model.gid()))?;
-        }
-        match old {
-            Ok(old) => self.file.as_file().set_permissions(old.permissions()),
-            Err(_) => Ok(()),
-        }
+        let model = if database.exists() { database } else { folder_of(database) };
+        permissions::give_to_owner_of(model, self.file.as_file())
     }
 }
 
@@ -151,7 +146,7 @@ pub(crate) fn exists(path: &Path) -> StoreError {
 
 /// Whether both are the same file.
 pub(crate) fn is_same_file(left: &Path, right: &Path) -> bool {
-    matches!((left.canonicalize(), right.canonicalize()), (Ok(left), Ok(right)) if left == right)
+    matches!((Identity::at(left), Identity::at(right)), (Ok(left), Ok(right)) if left == right)
 }
 
 enum CopyError {
@@ -221,15 +216,9 @@ fn empty_log(database: &Path) -> Result<(), StoreError> {
 
 /// Gives the file a second name, under which it stays; `None` on a file system that cannot.
 fn keep_aside(database: &Path) -> Option<PathBuf> {
-    let aside = with_ending(database, ".replaced");
+    let aside = beside(database, REPLACED);
     let _ = fs::remove_file(&aside);
     fs::hard_link(database, &aside).ok().map(|()| aside)
-}
-
-fn with_ending(path: &Path, ending: &str) -> PathBuf {
-    let mut path = OsString::from(path);
-    path.push(ending);
-    path.into()
 }
 
 /// A file beside `destination`.
@@ -237,10 +226,6 @@ fn new_file(destination: &Path) -> Result<TemporaryFile, StoreError> {
     let folder = folder_of(destination);
     TemporaryFile::beside(destination)
         .map_err(|error| failed(format!("cannot create a file in {}: {error}", folder.display())))
-}
-
-fn folder_of(file: &Path) -> &Path {
-    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn failed(message: String) -> StoreError {

@@ -7,7 +7,6 @@
 use std::{
     path::Path,
     sync::mpsc::{self, Receiver, SyncSender},
-    thread,
 };
 
 use rusqlite::Connection;
@@ -17,7 +16,7 @@ use super::{
     connection::{CHECKPOINT_PAGES, open_for_checkpoints},
     writer::{Call, WriteConnection},
 };
-use crate::store::StoreError;
+use crate::{store::StoreError, threads::Threads};
 
 /// A log that has grown to this many times [`CHECKPOINT_PAGES`] is copied by the writer itself, so that
 /// events wait rather than that the log grows for ever.
@@ -41,15 +40,15 @@ pub(super) fn checkpoint_beside(
     connection: &mut Connection,
     path: &Path,
     calls: WeakSender<Call>,
+    threads: &Threads,
 ) -> Result<(), StoreError> {
     let failed = |error: &dyn std::fmt::Display| {
         StoreError::Failed(format!("cannot prepare checkpoints: {error}"))
     };
     let checkpoints = open_for_checkpoints(path).map_err(|error| failed(&error))?;
     let (filled, requests) = mpsc::sync_channel(1);
-    thread::Builder::new()
-        .name("sqlite-checkpoint".into())
-        .spawn(move || copy_when_filled(&checkpoints, &requests, &calls))
+    threads
+        .start("sqlite-checkpoint", move || copy_when_filled(&checkpoints, &requests, &calls))
         .map_err(|error| failed(&error))?;
     watch_log(connection, filled).map_err(|error| failed(&error))
 }

@@ -9,6 +9,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 use tokio::sync::Semaphore;
 
+use super::files;
 use crate::store::{PoolUsage, StoreError};
 
 /// How long to wait for another process that is writing (an import, a key being made) before saying
@@ -29,22 +30,9 @@ const READERS: usize = 4;
 /// How long a request waits for a connection for reading.
 const READER_WAIT: Duration = Duration::from_secs(5);
 
-/// Makes the folder that the database file is to stand in.
-pub(super) fn create_folder(database: &Path) -> Result<(), StoreError> {
-    let Some(folder) = database.parent().filter(|folder| !folder.as_os_str().is_empty()) else {
-        return Ok(());
-    };
-    std::fs::create_dir_all(folder).map_err(|error| {
-        StoreError::Failed(format!(
-            "cannot create {}: {error}; set DATA_DIR to a folder that the server may write",
-            folder.display()
-        ))
-    })
-}
-
 /// Opens the file for writing; it is made, with its folder, when it is missing.
 pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
-    create_folder(path)?;
+    files::create(path)?;
     let open = || -> rusqlite::Result<Connection> {
         let connection = Connection::open(path)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashSet,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -18,7 +18,7 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use super::{
     backup::Copy,
     connection::{open_existing, open_for_writing, store_error},
-    lock_file, roll_ups,
+    files, roll_ups,
 };
 use crate::store::{
     StoreError,
@@ -43,8 +43,9 @@ type SharedConnection = Arc<Mutex<Connection>>;
 
 impl SqliteCopyReader {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let path = files::find(path)?;
         let open = || -> rusqlite::Result<Connection> {
-            let connection = open_existing(path)?;
+            let connection = open_existing(&path)?;
             connection.pragma_update(None, "query_only", true)?;
             // The first read fixes the moment.
             connection.execute_batch("begin; select count(*) from roll_up_state;")?;
@@ -76,9 +77,8 @@ impl CopyReader for SqliteCopyReader {
 
 /// Where a new database is going to stand; nobody else uses it meanwhile.
 pub(crate) struct Place {
-    database: PathBuf,
+    claim: files::Claim,
     new: Copy,
-    _lock: std::fs::File,
 }
 
 impl Place {
@@ -86,8 +86,8 @@ impl Place {
         if database.is_dir() {
             return Err(StoreError::Failed("it is a folder; name a file".to_owned()));
         }
-        let lock = lock_file(database)?;
-        Ok(Self { database: database.to_owned(), new: Copy::empty(database)?, _lock: lock })
+        let claim = files::Claim::take(database)?;
+        Ok(Self { new: Copy::empty(claim.database())?, claim })
     }
 
     /// The file to fill.
@@ -99,7 +99,7 @@ impl Place {
     pub(crate) fn first_filled_table(&self) -> Result<Option<&'static str>, StoreError> {
         const EXISTS: &str = "select exists (select 1 from sqlite_schema where name = ?1)";
         let look = || -> rusqlite::Result<Option<&'static str>> {
-            let connection = open_existing(&self.database)?;
+            let connection = open_existing(self.claim.database())?;
             for table in TABLES.iter().filter(|table| table.rows != Rows::Single) {
                 let has_rows = format!("select exists (select 1 from {})", table.name);
                 if connection.query_row(EXISTS, [table.name], |row| row.get(0))?
@@ -192,7 +192,7 @@ impl CopyWriter for SqliteCopyWriter {
         .await?;
         // Nobody else has it: reading what was written has come to its end.
         drop(connection);
-        tokio::task::spawn_blocking(move || place.new.take_empty_place(&place.database))
+        tokio::task::spawn_blocking(move || place.new.take_empty_place(place.claim.database()))
             .await
             .map_err(|error| StoreError::Failed(format!("writing failed: {error}")))?
     }

@@ -8,16 +8,13 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fs::File,
     io::Write as _,
     ops::Range,
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -29,6 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     connection::{open_existing, refuses_data, store_error},
+    files::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside},
     history::kept_event,
     journal::{self, Journal, Record, Survey},
     reads::device_number,
@@ -37,7 +35,10 @@ use super::{
         WriterThread, settle_through,
     },
 };
-use crate::store::{Batch, Duplicate, EventWriter, News, StoreError, StoredEvent, Written};
+use crate::{
+    permissions::{self, PRIVATE},
+    store::{Batch, Duplicate, EventWriter, News, StoreError, StoredEvent, Written},
+};
 
 /// Events that are brought into the tables together, unless somebody asks for them before: some 200 ms of
 /// work. With half as many, one event in ten fewer is stored where they have ids.
@@ -240,9 +241,9 @@ impl Intake {
             devices: HashMap::new(),
             devices_epoch: 0,
         };
-        thread::Builder::new()
-            .name("sqlite-journal".into())
-            .spawn(move || desk.work(&waiting))
+        writer
+            .threads()
+            .start("sqlite-journal", move || desk.work(&waiting))
             .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
         let writer =
             IntakeWriter { intake: Arc::clone(&intake), requests, replies: VecDeque::new() };
@@ -488,7 +489,7 @@ fn store_lump(
 /// Keeps an event that was acknowledged and that the tables refuse, in a file from which it can be imported
 /// once the reason is gone.
 fn keep_aside(database: &Path, batch: &Batch, position: usize, refused: &rusqlite::Error) {
-    let path = file_beside(database, ".refused.ndjson");
+    let path = beside(database, REFUSED_EVENTS);
     let line = import_line(batch, position);
     let file = path.display();
     match append_lines(&path, std::slice::from_ref(&line)) {
@@ -513,7 +514,7 @@ pub(super) fn keep_doubtful(
     database: &Path,
     events: Vec<SyncEvent>,
 ) -> Result<PathBuf, StoreError> {
-    let path = file_beside(database, ".doubtful.ndjson");
+    let path = beside(database, DOUBTFUL_EVENTS);
     let batch = Batch::new(Timestamp::MIN, events);
     let lines: Vec<_> = (0..batch.events.len())
         .map(|position| {
@@ -529,15 +530,9 @@ pub(super) fn keep_doubtful(
     Ok(path)
 }
 
-fn file_beside(database: &Path, ending: &str) -> PathBuf {
-    let mut path = database.as_os_str().to_owned();
-    path.push(ending);
-    path.into()
-}
-
 /// Puts lines at the end of a file, which is made when it is missing, and on the disk.
 fn append_lines(path: &Path, lines: &[Value]) -> std::io::Result<()> {
-    let mut file = File::options().append(true).create(true).mode(0o600).open(path)?;
+    let mut file = permissions::append(path, PRIVATE)?;
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     file.write_all(text.as_bytes())?;
     file.sync_all()
@@ -602,6 +597,7 @@ pub(super) struct IntakeWriter {
 #[async_trait]
 impl EventWriter for IntakeWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+        self.intake.writer.presence().check()?;
         let (reply, result) = oneshot::channel();
         // None is under way, so there is room.
         self.requests.send((Arc::clone(batch), reply)).map_err(|_| StoreError::Stopped)?;
@@ -609,6 +605,9 @@ impl EventWriter for IntakeWriter {
     }
 
     fn send(&mut self, batch: &Arc<Batch>) -> bool {
+        if self.intake.writer.presence().is_lost() {
+            return false;
+        }
         let (reply, result) = oneshot::channel();
         let has_room = self.requests.try_send((Arc::clone(batch), reply)).is_ok();
         if has_room {

@@ -8,6 +8,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, 
 
 use super::{
     connection::{open_for_writing, store_error},
+    files,
     reads::time,
 };
 use crate::store::{
@@ -31,7 +32,7 @@ impl SqliteMigrations {
         &self,
         change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<bool>,
     ) -> Result<bool, StoreError> {
-        let mut connection = open_for_writing(&self.path)?;
+        let mut connection = open_for_writing(&files::find(&self.path)?)?;
         let run = || {
             // Off while tables are rebuilt; what refers to what is checked before the commit.
             connection.pragma_update(None, "foreign_keys", false)?;
@@ -55,11 +56,12 @@ impl SqliteMigrations {
 #[async_trait]
 impl MigrationDatabase for SqliteMigrations {
     async fn contents(&mut self) -> Result<Contents, StoreError> {
-        if !self.path.exists() {
+        let path = files::find(&self.path)?;
+        if !path.exists() {
             return Ok(Contents::Ours(Ours::default()));
         }
         let read = || -> rusqlite::Result<Contents> {
-            let connection = Connection::open(&self.path)?;
+            let connection = Connection::open(&path)?;
             // One moment throughout: another server may be making the tables just now.
             let snapshot = connection.unchecked_transaction()?;
             let exists = |table: &str| has_table(&snapshot, table);
@@ -80,7 +82,7 @@ impl MigrationDatabase for SqliteMigrations {
     }
 
     fn may_change(&self) -> Result<(), StoreError> {
-        super::check_journal(&self.path)
+        super::check_journal(&files::find(&self.path)?)
     }
 
     async fn apply(

@@ -6,6 +6,7 @@ mod checkpoint;
 mod connection;
 pub(super) mod copy;
 mod expiry;
+pub(super) mod files;
 mod history;
 mod imports;
 mod intake;
@@ -17,10 +18,10 @@ mod reads;
 mod roll_ups;
 mod trusted_time;
 mod verify;
+mod watch;
 mod writer;
 
 use std::{
-    fs::{File, TryLockError},
     ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -36,8 +37,10 @@ pub(super) use migrations::SqliteMigrations;
 
 use self::{
     connection::{Readers, store_error},
+    files::Identity,
     intake::{Intake, unusable},
     journal::Survey,
+    watch::Watch,
     writer::{SqliteEventWriter, WriteConnection, WriterThread},
 };
 use super::{
@@ -57,6 +60,10 @@ const STEP_EVENTS: RangeInclusive<i64> = 250..=16_000;
 /// See the module.
 pub(super) struct SqliteStore {
     path: PathBuf,
+    /// The file that was opened.
+    identity: Identity,
+    /// Looks at the files; empty when this is no server's.
+    watch: OnceLock<Watch>,
     writer: WriterThread,
     /// How events are taken in; empty when this is no server's.
     intake: OnceLock<Arc<Intake>>,
@@ -69,12 +76,18 @@ pub(super) struct SqliteStore {
 
 impl SqliteStore {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        let connection = connection::open_for_writing(path)?;
+        let path = files::find(path)?;
+        let connection = connection::open_for_writing(&path)?;
+        let identity = Identity::at(&path).map_err(|error| {
+            StoreError::Failed(format!("cannot open {}: {error}", path.display()))
+        })?;
         Ok(Self {
-            path: path.to_owned(),
-            writer: WriterThread::start(connection, path)?,
+            identity,
+            watch: OnceLock::new(),
+            writer: WriterThread::start(connection, &path)?,
             intake: OnceLock::new(),
-            readers: Arc::new(Readers::new(path)),
+            readers: Arc::new(Readers::new(&path)),
+            path,
             fold_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
             drop_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
         })
@@ -97,6 +110,8 @@ impl SqliteStore {
         &self,
         read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
+        // A connection that is opened now would be to another file.
+        self.writer.presence().check()?;
         Arc::clone(&self.readers).run(read).await
     }
 }
@@ -117,9 +132,13 @@ impl Store for SqliteStore {
         news: mpsc::UnboundedSender<News>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
         let (intake, writer) = Intake::start(&self.path, self.writer.clone(), news).await?;
-        self.intake.set(intake).map_err(|_| {
-            StoreError::Failed("the database has an ingest writer already".to_owned())
-        })?;
+        let presence = Arc::clone(self.writer.presence());
+        let watch = Watch::start(&self.path, self.identity, presence, self.writer.threads())?;
+        let is_first = self.watch.set(watch).is_ok() && self.intake.set(intake).is_ok();
+        if !is_first {
+            let twice = "the database has an ingest writer already";
+            return Err(StoreError::Failed(twice.to_owned()));
+        }
         Ok(Box::new(writer))
     }
 
@@ -293,15 +312,30 @@ impl Store for SqliteStore {
         Ok(more || shrinks)
     }
 
+    async fn thread_end(&self) -> String {
+        self.writer.threads().first_end().await
+    }
+
+    #[cfg(test)]
+    fn break_writer(&self) {
+        assert!(self.writer.try_send(Box::new(|_| panic!("broken by a test"))));
+    }
+
     /// Brings everything from the journal and the log into the file, which can then be copied by itself.
     async fn close(&self) -> Result<(), StoreError> {
+        if let Some(watch) = self.watch.get() {
+            watch.stop();
+        }
+        // Also when the files are away: they may only have been renamed.
         self.writer
-            .call(|connection| {
+            .call_anyway(|connection| {
                 connection.settle()?;
                 connection.return_unused_ids()?;
                 connection.checkpoint()
             })
             .await?;
+        // The journal that is there now may be another database's.
+        self.writer.presence().check()?;
         self.intake.get().map_or(Ok(()), |intake| intake.remove_journal())
     }
 
@@ -318,12 +352,13 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// there.
 pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
+    let database = &files::find(database)?;
     if !journal::exists(database) || !database.exists() {
         return Ok(());
     }
-    if !is_locked(database) {
-        // Whoever locks it meanwhile is a server that starts, and does the same.
-        let _lock = lock_file(database)?;
+    if !files::is_claimed(database) {
+        // Whoever claims it meanwhile is a server that starts, and does the same.
+        let _claim = files::Claim::take(database)?;
         return intake::recover(database);
     }
     let began = Instant::now();
@@ -382,14 +417,16 @@ fn journal_state(database: &Path) -> Result<Option<(i64, u64)>, StoreError> {
 
 /// What is in the ingest journal of the database at `database`. Changes nothing.
 pub(super) fn inspect_journal(database: &Path) -> Result<JournalReport, StoreError> {
-    let (identity, applied) = existing_journal_state(database)?;
+    let (database, identity, applied) = existing_journal(database)?;
+    let database = &database;
     let survey = Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
     Ok(survey.report(applied))
 }
 
 /// See [`journal::salvage`]. No server may be running.
 pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreError> {
-    let (identity, applied) = existing_journal_state(database)?;
+    let (database, identity, applied) = existing_journal(database)?;
+    let database = &database;
     let mut salvaged = journal::salvage(database, identity, applied)
         .map_err(|error| unusable(database, &error))?;
     if !salvaged.doubtful.is_empty() {
@@ -399,47 +436,14 @@ pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreEr
     Ok(salvaged.result)
 }
 
-fn existing_journal_state(database: &Path) -> Result<(i64, u64), StoreError> {
+/// The file of the database at `database`, and the state of its journal.
+fn existing_journal(database: &Path) -> Result<(PathBuf, i64, u64), StoreError> {
     let missing =
         || StoreError::Failed(format!("there is no PiSync database at {}", database.display()));
     if !database.exists() {
         return Err(missing());
     }
-    journal_state(database)?.ok_or_else(missing)
-}
-
-/// Whether a server holds the lock of [`lock_file`].
-pub(super) fn is_locked(database: &Path) -> bool {
-    // Without a file there is no server, and nothing is left behind by asking.
-    File::open(lock_path(database))
-        .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
-}
-
-fn lock_path(database: &Path) -> PathBuf {
-    let mut path = PathBuf::from(database).into_os_string();
-    path.push(".lock");
-    PathBuf::from(path)
-}
-
-/// Locks the file beside the database that says a server is using it. The lock goes with the process,
-/// however it ends.
-pub(super) fn lock_file(database: &Path) -> Result<File, StoreError> {
-    connection::create_folder(database)?;
-    let path = lock_path(database);
-    let file = File::create(&path).map_err(|error| {
-        StoreError::Failed(format!(
-            "cannot open {}: {error}; set DATA_DIR to a folder that the server may write",
-            path.display()
-        ))
-    })?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StoreError::Failed(format!(
-            "{} is in use by a running PiSync server; stop that one first, or set DATA_DIR to another folder",
-            database.display()
-        ))),
-        Err(TryLockError::Error(error)) => {
-            Err(StoreError::Failed(format!("cannot lock {}: {error}", path.display())))
-        }
-    }
+    let file = files::find(database)?;
+    let (identity, applied) = journal_state(&file)?.ok_or_else(missing)?;
+    Ok((file, identity, applied))
 }

@@ -5,7 +5,6 @@ use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
-    thread,
 };
 
 use async_trait::async_trait;
@@ -29,10 +28,14 @@ use super::{
     keys,
     reads::{device_number, optional_time, time},
     roll_ups,
+    watch::Presence,
 };
-use crate::store::{
-    Actor, Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written,
-    keys::NewAuditEntry,
+use crate::{
+    store::{
+        Actor, Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written,
+        keys::NewAuditEntry,
+    },
+    threads::Threads,
 };
 
 /// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
@@ -55,23 +58,32 @@ pub(super) type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 #[derive(Clone)]
 pub(super) struct WriterThread {
     calls: mpsc::Sender<Call>,
+    /// All threads of the store.
+    threads: Threads,
+    /// Whether the files are where they were.
+    presence: Arc<Presence>,
 }
 
 impl WriterThread {
     /// `connection` is to the file at `path`.
     pub(super) fn start(mut connection: Connection, path: &Path) -> Result<Self, StoreError> {
         let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
-        checkpoint_beside(&mut connection, path, calls.downgrade())?;
+        let threads = Threads::new();
+        checkpoint_beside(&mut connection, path, calls.downgrade(), &threads)?;
         let mut connection = WriteConnection::new(connection, path);
-        thread::Builder::new()
-            .name("sqlite-writer".into())
-            .spawn(move || {
+        threads
+            .start("sqlite-writer", move || {
                 while let Some(call) = waiting.blocking_recv() {
                     call(&mut connection);
                 }
             })
             .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
-        Ok(Self { calls })
+        Ok(Self { calls, threads, presence: Arc::default() })
+    }
+
+    /// All threads of the store: none of them may end before it.
+    pub(super) fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     /// Has the thread do something, unless there is too much for it to do already; then the answer is false.
@@ -79,8 +91,22 @@ impl WriterThread {
         self.calls.try_send(call).is_ok()
     }
 
+    /// Whether the files are where they were; what is written is lost otherwise.
+    pub(super) fn presence(&self) -> &Arc<Presence> {
+        &self.presence
+    }
+
     /// Runs `work` on the thread.
     pub(super) async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut WriteConnection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.presence.check()?;
+        self.call_anyway(work).await
+    }
+
+    /// Runs `work` on the thread, wherever the files are.
+    pub(super) async fn call_anyway<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut WriteConnection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {

@@ -72,6 +72,12 @@ impl Program {
         self
     }
 
+    /// Run by no other program any more.
+    pub(crate) fn run_directly(mut self) -> Self {
+        self.entrance.clear();
+        self
+    }
+
     /// Run by another program, which may change what a process starts with.
     pub(crate) fn run_by(mut self, words: &[&str]) -> Self {
         self.entrance.extend(words.iter().map(ToString::to_string));
@@ -223,6 +229,7 @@ fn names_in(folder: &Path) -> Vec<String> {
 }
 
 /// Reads lines as they come, so that the program never waits for its reader.
+#[expect(clippy::disallowed_methods, reason = "it ends with the program")]
 fn lines_of(output: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {

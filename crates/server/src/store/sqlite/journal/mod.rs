@@ -17,7 +17,7 @@ mod survey;
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -28,10 +28,14 @@ pub(super) use salvage::salvage;
 use survey::FileSurvey;
 pub(super) use survey::Survey;
 
-use crate::store::StoreError;
+use super::files::beside;
+use crate::{
+    permissions::{self, PRIVATE, folder_of},
+    store::StoreError,
+};
 
 /// What the files' names end in.
-const ENDINGS: [&str; 2] = [".ingest-1", ".ingest-2"];
+pub(super) const ENDINGS: [&str; 2] = [".ingest-1", ".ingest-2"];
 
 /// A file that is as long as this gives way to the other one, as soon as that is free.
 const FILE_BYTES: u64 = 4 << 20;
@@ -229,24 +233,22 @@ fn second_name(path: &Path) -> io::Result<PathBuf> {
 }
 
 fn paths(database: &Path) -> [PathBuf; 2] {
-    ENDINGS.map(|ending| {
-        let mut path = database.as_os_str().to_owned();
-        path.push(ending);
-        path.into()
-    })
+    ENDINGS.map(|ending| beside(database, ending))
 }
 
 /// Makes a file that is still there after a power cut. Events are nobody else's to read.
 fn create(path: &Path) -> io::Result<File> {
-    let file =
-        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match permissions::create_for_server(path, PRIVATE) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let file = OpenOptions::new().write(true).open(path)?;
     sync_folder(path)?;
     Ok(file)
 }
 
 fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    File::open(folder_of(path))?.sync_all()
 }
 
 fn unusable(database: &Path, error: &io::Error) -> StoreError {

@@ -17,7 +17,10 @@ use super::{
     survey::Survey,
     sync_folder,
 };
-use crate::store::JournalSalvage;
+use crate::{
+    permissions::{self, folder_of},
+    store::JournalSalvage,
+};
 
 /// What came of a salvage.
 #[derive(Debug)]
@@ -69,8 +72,8 @@ pub(in super::super) fn salvage(
 
 /// Writes `records` into the file at `path`, with a mark in the place of those that are missing.
 fn write_all(path: &Path, identity: i64, applied: u64, records: &[Record]) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let mut file = NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    let mut file = NamedTempFile::new_in(folder_of(path))?;
+    permissions::give_to_owner_of(folder_of(path), file.as_file())?;
     let mut buffer = Vec::new();
     let mut expected = applied + 1;
     for Record { number, first_id, received, events } in records {

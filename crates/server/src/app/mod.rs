@@ -1,5 +1,7 @@
 //! The one place that wires everything together: store, ingest and HTTP, and their beginning and end.
 
+mod tasks;
+
 use std::{
     net::SocketAddr,
     path::PathBuf,
@@ -7,16 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::{mpsc, oneshot},
-    task::JoinHandle,
-};
+use tokio::sync::{mpsc, oneshot};
 
+use self::tasks::Tasks;
 use crate::{
     clock::Clock,
     http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Listeners, Tls},
     ingest::Ingest,
     keys::{self, Keyring},
+    logs,
     maintenance::{Maintenance, STEP_YIELD, earlier_time},
     metrics::Metrics,
     random::Randomness,
@@ -35,6 +36,9 @@ const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 /// How often events are folded into the sums by day and hour. Reads add up those that are not, so it is
 /// not long; and a few at a time are folded in less than a step.
 const FOLD_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The task that stores events.
+const INGEST: &str = "ingest";
 
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
@@ -80,8 +84,8 @@ pub enum AppError {
     /// TLS is asked for, but its files are of no use.
     #[error("{0}")]
     Tls(String),
-    /// A part of the server has died.
-    #[error("{0}; the server stops")]
+    /// A part of the server has ended that it cannot do without.
+    #[error("{0}; the server stops, start it again")]
     Died(String),
 }
 
@@ -97,9 +101,21 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
     // A SQLite file belongs to one server, also while it migrates.
-    let _claim = store::claim(&settings.target)?;
+    let claim = store::claim(&settings.target)?;
     migrate(&settings, &clock).await?;
     let store = store::open(&settings.target).await?;
+    claim.check()?;
+    serve(settings, clock, listeners.into(), shutdown, store).await
+}
+
+/// Runs a server on `store`.
+async fn serve(
+    settings: Settings,
+    clock: Clock,
+    listeners: Listeners,
+    shutdown: impl Future<Output = ()>,
+    store: Arc<dyn Store>,
+) -> Result<(), AppError> {
     let mut maintenance = Maintenance::new(
         Arc::clone(&store),
         clock.clone(),
@@ -109,7 +125,6 @@ pub async fn run(
     maintenance.prepare().await?;
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
-    let listeners = listeners.into();
     let addresses = listeners.addresses().map_err(|error| died(&error))?;
     // What it takes to be let in depends on whether others than this machine's own users can get here.
     let reaches_out = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
@@ -120,7 +135,10 @@ pub async fn run(
         Err(error) => return Err(AppError::Tls(error)),
     };
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let _watching = tls_watch.map(|watch| Background(tokio::spawn(watch.follow())));
+    let mut tasks = Tasks::default();
+    if let Some(watch) = tls_watch {
+        tasks.start("TLS_CERT", forever(watch.follow()));
+    }
     let keyring = Arc::new(Keyring::default());
     keyring.refresh(&*store).await?;
     check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
@@ -129,13 +147,16 @@ pub async fn run(
     let writer = store.ingest_writer(tell).await?;
     let (ingest, task) = Ingest::new(writer, news, clock.clone(), Arc::clone(&metrics));
     let (stop_ingest, stopped) = oneshot::channel::<()>();
-    let mut ingest_task = tokio::spawn(task.run(async {
+    let stopped = async {
         let _ = stopped.await;
-    }));
-    let mut maintenance = Background(tokio::spawn(maintain(maintenance)));
-    let mut folding = Background(tokio::spawn(fold(Arc::clone(&store), clock.clone())));
-    let mut following =
-        Background(tokio::spawn(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
+    };
+    tasks.start(INGEST, async { task.run(stopped).await.map_err(|error| error.to_string()) });
+    tasks.start("maintenance", forever(maintain(maintenance)));
+    tasks.start("aggregation", forever(fold(Arc::clone(&store), clock.clone())));
+    tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
+    let threads = Arc::clone(&store);
+    tasks.start("the database", async move { Err(threads.thread_end().await) });
+    tasks.start("the log", async { Err(logs::thread_end().await) });
     let parts = ApiParts {
         store: Arc::clone(&store),
         ingest,
@@ -161,20 +182,17 @@ pub async fn run(
         also = (!also.is_empty()).then(|| also.join(" ")),
         "PiSync is ready on {scheme}://{address}; its documentation is at /api-docs"
     );
-    tokio::select! {
-        () = http::serve(listeners, router, connections, shutdown) => {}
-        ended = &mut ingest_task => return Err(ended_early("ingest", ended)),
-        ended = &mut maintenance.0 => return Err(ended_early("maintenance", ended.map(Ok))),
-        ended = &mut following.0 => return Err(ended_early("following keys", ended.map(Ok))),
-        ended = &mut folding.0 => return Err(ended_early("folding", ended.map(Ok))),
+    let ended = tokio::select! {
+        () = http::serve(listeners, router, connections, shutdown) => None,
+        ended = tasks.first_end() => Some(ended),
+    };
+    if let Some(ended) = ended {
+        // Connections that are open may still send: nothing is acknowledged any more.
+        tasks.stop().await;
+        return Err(ended);
     }
-    drop((maintenance, folding));
     drop(stop_ingest);
-    match tokio::time::timeout(DRAIN_TIMEOUT, ingest_task).await {
-        Ok(Ok(result)) => result?,
-        Ok(Err(error)) => return Err(died(&error)),
-        Err(_) => return Err(died(&"the database did not take what was queued in time")),
-    }
+    tasks.finish(INGEST, DRAIN_TIMEOUT).await?;
     if let Err(error) = store.close().await {
         // Everything is stored all the same, and the next start sees to the rest.
         tracing::warn!(%error, "cannot close the database properly");
@@ -182,24 +200,10 @@ pub async fn run(
     Ok(())
 }
 
-/// A background task, which ends with its owner.
-struct Background(JoinHandle<()>);
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-fn ended_early(
-    what: &str,
-    ended: Result<Result<(), StoreError>, tokio::task::JoinError>,
-) -> AppError {
-    AppError::Died(match ended {
-        Ok(Ok(())) => format!("{what} ended early"),
-        Ok(Err(error)) => format!("{what} ended early: {error}"),
-        Err(error) => format!("{what} ended early: {error}"),
-    })
+/// A task that has no end of its own.
+async fn forever(task: impl Future<Output = ()>) -> Result<(), String> {
+    task.await;
+    Ok(())
 }
 
 /// Whether a server may listen at `address`: not before the whole network, with nobody able to get in or
@@ -270,5 +274,91 @@ async fn fold(store: Arc<dyn Store>, clock: Clock) {
             }
         };
         tokio::time::sleep(pause).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+    use crate::http::Timeouts;
+
+    /// Reports an event on a connection that stays open, and gives the answer's first line; an empty one when
+    /// the connection has been closed.
+    async fn report(connection: &mut TcpStream) -> String {
+        let body = r#"{"device_id": "pi", "timestamp": "2026-11-22T12:00:00Z", "total_files_synced": 1, "total_errors": 0}"#;
+        let request = format!(
+            "POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let mut answer = Vec::new();
+        let exchange = async {
+            connection.write_all(request.as_bytes()).await?;
+            // The envelope ends with two braces.
+            while !answer.ends_with(b"}") && connection.read_buf(&mut answer).await? > 0 {}
+            std::io::Result::Ok(())
+        };
+        let _ = exchange.await;
+        String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_owned()
+    }
+
+    fn settings(target: Target) -> Settings {
+        Settings {
+            target,
+            migrations_dir: "/nonexistent".into(),
+            auto_migrate: true,
+            event_id_retention_days: 90,
+            retention: None,
+            http: HttpSettings {
+                auth: AuthMode::Auto,
+                max_clock_skew_seconds: 300,
+                sync_per_minute: 0,
+                api_per_minute: 0,
+                key_per_minute: 0,
+                max_connections: 0,
+                max_requests: 0,
+                tls: None,
+                trusted_proxies: Vec::new(),
+                cors_origins: Vec::new(),
+                timeouts: Timeouts::default(),
+            },
+        }
+    }
+
+    /// A panic in any thread of the store ends the server, which acknowledges nothing any more.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_dead_thread_ends_the_server() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = settings(Target::Sqlite(folder.path().join("pisync.db")));
+        let clock = Clock::system();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        migrate(&settings, &clock).await.unwrap();
+        let store = store::open(&settings.target).await.unwrap();
+        let running = tokio::spawn(serve(
+            settings,
+            clock,
+            listener.into(),
+            std::future::pending(),
+            Arc::clone(&store),
+        ));
+        let mut connection = TcpStream::connect(address).await.unwrap();
+        assert_eq!(report(&mut connection).await, "HTTP/1.1 201 Created");
+
+        store.break_writer();
+        let ended = tokio::time::timeout(Duration::from_secs(20), running).await;
+        assert_eq!(
+            ended.expect("it goes on").unwrap().unwrap_err().to_string(),
+            "the database: the thread sqlite-writer panicked: broken by a test; the server stops, start it again"
+        );
+        let answer = report(&mut connection).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 503 "), "{answer}");
     }
 }

@@ -1,0 +1,122 @@
+//! Threads that the program cannot do without. The store and the logs start them through [`Threads`], and
+//! `app::tasks` listens: when one ends unasked, or panics, the process must not go on as if nothing had
+//! happened.
+
+use std::{
+    any::Any,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::Arc,
+    thread,
+};
+
+use tokio::sync::watch;
+
+/// Starts threads, and tells when the first of them has ended. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Threads {
+    /// How the first one ended.
+    ended: Arc<watch::Sender<Option<String>>>,
+}
+
+impl Threads {
+    pub(crate) fn new() -> Self {
+        Self { ended: Arc::new(watch::Sender::new(None)) }
+    }
+
+    /// Starts a thread. It may end only when its owner has no more use for it.
+    #[expect(clippy::disallowed_methods, reason = "whoever starts a thread comes here")]
+    pub(crate) fn start(
+        &self,
+        name: &'static str,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let threads = self.clone();
+        let supervised = move || match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(()) => threads.report(format!("the thread {name} has ended")),
+            Err(panic) => {
+                threads.report(format!("the thread {name} panicked: {}", panic_message(&*panic)));
+                resume_unwind(panic);
+            }
+        };
+        thread::Builder::new().name(name.into()).spawn(supervised).map(drop)
+    }
+
+    /// Something to leave with a thread that a library starts: it tells of its end by being dropped there.
+    pub(crate) fn mark(&self, name: &'static str) -> ThreadMark {
+        ThreadMark { name, threads: self.clone() }
+    }
+
+    /// Waits until one of the threads has ended, and tells which and how.
+    pub(crate) async fn first_end(&self) -> String {
+        let mut ended = self.ended.subscribe();
+        // The sender lives as long as `self`.
+        let how = ended.wait_for(Option::is_some).await;
+        how.ok().and_then(|how| how.clone()).unwrap_or_default()
+    }
+
+    fn report(&self, how: String) {
+        self.ended.send_if_modified(|ended| {
+            let is_first = ended.is_none();
+            ended.get_or_insert(how);
+            is_first
+        });
+    }
+}
+
+/// See [`Threads::mark`].
+#[derive(Debug)]
+pub(crate) struct ThreadMark {
+    name: &'static str,
+    threads: Threads,
+}
+
+impl Drop for ThreadMark {
+    fn drop(&mut self) {
+        let how = if thread::panicking() { "panicked" } else { "has ended" };
+        self.threads.report(format!("the thread {} {how}", self.name));
+    }
+}
+
+/// What a panic says of itself.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it does not say why")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_first_end_is_told_with_its_reason() {
+        let threads = Threads::new();
+        let (end, told) = channel::<()>();
+        let wait = move || {
+            let _ = told.recv();
+        };
+        threads.start("patient", wait).unwrap();
+        threads.start("hasty", || panic!("no {}", "more")).unwrap();
+        assert_eq!(threads.first_end().await, "the thread hasty panicked: no more");
+        drop(end);
+        // Whoever asks later hears the same.
+        assert_eq!(threads.clone().first_end().await, "the thread hasty panicked: no more");
+    }
+
+    #[tokio::test]
+    #[expect(clippy::disallowed_methods, reason = "stands for a library")]
+    async fn a_librarys_thread_tells_too() {
+        for (how, panics) in [("has ended", false), ("panicked", true)] {
+            let threads = Threads::new();
+            let mark = threads.mark("log");
+            let ended = thread::spawn(move || {
+                let _mark = mark;
+                assert!(!panics);
+            });
+            assert_eq!(ended.join().is_err(), panics);
+            assert_eq!(threads.first_end().await, format!("the thread log {how}"));
+        }
+    }
+}
