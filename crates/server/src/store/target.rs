@@ -55,6 +55,8 @@ impl fmt::Display for PostgresTarget {
                 formatter.write_str(",")?;
             }
             match host {
+                // So that an IPv6 address's own colons are told from the port's.
+                Host::Tcp(name) if name.contains(':') => write!(formatter, "[{name}]")?,
                 Host::Tcp(name) => formatter.write_str(name)?,
                 Host::Unix(path) => write!(formatter, "{}", path.display())?,
             }

@@ -35,6 +35,8 @@ mod keys;
 mod kill_soak;
 mod migrations;
 mod node_wire;
+mod postgres_rights;
+mod postgres_sessions;
 mod repeated_failures;
 mod settings_file;
 mod signals;

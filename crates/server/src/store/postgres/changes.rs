@@ -1,10 +1,9 @@
 //! What people change about devices.
 
-use deadpool_postgres::Object;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{keys, roll_ups};
+use super::{connect::Object, keys, roll_ups};
 use crate::store::{Actor, DeviceChange, keys::NewAuditEntry};
 
 /// Event ids that are forgotten in one statement.

@@ -1,23 +1,48 @@
-//! Connecting, the settings every session gets, and what PostgreSQL's errors mean to us.
+//! Connecting: which host is asked, for how long, and what PostgreSQL's errors mean to us.
+//!
+//! The writer, the pool and every command get their sessions here, so that each session is looked at before
+//! anything is sent on it (see `session`). A host that is silent never keeps the others from being tried.
 
-use std::{error::Error, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime, Timeouts};
+use deadpool::managed;
+use deadpool_postgres::{ClientWrapper, Metrics, Runtime, Timeouts};
 use tokio_postgres::{
     Client,
-    config::{SslMode as WireSslMode, TargetSessionAttrs},
+    config::{Host, SslMode as WireSslMode, TargetSessionAttrs},
     error::SqlState,
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::tls;
-use crate::store::{PostgresTarget, SslMode, StoreError};
+use super::{
+    session::{self, State},
+    tls,
+};
+use crate::{
+    random::Randomness,
+    store::{PostgresTarget, SslMode, StoreError},
+};
 
-/// How long to wait for a connection to be made, of each host.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long one address of a host may take to give a session: to take the connection, to encrypt it, to let
+/// us in and to answer the first query. `connect_timeout` in the URL goes before it.
+const HOST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long to wait for all of it: several hosts, the handshake, signing in.
-const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long what was sent may stay without the other machine's receipt, and a connection idle before the other
+/// machine is asked for a sign of life. The URL's settings go before these.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+const KEEPALIVES_IDLE: Duration = Duration::from_secs(30);
+
+/// How long to wait for one of the pool's connections while all are in use.
+const POOL_WAIT: Duration = Duration::from_secs(5);
 
 /// How long to wait for a session's end that has been asked for.
 const BACKEND_END_TIMEOUT: Duration = Duration::from_secs(4);
@@ -26,28 +51,100 @@ const BACKEND_END_TIMEOUT: Duration = Duration::from_secs(4);
 /// several nodes before it.
 const POOL_SIZE: usize = 8;
 
-/// Settings of every session. Compiling queries to machine code costs more than ours take; a
-/// statement that takes half a minute has gone wrong; a transaction left open would hold its locks.
-const SESSION_OPTIONS: &str = "-c jit=off -c timezone=UTC -c client_encoding=UTF8 \
-     -c statement_timeout=30s -c idle_in_transaction_session_timeout=60s";
-
 /// Makes connections.
 #[derive(Clone)]
 pub(super) struct Connector {
+    /// What is the same for all hosts.
     config: tokio_postgres::Config,
+    hosts: Arc<[Place]>,
+    /// Which host to ask first: the one that gave the last session, or the one behind that which kept silent.
+    /// A caller that gives up waiting for a silent host therefore begins with another one the next time.
+    first: Arc<AtomicUsize>,
+    /// For each address of a host.
+    timeout: Duration,
+    /// Whether a host that takes no writes is passed over.
+    needs_primary: bool,
+    /// Whether the database must be in UTF8: any but the one from which others are created.
+    needs_utf8: bool,
+    /// Marks this connector's sessions, and how many there have been.
+    mark: Arc<(String, AtomicU64)>,
     tls: MakeRustlsConnect,
 }
+
+/// Where a server listens.
+struct Place {
+    host: Option<Host>,
+    /// The host's address, when it need not be looked up.
+    address: Option<IpAddr>,
+    port: u16,
+}
+
+/// Why there is no session.
+pub(super) enum NoSession {
+    /// Whoever was asked said nothing in time.
+    Silent(Duration),
+    /// The driver or PostgreSQL said why.
+    Error(tokio_postgres::Error),
+    /// It could be had, but is of no use.
+    Unfit(String),
+}
+
+impl NoSession {
+    fn is_missing_database(&self) -> bool {
+        matches!(self, Self::Error(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME))
+    }
+}
+
+/// Every host, and why it gave no session.
+struct Failures(Vec<(String, NoSession)>);
+
+impl From<Failures> for StoreError {
+    fn from(Failures(failures): Failures) -> Self {
+        let reasons = failures.iter().map(|(place, reason)| format!("{place}: {reason}"));
+        Self::Unavailable(reasons.collect::<Vec<_>>().join("; "))
+    }
+}
+
+/// The pool's connections.
+pub(super) type Pool = managed::Pool<Sessions>;
+
+/// One of the pool's connections.
+pub(super) type Object = managed::Object<Sessions>;
+
+/// Makes the pool's connections.
+pub(super) struct Sessions(Connector);
 
 /// A connection of one's own. Dropping it closes it at once.
 pub(super) struct Connection {
     pub(super) client: Client,
-    driver: tokio::task::JoinHandle<()>,
+    driver: Driver,
+}
+
+/// The task that carries a connection's messages; it ends with its owner.
+struct Driver(Option<tokio::task::JoinHandle<()>>);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
 }
 
 impl Connection {
     /// Ends it: whoever still waits for an answer hears that the connection is closed.
     pub(super) fn close(&self) {
-        self.driver.abort();
+        if let Some(task) = &self.driver.0 {
+            task.abort();
+        }
+    }
+
+    /// Waits for the other side to close it.
+    pub(super) async fn closed(&mut self) {
+        if let Some(task) = &mut self.driver.0 {
+            let _ = task.await;
+            self.driver.0 = None;
+        }
     }
 }
 
@@ -84,84 +181,314 @@ impl Backend {
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
 impl Connector {
     pub(super) fn new(target: &PostgresTarget) -> Result<Self, StoreError> {
-        let mut config = target.config.clone();
-        let options = match config.get_options() {
-            Some(own) => format!("{SESSION_OPTIONS} {own}"),
-            None => SESSION_OPTIONS.to_owned(),
-        };
-        config
-            .options(options)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_user_timeout(Duration::from_secs(10))
-            .keepalives_idle(Duration::from_secs(30))
-            .ssl_mode(match target.ssl_mode {
-                SslMode::Disable => WireSslMode::Disable,
-                SslMode::Prefer => WireSslMode::Prefer,
-                SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => WireSslMode::Require,
-            });
-        if config.get_application_name().is_none() {
-            config.application_name("pisync");
-        }
-        if config.get_hosts().len() > 1 {
+        let given = &target.config;
+        let mut config = common(given);
+        config.ssl_mode(match target.ssl_mode {
+            SslMode::Disable => WireSslMode::Disable,
+            SslMode::Prefer => WireSslMode::Prefer,
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => WireSslMode::Require,
+        });
+        let hosts = places(given);
+        let mark = Randomness::system().bytes().map_err(StoreError::Failed)?;
+        let mark = mark[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self {
+            config,
             // Of several hosts, the one that takes writes: failover without a proxy.
-            config.target_session_attrs(TargetSessionAttrs::ReadWrite);
-        }
-        Ok(Self { config, tls: tls::connector(target.ssl_mode, target.ssl_root_cert.as_deref())? })
+            needs_primary: hosts.len() > 1
+                || given.get_target_session_attrs() == TargetSessionAttrs::ReadWrite,
+            hosts: hosts.into(),
+            first: Arc::default(),
+            timeout: given.get_connect_timeout().copied().unwrap_or(HOST_TIMEOUT),
+            needs_utf8: true,
+            mark: Arc::new((mark, AtomicU64::new(0))),
+            tls: tls::connector(target.ssl_mode, target.ssl_root_cert.as_deref())?,
+        })
     }
 
     pub(super) fn pool(&self) -> Result<Pool, StoreError> {
-        let manager = Manager::from_config(
-            self.config.clone(),
-            self.tls.clone(),
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
-        Pool::builder(manager)
+        Pool::builder(Sessions(self.clone()))
             .max_size(POOL_SIZE)
             .runtime(Runtime::Tokio1)
-            .timeouts(Timeouts {
-                wait: Some(SESSION_TIMEOUT),
-                create: Some(SESSION_TIMEOUT),
-                recycle: Some(SESSION_TIMEOUT),
-            })
+            // Making a connection has time-outs of its own, one for each host.
+            .timeouts(Timeouts { wait: Some(POOL_WAIT), create: None, recycle: Some(POOL_WAIT) })
             .build()
             .map_err(|error| StoreError::Failed(describe(&error)))
     }
 
-    /// A connection outside the pool.
+    /// A connection outside the pool, to the first host that gives one.
     pub(super) async fn connect(&self) -> Result<Connection, StoreError> {
-        let connecting =
-            tokio::time::timeout(SESSION_TIMEOUT, self.config.connect(self.tls.clone()));
-        match connecting.await {
-            Ok(Ok((client, connection))) => {
-                let driver = tokio::spawn(async move {
-                    if let Err(error) = connection.await {
-                        tracing::debug!(error = describe(&error), "database connection ended");
-                    }
-                });
-                Ok(Connection { client, driver })
+        self.try_hosts().await.map_err(|failures| failures.into())
+    }
+
+    /// Whether there is the database, and it can be used.
+    pub(super) async fn database_exists(&self) -> Result<bool, StoreError> {
+        match self.try_hosts().await {
+            Ok(_) => Ok(true),
+            Err(failures) if failures.0.iter().any(|(_, reason)| reason.is_missing_database()) => {
+                Ok(false)
             }
-            Ok(Err(error)) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME) => {
-                let hint = "create it with `pisync db setup`, or set DB_NAME to another";
-                Err(StoreError::Unavailable(format!("{}; {hint}", describe(&error))))
-            }
-            Ok(Err(error)) => Err(StoreError::Unavailable(describe(&error))),
-            Err(_) => Err(StoreError::Unavailable("PostgreSQL does not answer".into())),
+            Err(failures) => Err(failures.into()),
         }
     }
 
-    /// The same server, another database.
+    async fn try_hosts(&self) -> Result<Connection, Failures> {
+        let count = self.hosts.len();
+        let first = self.first.load(Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for position in (first..first + count).map(|position| position % count) {
+            let place = &self.hosts[position];
+            self.first.store((position + 1) % count, Ordering::Relaxed);
+            match self.connect_to(place).await {
+                Ok(connection) => {
+                    self.first.store(position, Ordering::Relaxed);
+                    return Ok(connection);
+                }
+                Err(reason) => failures.push((place.to_string(), reason)),
+            }
+        }
+        Err(Failures(failures))
+    }
+
+    /// The same server, another database: one from which databases are created, however it is encoded.
     pub(super) fn with_database(&self, name: &str) -> Self {
         let mut other = self.clone();
         other.config.dbname(name);
+        other.needs_utf8 = false;
         other
+    }
+
+    /// Tries all addresses of a host.
+    async fn connect_to(&self, place: &Place) -> Result<Connection, NoSession> {
+        let mut reason = None;
+        for address in place.addresses(self.timeout).await? {
+            match self.connect_at(place, address).await {
+                Ok(connection) => return Ok(connection),
+                Err(other) => reason = Some(other),
+            }
+        }
+        Err(reason.unwrap_or_else(|| NoSession::Unfit("the name has no address".into())))
+    }
+
+    /// A session at one address, looked at and fit for use.
+    async fn connect_at(
+        &self,
+        place: &Place,
+        address: Option<IpAddr>,
+    ) -> Result<Connection, NoSession> {
+        let (mark, sessions) = &*self.mark;
+        let mark = format!("{mark}-{}", sessions.fetch_add(1, Ordering::Relaxed));
+        let mut config = self.config.clone();
+        place.put_into(&mut config, address);
+        let mut direct = config.clone();
+        direct.options(session::options(&mark, config.get_options()));
+
+        let (connection, state) = match self.session(&direct).await {
+            Ok((connection, state)) if state.has_mark(&mark) => (connection, state),
+            // The options did not come through: something stands between PostgreSQL and us.
+            Ok((other, _)) => self.behind_pooler(&config, Some(other)).await?,
+            Err(NoSession::Error(error)) if session::refuses_options(&error) => {
+                self.behind_pooler(&config, None).await?
+            }
+            Err(reason) => return Err(reason),
+        };
+        if self.needs_primary && state.is_read_only() {
+            return Err(NoSession::Unfit("takes no writes, being a standby or read-only".into()));
+        }
+        if self.needs_utf8 {
+            state.check_encoding()?;
+        }
+        Ok(connection)
+    }
+
+    /// A session by way of a connection pooler that keeps options from PostgreSQL, if each of our connections has
+    /// a session of its own there. `other` is a connection by the same way.
+    async fn behind_pooler(
+        &self,
+        config: &tokio_postgres::Config,
+        other: Option<Connection>,
+    ) -> Result<(Connection, State), NoSession> {
+        if config.get_options().is_some() {
+            return Err(NoSession::Unfit(session::OPTIONS_LOST.into()));
+        }
+        let other = match other {
+            Some(other) => other,
+            None => self.session(config).await?.0,
+        };
+        session::check_pooler(other, self.timeout).await?;
+        let (connection, state) = self.session(config).await?;
+        let set = session::set_statements();
+        self.in_time(async { Ok(connection.client.batch_execute(&set).await?) }).await?;
+        Ok((connection, state))
+    }
+
+    /// Connects and hears what the session is like.
+    async fn session(
+        &self,
+        config: &tokio_postgres::Config,
+    ) -> Result<(Connection, State), NoSession> {
+        self.in_time(async {
+            let (client, connection) = config.connect(self.tls.clone()).await?;
+            let driver = tokio::spawn(async move {
+                if let Err(error) = connection.await {
+                    tracing::debug!(error = describe(&error), "database connection ended");
+                }
+            });
+            let connection = Connection { client, driver: Driver(Some(driver)) };
+            let state = State::of(&connection.client).await?;
+            Ok((connection, state))
+        })
+        .await
+    }
+
+    /// Runs `work` for as long as a host may take.
+    async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T, NoSession>>,
+    ) -> Result<T, NoSession> {
+        match tokio::time::timeout(self.timeout, work).await {
+            Ok(result) => result,
+            Err(_) => Err(NoSession::Silent(self.timeout)),
+        }
+    }
+}
+
+/// The settings of a connection, without the hosts.
+fn common(given: &tokio_postgres::Config) -> tokio_postgres::Config {
+    let mut config = tokio_postgres::Config::new();
+    if let Some(user) = given.get_user() {
+        config.user(user);
+    }
+    if let Some(password) = given.get_password() {
+        config.password(password);
+    }
+    if let Some(name) = given.get_dbname() {
+        config.dbname(name);
+    }
+    if let Some(options) = given.get_options() {
+        config.options(options);
+    }
+    let unset = tokio_postgres::Config::new();
+    let idle = match given.get_keepalives_idle() {
+        idle if idle == unset.get_keepalives_idle() => KEEPALIVES_IDLE,
+        idle => idle,
+    };
+    config
+        .application_name(given.get_application_name().unwrap_or("pisync"))
+        .channel_binding(given.get_channel_binding())
+        .tcp_user_timeout(given.get_tcp_user_timeout().copied().unwrap_or(TCP_USER_TIMEOUT))
+        .keepalives(given.get_keepalives())
+        .keepalives_idle(idle);
+    if let Some(interval) = given.get_keepalives_interval() {
+        config.keepalives_interval(interval);
+    }
+    if let Some(retries) = given.get_keepalives_retries() {
+        config.keepalives_retries(retries);
+    }
+    config
+}
+
+/// The hosts that a configuration names. One port may stand for all.
+fn places(given: &tokio_postgres::Config) -> Vec<Place> {
+    let (hosts, addresses, ports) = (given.get_hosts(), given.get_hostaddrs(), given.get_ports());
+    let place = |position: usize| Place {
+        host: hosts.get(position).cloned(),
+        address: addresses.get(position).copied(),
+        port: ports.get(position).or(ports.first()).copied().unwrap_or(5432),
+    };
+    (0..hosts.len().max(addresses.len())).map(place).collect()
+}
+
+impl Place {
+    /// Where to connect to; `None` for a socket in the file system.
+    async fn addresses(&self, timeout: Duration) -> Result<Vec<Option<IpAddr>>, NoSession> {
+        let name = match (&self.host, self.address) {
+            (_, Some(address)) => return Ok(vec![Some(address)]),
+            (Some(Host::Tcp(name)), None) => name,
+            (_, None) => return Ok(vec![None]),
+        };
+        let found = tokio::net::lookup_host((name.as_str(), self.port));
+        match tokio::time::timeout(timeout, found).await {
+            Ok(Ok(found)) => Ok(found.map(|address| Some(address.ip())).collect()),
+            Ok(Err(error)) => {
+                Err(NoSession::Unfit(format!("the name cannot be looked up: {error}")))
+            }
+            Err(_) => Err(NoSession::Unfit("the name cannot be looked up in time".into())),
+        }
+    }
+
+    /// Makes `config` lead here alone.
+    fn put_into(&self, config: &mut tokio_postgres::Config, address: Option<IpAddr>) {
+        match &self.host {
+            Some(Host::Tcp(name)) => config.host(name),
+            Some(Host::Unix(path)) => config.host_path(path),
+            None => config,
+        };
+        if let Some(address) = address {
+            config.hostaddr(address);
+        }
+        config.port(self.port);
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.host, self.address) {
+            (Some(Host::Tcp(name)), _) if name.contains(':') => {
+                write!(formatter, "[{name}]:{}", self.port)
+            }
+            (Some(Host::Tcp(name)), _) => write!(formatter, "{name}:{}", self.port),
+            (Some(Host::Unix(path)), _) => write!(formatter, "{}:{}", path.display(), self.port),
+            (None, Some(address)) => write!(formatter, "{address}:{}", self.port),
+            (None, None) => formatter.write_str("no host"),
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for NoSession {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl fmt::Display for NoSession {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silent(timeout) => {
+                write!(formatter, "does not answer within {} s", timeout.as_secs_f64())
+            }
+            Self::Unfit(reason) => formatter.write_str(reason),
+            Self::Error(error) => {
+                formatter.write_str(&describe(error))?;
+                match session::advice(error) {
+                    Some(advice) => write!(formatter, "; {advice}"),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl managed::Manager for Sessions {
+    type Type = ClientWrapper;
+    type Error = StoreError;
+
+    async fn create(&self) -> Result<ClientWrapper, StoreError> {
+        let Connection { client, mut driver } = self.0.connect().await?;
+        let task = driver.0.take().ok_or(StoreError::Stopped)?;
+        Ok(ClientWrapper::new(client, task))
+    }
+
+    async fn recycle(
+        &self,
+        client: &mut ClientWrapper,
+        _: &Metrics,
+    ) -> managed::RecycleResult<StoreError> {
+        if client.is_closed() {
+            return Err(managed::RecycleError::message("the connection is closed"));
+        }
+        Ok(())
     }
 }
 
@@ -193,6 +520,9 @@ pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
             StoreError::Failed(text)
         };
     };
+    if is_raised(&error) {
+        return StoreError::Rejected(text);
+    }
     match code.code().get(..2) {
         // Data exceptions and constraints.
         Some("22" | "23") => StoreError::Rejected(text),
@@ -201,12 +531,25 @@ pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
         Some("08" | "40" | "53" | "55" | "57" | "58") => StoreError::Unavailable(text),
         // A server that has become a standby.
         _ if *code == SqlState::READ_ONLY_SQL_TRANSACTION => StoreError::Unavailable(text),
+        // Inside a function of the owner's, which fails for this data and perhaps not for other.
+        _ if error.as_db_error().is_some_and(|error| error.where_().is_some()) => {
+            StoreError::Rejected(text)
+        }
         _ => StoreError::Failed(text),
     }
 }
 
+/// Whether a rule of the database's owner has said no with `raise`, such as a trigger. It may do so under any code,
+/// which then says nothing about the database. The name is that of PostgreSQL's own function for it.
+pub(super) fn is_raised(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|error| error.routine() == Some("exec_stmt_raise"))
+}
+
 /// Whether the connection is no longer of use.
 pub(super) fn is_connection_lost(error: &tokio_postgres::Error) -> bool {
+    if is_raised(error) {
+        return false;
+    }
     let class = error.code().and_then(|code| code.code().get(..2));
     error.is_closed() || is_io(error) || matches!(class, Some("08" | "57"))
 }

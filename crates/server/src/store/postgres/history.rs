@@ -1,10 +1,11 @@
 //! A device's history, read through the index `(device_id, timestamp, id, created_at)` of each month.
 
-use deadpool_postgres::{GenericClient, Object};
+use deadpool_postgres::GenericClient;
 use pisync_core::{JobName, Timestamp};
 use tokio_postgres::{Error, Row};
 
 use super::{
+    connect::Object,
     expiry,
     reads::{SUMS, figures, jobs, snapshot, time},
 };

@@ -1,9 +1,8 @@
 //! How far imports have come, in PostgreSQL.
 
-use deadpool_postgres::Object;
 use tokio_postgres::{Client, Error, Row};
 
-use super::reads::time;
+use super::{connect::Object, reads::time};
 use crate::store::{Digest, ImportProgress};
 
 /// Notes how far an import comes with the transaction that is open on `client`.

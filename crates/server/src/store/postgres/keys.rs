@@ -1,12 +1,13 @@
 //! Keys and the audit log in PostgreSQL.
 
 use async_trait::async_trait;
-use deadpool_postgres::{GenericClient, Object, Transaction};
+use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use super::{
     PostgresStore,
+    connect::Object,
     reads::{optional_time, time},
 };
 use crate::store::{
@@ -16,6 +17,8 @@ use crate::store::{
         stored_details, stored_scope,
     },
 };
+
+const SELECT_VERSION: &str = "select version from api_key_changes";
 
 #[async_trait]
 impl KeyStore for PostgresStore {
@@ -28,7 +31,11 @@ impl KeyStore for PostgresStore {
     }
 
     async fn keys_version(&self) -> Result<i64, StoreError> {
-        self.call(async |connection| version(&*connection).await).await
+        self.call(async |connection| {
+            let select = connection.prepare_cached(SELECT_VERSION).await?;
+            connection.query_one(&select, &[]).await?.try_get(0)
+        })
+        .await
     }
 
     async fn keys(&self) -> Result<Keys, StoreError> {
@@ -162,14 +169,17 @@ async fn revoke_key(connection: &mut Object, id: i64, by: &Actor) -> Result<Revo
     Ok(Revocation::Revoked)
 }
 
-/// The row's lock makes changes wait for each other: versions are seen in the order of commits.
+/// Gives the keys another version, which nobody can have given them before: the lower half is random. A standby
+/// that has taken over may lack the last change, and the next one there must not lead to the version of
+/// the change that is lost. The upper half counts up, because servers of before 2026-11-25 take over no lower
+/// version.
 async fn count_change(transaction: &Transaction<'_>) -> Result<(), Error> {
-    transaction.execute("update api_key_changes set version = version + 1", &[]).await.map(|_| ())
-}
-
-async fn version(client: &impl GenericClient) -> Result<i64, Error> {
-    let select = client.prepare_cached("select version from api_key_changes").await?;
-    client.query_one(&select, &[]).await?.try_get(0)
+    const CHANGE_VERSION: &str = "
+        update api_key_changes
+           set version = (((version >> 32) + 1) << 32)
+                       | (hashtextextended(gen_random_uuid()::text, 0) & 4294967295)
+    ";
+    transaction.execute(CHANGE_VERSION, &[]).await.map(|_| ())
 }
 
 async fn keys(connection: &mut Object) -> Result<Keys, Error> {
@@ -185,7 +195,7 @@ async fn keys(connection: &mut Object) -> Result<Keys, Error> {
         .read_only(true)
         .start()
         .await?;
-    let version = version(&snapshot).await?;
+    let version = snapshot.query_one(SELECT_VERSION, &[]).await?.try_get(0)?;
     let rows = snapshot.query(SELECT_KEYS, &[]).await?;
     Ok(Keys { version, keys: rows.iter().map(api_key).collect::<Result<_, _>>()? })
 }

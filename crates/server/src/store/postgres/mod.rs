@@ -14,6 +14,7 @@ mod misdated;
 mod partitions;
 mod reads;
 mod roll_ups;
+mod session;
 mod statements;
 mod take_over;
 mod tls;
@@ -27,7 +28,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use deadpool_postgres::{Object, Pool};
+use deadpool::managed::PoolError;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio::sync::mpsc;
 
@@ -36,7 +37,7 @@ pub(super) use migrations::{PostgresMigrations, create_database};
 pub(super) use take_over::PostgresTakeOver;
 
 use self::{
-    connect::{Connector, store_error},
+    connect::{Connector, Object, Pool, store_error},
     writer::PostgresEventWriter,
 };
 use super::{
@@ -75,12 +76,17 @@ impl PostgresStore {
         let pool = connector.pool()?;
         let fold_step = StepSize::new(FOLD_MILLISECONDS, FOLD_TARGET);
         let store = Self { connector, pool, fold_step };
+        // Not within the time of a sign of life: a host that is silent may come before the one that answers.
+        drop(store.connection().await?);
         store.ping().await?;
         Ok(store)
     }
 
     async fn connection(&self) -> Result<Object, StoreError> {
-        self.pool.get().await.map_err(|error| StoreError::Unavailable(connect::describe(&error)))
+        self.pool.get().await.map_err(|error| match error {
+            PoolError::Backend(error) => error,
+            other => StoreError::Unavailable(connect::describe(&other)),
+        })
     }
 
     /// Runs `work` on a pooled connection, for a bounded time.

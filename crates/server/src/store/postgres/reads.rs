@@ -1,9 +1,10 @@
 //! The queries behind the read methods. Statements are prepared once per connection.
 
-use deadpool_postgres::{GenericClient, Object};
+use deadpool_postgres::GenericClient;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row};
 
+use super::connect::Object;
 use crate::store::{
     DEVICE_IDS, Device, DeviceQuery, DeviceWithJobs, FailureQuery, Figures, FleetStats, Page,
     like_pattern,

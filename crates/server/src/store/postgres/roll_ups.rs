@@ -5,12 +5,15 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::{Object, Transaction};
+use deadpool_postgres::Transaction;
 use jiff::tz::TimeZone;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
-use super::reads::{DEVICE_COLUMNS, SUMS, device_row, snapshot};
+use super::{
+    connect::Object,
+    reads::{DEVICE_COLUMNS, SUMS, device_row, snapshot},
+};
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
 /// Events received longer ago than this are final. A batch is given up after 10 s, and one whose

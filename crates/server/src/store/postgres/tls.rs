@@ -56,9 +56,19 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore, StoreError> {
                 let certificate = certificate.map_err(|error| bad(&error))?;
                 roots.add(certificate).map_err(|error| bad(&error))?;
             }
+            if roots.is_empty() {
+                return Err(bad(&"there is no PEM certificate in it"));
+            }
         }
         None => {
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                return Err(StoreError::Failed(
+                    "TLS: this system has no root certificates to check PostgreSQL's certificate with; name some with \
+                     sslrootcert"
+                        .into(),
+                ));
+            }
         }
     }
     Ok(roots)

@@ -2,11 +2,12 @@
 //! per device. Both work without the usual limits of time: a long history takes as long as
 //! it takes, and no request waits for it.
 
-use deadpool_postgres::{Object, Transaction};
+use deadpool_postgres::Transaction;
 use pisync_core::{JobFigures, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
 use super::{
+    connect::Object,
     expiry,
     roll_ups::{self, folded, sums},
     statements::unanswered_failures,

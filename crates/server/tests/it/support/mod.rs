@@ -3,6 +3,7 @@
 pub(crate) mod events;
 pub(crate) mod http;
 pub(crate) mod node_service;
+pub(crate) mod pgbouncer;
 pub(crate) mod postgres;
 pub(crate) mod program;
 pub(crate) mod proxy;

@@ -1,0 +1,160 @@
+//! What a new session must be before anything is sent on it: an own session of PostgreSQL, with our settings,
+//! in a database that can hold any letter. Called by `connect` for every session, since after a failover the
+//! same name may lead elsewhere.
+
+use std::time::Duration;
+
+use tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
+
+use super::connect::{Connection, NoSession};
+
+/// Settings of every session. Compiling queries to machine code costs more than ours take; a
+/// statement that takes half a minute has gone wrong; a transaction left open would hold its locks.
+const SETTINGS: [(&str, &str); 5] = [
+    ("jit", "off"),
+    ("timezone", "UTC"),
+    ("client_encoding", "UTF8"),
+    ("statement_timeout", "30s"),
+    ("idle_in_transaction_session_timeout", "60s"),
+];
+
+/// A setting that PostgreSQL knows nothing of. Each session is begun with a value of its own: one that has it
+/// was begun for us, and one without it was begun by something between.
+const MARK: &str = "pisync.session";
+
+/// How long a session may be idle that is to end, in milliseconds, and how long to wait for its end.
+const IDLE_MILLISECONDS: u32 = 100;
+const IDLE_WAIT: Duration = Duration::from_secs(2);
+
+/// Why a pooler is refused.
+const SHARES_SESSIONS: &str = "a connection pooler in transaction or statement mode answers, where settings, locks \
+     and prepared statements do not stay with a connection: use its session mode (of pgbouncer: \
+     pool_mode=session for this database or user), or connect to PostgreSQL directly";
+
+/// Why options do not go together with a pooler.
+pub(super) const OPTIONS_LOST: &str = "a connection pooler answers that keeps `options` from PostgreSQL: leave \
+     them out of the URL and set them with `alter role … set …`, or connect to PostgreSQL directly";
+
+/// The startup option `options` of a session, with the user's own behind ours.
+pub(super) fn options(mark: &str, own: Option<&str>) -> String {
+    let ours = SETTINGS.map(|(name, value)| format!("-c {name}={value} ")).concat();
+    format!("{ours}-c {MARK}={mark} {}", own.unwrap_or_default())
+}
+
+/// The same settings as statements, for where options do not come through.
+pub(super) fn set_statements() -> String {
+    SETTINGS.map(|(name, value)| format!("set {name} = '{value}';")).concat()
+}
+
+/// Whether a pooler wants to hear nothing of options.
+pub(super) fn refuses_options(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|error| {
+        *error.code() == SqlState::PROTOCOL_VIOLATION
+            && error.message().contains("unsupported startup parameter")
+    })
+}
+
+/// What to do about an error that keeps us from having a session.
+pub(super) fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
+    let Some(code) = error.code() else {
+        let missing = std::error::Error::source(error)
+            .is_some_and(|cause| cause.to_string() == "password missing");
+        return missing.then_some(
+            "PostgreSQL asks for a password: set DB_PASSWORD, or put it into DATABASE_URL",
+        );
+    };
+    if *code == SqlState::INVALID_CATALOG_NAME {
+        return Some("create it with `pisync db setup`, or set DB_NAME to another");
+    }
+    if *code == SqlState::INVALID_PASSWORD || *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION
+    {
+        return Some(
+            "check DB_USER and DB_PASSWORD, or those in DATABASE_URL, and the server's pg_hba.conf",
+        );
+    }
+    None
+}
+
+/// What a session says of itself.
+pub(super) struct State {
+    is_read_only: bool,
+    encoding: String,
+    database: String,
+    mark: String,
+}
+
+impl State {
+    /// As a simple query, which passes through whatever stands between.
+    pub(super) async fn of(client: &Client) -> Result<Self, NoSession> {
+        let select = format!(
+            "select current_setting('transaction_read_only'),
+                    current_setting('server_encoding'),
+                    current_database(),
+                    current_setting('{MARK}', true)"
+        );
+        let answer = client.simple_query(&select).await?;
+        let row = answer.iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        let Some(row) = row else {
+            return Err(NoSession::Unfit("answers the first query with nothing".into()));
+        };
+        let text =
+            |column: usize| row.try_get(column).map(|text| text.unwrap_or_default().to_owned());
+        Ok(Self {
+            is_read_only: text(0)? == "on",
+            encoding: text(1)?,
+            database: text(2)?,
+            mark: text(3)?,
+        })
+    }
+
+    /// Whether the session was begun with this mark.
+    pub(super) fn has_mark(&self, mark: &str) -> bool {
+        self.mark == mark
+    }
+
+    /// Whether nothing can be written.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// Fails unless the database can hold any letter. `SQL_ASCII` takes all bytes, but counts and cuts bytes
+    /// where letters are meant.
+    pub(super) fn check_encoding(&self) -> Result<(), NoSession> {
+        if self.encoding == "UTF8" {
+            return Ok(());
+        }
+        let Self { encoding, database, .. } = self;
+        Err(NoSession::Unfit(format!(
+            "the database {database} is encoded in {encoding}, which cannot hold every letter that devices send: \
+             PiSync needs UTF8. Name a new database that `pisync db setup` then creates, or create one with \
+             `create database NAME encoding 'UTF8' template template0`; pg_dump and pg_restore bring over what is \
+             in this one"
+        )))
+    }
+}
+
+/// Finds out whether a pooler gives each connection a session of its own, and fails if not. A session that is
+/// told to end when it is idle takes its connection along. Where the connection outlives it, the session was
+/// lent for a transaction. `connection` is used up; whoever else was lent the session finds it gone at most while
+/// nothing is done in it.
+pub(super) async fn check_pooler(
+    mut connection: Connection,
+    timeout: Duration,
+) -> Result<(), NoSession> {
+    let end_when_idle = format!("set idle_session_timeout = {IDLE_MILLISECONDS}");
+    let asked =
+        tokio::time::timeout(timeout, connection.client.batch_execute(&end_when_idle)).await;
+    asked.map_err(|_| NoSession::Silent(timeout))??;
+    if tokio::time::timeout(IDLE_WAIT, connection.closed()).await.is_ok() {
+        return Ok(());
+    }
+    let alive = connection.client.simple_query("select 1");
+    match tokio::time::timeout(timeout, alive).await {
+        Ok(Ok(_)) => Err(NoSession::Unfit(SHARES_SESSIONS.into())),
+        Ok(Err(_)) => Ok(()),
+        Err(_) => Err(NoSession::Silent(timeout)),
+    }
+}
