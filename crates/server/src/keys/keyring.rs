@@ -95,6 +95,9 @@ struct Known {
 #[derive(Debug, Default)]
 pub struct Keyring {
     known: RwLock<Known>,
+    /// Held while the database is asked: what was read later is taken over later. Versions do not tell which of
+    /// two came first, since a standby that takes over, or a file that is put back, may lack changes.
+    refreshing: tokio::sync::Mutex<()>,
 }
 
 impl Keyring {
@@ -122,6 +125,7 @@ impl Keyring {
     /// # Errors
     /// When it cannot be asked; what was known stays known.
     pub async fn refresh<S: KeyStore + ?Sized>(&self, store: &S) -> Result<(), StoreError> {
+        let _refreshing = self.refreshing.lock().await;
         let version = store.keys_version().await?;
         let is_current = |known: &Known| known.version == Some(version);
         if !is_current(&self.known.read().unwrap_or_else(PoisonError::into_inner)) {
@@ -133,10 +137,6 @@ impl Keyring {
 
     fn replace(&self, keys: &Keys) {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        // A slower refresh must not bring back what a faster one has seen go.
-        if known.version.is_some_and(|version| version > keys.version) {
-            return;
-        }
         let by_hash = keys
             .keys
             .iter()

@@ -128,7 +128,8 @@ impl ApiKey {
 /// All keys, as of one version.
 #[derive(Debug)]
 pub struct Keys {
-    /// Changes whenever a key is made or revoked.
+    /// Another whenever a key is made or revoked, and never one that there has been. Of two, neither is known to
+    /// be the later.
     pub version: i64,
     /// Revoked and expired ones included, oldest first.
     pub keys: Vec<ApiKey>,

@@ -150,8 +150,15 @@ fn revoke_key(connection: &mut Connection, id: i64, by: &Actor) -> rusqlite::Res
     Ok(Revocation::Revoked)
 }
 
+/// Gives the keys another version, which nobody can have given them before: the lower half is random. A file
+/// that is put back lacks the last changes, and the next one there must not lead to the version of a change
+/// that is lost. The upper half counts up, as on PostgreSQL.
 fn count_change(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
-    transaction.execute("update api_key_changes set version = version + 1", []).map(|_| ())
+    const CHANGE_VERSION: &str = "
+        update api_key_changes
+           set version = (((version >> 32) + 1) << 32) | (random() & 4294967295)
+    ";
+    transaction.execute(CHANGE_VERSION, []).map(|_| ())
 }
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {
