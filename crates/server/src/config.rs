@@ -1,7 +1,13 @@
 //! Settings as they are typed: flags, environment variables and a `.env` file in the working
 //! directory mean the same. Turned here into what the rest of the program works with.
 
-use std::{net::IpAddr, path::PathBuf, str::FromStr};
+mod database_url;
+
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    path::PathBuf,
+    str::FromStr,
+};
 
 use axum::http::{HeaderValue, Uri};
 use clap::{Args, ValueEnum};
@@ -62,7 +68,7 @@ impl CopyArgs {
     /// # Errors
     /// When one of them names no database.
     pub fn targets(&self) -> Result<(Target, Target), ConfigError> {
-        Ok((parse_url("--from", &self.from.0)?, parse_url("--to", &self.to.0)?))
+        Ok((database_url::parse("--from", &self.from.0)?, database_url::parse("--to", &self.to.0)?))
     }
 }
 
@@ -379,7 +385,7 @@ impl DatabaseArgs {
     /// When the settings do not name one.
     pub fn target(&self) -> Result<Target, ConfigError> {
         if let Some(url) = given(self.database_url.as_ref().map(|secret| &secret.0)) {
-            return parse_url("DATABASE_URL", url);
+            return database_url::parse("DATABASE_URL", url);
         }
         let [host, port, name, user] = [&self.db_host, &self.db_port, &self.db_name, &self.db_user]
             .map(|value| given(value.as_ref()));
@@ -389,13 +395,20 @@ impl DatabaseArgs {
         }
         let mut config = tokio_postgres::Config::new();
         for host in host.unwrap_or("localhost").split(',') {
-            config.host(host.trim());
+            config.host(db_host(host.trim())?);
         }
         for port in port.unwrap_or("5432").split(',') {
             match port.trim().parse() {
-                Ok(port) => config.port(port),
-                Err(_) => return wrong(format!("DB_PORT: {port:?} is no port")),
+                Ok(port @ 1..) => config.port(port),
+                _ => {
+                    return wrong(format!(
+                        "DB_PORT: {port:?} is no port, which is a number from 1 to 65535"
+                    ));
+                }
             };
+        }
+        if config.get_ports().len() > 1 && config.get_ports().len() != config.get_hosts().len() {
+            return wrong("DB_PORT must be one port for all of DB_HOST, or one for each");
         }
         config.dbname(name.unwrap_or("pisync")).user(user.unwrap_or("postgres"));
         if let Some(password) = password {
@@ -406,60 +419,18 @@ impl DatabaseArgs {
     }
 }
 
-/// Reads the database URL that stands in `setting`. What it says of TLS is understood here, for the driver
-/// knows only half of it.
-fn parse_url(setting: &str, url: &str) -> Result<Target, ConfigError> {
-    if let Some(path) = url.strip_prefix("sqlite:") {
-        let path = path.strip_prefix("//").unwrap_or(path);
-        if path.is_empty() {
-            return wrong(format!(
-                "{setting}: sqlite: needs a path, for instance sqlite:data/pisync.db"
-            ));
-        }
-        return Ok(Target::Sqlite(path.into()));
+/// One of the hosts of `DB_HOST`.
+fn db_host(host: &str) -> Result<&str, ConfigError> {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    if host.is_empty() {
+        return wrong("DB_HOST: a host's name is empty");
     }
-    if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-        return wrong(format!("{setting} must begin with postgres:// or sqlite:"));
+    if bare.contains(':') && bare.parse::<Ipv6Addr>().is_err() {
+        return wrong(format!(
+            "DB_HOST: {host:?} is neither a name nor an address; a port belongs into DB_PORT"
+        ));
     }
-    let (base, query) = url.split_once('?').unwrap_or((url, ""));
-    let mut ssl_mode = SslMode::Prefer;
-    let mut ssl_root_cert = None;
-    let mut rest = Vec::new();
-    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
-        match parameter.split_once('=') {
-            Some(("sslmode", mode)) => {
-                ssl_mode = match mode {
-                    "disable" => SslMode::Disable,
-                    "allow" | "prefer" => SslMode::Prefer,
-                    "require" => SslMode::Require,
-                    "verify-ca" => SslMode::VerifyCa,
-                    "verify-full" => SslMode::VerifyFull,
-                    // Not repeated: after a password that is not encoded, it may be part of that.
-                    _ => {
-                        return wrong(format!(
-                            "{setting}: sslmode must be disable, allow, prefer, require, verify-ca or verify-full"
-                        ));
-                    }
-                }
-            }
-            Some(("sslrootcert", path)) => {
-                let path = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
-                ssl_root_cert = Some(PathBuf::from(path.into_owned()));
-            }
-            _ => rest.push(parameter),
-        }
-    }
-    let plain =
-        if rest.is_empty() { base.to_owned() } else { format!("{base}?{}", rest.join("&")) };
-    let mut config: tokio_postgres::Config = plain.parse().map_err(|error| {
-        ConfigError(format!(
-            "{setting}: {error}; special characters in the password must be percent-encoded"
-        ))
-    })?;
-    if config.get_dbname().is_none() {
-        config.dbname("pisync");
-    }
-    Ok(Target::Postgres(Box::new(PostgresTarget { config, ssl_mode, ssl_root_cert })))
+    Ok(bare)
 }
 
 #[cfg(test)]
@@ -512,7 +483,13 @@ mod tests {
             target(&["--db-host", "a,b", "--db-port", "5432,5433", "--db-password", "p@ss"]),
             "PostgreSQL a:5432,b:5433/pisync"
         );
-        assert!(target(&["--db-port", "x"]).starts_with("error: DB_PORT"));
+        assert_eq!(target(&["--db-host", "[::1]"]), "PostgreSQL [::1]:5432/pisync");
+        for bad in ["x", "0", "65536", "5432,5433"] {
+            assert!(target(&["--db-port", bad]).starts_with("error: DB_PORT"), "{bad}");
+        }
+        for bad in ["a,,b", "a:5433", "postgres://a"] {
+            assert!(target(&["--db-host", bad]).starts_with("error: DB_HOST"), "{bad}");
+        }
     }
 
     #[test]
