@@ -252,10 +252,11 @@ async fn a_full_disk_leaves_nothing_behind() {
 async fn postgresql_has_its_own_tools() {
     on_postgres(async |installed: &Installed| {
         let backup = installed.program.run(&["backup", "my copy.dump"]);
-        let command = "pg_dump --format=custom --file='my copy.dump' --host=127.0.0.1 --port=";
+        let command =
+            "pg_dump --format=custom --file='my copy.dump' --dbname=postgresql://pisync@127.0.0.1:";
         assert!(backup.failure().contains(command), "{backup:?}");
         let restore = installed.program.run(&["restore", "copy.dump"]);
-        assert!(restore.failure().contains("pg_restore --clean"), "{restore:?}");
+        assert!(restore.failure().contains("pg_restore --list copy.dump"), "{restore:?}");
         assert_eq!(installed.program.names_in("."), Vec::<String>::new());
     })
     .await;

@@ -25,6 +25,13 @@ pub(super) const CREATE_TABLE: &str = "
     )
 ";
 
+/// Who asks, in which database, and in which schema tables are made.
+const NAMES: &str = "
+    select quote_ident(current_user),
+           quote_ident(current_database()),
+           quote_ident(coalesce(current_schema(), 'public'))
+";
+
 /// One connection, for as long as the command runs.
 pub(crate) struct PostgresMigrations {
     pub(super) connection: Connection,
@@ -47,6 +54,39 @@ impl PostgresMigrations {
         let transaction = self.connection.client.transaction().await?;
         transaction.execute("select pg_advisory_xact_lock($1)", &[&MIGRATION_LOCK]).await?;
         Ok(transaction)
+    }
+
+    /// Adds what to do about missing rights, which only an administrator can mend.
+    async fn explain(&self, error: tokio_postgres::Error) -> StoreError {
+        let code = error.code().cloned();
+        let text = describe(&error);
+        let missing_right = code == Some(SqlState::INSUFFICIENT_PRIVILEGE);
+        if !missing_right && code != Some(SqlState::INVALID_SCHEMA_NAME) {
+            return store_error(error);
+        }
+        // What has failed is rolled back by now, so that the session can be asked.
+        let names = self.connection.client.query_one(NAMES, &[]).await;
+        let name = |column: usize| -> String {
+            let found = names.as_ref().ok().and_then(|row| row.try_get(column).ok());
+            found.unwrap_or_else(|| "NAME".to_owned())
+        };
+        let (user, database, schema) = (name(0), name(1), name(2));
+        StoreError::Failed(if !missing_right {
+            format!(
+                "{text}: create the schema that search_path names, with `create schema NAME authorization {user}`"
+            )
+        } else if text.contains(" schema ") {
+            format!(
+                "{text}: the user {user} may not make tables there, which PostgreSQL 15 and later leave to the \
+                 database's owner; as an administrator, run `grant usage, create on schema {schema} to {user}` in the \
+                 database {database}, or `alter database {database} owner to {user}`"
+            )
+        } else {
+            format!(
+                "{text}: PiSync's tables must belong to the user that it connects as, which is {user}; connect as \
+                 their owner, or give them to {user} with `alter table … owner to {user}` as an administrator"
+            )
+        })
     }
 
     async fn try_apply(
@@ -82,7 +122,10 @@ impl PostgresMigrations {
 #[async_trait]
 impl MigrationDatabase for PostgresMigrations {
     async fn contents(&mut self) -> Result<Contents, StoreError> {
-        contents(&self.connection.client).await.map_err(store_error)
+        match contents(&self.connection.client).await {
+            Ok(contents) => Ok(contents),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     async fn apply(
@@ -91,11 +134,17 @@ impl MigrationDatabase for PostgresMigrations {
         batch: i64,
         now: Timestamp,
     ) -> Result<bool, StoreError> {
-        self.try_apply(migration, batch, now).await.map_err(store_error)
+        match self.try_apply(migration, batch, now).await {
+            Ok(applied) => Ok(applied),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError> {
-        self.try_revert(migration).await.map_err(store_error)
+        match self.try_revert(migration).await {
+            Ok(reverted) => Ok(reverted),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 }
 
@@ -188,26 +237,38 @@ async fn is_applied(
     transaction.query_one(EXISTS, &[&name]).await?.try_get(0)
 }
 
-/// Creates the database that `target` names, from the server's maintenance database; false when it
-/// was there already.
+/// Creates the database that `target` names, from one that every server has; false when it was there
+/// already, and can be used.
 pub(crate) async fn create_database(target: &PostgresTarget) -> Result<bool, StoreError> {
     let connector = Connector::new(target)?;
+    if connector.database_exists().await? {
+        return Ok(false);
+    }
     let name = target.config.get_dbname().unwrap_or("pisync");
-    let maintenance = connector.with_database("postgres").connect().await.map_err(|error| {
-        StoreError::Unavailable(format!(
-            "cannot open the maintenance database \"postgres\": {error}"
-        ))
-    })?;
+    let maintenance = match connector.with_database("postgres").connect().await {
+        Ok(maintenance) => maintenance,
+        // It is there by default, but may have been dropped.
+        Err(error) => connector.with_database("template1").connect().await.map_err(|_| {
+            StoreError::Unavailable(format!(
+                "the database {name} does not exist, and the database postgres, from which it would be created, \
+                 cannot be opened: {error}"
+            ))
+        })?,
+    };
     let quoted = format!("\"{}\"", name.replace('"', "\"\""));
-    let created = maintenance
-        .client
-        .batch_execute(&format!("create database {quoted} encoding 'UTF8' template template0"))
-        .await;
+    let create = format!("create database {quoted} encoding 'UTF8' template template0");
+    let mut created = maintenance.client.batch_execute(&create).await;
+    if matches!(&created, Err(error) if error.code() == Some(&SqlState::INVALID_PARAMETER_VALUE)) {
+        // The server's locale is bound to another encoding. What PiSync sorts, it sorts byte by byte.
+        let create = format!("{create} lc_collate 'C' lc_ctype 'C'");
+        created = maintenance.client.batch_execute(&create).await;
+    }
     match created {
         Ok(()) => Ok(true),
         Err(error) if error.code() == Some(&SqlState::DUPLICATE_DATABASE) => Ok(false),
         Err(error) => Err(StoreError::Failed(format!(
-            "cannot create the database {name}: {}; create it as a PostgreSQL administrator, or grant this user CREATEDB",
+            "cannot create the database {name}: {}; as a PostgreSQL administrator, grant this user CREATEDB, or run \
+             `create database {quoted} owner USER encoding 'UTF8' template template0`",
             describe(&error)
         ))),
     }

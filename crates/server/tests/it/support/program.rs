@@ -112,11 +112,14 @@ impl Program {
     }
 
     fn start_reading(&self, arguments: &[&str], input: Stdio) -> Running {
+        let entrance = self.entrance.iter().map(String::as_str);
         let program = self.binary.as_deref().unwrap_or(env!("CARGO_BIN_EXE_pisync"));
-        let mut words = self.entrance.iter().map(String::as_str).chain([program]);
-        let mut child = Command::new(words.next().unwrap_or(program))
+        self.spawn(entrance.chain([program]).chain(arguments.iter().copied()), input)
+    }
+
+    fn spawn<'a>(&self, mut words: impl Iterator<Item = &'a str>, input: Stdio) -> Running {
+        let mut child = Command::new(words.next().unwrap_or_default())
             .args(words)
-            .args(arguments)
             .current_dir(self.folder.path())
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
@@ -134,6 +137,11 @@ impl Program {
     /// Runs a command that ends by itself.
     pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
         self.start(arguments).wait()
+    }
+
+    /// Runs a line in a shell, as somebody does who has copied it.
+    pub(crate) fn shell(&self, line: &str) -> Ended {
+        self.spawn(["sh", "-c", line].into_iter(), Stdio::null()).wait()
     }
 
     /// Runs a command that reads a file of the working directory as its standard input.
