@@ -28,7 +28,9 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, Row, error::SqlState};
 
 use super::{
-    connect::{Backend, Connection, Connector, describe, is_connection_lost, store_error},
+    connect::{
+        Backend, Connection, Connector, describe, is_connection_lost, is_raised, store_error,
+    },
     expiry::{self, Horizon},
     imports, partitions, roll_ups,
     statements::{DeviceColumns, EventColumns, JobColumns, KeptEvents, Statements, recount, store},
@@ -510,7 +512,7 @@ impl PostgresEventWriter {
 
     /// Draws from what PostgreSQL says of a batch how to write it; tells how often that is worth trying.
     fn heed(&mut self, error: &Error) -> u32 {
-        let Some(code) = error.code() else { return 0 };
+        let Some(code) = error.code().filter(|_| !is_raised(error)) else { return 0 };
         self.disk_full = *code == SqlState::DISK_FULL;
         if *code == SqlState::T_R_DEADLOCK_DETECTED || *code == SqlState::T_R_SERIALIZATION_FAILURE
         {
