@@ -13,5 +13,4 @@ pub(crate) mod retention;
 mod roll_ups;
 mod sent_off;
 pub(crate) mod streaks;
-mod streaks;
 mod triggers;

@@ -1,11 +1,10 @@
 //! Jobs whose last event has a date that cannot be, from a time when a clock was wrong: maintenance finds their dates
 //! and streaks again among the other events that are still kept.
 
-use deadpool_postgres::Object;
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, error::SqlState};
 
-use super::statements::unanswered_failures;
+use super::{connect::Object, statements::unanswered_failures};
 
 /// How often a device that met a deadlock is tried again.
 const RETRIES: u32 = 5;

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::{Object, Transaction};
+use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
 use tokio_postgres::{Client, Error};
 
+use super::connect::Object;
 use crate::store::trusted_time::{AGREEMENT_MILLISECONDS, TrustedTime, WITNESSES, Witnesses};
 
 /// Moves the time on by which to delete, and answers it.
