@@ -263,7 +263,7 @@ impl Connector {
     async fn connect_to(&self, place: &Place) -> Result<Connection, NoSession> {
         let mut reason = None;
         for address in place.addresses(self.timeout).await? {
-            match self.connect_at(place, address).await {
+            match Box::pin(self.connect_at(place, address)).await {
                 Ok(connection) => return Ok(connection),
                 Err(other) => reason = Some(other),
             }
@@ -328,7 +328,8 @@ impl Connector {
         &self,
         config: &tokio_postgres::Config,
     ) -> Result<(Connection, State), NoSession> {
-        self.in_time(async {
+        // The driver's own future is large, and would make every caller's so.
+        self.in_time(Box::pin(async {
             let (client, connection) = config.connect(self.tls.clone()).await?;
             let driver = tokio::spawn(async move {
                 if let Err(error) = connection.await {
@@ -338,7 +339,7 @@ impl Connector {
             let connection = Connection { client, driver: Driver(Some(driver)) };
             let state = State::of(&connection.client).await?;
             Ok((connection, state))
-        })
+        }))
         .await
     }
 
