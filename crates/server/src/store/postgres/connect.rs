@@ -219,7 +219,7 @@ impl Connector {
 
     /// A connection outside the pool, to the first host that gives one.
     pub(super) async fn connect(&self) -> Result<Connection, StoreError> {
-        self.try_hosts().await.map_err(|failures| failures.into())
+        self.try_hosts().await.map_err(StoreError::from)
     }
 
     /// Whether there is the database, and it can be used.
