@@ -120,6 +120,7 @@ async fn an_import_that_is_ended_goes_on_and_nohup_keeps_it_going() {
         let text = whole.clone();
         // More is to come, for all that the import knows.
         let (end, ended) = std::sync::mpsc::channel::<()>();
+        #[expect(clippy::disallowed_methods, reason = "it ends with the test")]
         let writing = std::thread::spawn(move || {
             // Nobody reads on when the import has ended.
             let _ = writer.write_all(text.as_bytes());
