@@ -1,6 +1,7 @@
 -- What a fleet posts: 5,000 devices, one report in ten with errors, each dated when it is sent, but for one in
 -- twenty that was kept back for up to an hour. LATE is that share (0.05; 1: every report is late, so that nothing
--- arrives in order). With EVENT_IDS set, each report has an event_id of its own.
+-- arrives in order). With SCRAMBLED set, milliseconds are random: what a device reports within a second arrives in
+-- any order. With EVENT_IDS set, each report has an event_id of its own.
 local ffi = require("ffi")
 ffi.cdef [[
    typedef struct { long sec; long usec; } pisync_time;
@@ -11,6 +12,7 @@ local clock = ffi.new("pisync_time")
 local heads, tails = {}, {}
 local event_ids = (os.getenv("EVENT_IDS") or "") ~= ""
 local late = tonumber(os.getenv("LATE") or 0.05)
+local scrambled = (os.getenv("SCRAMBLED") or "") ~= ""
 -- Stands where each request gets its own text, which is as long.
 local MARK = '"timestamp":"2026-01-01T00:00:00.000Z"'
 if event_ids then MARK = MARK .. ',"event_id":"00000000000000"' end
@@ -52,7 +54,9 @@ function request()
    ffi.C.gettimeofday(clock, nil)
    local sent = tonumber(clock.sec)
    if late > 0 and math.random() < late then sent = sent - math.random(3600) end
-   local stamp = text_of(sent) .. string.format('%03dZ"', tonumber(clock.usec) / 1000)
+   local millisecond = tonumber(clock.usec) / 1000
+   if scrambled then millisecond = math.random(0, 999) end
+   local stamp = text_of(sent) .. string.format('%03dZ"', millisecond)
    if event_ids then stamp = stamp .. string.format(',"event_id":"%06d%08d"', run, number) end
    return heads[body] .. stamp .. tails[body]
 end

@@ -155,6 +155,11 @@ impl JobFigures {
             // A newer success ends the old streak, unless a failure that came earlier may stand after it.
             // Of two successes of one instant either may be the last, which matters if there are failures.
             let is_newer = batch.last_success > self.last_success;
+            // The old streak's only failure is dated after the new success: it is the first one of the new streak.
+            if is_newer && self.consecutive_failures == 1 && self.last_failure > batch.last_success
+            {
+                return Some(1 + batch.consecutive_failures);
+            }
             let is_known = self.last_failure < batch.last_success
                 && (is_newer || batch.last_failure < batch.last_success);
             return is_known.then_some(batch.consecutive_failures);

@@ -83,7 +83,7 @@ pub enum Receipt {
 pub enum IngestError {
     /// The queue is full.
     Overloaded,
-    /// The database is away, or the server is shutting down. When the connection was lost during a
+    /// The database is away or gave the transaction up, or the server is shutting down. When the connection was lost during a
     /// commit and could not be had back in time, the event may be stored all the same.
     Unavailable,
     /// The database refused this event, or something else is wrong; the text is for the log.
@@ -155,16 +155,18 @@ impl Waiter {
         }
     }
 
-    /// Answers with the next of `receipts`. Whoever waited may have gone away meanwhile.
+    /// Answers with the next of `receipts`, of which there is one for each event. Whoever waited may have gone
+    /// away meanwhile.
     fn answer(self, mut receipts: impl Iterator<Item = Receipt>) {
+        let missing = || IngestError::Failed("a mistake in PiSync: an event has no receipt".into());
         match self {
             Self::One { reply, .. } => {
-                if let Some(receipt) = receipts.next() {
-                    let _ = reply.send(Ok(receipt));
-                }
+                let _ = reply.send(receipts.next().ok_or_else(missing));
             }
             Self::Many { count, reply, .. } => {
-                let _ = reply.send(Ok(receipts.take(count).collect()));
+                let receipts: Vec<_> = receipts.take(count).collect();
+                let is_complete = receipts.len() == count;
+                let _ = reply.send(if is_complete { Ok(receipts) } else { Err(missing()) });
             }
         }
     }
@@ -552,7 +554,10 @@ impl IngestTask {
             match written {
                 Some(written) => {
                     self.came_back();
-                    self.answer(sent, written);
+                    match written.check(&sent.batch) {
+                        Ok(written) => self.answer(sent, written),
+                        Err(error) => refuse(sent.waiters, &error),
+                    }
                 }
                 None => unknown.push(sent),
             }
@@ -608,15 +613,15 @@ impl IngestTask {
                 parts.push(half(first, part.waiters));
                 continue;
             }
-            let answer = match &error {
-                StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) => {
-                    IngestError::Unavailable
-                }
-                _ => IngestError::Failed(error.to_string()),
-            };
-            for waiter in part.waiters {
-                waiter.refuse(answer.clone());
+            if let StoreError::Transient(why) = &error {
+                // The others go on. Whether it is the same again and again, only the log can show.
+                tracing::warn!(
+                    error = why,
+                    events = part.batch.events.len(),
+                    "the database gave a batch up; its events are answered 503"
+                );
             }
+            refuse(part.waiters, &error);
         }
         Ok(())
     }
@@ -643,7 +648,7 @@ impl IngestTask {
             Ok(_) => self.came_back(),
             Err(_) => {}
         }
-        result
+        result?.check(batch)
     }
 
     fn went_away(&mut self, why: &str) {
@@ -712,6 +717,21 @@ impl IngestTask {
                 );
             }
         }
+    }
+}
+
+/// Tells those who wait that their events are not stored, or not known to be.
+fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
+    let answer = match error {
+        StoreError::Unavailable(_) | StoreError::Transient(_) | StoreError::OutcomeUnknown(_) => {
+            IngestError::Unavailable
+        }
+        StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
+            IngestError::Failed(error.to_string())
+        }
+    };
+    for waiter in waiters {
+        waiter.refuse(answer.clone());
     }
 }
 

@@ -312,7 +312,9 @@ impl From<Vec<Violation>> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
+            StoreError::Unavailable(_)
+            | StoreError::Transient(_)
+            | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
             StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
                 Self::Internal(error.to_string())
             }

@@ -388,9 +388,11 @@ async fn write(writer: &mut dyn EventWriter, batch: &Arc<Batch>) -> Result<Writt
     let started = Instant::now();
     loop {
         match writer.write(batch).await {
-            Err(StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_))
-                if started.elapsed() < PATIENCE =>
-            {
+            Err(
+                StoreError::Unavailable(_)
+                | StoreError::Transient(_)
+                | StoreError::OutcomeUnknown(_),
+            ) if started.elapsed() < PATIENCE => {
                 tokio::time::sleep(RETRY).await;
             }
             result => return result,

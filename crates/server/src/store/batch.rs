@@ -1,18 +1,20 @@
 //! A batch of events on its way into a store, and what came of it.
 
-use std::{borrow::Cow, collections::HashMap};
+use std::{borrow::Cow, collections::HashMap, time::Instant};
 
 use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
 };
 
-use super::{ImportProgress, StoredEvent};
+use super::{ImportProgress, StoreError, StoredEvent};
 
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
 pub struct Batch {
     /// Now: when the server received the events that have no receipt of their own.
     pub received: Timestamp,
+    /// When `received` was now, by a clock that nobody sets. It tells how long the batch has waited.
+    pub stamped: Instant,
     /// At least one.
     pub events: Vec<SyncEvent>,
     /// When each event was received, their `created_at`; empty when all of them arrive now.
@@ -22,8 +24,9 @@ pub struct Batch {
     pub progress: Option<ImportProgress>,
 }
 
-/// What became of a batch that was committed.
-#[derive(Debug, Default)]
+/// What became of a batch that was committed. It has no default: one without ids would answer for events that
+/// nobody stored.
+#[derive(Debug)]
 pub struct Written {
     /// The events' ids, in the batch's order; of a duplicate, the first event's.
     pub ids: Vec<i64>,
@@ -45,6 +48,35 @@ pub struct News {
 }
 
 impl Written {
+    /// All events of a batch were stored, under these ids.
+    #[must_use]
+    pub fn new(ids: Vec<i64>) -> Self {
+        Self { ids, duplicates: Vec::new(), new_devices: Vec::new(), streaks: Vec::new() }
+    }
+
+    /// Fails unless it answers for each event of `batch`, and for none twice.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`], which says what is wrong.
+    pub fn check(self, batch: &Batch) -> Result<Self, StoreError> {
+        let (events, ids) = (batch.events.len(), self.ids.len());
+        if ids != events {
+            return Err(StoreError::Failed(format!(
+                "a mistake in PiSync: the store answered for {ids} of {events} events"
+            )));
+        }
+        let positions = || self.duplicates.iter().map(|duplicate| duplicate.position);
+        if !positions().is_sorted_by(|left, right| left < right)
+            || positions().max() >= Some(events)
+        {
+            return Err(StoreError::Failed(format!(
+                "a mistake in PiSync: of {events} events, the store takes these for duplicates: {:?}",
+                positions().collect::<Vec<_>>()
+            )));
+        }
+        Ok(self)
+    }
+
     /// Whether the event at this position of the batch was not stored.
     #[must_use]
     pub fn is_duplicate(&self, position: usize) -> bool {
@@ -129,7 +161,7 @@ impl Batch {
     /// Events that arrive at `received`.
     #[must_use]
     pub fn new(received: Timestamp, events: Vec<SyncEvent>) -> Self {
-        Self { received, events, receipts: Vec::new(), progress: None }
+        Self { received, stamped: Instant::now(), events, receipts: Vec::new(), progress: None }
     }
 
     /// When the event at `position` was received.

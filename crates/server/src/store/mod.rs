@@ -50,6 +50,10 @@ pub enum StoreError {
     /// The database is away, busy or full: nothing was changed, and trying again later may work.
     #[error("the database is unavailable: {0}")]
     Unavailable(String),
+    /// The database is there and gave this transaction up for a passing reason, such as a deadlock, a cancelled
+    /// statement or a lock that others hold. Nothing was changed, and trying again may work at once.
+    #[error("the database gave the transaction up: {0}")]
+    Transient(String),
     /// The connection died while a transaction was being committed, so it may or may not have been.
     /// Writing the same batch again finds out first.
     #[error("the connection was lost during a commit: {0}")]

@@ -33,6 +33,10 @@ struct Told {
     /// Of those that are sent off, the ones that come to nothing.
     fails: Vec<Numbers>,
     is_away: bool,
+    /// Whether it answers for no event, which no store may do.
+    answers_for_none: bool,
+    /// Whether it gives up what it is to write, for a passing reason.
+    gives_up: bool,
     under_way: VecDeque<Arc<Batch>>,
 }
 
@@ -48,9 +52,12 @@ fn numbers(batch: &Batch) -> Numbers {
     batch.events.iter().map(|event| event.total_files_synced).collect()
 }
 
-fn written(batch: &Batch) -> Written {
+fn written(batch: &Batch, told: &Told) -> Written {
+    if told.answers_for_none {
+        return Written::new(Vec::new());
+    }
     let ids = batch.events.iter().map(|event| i64::from(event.total_files_synced));
-    Written { ids: ids.collect(), ..Written::default() }
+    Written::new(ids.collect())
 }
 
 impl Obedient {
@@ -69,7 +76,11 @@ impl EventWriter for Obedient {
         let mut told = self.told();
         assert!(told.under_way.is_empty(), "{told:?}");
         told.calls.push(("write", numbers(batch)));
-        if told.is_away { Err(StoreError::Unavailable("away".into())) } else { Ok(written(batch)) }
+        match &*told {
+            Told { is_away: true, .. } => Err(StoreError::Unavailable("away".into())),
+            Told { gives_up: true, .. } => Err(StoreError::Transient("cancelled".into())),
+            told => Ok(written(batch, told)),
+        }
     }
 
     fn send(&mut self, batch: &Arc<Batch>) -> bool {
@@ -86,7 +97,7 @@ impl EventWriter for Obedient {
         self.ends.acquire().await.unwrap().forget();
         let mut told = self.told();
         let batch = told.under_way.pop_front().unwrap();
-        (!told.fails.contains(&numbers(&batch))).then(|| written(&batch))
+        (!told.fails.contains(&numbers(&batch))).then(|| written(&batch, &told))
     }
 
     async fn probe(&mut self) -> Result<(), StoreError> {
@@ -229,4 +240,40 @@ async fn when_the_store_goes_away_nobody_waits_for_the_second_batch() {
     let back = running.submit(5).await;
     running.end_one().await;
     assert_eq!(stored(back).await, 5);
+}
+
+/// A store's mistake must not become a 200 without results, or an answer that never comes.
+#[tokio::test]
+async fn a_store_that_does_not_answer_for_each_event_has_stored_none() {
+    let running = Running::start();
+    running.store.told().answers_for_none = true;
+    let failed = async |waiting: JoinHandle<Result<Receipt, IngestError>>| {
+        let error = waiting.await.unwrap().unwrap_err();
+        assert!(matches!(error, IngestError::Failed(_)), "{error:?}");
+    };
+    let sent_off = running.submit(1).await;
+    running.end_one().await;
+    failed(sent_off).await;
+    running.store.told().takes = false;
+    failed(running.submit(2).await).await;
+    let mut room = running.ingest.room();
+    let events: Vec<_> = (3..6).map(|second| success("pi", at(second))).collect();
+    events.iter().for_each(|event| room.take(event).unwrap());
+    let many = running.ingest.submit_many(events, room).await;
+    assert!(matches!(many, Err(IngestError::Failed(_))), "{many:?}");
+
+    running.store.told().answers_for_none = false;
+    assert_eq!(stored(running.submit(6).await).await, 6);
+}
+
+/// A deadlock, or a statement that somebody cancelled: the database is there, and the next batch is stored.
+#[tokio::test]
+async fn a_batch_that_the_database_gave_up_is_refused_alone() {
+    let running = Running::start();
+    running.store.told().takes = false;
+    running.store.told().gives_up = true;
+    unavailable(running.submit(1).await).await;
+    assert!(running.ingest.is_available());
+    running.store.told().gives_up = false;
+    assert_eq!(stored(running.submit(2).await).await, 2);
 }

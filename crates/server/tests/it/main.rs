@@ -35,6 +35,7 @@ mod keys;
 mod kill_soak;
 mod migrations;
 mod node_wire;
+mod postgres_outcomes;
 mod postgres_rights;
 mod postgres_sessions;
 mod repeated_failures;

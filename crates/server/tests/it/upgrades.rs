@@ -194,6 +194,14 @@ const VERSIONS: &[Version] = &[
         count: "(select count(*) from trusted_time)",
         rows: 1,
     },
+    Version {
+        name: "2026-11-25-12-streaks-in-one-statement",
+        // A function, which has no rows.
+        sqlite: "",
+        postgres: "",
+        count: "(select 1)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

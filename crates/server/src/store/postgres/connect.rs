@@ -1,29 +1,32 @@
-//! Connecting: which host is asked, for how long, and what PostgreSQL's errors mean to us.
+//! Connecting: which host is asked, and for how long.
 //!
 //! The writer, the pool and every command get their sessions here, so that each session is looked at before
 //! anything is sent on it (see `session`). A host that is silent never keeps the others from being tried.
 
 use std::{
-    error::Error,
     fmt,
+    future::poll_fn,
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use deadpool::managed;
 use deadpool_postgres::{ClientWrapper, Metrics, Runtime, Timeouts};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_postgres::{
-    Client,
+    AsyncMessage, Client,
     config::{Host, SslMode as WireSslMode, TargetSessionAttrs},
     error::SqlState,
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
+    durability,
+    errors::{WriteError, describe},
     session::{self, State},
     tls,
 };
@@ -118,6 +121,8 @@ pub(super) struct Sessions(Connector);
 pub(super) struct Connection {
     pub(super) client: Client,
     driver: Driver,
+    /// Whether PostgreSQL has warned of a commit that may not be replicated.
+    unreplicated: Arc<AtomicBool>,
 }
 
 /// The task that carries a connection's messages; it ends with its owner.
@@ -132,6 +137,15 @@ impl Drop for Driver {
 }
 
 impl Connection {
+    /// Fails when a commit in this session may not be replicated, although PostgreSQL has answered that it was
+    /// carried out. The warning comes before the answer.
+    pub(super) fn check_replicated(&self) -> Result<(), WriteError> {
+        if self.unreplicated.load(Ordering::Acquire) {
+            return Err(WriteError::Unreplicated);
+        }
+        Ok(())
+    }
+
     /// Ends it: whoever still waits for an answer hears that the connection is closed.
     pub(super) fn close(&self) {
         if let Some(task) = &self.driver.0 {
@@ -162,6 +176,14 @@ impl Backend {
             "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()";
         let row = client.query_one(SELECT, &[]).await?;
         Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)? })
+    }
+
+    /// Tells it to end, through the session of another, and does not wait until it has.
+    pub(super) async fn tell_to_end(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
+        const END: &str = "
+            select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2
+        ";
+        client.query_opt(END, &[&self.pid, &self.started]).await.map(drop)
     }
 
     /// Ends it, through the session of another, so that nothing that it was sent takes effect any more; false
@@ -263,6 +285,7 @@ impl Connector {
     async fn connect_to(&self, place: &Place) -> Result<Connection, NoSession> {
         let mut reason = None;
         for address in place.addresses(self.timeout).await? {
+            // On the heap: it is large, and part of every call that may need a connection.
             match Box::pin(self.connect_at(place, address)).await {
                 Ok(connection) => return Ok(connection),
                 Err(other) => reason = Some(other),
@@ -299,6 +322,7 @@ impl Connector {
         if self.needs_utf8 {
             state.check_encoding()?;
         }
+        self.in_time(async { Ok(durability::secure(&connection.client).await?) }).await?;
         Ok(connection)
     }
 
@@ -331,12 +355,9 @@ impl Connector {
         // The driver's own future is large, and would make every caller's so.
         self.in_time(Box::pin(async {
             let (client, connection) = config.connect(self.tls.clone()).await?;
-            let driver = tokio::spawn(async move {
-                if let Err(error) = connection.await {
-                    tracing::debug!(error = describe(&error), "database connection ended");
-                }
-            });
-            let connection = Connection { client, driver: Driver(Some(driver)) };
+            let unreplicated = Arc::new(AtomicBool::new(false));
+            let driver = tokio::spawn(drive(connection, Arc::clone(&unreplicated)));
+            let connection = Connection { client, driver: Driver(Some(driver)), unreplicated };
             let state = State::of(&connection.client).await?;
             Ok((connection, state))
         }))
@@ -476,7 +497,7 @@ impl managed::Manager for Sessions {
     type Error = StoreError;
 
     async fn create(&self) -> Result<ClientWrapper, StoreError> {
-        let Connection { client, mut driver } = self.0.connect().await?;
+        let Connection { client, mut driver, .. } = self.0.connect().await?;
         let task = driver.0.take().ok_or(StoreError::Stopped)?;
         Ok(ClientWrapper::new(client, task))
     }
@@ -493,68 +514,24 @@ impl managed::Manager for Sessions {
     }
 }
 
-/// An error with all its causes, in one line; the driver's own text leaves out what matters.
-pub(super) fn describe(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text.push_str(": ");
-            text.push_str(&inner_text);
+/// Carries a connection's messages until it ends, and notes a commit that may not be replicated.
+async fn drive<S, T>(
+    mut connection: tokio_postgres::Connection<S, T>,
+    unreplicated: Arc<AtomicBool>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
+        match message {
+            Ok(AsyncMessage::Notice(notice)) if durability::is_unreplicated(&notice) => {
+                unreplicated.store(true, Ordering::Release);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(error = describe(&error), "database connection ended");
+                return;
+            }
         }
-        cause = inner.source();
     }
-    // PostgreSQL's details and hints are lines of their own.
-    text.replace('\n', "; ")
-}
-
-/// Sorts PostgreSQL's errors by what can be done about them.
-#[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
-pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
-    let text = describe(&error);
-    let Some(code) = error.code() else {
-        // No answer from the server: the connection is gone, or the driver could not encode a value.
-        return if error.is_closed() || is_io(&error) {
-            StoreError::Unavailable(text)
-        } else {
-            StoreError::Failed(text)
-        };
-    };
-    if is_raised(&error) {
-        return StoreError::Rejected(text);
-    }
-    match code.code().get(..2) {
-        // Data exceptions and constraints.
-        Some("22" | "23") => StoreError::Rejected(text),
-        // Connection trouble, rollbacks such as deadlocks, lack of resources (disk, memory,
-        // connections), interventions (shutdown, cancelled, statement time-out), system errors.
-        Some("08" | "40" | "53" | "55" | "57" | "58") => StoreError::Unavailable(text),
-        // A server that has become a standby.
-        _ if *code == SqlState::READ_ONLY_SQL_TRANSACTION => StoreError::Unavailable(text),
-        // Inside a function of the owner's, which fails for this data and perhaps not for other.
-        _ if error.as_db_error().is_some_and(|error| error.where_().is_some()) => {
-            StoreError::Rejected(text)
-        }
-        _ => StoreError::Failed(text),
-    }
-}
-
-/// Whether a rule of the database's owner has said no with `raise`, such as a trigger. It may do so under any code,
-/// which then says nothing about the database. The name is that of PostgreSQL's own function for it.
-pub(super) fn is_raised(error: &tokio_postgres::Error) -> bool {
-    error.as_db_error().is_some_and(|error| error.routine() == Some("exec_stmt_raise"))
-}
-
-/// Whether the connection is no longer of use.
-pub(super) fn is_connection_lost(error: &tokio_postgres::Error) -> bool {
-    if is_raised(error) {
-        return false;
-    }
-    let class = error.code().and_then(|code| code.code().get(..2));
-    error.is_closed() || is_io(error) || matches!(class, Some("08" | "57"))
-}
-
-fn is_io(error: &tokio_postgres::Error) -> bool {
-    error.source().is_some_and(<dyn Error>::is::<std::io::Error>)
 }

@@ -17,7 +17,8 @@ use tokio_postgres::{
 };
 
 use super::{
-    connect::{Connection, Connector, is_connection_lost, store_error},
+    connect::{Connection, Connector},
+    errors::{is_connection_lost, store_error},
     partitions::{self, Partition},
     roll_ups,
     trusted_time::database_time,

@@ -4,7 +4,10 @@ use async_trait::async_trait;
 use pisync_core::Timestamp;
 use tokio_postgres::{GenericClient, Transaction, error::SqlState};
 
-use super::connect::{Connection, Connector, describe, store_error};
+use super::{
+    connect::{Connection, Connector},
+    errors::{describe, store_error},
+};
 use crate::store::{
     PostgresTarget, StoreError,
     migrations::{Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Ours, Source},

@@ -5,6 +5,8 @@ mod changes;
 mod connect;
 pub(super) mod copy;
 mod dump;
+mod durability;
+mod errors;
 mod expiry;
 mod history;
 mod imports;
@@ -18,6 +20,7 @@ mod session;
 mod statements;
 mod take_over;
 mod tls;
+mod transactions;
 mod trusted_time;
 mod verify;
 mod writer;
@@ -37,7 +40,8 @@ pub(super) use migrations::{PostgresMigrations, create_database};
 pub(super) use take_over::PostgresTakeOver;
 
 use self::{
-    connect::{Connector, Object, Pool, store_error},
+    connect::{Connector, Object, Pool},
+    errors::{describe, store_error},
     writer::PostgresEventWriter,
 };
 use super::{
@@ -85,7 +89,7 @@ impl PostgresStore {
     async fn connection(&self) -> Result<Object, StoreError> {
         self.pool.get().await.map_err(|error| match error {
             PoolError::Backend(error) => error,
-            other => StoreError::Unavailable(connect::describe(&other)),
+            other => StoreError::Unavailable(describe(&other)),
         })
     }
 
@@ -134,7 +138,7 @@ impl Store for PostgresStore {
         &self,
         _news: mpsc::UnboundedSender<News>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
-        Ok(self.event_writer())
+        Ok(Box::new(PostgresEventWriter::new(self.connector.clone()).ready().await?))
     }
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {

@@ -4,7 +4,7 @@ use jiff::{ToSpan, civil::Date, tz::TimeZone};
 use pisync_core::Timestamp;
 use tokio_postgres::Client;
 
-use super::connect::store_error;
+use super::errors::store_error;
 use crate::store::StoreError;
 
 /// Months beyond the present one to have ready: a server that nobody looks after for two months still

@@ -16,10 +16,21 @@ use super::{
 };
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
-/// Events received longer ago than this are final. A batch is given up after 10 s, and one whose
-/// commit is uncertain after 25 s altogether; the rest is for nodes whose clocks disagree a little. What
-/// a slower clock or an import has stamped, its writer folds (see [`may_be_passed`]).
+/// Events received longer ago than this are final, once the transactions that began before are over: a batch's
+/// transaction begins within 55 s of its stamp (see `writer::LONGEST_WAIT`), and the rest is for servers whose clocks
+/// disagree a little. What has waited for longer, or what a slower clock or an import has stamped, its writer
+/// folds (see [`may_be_passed`]).
 const FINAL_AFTER_MILLISECONDS: i64 = 60_000;
+
+/// When the oldest transaction began that may still store events. It has written something, or it waits for a lock
+/// before it can; readers and dumps do neither. One that waits for a standby is visible to nobody yet, however
+/// long ago it was committed here. Other roles' transactions show only to `pg_read_all_stats`.
+const OLDEST_WRITE: &str = "
+    select min(xact_start)
+      from pg_stat_activity
+     where backend_type = 'client backend' and datname = current_database() and pid <> pg_backend_pid()
+       and (backend_xid is not null or wait_event_type = 'Lock')
+";
 
 /// A batch that is received less than this after what a writer knows to be folded may be passed before it
 /// is committed. Clocks that agree are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it; the rest is for
@@ -165,12 +176,16 @@ pub(super) async fn fold(
 ) -> Result<bool, Error> {
     const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const OLDEST: &str = "select min(created_at) from sync_events";
-    let last = final_until(now);
     let transaction = connection.transaction().await?;
     transaction.batch_execute(STEP_TIMEOUT).await?;
     if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
         return Ok(false);
     }
+    // Before the events are looked at, which is in later snapshots: whoever ends in between is seen there.
+    let oldest_write = transaction.query_one(OLDEST_WRITE, &[]).await?;
+    let oldest_write =
+        oldest_write.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate);
+    let last = final_until(oldest_write.map_or(now, |oldest| oldest.min(now)));
     let folded = match lock_state(&transaction).await? {
         Some(folded) => Some(folded),
         // The first fold of all begins just before the oldest event.
@@ -245,7 +260,8 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     )
 }
 
-/// Whatever was received until then is committed or given up.
+/// Whatever was received until then is committed or given up, unless a transaction that began before `now` is
+/// still in progress.
 pub(super) fn final_until(now: Timestamp) -> Timestamp {
     now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
 }

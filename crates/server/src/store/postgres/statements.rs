@@ -10,6 +10,7 @@ use pisync_core::{
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::{
+    errors::WriteError,
     history::{EVENT_COLUMNS, stored_event},
     roll_ups::PassedStatements,
 };
@@ -36,8 +37,9 @@ fn upsert_devices_statement() -> String {
     format!("with touched as ({UPSERT_DEVICES}) select device_id from touched where is_new")
 }
 
-/// The upsert of figures. The rule is that of `pisync_core::JobFigures::add`; RECOUNT stands for a streak that
-/// it cannot tell, and FIRST for what must have happened before.
+/// The upsert of figures, of events that are inserted already. The rule is that of `pisync_core::JobFigures::add`.
+/// Where the figures cannot tell a streak, `pisync_streak` counts it, by then under the lock of the job's row; FIRST
+/// stands for what must have happened before. Answers all of the batch's jobs.
 const UPSERT_JOBS: &str = "
     insert into device_jobs as stored (
         device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
@@ -69,9 +71,18 @@ const UPSERT_JOBS: &str = "
                    when excluded.last_success >= coalesce(stored.last_success, '-infinity')
                     and excluded.last_success >= $15 then
                        case
+                           when excluded.last_success > coalesce(stored.last_success, '-infinity')
+                            and stored.last_failure > excluded.last_success
+                            and stored.consecutive_failures = 1 then
+                               1 + excluded.consecutive_failures
                            when stored.last_failure >= excluded.last_success
                              or excluded.last_success = stored.last_success
-                            and excluded.last_failure >= excluded.last_success then RECOUNT
+                            and excluded.last_failure >= excluded.last_success then
+                               pisync_streak(
+                                   stored.device_id, stored.job,
+                                   greatest(stored.last_success, excluded.last_success),
+                                   greatest(stored.last_failure, excluded.last_failure)
+                               )
                            else excluded.consecutive_failures
                        end
                    when excluded.last_failure is null
@@ -81,47 +92,49 @@ const UPSERT_JOBS: &str = "
                    when greatest(excluded.first_sync, $15)
                       > coalesce(stored.last_success, '-infinity') then
                        stored.consecutive_failures + excluded.consecutive_failures
-                   else RECOUNT
+                   else pisync_streak(
+                            stored.device_id, stored.job,
+                            greatest(stored.last_success, excluded.last_success),
+                            greatest(stored.last_failure, excluded.last_failure)
+                        )
                end
     returning device_id, job, consecutive_failures
 ";
 
-/// Answers the jobs that are failing, with -1 for a streak that must be recounted.
+/// Answers the jobs that are failing.
 fn upsert_jobs_statement() -> String {
-    let upsert = UPSERT_JOBS.replace("RECOUNT", "-1").replace("FIRST", "true");
+    let upsert = UPSERT_JOBS.replace("FIRST", "true");
     format!(
         "with upserted as ({upsert})
          select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0"
     )
 }
 
-/// A whole batch, and its commit, in one statement, with or without devices to register and event ids.
-/// Answers the jobs that are failing, and the devices that are new, which have no job. It fails, with a
-/// division by zero, when a streak must be recounted, which takes a later statement. Devices, keys, and
-/// figures come in this order, as they do elsewhere: nodes don't wait for each other in a circle.
+/// A whole batch, and its commit, in a single statement, with or without devices to register and event ids.
+/// Answers the jobs that are failing, and the devices that are new, which have no job. Its parts come in the order
+/// of `transactions`, each when the one before has been carried out for all of its rows.
 fn store_statement(with_devices: bool, with_keys: bool) -> String {
-    const AFTER_DEVICES: &str = "(select count(*) from touched) is not null";
-    const AFTER_KEYS: &str = "(select count(*) from keys) is not null";
-    let recount = "1 / (0 * stored.total_syncs)";
+    let after = |part: &str| format!("(select count(*) from {part}) is not null");
     let mut parts = Vec::new();
     let mut answer =
         "select device_id, job, consecutive_failures from jobs where consecutive_failures <> 0"
             .to_owned();
-    let mut after = "true";
+    let mut first = "true".to_owned();
     if with_devices {
         let upsert = renumbered(UPSERT_DEVICES, JOB_PARAMETERS + EVENT_PARAMETERS);
         parts.push(format!("touched as ({upsert})"));
         answer.push_str(" union all select device_id, null, null from touched where is_new");
-        after = AFTER_DEVICES;
+        first = after("touched");
     }
     if with_keys {
         let insert = insert_keys_statement(KEYS_AMONG_EVENTS.map(|number| number + JOB_PARAMETERS));
-        parts.push(format!("keys as ({insert} and {after} returning id)"));
-        after = AFTER_KEYS;
+        parts.push(format!("keys as ({insert} and {first} returning id)"));
+        first = after("keys");
     }
-    let upsert = UPSERT_JOBS.replace("RECOUNT", recount).replace("FIRST", after);
+    let insert = renumbered(INSERT_EVENTS, JOB_PARAMETERS);
+    parts.push(format!("events as ({insert} where {first} returning id)"));
+    let upsert = UPSERT_JOBS.replace("FIRST", &after("events"));
     parts.push(format!("jobs as ({upsert})"));
-    parts.push(format!("events as ({})", renumbered(INSERT_EVENTS, JOB_PARAMETERS)));
     format!("with {} {answer}", parts.join(", "))
 }
 
@@ -163,7 +176,7 @@ const INSERT_EVENTS: &str = "
 
 /// Counts the stored failures of a job after its last success, by date and then by id, given the name under which
 /// the statement around it knows the job's `device_id`, `job`, `last_success` and `last_failure`. The rule is that of
-/// [`pisync_core::StreakCount::Recount`].
+/// [`pisync_core::StreakCount::Recount`], and the function `pisync_streak` states it for ingest.
 pub(super) fn unanswered_failures(job: &str) -> String {
     format!(
         "select count(*)
@@ -180,17 +193,6 @@ pub(super) fn unanswered_failures(job: &str) -> String {
                        and success.total_errors <= 0
                        and success.timestamp = {job}.last_success
                 ), 0))"
-    )
-}
-
-fn recount_streaks_statement() -> String {
-    format!(
-        "update device_jobs stored
-            set consecutive_failures = ({})
-           from unnest($1::text[], $2::text[]) as batch (device_id, job)
-          where stored.device_id = batch.device_id and stored.job = batch.job
-         returning stored.device_id, stored.job, stored.consecutive_failures",
-        unanswered_failures("stored")
     )
 }
 
@@ -248,7 +250,6 @@ pub(super) struct Statements {
     insert_events: Statement,
     /// By whether there are devices to register, then by whether there are event ids.
     store: [[Statement; 2]; 2],
-    recount_streaks: Statement,
     insert_keys: Statement,
     insert_new_keys: Statement,
     find_keys: Statement,
@@ -270,7 +271,6 @@ impl Statements {
                 [store(true, false).await?, store(true, true).await?],
             ],
             insert_events: client.prepare(INSERT_EVENTS).await?,
-            recount_streaks: client.prepare(&recount_streaks_statement()).await?,
             insert_keys: client.prepare(&insert_keys_statement([1, 2, 3, 4, 5])).await?,
             insert_new_keys: client.prepare(&insert_new_keys_statement()).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,
@@ -289,18 +289,21 @@ impl Statements {
         client: &Client,
         devices: &DeviceColumns<'_>,
         received: jiff::Timestamp,
-    ) -> Result<Vec<DeviceId>, Error> {
+    ) -> Result<Vec<DeviceId>, WriteError> {
         if devices.is_empty() {
             return Ok(Vec::new());
         }
         let rows = client.query(&self.upsert_devices, &devices.parameters(&received)).await?;
-        rows.iter().filter_map(|row| device_of(row).transpose()).collect()
+        rows.iter().map(device_of).collect()
     }
 }
 
-/// The device that a row begins with.
-fn device_of(row: &Row) -> Result<Option<DeviceId>, Error> {
-    Ok(DeviceId::new(row.try_get(0)?).ok())
+/// The device that a row begins with, which is one of the batch's.
+fn device_of(row: &Row) -> Result<DeviceId, WriteError> {
+    let device_id: &str = row.try_get(0)?;
+    DeviceId::new(device_id).map_err(|_| {
+        WriteError::Impossible(format!("PostgreSQL answered with the device {device_id:?}"))
+    })
 }
 
 /// Devices in byte-wise order, a vector per column.
@@ -383,7 +386,7 @@ impl<'a> JobColumns<'a> {
         }
     }
 
-    /// Adds the shares; answers the jobs that are failing, with -1 for a streak to be recounted.
+    /// Adds the shares; answers the jobs that are failing. The events are inserted already.
     pub(super) async fn upsert(
         &self,
         client: &Client,
@@ -427,7 +430,7 @@ pub(super) async fn store(
     statements: &Statements,
     (devices, jobs, events): (&DeviceColumns<'_>, &JobColumns<'_>, &EventColumns<'_>),
     (received, streaks_since): (jiff::Timestamp, jiff::Timestamp),
-) -> Result<(Vec<Row>, Vec<DeviceId>), Error> {
+) -> Result<(Vec<Row>, Vec<DeviceId>), WriteError> {
     let (with_devices, with_keys) = (!devices.is_empty(), !events.event_ids.is_empty());
     let mut parameters = jobs.parameters(&streaks_since).to_vec();
     parameters.extend(events.parameters(&received));
@@ -441,30 +444,10 @@ pub(super) async fn store(
         if row.try_get::<_, Option<&str>>(1)?.is_some() {
             failing.push(row);
         } else {
-            new_devices.extend(device_of(&row)?);
+            new_devices.push(device_of(&row)?);
         }
     }
     Ok((failing, new_devices))
-}
-
-/// Recounts the streaks that the upsert could not tell, given its answer; answers those jobs.
-pub(super) async fn recount(
-    client: &Client,
-    statements: &Statements,
-    failing: &[Row],
-) -> Result<Vec<Row>, Error> {
-    let mut device_ids: Vec<&str> = Vec::new();
-    let mut jobs: Vec<&str> = Vec::new();
-    for row in failing {
-        if row.try_get::<_, i64>(2)? < 0 {
-            device_ids.push(row.try_get(0)?);
-            jobs.push(row.try_get(1)?);
-        }
-    }
-    if device_ids.is_empty() {
-        return Ok(Vec::new());
-    }
-    client.query(&statements.recount_streaks, &[&device_ids, &jobs]).await
 }
 
 /// The events of a batch in the order in which rows are touched, a vector per column.
@@ -514,13 +497,17 @@ impl<'a> EventColumns<'a> {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
     pub(super) async fn insert(
         &self,
         client: &Client,
         statements: &Statements,
         received: jiff::Timestamp,
     ) -> Result<u64, Error> {
-        if self.ids.is_empty() {
+        if self.is_empty() {
             return Ok(0);
         }
         client.execute(&statements.insert_events, &self.parameters(&received)).await
@@ -617,6 +604,21 @@ impl<'a> EventColumns<'a> {
             kept.insert((row.try_get(0)?, row.try_get(1)?), (row.try_get(2)?, event));
         }
         Ok(kept)
+    }
+
+    /// Fails unless all keys were found, which were inserted or there before. One that was there may have been
+    /// forgotten meanwhile: then it is to be inserted once more.
+    pub(super) fn check_found(&self, kept: &KeptEvents) -> Result<(), WriteError> {
+        for (device_id, event_id) in self.device_ids.iter().zip(&self.event_ids) {
+            let Some(event_id) = event_id else { continue };
+            let key = ((*device_id).to_owned(), (*event_id).to_owned());
+            if !kept.contains_key(&key) {
+                return Err(WriteError::Conflict(
+                    "an event id was forgotten while it was looked up",
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Whether the events were stored by an earlier attempt.

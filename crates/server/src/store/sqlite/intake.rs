@@ -735,7 +735,7 @@ impl Desk {
                 return Err(StoreError::Unavailable(why));
             }
         }
-        Ok(Written { ids, duplicates, ..Written::default() })
+        Ok(Written { duplicates, ..Written::new(ids) })
     }
 
     /// Waits while too much is in the journal alone, and refuses while that cannot be brought further.

@@ -316,7 +316,7 @@ impl WriteConnection {
         journaled: Option<&Journaled>,
     ) -> rusqlite::Result<Written> {
         let order = batch.order();
-        let mut written = Written::default();
+        let mut written = Written::new(Vec::with_capacity(batch.events.len()));
         let intake = self.intake.upgrade();
 
         let transaction =

@@ -242,7 +242,7 @@ async fn a_long_read_delays_the_drop_and_nothing_else() {
     reader.batch_execute("begin; select from sync_events").await.unwrap();
     for _ in 0..2 {
         let refused = fixture.store.drop_old_events(at(600), &retention(2)).await;
-        assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
+        assert!(matches!(refused, Err(StoreError::Transient(_))), "{refused:?}");
         let started = Instant::now();
         write(&mut *writer, vec![success("pi", at(1))]).await;
         println!("stored within {:?}", started.elapsed());

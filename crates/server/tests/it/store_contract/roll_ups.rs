@@ -6,9 +6,10 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicI64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use pisync::store::{Batch, FailureQuery, Figures, Window};
+use pisync::store::{Batch, FailureQuery, Figures, Target, Window};
 use pisync_core::{Mbps, SyncEvent, Timestamp};
 use proptest::{
     prelude::*,
@@ -18,7 +19,8 @@ use tokio::{runtime::Handle, sync::Mutex, task::block_in_place};
 
 use crate::support::{
     events::{at, batch_at, device_id, failure, somebody, success, write},
-    store::TestStore,
+    postgres::connect,
+    store::{Fixture, TestDatabase, TestStore, differences},
 };
 
 both_stores!(
@@ -26,6 +28,7 @@ both_stores!(
     everything_is_folded_in_the_end,
     a_database_that_was_filled_before_is_folded,
     what_comes_behind_folding_is_folded_once,
+    a_batch_that_waited_until_folding_passed_it_is_counted,
 );
 
 const HOUR: i64 = 60 * 60;
@@ -309,4 +312,53 @@ async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
         let folded = format!("select sum(total_syncs){cast} from {table}");
         assert_eq!(number(fixture, &folded).await, 2 * WRITERS * BATCHES * 5, "{table}");
     }
+}
+
+/// Attempts that met locks, a database that was away, or a long queue: however late a batch is written, the sums
+/// know of it. The writer looked how far folding had come before the batch was stamped.
+async fn a_batch_that_waited_until_folding_passed_it_is_counted(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    write(&mut *writer, vec![failure("pi", at(0))]).await;
+    fold_everything(fixture, at(120)).await;
+    for (seconds, waited) in [(1, 16), (2, 60), (3, 3600)] {
+        let stamped = Instant::now().checked_sub(Duration::from_secs(waited)).unwrap();
+        let event = failure("pi", at(seconds));
+        let batch = Batch { stamped, ..Batch::new(at(seconds), vec![event]) };
+        writer.write(&Arc::new(batch)).await.unwrap();
+        let found = fixture.store.window_figures(&Window::last_24_hours(at(120))).await.unwrap();
+        assert_eq!(found.total_syncs, seconds + 1, "waited for {waited} s");
+        assert!(differences(&*fixture.store, false).await.is_empty());
+    }
+    assert!(!writer.send(&Arc::new(Batch {
+        stamped: Instant::now().checked_sub(Duration::from_secs(16)).unwrap(),
+        ..Batch::new(at(4), vec![failure("pi", at(4))])
+    })));
+}
+
+/// A transaction that takes longer than folding waits, such as one whose commit waits for a standby.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn folding_waits_for_transactions_that_are_older_than_what_it_folds() {
+    let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
+    let Target::Postgres(target) = fixture.target() else { unreachable!() };
+    let mut slow = connect(&target.config).await;
+    // By the database's clock, which says when transactions began.
+    let now: jiff::Timestamp = slow.query_one("select now()", &[]).await.unwrap().get(0);
+    let now = Timestamp::truncate(now);
+    let after = |seconds: i64| now.saturating_add_milliseconds(seconds * 1000);
+    fixture.store.maintain(now).await.unwrap();
+    let mut writer = fixture.writer();
+    writer.write(&batch_at(after(-3600), vec![failure("pi", after(-3600))])).await.unwrap();
+
+    let transaction = slow.transaction().await.unwrap();
+    let insert = "insert into sync_events (device_id, timestamp, total_files_synced, total_errors, created_at)
+                  values ('pi', $1, 0, 1, $1)";
+    transaction.execute(insert, &[&now.to_jiff()]).await.unwrap();
+    fold_everything(&fixture, after(600)).await;
+    assert_eq!(number(&fixture, "select sum(total_syncs)::bigint from fleet_hours").await, 1);
+    transaction.commit().await.unwrap();
+    assert_eq!(fixture.store.verify_hours().await.unwrap(), []);
+
+    fold_everything(&fixture, after(600)).await;
+    assert_eq!(number(&fixture, "select sum(total_syncs)::bigint from fleet_hours").await, 2);
+    assert_eq!(fixture.store.verify_hours().await.unwrap(), []);
 }

@@ -78,10 +78,21 @@ impl PostgresServer {
         Self::create_inside(settings, &[])
     }
 
+    /// A standby of this server, which follows it from now on.
+    pub(crate) fn standby(&self) -> Self {
+        let follow = format!("follow {}", self.port);
+        Self::make(DEDICATED_SETTINGS, &[], &follow).unwrap_or_else(|problem| panic!("{problem}"))
+    }
+
     fn create_inside(settings: &'static str, entrance: &[String]) -> Result<Self, String> {
+        Self::make(settings, entrance, "create")
+    }
+
+    /// A server whose folder comes from this order.
+    fn make(settings: &'static str, entrance: &[String], order: &str) -> Result<Self, String> {
         let mut watchdog = Watchdog::start(&binaries()?, entrance);
-        if !watchdog.order("create") {
-            return Err(format!("initdb failed:\n{}", watchdog.log()));
+        if !watchdog.order(order) {
+            return Err(format!("`{order}` failed:\n{}", watchdog.log()));
         }
         for _ in 0..PORTS_TO_TRY {
             let port = free_port();
@@ -117,6 +128,12 @@ impl PostgresServer {
     /// Lets a paused server go on.
     pub(crate) fn resume(&self) {
         assert!(self.watchdog().order("resume"));
+    }
+
+    /// The lines of the server's log that are about errors.
+    pub(crate) fn errors(&self) -> Vec<String> {
+        let log = self.watchdog().log();
+        log.lines().filter(|line| line.contains("ERROR:")).map(str::to_owned).collect()
     }
 
     fn watchdog(&self) -> MutexGuard<'_, Watchdog> {

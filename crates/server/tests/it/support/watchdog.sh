@@ -51,6 +51,8 @@ fi
 while read -r order argument settings; do
     case $order in
         create) create ;;
+        follow) run pg_basebackup --pgdata="$folder/data" --host=127.0.0.1 --port="$argument" \
+                    --username=pisync --write-recovery-conf --checkpoint=fast --no-sync ;;
         start) run pg_ctl start -w -t 60 -D "$folder/data" -l "$folder/server.log" \
                    -o "-p $argument -k $folder $settings" ;;
         pause) signal STOP ;;

@@ -10,7 +10,7 @@ use pisync_core::Timestamp;
 use tokio_postgres::{Client, Error, Transaction, error::SqlState};
 
 use super::{
-    connect::{is_connection_lost, store_error},
+    errors::{is_connection_lost, store_error},
     migrations::{PostgresMigrations, contents},
 };
 use crate::store::{

@@ -1,0 +1,2 @@
+-- loses: nothing
+drop function pisync_streak;

@@ -1,0 +1,2 @@
+-- Nothing: SQLite's writer counts streaks between two statements, for nobody else writes meanwhile. The versions of
+-- both stores keep in step.

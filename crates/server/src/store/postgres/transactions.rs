@@ -1,0 +1,249 @@
+//! How a batch is written: as a single statement, which commits by itself, or as one transaction of several.
+//! Called by `writer`, which decides which, and what to do when one fails.
+//!
+//! The order is the same everywhere: devices, keys, events, figures. Servers that lock rows in one order don't wait
+//! for each other in a circle. And a streak that the figures alone cannot tell is counted by the function
+//! `pisync_streak`, which the upsert of figures calls once it has the job's row locked: the function looks at the
+//! tables as they are then, so that it sees what another server has committed meanwhile, and this batch's events.
+//!
+//! A batch with an event that was reported before fails as a single statement. It is then written on the
+//! deduplicating path: first the event ids, then, one by one, what they leave to be stored.
+
+use std::{collections::HashMap, sync::Arc};
+
+use futures_util::future;
+use pisync_core::{DeviceId, Timestamp};
+use tokio_postgres::Row;
+
+use super::{
+    connect::{Backend, Connection},
+    durability,
+    errors::WriteError,
+    imports, roll_ups,
+    statements::{DeviceColumns, EventColumns, JobColumns, KeptEvents, Statements, store},
+};
+use crate::store::{Batch, Duplicate, FailureStreak, Written, batch::JobShare};
+
+/// Ids taken from the sequence at a time. Other servers take theirs from the same sequence, so ids rise with time
+/// only roughly.
+pub(super) const ID_BLOCK: i64 = 4_096;
+
+/// A connection with what has been prepared on it.
+pub(super) struct Session {
+    pub(super) connection: Connection,
+    pub(super) statements: Statements,
+    pub(super) backend: Backend,
+}
+
+/// How far a transaction has come when something goes wrong.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Transaction {
+    /// Whether it was begun by a statement of its own: an error leaves it open.
+    pub(super) open: bool,
+    /// Whether it has been asked to commit.
+    pub(super) committing: bool,
+}
+
+/// What a batch that is a single statement comes to.
+pub(super) struct Stored {
+    pub(super) new_devices: Vec<DeviceId>,
+    pub(super) streaks: Vec<FailureStreak>,
+    pub(super) taken_ids: Vec<i64>,
+}
+
+/// Stores a batch in a single statement. Given the positions of its events in order, their ids, and those whose
+/// devices are to be upserted.
+pub(super) async fn write_single(
+    session: Arc<Session>,
+    batch: Arc<Batch>,
+    (order, ids, touched): (Vec<usize>, Vec<i64>, Vec<usize>),
+    streaks_since: Timestamp,
+    take_ids: bool,
+) -> Result<Stored, WriteError> {
+    let Session { connection, statements, .. } = &*session;
+    let client = &connection.client;
+    let shares = batch.shares(&order, streaks_since);
+    let devices = DeviceColumns::of(&batch, &order, &touched);
+    let jobs = JobColumns::new(&shares);
+    let events = EventColumns::new(&batch, &order, &ids);
+    let take_ids = async {
+        if take_ids { statements.take_ids(client, ID_BLOCK).await } else { Ok(Vec::new()) }
+    };
+    let columns = (&devices, &jobs, &events);
+    let times = (batch.received.to_jiff(), streaks_since.to_jiff());
+    let (stored, taken) = future::join(store(client, statements, columns, times), take_ids).await;
+    let (failing, new_devices) = stored?;
+    connection.check_replicated()?;
+    let streaks = streaks(&shares, &failing)?;
+    // They can be taken later, too.
+    Ok(Stored { new_devices, streaks, taken_ids: taken.unwrap_or_default() })
+}
+
+/// A batch that is to be written in several statements.
+pub(super) struct Work<'a> {
+    pub(super) session: &'a Session,
+    pub(super) batch: &'a Batch,
+    /// The events' ids, in the batch's order.
+    pub(super) ids: &'a [i64],
+    /// See [`Batch::order`].
+    pub(super) order: Vec<usize>,
+    /// The events whose devices are to be upserted.
+    pub(super) touched: &'a [usize],
+    /// Events dated before this no longer change streaks.
+    pub(super) streaks_since: Timestamp,
+    /// Whether folding may have passed the batch.
+    pub(super) may_be_passed: bool,
+}
+
+impl Work<'_> {
+    /// Sends everything but the commit without waiting for an answer. Answers ids for later, too, if some are to
+    /// be taken.
+    pub(super) async fn write_multi(
+        self,
+        take_ids: bool,
+        transaction: &mut Transaction,
+    ) -> Result<(Written, Vec<i64>), WriteError> {
+        let Self { batch, ids, order, streaks_since, .. } = &self;
+        let Session { connection, statements, .. } = self.session;
+        let client = &connection.client;
+        let received = batch.received.to_jiff();
+        let shares = batch.shares(order, *streaks_since);
+        let devices = DeviceColumns::of(batch, order, self.touched);
+        let jobs = JobColumns::new(&shares);
+        let events = EventColumns::new(batch, order, ids);
+        let take_ids = async {
+            if take_ids { statements.take_ids(client, ID_BLOCK).await } else { Ok(Vec::new()) }
+        };
+
+        transaction.open = true;
+        // Polled in this order, so sent in this order, without waiting for each other's answers.
+        let ((begun, new_devices, keyed, inserted, failing), taken) = future::join(
+            future::join5(
+                client.batch_execute(self.begin()),
+                statements.upsert_devices(client, &devices, received),
+                events.insert_keys(client, statements, received),
+                events.insert(client, statements, received),
+                jobs.upsert(client, statements, streaks_since.to_jiff()),
+            ),
+            take_ids,
+        )
+        .await;
+        begun?;
+        let new_devices = new_devices?;
+        keyed?;
+        inserted?;
+        let failing = failing?;
+        let taken = taken?;
+        self.finish(&events, transaction).await?;
+        let streaks = streaks(&shares, &failing)?;
+        Ok((Written { new_devices, streaks, ..Written::new(ids.to_vec()) }, taken))
+    }
+
+    /// Finds out which events were reported before, and stores the others. `repeats` are those that repeat an
+    /// earlier one of the same batch.
+    pub(super) async fn write_deduplicating(
+        mut self,
+        repeats: &HashMap<usize, usize>,
+        transaction: &mut Transaction,
+    ) -> Result<Written, WriteError> {
+        let (batch, ids) = (self.batch, self.ids);
+        let Session { connection, statements, .. } = self.session;
+        let client = &connection.client;
+        let received = batch.received.to_jiff();
+        let devices = DeviceColumns::of(batch, &self.order, self.touched);
+        let mut first_of_each = self.order.clone();
+        first_of_each.retain(|position| !repeats.contains_key(position));
+        let keys = EventColumns::new(batch, &first_of_each, ids);
+
+        transaction.open = true;
+        client.batch_execute(self.begin()).await?;
+        let new_devices = statements.upsert_devices(client, &devices, received).await?;
+        keys.insert_new_keys(client, statements, received).await?;
+        let kept = keys.find_keys(client, statements).await?;
+        keys.check_found(&kept)?;
+        let mut written = resolve(batch, ids, repeats, &kept);
+
+        self.order.retain(|position| !written.is_duplicate(*position));
+        let events = EventColumns::new(batch, &self.order, ids);
+        events.insert(client, statements, received).await?;
+        let shares = batch.shares(&self.order, self.streaks_since);
+        let jobs = JobColumns::new(&shares);
+        let failing = jobs.upsert(client, statements, self.streaks_since.to_jiff()).await?;
+        self.finish(&events, transaction).await?;
+        written.new_devices = new_devices;
+        written.streaks = streaks(&shares, &failing)?;
+        Ok(written)
+    }
+
+    fn begin(&self) -> &'static str {
+        if self.may_be_passed { roll_ups::BEGIN_WITHOUT_FOLDING } else { "begin" }
+    }
+
+    /// Does what comes after the figures, and commits.
+    async fn finish(
+        &self,
+        events: &EventColumns<'_>,
+        transaction: &mut Transaction,
+    ) -> Result<(), WriteError> {
+        let Session { connection, statements, .. } = self.session;
+        let client = &connection.client;
+        if self.may_be_passed {
+            events.fold_passed(client, statements, self.batch.received.to_jiff()).await?;
+        }
+        if let Some(progress) = &self.batch.progress {
+            imports::advance(client, progress).await?;
+        }
+        if events.is_empty() {
+            // The transaction may have changed nothing, and would not wait for what it has found either.
+            client.batch_execute(durability::CONFIRM).await?;
+        }
+        transaction.committing = true;
+        client.batch_execute("commit").await?;
+        connection.check_replicated()?;
+        *transaction = Transaction::default();
+        Ok(())
+    }
+}
+
+/// Which events of a batch count, given what is kept under their event ids: those that are kept under
+/// their own id.
+pub(super) fn resolve(
+    batch: &Batch,
+    ids: &[i64],
+    repeats: &HashMap<usize, usize>,
+    kept: &KeptEvents,
+) -> Written {
+    let mut written = Written::new(ids.to_vec());
+    for (position, event) in batch.events.iter().enumerate() {
+        let Some(event_id) = &event.event_id else { continue };
+        let key = (event.device_id.to_string(), event_id.to_string());
+        let Some((id, stored)) = kept.get(&key) else { continue };
+        if *id == ids[position] {
+            continue;
+        }
+        // The batch's own first event is not always read back: it may not be inserted yet.
+        let own = repeats.get(&position).filter(|first| ids[**first] == *id);
+        let first = own.map(|first| batch.stored_event(*first, *id)).or_else(|| stored.clone());
+        written.ids[position] = *id;
+        written.duplicates.push(Duplicate { position, first });
+    }
+    written
+}
+
+/// The streaks that a batch made or prolonged, given what the upsert answered of failing jobs.
+fn streaks(shares: &[JobShare<'_>], failing: &[Row]) -> Result<Vec<FailureStreak>, WriteError> {
+    let mut streaks = Vec::new();
+    for row in failing {
+        let key: (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+        let found =
+            shares.binary_search_by(|share| (share.device_id.as_str(), share.job_key()).cmp(&key));
+        let Ok(position) = found else {
+            let (device_id, job) = key;
+            return Err(WriteError::Impossible(format!(
+                "PostgreSQL answered with the job {job:?} of {device_id}, which the batch does not have"
+            )));
+        };
+        streaks.extend(shares[position].streak(row.try_get(2)?));
+    }
+    Ok(streaks)
+}
