@@ -275,7 +275,7 @@ fn is_local(host: &[u8]) -> bool {
     let port = port.strip_prefix(':').unwrap_or(port);
     port.bytes().all(|byte| byte.is_ascii_digit())
         && (name.eq_ignore_ascii_case("localhost")
-            || name.parse().is_ok_and(|address: IpAddr| address.is_loopback()))
+            || name.parse().is_ok_and(|address: IpAddr| address.to_canonical().is_loopback()))
 }
 
 /// Whether the page that made a request, if any did, is this server's own or one of the configured.
@@ -342,6 +342,8 @@ mod tests {
             "127.9.9.9",
             "[::1]",
             "[::1]:3000",
+            "[::ffff:127.0.0.1]:3000",
+            "[::ffff:7f00:1]",
         ] {
             assert!(is_local(host.as_bytes()), "{host}");
         }
@@ -355,6 +357,7 @@ mod tests {
             "192.168.0.2",
             "0.0.0.0",
             "[::]",
+            "[::ffff:192.168.0.2]",
             "[::1",
             "localhost:80@evil",
             "::2",

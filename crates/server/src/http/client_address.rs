@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use axum::http::{HeaderMap, HeaderName, header};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
@@ -12,13 +12,41 @@ const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Client(pub(super) IpAddr);
 
-/// The client's address: the peer, or, when that is a trusted proxy, the last address in the
-/// forwarding header that is not one. `X-Forwarded-For` goes before `Forwarded`; a proxy must strip
+/// Networks whose proxies are believed. An IPv4 address has two spellings, and a socket that listens to IPv6
+/// sees the mapped one (`::ffff:10.0.0.1`). All that are compared here are in their IPv4 spelling.
+pub(super) struct TrustedProxies(Vec<IpNet>);
+
+impl TrustedProxies {
+    pub(super) fn new(networks: &[IpNet]) -> Self {
+        Self(networks.iter().copied().map(canonical).collect())
+    }
+
+    /// Whether `address`, in its canonical spelling, is one of them.
+    fn contain(&self, address: IpAddr) -> bool {
+        self.0.iter().any(|network| network.contains(&address))
+    }
+}
+
+/// A network of mapped IPv4 addresses, such as `::ffff:10.0.0.0/104`, as an IPv4 network. One that is larger than
+/// all of IPv4 (`::/0`) stays what it is: whoever trusts IPv6 has not said so of IPv4.
+fn canonical(network: IpNet) -> IpNet {
+    const MAPPED_PREFIX: u8 = 96;
+    let IpAddr::V4(address) = network.network().to_canonical() else { return network };
+    let length = match network {
+        IpNet::V4(_) => return network,
+        IpNet::V6(network) => network.prefix_len().checked_sub(MAPPED_PREFIX),
+    };
+    length
+        .and_then(|length| Ipv4Net::new(address, length).ok())
+        .map_or(network, |network| IpNet::V4(network.trunc()))
+}
+
+/// The client's address in its canonical spelling: the peer, or, when that is a trusted proxy, the last address in
+/// the forwarding header that is not one. `X-Forwarded-For` goes before `Forwarded`; a proxy must strip
 /// the one that it does not write itself.
-pub(super) fn resolve(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+pub(super) fn resolve(peer: IpAddr, headers: &HeaderMap, trusted: &TrustedProxies) -> IpAddr {
     let peer = peer.to_canonical();
-    let is_trusted = |address: IpAddr| trusted.iter().any(|net| net.contains(&address));
-    if trusted.is_empty() || !is_trusted(peer) {
+    if !trusted.contain(peer) {
         return peer;
     }
     let hops = if headers.contains_key(X_FORWARDED_FOR) {
@@ -31,7 +59,7 @@ pub(super) fn resolve(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> I
     for hop in hops.into_iter().rev() {
         let Some(address) = hop else { break };
         client = address;
-        if !is_trusted(client) {
+        if !trusted.contain(client) {
             break;
         }
     }
@@ -83,7 +111,17 @@ mod tests {
     use super::*;
 
     fn client(peer: &str, name: &HeaderName, values: &[&'static str]) -> String {
-        let trusted = ["127.0.0.1/32".parse().unwrap(), "10.0.0.0/8".parse().unwrap()];
+        client_behind(&["127.0.0.1/32", "10.0.0.0/8"], peer, name, values)
+    }
+
+    fn client_behind(
+        trusted: &[&str],
+        peer: &str,
+        name: &HeaderName,
+        values: &[&'static str],
+    ) -> String {
+        let trusted: Vec<_> = trusted.iter().map(|network| network.parse().unwrap()).collect();
+        let trusted = TrustedProxies::new(&trusted);
         let mut headers = HeaderMap::new();
         for value in values {
             headers.append(name, HeaderValue::from_static(value));
@@ -117,5 +155,55 @@ mod tests {
             "2001:db8:cafe::17"
         );
         assert_eq!(client("10.0.0.1", f, &["for=1.1.1.1, for=unknown"]), "10.0.0.1");
+    }
+
+    /// Whoever stands on either side, and in whichever spelling: the proxy that is trusted, the peer, the hops.
+    #[test]
+    fn an_ipv4_address_is_the_same_in_both_spellings() {
+        let x = &X_FORWARDED_FOR;
+        let f = &header::FORWARDED;
+        for trusted in [
+            "10.0.0.0/8",
+            "::ffff:10.0.0.0/104",
+            "::ffff:0a00:0000/104",
+            // Bits behind the prefix are nothing to stumble over.
+            "::ffff:10.1.2.3/104",
+        ] {
+            for peer in ["10.0.0.1", "::ffff:10.0.0.1", "::ffff:a00:1"] {
+                let client = |name, values| {
+                    client_behind(&[trusted, "::ffff:192.0.2.7/128"], peer, name, values)
+                };
+                for hop in ["1.2.3.4", "::ffff:1.2.3.4", "[::ffff:1.2.3.4]:80", "[::ffff:102:304]"]
+                {
+                    assert_eq!(client(x, &[hop]), "1.2.3.4", "{trusted} {peer} {hop}");
+                }
+                // Through another proxy, in any spelling.
+                assert_eq!(client(x, &["1.2.3.4, ::ffff:10.9.9.9"]), "1.2.3.4");
+                assert_eq!(client(x, &["1.2.3.4, 192.0.2.7, 10.9.9.9"]), "1.2.3.4");
+                assert_eq!(client(x, &["1.2.3.4, 192.0.2.8"]), "192.0.2.8");
+                assert_eq!(client(f, &["for=\"[::ffff:1.2.3.4]\""]), "1.2.3.4");
+                assert_eq!(client(f, &["for=\"[::ffff:1.2.3.4]:4711\";proto=https"]), "1.2.3.4");
+                assert_eq!(client(f, &["for=1.2.3.4, for=\"[::ffff:10.9.9.9]\""]), "1.2.3.4");
+            }
+            assert_eq!(client_behind(&[trusted], "11.0.0.1", x, &["1.2.3.4"]), "11.0.0.1");
+            assert_eq!(client_behind(&[trusted], "::1", x, &["1.2.3.4"]), "::1");
+        }
+    }
+
+    #[test]
+    fn networks_in_their_ipv4_spelling() {
+        for (network, expected) in [
+            ("::ffff:10.0.0.1/128", "10.0.0.1/32"),
+            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+            ("::ffff:0.0.0.0/96", "0.0.0.0/0"),
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            // None of these is IPv4.
+            ("::/0", "::/0"),
+            ("::ffff:0.0.0.0/95", "::ffff:0.0.0.0/95"),
+            ("2001:db8::/32", "2001:db8::/32"),
+            ("::1/128", "::1/128"),
+        ] {
+            assert_eq!(canonical(network.parse().unwrap()), expected.parse().unwrap(), "{network}");
+        }
     }
 }

@@ -54,6 +54,7 @@ pub use tls::{Tls, TlsFiles};
 use self::{
     admission::Slots,
     auth::Gate,
+    client_address::TrustedProxies,
     error::ApiError,
     observe::{ObserveLayer, RequestIds, SeldomLogged},
     rate_limit::RateLimits,
@@ -123,7 +124,7 @@ pub struct ApiState {
     randomness: Randomness,
     /// Whether requests are admitted by a layer within CORS rather than by `observe`.
     admits_within_cors: bool,
-    trusted_proxies: Vec<IpNet>,
+    trusted_proxies: TrustedProxies,
     request_ids: RequestIds,
     seldom_logged: SeldomLogged,
     /// Milliseconds.
@@ -218,7 +219,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
             settings.api_per_minute,
             settings.key_per_minute,
         ),
-        trusted_proxies: settings.trusted_proxies.clone(),
+        trusted_proxies: TrustedProxies::new(&settings.trusted_proxies),
         max_clock_skew: i64::from(settings.max_clock_skew_seconds) * 1000,
         body_timeout: settings.timeouts.body,
         port: parts.address.port(),

@@ -119,7 +119,7 @@ impl Limit {
 
 /// An IPv4 address, or the /64 that one IPv6 customer gets: within it addresses cost nothing.
 fn key(client: IpAddr) -> u128 {
-    match client {
+    match client.to_canonical() {
         IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
         IpAddr::V6(address) => address.to_bits() & !u128::from(u64::MAX),
     }
@@ -195,6 +195,9 @@ mod tests {
         assert_eq!(key(address("2001:db8::1")), key(address("2001:db8::ffff:1")));
         assert_ne!(key(address("2001:db8::1")), key(address("2001:db8:0:1::1")));
         assert_ne!(key(address("192.0.2.1")), key(address("192.0.2.2")));
+        // All IPv4 addresses are one /64 in their mapped spelling, and yet each is one customer.
+        assert_eq!(key(address("::ffff:192.0.2.1")), key(address("192.0.2.1")));
+        assert_ne!(key(address("::ffff:192.0.2.1")), key(address("::ffff:192.0.2.2")));
     }
 
     #[test]
