@@ -30,11 +30,14 @@ pub(super) async fn layer(
 ) -> Response {
     let matched = request.extensions().get::<MatchedPath>().cloned();
     let route = matched.as_ref().map_or("", MatchedPath::as_str);
-    let Admission { rate, entry } = admit(&state, route, &mut request);
+    let Admission { rate, entry, is_foreign } = admit(&state, route, &mut request);
     let mut response = match entry {
         Ok(_slot) => next.run(request).await,
         Err(error) => error.into_response(),
     };
+    if is_foreign {
+        response.extensions_mut().insert(Foreign);
+    }
     if let Some(rate) = rate {
         rate.write(response.headers_mut());
     }
@@ -47,14 +50,21 @@ pub(super) struct Admission {
     pub(super) rate: Option<Rate>,
     /// What to hold while the request is answered, or why it is not let in.
     pub(super) entry: Result<Option<Slot>, ApiError>,
+    /// Whether others had this machine's own user send it.
+    pub(super) is_foreign: bool,
 }
+
+/// On an answer: others had this machine's own user send the request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Foreign;
 
 /// Looks at a request for `route`, which is empty when there is none such. The request then carries its key.
 pub(super) fn admit(state: &SharedState, route: &str, request: &mut Request) -> Admission {
-    let Verdict { key, result } = state.gate.check(request, route);
+    let Verdict { key, result, is_foreign } = state.gate.check(request, route);
     let method = request.method();
-    // Who is refused is counted, too.
+    // Who is refused is counted, too: keys cannot be guessed at leisure. But nobody else uses up what the user has.
     let (rate, whom) = match &key {
+        None if is_foreign => (None, ""),
         Some(key) => (state.limits.check_key(method, route, key.id), "with this key"),
         None => {
             let client = request.extensions().get::<Client>();
@@ -73,7 +83,7 @@ pub(super) fn admit(state: &SharedState, route: &str, request: &mut Request) -> 
         (None, Ok(())) if rate_limit::is_free(route) => Ok(None),
         (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
-    Admission { rate, entry }
+    Admission { rate, entry, is_foreign }
 }
 
 /// Requests that may be answered at a time.

@@ -6,16 +6,16 @@ use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use axum::{
     extract::{FromRequestParts, Request},
-    http::{
-        HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts,
-        uri::Authority,
-    },
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts},
 };
 use pisync_core::{DeviceId, Timestamp};
 use serde_json::Value;
 use utoipa::openapi::OpenApi as Document;
 
-use super::{SharedState, client_address::Client, docs, error::ApiError, serve::Peer};
+use super::{
+    SharedState, client_address::Client, docs, error::ApiError, rate_limit, sender::Sender,
+    serve::Peer,
+};
 use crate::{
     clock::Clock,
     keys::{self, Key, Keyring, WrongSecret},
@@ -58,11 +58,13 @@ pub(super) struct Verdict {
     /// The key that it came with, when that is good for something.
     pub(super) key: Option<Arc<Key>>,
     pub(super) result: Result<(), ApiError>,
+    /// Whether others had this machine's own user send it: then it must not cost that user anything.
+    pub(super) is_foreign: bool,
 }
 
 impl Verdict {
     fn without_key(result: Result<(), ApiError>) -> Self {
-        Self { key: None, result }
+        Self { key: None, result, is_foreign: false }
     }
 }
 
@@ -108,27 +110,49 @@ impl Gate {
         if self.keyless == Keyless::Everybody {
             return Verdict::without_key(Ok(()));
         }
-        let Need::Scope(scope) = self.need(request.method(), route) else {
+        let need = self.need(request.method(), route);
+        let headers = request.headers();
+        if !headers.contains_key(header::AUTHORIZATION) {
+            return self.check_keyless(request, route, need);
+        }
+        let Need::Scope(scope) = need else {
             return Verdict::without_key(Ok(()));
         };
-        let headers = request.headers();
-        if headers.contains_key(header::AUTHORIZATION) {
-            let now = self.clock.now();
-            match self.identify(headers, now) {
-                Ok(key) => {
-                    key.used(now);
-                    let opens = key.scope.opens(scope);
-                    let result = if opens { Ok(()) } else { Err(ApiError::WrongScope(scope)) };
-                    Verdict { key: Some(key), result }
-                }
-                Err(why) => Verdict::without_key(Err(ApiError::WrongKey(why))),
+        let now = self.clock.now();
+        match self.identify(headers, now) {
+            Ok(key) => {
+                key.used(now);
+                let opens = key.scope.opens(scope);
+                let result = if opens { Ok(()) } else { Err(ApiError::WrongScope(scope)) };
+                Verdict { key: Some(key), result, is_foreign: false }
             }
-        } else if self.keyless == Keyless::Nobody {
-            Verdict::without_key(Err(ApiError::KeyNeeded(ASK)))
-        } else {
-            let local = check_local(request, &self.origins);
-            Verdict::without_key(local.map_err(ApiError::KeyNeeded))
+            Err(why) => Verdict::without_key(Err(ApiError::WrongKey(why))),
         }
+    }
+
+    /// Looks at a request without a key.
+    fn check_keyless(&self, request: &Request, route: &str, need: Need) -> Verdict {
+        if need == Need::Nothing && rate_limit::is_free(route) {
+            return Verdict::without_key(Ok(()));
+        }
+        let sender = Sender::of(request, &self.origins);
+        let is_local = self.keyless == Keyless::Local;
+        let refusal = if is_local { why_not_local(request) } else { Some(ASK) };
+        // What a proxy passes on, or a name elsewhere that leads here, comes from the same address as the user.
+        let is_foreign = sender != Sender::Welcome || is_local && refusal.is_some();
+        let result = match (need, refusal, sender) {
+            (Need::Nothing, ..) => Ok(()),
+            (_, Some(why), _) => Err(why),
+            (_, None, Sender::Welcome) => Ok(()),
+            (_, None, Sender::Link) if is_page(route) => Ok(()),
+            (_, None, Sender::Link) => Err(
+                "A key is needed: a link on a page elsewhere leads here. Open this address by hand, or send Authorization: Bearer psk_\u{2026}",
+            ),
+            (_, None, Sender::PageElsewhere) => Err(
+                "A key is needed: this request was made by a web page elsewhere. Send Authorization: Bearer psk_\u{2026}",
+            ),
+        };
+        Verdict { key: None, result: result.map_err(ApiError::KeyNeeded), is_foreign }
     }
 
     fn need(&self, method: &Method, route: &str) -> Need {
@@ -201,36 +225,36 @@ fn declared_need(security: &Value) -> Need {
     Need::Scope(scope.unwrap_or(Scope::Admin))
 }
 
-/// Whether a request without a key comes from this machine's own user. Everything that a proxy in front
-/// or a web page elsewhere would leave on it speaks against that.
-fn check_local(request: &Request, origins: &[HeaderValue]) -> Result<(), &'static str> {
+/// Pages that a link elsewhere may open: they tell nothing of the fleet by themselves.
+fn is_page(route: &str) -> bool {
+    route == "/"
+}
+
+/// Why a request without a key does not come from this machine. Everything that a proxy in front, or a name
+/// elsewhere that leads here, would leave on it speaks against that.
+fn why_not_local(request: &Request) -> Option<&'static str> {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
     if !peer.is_some_and(|peer| peer.is_loopback()) {
-        return Err(ASK);
+        return Some(ASK);
     }
     let headers = request.headers();
     if headers.keys().any(is_forwarding) {
-        return Err(
+        return Some(
             "A key is needed: this request came through a proxy. Send Authorization: Bearer psk_\u{2026}",
         );
     }
     // nginx speaks HTTP/1.0 and names the upstream as Host, unless it is told otherwise.
     if request.version() < Version::HTTP_11 {
-        return Err(
+        return Some(
             "A key is needed: HTTP/1.0 may be a proxy's. Send Authorization: Bearer psk_\u{2026}",
         );
     }
     if !has_local_host(request.uri(), headers) {
-        return Err(
+        return Some(
             "A key is needed: only requests to localhost are served without one. Send Authorization: Bearer psk_\u{2026}",
         );
     }
-    if !has_own_origin(request.uri(), headers, origins) {
-        return Err(
-            "A key is needed: this request was made by a web page elsewhere. Send Authorization: Bearer psk_\u{2026}",
-        );
-    }
-    Ok(())
+    None
 }
 
 /// Headers by which a proxy says that it is one.
@@ -276,17 +300,6 @@ fn is_local(host: &[u8]) -> bool {
     port.bytes().all(|byte| byte.is_ascii_digit())
         && (name.eq_ignore_ascii_case("localhost")
             || name.parse().is_ok_and(|address: IpAddr| address.to_canonical().is_loopback()))
-}
-
-/// Whether the page that made a request, if any did, is this server's own or one of the configured.
-fn has_own_origin(uri: &Uri, headers: &HeaderMap, origins: &[HeaderValue]) -> bool {
-    let host = headers.get(header::HOST).map(HeaderValue::as_bytes);
-    let host = host.or_else(|| uri.authority().map(Authority::as_str).map(str::as_bytes));
-    headers.get_all(header::ORIGIN).iter().all(|origin| {
-        let bytes = origin.as_bytes();
-        let authority = bytes.strip_prefix(b"http://").or_else(|| bytes.strip_prefix(b"https://"));
-        origins.contains(origin) || (authority.is_some() && authority == host)
-    })
 }
 
 /// The key that a request was let in with, if it was with one.
@@ -365,25 +378,6 @@ mod tests {
             "\u{7f}",
         ] {
             assert!(!is_local(host.as_bytes()), "{host}");
-        }
-    }
-
-    #[test]
-    fn a_page_is_our_own_or_a_configured_one() {
-        let origins = [HeaderValue::from_static("https://fleet.example")];
-        let own = |origin: &'static str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::HOST, HeaderValue::from_static("localhost:3000"));
-            headers.insert(header::ORIGIN, HeaderValue::from_static(origin));
-            has_own_origin(&Uri::from_static("/"), &headers, &origins)
-        };
-        for origin in ["http://localhost:3000", "https://localhost:3000", "https://fleet.example"] {
-            assert!(own(origin), "{origin}");
-        }
-        for origin in
-            ["null", "http://localhost:8080", "http://fleet.example", "localhost:3000", ""]
-        {
-            assert!(!own(origin), "{origin}");
         }
     }
 

@@ -23,6 +23,7 @@ pub mod query;
 mod rate_limit;
 mod repeated_failures;
 mod security_headers;
+mod sender;
 mod serve;
 mod stats;
 mod sync_event;

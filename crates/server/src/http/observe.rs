@@ -15,7 +15,7 @@ use std::{
 
 use axum::{
     extract::{MatchedPath, Request},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header},
     response::{IntoResponse, Response},
 };
 use futures_util::{
@@ -26,7 +26,7 @@ use tower::{Layer, Service};
 
 use super::{
     SharedState,
-    admission::{self, Admission},
+    admission::{self, Admission, Foreign},
     client_address::{self, Client},
     error::{ApiError, ErrorDetail},
     rate_limit::Rate,
@@ -46,6 +46,9 @@ const SLOW: Duration = Duration::from_secs(1);
 
 /// While the database is away every request is refused: one line in so long is enough.
 const REFUSED_EVERY: Duration = Duration::from_secs(10);
+
+/// So is one for what web pages elsewhere try: one of them can send as much as it likes.
+const FOREIGN_EVERY: Duration = Duration::from_secs(10);
 
 /// So is one for batches with events that were rejected; metrics count them all.
 const REJECTED_EVERY: Duration = Duration::from_secs(10);
@@ -86,13 +89,19 @@ impl RequestIds {
 pub(super) struct SeldomLogged {
     /// Those that are refused for now.
     refusals: Seldom,
+    /// Refusals of what others have this machine's own user send.
+    foreign: Seldom,
     /// Batches with events that were rejected: a device that sends such sends them all day.
     rejections: Seldom,
 }
 
 impl SeldomLogged {
     pub(super) fn new() -> Self {
-        Self { refusals: Seldom::new(REFUSED_EVERY), rejections: Seldom::new(REJECTED_EVERY) }
+        Self {
+            refusals: Seldom::new(REFUSED_EVERY),
+            foreign: Seldom::new(FOREIGN_EVERY),
+            rejections: Seldom::new(REJECTED_EVERY),
+        }
     }
 }
 
@@ -144,12 +153,13 @@ where
         let state = Arc::clone(&self.state);
         let seen = Seen::new(&state, &mut request);
         let admission = if state.admits_within_cors {
-            Admission { rate: None, entry: Ok(None) }
+            Admission { rate: None, entry: Ok(None), is_foreign: false }
         } else {
             let route = seen.matched.as_ref().map_or("", MatchedPath::as_str);
             admission::admit(&state, route, &mut request)
         };
-        match admission.entry {
+        let Admission { rate, entry, is_foreign } = admission;
+        match entry {
             Ok(slot) => {
                 // A bug costs one request, not the process.
                 let answering = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
@@ -158,11 +168,11 @@ where
                         .await
                         .unwrap_or_else(|panic| Ok(panicked(panic.as_ref()).into_response()));
                     drop(slot);
-                    answered.map(|response| seen.complete(&state, response, admission.rate))
+                    answered.map(|response| seen.complete(&state, response, rate, is_foreign))
                 })
             }
             Err(error) => {
-                let response = seen.complete(&state, error.into_response(), admission.rate);
+                let response = seen.complete(&state, error.into_response(), rate, is_foreign);
                 Box::pin(future::ready(Ok(response)))
             }
         }
@@ -174,6 +184,7 @@ struct Seen {
     started: Instant,
     request_id: HeaderValue,
     method: &'static str,
+    version: Version,
     path: Box<str>,
     matched: Option<MatchedPath>,
     client: Option<IpAddr>,
@@ -190,6 +201,7 @@ impl Seen {
             started: Instant::now(),
             request_id: state.request_ids.of(headers),
             method: method_name(request.method()),
+            version: request.version(),
             // A copy: the URI itself would keep all that was read with it.
             path: request.uri().path().into(),
             matched: request.extensions().get::<MatchedPath>().cloned(),
@@ -202,13 +214,20 @@ impl Seen {
     }
 
     /// Sees to the answer.
-    fn complete(self, state: &SharedState, mut response: Response, rate: Option<Rate>) -> Response {
+    fn complete(
+        self,
+        state: &SharedState,
+        mut response: Response,
+        rate: Option<Rate>,
+        is_foreign: bool,
+    ) -> Response {
         let duration = self.started.elapsed();
         let status = response.status();
         let route = self.matched.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
         state.metrics.answered(self.method, route, status.as_u16(), duration);
         let detail = response.extensions_mut().remove::<ErrorDetail>();
         let rejected = response.extensions_mut().remove::<RejectedEvents>();
+        let is_foreign = is_foreign || response.extensions_mut().remove::<Foreign>().is_some();
         let line = Line {
             method: self.method,
             path: &self.path,
@@ -217,10 +236,15 @@ impl Seen {
             client: self.client,
             detail,
             rejected,
+            is_foreign,
             request_id: &self.request_id,
         };
         line.log(&state.seldom_logged);
         let headers = response.headers_mut();
+        if is_foreign && status.is_client_error() && self.version < Version::HTTP_2 {
+            // A page elsewhere holds no connections.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         security_headers::write(headers, route);
         if let Some(rate) = rate {
             rate.write(headers);
@@ -247,6 +271,7 @@ struct Line<'a> {
     client: Option<IpAddr>,
     detail: Option<ErrorDetail>,
     rejected: Option<RejectedEvents>,
+    is_foreign: bool,
     request_id: &'a HeaderValue,
 }
 
@@ -288,6 +313,16 @@ impl Line<'_> {
                 );
             } else {
                 line!(debug, "request refused for now");
+            }
+        } else if self.is_foreign && self.status.is_client_error() {
+            if let Some(passed_over) = seldom.foreign.due() {
+                line!(
+                    info,
+                    "request of a web page elsewhere, or through a proxy, refused; of the next 10 s' such refusals nothing is logged",
+                    passed_over = passed_over
+                );
+            } else {
+                line!(debug, "request of a web page elsewhere, or through a proxy, refused");
             }
         } else if self.status.is_server_error() {
             line!(error, "request failed");

@@ -7,7 +7,7 @@ use tokio::process::Command;
 use crate::support::server::TestServer;
 
 /// The page after its scripts have run, and what they complained of.
-async fn visit(url: &str) -> (String, String) {
+pub(crate) async fn visit(url: &str) -> (String, String) {
     let profile = tempfile::tempdir().unwrap();
     let output = Command::new("/usr/bin/chromium")
         // Root, which CI is, cannot have the sandbox; the rest keeps it from calling home.

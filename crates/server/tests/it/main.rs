@@ -35,6 +35,7 @@ mod keys;
 mod kill_soak;
 mod migrations;
 mod node_wire;
+mod pages_elsewhere;
 mod postgres_outcomes;
 mod postgres_rights;
 mod postgres_sessions;
