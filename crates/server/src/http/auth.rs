@@ -2,7 +2,7 @@
 //! declares its scope: a route that declares none is open to admins alone. Keys are checked against the
 //! server's memory, never against the database.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc};
 
 use axum::{
     extract::{FromRequestParts, Request},
@@ -184,17 +184,38 @@ impl Gate {
             return Err(match WrongSecret::of(secret) {
                 Some(WrongSecret::NotAKey) => "This is no key: keys begin with psk_",
                 Some(WrongSecret::Mistyped) => "This key is mistyped: its checksum does not fit",
-                None => "This key is not known here",
+                None => UNKNOWN_KEY,
             });
         };
-        if key.is_revoked() {
-            return Err("This key was revoked");
-        }
-        if key.has_expired(now) {
-            return Err("This key has expired");
-        }
+        check_valid(&key, now)?;
         Ok(key)
     }
+
+    /// Looks again at the key that a request was let in with, if it was with one, and gives it as it is by now:
+    /// while a body arrived or an answer was sent, it may have been revoked, have expired or have been narrowed.
+    pub(super) fn look_again(
+        &self,
+        key: Option<&Arc<Key>>,
+        scope: Scope,
+    ) -> Result<Option<Arc<Key>>, ApiError> {
+        let Some(key) = key else { return Ok(None) };
+        let key = self.keyring.current(key).ok_or(ApiError::WrongKey(UNKNOWN_KEY))?;
+        check_valid(&key, self.clock.now()).map_err(ApiError::WrongKey)?;
+        if key.scope.opens(scope) { Ok(Some(key)) } else { Err(ApiError::WrongScope(scope)) }
+    }
+}
+
+const UNKNOWN_KEY: &str = "This key is not known here";
+
+/// Whether a key opens anything at `now`.
+fn check_valid(key: &Key, now: Timestamp) -> Result<(), &'static str> {
+    if key.is_revoked() {
+        return Err("This key was revoked");
+    }
+    if key.has_expired(now) {
+        return Err("This key has expired");
+    }
+    Ok(())
 }
 
 const BEARER: &[u8] = b"Bearer ";
@@ -305,6 +326,17 @@ fn is_local(host: &[u8]) -> bool {
 /// The key that a request was let in with, if it was with one.
 pub(super) fn key_of(request: &Request) -> Option<Arc<Key>> {
     request.extensions().get::<Arc<Key>>().cloned()
+}
+
+/// The key that a request was let in with, for a handler that does not take the whole request.
+pub(super) struct WithKey(pub(super) Option<Arc<Key>>);
+
+impl<S: Send + Sync> FromRequestParts<S> for WithKey {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
+        Ok(Self(parts.extensions.get::<Arc<Key>>().cloned()))
+    }
 }
 
 /// Checks that a key may report for a device. A key of a group puts a new device in it.

@@ -170,7 +170,7 @@ mod tests {
             "::ffff:10.1.2.3/104",
         ] {
             for peer in ["10.0.0.1", "::ffff:10.0.0.1", "::ffff:a00:1"] {
-                let client = |name, values| {
+                let client = |name: &HeaderName, values: &[&'static str]| {
                     client_behind(&[trusted, "::ffff:192.0.2.7/128"], peer, name, values)
                 };
                 for hop in ["1.2.3.4", "::ffff:1.2.3.4", "[::ffff:1.2.3.4]:80", "[::ffff:102:304]"]

@@ -9,13 +9,13 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState,
-    auth::By,
+    auth::{self, By},
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, OfDevice, WithBody, WithQuery},
     extract::{DevicePath, DevicePathParameter, JsonBody, Query, read_object},
     figures::DeviceFigures,
 };
-use crate::store::{Device, DeviceChange, DeviceQuery, DeviceSort, DeviceWithJobs};
+use crate::store::{Device, DeviceChange, DeviceQuery, DeviceSort, DeviceWithJobs, Scope};
 
 const DEFAULT_LIMIT: u32 = 50;
 const BODY_LIMIT: usize = 64 << 10;
@@ -287,7 +287,9 @@ async fn update_device(
     By(actor): By,
     request: Request,
 ) -> Result<Success<DeviceDetail>, ApiError> {
+    let key = auth::key_of(&request);
     let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout).read().await?;
+    state.gate.look_again(key.as_ref(), Scope::Admin)?;
     let change = read_change(&body)?;
     if !state.store.update_device(&device_id, &change, &actor).await? {
         return Err(ApiError::NotFound("Device"));

@@ -1,18 +1,22 @@
 //! A device's history as CSV or NDJSON, streamed page by page: memory stays the same however long the
-//! history is, and between two pages no connection to the database is held.
+//! history is, and between two pages no connection to the database is held. Before each page the key is looked at
+//! again: who has lost it gets no more.
+
+use std::sync::Arc;
 
 use axum::{
     body::Body,
-    http::{HeaderMap, header},
+    http::{HeaderMap, Version, header},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt, TryStreamExt, future, stream};
 
 use super::{SharedState, error::ApiError};
 use crate::{
     event_format::{Format, HistoryEvent},
-    store::{EventPage, HistoryQuery, StoreError},
+    keys::Key,
+    store::{EventPage, HistoryQuery, Scope, StoreError},
 };
 
 /// Events that are read at a time. With the largest metadata they are 2 MiB; usually 100 KiB.
@@ -50,72 +54,121 @@ fn media_type(format: Format) -> &'static str {
     }
 }
 
-/// Answers with all events that `query` finds, or `limit` of them.
+/// What a client wants streamed.
+pub(super) struct Wish {
+    /// What the request was let in with.
+    pub(super) key: Option<Arc<Key>>,
+    pub(super) query: HistoryQuery,
+    /// The most events; all of them when `None`.
+    pub(super) limit: Option<u32>,
+    pub(super) format: Format,
+    /// HTTP's.
+    pub(super) version: Version,
+}
+
+/// Answers with all events that are wanted.
 ///
 /// # Errors
 /// When the device is unknown or its first page cannot be read. Afterwards an error cuts the answer
-/// off, which the client sees.
-pub(super) async fn respond(
-    state: SharedState,
-    query: HistoryQuery,
-    limit: Option<u32>,
-    format: Format,
-) -> Result<Response, ApiError> {
-    let mut pages = Pages { state, query, left: limit, format };
+/// off, so that nobody takes it for complete.
+pub(super) async fn respond(state: SharedState, wish: Wish) -> Result<Response, ApiError> {
+    let Wish { key, query, limit, format, version } = wish;
+    let mut pages = Pages { state, key, query, left: limit, format, version, at_end: false };
     let first = pages.read().await?.ok_or(ApiError::NotFound("Device"))?;
-    let stream = stream::try_unfold(Some((pages, Some(first))), async |step| {
-        let Some((mut pages, read)) = step else { return Ok(None) };
-        let (page, is_first) = match read {
-            Some(page) => (page, true),
-            // A device that has been deleted meanwhile has no more events.
-            None => match pages.read().await? {
-                Some(page) => (page, false),
-                None => return Ok(None),
-            },
-        };
-        let more = pages.go_on_after(&page);
-        let text = pages.text(page, is_first)?;
-        Ok::<_, StoreError>(Some((Bytes::from(text), more.then_some((pages, None)))))
+    let text = pages.text(first, format.heading().to_owned())?;
+    let next = if pages.at_end { Step::End } else { Step::Read(pages) };
+    let first = stream::once(future::ready(Ok(text)));
+    let rest = stream::try_unfold(next, async |step| match step {
+        Step::End => Ok(None),
+        Step::Break(error) => {
+            // What was sent last goes out first, if it can.
+            tokio::task::yield_now().await;
+            Err(error)
+        }
+        Step::Read(mut pages) => match pages.read_on().await {
+            Ok(text) if !pages.at_end => Ok(Some((text, Step::Read(pages)))),
+            Ok(text) => Ok(Some((text, Step::End))),
+            Err(error) => {
+                let last_words = pages.broken_off(&error);
+                // There an answer ends with its connection, however that ends: its text alone can tell.
+                let is_http_10 = pages.version < Version::HTTP_11;
+                Ok(Some((last_words, if is_http_10 { Step::End } else { Step::Break(error) })))
+            }
+        },
     });
-    Ok(([(header::CONTENT_TYPE, media_type(format))], Body::from_stream(stream)).into_response())
+    let body = first.chain(rest).map_ok(Bytes::from);
+    Ok(([(header::CONTENT_TYPE, media_type(format))], Body::from_stream(body)).into_response())
 }
+
+/// What comes next in an answer.
+enum Step {
+    Read(Pages),
+    /// It is cut off.
+    Break(BrokenOff),
+    End,
+}
+
+/// Why an answer is cut off, in words for the client.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BrokenOff(&'static str);
 
 /// The pages still to come.
 struct Pages {
     state: SharedState,
+    key: Option<Arc<Key>>,
     query: HistoryQuery,
     /// Events still to send; all of them when `None`.
     left: Option<u32>,
     format: Format,
+    version: Version,
+    /// Whether the last page has been read.
+    at_end: bool,
 }
 
 impl Pages {
+    /// The text of the page after those that were sent, if the client still may have it.
+    async fn read_on(&mut self) -> Result<String, BrokenOff> {
+        if let Err(why) = self.state.gate.look_again(self.key.as_ref(), Scope::Read) {
+            let key_id = self.key.as_ref().map(|key| key.id);
+            tracing::info!(key_id, ?why, "a history was cut off, since its key no longer opens it");
+            return Err(BrokenOff("the key no longer opens this"));
+        }
+        let unreadable = |_| BrokenOff("the database cannot be read");
+        let page = self.read().await.map_err(unreadable)?;
+        let page = page.ok_or(BrokenOff("the device was deleted"))?;
+        self.text(page, String::new()).map_err(unreadable)
+    }
+
+    /// Reads the next page.
     async fn read(&mut self) -> Result<Option<EventPage>, StoreError> {
         self.query.limit = self.left.map_or(PAGE, |left| left.min(PAGE));
         let page = self.state.store.events(&self.query).await;
         page.inspect_err(|error| tracing::warn!(%error, "a history cannot be read on"))
     }
 
-    /// Makes the next page follow `page`; false when that was the last.
-    fn go_on_after(&mut self, page: &EventPage) -> bool {
+    /// Writes `page` behind `text`; the next page is the one after it.
+    fn text(&mut self, page: EventPage, mut text: String) -> Result<String, StoreError> {
         let sent = u32::try_from(page.events.len()).unwrap_or(u32::MAX);
         self.left = self.left.map(|left| left.saturating_sub(sent));
         self.query.after = page.next;
         self.query.offset = 0;
-        page.next.is_some() && self.left != Some(0)
-    }
-
-    fn text(&self, page: EventPage, is_first: bool) -> Result<String, StoreError> {
-        let mut text = String::new();
-        if is_first {
-            text.push_str(self.format.heading());
-        }
+        self.at_end = page.next.is_none() || self.left == Some(0);
         let device_id = self.query.device_id.as_str();
         for event in page.events {
             let event = HistoryEvent::new(device_id, event);
             self.format.write(&mut text, &event).map_err(StoreError::Failed)?;
         }
         Ok(text)
+    }
+
+    /// The last that is sent of an answer that is cut off: a line without an end, which no reader takes for an
+    /// event.
+    fn broken_off(&self, why: &BrokenOff) -> String {
+        match self.format {
+            Format::Csv => format!("\"broken off: {why}"),
+            Format::Ndjson => format!("{{\"broken_off\":\"{why}"),
+        }
     }
 }
 

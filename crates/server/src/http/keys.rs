@@ -13,7 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState,
-    auth::By,
+    auth::{self, By},
     envelope::Success,
     error::{AnyTime, ApiError, ErrorBody, WithBody, WithQuery},
     extract::{JsonBody, Query, read_object},
@@ -238,7 +238,9 @@ async fn create_key(
     By(actor): By,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let key = auth::key_of(&request);
     let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout).read().await?;
+    state.gate.look_again(key.as_ref(), Scope::Admin)?;
     let wish = read_wish(&body, actor.at)?;
     let created = keys::create(&*state.store, &state.randomness, wish, &actor).await;
     let (id, secret) = created.map_err(|error| match error {

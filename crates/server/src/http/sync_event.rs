@@ -21,7 +21,10 @@ use super::{
     extract::JsonBody,
 };
 use crate::event_format::{in_mbps, in_seconds};
-use crate::{ingest::Receipt, store::StoredEvent};
+use crate::{
+    ingest::Receipt,
+    store::{Scope, StoredEvent},
+};
 
 /// The largest body of a single event, in bytes.
 const BODY_LIMIT: usize = MAX_EVENT_BYTES;
@@ -252,7 +255,7 @@ fn create_sync_event(
             event.event_id =
                 Some(read_idempotency_key(&key, is_ambiguous, event.event_id.as_ref())?);
         }
-        if let Some(key) = key {
+        if let Some(key) = state.gate.look_again(key.as_ref(), Scope::Ingest)? {
             auth::check_report(&state, &key, &event.device_id).await?;
         }
         let receipt = state.ingest.submit(event.clone()).await?;

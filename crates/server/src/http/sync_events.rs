@@ -33,7 +33,10 @@ use super::{
     observe::RejectedEvents,
     sync_event::{IDEMPOTENCY_KEY, NewSyncEvent},
 };
-use crate::ingest::{Ingest, Receipt, Room};
+use crate::{
+    ingest::{Ingest, Receipt, Room},
+    store::Scope,
+};
 
 /// The most events in one request.
 const MAX_EVENTS: usize = 10_000;
@@ -146,7 +149,8 @@ async fn create_sync_events(
         },
     )?;
     let Reading { events, room, rejected, .. } = reading;
-    if let Some(key) = key {
+    // The body may have taken minutes.
+    if let Some(key) = state.gate.look_again(key.as_ref(), Scope::Ingest)? {
         // One event that the key may not report is a mistake about all of them.
         let devices: BTreeSet<_> = events.iter().map(|event| &event.device_id).collect();
         for device_id in devices {

@@ -2,7 +2,7 @@
 
 use axum::{
     extract::State,
-    http::{HeaderMap, header},
+    http::{HeaderMap, Version, header},
     response::{IntoResponse, Response},
 };
 use pisync_core::Timestamp;
@@ -12,11 +12,12 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState,
+    auth::WithKey,
     envelope::Success,
     error::{AnyTime, ApiError, OfDevice, WithQuery},
     extract::{DevicePath, DevicePathParameter, Query},
     figures::DeviceFigures,
-    history_stream,
+    history_stream::{self, Wish},
     query::cursor_text,
 };
 use crate::{
@@ -127,6 +128,8 @@ struct HistoryPagination {
 async fn get_sync_history(
     State(state): State<SharedState>,
     DevicePath(device_id): DevicePath,
+    WithKey(key): WithKey,
+    version: Version,
     headers: HeaderMap,
     Query(mut query): Query,
 ) -> Result<Response, ApiError> {
@@ -144,7 +147,10 @@ async fn get_sync_history(
     query.finish()?;
     let mut response = match history_stream::wanted(&headers) {
         None => one_page(&state, &history_query).await?.into_response(),
-        Some(format) => history_stream::respond(state, history_query, limit, format).await?,
+        Some(format) => {
+            let wish = Wish { key, query: history_query, limit, format, version };
+            history_stream::respond(state, wish).await?
+        }
     };
     // What a cache keeps must not go to somebody who asks for another format.
     response.headers_mut().append(header::VARY, header::ACCEPT.into());

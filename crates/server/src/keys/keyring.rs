@@ -29,6 +29,7 @@ const USE_GRAIN: i64 = 60 * 60 * 1000;
 pub struct Key {
     /// Its number.
     pub id: i64,
+    hash: KeyHash,
     /// What it opens.
     pub scope: Scope,
     /// The only device that it may report for.
@@ -47,6 +48,7 @@ impl Key {
     fn new(stored: &ApiKey, last_used: i64, use_is_noted: bool) -> Self {
         Self {
             id: stored.id,
+            hash: stored.hash,
             scope: stored.scope,
             device_id: stored.device_id.clone(),
             group: stored.group.clone(),
@@ -108,6 +110,12 @@ impl Keyring {
     #[must_use]
     pub fn find(&self, hash: &KeyHash) -> Option<Arc<Key>> {
         self.known.read().unwrap_or_else(PoisonError::into_inner).by_hash.get(hash).cloned()
+    }
+
+    /// A key as it is by now, for a request that began with it; `None` when it is gone.
+    #[must_use]
+    pub fn current(&self, key: &Key) -> Option<Arc<Key>> {
+        self.find(&key.hash)
     }
 
     /// Whether there is a key that opens everything at `now`.

@@ -42,6 +42,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-25-07-ingest-progress",
     "2026-11-25-08-streaks-of-equal-dates",
     "2026-11-25-08-trusted-time",
+    "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
@@ -55,6 +56,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-25-07-ingest-progress",
     "2026-11-25-08-streaks-of-equal-dates",
     "2026-11-25-08-trusted-time",
+    "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
 );
 

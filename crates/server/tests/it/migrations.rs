@@ -33,7 +33,7 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 10] = [
+const EMBEDDED: [&str; 11] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
@@ -43,6 +43,7 @@ const EMBEDDED: [&str; 10] = [
     "2026-11-25-07-ingest-progress",
     "2026-11-25-08-streaks-of-equal-dates",
     "2026-11-25-08-trusted-time",
+    "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
 ];
 

@@ -486,11 +486,8 @@ async fn streams_are_refused_as_pages_are(server: &TestServer) {
     }
 }
 
-/// Far more events than fit between server and client: whoever streams has not read the last ones yet
-/// when the first ones arrive. So an event that is stored in the meantime, and is older than all of
-/// them, is still in the answer.
-async fn a_long_history_is_streamed(server: &TestServer) {
-    const EVENTS: i64 = 7_000;
+/// Stores so many events, which are hard to compress: 4 KiB each.
+pub(crate) async fn store_long_history(server: &TestServer, events: i64) {
     let store = pisync::store::open(&server.database.target).await.unwrap();
     let mut writer = store.event_writer();
     let mut number = 1_u64;
@@ -499,16 +496,24 @@ async fn a_long_history_is_streamed(server: &TestServer) {
         number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         format!("{number:016x}")
     };
-    for batch in 0..EVENTS / 500 {
+    for batch in 0..events / 500 {
         let event = |second| {
             let noise: String = (0..250).map(&mut noise).collect();
             let metadata = pisync_core::Metadata::new(&format!("{{\"noise\":\"{noise}\"}}"));
             let event = stored_success("pi", at(-batch * 500 - second));
             pisync_core::SyncEvent { metadata: Some(metadata.unwrap()), ..event }
         };
-        let events = (0..500).map(event).collect();
-        writer.write(&batch_at(now(), events)).await.unwrap();
+        let batch = (0..500).map(event).collect();
+        writer.write(&batch_at(now(), batch)).await.unwrap();
     }
+}
+
+/// Far more events than fit between server and client: whoever streams has not read the last ones yet
+/// when the first ones arrive. So an event that is stored in the meantime, and is older than all of
+/// them, is still in the answer.
+async fn a_long_history_is_streamed(server: &TestServer) {
+    const EVENTS: i64 = 7_000;
+    store_long_history(server, EVENTS).await;
     // HTTP/1.0, which has no chunks, may be a proxy's and needs a key.
     let (_, key) = server.database.make_key(wish(Scope::Read)).await;
     until(async || server.with_key(&key).get("/api/stats").await.status == 200).await;

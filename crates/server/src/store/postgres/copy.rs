@@ -366,7 +366,9 @@ fn copy_out(selection: &Selection) -> String {
         Sums::ReceivedUntil(until) => roll_ups::as_of(selection.table.name, Some(until)),
     };
     let expressions = expressions.join(", ");
-    format!("copy (select {expressions} from {table} t) to stdout (format binary)")
+    // SQLite takes a line of this table only behind all others.
+    let order = if selection.table.name == "audit_log" { " order by t.id" } else { "" };
+    format!("copy (select {expressions} from {table} t{order}) to stdout (format binary)")
 }
 
 /// As what a column comes: see [`copy_out`].
