@@ -228,8 +228,8 @@ async fn last_id(store: &dyn Store) -> i64 {
     history.events.iter().map(|event| event.id).max().unwrap()
 }
 
-/// A copy has been migrated by itself, and has a journal of its own.
-const OF_EACH_DATABASE: [&str; 2] = ["pisync_migrations", "ingest_state"];
+/// A copy has been migrated by itself, has a journal of its own, and finds out anew which time to believe.
+const OF_EACH_DATABASE: [&str; 3] = ["pisync_migrations", "ingest_state", "trusted_time"];
 
 /// Every table and column that migrations make is known to the copy: this fails when one is added that is
 /// not. What a row holds is compared by its text, as another pair of eyes.
