@@ -5,6 +5,9 @@
 //! while the last one was being committed, or, as soon as that is as much as the last one, it is sent off
 //! behind it, so that the database need not wait for us. The queue is bounded in events and in bytes; when it
 //! is full, or the database away, the answer comes at once.
+//!
+//! Events that were sent with a key of a group have a lane of their own: a queue, a task, and a writer that looks in
+//! its transaction whether their devices are in the group. So those without pay nothing for it.
 
 use std::{
     collections::VecDeque,
@@ -15,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use pisync_core::{DeviceId, SyncEvent, Timestamp};
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -22,7 +26,10 @@ use crate::{
     clock::Clock,
     metrics::Metrics,
     seldom::Seldom,
-    store::{Batch, Conflict, EventWriter, FailureStreak, News, StoreError, StoredEvent, Written},
+    store::{
+        Batch, Conflict, EventWriter, FailureStreak, GroupClaim, News, OtherGroup, StoreError,
+        StoredEvent, Written,
+    },
 };
 
 /// Events that may wait or be under way, batches included: 5,000 devices reporting at the same second
@@ -86,6 +93,8 @@ pub enum IngestError {
     /// The database is away or gave the transaction up, or the server is shutting down. When the connection was lost during a
     /// commit and could not be had back in time, the event may be stored all the same.
     Unavailable,
+    /// A device is not in the group that it must be in.
+    OtherGroup,
     /// The database refused this event, or something else is wrong; the text is for the log.
     Failed(String),
 }
@@ -94,11 +103,13 @@ pub enum IngestError {
 enum Submission {
     One {
         event: SyncEvent,
+        group: Option<String>,
         reply: oneshot::Sender<Result<Receipt, IngestError>>,
         room: Room,
     },
     Many {
         events: Vec<SyncEvent>,
+        group: Option<String>,
         reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>,
         room: Room,
     },
@@ -123,14 +134,14 @@ impl Submission {
     /// Puts the events at the end of `batch`.
     fn unpack(self, batch: &mut Vec<SyncEvent>) -> Waiter {
         match self {
-            Self::One { event, reply, room } => {
+            Self::One { event, group, reply, room } => {
                 batch.push(event);
-                Waiter::One { reply, _room: room }
+                Waiter::One { group, reply, _room: room }
             }
-            Self::Many { events, reply, room } => {
+            Self::Many { events, group, reply, room } => {
                 let count = events.len();
                 batch.extend(events);
-                Waiter::Many { count, reply, _room: room }
+                Waiter::Many { count, group, reply, _room: room }
             }
         }
     }
@@ -143,8 +154,17 @@ impl Submission {
 
 /// A submission without its events, which are in a batch.
 enum Waiter {
-    One { reply: oneshot::Sender<Result<Receipt, IngestError>>, _room: Room },
-    Many { count: usize, reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>, _room: Room },
+    One {
+        group: Option<String>,
+        reply: oneshot::Sender<Result<Receipt, IngestError>>,
+        _room: Room,
+    },
+    Many {
+        count: usize,
+        group: Option<String>,
+        reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>,
+        _room: Room,
+    },
 }
 
 impl Waiter {
@@ -152,6 +172,13 @@ impl Waiter {
         match self {
             Self::One { .. } => 1,
             Self::Many { count, .. } => *count,
+        }
+    }
+
+    /// The group that its devices must be in.
+    fn group(&self) -> Option<&String> {
+        match self {
+            Self::One { group, .. } | Self::Many { group, .. } => group.as_ref(),
         }
     }
 
@@ -181,6 +208,20 @@ impl Waiter {
             }
         }
     }
+}
+
+/// The batch that events make which are brought by `waiters`, one after the other.
+fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Arc<Batch> {
+    let mut claims = Vec::new();
+    let mut next = 0;
+    for waiter in waiters {
+        let first = next;
+        next += waiter.len();
+        if let Some(group) = waiter.group() {
+            claims.push(GroupClaim { events: first..next, group: group.clone() });
+        }
+    }
+    Arc::new(Batch { claims, ..Batch::new(received, events) })
 }
 
 /// What all events in the queue and under way amount to.
@@ -274,60 +315,84 @@ fn weight(event: &SyncEvent) -> usize {
         + event.metadata.as_ref().map_or(0, |metadata| metadata.as_str().len())
 }
 
+/// A queue, as those see it who put events into it.
+#[derive(Clone)]
+struct Lane {
+    // Bounded by `Load`, which counts what a bound on submissions could not.
+    queue: mpsc::UnboundedSender<Submission>,
+    backlog: Arc<Backlog>,
+    available: Arc<AtomicBool>,
+}
+
+impl Lane {
+    fn is_available(&self) -> bool {
+        self.available.load(Ordering::Relaxed)
+    }
+}
+
 /// The entrance. Cheap to clone.
 #[derive(Clone)]
 pub struct Ingest {
-    // Bounded by `load`, which counts what a bound on submissions could not.
-    queue: mpsc::UnboundedSender<Submission>,
+    /// For events of any device.
+    any: Lane,
+    /// For those whose devices must be in a group.
+    grouped: Lane,
     load: Arc<Load>,
-    backlog: Arc<Backlog>,
-    available: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
 }
 
+/// What events are written through.
+pub struct Writers {
+    /// Those of any device.
+    pub any: Box<dyn EventWriter>,
+    /// Those whose devices must be in a group. It must write into the tables themselves, where groups are.
+    pub grouped: Box<dyn EventWriter>,
+}
+
 impl Ingest {
-    /// Makes an entrance and the task behind it, which the caller spawns and watches. `news` is what
-    /// `writer` learns after it has returned.
+    /// Makes an entrance and the tasks behind it, which the caller spawns and watches. `news` is what
+    /// the first of the writers learns after it has returned.
     #[must_use]
     pub fn new(
-        writer: Box<dyn EventWriter>,
+        writers: Writers,
         news: mpsc::UnboundedReceiver<News>,
-        clock: Clock,
-        metrics: Arc<Metrics>,
-    ) -> (Self, IngestTask) {
-        let (queue, waiting) = mpsc::unbounded_channel();
+        clock: &Clock,
+        metrics: &Arc<Metrics>,
+    ) -> (Self, IngestTasks) {
         let load = Arc::new(Load::default());
-        let backlog = Arc::new(Backlog::new());
-        let available = Arc::new(AtomicBool::new(true));
-        let entrance = Self {
-            queue,
-            load: Arc::clone(&load),
-            backlog: Arc::clone(&backlog),
-            available: Arc::clone(&available),
-            metrics: Arc::clone(&metrics),
+        let lane = |writer, news| {
+            let (queue, waiting) = mpsc::unbounded_channel();
+            let backlog = Arc::new(Backlog::new());
+            let available = Arc::new(AtomicBool::new(true));
+            let task = IngestTask {
+                writer,
+                news,
+                waiting,
+                next: None,
+                under_way: VecDeque::new(),
+                peak: 0,
+                load: Arc::clone(&load),
+                backlog: Arc::clone(&backlog),
+                available: Arc::clone(&available),
+                logged_away: false,
+                clock: clock.clone(),
+                metrics: Arc::clone(metrics),
+                conflicts_logged: Seldom::new(CONFLICT_LOGGED_EVERY),
+            };
+            (Lane { queue, backlog, available }, task)
         };
-        let task = IngestTask {
-            writer,
-            news,
-            waiting,
-            next: None,
-            under_way: VecDeque::new(),
-            peak: 0,
-            load,
-            backlog,
-            available,
-            logged_away: false,
-            clock,
-            metrics,
-            conflicts_logged: Seldom::new(CONFLICT_LOGGED_EVERY),
-        };
-        (entrance, task)
+        let (any, any_task) = lane(writers.any, news);
+        // Its writer has nothing to tell afterwards.
+        let (_, no_news) = mpsc::unbounded_channel();
+        let (grouped, grouped_task) = lane(writers.grouped, no_news);
+        let entrance = Self { any, grouped, load: Arc::clone(&load), metrics: Arc::clone(metrics) };
+        (entrance, IngestTasks { any: any_task, grouped: grouped_task })
     }
 
     /// Whether events are being stored at present.
     #[must_use]
     pub fn is_available(&self) -> bool {
-        self.available.load(Ordering::Relaxed)
+        self.any.is_available()
     }
 
     /// Room for no event yet.
@@ -336,48 +401,46 @@ impl Ingest {
         Room { load: Arc::clone(&self.load), events: 0, bytes: 0 }
     }
 
-    /// Stores `event` and returns once it is committed.
+    /// Stores `event` and returns once it is committed. When a `group` is named, its device must be in it, or new: then
+    /// it is put there.
     ///
     /// # Errors
     /// See [`IngestError`].
-    pub fn submit(&self, event: SyncEvent) -> impl Future<Output = Result<Receipt, IngestError>> {
+    pub fn submit(
+        &self,
+        event: SyncEvent,
+        group: Option<String>,
+    ) -> impl Future<Output = Result<Receipt, IngestError>> {
         let mut room = self.room();
+        let lane = self.lane(group.as_ref());
         let waiting = room
             .take(&event)
-            .and_then(|()| self.enqueue(|reply| Submission::One { event, reply, room }));
+            .and_then(|()| enqueue(lane, |reply| Submission::One { event, group, reply, room }));
         self.wait_for(waiting, 1)
     }
 
-    /// Stores `events`, for which there is `room`, in one transaction and returns once it is committed.
+    /// Stores `events`, for which there is `room`, in one transaction and returns once it is committed. When a `group`
+    /// is named, all devices must be in it, or new.
     ///
     /// # Errors
     /// See [`IngestError`].
     pub async fn submit_many(
         &self,
         events: Vec<SyncEvent>,
+        group: Option<String>,
         room: Room,
     ) -> Result<Vec<Receipt>, IngestError> {
         let count = events.len();
         if count == 0 {
             return Ok(Vec::new());
         }
-        let waiting = self.enqueue(|reply| Submission::Many { events, reply, room });
+        let lane = self.lane(group.as_ref());
+        let waiting = enqueue(lane, |reply| Submission::Many { events, group, reply, room });
         self.wait_for(waiting, count).await
     }
 
-    fn enqueue<T>(
-        &self,
-        submission: impl FnOnce(oneshot::Sender<Result<T, IngestError>>) -> Submission,
-    ) -> Result<oneshot::Receiver<Result<T, IngestError>>, IngestError> {
-        if !self.is_available() {
-            return Err(IngestError::Unavailable);
-        }
-        let (reply, answer) = oneshot::channel();
-        let submission = submission(reply);
-        let events = submission.len();
-        self.queue.send(submission).map_err(|_| IngestError::Unavailable)?;
-        self.backlog.add(events);
-        Ok(answer)
+    fn lane(&self, group: Option<&String>) -> &Lane {
+        if group.is_some() { &self.grouped } else { &self.any }
     }
 
     async fn wait_for<T>(
@@ -397,10 +460,26 @@ impl Ingest {
         let reason = match error {
             IngestError::Overloaded => "overloaded",
             IngestError::Unavailable => "unavailable",
+            IngestError::OtherGroup => return,
             IngestError::Failed(_) => "failed",
         };
         self.metrics.refused(reason, events as u64);
     }
+}
+
+fn enqueue<T>(
+    lane: &Lane,
+    submission: impl FnOnce(oneshot::Sender<Result<T, IngestError>>) -> Submission,
+) -> Result<oneshot::Receiver<Result<T, IngestError>>, IngestError> {
+    if !lane.is_available() {
+        return Err(IngestError::Unavailable);
+    }
+    let (reply, answer) = oneshot::channel();
+    let submission = submission(reply);
+    let events = submission.len();
+    lane.queue.send(submission).map_err(|_| IngestError::Unavailable)?;
+    lane.backlog.add(events);
+    Ok(answer)
 }
 
 /// A batch on its way into the store, and who waits for it.
@@ -410,8 +489,54 @@ struct UnderWay {
     since: Instant,
 }
 
-/// The task that owns the writer.
-pub struct IngestTask {
+impl UnderWay {
+    /// Takes out those of which the events with a claim begin at `refused`, and tells them that a device is in
+    /// another group; the rest is a batch of its own.
+    fn without(self, refused: &[usize]) -> Self {
+        let Self { batch, waiters, .. } = self;
+        let mut events = Vec::new();
+        let mut others = Vec::new();
+        let mut next = 0;
+        for waiter in waiters {
+            let first = next;
+            next += waiter.len();
+            if refused.contains(&first) {
+                waiter.refuse(IngestError::OtherGroup);
+            } else {
+                events.extend_from_slice(&batch.events[first..next]);
+                others.push(waiter);
+            }
+        }
+        let batch = batch_of(batch.received, events, &others);
+        Self { batch, waiters: others, since: Instant::now() }
+    }
+}
+
+/// The tasks behind the entrance.
+pub struct IngestTasks {
+    any: IngestTask,
+    grouped: IngestTask,
+}
+
+impl IngestTasks {
+    /// Work until `shutdown` comes, then take nothing more, store what is queued, and return.
+    ///
+    /// # Errors
+    /// When a writer has come to its end. The process cannot go on without it.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), StoreError> {
+        let shutdown = shutdown.shared();
+        // Only the one is polled that has something to do.
+        let mut lanes: FuturesUnordered<_> =
+            [self.any, self.grouped].map(|lane| lane.run(shutdown.clone())).into_iter().collect();
+        while let Some(ended) = lanes.next().await {
+            ended?;
+        }
+        Ok(())
+    }
+}
+
+/// The task that owns a writer.
+struct IngestTask {
     writer: Box<dyn EventWriter>,
     news: mpsc::UnboundedReceiver<News>,
     waiting: mpsc::UnboundedReceiver<Submission>,
@@ -433,10 +558,7 @@ pub struct IngestTask {
 
 impl IngestTask {
     /// Works until `shutdown` comes, then takes nothing more, stores what is queued, and returns.
-    ///
-    /// # Errors
-    /// When the writer has come to its end. The process cannot go on without it.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), StoreError> {
+    async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), StoreError> {
         tokio::pin!(shutdown);
         let mut closing = false;
         loop {
@@ -532,7 +654,7 @@ impl IngestTask {
         if events.is_empty() {
             return Ok(());
         }
-        let batch = Arc::new(Batch::new(received, events));
+        let batch = batch_of(received, events, &waiters);
         let sent = UnderWay { batch, waiters, since: Instant::now() };
         if self.available.load(Ordering::Relaxed) && self.writer.send(&sent.batch) {
             self.under_way.push_back(sent);
@@ -598,11 +720,18 @@ impl IngestTask {
                     continue;
                 }
                 Err(StoreError::Stopped) => return Err(StoreError::Stopped),
+                Err(StoreError::OtherGroup(OtherGroup { refused })) => {
+                    let others = part.without(&refused);
+                    if !others.waiters.is_empty() {
+                        parts.push(others);
+                    }
+                    continue;
+                }
                 Err(error) => error,
             };
             if matches!(error, StoreError::Rejected(_)) && part.waiters.len() > 1 {
-                let half = |events: &[SyncEvent], waiters| UnderWay {
-                    batch: Arc::new(Batch::new(part.batch.received, events.to_vec())),
+                let half = |events: &[SyncEvent], waiters: Vec<_>| UnderWay {
+                    batch: batch_of(part.batch.received, events.to_vec(), &waiters),
                     waiters,
                     since: Instant::now(),
                 };
@@ -726,6 +855,7 @@ fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
         StoreError::Unavailable(_) | StoreError::Transient(_) | StoreError::OutcomeUnknown(_) => {
             IngestError::Unavailable
         }
+        StoreError::OtherGroup(_) => IngestError::OtherGroup,
         StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
             IngestError::Failed(error.to_string())
         }

@@ -15,7 +15,7 @@ use self::tasks::Tasks;
 use crate::{
     clock::Clock,
     http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Listeners, Tls},
-    ingest::Ingest,
+    ingest::{Ingest, Writers},
     keys::{self, Keyring},
     logs,
     maintenance::{Maintenance, STEP_YIELD, earlier_time},
@@ -144,8 +144,8 @@ async fn serve(
     check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
     let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
     let (tell, news) = mpsc::unbounded_channel();
-    let writer = store.ingest_writer(tell).await?;
-    let (ingest, task) = Ingest::new(writer, news, clock.clone(), Arc::clone(&metrics));
+    let writers = Writers { any: store.ingest_writer(tell).await?, grouped: store.event_writer() };
+    let (ingest, task) = Ingest::new(writers, news, &clock, &metrics);
     let (stop_ingest, stopped) = oneshot::channel::<()>();
     let stopped = async {
         let _ = stopped.await;

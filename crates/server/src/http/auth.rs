@@ -339,22 +339,18 @@ impl<S: Send + Sync> FromRequestParts<S> for WithKey {
     }
 }
 
-/// Checks that a key may report for a device. A key of a group puts a new device in it.
-pub(super) async fn check_report(
-    state: &SharedState,
-    key: &Key,
-    device_id: &DeviceId,
-) -> Result<(), ApiError> {
-    if !key.may_report_for(device_id) {
-        return Err(ApiError::OtherDevice);
+/// The group that devices must be in which a key reports for, if it is one's of a group. The transaction that stores
+/// their events sees to that; whether a key is for one device alone, the key itself says.
+pub(super) fn check_report<'a>(
+    key: Option<&Key>,
+    device_ids: impl IntoIterator<Item = &'a DeviceId>,
+) -> Result<Option<String>, ApiError> {
+    let Some(key) = key else { return Ok(None) };
+    if device_ids.into_iter().all(|device_id| key.may_report_for(device_id)) {
+        Ok(key.group.clone())
+    } else {
+        Err(ApiError::OtherDevice)
     }
-    let Some(group) = &key.group else { return Ok(()) };
-    if let Some(found) = state.store.device_group(device_id).await? {
-        return if found.as_ref() == Some(group) { Ok(()) } else { Err(ApiError::OtherDevice) };
-    }
-    state.store.register_device(device_id, group, state.clock.now()).await?;
-    tracing::info!(%device_id, group, key_id = key.id, "new device");
-    Ok(())
 }
 
 /// Who asks for a change, for the audit log.

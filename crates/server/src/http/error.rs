@@ -315,6 +315,7 @@ impl From<StoreError> for ApiError {
             StoreError::Unavailable(_)
             | StoreError::Transient(_)
             | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
+            StoreError::OtherGroup(_) => Self::OtherDevice,
             StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
                 Self::Internal(error.to_string())
             }
@@ -327,6 +328,7 @@ impl From<IngestError> for ApiError {
         match error {
             IngestError::Overloaded => Self::Overloaded,
             IngestError::Unavailable => Self::DatabaseAway,
+            IngestError::OtherGroup => Self::OtherDevice,
             IngestError::Failed(detail) => Self::Internal(detail),
         }
     }

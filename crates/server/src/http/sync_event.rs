@@ -255,10 +255,9 @@ fn create_sync_event(
             event.event_id =
                 Some(read_idempotency_key(&key, is_ambiguous, event.event_id.as_ref())?);
         }
-        if let Some(key) = state.gate.look_again(key.as_ref(), Scope::Ingest)? {
-            auth::check_report(&state, &key, &event.device_id).await?;
-        }
-        let receipt = state.ingest.submit(event.clone()).await?;
+        let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
+        let group = auth::check_report(key.as_deref(), [&event.device_id])?;
+        let receipt = state.ingest.submit(event.clone(), group).await?;
         Ok(answer(event, receipt))
     }
 }

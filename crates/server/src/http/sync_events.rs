@@ -3,7 +3,7 @@
 //! The body is read as it arrives: decompressed, cut into events, each of them checked. What is
 //! bounded is counted after decompression.
 
-use std::{collections::BTreeSet, io, pin::Pin, time::Duration};
+use std::{io, pin::Pin, time::Duration};
 
 use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::{
@@ -150,15 +150,11 @@ async fn create_sync_events(
     )?;
     let Reading { events, room, rejected, .. } = reading;
     // The body may have taken minutes.
-    if let Some(key) = state.gate.look_again(key.as_ref(), Scope::Ingest)? {
-        // One event that the key may not report is a mistake about all of them.
-        let devices: BTreeSet<_> = events.iter().map(|event| &event.device_id).collect();
-        for device_id in devices {
-            auth::check_report(&state, &key, device_id).await?;
-        }
-    }
+    let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
+    // One event that the key may not report is a mistake about all of them.
+    let group = auth::check_report(key.as_deref(), events.iter().map(|event| &event.device_id))?;
     let taken = events.len();
-    let receipts = state.ingest.submit_many(events, room).await?;
+    let receipts = state.ingest.submit_many(events, group, room).await?;
     let noted = note_rejected(&state, taken, &rejected);
     let result = Success::new("Sync events processed", BatchResult::new(receipts, rejected));
     let mut response = result.with_status(StatusCode::OK);

@@ -1,6 +1,11 @@
 //! A batch of events on its way into a store, and what came of it.
 
-use std::{borrow::Cow, collections::HashMap, time::Instant};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    time::Instant,
+};
 
 use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
@@ -22,6 +27,26 @@ pub struct Batch {
     /// How far the import comes to which the events belong, stored with them; a step of an import may
     /// also have no events.
     pub progress: Option<ImportProgress>,
+    /// Of which events the devices must be in a group; most batches have none.
+    pub claims: Vec<GroupClaim>,
+}
+
+/// Events that were sent with a key of a group. All of them are stored, when each of their devices is in the group or
+/// new, and a new one is put in it; else none of them is.
+#[derive(Debug, Clone)]
+pub struct GroupClaim {
+    /// Their positions in the batch.
+    pub events: Range<usize>,
+    /// The group.
+    pub group: String,
+}
+
+/// Why nothing of a batch was stored: devices are not in the groups that they must be in.
+#[derive(Debug, thiserror::Error)]
+#[error("devices are not in the group that they must be in")]
+pub struct OtherGroup {
+    /// Where the events of the claims begin that were refused.
+    pub refused: Vec<usize>,
 }
 
 /// What became of a batch that was committed. It has no default: one without ids would answer for events that
@@ -161,7 +186,49 @@ impl Batch {
     /// Events that arrive at `received`.
     #[must_use]
     pub fn new(received: Timestamp, events: Vec<SyncEvent>) -> Self {
-        Self { received, stamped: Instant::now(), events, receipts: Vec::new(), progress: None }
+        Self {
+            received,
+            stamped: Instant::now(),
+            events,
+            receipts: Vec::new(),
+            progress: None,
+            claims: Vec::new(),
+        }
+    }
+
+    /// The devices that claims are about, in byte-wise order, each with the group that it is put in when it is new.
+    pub(super) fn claimed_devices(&self) -> BTreeMap<&DeviceId, &str> {
+        let mut claimed = BTreeMap::new();
+        for GroupClaim { events, group } in &self.claims {
+            for event in &self.events[events.clone()] {
+                claimed.entry(&event.device_id).or_insert(group.as_str());
+            }
+        }
+        claimed
+    }
+
+    /// Looks at the claims one after the other, given the groups of those devices that there are; answers which devices
+    /// are to be registered, and in which group.
+    pub(super) fn check_claims(
+        &self,
+        groups: &HashMap<String, Option<String>>,
+    ) -> Result<BTreeMap<&DeviceId, &str>, OtherGroup> {
+        let mut registered: BTreeMap<&DeviceId, &str> = BTreeMap::new();
+        let mut refused = Vec::new();
+        for GroupClaim { events, group } in &self.claims {
+            let devices = || self.events[events.clone()].iter().map(|event| &event.device_id);
+            let is_right = |device_id: &DeviceId| match groups.get(device_id.as_str()) {
+                Some(found) => found.as_ref() == Some(group),
+                None => registered.get(device_id).is_none_or(|found| found == group),
+            };
+            if devices().all(is_right) {
+                let new = devices().filter(|device_id| !groups.contains_key(device_id.as_str()));
+                registered.extend(new.map(|device_id| (device_id, group.as_str())));
+            } else {
+                refused.push(events.start);
+            }
+        }
+        if refused.is_empty() { Ok(registered) } else { Err(OtherGroup { refused }) }
     }
 
     /// When the event at `position` was received.

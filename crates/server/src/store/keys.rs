@@ -276,20 +276,6 @@ pub trait KeyStore: Send + Sync {
     /// Notes when keys were last used; never sets one back.
     async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError>;
 
-    /// The group that a device is in, if any; `None` for an unknown device.
-    async fn device_group(
-        &self,
-        device_id: &DeviceId,
-    ) -> Result<Option<Option<String>>, StoreError>;
-
-    /// Registers a device in a group before its first event; leaves one that is there alone.
-    async fn register_device(
-        &self,
-        device_id: &DeviceId,
-        group: &str,
-        at: Timestamp,
-    ) -> Result<(), StoreError>;
-
     /// The newest lines of the audit log, or those before the line `before`.
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError>;
 }

@@ -27,7 +27,7 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio::sync::mpsc;
 
 pub use backup::{BackedUp, Restored, backup, restore};
-pub use batch::{Batch, Conflict, Duplicate, FailureStreak, News, Written};
+pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, News, OtherGroup, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportProgress};
@@ -61,6 +61,9 @@ pub enum StoreError {
     /// The database refused the data itself; nothing was changed, and trying again won't help.
     #[error("the database refused the data: {0}")]
     Rejected(String),
+    /// Devices are not in the groups that they must be in; nothing was changed.
+    #[error(transparent)]
+    OtherGroup(#[from] OtherGroup),
     /// Whatever writes has come to its end; only a restart of the process helps.
     #[error("the writer has stopped")]
     Stopped,
@@ -211,6 +214,9 @@ pub trait EventWriter: Send {
     /// # Errors
     /// After any error but [`StoreError::OutcomeUnknown`] nothing of the batch is stored. After that
     /// one, writing the same batch (the same `Arc`) again stores it exactly once.
+    ///
+    /// [`StoreError::OtherGroup`] when a batch's [`GroupClaim`]s do not hold in that transaction: nobody can have moved or
+    /// deleted a device in between. Only [`Store::event_writer`]s look at claims.
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError>;
 
     /// Sends a batch off, to be stored behind those that have been sent off before it. False when that cannot be

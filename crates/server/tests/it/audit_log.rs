@@ -33,7 +33,6 @@ fn attempts(is_postgres: bool) -> Vec<String> {
         "delete from audit_log",
         "delete from audit_log where id = 2",
         "update audit_log set subject = 'x'",
-        "update audit_log set id = 77 where id = 2",
     ]
     .map(str::to_owned)
     .to_vec();
@@ -57,6 +56,7 @@ fn attempts(is_postgres: bool) -> Vec<String> {
     }
     attempts.extend([
         "update or replace audit_log set id = 2 where id = 3".to_owned(),
+        "update audit_log set id = 77 where id = 2".to_owned(),
         "update or ignore audit_log set subject = 'x'".to_owned(),
         format!(
             "insert or replace into audit_log {COLUMNS} select id, at, via, action, 'x', details from audit_log"

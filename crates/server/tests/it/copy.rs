@@ -83,7 +83,15 @@ async fn fill(fixture: &TestStore) {
         group: Some(Some("school".to_owned())),
     };
     fixture.store.update_device(&device_id("pi-1"), &change, &somebody()).await.unwrap();
-    fixture.store.register_device(&device_id("pi-new"), "school", at(-5)).await.unwrap();
+    // One that has not reported.
+    let registered = match fixture.is_postgres() {
+        true => {
+            "(device_id, \"group\", created_at, updated_at)
+             values ('pi-new', 'school', '2026-11-22 11:59:55+00', '2026-11-22 11:59:55+00')"
+        }
+        false => "(device_id, \"group\", created_at) values ('pi-new', 'school', 1795348795000)",
+    };
+    fixture.database.execute(&format!("insert into devices {registered}")).await;
     fixture.store.delete_device(&device_id("pi-6"), &somebody()).await.unwrap();
     let (number, _) = fixture.database.make_key(wish(Scope::Read)).await;
     fixture.database.make_key(wish(Scope::Admin)).await;

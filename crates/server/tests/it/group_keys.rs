@@ -8,7 +8,7 @@ use std::sync::{
 
 use pisync::{
     keys::KeyWish,
-    store::{self, Batch, Claim, DeviceChange, Scope, StoreError, Target},
+    store::{self, Batch, DeviceChange, GroupClaim, Scope, StoreError, Target},
 };
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -18,7 +18,7 @@ use crate::{
     support::{
         events::{at, device_id, now, somebody, success},
         http::{Client, event, with},
-        postgres,
+        postgres::connect,
         store::{TestStore, on_postgres, wish},
     },
 };
@@ -265,7 +265,7 @@ mod nodes {
 
     fn claiming(group: &str, devices: &[String]) -> Arc<Batch> {
         let events: Vec<_> = devices.iter().map(|device| success(device, at(-1))).collect();
-        let claims = vec![Claim { events: 0..events.len(), group: group.to_owned() }];
+        let claims = vec![GroupClaim { events: 0..events.len(), group: group.to_owned() }];
         Arc::new(Batch { claims, ..Batch::new(now(), events) })
     }
 
@@ -317,7 +317,7 @@ mod nodes {
     async fn postgres_keeps_a_claim_until_the_commit() {
         on_postgres(async |fixture: &TestStore| {
             let Target::Postgres(target) = fixture.target() else { panic!() };
-            let client = postgres::connect(&target.config).await;
+            let client = connect(&target.config).await;
             let devices = ["pi".to_owned()];
             let mut writer = fixture.writer();
             writer.write(&claiming("north", &devices)).await.unwrap();

@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use pisync::{
     clock::Clock,
-    ingest::{Ingest, IngestError, Receipt},
+    ingest::{Ingest, IngestError, Receipt, Writers},
     metrics::Metrics,
     store::{Batch, EventWriter, StoreError, Written},
 };
@@ -118,7 +118,8 @@ impl Running {
         let store = Obedient { told, ends: Arc::new(Semaphore::new(0)) };
         let (_, news) = unbounded_channel();
         let metrics = Arc::new(Metrics::new().unwrap());
-        let (ingest, task) = Ingest::new(Box::new(store.clone()), news, Clock::new(now), metrics);
+        let writers = Writers { any: Box::new(store.clone()), grouped: Box::new(store.clone()) };
+        let (ingest, task) = Ingest::new(writers, news, &Clock::new(now), &metrics);
         let (stop, stopped) = oneshot::channel();
         tokio::spawn(task.run(async {
             let _ = stopped.await;
@@ -131,7 +132,7 @@ impl Running {
         let event = success("pi", at(i64::from(number)));
         let event = pisync_core::SyncEvent { total_files_synced: number, ..event };
         let ingest = self.ingest.clone();
-        let waiting = tokio::spawn(async move { ingest.submit(event).await });
+        let waiting = tokio::spawn(async move { ingest.submit(event, None).await });
         settle().await;
         waiting
     }

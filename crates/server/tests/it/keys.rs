@@ -24,7 +24,6 @@ both_stores!(
     every_route_asks_for_its_scope,
     a_key_of_a_device_reports_for_it_alone,
     a_key_of_a_device_sends_batches_of_it_alone,
-    a_key_of_a_group_reports_for_its_devices,
     what_is_made_or_revoked_elsewhere_counts_within_a_second,
     an_expired_key_opens_nothing,
     last_use_is_kept_to_the_hour,
@@ -35,7 +34,7 @@ both_stores!(
 );
 
 /// A server that asks everybody for a key.
-struct LockedServer(TestServer);
+pub(crate) struct LockedServer(pub(crate) TestServer);
 
 impl Fixture for LockedServer {
     async fn prepare(database: TestDatabase) -> Self {
@@ -53,7 +52,7 @@ async fn locked(database: TestDatabase) -> TestServer {
 
 impl LockedServer {
     /// A key that the server knows by now.
-    async fn key(&self, wish: KeyWish) -> (i64, Client) {
+    pub(crate) async fn key(&self, wish: KeyWish) -> (i64, Client) {
         let made = self.0.database.make_key(wish).await;
         let client = self.0.with_key(&made.1);
         let is_known = async || client.get("/api/stats").await.status != 401;
@@ -61,7 +60,7 @@ impl LockedServer {
         (made.0, client)
     }
 
-    async fn admin(&self) -> Client {
+    pub(crate) async fn admin(&self) -> Client {
         self.key(wish(Scope::Admin)).await.1
     }
 
@@ -73,7 +72,7 @@ impl LockedServer {
 }
 
 /// Waits for a condition that must come true soon.
-async fn until(condition: impl AsyncFn() -> bool) {
+pub(crate) async fn until(condition: impl AsyncFn() -> bool) {
     let began = Instant::now();
     while !condition().await {
         assert!(began.elapsed().as_secs() < 30, "it does not come true");
@@ -130,7 +129,7 @@ fn unauthorized(answer: &Answer, error: &str) {
 }
 
 #[track_caller]
-fn forbidden(answer: &Answer, error: &str) {
+pub(crate) fn forbidden(answer: &Answer, error: &str) {
     let said = answer.error(403);
     assert!(said.contains(error), "{said}");
     assert!(answer.header("www-authenticate").contains("insufficient_scope"));
@@ -235,25 +234,6 @@ async fn a_key_of_a_device_sends_batches_of_it_alone(server: &LockedServer) {
     let admin = server.admin().await;
     assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 2);
     admin.get("/api/device/other").await.error(404);
-}
-
-async fn a_key_of_a_group_reports_for_its_devices(server: &LockedServer) {
-    let admin = server.admin().await;
-    let of = |group: &str| KeyWish { group: Some(group.to_owned()), ..wish(Scope::Ingest) };
-    let (_, north) = server.key(of("north")).await;
-    let (_, south) = server.key(of("south")).await;
-    // A new device joins the group, in which it stays.
-    north.report(&event("new")).await.data(201);
-    north.report(&event("new")).await.data(201);
-    assert_eq!(admin.get("/api/device/new").await.data(200)["group"], "north");
-    forbidden(&south.report(&event("new")).await, "This key is for other devices");
-    // A device of no group is nobody's.
-    admin.report(&event("old")).await.data(201);
-    forbidden(&north.report(&event("old")).await, "This key is for other devices");
-    admin.patch("/api/device/old", &json!({"group": "south"})).await.data(200);
-    south.report(&event("old")).await.data(201);
-    forbidden(&north.report(&event("old")).await, "This key is for other devices");
-    assert_eq!(admin.get("/api/stats").await.data(200)["total_sync_events"], 4);
 }
 
 async fn what_is_made_or_revoked_elsewhere_counts_within_a_second(server: &LockedServer) {

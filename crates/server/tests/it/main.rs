@@ -27,6 +27,7 @@ mod express;
 mod faults;
 mod file_owners;
 mod fuzz_corpus;
+mod group_keys;
 mod import;
 mod ingest;
 mod ingest_batches;

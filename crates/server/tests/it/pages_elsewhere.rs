@@ -114,7 +114,7 @@ async fn whoever_guesses_keys_is_counted_all_the_same() {
     for auth in [AuthMode::Auto, AuthMode::Required] {
         let server = limited(auth).await;
         let guess = || server.with_key("psk_guess");
-        for headers in FOREIGN.iter().take(3) {
+        for headers in FOREIGN.into_iter().take(3) {
             assert_eq!(ask(&guess(), "GET", "/api/stats", headers).await.status, 401);
         }
         assert_eq!(ask(&guess(), "GET", "/api/stats", FOREIGN[0]).await.status, 429);
@@ -154,10 +154,11 @@ async fn without_a_key_they_are_served_nothing() {
             assert!(answer.error(401).contains("a link on a page elsewhere"), "{path}");
         }
         // By hand, from a bookmark, and from pages of our own.
-        for headers in [
-            &[("sec-fetch-site", "none"), ("sec-fetch-mode", "navigate")][..],
+        let own: [Headers; 2] = [
+            &[("sec-fetch-site", "none"), ("sec-fetch-mode", "navigate")],
             &[("sec-fetch-site", "same-origin"), ("sec-fetch-mode", "cors")],
-        ] {
+        ];
+        for headers in own {
             assert_eq!(ask(&server, "GET", path, headers).await.status, 200, "{path}");
         }
     }

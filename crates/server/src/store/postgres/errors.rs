@@ -5,7 +5,7 @@ use std::{error::Error, fmt};
 
 use tokio_postgres::error::{DbError, Severity};
 
-use crate::store::StoreError;
+use crate::store::{OtherGroup, StoreError};
 
 /// PostgreSQL's errors by what can be done about them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +114,8 @@ pub(super) enum WriteError {
     Sql(tokio_postgres::Error),
     /// Another transaction came between two statements of ours. Nothing was committed, and trying again may work.
     Conflict(&'static str),
+    /// Devices are not in the groups that they must be in.
+    OtherGroup(OtherGroup),
     /// The commit was carried out, and may not be replicated.
     Unreplicated,
     /// A mistake of ours, or a database that answers what it was not asked. While a commit is in flight the batch
@@ -126,7 +128,7 @@ impl WriteError {
     pub(super) fn leaves_doubt(&self) -> bool {
         match self {
             Self::Sql(error) => is_connection_lost(error),
-            Self::Conflict(_) => false,
+            Self::Conflict(_) | Self::OtherGroup(_) => false,
             Self::Unreplicated | Self::Impossible(_) => true,
         }
     }
@@ -138,11 +140,18 @@ impl From<tokio_postgres::Error> for WriteError {
     }
 }
 
+impl From<OtherGroup> for WriteError {
+    fn from(error: OtherGroup) -> Self {
+        Self::OtherGroup(error)
+    }
+}
+
 impl fmt::Display for WriteError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sql(error) => formatter.write_str(&describe(error)),
             Self::Conflict(what) => formatter.write_str(what),
+            Self::OtherGroup(error) => error.fmt(formatter),
             Self::Unreplicated => formatter
                 .write_str("somebody ended the wait of a commit for its synchronous standby"),
             Self::Impossible(what) => formatter.write_str(what),
@@ -155,6 +164,7 @@ impl From<WriteError> for StoreError {
         match error {
             WriteError::Sql(error) => store_error(error),
             WriteError::Conflict(what) => Self::Transient(what.to_owned()),
+            WriteError::OtherGroup(error) => error.into(),
             unreplicated @ WriteError::Unreplicated => Self::Unavailable(unreplicated.to_string()),
             WriteError::Impossible(what) => Self::Failed(what),
         }

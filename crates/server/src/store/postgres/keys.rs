@@ -59,38 +59,6 @@ impl KeyStore for PostgresStore {
         .await
     }
 
-    async fn device_group(
-        &self,
-        device_id: &DeviceId,
-    ) -> Result<Option<Option<String>>, StoreError> {
-        const SELECT_GROUP: &str = r#"select "group" from devices where device_id = $1"#;
-        self.call(async |connection| {
-            let select = connection.prepare_cached(SELECT_GROUP).await?;
-            let row = connection.query_opt(&select, &[&device_id.as_str()]).await?;
-            row.map(|row| row.try_get(0)).transpose()
-        })
-        .await
-    }
-
-    async fn register_device(
-        &self,
-        device_id: &DeviceId,
-        group: &str,
-        at: Timestamp,
-    ) -> Result<(), StoreError> {
-        const REGISTER: &str = r#"
-            insert into devices (device_id, "group", created_at, updated_at)
-            values ($1, $2, $3, $3)
-                on conflict do nothing
-        "#;
-        self.call(async |connection| {
-            let values: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
-                [&device_id.as_str(), &group, &at.to_jiff()];
-            connection.execute(REGISTER, &values).await.map(|_| ())
-        })
-        .await
-    }
-
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
         self.call(async |connection| audit(connection, before, limit).await).await
     }

@@ -2,6 +2,7 @@
 //! for everything else.
 
 mod changes;
+mod claims;
 mod connect;
 pub(super) mod copy;
 mod dump;

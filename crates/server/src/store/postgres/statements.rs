@@ -10,6 +10,7 @@ use pisync_core::{
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::{
+    claims::ClaimStatements,
     errors::WriteError,
     history::{EVENT_COLUMNS, stored_event},
     roll_ups::PassedStatements,
@@ -255,6 +256,7 @@ pub(super) struct Statements {
     find_keys: Statement,
     are_stored: Statement,
     pub(super) passed: PassedStatements,
+    pub(super) claims: ClaimStatements,
 }
 
 impl Statements {
@@ -276,6 +278,7 @@ impl Statements {
             find_keys: client.prepare(&find_keys_statement()).await?,
             are_stored: client.prepare(ARE_STORED).await?,
             passed: PassedStatements::prepare(client).await?,
+            claims: ClaimStatements::prepare(client).await?,
         })
     }
 

@@ -157,7 +157,11 @@ impl Work<'_> {
 
         transaction.open = true;
         client.batch_execute(self.begin()).await?;
-        let new_devices = statements.upsert_devices(client, &devices, received).await?;
+        let mut new_devices = Vec::new();
+        if !batch.claims.is_empty() {
+            new_devices = statements.claims.check(client, batch).await?;
+        }
+        new_devices.extend(statements.upsert_devices(client, &devices, received).await?);
         keys.insert_new_keys(client, statements, received).await?;
         let kept = keys.find_keys(client, statements).await?;
         keys.check_found(&kept)?;

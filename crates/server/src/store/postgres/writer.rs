@@ -223,7 +223,7 @@ impl PostgresEventWriter {
 
     /// Whether the batch can be one statement.
     fn is_plain(&self, batch: &Batch) -> bool {
-        batch.progress.is_none() && !self.may_be_passed(batch)
+        batch.progress.is_none() && batch.claims.is_empty() && !self.may_be_passed(batch)
     }
 
     /// Whether to look first which events of the batch were reported before.
@@ -274,7 +274,8 @@ impl PostgresEventWriter {
     async fn transact(&mut self, batch: &Arc<Batch>, ids: &[i64]) -> Result<Written, WriteError> {
         let session = self.session()?;
         let repeats = batch.repeats();
-        let calls_for_care = self.calls_for_care(batch, &repeats);
+        // Claims are looked at on that path.
+        let calls_for_care = self.calls_for_care(batch, &repeats) || !batch.claims.is_empty();
         if !calls_for_care && self.is_plain(batch) {
             self.transaction.committing = true;
             let mut sent = self.send_single(&session, batch, ids.to_vec());
@@ -400,7 +401,7 @@ impl PostgresEventWriter {
         let retries = match &error {
             WriteError::Sql(error) => self.classify(error),
             WriteError::Conflict(_) => RETRIES,
-            WriteError::Unreplicated | WriteError::Impossible(_) => 0,
+            WriteError::OtherGroup(_) | WriteError::Unreplicated | WriteError::Impossible(_) => 0,
         };
         if attempt < retries { Ok(()) } else { Err(error.into()) }
     }

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, Row, Transaction, TransactionBehavior, params};
 
 use super::{
     SqliteStore,
@@ -39,48 +39,6 @@ impl KeyStore for SqliteStore {
     async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError> {
         let used = used.to_vec();
         self.writer.call(move |writer| keys_used(writer.connection(), &used)).await
-    }
-
-    async fn device_group(
-        &self,
-        device_id: &DeviceId,
-    ) -> Result<Option<Option<String>>, StoreError> {
-        const SELECT_GROUP: &str = r#"select "group" from devices where device_id = ?1"#;
-        let select = |device_id: DeviceId| {
-            move |connection: &Connection| {
-                connection
-                    .prepare_cached(SELECT_GROUP)?
-                    .query_row([device_id.as_str()], |row| row.get(0))
-                    .optional()
-            }
-        };
-        // Every event of a group's key asks. Only a device that has just reported for the first time may
-        // not be in the tables yet.
-        match self.read(select(device_id.clone())).await? {
-            None => self.read_events(select(device_id.clone())).await,
-            found => Ok(found),
-        }
-    }
-
-    async fn register_device(
-        &self,
-        device_id: &DeviceId,
-        group: &str,
-        at: Timestamp,
-    ) -> Result<(), StoreError> {
-        const REGISTER: &str = r#"
-            insert into devices (device_id, "group", created_at) values (?1, ?2, ?3)
-                on conflict do nothing
-        "#;
-        let (device_id, group) = (device_id.clone(), group.to_owned());
-        self.writer
-            .call(move |writer| {
-                // A device that has reported already stays in its group.
-                writer.settle()?;
-                let values = params![device_id.as_str(), group, at.as_millisecond()];
-                writer.connection().execute(REGISTER, values).map(|_| ())
-            })
-            .await
     }
 
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {

@@ -1,7 +1,7 @@
 //! The thread that owns the only connection for writing, and what it does.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
@@ -32,8 +32,8 @@ use super::{
 };
 use crate::{
     store::{
-        Actor, Batch, DeviceChange, Duplicate, EventWriter, StoreError, StoredEvent, Written,
-        keys::NewAuditEntry,
+        Actor, Batch, DeviceChange, Duplicate, EventWriter, OtherGroup, StoreError, StoredEvent,
+        Written, keys::NewAuditEntry,
     },
     threads::Threads,
 };
@@ -135,7 +135,8 @@ impl SqliteEventWriter {
 impl EventWriter for SqliteEventWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
         let batch = Arc::clone(batch);
-        self.thread.call(move |connection| connection.write(&batch)).await
+        let written = self.thread.call(move |connection| connection.write(&batch)).await?;
+        Ok(written?)
     }
 
     async fn probe(&mut self) -> Result<(), StoreError> {
@@ -187,10 +188,10 @@ pub(super) struct Journaled {
 
 impl WriteConnection {
     /// Stores a batch that is not in the journal.
-    fn write(&mut self, batch: &Batch) -> rusqlite::Result<Written> {
-        // An event in the journal may have the same id.
+    fn write(&mut self, batch: &Batch) -> rusqlite::Result<Result<Written, OtherGroup>> {
+        // An event in the journal may have the same id, or be the first of a device.
         self.settle()?;
-        self.store(batch, None)
+        self.store_claimed(batch, None)
     }
 
     /// Opens the file at `path`, whose schema must be current.
@@ -309,12 +310,22 @@ impl WriteConnection {
         Ok(intake.lowest_open_id() - 1)
     }
 
-    /// Stores a batch with its figures in one transaction.
+    /// Stores a batch without claims, such as one from the journal, with its figures in one transaction.
     pub(super) fn store(
         &mut self,
         batch: &Batch,
         journaled: Option<&Journaled>,
     ) -> rusqlite::Result<Written> {
+        let written = self.store_claimed(batch, journaled)?;
+        written.map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
+    }
+
+    /// Stores a batch with its figures in one transaction, if its claims hold.
+    fn store_claimed(
+        &mut self,
+        batch: &Batch,
+        journaled: Option<&Journaled>,
+    ) -> rusqlite::Result<Result<Written, OtherGroup>> {
         let order = batch.order();
         let mut written = Written::new(Vec::with_capacity(batch.events.len()));
         let intake = self.intake.upgrade();
@@ -329,6 +340,17 @@ impl WriteConnection {
             self.streaks_since = expiry::streaks_since(&transaction)?;
             if let Some(intake) = &intake {
                 intake.forget_devices();
+            }
+        }
+
+        if !batch.claims.is_empty() {
+            match batch.check_claims(&groups_of(&transaction, batch)?) {
+                Ok(new) => {
+                    register(&transaction, &new, batch.received)?;
+                    written.new_devices.extend(new.into_keys().cloned());
+                }
+                // What the transaction has done goes with it: nothing yet.
+                Err(refused) => return Ok(Err(refused)),
             }
         }
 
@@ -389,7 +411,7 @@ impl WriteConnection {
         transaction.commit()?;
         self.devices
             .extend(found.into_iter().map(|(device_id, number)| (device_id.clone(), number)));
-        Ok(written)
+        Ok(Ok(written))
     }
 
     /// For what has nothing to do with events.
@@ -510,6 +532,36 @@ fn find_or_add(
         .prepare_cached("insert into devices (device_id, created_at) values (?1, ?2)")?
         .insert(params![device_id.as_str(), received.as_millisecond()])
         .map(|number| (number, true))
+}
+
+/// The groups of those devices that there are which the claims of `batch` are about.
+fn groups_of(
+    transaction: &Transaction<'_>,
+    batch: &Batch,
+) -> rusqlite::Result<HashMap<String, Option<String>>> {
+    let mut select =
+        transaction.prepare_cached(r#"select "group" from devices where device_id = ?1"#)?;
+    let mut groups = HashMap::new();
+    for device_id in batch.claimed_devices().into_keys() {
+        let group = select.query_row([device_id.as_str()], |row| row.get(0)).optional()?;
+        groups.extend(group.map(|group| (device_id.to_string(), group)));
+    }
+    Ok(groups)
+}
+
+/// Registers devices in groups.
+fn register(
+    transaction: &Transaction<'_>,
+    devices: &BTreeMap<&DeviceId, &str>,
+    received: Timestamp,
+) -> rusqlite::Result<()> {
+    const REGISTER: &str =
+        r#"insert into devices (device_id, "group", created_at) values (?1, ?2, ?3)"#;
+    let mut insert = transaction.prepare_cached(REGISTER)?;
+    for (device_id, group) in devices {
+        insert.execute(params![device_id.as_str(), group, received.as_millisecond()])?;
+    }
+    Ok(())
 }
 
 /// Notes how far the journal is in the tables.

@@ -1,0 +1,78 @@
+//! Whether devices are in the groups that keys report for, decided in the transaction that stores the events: the rows
+//! of the devices stay locked until its end, so nobody moves or deletes a device in between.
+
+use std::collections::HashMap;
+
+use futures_util::future;
+use pisync_core::DeviceId;
+use tokio_postgres::{Client, Error, Statement, types::ToSql};
+
+use super::errors::WriteError;
+use crate::store::Batch;
+
+/// Registers the devices that are new, and locks the others without changing them, all in byte-wise order: nodes don't
+/// wait for each other in a circle. Should a claim not hold, what was registered goes with the transaction.
+const REGISTER_AND_LOCK: &str = r#"
+    insert into devices as stored (device_id, "group", created_at, updated_at)
+    select device_id, "group", $3, $3
+      from unnest($1::text[], $2::text[]) as claimed (device_id, "group")
+        on conflict (device_id) do update
+           set updated_at = stored.updated_at
+         where false
+    returning device_id
+"#;
+
+/// A statement of its own, whose snapshot is taken after the locks.
+const SELECT_GROUPS: &str = r#"
+    select device_id, "group" from devices where device_id = any($1::text[])
+"#;
+
+/// The statements as the server has parsed them.
+pub(super) struct ClaimStatements {
+    register_and_lock: Statement,
+    select_groups: Statement,
+}
+
+impl ClaimStatements {
+    pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
+        Ok(Self {
+            register_and_lock: client.prepare(REGISTER_AND_LOCK).await?,
+            select_groups: client.prepare(SELECT_GROUPS).await?,
+        })
+    }
+
+    /// Registers the devices of claims that are new, and looks whether the claims of `batch` hold; answers the new devices.
+    pub(super) async fn check(
+        &self,
+        client: &Client,
+        batch: &Batch,
+    ) -> Result<Vec<DeviceId>, WriteError> {
+        let (device_ids, groups): (Vec<&str>, Vec<&str>) = batch
+            .claimed_devices()
+            .into_iter()
+            .map(|(device_id, group)| (device_id.as_str(), group))
+            .unzip();
+        let received = batch.received.to_jiff();
+        let columns: [&(dyn ToSql + Sync); 3] = [&device_ids, &groups, &received];
+        // Sent one behind the other.
+        let (registered, found) = future::join(
+            client.query(&self.register_and_lock, &columns),
+            client.query(&self.select_groups, &[&device_ids]),
+        )
+        .await;
+        // The first one's error says more than that of what came behind it.
+        let registered = registered?;
+        let mut groups: HashMap<String, Option<String>> = HashMap::new();
+        for row in found? {
+            groups.insert(row.try_get(0)?, row.try_get(1)?);
+        }
+        let mut new_devices = Vec::new();
+        for row in registered {
+            let device_id: &str = row.try_get(0)?;
+            groups.remove(device_id);
+            new_devices.extend(DeviceId::new(device_id).ok());
+        }
+        batch.check_claims(&groups)?;
+        Ok(new_devices)
+    }
+}
