@@ -115,7 +115,9 @@ async fn a_missing_right_is_named_with_what_grants_it() {
     program.run(&["migrate", "down", "100", "--yes"]).success();
 
     // Tables of somebody else.
-    let others = "drop table pisync_migrations; create table pisync_migrations (id bigint)";
+    let others = "create table others (like pisync_migrations);
+                  drop table pisync_migrations;
+                  alter table others rename to pisync_migrations";
     inside.batch_execute(others).await.unwrap();
     let refused = program.run(&["migrate", "up"]);
     assert!(refused.failure().contains("owner to few_rights"), "{refused:?}");
