@@ -59,6 +59,14 @@ impl PostgresMigrations {
         Ok(transaction)
     }
 
+    /// What is in the database.
+    pub(super) async fn look(&self) -> Result<Contents, StoreError> {
+        match contents(&self.connection.client).await {
+            Ok(contents) => Ok(contents),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
     /// Adds what to do about missing rights, which only an administrator can mend.
     async fn explain(&self, error: tokio_postgres::Error) -> StoreError {
         let code = error.code().cloned();
@@ -125,10 +133,7 @@ impl PostgresMigrations {
 #[async_trait]
 impl MigrationDatabase for PostgresMigrations {
     async fn contents(&mut self) -> Result<Contents, StoreError> {
-        match contents(&self.connection.client).await {
-            Ok(contents) => Ok(contents),
-            Err(error) => Err(self.explain(error).await),
-        }
+        self.look().await
     }
 
     async fn apply(

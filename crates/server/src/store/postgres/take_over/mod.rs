@@ -50,7 +50,7 @@ impl PostgresTakeOver {
         const FIND: &str = "select name from pg_timezone_names where lower(name) = lower($1)";
         let migrations = PostgresMigrations::connect(target).await?;
         let client = &migrations.connection.client;
-        if !matches!(contents(client).await.map_err(store_error)?, Contents::NodeService) {
+        if !matches!(migrations.look().await?, Contents::NodeService) {
             return Ok(None);
         }
         let Some(found) = client.query_opt(FIND, &[&time_zone]).await.map_err(store_error)? else {
