@@ -275,6 +275,12 @@ pub struct Room {
 }
 
 impl Room {
+    /// Room of the same bounds, given back by itself.
+    #[must_use]
+    pub fn another(&self) -> Self {
+        Self { load: Arc::clone(&self.load), events: 0, bytes: 0 }
+    }
+
     /// Makes room for one more event.
     ///
     /// # Errors
@@ -296,6 +302,19 @@ impl Room {
         self.bytes += bytes;
         let before = self.load.bytes.fetch_add(bytes, Ordering::Relaxed);
         if before + bytes > QUEUE_BYTES { Err(IngestError::Overloaded) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+impl Room {
+    /// Of bounds that nobody else shares.
+    pub(crate) fn alone() -> Self {
+        Self { load: Arc::default(), events: 0, bytes: 0 }
+    }
+
+    /// How many bytes it holds.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

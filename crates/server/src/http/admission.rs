@@ -10,6 +10,7 @@ use std::sync::{
 
 use axum::{
     extract::{MatchedPath, Request, State},
+    http::Method,
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -62,6 +63,8 @@ pub(super) struct Foreign;
 pub(super) fn admit(state: &SharedState, route: &str, request: &mut Request) -> Admission {
     let Verdict { key, result, is_foreign } = state.gate.check(request, route);
     let method = request.method();
+    // How load balancers ask whether a server is there.
+    let is_options = *method == Method::OPTIONS;
     // Who is refused is counted, too: keys cannot be guessed at leisure. But nobody else uses up what the user has.
     let (rate, whom) = match &key {
         None if is_foreign => (None, ""),
@@ -80,7 +83,7 @@ pub(super) fn admit(state: &SharedState, route: &str, request: &mut Request) -> 
         (Some(seconds), _) => Err(ApiError::TooManyRequests { seconds, whom }),
         (None, Err(error)) => Err(error),
         // What says how the server is must be heard when it is overloaded, too.
-        (None, Ok(())) if rate_limit::is_free(route) => Ok(None),
+        (None, Ok(())) if rate_limit::is_free(route) || is_options => Ok(None),
         (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
     Admission { rate, entry, is_foreign }

@@ -1,43 +1,46 @@
-//! One connection: speaking TLS, HTTP/1.1 or HTTP/2 on it, and ending it when its client dawdles. What a
-//! client sends late is seen to by hyper (the head) and by the handlers (the body); here, what it takes late.
+//! One connection: speaking TLS, HTTP/1.1 or HTTP/2 on it, and ending it when its client dawdles
+//! (`connection_clock`) or the server stops.
 
 use std::{
-    io::{self, IoSlice},
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-    task::{Context, Poll, ready},
-    time::Duration,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
 };
 
-use axum::{Router, body::Body, extract::Request, response::Response};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::Request,
+    response::Response,
+};
 use hyper::{
-    body::Incoming,
+    body::{Body as _, Frame, Incoming, SizeHint},
     server::conn::{http1, http2},
     service::service_fn,
 };
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::graceful::Watcher,
+    server::graceful::GracefulConnection,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    time::Sleep,
+    sync::{Semaphore, watch},
 };
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
 use super::{
     Timeouts,
+    connection_clock::{Activity, HeadClock, IncompleteHeads, UnderWay, WriteClock},
     serve::Peer,
     tls::{HTTP_2, Tls},
 };
 
-/// Bytes of a request's head, at most. Slow clients hold so much each, until they are cut off.
-const HEAD_LIMIT: usize = 64 << 10;
+/// Bytes of a request's head, at most, as many as Node allows; a larger one is answered 431. A slow client may hold
+/// so many until it is cut off, on each of its connections.
+const HEAD_LIMIT: usize = 16 << 10;
 
 /// Requests that one HTTP/2 connection may have under way.
 const STREAMS: u32 = 128;
@@ -45,30 +48,44 @@ const STREAMS: u32 = 128;
 /// How long a TLS handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long an idle client may take to hear that the connection is being closed. In HTTP/2 it may have sent a
+/// request meanwhile, which is then answered.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// What all connections share.
+pub(super) struct Shared {
+    pub(super) router: Router,
+    pub(super) timeouts: Timeouts,
+    /// Places for connections. When none is left, idle ones make room sooner.
+    pub(super) places: Arc<Semaphore>,
+    pub(super) heads: Arc<IncompleteHeads>,
+}
+
 /// Speaks HTTP/1.1 with a client.
 pub(super) async fn serve_plain(
     stream: TcpStream,
     peer: Peer,
-    router: Router,
-    timeouts: Timeouts,
-    watcher: Watcher,
+    shared: &Shared,
+    stop: watch::Receiver<()>,
 ) -> Result<(), hyper::Error> {
-    serve_http1(Patient::new(stream, timeouts.write, None), peer, router, timeouts, watcher).await
+    let activity = Activity::new();
+    let stream = WriteClock::new(stream, &activity, shared.timeouts.write);
+    serve_http1(stream, peer, shared, activity, stop).await
 }
 
 /// Speaks HTTP/2 or HTTP/1.1 over TLS, as the client likes.
 pub(super) async fn serve_tls(
     stream: TcpStream,
     peer: Peer,
-    router: Router,
-    timeouts: Timeouts,
-    watcher: Watcher,
+    shared: &Shared,
+    stop: watch::Receiver<()>,
     tls: &Tls,
 ) -> Result<(), hyper::Error> {
-    let activity = Arc::new(Activity::default());
-    let stream = Patient::new(stream, timeouts.write, Some(Arc::clone(&activity)));
+    let Timeouts { head, write, .. } = shared.timeouts;
+    let activity = Activity::new();
+    let stream = WriteClock::new(stream, &activity, write);
     let acceptor = TlsAcceptor::from(Arc::clone(&tls.config));
-    let timeout = HANDSHAKE_TIMEOUT.min(timeouts.head);
+    let timeout = HANDSHAKE_TIMEOUT.min(head);
     let stream = match tokio::time::timeout(timeout, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
@@ -78,172 +95,125 @@ pub(super) async fn serve_tls(
         Err(_) => return Ok(()),
     };
     if stream.get_ref().1.alpn_protocol() != Some(HTTP_2) {
-        return serve_http1(stream, peer, router, timeouts, watcher).await;
+        return serve_http1(stream, peer, shared, activity, stop).await;
     }
-    let counted = Arc::clone(&activity);
-    let service = service_fn(move |request: Request<Incoming>| {
-        let under_way = UnderWay::begin(Arc::clone(&counted));
-        let answer = answer(&router, peer, request);
-        async move {
-            let answer = answer.await;
-            drop(under_way);
-            answer
-        }
-    });
+    let stream = HeadClock::http2(stream, &activity, head, &shared.heads);
+    let (router, counted) = (shared.router.clone(), Arc::clone(&activity));
+    let service =
+        service_fn(move |request: Request<Incoming>| answer(&router, peer, &counted, request));
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(u32::try_from(HEAD_LIMIT).unwrap_or(u32::MAX))
         .serve_connection(TokioIo::new(stream), service);
-    let connection = watcher.watch(connection);
-    tokio::pin!(connection);
-    // HTTP/2 knows no end of idleness.
-    loop {
-        tokio::select! {
-            result = &mut connection => return result,
-            () = tokio::time::sleep(timeouts.head) => if activity.is_over() { return Ok(()) },
-        }
-    }
+    drive(connection, shared, &activity, stop).await
 }
 
 async fn serve_http1(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     peer: Peer,
-    router: Router,
-    timeouts: Timeouts,
-    watcher: Watcher,
+    shared: &Shared,
+    activity: Arc<Activity>,
+    stop: watch::Receiver<()>,
 ) -> Result<(), hyper::Error> {
-    let service = service_fn(move |request: Request<Incoming>| answer(&router, peer, request));
+    let stream = HeadClock::http1(stream, &activity, shared.timeouts.head, &shared.heads);
+    let (router, counted) = (shared.router.clone(), Arc::clone(&activity));
+    let service =
+        service_fn(move |request: Request<Incoming>| answer(&router, peer, &counted, request));
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(timeouts.head)
+        // Its clock for heads begins with the end of the last request, so it is ours that counts.
+        .header_read_timeout(None)
         .max_buf_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(stream), service);
-    watcher.watch(connection).await
+    drive(connection, shared, &activity, stop).await
+}
+
+/// Serves a connection until its client ends it, is idle for too long, or the server stops.
+async fn drive<C>(
+    connection: C,
+    shared: &Shared,
+    activity: &Activity,
+    mut stop: watch::Receiver<()>,
+) -> Result<(), hyper::Error>
+where
+    C: GracefulConnection<Error = hyper::Error>,
+{
+    let Timeouts { head, idle, .. } = shared.timeouts;
+    // As often as this it is looked whether there is still room for the idle.
+    let interval = idle.min(head);
+    let (mut is_stopping, mut is_closing) = (false, false);
+    tokio::pin!(connection);
+    let look = tokio::time::sleep(interval);
+    tokio::pin!(look);
+    loop {
+        tokio::select! {
+            result = &mut connection => return result,
+            _ = stop.changed(), if !is_stopping => {
+                is_stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = &mut look => {
+                let limit = if shared.places.available_permits() == 0 { interval } else { idle };
+                let now = Instant::now();
+                let deadline = activity.idle_since().map(|since| since + limit);
+                let next = match deadline {
+                    Some(deadline) if deadline > now => deadline.min(now + interval),
+                    None => now + interval,
+                    Some(_) if is_closing => return Ok(()),
+                    Some(_) => {
+                        is_closing = true;
+                        connection.as_mut().graceful_shutdown();
+                        now + GOODBYE
+                    }
+                };
+                look.as_mut().reset(next.into());
+            }
+        }
+    }
 }
 
 fn answer(
     router: &Router,
     peer: Peer,
+    activity: &Arc<Activity>,
     request: Request<Incoming>,
 ) -> impl Future<Output = Result<Response, std::convert::Infallible>> + use<> {
+    let under_way = UnderWay::begin(Arc::clone(activity));
     let mut request = request.map(Body::new);
     request.extensions_mut().insert(peer);
-    router.clone().oneshot(request)
-}
-
-/// What happens on a connection.
-#[derive(Default)]
-struct Activity {
-    /// Whether bytes have moved since somebody last looked.
-    moved: AtomicBool,
-    /// Requests that are being answered.
-    requests: AtomicUsize,
-}
-
-impl Activity {
-    /// Whether nothing has happened since this was last asked, and nothing is under way.
-    fn is_over(&self) -> bool {
-        !self.moved.swap(false, Ordering::Relaxed) && self.requests.load(Ordering::Relaxed) == 0
-    }
-}
-
-/// A request being answered, for as long as this lives.
-struct UnderWay(Arc<Activity>);
-
-impl UnderWay {
-    fn begin(activity: Arc<Activity>) -> Self {
-        activity.requests.fetch_add(1, Ordering::Relaxed);
-        Self(activity)
-    }
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.0.requests.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A stream that waits only so long for the other end to take what is written to it. Any progress starts
-/// the time anew: a slow link is no attack.
-struct Patient<S> {
-    stream: S,
-    limit: Duration,
-    /// Runs while the other end takes nothing.
-    stalled: Option<Pin<Box<Sleep>>>,
-    activity: Option<Arc<Activity>>,
-}
-
-impl<S> Patient<S> {
-    fn new(stream: S, limit: Duration, activity: Option<Arc<Activity>>) -> Self {
-        Self { stream, limit, stalled: None, activity }
-    }
-
-    fn has_moved(&self) {
-        if let Some(activity) = &self.activity {
-            activity.moved.store(true, Ordering::Relaxed);
+    let answer = router.clone().oneshot(request);
+    async move {
+        let response = answer.await?;
+        // What is complete already is only to be written, which has a clock of its own.
+        if response.body().size_hint().exact().is_some() {
+            return Ok(response);
         }
-    }
-
-    /// What became of an attempt to write.
-    fn written<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        result: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if result.is_ready() {
-            self.stalled = None;
-            self.has_moved();
-            return result;
-        }
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.limit)));
-        ready!(stalled.as_mut().poll(context));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+        Ok(response.map(|body| Body::new(Streamed { body, _under_way: under_way })))
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
-    fn poll_read(
+/// A body that comes into being while it is sent: its request is under way until then.
+struct Streamed {
+    body: Body,
+    _under_way: UnderWay,
+}
+
+impl hyper::body::Body for Streamed {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if result.is_ready() {
-            self.has_moved();
-        }
-        result
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.written(context, result)
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.written(context, result)
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
     }
 
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

@@ -288,7 +288,7 @@ async fn update_device(
     request: Request,
 ) -> Result<Success<DeviceDetail>, ApiError> {
     let key = auth::key_of(&request);
-    let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout).read().await?;
+    let body = JsonBody::of(request, BODY_LIMIT, &state).read().await?;
     state.gate.look_again(key.as_ref(), Scope::Admin)?;
     let change = read_change(&body)?;
     if !state.store.update_device(&device_id, &change, &actor).await? {

@@ -9,44 +9,113 @@ use axum::{
     http::{HeaderMap, header, request::Parts},
 };
 use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 use pisync_core::{DeviceId, Violation, text::json_text};
 use serde_json::{Map, Value};
+use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;
 
-use super::{error::ApiError, query::QueryString};
+use super::{SharedState, error::ApiError, query::QueryString};
+use crate::ingest::Room;
+
+/// A body that is still arriving.
+pub(super) struct Arriving {
+    body: Body,
+    /// How long the next piece may take.
+    patience: Duration,
+    /// When all must have arrived.
+    deadline: Instant,
+}
+
+impl Arriving {
+    /// A body that may take so long to arrive in full.
+    pub(super) fn within(body: Body, timeout: Duration) -> Self {
+        Self { body, patience: timeout, deadline: Instant::now() + timeout }
+    }
+
+    /// One of which no piece may take longer than `patience`, and all of it so many times as long.
+    pub(super) fn in_pieces(body: Body, patience: Duration, times: u32) -> Self {
+        Self { body, patience, deadline: Instant::now() + patience * times }
+    }
+
+    /// The next piece; `None` at the end.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        loop {
+            let soon = self.deadline.min(Instant::now() + self.patience);
+            let frame = match timeout_at(soon, self.body.frame()).await {
+                Ok(Some(Ok(frame))) => frame,
+                Ok(None) => return Ok(None),
+                // The connection broke or the framing was wrong; nobody may be left to read the answer.
+                Ok(Some(Err(_))) => return Err(ApiError::Unreadable("it ended early".to_owned())),
+                Err(_) => return Err(ApiError::BodyTimeout),
+            };
+            if let Ok(piece) = frame.into_data()
+                && !piece.is_empty()
+            {
+                return Ok(Some(piece));
+            }
+        }
+    }
+
+    /// All of it, at most `limit` bytes. What it holds while it arrives is taken of `room`.
+    pub(super) async fn collect(
+        mut self,
+        limit: usize,
+        room: &mut Room,
+    ) -> Result<Bytes, ApiError> {
+        // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+        if self.body.size_hint().lower() > limit as u64 {
+            return Err(ApiError::BodyTooLarge(limit));
+        }
+        let Some(mut piece) = self.next().await? else { return Ok(Bytes::new()) };
+        if piece.len() <= limit && self.body.is_end_stream() {
+            return Ok(piece);
+        }
+        // Pieces are copied: each, however small, would keep a buffer of the connection.
+        let mut whole = Vec::new();
+        loop {
+            let length = whole.len() + piece.len();
+            if length > limit {
+                return Err(ApiError::BodyTooLarge(limit));
+            }
+            if length > whole.capacity() {
+                let capacity = length.next_power_of_two().min(limit);
+                room.take_bytes(capacity - whole.capacity())?;
+                whole.reserve_exact(capacity - whole.len());
+            }
+            whole.extend_from_slice(&piece);
+            match self.next().await? {
+                Some(next) => piece = next,
+                None => return Ok(whole.into()),
+            }
+        }
+    }
+}
 
 /// A JSON body that is still to be read. The rest of its request has been let go.
 pub(super) struct JsonBody {
-    body: Result<Body, ApiError>,
+    body: Result<Arriving, ApiError>,
     limit: usize,
-    timeout: Duration,
+    room: Room,
 }
 
 impl JsonBody {
-    /// A body of at most `limit` bytes, which may take so long to arrive in full.
-    pub(super) fn of(request: Request, limit: usize, timeout: Duration) -> Self {
+    /// A body of at most `limit` bytes.
+    pub(super) fn of(request: Request, limit: usize, state: &SharedState) -> Self {
         let body = check_media_type(request.headers()).and_then(|()| {
-            // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
             if request.body().size_hint().lower() > limit as u64 {
                 return Err(ApiError::BodyTooLarge(limit));
             }
-            Ok(request.into_body())
+            Ok(Arriving::within(request.into_body(), state.body_timeout))
         });
-        Self { body, limit, timeout }
+        Self { body, limit, room: state.ingest.room() }
     }
 
     /// Reads it.
     pub(super) async fn read(self) -> Result<Bytes, ApiError> {
-        let Self { body, limit, timeout } = self;
-        match tokio::time::timeout(timeout, Limited::new(body?, limit).collect()).await {
-            Ok(Ok(collected)) => Ok(collected.to_bytes()),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::BodyTooLarge(limit)),
-            // The connection broke or the framing was wrong; nobody may be left to read the answer.
-            Ok(Err(_)) => Err(ApiError::Unreadable("it ended early".to_owned())),
-            Err(_) => Err(ApiError::BodyTimeout),
-        }
+        let Self { body, limit, mut room } = self;
+        body?.collect(limit, &mut room).await
     }
 }
 
@@ -127,5 +196,56 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
         Ok(Self(QueryString::parse(parts.uri.query().unwrap_or_default())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{StreamExt as _, stream};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A body that arrives in pieces of this size.
+    fn body(length: usize, piece: usize) -> Body {
+        let pieces =
+            vec![b'x'; length].chunks(piece).map(Bytes::copy_from_slice).collect::<Vec<_>>();
+        Body::from_stream(stream::iter(pieces).map(Ok::<_, Infallible>))
+    }
+
+    #[tokio::test]
+    async fn a_body_holds_what_is_counted() {
+        for (length, piece) in [(0, 1), (1, 1), (60_000, 1), (60_000, 7_000), (64 << 10, 64 << 10)]
+        {
+            let mut room = Room::alone();
+            let arriving = Arriving::within(body(length, piece), PATIENCE);
+            let whole = arriving.collect(64 << 10, &mut room).await.unwrap();
+            assert_eq!(whole.len(), length);
+            assert!(room.bytes() >= length && room.bytes() <= 64 << 10, "{}", room.bytes());
+        }
+        // What has arrived whole, as most do, costs nothing.
+        let mut room = Room::alone();
+        let whole = Arriving::within(Body::from("whole"), PATIENCE).collect(5, &mut room).await;
+        assert_eq!((whole.unwrap().len(), room.bytes()), (5, 0));
+    }
+
+    #[tokio::test]
+    async fn bodies_under_way_are_bounded_together() {
+        let one = Room::alone();
+        let mut held = Vec::new();
+        let refused = loop {
+            let mut room = one.another();
+            let arriving = Arriving::within(body(1 << 20, 1 << 16), PATIENCE);
+            match arriving.collect(1 << 20, &mut room).await {
+                Ok(_) => held.push(room),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refused, ApiError::Overloaded), "{refused:?}");
+        assert_eq!(held.len(), 32);
+        drop(held);
+        let too_large = Arriving::within(body(6, 1), PATIENCE).collect(5, &mut one.another()).await;
+        assert!(matches!(too_large, Err(ApiError::BodyTooLarge(5))));
     }
 }

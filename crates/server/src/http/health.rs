@@ -4,7 +4,7 @@
 use axum::{
     Json,
     extract::State,
-    http::StatusCode,
+    http::{HeaderValue, Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use pisync_core::Timestamp;
@@ -12,13 +12,33 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::SharedState;
+use super::{SharedState, error::ApiError};
 
 pub(super) fn router() -> OpenApiRouter<SharedState> {
     OpenApiRouter::new()
         .routes(routes!(get_health))
         .routes(routes!(get_liveness))
         .routes(routes!(get_readiness))
+}
+
+/// The methods that the server as a whole knows, for `OPTIONS *`.
+const METHODS: HeaderValue = HeaderValue::from_static("DELETE,GET,HEAD,OPTIONS,PATCH,POST");
+
+/// Answers a method that a known route does not have. `OPTIONS` asks which it has, and is what HAProxy sends to
+/// see whether a server is there: the router adds them as `Allow`.
+pub(super) async fn other_method(method: Method) -> Response {
+    if method == Method::OPTIONS {
+        return StatusCode::NO_CONTENT.into_response();
+    }
+    ApiError::MethodNotAllowed.into_response()
+}
+
+/// Answers what is no route. `OPTIONS *` asks about the server as a whole (RFC 9110, 9.3.7).
+pub(super) async fn unknown_route(method: Method, uri: Uri) -> Response {
+    if method == Method::OPTIONS && uri.path() == "*" {
+        return (StatusCode::NO_CONTENT, [(header::ALLOW, METHODS)]).into_response();
+    }
+    ApiError::NotFound("Route").into_response()
 }
 
 /// How the server is.

@@ -239,7 +239,7 @@ async fn create_key(
     request: Request,
 ) -> Result<Response, ApiError> {
     let key = auth::key_of(&request);
-    let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout).read().await?;
+    let body = JsonBody::of(request, BODY_LIMIT, &state).read().await?;
     state.gate.look_again(key.as_ref(), Scope::Admin)?;
     let wish = read_wish(&body, actor.at)?;
     let created = keys::create(&*state.store, &state.randomness, wish, &actor).await;

@@ -6,6 +6,8 @@ mod audit;
 mod auth;
 mod client_address;
 mod connection;
+mod connection_clock;
+mod decompress;
 mod devices;
 mod docs;
 mod envelope;
@@ -43,6 +45,7 @@ use axum::{
 };
 use ipnet::IpNet;
 use pisync_core::Timestamp;
+use tokio::sync::Semaphore;
 use tower::ServiceExt;
 use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa_axum::router::OpenApiRouter;
@@ -56,7 +59,6 @@ use self::{
     admission::Slots,
     auth::Gate,
     client_address::TrustedProxies,
-    error::ApiError,
     observe::{ObserveLayer, RequestIds, SeldomLogged},
     rate_limit::RateLimits,
 };
@@ -94,8 +96,10 @@ pub struct HttpSettings {
 /// How long a client may take to send a request, or to take the answer. Not for users to set, but for tests to shorten.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// For a request's head, and how long a connection may stay open between requests.
+    /// For a request's head to arrive in full, from its first byte on.
     pub head: Duration,
+    /// How long a connection may stay open without a request.
+    pub idle: Duration,
     /// For a body to arrive in full.
     pub body: Duration,
     /// For the client to take some of an answer that waits to be sent.
@@ -105,8 +109,11 @@ pub struct Timeouts {
 impl Default for Timeouts {
     fn default() -> Self {
         // 64 KiB at the 20 kbit/s of a poor mobile link take 26 s.
+        // Proxies in front keep connections to send further requests on: nginx and AWS for 60 s, Traefik for 90.
+        // Whoever closes first must be the proxy, or its next request meets a closed connection (a 502).
         Self {
             head: Duration::from_secs(30),
+            idle: Duration::from_secs(120),
             body: Duration::from_secs(30),
             write: Duration::from_secs(30),
         }
@@ -122,6 +129,8 @@ pub struct ApiState {
     gate: Gate,
     limits: RateLimits,
     slots: Slots,
+    /// Turns at decompressing bodies.
+    decoders: Semaphore,
     randomness: Randomness,
     /// Whether requests are admitted by a layer within CORS rather than by `observe`.
     admits_within_cors: bool,
@@ -207,6 +216,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     let state = Arc::new(ApiState {
         gate,
         slots: Slots::new(settings.max_requests),
+        decoders: Semaphore::new(sync_events::DECODERS),
         randomness: parts.randomness,
         admits_within_cors: !settings.cors_origins.is_empty(),
         store: parts.store,
@@ -229,8 +239,8 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     let mut router = routes
         .with_state(Arc::clone(&state))
         .merge(docs::router(document))
-        .fallback(async || ApiError::NotFound("Route"))
-        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed);
+        .fallback(health::unknown_route)
+        .method_not_allowed_fallback(health::other_method);
     // Each layer costs every request some allocations: there are as few as can be.
     if state.admits_within_cors {
         router = router

@@ -50,7 +50,7 @@ impl RateLimits {
     /// Counts a request; `None` when it is not limited.
     pub(super) fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
         let limit = match route {
-            route if is_free(route) => return None,
+            route if is_free(route) || *method == Method::OPTIONS => return None,
             "/api/sync-event" | "/api/sync-events" if *method == Method::POST => &self.sync,
             _ => &self.api,
         };

@@ -8,12 +8,11 @@ use std::{
 };
 
 use axum::Router;
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use super::{
     Timeouts,
-    connection::{serve_plain, serve_tls},
+    connection::{Shared, serve_plain, serve_tls},
     listeners::Listeners,
     tls::Tls,
 };
@@ -56,8 +55,10 @@ pub async fn serve(
     let tls = tls.map(Arc::new);
     let bound = if max_connections == 0 { Semaphore::MAX_PERMITS } else { max_connections };
     let room = Arc::new(Semaphore::new(bound.min(Semaphore::MAX_PERMITS)));
+    let shared =
+        Arc::new(Shared { router, timeouts, places: Arc::clone(&room), heads: Arc::default() });
     let mut warned: Option<Instant> = None;
-    let graceful = GracefulShutdown::new();
+    let (stop, _) = watch::channel(());
     tokio::pin!(shutdown);
     loop {
         if room.available_permits() == 0
@@ -83,12 +84,12 @@ pub async fn serve(
         };
         // Answers are small and complete: they must not wait for more to send.
         let _ = stream.set_nodelay(true);
-        let (router, watcher, tls) = (router.clone(), graceful.watcher(), tls.clone());
+        let (shared, stopped, tls) = (Arc::clone(&shared), stop.subscribe(), tls.clone());
         tokio::spawn(async move {
             let peer = Peer(peer);
             let ended = match &tls {
-                None => serve_plain(stream, peer, router, timeouts, watcher).await,
-                Some(tls) => serve_tls(stream, peer, router, timeouts, watcher, tls).await,
+                None => serve_plain(stream, peer, &shared, stopped).await,
+                Some(tls) => serve_tls(stream, peer, &shared, stopped, tls).await,
             };
             // Clients hang up as they like; that is no event.
             if let Err(error) = ended {
@@ -98,7 +99,9 @@ pub async fn serve(
         });
     }
     drop(listeners);
-    if tokio::time::timeout(GRACE, graceful.shutdown()).await.is_err() {
+    let _ = stop.send(());
+    // Each connection listens until it has ended.
+    if tokio::time::timeout(GRACE, stop.closed()).await.is_err() {
         tracing::warn!("some requests did not finish in time and were cut off");
     }
 }

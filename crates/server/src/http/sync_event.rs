@@ -236,7 +236,7 @@ fn create_sync_event(
     let is_ambiguous = idempotency_keys.next().is_some();
     drop(idempotency_keys);
     let key = auth::key_of(&request);
-    let body = JsonBody::of(request, BODY_LIMIT, state.body_timeout);
+    let body = JsonBody::of(request, BODY_LIMIT, &state);
     async move {
         let body = body.read().await?;
         let event = SyncEvent::from_json(&body, state.arrival()?);

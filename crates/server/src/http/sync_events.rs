@@ -1,35 +1,28 @@
 //! `POST /api/sync-events`: many events in one request, each with its own result.
 //!
-//! The body is read as it arrives: decompressed, cut into events, each of them checked. What is
-//! bounded is counted after decompression.
+//! A body is cut into events while it arrives, each of them checked. A compressed one is decompressed once it has
+//! arrived, so that nobody who sends slowly keeps a decoder; its bounds count what comes out.
 
-use std::{io, pin::Pin, time::Duration};
-
-use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::{
-    body::Body,
+    body::Bytes,
     extract::{Request, State},
     http::{HeaderMap, StatusCode, header},
     response::Response,
 };
-use futures_util::TryStreamExt;
 use pisync_core::{
     Arrival, ParseError, SyncEvent, Violation, ViolationCode,
     event_stream::{EventSplitter, Format, MAX_EVENT_BYTES, Piece, StreamError},
 };
 use serde::Serialize;
-use tokio::{
-    io::{AsyncBufRead, AsyncRead, AsyncReadExt, BufReader},
-    time::{Instant, timeout_at},
-};
-use tokio_util::io::StreamReader;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState, auth,
+    decompress::{Compression, Decompressor},
     envelope::Success,
     error::{AnyTime, ApiError, FieldError, WithBody, in_short},
+    extract::Arriving,
     observe::RejectedEvents,
     sync_event::{IDEMPOTENCY_KEY, NewSyncEvent},
 };
@@ -44,8 +37,12 @@ const MAX_EVENTS: usize = 10_000;
 /// The largest body, in bytes once decompressed.
 const BODY_LIMIT: usize = 10 << 20;
 
-/// How much is read at a time.
-const CHUNK: usize = 16 << 10;
+/// How much is decompressed at a time, and so between two moments at which others get their turn.
+const CHUNK: usize = 64 << 10;
+
+/// Bodies that are decompressed at a time. Their decoders, 8.5 MiB each at most, leave room for events in the bounds of
+/// the queue; and as none of them waits for its client, the next has its turn after some tenths of a second.
+pub(super) const DECODERS: usize = 3;
 
 /// A body may take so many times as long as a small one: 10 MiB over a link that carries 64 KiB in the
 /// time of one.
@@ -137,17 +134,18 @@ async fn create_sync_events(
     }
     let key = auth::key_of(&request);
     let format = format(headers)?;
-    let encoding = Encoding::of(headers)?;
+    let compression = Compression::of(headers)?;
+    let body = Arriving::in_pieces(request.into_body(), state.body_timeout, TIMES_AS_LONG);
     let mut reading = Reading::new(&state.ingest, state.arrival()?, format);
-    reading.read(encoding.decode(request.into_body()), state.body_timeout).await.inspect_err(
-        |error| {
-            if matches!(error, ApiError::Overloaded) {
-                state
-                    .ingest
-                    .count_refused(&crate::ingest::IngestError::Overloaded, reading.valid());
-            }
-        },
-    )?;
+    let read = match compression {
+        None => reading.read(body).await,
+        Some(compression) => reading.read_compressed(&state, compression, body).await,
+    };
+    read.inspect_err(|error| {
+        if matches!(error, ApiError::Overloaded) {
+            state.ingest.count_refused(&crate::ingest::IngestError::Overloaded, reading.valid());
+        }
+    })?;
     let Reading { events, room, rejected, .. } = reading;
     // The body may have taken minutes.
     let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
@@ -236,50 +234,6 @@ fn format(headers: &HeaderMap) -> Result<Format, ApiError> {
     }
 }
 
-/// How the body is compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Encoding {
-    Identity,
-    Gzip,
-    Zstd,
-}
-
-impl Encoding {
-    fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
-        let Some(encoding) = headers.get(header::CONTENT_ENCODING) else {
-            return Ok(Self::Identity);
-        };
-        match encoding.as_bytes().trim_ascii().to_ascii_lowercase().as_slice() {
-            b"identity" => Ok(Self::Identity),
-            b"gzip" | b"x-gzip" => Ok(Self::Gzip),
-            b"zstd" => Ok(Self::Zstd),
-            _ => Err(ApiError::UnsupportedMediaType("Content-Encoding may be gzip or zstd")),
-        }
-    }
-
-    fn decode(self, body: Body) -> Pin<Box<dyn AsyncRead + Send>> {
-        let raw = StreamReader::new(body.into_data_stream().map_err(io::Error::other));
-        match self {
-            Self::Identity => Box::pin(raw),
-            Self::Gzip => {
-                let mut decoder = GzipDecoder::new(buffered(raw));
-                decoder.multiple_members(true);
-                Box::pin(decoder)
-            }
-            Self::Zstd => {
-                let mut decoder = ZstdDecoder::new(buffered(raw));
-                decoder.multiple_members(true);
-                Box::pin(decoder)
-            }
-        }
-    }
-}
-
-/// Decoders call for input more often than the network brings it.
-fn buffered(raw: impl AsyncBufRead + Send) -> impl AsyncBufRead + Send {
-    BufReader::with_capacity(CHUNK, raw)
-}
-
 /// A body being read.
 struct Reading {
     arrival: Arrival,
@@ -300,35 +254,70 @@ impl Reading {
         self.events.len()
     }
 
-    /// Reads to the end. No piece of the body may take longer than `patience` to arrive.
-    async fn read(
+    /// Reads a body while it arrives.
+    async fn read(&mut self, mut body: Arriving) -> Result<(), ApiError> {
+        let mut splitter = EventSplitter::new(self.format);
+        let mut length = 0;
+        // Of the beginnings of events, whose end has not arrived.
+        let mut held = self.room.another();
+        let mut counted = 0;
+        while let Some(piece) = body.next().await? {
+            self.push(&mut splitter, &mut length, &piece)?;
+            let pending = splitter.pending_bytes();
+            if pending > counted {
+                held.take_bytes(pending - counted)?;
+                counted = pending;
+            }
+        }
+        splitter.finish(&mut |piece| self.take(piece))
+    }
+
+    /// Reads a compressed body once it has arrived.
+    async fn read_compressed(
         &mut self,
-        mut body: Pin<Box<dyn AsyncRead + Send>>,
-        patience: Duration,
+        state: &SharedState,
+        compression: Compression,
+        body: Arriving,
     ) -> Result<(), ApiError> {
-        let deadline = Instant::now() + patience * TIMES_AS_LONG;
+        let mut held = self.room.another();
+        let body = body.collect(Compression::compressed_limit(BODY_LIMIT), &mut held).await?;
+        let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
+        self.decompress(compression, body, &mut held).await
+    }
+
+    async fn decompress(
+        &mut self,
+        compression: Compression,
+        body: Bytes,
+        held: &mut Room,
+    ) -> Result<(), ApiError> {
+        let mut decompressor = Decompressor::new(compression, body, held)?;
         let mut splitter = EventSplitter::new(self.format);
         let mut chunk = vec![0; CHUNK];
         let mut length = 0;
         loop {
-            let soon = deadline.min(Instant::now() + patience);
-            let count = match timeout_at(soon, body.read(&mut chunk)).await {
-                Err(_) => return Err(ApiError::BodyTimeout),
-                // The connection broke, or what arrives is not compressed as it says.
-                Ok(Err(error)) => {
-                    return Err(ApiError::Unreadable(error.to_string()));
-                }
-                Ok(Ok(count)) => count,
-            };
+            let count = decompressor.read(&mut chunk, held)?;
             if count == 0 {
                 return splitter.finish(&mut |piece| self.take(piece));
             }
-            length += count;
-            if length > BODY_LIMIT {
-                return Err(ApiError::BodyTooLarge(BODY_LIMIT));
-            }
-            splitter.push(&chunk[..count], &mut |piece| self.take(piece))?;
+            self.push(&mut splitter, &mut length, &chunk[..count])?;
+            // It may be long work for one core, and nothing else here waits.
+            tokio::task::yield_now().await;
         }
+    }
+
+    /// Takes the next bytes of the body, of which there were `length`.
+    fn push(
+        &mut self,
+        splitter: &mut EventSplitter,
+        length: &mut usize,
+        bytes: &[u8],
+    ) -> Result<(), ApiError> {
+        *length += bytes.len();
+        if *length > BODY_LIMIT {
+            return Err(ApiError::BodyTooLarge(BODY_LIMIT));
+        }
+        splitter.push(bytes, &mut |piece| self.take(piece))
     }
 
     /// Reads one event.

@@ -17,6 +17,7 @@ mod audit_log;
 mod backup;
 mod browser;
 mod command_line;
+mod connections;
 mod copy;
 mod crash;
 mod culprits;

@@ -24,13 +24,13 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::support::{http::event, program::Program};
 
 /// A certificate for localhost and its key, as files hold them, and as a client sees it.
-struct Certificate {
+pub(crate) struct Certificate {
     certificate: String,
     key: String,
     der: CertificateDer<'static>,
 }
 
-fn certificate() -> Certificate {
+pub(crate) fn certificate() -> Certificate {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
     Certificate {
         certificate: made.cert.pem(),
@@ -40,7 +40,11 @@ fn certificate() -> Certificate {
 }
 
 /// A client's end of a connection to somebody who shows one of these certificates.
-async fn connect(port: u16, trusted: &[&Certificate], protocols: &[&str]) -> TlsStream<TcpStream> {
+pub(crate) async fn connect(
+    port: u16,
+    trusted: &[&Certificate],
+    protocols: &[&str],
+) -> TlsStream<TcpStream> {
     let mut roots = RootCertStore::empty();
     for certificate in trusted {
         roots.add(certificate.der.clone()).unwrap();
@@ -196,15 +200,8 @@ impl Bare {
     }
 }
 
-/// Little patience in everything.
-pub(crate) fn impatient() -> Timeouts {
-    let little = Duration::from_millis(300);
-    Timeouts { head: little, body: little, write: little }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_dawdles_over_tls_is_cut_off() {
-    let own = certificate();
+/// What a server speaks TLS with that shows this certificate.
+pub(crate) fn tls_with(own: &Certificate) -> Tls {
     let folder = TempDir::new().unwrap();
     let files = TlsFiles {
         certificate: folder.path().join("cert.pem"),
@@ -212,8 +209,20 @@ async fn who_dawdles_over_tls_is_cut_off() {
     };
     std::fs::write(&files.certificate, &own.certificate).unwrap();
     std::fs::write(&files.key, &own.key).unwrap();
-    let (tls, _watch) = Tls::load(files).unwrap();
-    let settings = ConnectionSettings { max_connections: 0, timeouts: impatient(), tls: Some(tls) };
+    Tls::load(files).unwrap().0
+}
+
+/// Little patience in everything.
+pub(crate) fn impatient() -> Timeouts {
+    let little = Duration::from_millis(300);
+    Timeouts { head: little, idle: little, body: little, write: little }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_dawdles_over_tls_is_cut_off() {
+    let own = certificate();
+    let tls = Some(tls_with(&own));
+    let settings = ConnectionSettings { max_connections: 0, timeouts: impatient(), tls };
     let server = Bare::start(settings).await;
     // In the handshake.
     let mut silent = TcpStream::connect(("127.0.0.1", server.port)).await.unwrap();
