@@ -71,8 +71,8 @@ pub(super) struct ExportCommand {
 }
 
 fn date(text: &str) -> Result<Timestamp, String> {
-    Timestamp::parse_iso8601(text)
-        .ok_or_else(|| "expected a date such as 2026-01-31 or 2026-01-31T12:00:00Z".to_owned())
+    Timestamp::from_iso8601(text)
+        .map_err(|error| format!("{error}, such as 2026-01-31 or 2026-01-31T12:00:00Z"))
 }
 
 /// How what is written is compressed.

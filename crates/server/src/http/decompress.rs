@@ -1,4 +1,4 @@
-//! Compressed bodies: gzip and zstd, decompressed piece by piece from memory. Nothing here waits for a client, so
+//! Compressed bodies: gzip, deflate and zstd, decompressed piece by piece from memory. Nothing here waits for a client, so
 //! how long a decoder lives, and with it the memory that it holds, depends on the server alone.
 //!
 //! What a body can cost is bounded: the window that a zstd frame asks for, before it is allocated; the number of
@@ -11,7 +11,7 @@ use axum::{
     http::{HeaderMap, header},
 };
 use bytes::Buf as _;
-use flate2::bufread::GzDecoder;
+use flate2::{Decompress, FlushDecompress, bufread::GzDecoder};
 use zstd::{
     stream::raw::{Decoder as ZstdDecoder, Operation, Status},
     zstd_safe::DParameter,
@@ -40,18 +40,27 @@ const ALLOWANCE: usize = 256 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
     Gzip,
+    /// As HTTP has it: with zlib's frame. The Node service took it.
+    Deflate,
     Zstd,
 }
 
 impl Compression {
     /// What the request says of its body; `None` when it is not compressed.
     pub(super) fn of(headers: &HeaderMap) -> Result<Option<Self>, ApiError> {
-        let Some(encoding) = headers.get(header::CONTENT_ENCODING) else { return Ok(None) };
+        const EXPECTED: &str = "Content-Encoding may be gzip, deflate or zstd";
+        let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter();
+        let Some(encoding) = encodings.next() else { return Ok(None) };
+        // Said twice, it may be meant twice.
+        if encodings.next().is_some() {
+            return Err(ApiError::UnsupportedMediaType(EXPECTED));
+        }
         match encoding.as_bytes().trim_ascii().to_ascii_lowercase().as_slice() {
             b"identity" => Ok(None),
             b"gzip" | b"x-gzip" => Ok(Some(Self::Gzip)),
+            b"deflate" => Ok(Some(Self::Deflate)),
             b"zstd" => Ok(Some(Self::Zstd)),
-            _ => Err(ApiError::UnsupportedMediaType("Content-Encoding may be gzip or zstd")),
+            _ => Err(ApiError::UnsupportedMediaType(EXPECTED)),
         }
     }
 
@@ -61,12 +70,44 @@ impl Compression {
     }
 }
 
+/// All of a body, which may be at most `limit` bytes then.
+pub(super) fn decompress(
+    compression: Compression,
+    body: Bytes,
+    limit: usize,
+    room: &mut Room,
+) -> Result<Bytes, ApiError> {
+    let mut decompressor = Decompressor::new(compression, body, room)?;
+    room.take_bytes(limit + 1)?;
+    let mut content = vec![0; limit + 1];
+    let mut length = 0;
+    loop {
+        match decompressor.read(&mut content[length..], room)? {
+            0 => break,
+            count => length += count,
+        }
+        if length > limit {
+            return Err(ApiError::BodyTooLarge(limit));
+        }
+    }
+    content.truncate(length);
+    Ok(content.into())
+}
+
 /// A body being decompressed.
 pub(super) struct Decompressor(Decoder);
 
 enum Decoder {
+    Deflate {
+        input: Input,
+        inflater: Box<Decompress>,
+        is_over: bool,
+    },
     /// `None` after the end.
-    Gzip { member: Option<Box<GzDecoder<Input>>>, members: usize },
+    Gzip {
+        member: Option<Box<GzDecoder<Input>>>,
+        members: usize,
+    },
     Zstd {
         input: Input,
         decoder: ZstdDecoder<'static>,
@@ -89,6 +130,10 @@ impl Decompressor {
             Compression::Gzip => {
                 Decoder::Gzip { member: Some(Box::new(GzDecoder::new(input))), members: 1 }
             }
+            Compression::Deflate => {
+                let inflater = Box::new(Decompress::new(true));
+                Decoder::Deflate { input, inflater, is_over: false }
+            }
             Compression::Zstd => {
                 let mut decoder = ZstdDecoder::new().map_err(|error| unreadable(&error))?;
                 decoder
@@ -102,6 +147,9 @@ impl Decompressor {
     /// Fills the beginning of `output`, and tells how much of it; nothing at the end.
     pub(super) fn read(&mut self, output: &mut [u8], room: &mut Room) -> Result<usize, ApiError> {
         match &mut self.0 {
+            Decoder::Deflate { input, inflater, is_over } => {
+                read_deflate(input, inflater, is_over, output)
+            }
             Decoder::Gzip { member, members } => read_gzip(member, members, output),
             Decoder::Zstd { input, decoder, is_amid_frame, frames, window } => loop {
                 if !*is_amid_frame {
@@ -154,6 +202,40 @@ fn read_gzip(
         }
     }
     Ok(0)
+}
+
+fn read_deflate(
+    input: &mut Input,
+    inflater: &mut Decompress,
+    is_over: &mut bool,
+    output: &mut [u8],
+) -> Result<usize, ApiError> {
+    while !*is_over {
+        let available = input.fill_buf().map_err(|error| unreadable(&error))?;
+        let before = (inflater.total_in(), inflater.total_out());
+        let status =
+            inflater.decompress(available, output, FlushDecompress::None).map_err(|_| {
+                ApiError::Unreadable("it is not compressed with deflate (zlib)".to_owned())
+            })?;
+        // No more than what was there and what there was room for.
+        let since = |total: u64, before: u64| usize::try_from(total - before).unwrap_or(0);
+        let (read, written) =
+            (since(inflater.total_in(), before.0), since(inflater.total_out(), before.1));
+        input.consume(read);
+        input.came_out(written);
+        *is_over = status == flate2::Status::StreamEnd;
+        if written > 0 {
+            return Ok(written);
+        }
+        if !*is_over && read == 0 {
+            return Err(ended_early());
+        }
+    }
+    if input.rest.is_empty() {
+        Ok(0)
+    } else {
+        Err(ApiError::Unreadable("something follows its compressed content".to_owned()))
+    }
 }
 
 fn count(frames: &mut usize) -> Result<(), ApiError> {

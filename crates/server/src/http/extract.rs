@@ -1,7 +1,7 @@
 //! Reading requests: bodies within their bounds of size and time, paths, and query strings, which
 //! [`super::query`] understands.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -16,7 +16,13 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;
 
-use super::{SharedState, error::ApiError, query::QueryString};
+use super::{
+    SharedState,
+    charset::Charset,
+    decompress::{Compression, decompress},
+    error::ApiError,
+    query::QueryString,
+};
 use crate::ingest::Room;
 
 /// A body that is still arriving.
@@ -96,27 +102,50 @@ impl Arriving {
 /// A JSON body that is still to be read. The rest of its request has been let go.
 pub(super) struct JsonBody {
     body: Result<Arriving, ApiError>,
+    charset: Charset,
+    /// How it is compressed, and where decoders are counted.
+    compressed: Option<(Compression, SharedState)>,
     limit: usize,
     room: Room,
 }
 
 impl JsonBody {
-    /// A body of at most `limit` bytes.
+    /// A body of at most `limit` bytes, which are counted once it is decompressed.
     pub(super) fn of(request: Request, limit: usize, state: &SharedState) -> Self {
-        let body = check_media_type(request.headers()).and_then(|()| {
-            if request.body().size_hint().lower() > limit as u64 {
+        let (mut charset, mut compressed) = (Charset::Utf8, None);
+        let body = Declared::of(request.headers()).and_then(|declared| {
+            charset = declared.charset;
+            compressed = declared.compression.map(|compression| (compression, Arc::clone(state)));
+            if request.body().size_hint().lower() > most(limit, compressed.is_some()) as u64 {
                 return Err(ApiError::BodyTooLarge(limit));
             }
             Ok(Arriving::within(request.into_body(), state.body_timeout))
         });
-        Self { body, limit, room: state.ingest.room() }
+        Self { body, charset, compressed, limit, room: state.ingest.room() }
     }
 
-    /// Reads it.
+    /// Reads it. What comes is UTF-8, or says that it is.
     pub(super) async fn read(self) -> Result<Bytes, ApiError> {
-        let Self { body, limit, mut room } = self;
-        body?.collect(limit, &mut room).await
+        let Self { body, charset, compressed, limit, mut room } = self;
+        let collected = body?.collect(most(limit, compressed.is_some()), &mut room).await;
+        let body = collected.map_err(|error| match error {
+            ApiError::BodyTooLarge(_) => ApiError::BodyTooLarge(limit),
+            other => other,
+        })?;
+        let body = match compressed {
+            None => body,
+            Some((compression, state)) => {
+                let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
+                decompress(compression, body, limit, &mut room)?
+            }
+        };
+        charset.to_utf8(body)
     }
+}
+
+/// The most that may arrive of a body of at most `limit` bytes.
+fn most(limit: usize, is_compressed: bool) -> usize {
+    if is_compressed { Compression::compressed_limit(limit) } else { limit }
 }
 
 /// The fields of a body that is a JSON object.
@@ -132,25 +161,29 @@ pub(super) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     }
 }
 
-fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
-    const EXPECTED: &str = "send JSON with Content-Type: application/json";
-    let encoding = headers.get(header::CONTENT_ENCODING);
-    if encoding.is_some_and(|encoding| encoding.as_bytes() != b"identity") {
-        return Err(ApiError::UnsupportedMediaType("send the body without Content-Encoding"));
-    }
-    let media_type = headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.split(';').next())
-        .map(str::trim);
-    match media_type {
-        Some(json)
-            if json.eq_ignore_ascii_case("application/json")
-                || json.to_ascii_lowercase().ends_with("+json") =>
-        {
-            Ok(())
+/// What a request says of its JSON body.
+struct Declared {
+    compression: Option<Compression>,
+    charset: Charset,
+}
+
+impl Declared {
+    fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
+        let media_type = headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.split(';').next())
+            .map(str::trim);
+        let is_json = media_type.is_some_and(|media_type| {
+            media_type.eq_ignore_ascii_case("application/json")
+                || media_type.to_ascii_lowercase().ends_with("+json")
+        });
+        if !is_json {
+            return Err(ApiError::UnsupportedMediaType(
+                "send JSON with Content-Type: application/json",
+            ));
         }
-        _ => Err(ApiError::UnsupportedMediaType(EXPECTED)),
+        Ok(Self { compression: Compression::of(headers)?, charset: Charset::of(headers)? })
     }
 }
 

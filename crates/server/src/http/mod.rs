@@ -4,6 +4,7 @@
 mod admission;
 mod audit;
 mod auth;
+mod charset;
 mod client_address;
 mod connection;
 mod connection_clock;

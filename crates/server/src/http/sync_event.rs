@@ -83,7 +83,7 @@ pub(super) struct NewSyncEvent {
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_u64)]
     bytes_synced: Option<u64>,
     /// Anything else worth keeping: a JSON object of at most 4 KiB of text, given back in history as
-    /// it was sent.
+    /// it was sent. An empty array is an empty object.
     #[schema(value_type = Option<Object>)]
     metadata: Option<Metadata>,
 }
@@ -204,6 +204,7 @@ impl ApiState {
 ///
 /// Answers once the event is committed to disk. A report that is sent again, after its answer was lost,
 /// is stored again, unless it has an `event_id` (or an `Idempotency-Key` header, which does the same).
+/// `Content-Encoding` may be gzip, deflate or zstd.
 #[utoipa::path(
     post,
     path = "/api/sync-event",

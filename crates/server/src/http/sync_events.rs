@@ -19,6 +19,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     SharedState, auth,
+    charset::Charset,
     decompress::{Compression, Decompressor},
     envelope::Success,
     error::{AnyTime, ApiError, FieldError, WithBody, in_short},
@@ -98,7 +99,7 @@ enum EventResult {
 /// Report many sync runs
 ///
 /// A JSON array of events, or one event per line (`application/x-ndjson`), at most 10,000 and 10 MiB;
-/// `Content-Encoding` may be gzip or zstd, and the bounds count after decompression. The events that are
+/// `Content-Encoding` may be gzip, deflate or zstd, and the bounds count after decompression. The events that are
 /// right are stored in one transaction, and the answer tells of each one what became of it. An array or a
 /// compressed stream that is broken is refused as a whole; of NDJSON, only the lines that are. Give each
 /// event an `event_id`, so that the request can be sent again when its answer was lost.
@@ -108,7 +109,7 @@ enum EventResult {
     tag = "Sync events",
     security(("key" = ["ingest"])),
     request_body(
-        description = "The events. `Content-Encoding` gzip and zstd are understood.",
+        description = "The events. `Content-Encoding` gzip, deflate and zstd are understood.",
         content(
             (Vec<NewSyncEvent> = "application/json"),
             (String = "application/x-ndjson", example =
@@ -134,6 +135,9 @@ async fn create_sync_events(
     }
     let key = auth::key_of(&request);
     let format = format(headers)?;
+    if Charset::of(headers)? != Charset::Utf8 {
+        return Err(ApiError::UnsupportedMediaType("send UTF-8"));
+    }
     let compression = Compression::of(headers)?;
     let body = Arriving::in_pieces(request.into_body(), state.body_timeout, TIMES_AS_LONG);
     let mut reading = Reading::new(&state.ingest, state.arrival()?, format);

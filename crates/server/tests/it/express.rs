@@ -2,6 +2,8 @@
 //! encodings of text. Devices in the field rely on it and cannot be changed. Recorded with Express 5 and, where
 //! that differs, Express 4; `node_wire` has what they are answered.
 
+use std::io::Write as _;
+
 use pisync::{http::AuthMode, store::Scope};
 use reqwest::{Method, header::HeaderValue};
 use serde_json::{Value, json};
@@ -13,7 +15,11 @@ use crate::support::{
     store::{TestDatabase, wish},
 };
 
-both_stores!(other_spellings_of_paths_are_served, an_empty_array_is_empty_metadata,);
+both_stores!(
+    other_spellings_of_paths_are_served,
+    an_empty_array_is_empty_metadata,
+    compressed_events_are_stored,
+);
 
 /// Each of the Node service's endpoints but `/`, in spellings that Express took.
 const SPELLINGS: [(&str, &str, &[&str]); 6] = [
@@ -198,5 +204,163 @@ async fn the_targets_that_express_took_and_no_others() {
         let answer = connection.answer().await;
         assert_eq!(answer.status, status, "{target}: {}", answer.body);
     }
+    server.stop().await;
+}
+
+fn gzip(data: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(data).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn deflate(data: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(data).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zstd(data: &[u8]) -> Vec<u8> {
+    zstd::encode_all(data, 3).unwrap()
+}
+
+/// The answer to one event whose body is compressed like this.
+async fn report_as(client: &Client, encoding: &str, body: Vec<u8>) -> Answer {
+    let request = client.request(Method::POST, "/api/sync-event");
+    let request = request.header("content-type", "application/json");
+    send(request.header("content-encoding", encoding).body(body)).await
+}
+
+async fn compressed_events_are_stored(server: &TestServer) {
+    let text = with(event("pi"), &json!({"metadata": {"a": [1, 2]}})).to_string();
+    let body = text.as_bytes();
+    let mut stored = 0;
+    for (encoding, body) in [
+        ("gzip", gzip(body)),
+        ("GZIP", gzip(body)),
+        ("x-gzip", gzip(body)),
+        ("deflate", deflate(body)),
+        ("zstd", zstd(body)),
+        ("identity", body.to_vec()),
+        ("gzip", [gzip(&body[..20]), gzip(&body[20..])].concat()),
+        ("gzip", gzip(format!("\u{feff}{text}").as_bytes())),
+    ] {
+        let data = report_as(server, encoding, body).await.data(201);
+        assert_eq!(data["metadata"], json!({"a": [1, 2]}), "{encoding}");
+        stored += 1;
+    }
+    let refused = report_as(server, "gzip", gzip(b"{}")).await.details();
+    assert_eq!(refused.as_array().unwrap().len(), 4);
+    let total = server.get("/api/stats").await.data(200)["total_sync_events"].take();
+    assert_eq!(total, stored);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn compressed_events_are_bounded_and_named_for_what_is_wrong_with_them() {
+    let server = TestServer::on_sqlite(|_| {}).await;
+    let text = event("pi").to_string();
+    let padded = |bytes: usize| format!("{text}{}", " ".repeat(bytes - text.len())).into_bytes();
+    let ways: [(&str, fn(&[u8]) -> Vec<u8>); 3] =
+        [("gzip", gzip), ("deflate", deflate), ("zstd", zstd)];
+    for (encoding, compress) in ways {
+        // Counted once decompressed, as a plain body is.
+        report_as(&server, encoding, compress(&padded(65_536))).await.data(201);
+        for bytes in [65_537, 50 << 20] {
+            let answer = report_as(&server, encoding, compress(&padded(bytes))).await;
+            let too_large = "The request's body is larger than 65536 bytes";
+            assert_eq!(answer.error(413), too_large, "{encoding}");
+        }
+        let whole = compress(text.as_bytes());
+        let cut = report_as(&server, encoding, whole[..whole.len() - 9].to_vec()).await;
+        let ended_early = "The request's body cannot be read: it ended early";
+        assert_eq!(cut.error(400), ended_early, "{encoding}");
+        let plain = report_as(&server, encoding, text.clone().into_bytes()).await.error(400);
+        assert!(plain.starts_with("The request's body cannot be read: "), "{encoding}: {plain}");
+        let garbage = [whole, b"garbage".repeat(10)].concat();
+        let error = report_as(&server, encoding, garbage).await.error(400);
+        assert!(error.starts_with("The request's body cannot be read: "), "{encoding}: {error}");
+        let broken = report_as(&server, encoding, compress(b"{\"a\"")).await.error(400);
+        assert!(broken.starts_with("Malformed JSON: EOF"), "{encoding}: {broken}");
+    }
+    // It may not be larger than what it holds for nothing, either.
+    let noise = vec![b'x'; 1 << 20];
+    assert_eq!(report_as(&server, "gzip", noise).await.status, 413);
+    let expected = "Unsupported media type: Content-Encoding may be gzip, deflate or zstd";
+    for encoding in ["br", "compress", "gzip, identity", "gzip, gzip", "", "zip"] {
+        let answer = report_as(&server, encoding, gzip(text.as_bytes())).await;
+        assert_eq!(answer.error(415), expected, "{encoding:?}");
+    }
+    // Said twice, it may be meant twice.
+    let request = server.request(Method::POST, "/api/sync-event");
+    let request = request.header("content-type", "application/json");
+    let request = request.header("content-encoding", "gzip").header("content-encoding", "zstd");
+    assert_eq!(send(request.body(gzip(text.as_bytes()))).await.error(415), expected);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn encodings_of_text_that_are_declared_are_read() {
+    let server = TestServer::on_sqlite(|_| {}).await;
+    let report = async |content_type: &str, body: Vec<u8>| {
+        let request = server.request(Method::POST, "/api/sync-event");
+        send(request.header("content-type", content_type).body(body)).await
+    };
+    let text = event("Ger\u{e4}t \u{1f600}").to_string();
+    let utf16 =
+        |text: &str| -> Vec<u8> { text.encode_utf16().flat_map(u16::to_le_bytes).collect() };
+    for (charset, body) in [
+        ("", text.clone().into_bytes()),
+        (";", text.clone().into_bytes()),
+        ("; charset=", text.clone().into_bytes()),
+        ("; charset=utf-8", text.clone().into_bytes()),
+        (";charset=\"UTF-8\"", text.clone().into_bytes()),
+        (" ; charset=utf8; x=y", text.clone().into_bytes()),
+        ("; charset=utf-16", utf16(&text)),
+        ("; charset=UTF-16LE", utf16(&format!("\u{feff}{text}"))),
+    ] {
+        let stored = report(&format!("application/json{charset}"), body).await.data(201);
+        assert_eq!(stored["device_id"], "Ger\u{e4}t \u{1f600}", "{charset}");
+    }
+    for charset in ["iso-8859-1", "windows-1252", "utf-32"] {
+        let answer =
+            report(&format!("application/json; charset={charset}"), text.clone().into()).await;
+        assert_eq!(
+            answer.error(415),
+            "Unsupported media type: send UTF-8, with Content-Type: application/json; charset=utf-8",
+            "{charset}"
+        );
+    }
+    let wrong = report("application/json; charset=utf-16", b"{} ".to_vec()).await.error(400);
+    assert!(wrong.contains("it is not the UTF-16 that it is declared to be"), "{wrong}");
+    let batch = server.request(Method::POST, "/api/sync-events");
+    let batch = batch.header("content-type", "application/json; charset=utf-16").body(utf16("[]"));
+    assert_eq!(send(batch).await.status, 415);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ways_to_send_a_body() {
+    let server = TestServer::on_sqlite(|_| {}).await;
+    let body = event("pi").to_string();
+    let length = body.len();
+    let chunks = format!("5\r\n{}\r\n{:x}\r\n{}\r\n0\r\n\r\n", &body[..5], length - 5, &body[5..]);
+    let begin =
+        "POST /api/sync-event HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n";
+    for request in [
+        format!("{begin}content-length: {length}\r\n\r\n{body}"),
+        format!("\r\n{begin}content-length: {length}\r\n\r\n{body}"),
+        format!("{begin}transfer-encoding: chunked\r\n\r\n{chunks}"),
+    ] {
+        let mut connection = server.connect().await;
+        connection.write(&request).await;
+        let answer = connection.answer().await;
+        assert_eq!(answer.status, 201, "{request}: {}", answer.body);
+    }
+    // Who waits for leave gets it.
+    let mut connection = server.connect().await;
+    let head = format!("{begin}content-length: {length}\r\nexpect: 100-continue\r\n\r\n");
+    connection.write(head).await;
+    assert_eq!(connection.answer().await.status, 100);
+    connection.write(&body).await;
+    assert_eq!(connection.answer().await.status, 201);
     server.stop().await;
 }

@@ -419,16 +419,3 @@ async fn the_body_must_be_declared_as_json() {
     }
     server.stop().await;
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_encoded_body_is_refused() {
-    let server = server().await;
-    let json = ("content-type", "application/json");
-    let expected = "Unsupported media type: send the body without Content-Encoding";
-    for encoding in ["gzip", "br", "zstd", "deflate", "gzip, identity"] {
-        let answer = report_as(&server, &[json, ("content-encoding", encoding)]).await;
-        assert_eq!(answer.error(415), expected, "{encoding}");
-    }
-    report_as(&server, &[json, ("content-encoding", "identity")]).await.data(201);
-    server.stop().await;
-}
