@@ -86,6 +86,15 @@ pub struct MigrationArgs {
     pub migrations_dir: PathBuf,
 }
 
+/// How much every command says of what happens.
+#[derive(Debug, Clone, Args)]
+pub struct LogLevelArgs {
+    /// How much to log: error, warn, info, debug or trace [default: info for a server, which has a log; warn
+    /// for other commands, which write to standard error]
+    #[arg(long, env = "LOG_LEVEL", global = true, help_heading = "Logs", value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+}
+
 /// What is expected of devices' clocks.
 #[derive(Debug, Clone, Args)]
 pub struct ClockSkewArgs {
@@ -196,9 +205,6 @@ pub struct ServeArgs {
     #[arg(long, env = "CORS_ORIGINS", value_name = "ORIGINS", help_heading = "Limits")]
     cors_origins: Option<String>,
 
-    /// How much to log: error, warn, info, debug or trace
-    #[arg(long, env = "LOG_LEVEL", default_value = "info", help_heading = "Logs")]
-    log_level: LogLevel,
     /// Folder of combined.log and error.log; none for the console alone
     #[arg(long, env = "LOG_DIR", default_value = "logs", help_heading = "Logs")]
     log_dir: String,
@@ -279,13 +285,13 @@ impl ServeArgs {
 
     /// What to log.
     #[must_use]
-    pub fn log_settings(&self) -> LogSettings {
+    pub fn log_settings(&self, level: &LogLevelArgs) -> LogSettings {
         let node_env = match self.node_env.as_deref() {
             Some("production") => AppEnv::Production,
             _ => AppEnv::Development,
         };
         LogSettings {
-            level: self.log_level,
+            level: level.log_level.unwrap_or(LogLevel::INFO),
             dir: given(Some(&self.log_dir)).filter(|dir| *dir != NO_LOG_DIR).map(PathBuf::from),
             json_console: self.app_env.unwrap_or(node_env) == AppEnv::Production,
         }

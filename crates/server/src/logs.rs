@@ -19,10 +19,17 @@ use file_rotate::{
     compression::Compression,
     suffix::{AppendTimestamp, DateFrom, FileLimit},
 };
-use tracing::{Level, Subscriber, level_filters::LevelFilter};
+use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
-    Layer, filter::Targets, fmt, layer::SubscriberExt, registry::LookupSpan,
+    Layer,
+    filter::Targets,
+    fmt::{
+        self, FmtContext,
+        format::{FormatEvent, FormatFields, Writer},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
     util::SubscriberInitExt,
 };
 
@@ -44,6 +51,13 @@ static THREADS: OnceLock<Threads> = OnceLock::new();
 /// How much to log. Understands the Node service's names too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogLevel(Level);
+
+impl LogLevel {
+    /// What a server logs.
+    pub const INFO: Self = Self(Level::INFO);
+    /// What other commands say beside what was asked for.
+    pub const WARN: Self = Self(Level::WARN);
+}
 
 impl FromStr for LogLevel {
     type Err = String;
@@ -159,16 +173,62 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
         layers.push(json_lines(combined).boxed());
         layers.push(json_lines(error).with_filter(LevelFilter::ERROR).boxed());
     }
-    // Libraries have little to say that interests an operator.
-    let LogLevel(level) = settings.level;
-    let libraries = if level == Level::TRACE { Level::TRACE } else { level.min(Level::WARN) };
-    let targets = Targets::new().with_default(libraries).with_target("pisync", level);
     tracing_subscriber::registry()
         .with(layers)
-        .with(targets)
+        .with(targets(settings.level))
         .try_init()
         .map_err(|error| error.to_string())?;
     Ok(LogGuard { guards, openings })
+}
+
+/// Starts logging for a command that is no server: short lines for whoever has typed it, written by `write`, one
+/// at a time.
+///
+/// # Errors
+/// When something logs already.
+pub fn init_for_command<W>(level: LogLevel, write: fn() -> W) -> Result<(), String>
+where
+    W: io::Write + 'static,
+{
+    let lines = fmt::layer().event_format(ForPeople).with_ansi(false).with_writer(write);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(targets(level))
+        .try_init()
+        .map_err(|error| error.to_string())
+}
+
+/// What is logged at this level. Libraries have little to say that interests an operator.
+fn targets(LogLevel(level): LogLevel) -> Targets {
+    let libraries = if level == Level::TRACE { Level::TRACE } else { level.min(Level::WARN) };
+    Targets::new().with_default(libraries).with_target("pisync", level)
+}
+
+/// `pisync: warning: what happened field=value`, as commands write what goes wrong.
+struct ForPeople;
+
+impl<S, N> FormatEvent<S, N> for ForPeople
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let level = match *event.metadata().level() {
+            Level::ERROR => "error",
+            Level::WARN => "warning",
+            Level::INFO => "info",
+            Level::DEBUG => "debug",
+            Level::TRACE => "trace",
+        };
+        write!(writer, "pisync: {level}: ")?;
+        context.format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
 }
 
 /// Waits until a thread that writes log lines has ended, and tells which and how. Nobody would notice

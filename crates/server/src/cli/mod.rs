@@ -38,7 +38,10 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use self::settings::{SettingsFile, without_environment};
-use crate::config::ServeArgs;
+use crate::{
+    config::{LogLevelArgs, ServeArgs},
+    logs::{self, LogLevel},
+};
 
 /// Did every device sync? A server that Raspberry Pi fleets report their file-sync runs to.
 ///
@@ -49,6 +52,8 @@ use crate::config::ServeArgs;
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    #[command(flatten)]
+    log: LogLevelArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -136,9 +141,17 @@ pub fn main() -> ExitCode {
     {
         return fail(&message);
     }
+    if !matches!(cli.command, Some(Command::Serve(_))) {
+        let level = cli.log.log_level.unwrap_or(LogLevel::WARN);
+        if let Err(message) = logs::init_for_command(level, || progress::AboveBar) {
+            return fail(&message);
+        }
+    }
     let result = runtime.block_on(async {
         match cli.command {
-            Some(Command::Serve(arguments)) => serve::run(&arguments, &settings_file).await,
+            Some(Command::Serve(arguments)) => {
+                serve::run(&arguments, &cli.log, &settings_file).await
+            }
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,

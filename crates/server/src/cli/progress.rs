@@ -2,7 +2,8 @@
 //! standard error.
 
 use std::{
-    io::{IsTerminal, stderr},
+    io::{self, IsTerminal, Write, stderr},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -10,6 +11,35 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 /// How often a line says how far it is, where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The bar that is on the terminal.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+fn shown() -> Option<ProgressBar> {
+    BAR.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+fn show(bar: Option<ProgressBar>) {
+    *BAR.lock().unwrap_or_else(PoisonError::into_inner) = bar;
+}
+
+/// Writes lines to standard error, above the bar if there is one.
+pub(super) struct AboveBar;
+
+impl Write for AboveBar {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        let write = || stderr().write_all(lines);
+        match shown() {
+            Some(bar) => bar.suspend(write)?,
+            None => write()?,
+        }
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// See the module.
 pub(super) struct Progress {
@@ -28,6 +58,7 @@ impl Progress {
     pub(super) fn new(total: Option<u64>) -> Self {
         let now = Instant::now();
         let bar = stderr().is_terminal().then(|| bar(total));
+        show(bar.clone());
         Self { bar, total, unit: "events".to_owned(), started: now, said: now }
     }
 
@@ -68,6 +99,7 @@ impl Progress {
 
     /// Takes the bar away, and tells how long it took.
     pub(super) fn finish(self) -> Duration {
+        show(None);
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

@@ -11,7 +11,7 @@ use super::settings::SettingsFile;
 use crate::{
     app,
     clock::Clock,
-    config::ServeArgs,
+    config::{LogLevelArgs, ServeArgs},
     http::Listeners,
     logs::{self, LogGuard},
 };
@@ -26,9 +26,13 @@ const FREE_PORT_ATTEMPTS: usize = 20;
 /// Open files that are no clients': the database's, the logs'.
 const OTHER_FILES: usize = 128;
 
-pub(super) async fn run(arguments: &ServeArgs, settings_file: &SettingsFile) -> Result<(), String> {
+pub(super) async fn run(
+    arguments: &ServeArgs,
+    level: &LogLevelArgs,
+    settings_file: &SettingsFile,
+) -> Result<(), String> {
     let mut settings = arguments.settings().map_err(|error| error.to_string())?;
-    let log = logs::init(&arguments.log_settings())?;
+    let log = logs::init(&arguments.log_settings(level))?;
     let mut hang_ups = listen_for(SignalKind::hangup())?;
     for warning in &settings_file.warnings {
         tracing::warn!("{warning}");

@@ -168,7 +168,9 @@ async fn a_damaged_database_is_replaced() {
 
     let log = fs::read(program.path("data/pisync.db-wal")).unwrap();
     fs::write(program.path(DATABASE), "no database any more").unwrap();
-    program.run(&["restore", "one.db", "--force"]).success();
+    let restored = program.run(&["restore", "one.db", "--force"]);
+    // It says what is lost with the damaged file.
+    assert_eq!(restored.code(), 0, "{restored:?}");
     assert_eq!(devices(&program).await, 1);
 
     fs::remove_file(program.path(DATABASE)).unwrap();

@@ -17,6 +17,7 @@ mod audit_log;
 mod backup;
 mod browser;
 mod command_line;
+mod command_logs;
 mod connections;
 mod copy;
 mod crash;
