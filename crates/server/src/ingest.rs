@@ -211,7 +211,7 @@ impl Waiter {
 }
 
 /// The batch that events make which are brought by `waiters`, one after the other.
-fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Arc<Batch> {
+fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Batch {
     let mut claims = Vec::new();
     let mut next = 0;
     for waiter in waiters {
@@ -221,7 +221,12 @@ fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> 
             claims.push(GroupClaim { events: first..next, group: group.clone() });
         }
     }
-    Arc::new(Batch { claims, ..Batch::new(received, events) })
+    Batch { claims, ..Batch::new(received, events) }
+}
+
+/// A part of a batch that could not be stored as a whole. It has waited since that one was stamped.
+fn part_of(whole: &Batch, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Arc<Batch> {
+    Arc::new(Batch { stamped: whole.stamped, ..batch_of(whole.received, events, waiters) })
 }
 
 /// What all events in the queue and under way amount to.
@@ -526,7 +531,7 @@ impl UnderWay {
                 others.push(waiter);
             }
         }
-        let batch = batch_of(batch.received, events, &others);
+        let batch = part_of(&batch, events, &others);
         Self { batch, waiters: others, since: Instant::now() }
     }
 }
@@ -673,7 +678,7 @@ impl IngestTask {
         if events.is_empty() {
             return Ok(());
         }
-        let batch = batch_of(received, events, &waiters);
+        let batch = Arc::new(batch_of(received, events, &waiters));
         let sent = UnderWay { batch, waiters, since: Instant::now() };
         if self.available.load(Ordering::Relaxed) && self.writer.send(&sent.batch) {
             self.under_way.push_back(sent);
@@ -750,7 +755,7 @@ impl IngestTask {
             };
             if matches!(error, StoreError::Rejected(_)) && part.waiters.len() > 1 {
                 let half = |events: &[SyncEvent], waiters: Vec<_>| UnderWay {
-                    batch: batch_of(part.batch.received, events.to_vec(), &waiters),
+                    batch: part_of(&part.batch, events.to_vec(), &waiters),
                     waiters,
                     since: Instant::now(),
                 };
