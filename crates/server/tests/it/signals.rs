@@ -128,7 +128,11 @@ async fn an_import_that_is_ended_goes_on_and_nohup_keeps_it_going() {
             let _ = writer.write_all(text.as_bytes());
             let _ = ended.recv();
         });
-        let stored = async || taken(&target).await >= 1_000;
+        let store = store::open(&target).await.unwrap();
+        let stored = async || {
+            let imports = store.imports().await.unwrap();
+            imports.first().is_some_and(|import| import.records >= 1_000)
+        };
         let mut waiting = program.signal_at(&["import", "-"], reader, signal, stored).await;
         if code == 0 {
             assert!(waiting.is_running());
