@@ -260,7 +260,7 @@ async fn a_store_that_does_not_answer_for_each_event_has_stored_none() {
     let mut room = running.ingest.room();
     let events: Vec<_> = (3..6).map(|second| success("pi", at(second))).collect();
     events.iter().for_each(|event| room.take(event).unwrap());
-    let many = running.ingest.submit_many(events, room).await;
+    let many = running.ingest.submit_many(events, None, room).await;
     assert!(matches!(many, Err(IngestError::Failed(_))), "{many:?}");
 
     running.store.told().answers_for_none = false;
