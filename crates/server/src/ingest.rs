@@ -880,9 +880,11 @@ fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
             IngestError::Unavailable
         }
         StoreError::OtherGroup(_) => IngestError::OtherGroup,
-        StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
-            IngestError::Failed(error.to_string())
-        }
+        StoreError::Busy(_) => IngestError::Overloaded,
+        StoreError::Rejected(_)
+        | StoreError::TooSlow(_)
+        | StoreError::Failed(_)
+        | StoreError::Stopped => IngestError::Failed(error.to_string()),
     };
     for waiter in waiters {
         waiter.refuse(answer.clone());

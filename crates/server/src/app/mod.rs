@@ -40,6 +40,9 @@ const FOLD_INTERVAL: Duration = Duration::from_secs(30);
 /// The task that stores events.
 const INGEST: &str = "ingest";
 
+/// How often to look for deletions of devices that were interrupted.
+const DELETIONS_INTERVAL: Duration = Duration::from_secs(30);
+
 /// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
 /// under way get, it stays within 30 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
@@ -153,6 +156,7 @@ async fn serve(
     tasks.start(INGEST, async { task.run(stopped).await.map_err(|error| error.to_string()) });
     tasks.start("maintenance", forever(maintain(maintenance)));
     tasks.start("aggregation", forever(fold(Arc::clone(&store), clock.clone())));
+    tasks.start("deletions", forever(finish_deletions(Arc::clone(&store))));
     tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let threads = Arc::clone(&store);
     tasks.start("the database", async move { Err(threads.thread_end().await) });
@@ -248,6 +252,41 @@ async fn maintain(mut maintenance: Maintenance) {
             }
         };
         tokio::time::sleep(pause).await;
+    }
+}
+
+/// Goes on with deletions of devices that were interrupted, at once and whenever one has come no further for a while.
+/// One that is under way somewhere else is left to whoever is at it.
+async fn finish_deletions(store: Arc<dyn Store>) {
+    let mut before = None;
+    loop {
+        match store.deletions().await {
+            Ok(found) => {
+                for (device_id, deleted) in &found {
+                    let is_stuck = before.as_ref().is_none_or(|before: &Vec<_>| {
+                        before.contains(&(device_id.clone(), *deleted))
+                    });
+                    if !is_stuck {
+                        continue;
+                    }
+                    match store.finish_deletion(device_id).await {
+                        Ok(events) => tracing::info!(
+                            %device_id,
+                            events,
+                            "the deletion of a device, which had been interrupted, is complete"
+                        ),
+                        Err(error) => tracing::warn!(
+                            %device_id,
+                            %error,
+                            "the deletion of a device cannot go on; it will be tried again"
+                        ),
+                    }
+                }
+                before = Some(found);
+            }
+            Err(error) => tracing::debug!(%error, "cannot look for interrupted deletions"),
+        }
+        tokio::time::sleep(DELETIONS_INTERVAL).await;
     }
 }
 

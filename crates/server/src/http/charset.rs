@@ -47,7 +47,7 @@ impl Charset {
         let malformed = |why: &str| {
             ApiError::Malformed(format!("it is not the UTF-16 that it is declared to be: {why}"))
         };
-        if body.len() % 2 != 0 {
+        if !body.len().is_multiple_of(2) {
             return Err(malformed("it has an odd number of bytes"));
         }
         let units = body.chunks_exact(2).map(|pair| {

@@ -65,6 +65,8 @@ pub(super) enum ApiError {
     Overloaded,
     /// 503: the database is away.
     DatabaseAway,
+    /// 503: to find what was asked for takes too long.
+    TooSlow,
     /// 503: the server does not know what time it is.
     ClockNotSet,
     /// 500: the text is for the log and never sent.
@@ -199,7 +201,7 @@ impl ApiError {
             Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Overloaded | Self::DatabaseAway | Self::ClockNotSet => {
+            Self::Overloaded | Self::DatabaseAway | Self::TooSlow | Self::ClockNotSet => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -222,7 +224,7 @@ impl ApiError {
     fn retry_after(&self) -> Option<HeaderValue> {
         match self {
             Self::TooManyRequests { seconds, .. } => Some(HeaderValue::from(*seconds)),
-            Self::Overloaded => Some(HeaderValue::from(RETRY_WHEN_OVERLOADED)),
+            Self::Overloaded | Self::TooSlow => Some(HeaderValue::from(RETRY_WHEN_OVERLOADED)),
             Self::DatabaseAway => Some(HeaderValue::from(RETRY_WHEN_AWAY)),
             Self::ClockNotSet => Some(HeaderValue::from(RETRY_WHEN_CLOCK_NOT_SET)),
             _ => None,
@@ -279,6 +281,9 @@ impl IntoResponse for ApiError {
                 "The server's clock is not set, so it cannot date events; please try again later"
                     .to_owned()
             }
+            Self::TooSlow => {
+                "This takes too long: ask for less at a time, or page with \"cursor\" instead of \"offset\"".to_owned()
+            }
             Self::Internal(detail) => {
                 log = Some(ErrorDetail(detail));
                 "Internal server error".to_owned()
@@ -316,6 +321,8 @@ impl From<StoreError> for ApiError {
             | StoreError::Transient(_)
             | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
             StoreError::OtherGroup(_) => Self::OtherDevice,
+            StoreError::Busy(_) => Self::Overloaded,
+            StoreError::TooSlow(_) => Self::TooSlow,
             StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
                 Self::Internal(error.to_string())
             }

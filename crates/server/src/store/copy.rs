@@ -200,6 +200,19 @@ pub(super) const TABLES: &[Table] = &[
             column("last_used", Kind::Time),
         ],
     ),
+    table(
+        "device_deletions",
+        Rows::Plain,
+        &[
+            column("device_id", Kind::Text),
+            column("received_until", Kind::Time),
+            column("requested_at", Kind::Time),
+            column("via", Kind::Text),
+            column("key_id", Kind::Integer),
+            column("address", Kind::Text),
+            column("deleted_events", Kind::Integer),
+        ],
+    ),
     table("api_key_changes", Rows::Single, &[column("version", Kind::Integer)]),
     table(
         "audit_log",

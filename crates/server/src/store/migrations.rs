@@ -44,6 +44,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-25-08-trusted-time",
     "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
+    "2026-11-25-13-device-deletions",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -58,6 +59,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-25-08-trusted-time",
     "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
+    "2026-11-25-13-device-deletions",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

@@ -5,6 +5,7 @@
 mod backup;
 mod batch;
 mod copy;
+mod deletion;
 mod history;
 mod imports;
 mod journal;
@@ -29,6 +30,7 @@ use tokio::sync::mpsc;
 pub use backup::{BackedUp, Restored, backup, restore};
 pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, News, OtherGroup, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
+pub use deletion::{DeletionStep, DeviceDeletions};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportProgress};
 pub use journal::{
@@ -64,6 +66,12 @@ pub enum StoreError {
     /// Devices are not in the groups that they must be in; nothing was changed.
     #[error(transparent)]
     OtherGroup(#[from] OtherGroup),
+    /// So much is being read that this had no turn. Nothing is wrong with the database.
+    #[error("{0}")]
+    Busy(String),
+    /// A read took too long and was given up, so that others have their turn.
+    #[error("{0}")]
+    TooSlow(String),
     /// Whatever writes has come to its end; only a restart of the process helps.
     #[error("the writer has stopped")]
     Stopped,
@@ -74,7 +82,7 @@ pub enum StoreError {
 
 /// Everything the program keeps. Each method is one transaction.
 #[async_trait]
-pub trait Store: KeyStore + Send + Sync {
+pub trait Store: KeyStore + DeviceDeletions + Send + Sync {
     /// Asks the database for a sign of life.
     async fn ping(&self) -> Result<(), StoreError>;
 
@@ -118,14 +126,6 @@ pub trait Store: KeyStore + Send + Sync {
         change: &DeviceChange,
         by: &Actor,
     ) -> Result<bool, StoreError>;
-
-    /// Removes a device with all its events and figures and tells how many events went; `None` when
-    /// it is unknown. The audit log says who did it.
-    async fn delete_device(
-        &self,
-        device_id: &DeviceId,
-        by: &Actor,
-    ) -> Result<Option<u64>, StoreError>;
 
     /// Forgets some thousand event ids received before `before`; tells whether there may be more.
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError>;

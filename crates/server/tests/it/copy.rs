@@ -243,6 +243,8 @@ const OF_EACH_DATABASE: [&str; 3] = ["pisync_migrations", "ingest_state", "trust
 /// not. What a row holds is compared by its text, as another pair of eyes.
 async fn a_newer_schema_is_copied_whole(fixture: &TestStore) {
     fill(fixture).await;
+    // A deletion that is under way.
+    assert!(fixture.store.begin_deletion(&device_id("pi-1"), &somebody()).await.unwrap());
     while fixture.store.fold_events(at(3 * DAY)).await.unwrap() {}
     let database = match fixture.is_postgres() {
         true => TestDatabase::postgres().await,

@@ -59,7 +59,7 @@ async fn what_a_killed_server_has_acknowledged_is_found_by_every_command() {
         ("export", &["export", "--format", "ndjson"]),
         ("backup", &["backup", "copy.db"]),
         ("copy", &["copy", "--from", "sqlite:data/pisync.db", "--to", "sqlite:other.db"]),
-        ("down", &["migrate", "down"]),
+        ("down", &["migrate", "down", "--yes"]),
     ];
     // In how many rounds the kill came first; a second later it would have come too late.
     let (mut stored, mut left) = (0, 0);

@@ -33,7 +33,7 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 11] = [
+const EMBEDDED: [&str; 12] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
@@ -45,6 +45,7 @@ const EMBEDDED: [&str; 11] = [
     "2026-11-25-08-trusted-time",
     "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
+    "2026-11-25-13-device-deletions",
 ];
 
 fn no_folder() -> &'static Path {

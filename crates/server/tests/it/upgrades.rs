@@ -210,6 +210,19 @@ const VERSIONS: &[Version] = &[
         count: "(select 1)",
         rows: 1,
     },
+    Version {
+        name: "2026-11-25-13-device-deletions",
+        // A deletion that was interrupted.
+        sqlite: "
+            insert into device_deletions values ('silent', 1795345200000, 1795345200000, 'local', null, null, 3);
+        ",
+        postgres: "
+            insert into device_deletions values
+                ('silent', '2026-11-22 11:00+00', '2026-11-22 11:00+00', 'local', null, null, 3);
+        ",
+        count: "(select sum(deleted_events) from device_deletions)",
+        rows: 3,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

@@ -5,6 +5,7 @@ mod changes;
 mod claims;
 mod connect;
 pub(super) mod copy;
+mod deletion;
 mod dump;
 mod durability;
 mod errors;
@@ -34,14 +35,15 @@ use std::{
 use async_trait::async_trait;
 use deadpool::managed::PoolError;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio_postgres::error::SqlState;
 
 pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
 pub(super) use take_over::PostgresTakeOver;
 
 use self::{
-    connect::{Connector, Object, Pool},
+    connect::{Connection, Connector, Object, Pool},
     errors::{describe, store_error},
     writer::PostgresEventWriter,
 };
@@ -59,6 +61,13 @@ const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// (see `connect`); this is for when it does not answer at all.
 const CALL_TIMEOUT: Duration = Duration::from_secs(35);
 
+/// How many connections of the pool may do reads whose cost grows with a history. The others are kept for the
+/// rest, such as what the dashboard shows, or whether a key may report for a device.
+const LONG_READS: usize = 5;
+
+/// How long such a read waits for its turn, as for a connection.
+const LONG_READ_WAIT: Duration = Duration::from_secs(5);
+
 /// Bounds of the stretch of time whose events are folded at once. The largest passes over empty months
 /// quickly.
 const FOLD_MILLISECONDS: RangeInclusive<i64> = 1_000..=31 * 24 * 60 * 60 * 1000;
@@ -67,12 +76,23 @@ const FOLD_MILLISECONDS: RangeInclusive<i64> = 1_000..=31 * 24 * 60 * 60 * 1000;
 /// such as the deletion of a device.
 const FOLD_TARGET: Duration = Duration::from_millis(200);
 
+/// Bounds of the number of events of a device that are deleted at once, and how long that should take: folding, and
+/// reports that come late, wait for it.
+const DELETE_EVENTS: RangeInclusive<i64> = 500..=20_000;
+const DELETE_TARGET: Duration = Duration::from_millis(100);
+
 /// See the module.
 pub(super) struct PostgresStore {
     connector: Connector,
     pool: Pool,
+    /// Reads whose cost grows with a history; some connections of the pool are kept for the rest.
+    long_reads: Semaphore,
+    /// A connection for signs of life alone, which must not wait for what others read.
+    pulse: Mutex<Option<Connection>>,
     /// The stretch of time whose events are folded at once, in milliseconds.
     fold_step: StepSize,
+    /// Events of a device to delete at a time.
+    delete_step: StepSize,
 }
 
 impl PostgresStore {
@@ -80,7 +100,15 @@ impl PostgresStore {
         let connector = Connector::new(target)?;
         let pool = connector.pool()?;
         let fold_step = StepSize::new(FOLD_MILLISECONDS, FOLD_TARGET);
-        let store = Self { connector, pool, fold_step };
+        let delete_step = StepSize::new(DELETE_EVENTS, DELETE_TARGET);
+        let store = Self {
+            connector,
+            pool,
+            long_reads: Semaphore::new(LONG_READS),
+            pulse: Mutex::new(None),
+            fold_step,
+            delete_step,
+        };
         // Not within the time of a sign of life: a host that is silent may come before the one that answers.
         drop(store.connection().await?);
         store.ping().await?;
@@ -100,6 +128,29 @@ impl PostgresStore {
         work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
     ) -> Result<T, StoreError> {
         self.call_within(CALL_TIMEOUT, work).await
+    }
+
+    /// Runs `work` whose cost grows with a history: so many at a time that others still find a connection.
+    async fn call_long<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T, StoreError> {
+        let turn = tokio::time::timeout(LONG_READ_WAIT, self.long_reads.acquire()).await;
+        let Ok(Ok(_turn)) = turn else {
+            return Err(StoreError::Busy("too many long reads are under way".into()));
+        };
+        let mut result = None;
+        let read = self.call(async |connection| {
+            result = Some(match work(connection).await {
+                Err(error) if error.code() == Some(&SqlState::QUERY_CANCELED) => {
+                    Err(StoreError::TooSlow(describe(&error)))
+                }
+                other => Ok(other?),
+            });
+            Ok(())
+        });
+        read.await?;
+        result.unwrap_or_else(|| Err(StoreError::Failed("a read ended without a result".into())))
     }
 
     async fn call_within<T>(
@@ -122,11 +173,20 @@ impl PostgresStore {
 #[async_trait]
 impl Store for PostgresStore {
     async fn ping(&self) -> Result<(), StoreError> {
-        let ping = self.call(async |connection| {
-            connection.query_one("select exists (select from devices)", &[]).await
-        });
+        const SIGN_OF_LIFE: &str = "select exists (select from devices)";
+        let ping = async {
+            let mut pulse = self.pulse.lock().await;
+            // One that does not answer is dropped, and so closed.
+            let connection = match pulse.take().filter(|pulse| !pulse.client.is_closed()) {
+                Some(connection) => connection,
+                None => self.connector.connect().await?,
+            };
+            connection.client.query_one(SIGN_OF_LIFE, &[]).await.map_err(store_error)?;
+            *pulse = Some(connection);
+            Ok(())
+        };
         match tokio::time::timeout(PING_TIMEOUT, ping).await {
-            Ok(result) => result.map(|_| ()),
+            Ok(result) => result,
             Err(_) => Err(StoreError::Unavailable("PostgreSQL does not answer".into())),
         }
     }
@@ -143,15 +203,15 @@ impl Store for PostgresStore {
     }
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
-        self.call(async |connection| history::sync_history(connection, query).await).await
+        self.call_long(async |connection| history::sync_history(connection, query).await).await
     }
 
     async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
-        self.call(async |connection| history::events(connection, query).await).await
+        self.call_long(async |connection| history::events(connection, query).await).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
-        self.call(async |connection| match &query.window {
+        self.call_long(async |connection| match &query.window {
             None => reads::repeated_failures(connection, query).await,
             Some(window) => roll_ups::repeated_failures(connection, query, window).await,
         })
@@ -163,7 +223,7 @@ impl Store for PostgresStore {
     }
 
     async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
-        self.call(async |connection| roll_ups::window_figures(connection, window).await).await
+        self.call_long(async |connection| roll_ups::window_figures(connection, window).await).await
     }
 
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
@@ -184,14 +244,6 @@ impl Store for PostgresStore {
             changes::update_device(connection, device_id, change, by).await
         })
         .await
-    }
-
-    async fn delete_device(
-        &self,
-        device_id: &DeviceId,
-        by: &Actor,
-    ) -> Result<Option<u64>, StoreError> {
-        self.call(async |connection| changes::delete_device(connection, device_id, by).await).await
     }
 
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {

@@ -123,6 +123,67 @@ pub(super) async fn fold_days_again(
     transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
 }
 
+/// Adds what is folded of a device's events to the sums by hour. The state is locked.
+pub(super) async fn fold_hours_again(
+    transaction: &Transaction<'_>,
+    device_id: &str,
+    folded: Option<Timestamp>,
+) -> Result<(), Error> {
+    let fold = fold_hours_of("sync_events where device_id = $1 and created_at <= $2");
+    let folded = folded.unwrap_or(Timestamp::MIN).to_jiff();
+    transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
+}
+
+/// Deletes events of a device that were received until then, up to `last` (date and id) in the order of the index,
+/// or all of them, and takes them out of the sums by day and hour; tells how many. The state is locked.
+pub(super) async fn delete_events(
+    transaction: &Transaction<'_>,
+    device_id: &str,
+    received_until: Timestamp,
+    last: Option<(jiff::Timestamp, i64)>,
+    folded: Option<Timestamp>,
+) -> Result<u64, Error> {
+    const NEGATIVE: &str = "
+        -total_syncs, -failed_syncs, -total_files_synced, -total_errors, -speed_sum, -speed_count
+    ";
+    let up_to = if last.is_some() { "and (timestamp, id) <= ($4, $5)" } else { "" };
+    let delete = format!(
+        "with gone as (
+            delete from sync_events
+             where device_id = $1 and created_at <= $2 {up_to}
+         returning timestamp, total_files_synced, total_errors, internet_speed, created_at
+         ), by_day (
+            day, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+         ) as (
+            select {DAY}, {EVENT_SUMS} from gone where created_at <= $3 group by 1
+         ), by_hour (
+            hour, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+         ) as (
+            select {HOUR}, {EVENT_SUMS} from gone where created_at <= $3 group by 1
+         ), days as (
+            insert into device_days as stored
+            select $1::text, day, {NEGATIVE} from by_day order by day
+                on conflict (device_id, day) {ADD}
+         ), hours as (
+            insert into fleet_hours as stored
+            select hour, {NEGATIVE} from by_hour order by hour
+                on conflict (hour) {ADD}
+         )
+         select count(*) from gone"
+    );
+    let (received_until, folded) =
+        (received_until.to_jiff(), folded.unwrap_or(Timestamp::MIN).to_jiff());
+    let deleted = match &last {
+        None => transaction.query_one(&delete, &[&device_id, &received_until, &folded]).await?,
+        Some((timestamp, id)) => {
+            let parameters: [&(dyn ToSql + Sync); 5] =
+                [&device_id, &received_until, &folded, timestamp, id];
+            transaction.query_one(&delete, &parameters).await?
+        }
+    };
+    deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
+}
+
 /// Those events of a batch that folding has passed already, as of this statement. Receipts are an empty
 /// array when events arrive now, and nulls take their place.
 const PASSED_EVENTS: &str = "(

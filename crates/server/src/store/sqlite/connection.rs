@@ -2,12 +2,15 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::files;
 use crate::store::{PoolUsage, StoreError};
@@ -25,7 +28,17 @@ const PAGE_BYTES: u32 = 4_096;
 pub(super) const CHECKPOINT_PAGES: u32 = 64 * 1_024 * 1_024 / PAGE_BYTES;
 
 /// Connections for reading. Queries are short, and two cores cannot use more than a few at a time.
-const READERS: usize = 4;
+const READERS: usize = 6;
+
+/// How many of them may do reads whose cost grows with a history. The others are kept for the rest, such as what
+/// the dashboard shows, or whether a key may report for a device.
+const LONG_READS: usize = 4;
+
+/// How long a read may take that somebody waits for, as on PostgreSQL (`statement_timeout`).
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a read looks at the time, in steps of SQLite's virtual machine: some tenths of a millisecond.
+const STEPS_BETWEEN_LOOKS: i32 = 10_000;
 
 /// How long a request waits for a connection for reading.
 const READER_WAIT: Duration = Duration::from_secs(5);
@@ -75,12 +88,27 @@ pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
+/// What a read may cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cost {
+    /// Little, whatever there is.
+    Short,
+    /// The more, the longer a history is.
+    Long,
+    /// As much as it takes: no request waits for it.
+    Unbounded,
+}
+
 /// A few connections for reading, opened when first needed.
 pub(super) struct Readers {
     path: PathBuf,
     permits: Arc<Semaphore>,
+    long_permits: Arc<Semaphore>,
     idle: Mutex<Vec<Connection>>,
-    waiting: std::sync::atomic::AtomicUsize,
+    /// For signs of life alone, which must not wait for what others read.
+    pulse: Mutex<Option<Connection>>,
+    waiting: AtomicUsize,
+    timeout: Duration,
 }
 
 impl Readers {
@@ -88,37 +116,73 @@ impl Readers {
         Self {
             path: path.to_owned(),
             permits: Arc::new(Semaphore::new(READERS)),
+            long_permits: Arc::new(Semaphore::new(LONG_READS)),
             idle: Mutex::new(Vec::new()),
+            pulse: Mutex::new(None),
             waiting: 0.into(),
+            timeout: READ_TIMEOUT,
         }
+    }
+
+    /// Whether the file can be read, however busy the connections for reading are.
+    pub(super) async fn ping(self: Arc<Self>) -> Result<(), StoreError> {
+        const SIGN_OF_LIFE: &str = "select exists (select 1 from devices)";
+        let ping = tokio::task::spawn_blocking(move || {
+            let mut pulse = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
+            let connection = match pulse.take() {
+                Some(connection) => connection,
+                None => self.open().map_err(store_error)?,
+            };
+            connection.query_row(SIGN_OF_LIFE, [], |_| Ok(())).map_err(store_error)?;
+            *pulse = Some(connection);
+            Ok(())
+        });
+        ping.await.map_err(|error| StoreError::Failed(format!("a read failed: {error}")))?
     }
 
     /// Runs `read` on a thread that may block. The connection comes back also when the caller has
     /// gone away meanwhile.
     pub(super) async fn run<T: Send + 'static>(
         self: Arc<Self>,
+        cost: Cost,
         read: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        use std::sync::atomic::Ordering::Relaxed;
-        self.waiting.fetch_add(1, Relaxed);
-        let permit =
-            tokio::time::timeout(READER_WAIT, Arc::clone(&self.permits).acquire_owned()).await;
-        self.waiting.fetch_sub(1, Relaxed);
-        let Ok(Ok(permit)) = permit else {
-            return Err(StoreError::Unavailable("all connections for reading are busy".into()));
+        let permits = tokio::time::timeout(READER_WAIT, self.permits(cost)).await;
+        let Ok(Some(permits)) = permits else {
+            return Err(StoreError::Busy("all connections for reading are busy".into()));
         };
         let task = tokio::task::spawn_blocking(move || {
             let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let connection = match idle {
+            let mut connection = match idle {
                 Some(connection) => connection,
                 None => self.open().map_err(store_error)?,
             };
-            let result = read(&connection).map_err(store_error);
+            let began = Instant::now();
+            let timeout = self.timeout;
+            let is_late = (cost != Cost::Unbounded).then_some(move || began.elapsed() > timeout);
+            connection.progress_handler(STEPS_BETWEEN_LOOKS, is_late).map_err(store_error)?;
+            let result = read(&connection).map_err(|error| match error.sqlite_error_code() {
+                Some(ErrorCode::OperationInterrupted) => too_slow(timeout),
+                _ => store_error(error),
+            });
             self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
-            drop(permit);
+            drop(permits);
             result
         });
         task.await.map_err(|error| StoreError::Failed(format!("a read failed: {error}")))?
+    }
+
+    /// What to hold while reading; `None` when there is nothing to be had any more.
+    async fn permits(&self, cost: Cost) -> Option<[Option<OwnedSemaphorePermit>; 2]> {
+        let _waiting = Waiting::one(&self.waiting);
+        let long = match cost {
+            Cost::Short => None,
+            Cost::Long | Cost::Unbounded => {
+                Some(Arc::clone(&self.long_permits).acquire_owned().await.ok()?)
+            }
+        };
+        let any = Arc::clone(&self.permits).acquire_owned().await.ok()?;
+        Some([long, Some(any)])
     }
 
     fn open(&self) -> rusqlite::Result<Connection> {
@@ -132,9 +196,29 @@ impl Readers {
         PoolUsage {
             max: READERS,
             in_use: READERS - self.permits.available_permits(),
-            waiting: self.waiting.load(std::sync::atomic::Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
         }
     }
+}
+
+/// One who waits, for as long as this lives.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn one(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn too_slow(timeout: Duration) -> StoreError {
+    StoreError::TooSlow(format!("a read took longer than {} s", timeout.as_secs_f32()))
 }
 
 /// Sorts SQLite's errors by what can be done about them.
@@ -162,4 +246,74 @@ pub(super) fn refuses_data(error: &rusqlite::Error) -> bool {
         error.sqlite_error_code(),
         Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Readers of an empty database, and its folder.
+    fn readers(timeout: Duration) -> (Arc<Readers>, tempfile::TempDir) {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("pisync.db");
+        open_for_writing(&path)
+            .unwrap()
+            .execute_batch("create table devices (id integer)")
+            .unwrap();
+        (Arc::new(Readers { timeout, ..Readers::new(&path) }), folder)
+    }
+
+    const ENDLESS: &str = "
+        with recursive numbers (n) as (select 1 union all select n + 1 from numbers)
+        select count(*) from numbers
+    ";
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn long_reads_leave_room_for_others() {
+        let (readers, _folder) = readers(READ_TIMEOUT);
+        let (began, beginnings) = mpsc::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let ends = Arc::new(Mutex::new(ends));
+        let mut long = Vec::new();
+        for _ in 0..40 {
+            let (began, ends) = (began.clone(), Arc::clone(&ends));
+            long.push(tokio::spawn(Arc::clone(&readers).run(Cost::Long, move |_| {
+                began.send(()).unwrap();
+                // Until the test lets go.
+                let _ = ends.lock().unwrap().recv();
+                Ok(())
+            })));
+        }
+        for _ in 0..LONG_READS {
+            beginnings.recv().unwrap();
+        }
+        Arc::clone(&readers).ping().await.unwrap();
+        let short = |connection: &Connection| {
+            connection.query_row("select 1", [], |row| row.get::<_, i64>(0))
+        };
+        assert_eq!(Arc::clone(&readers).run(Cost::Short, short).await.unwrap(), 1);
+        assert!(beginnings.try_recv().is_err(), "more long reads than may be");
+        drop(end);
+        for read in long {
+            read.await.unwrap().unwrap();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_read_that_takes_too_long_is_given_up() {
+        let (readers, _folder) = readers(Duration::from_millis(50));
+        let endless =
+            |connection: &Connection| connection.query_row(ENDLESS, [], |row| row.get::<_, i64>(0));
+        for _ in 0..2 * READERS {
+            let given_up = Arc::clone(&readers).run(Cost::Long, endless).await.unwrap_err();
+            assert!(matches!(given_up, StoreError::TooSlow(_)), "{given_up}");
+        }
+        // The connection is as good as ever.
+        let short = |connection: &Connection| {
+            connection.query_row("select 1", [], |row| row.get::<_, i64>(0))
+        };
+        assert_eq!(Arc::clone(&readers).run(Cost::Long, short).await.unwrap(), 1);
+    }
 }

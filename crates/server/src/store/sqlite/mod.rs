@@ -5,6 +5,7 @@ pub(super) mod backup;
 mod checkpoint;
 mod connection;
 pub(super) mod copy;
+mod deletion;
 mod expiry;
 pub(super) mod files;
 mod history;
@@ -36,7 +37,7 @@ use tokio::sync::mpsc;
 pub(super) use migrations::SqliteMigrations;
 
 use self::{
-    connection::{Readers, store_error},
+    connection::{Cost, Readers, store_error},
     files::Identity,
     intake::{Intake, unusable},
     journal::Survey,
@@ -54,7 +55,7 @@ use super::{
 /// the 50 ms that nobody would notice.
 const STEP_TARGET: Duration = Duration::from_millis(15);
 
-/// Bounds of the number of events that are folded or dropped at a time.
+/// Bounds of the number of events that are folded, dropped or deleted at a time.
 const STEP_EVENTS: RangeInclusive<i64> = 250..=16_000;
 
 /// See the module.
@@ -72,6 +73,8 @@ pub(super) struct SqliteStore {
     fold_step: StepSize,
     /// Events to drop at a time.
     drop_step: StepSize,
+    /// Events of a device to delete at a time.
+    delete_step: StepSize,
 }
 
 impl SqliteStore {
@@ -90,6 +93,7 @@ impl SqliteStore {
             path,
             fold_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
             drop_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
+            delete_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
         })
     }
 
@@ -97,12 +101,13 @@ impl SqliteStore {
     /// by now is in the tables.
     async fn read_events<T: Send + 'static>(
         &self,
+        cost: Cost,
         read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
         if let Some(intake) = self.intake.get() {
             intake.settled().await;
         }
-        self.read(read).await
+        Arc::clone(&self.readers).run(cost, read).await
     }
 
     /// Runs `read`, which has nothing to do with events, on a connection for reading.
@@ -112,15 +117,15 @@ impl SqliteStore {
     ) -> Result<T, StoreError> {
         // A connection that is opened now would be to another file.
         self.writer.presence().check()?;
-        Arc::clone(&self.readers).run(read).await
+        Arc::clone(&self.readers).run(Cost::Short, read).await
     }
 }
 
 #[async_trait]
 impl Store for SqliteStore {
     async fn ping(&self) -> Result<(), StoreError> {
-        const SIGN_OF_LIFE: &str = "select exists (select 1 from devices)";
-        self.read(|connection| connection.query_row(SIGN_OF_LIFE, [], |_| Ok(()))).await
+        self.writer.presence().check()?;
+        Arc::clone(&self.readers).ping().await
     }
 
     fn event_writer(&self) -> Box<dyn EventWriter> {
@@ -144,17 +149,18 @@ impl Store for SqliteStore {
 
     async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
         let query = query.clone();
-        self.read_events(move |connection| history::sync_history(connection, &query)).await
+        self.read_events(Cost::Long, move |connection| history::sync_history(connection, &query))
+            .await
     }
 
     async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
         let query = query.clone();
-        self.read_events(move |connection| history::events(connection, &query)).await
+        self.read_events(Cost::Long, move |connection| history::events(connection, &query)).await
     }
 
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
         let query = query.clone();
-        self.read_events(move |connection| match &query.window {
+        self.read_events(Cost::Long, move |connection| match &query.window {
             None => reads::repeated_failures(connection, &query),
             Some(window) => roll_ups::repeated_failures(connection, &query, window),
         })
@@ -162,22 +168,28 @@ impl Store for SqliteStore {
     }
 
     async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
-        self.read_events(move |connection| reads::fleet_stats(connection, active_since)).await
+        self.read_events(Cost::Short, move |connection| {
+            reads::fleet_stats(connection, active_since)
+        })
+        .await
     }
 
     async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
         let window = *window;
-        self.read_events(move |connection| roll_ups::window_figures(connection, &window)).await
+        self.read_events(Cost::Long, move |connection| {
+            roll_ups::window_figures(connection, &window)
+        })
+        .await
     }
 
     async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
         let query = query.clone();
-        self.read_events(move |connection| reads::devices(connection, &query)).await
+        self.read_events(Cost::Short, move |connection| reads::devices(connection, &query)).await
     }
 
     async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError> {
         let device_id = device_id.clone();
-        self.read_events(move |connection| reads::device(connection, &device_id)).await
+        self.read_events(Cost::Short, move |connection| reads::device(connection, &device_id)).await
     }
 
     async fn update_device(
@@ -188,15 +200,6 @@ impl Store for SqliteStore {
     ) -> Result<bool, StoreError> {
         let (device_id, change, by) = (device_id.clone(), change.clone(), *by);
         self.writer.call(move |connection| connection.update_device(&device_id, &change, &by)).await
-    }
-
-    async fn delete_device(
-        &self,
-        device_id: &DeviceId,
-        by: &Actor,
-    ) -> Result<Option<u64>, StoreError> {
-        let (device_id, by) = (device_id.clone(), *by);
-        self.writer.call(move |connection| connection.delete_device(&device_id, &by)).await
     }
 
     async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
@@ -212,7 +215,9 @@ impl Store for SqliteStore {
         let after = after.map(str::to_owned);
         let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
         let verified = self
-            .read_events(move |connection| verify::page(connection, after.as_deref(), latest))
+            .read_events(Cost::Unbounded, move |connection| {
+                verify::page(connection, after.as_deref(), latest)
+            })
             .await?;
         if repair && verified.raw_since.is_none() {
             for device_id in devices_to_repair(&verified) {
@@ -243,7 +248,7 @@ impl Store for SqliteStore {
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError> {
         let [group, after] = [group, after].map(|text| text.map(str::to_owned));
-        self.read_events(move |connection| {
+        self.read_events(Cost::Short, move |connection| {
             reads::device_ids(connection, group.as_deref(), after.as_deref())
         })
         .await
@@ -254,7 +259,7 @@ impl Store for SqliteStore {
     }
 
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
-        self.read_events(verify::hours).await
+        self.read_events(Cost::Unbounded, verify::hours).await
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {

@@ -162,6 +162,65 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
     Ok(())
 }
 
+/// Events of a device that are to be deleted: those received until then, up to this one in the order of the index.
+pub(super) struct DeletedEvents {
+    pub(super) device: i64,
+    pub(super) received_until: i64,
+    pub(super) timestamp: i64,
+    pub(super) id: i64,
+}
+
+/// The condition on them, with their fields as parameters 1 to 4.
+pub(super) const DELETED_EVENTS: &str = "
+    device = ?1 and created_at <= ?2 and timestamp <= ?3 and (timestamp < ?3 or id <= ?4)
+";
+
+/// Takes events that are to be deleted out of the sums by day and hour.
+pub(super) fn subtract(
+    transaction: &Transaction<'_>,
+    events: &DeletedEvents,
+) -> rusqlite::Result<()> {
+    const NEGATIVE: &str = "
+        -total_syncs, -failed_syncs, -total_files_synced, -total_errors, -speed_sum, -speed_count
+    ";
+    for (table, key, of_event) in [
+        ("device_days", "device, day", format!("device, {DAY}")),
+        ("fleet_hours", "hour", HOUR.to_owned()),
+    ] {
+        let groups = if key == "hour" { "1" } else { "1, 2" };
+        let subtract = format!(
+            "with gone (
+                {key}, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+             ) as materialized (
+                select {of_event}, {EVENT_SUMS}
+                  from sync_events
+                 where {DELETED_EVENTS} and id <= ?5
+                 group by {groups}
+             )
+             insert into {table}
+             select {key}, {NEGATIVE} from gone where true
+                 on conflict ({key}) {ADD}"
+        );
+        let DeletedEvents { device, received_until, timestamp, id } = *events;
+        let parameters = params![device, received_until, timestamp, id, folded_id(transaction)?];
+        transaction.prepare_cached(&subtract)?.execute(parameters)?;
+    }
+    Ok(())
+}
+
+/// Adds what is folded of a device's events to the sums by hour.
+pub(super) fn fold_hours_again(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
+    let fold = format!(
+        "insert into fleet_hours
+         select {HOUR}, {EVENT_SUMS}
+           from sync_events
+          where device = ?1 and id <= ?2
+          group by 1
+             on conflict (hour) {ADD}"
+    );
+    transaction.execute(&fold, params![device, folded_id(transaction)?]).map(|_| ())
+}
+
 /// What the whole fleet's events within a window add up to.
 pub(super) fn window_figures(
     connection: &Connection,

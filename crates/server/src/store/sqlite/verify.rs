@@ -100,9 +100,19 @@ pub(super) fn repair(
         .optional()?;
     // Somebody may have deleted it meanwhile.
     let Some(number) = number else { return Ok(()) };
-    let recounted = recount(&transaction, number, roll_ups::folded_id(&transaction)?, latest)?;
+    write_recounted(&transaction, number, latest)?;
+    transaction.commit()
+}
+
+/// Counts a device's events, and writes what they add up to in the place of its figures and days.
+pub(super) fn write_recounted(
+    transaction: &Transaction<'_>,
+    number: i64,
+    latest: Timestamp,
+) -> rusqlite::Result<()> {
+    let recounted = recount(transaction, number, roll_ups::folded_id(transaction)?, latest)?;
     transaction.execute("delete from device_jobs where device = ?1", [number])?;
-    let mut jobs = JobStatements::prepare(&transaction)?;
+    let mut jobs = JobStatements::prepare(transaction)?;
     for (job, figures) in &recounted.jobs {
         jobs.add(number, job, figures, Timestamp::MIN)?;
     }
@@ -115,8 +125,7 @@ pub(super) fn repair(
         let [a, b, c, d, e, f] = sums.columns().map(|(_, sum)| sum);
         insert.execute(params![number, day.as_millisecond(), a, b, c, d, e, f])?;
     }
-    drop(insert);
-    transaction.commit()
+    Ok(())
 }
 
 /// Recounts the fleet's hours from all folded events, as of one moment.

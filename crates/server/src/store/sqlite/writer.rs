@@ -27,7 +27,6 @@ use super::{
     intake::Intake,
     keys,
     reads::{device_number, optional_time, time},
-    roll_ups,
     watch::Presence,
 };
 use crate::{
@@ -451,28 +450,12 @@ impl WriteConnection {
         Ok(true)
     }
 
-    pub(super) fn delete_device(
-        &mut self,
-        device_id: &DeviceId,
-        by: &Actor,
-    ) -> rusqlite::Result<Option<u64>> {
-        self.settle()?;
-        let transaction =
-            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let Some(number) = device_number(&transaction, device_id)? else {
-            return Ok(None);
-        };
-        roll_ups::forget(&transaction, number)?;
-        let events = transaction.execute("delete from sync_events where device = ?1", [number])?;
-        let events = u64::try_from(events).unwrap_or(u64::MAX);
-        transaction.execute("delete from devices where id = ?1", [number])?;
-        keys::record(&transaction, by, &NewAuditEntry::device_deleted(device_id, events))?;
-        transaction.commit()?;
+    /// A device is deleted: its number is nobody's any more.
+    pub(super) fn forget_device(&mut self, device_id: &DeviceId) {
         self.devices.remove(device_id);
         if let Some(intake) = self.intake.upgrade() {
             intake.forget_devices();
         }
-        Ok(Some(events))
     }
 
     /// Forgets some of the event ids received before `before`; true when there may be more.

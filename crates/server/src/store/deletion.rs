@@ -1,0 +1,93 @@
+//! Deleting devices, a part at a time: a history of millions of events goes in steps, between which others read
+//! and report.
+//!
+//! A deletion is written down before anything goes (`device_deletions`), so one that was interrupted goes on.
+//! Until its last step the device stays in sight with its totals, while its history and its share of the windows
+//! shrink. The last step takes the device itself, in one transaction with its line of the audit log. What the device
+//! has reported since the deletion began is kept: the device then stands there anew, with those events alone.
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use pisync_core::{DeviceId, Timestamp};
+
+use super::{Actor, StoreError, Via};
+
+/// What came of a step. Each tells how many of the device's events are gone by now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeletionStep {
+    /// There is more to do.
+    More(u64),
+    /// That was the last one.
+    Done(u64),
+    /// No deletion of this device is under way: somebody else has done the rest.
+    None,
+}
+
+/// The part of a store that deletes devices.
+#[async_trait]
+pub trait DeviceDeletions: Send + Sync {
+    /// Writes down that a device is to be deleted, and who wants it; false when it is unknown.
+    async fn begin_deletion(&self, device_id: &DeviceId, by: &Actor) -> Result<bool, StoreError>;
+
+    /// Does a small part of a deletion that has begun, in one transaction.
+    async fn delete_some(&self, device_id: &DeviceId) -> Result<DeletionStep, StoreError>;
+
+    /// The devices that are being deleted, and how many of their events are gone.
+    async fn deletions(&self) -> Result<Vec<(DeviceId, u64)>, StoreError>;
+
+    /// Removes a device with all its events and figures and tells how many events went; `None` when
+    /// it is unknown. The audit log says who did it. When the caller gives up, [`Self::deletions`] has what is left.
+    async fn delete_device(
+        &self,
+        device_id: &DeviceId,
+        by: &Actor,
+    ) -> Result<Option<u64>, StoreError> {
+        if !self.begin_deletion(device_id, by).await? {
+            return Ok(None);
+        }
+        self.finish_deletion(device_id).await.map(Some)
+    }
+
+    /// Goes on with a deletion until its end.
+    async fn finish_deletion(&self, device_id: &DeviceId) -> Result<u64, StoreError> {
+        let mut deleted = 0;
+        loop {
+            let started = Instant::now();
+            match self.delete_some(device_id).await? {
+                DeletionStep::More(events) => deleted = events,
+                DeletionStep::Done(events) => return Ok(events),
+                DeletionStep::None => return Ok(deleted),
+            }
+            // Others have at least as much of the database.
+            tokio::time::sleep(started.elapsed()).await;
+        }
+    }
+}
+
+/// A deletion as it is stored.
+#[derive(Debug)]
+pub(super) struct Deletion {
+    /// Events received until then go.
+    pub(super) received_until: Timestamp,
+    /// Who asked for it.
+    pub(super) by: Actor,
+    /// How many events are gone.
+    pub(super) deleted_events: u64,
+}
+
+/// An actor as a deletion keeps it.
+pub(super) fn stored_actor(
+    via: &str,
+    key_id: Option<i64>,
+    address: Option<&str>,
+    at: Timestamp,
+) -> Actor {
+    let via = match (via, key_id) {
+        (_, Some(key_id)) => Via::Key(key_id),
+        ("open", None) => Via::Open,
+        ("command line", None) => Via::CommandLine,
+        _ => Via::Local,
+    };
+    Actor { via, address: address.and_then(|address| address.parse().ok()), at }
+}
