@@ -254,14 +254,15 @@ async fn compressed_events_are_stored(server: &TestServer) {
     assert_eq!(total, stored);
 }
 
+type Compress = fn(&[u8]) -> Vec<u8>;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compressed_events_are_bounded_and_named_for_what_is_wrong_with_them() {
     let server = TestServer::on_sqlite(|_| {}).await;
     let text = event("pi").to_string();
     let padded = |bytes: usize| format!("{text}{}", " ".repeat(bytes - text.len())).into_bytes();
-    let ways: [(&str, fn(&[u8]) -> Vec<u8>); 3] =
-        [("gzip", gzip), ("deflate", deflate), ("zstd", zstd)];
-    for (encoding, compress) in ways {
+    let compress: [Compress; 3] = [gzip, deflate, zstd];
+    for (encoding, compress) in ["gzip", "deflate", "zstd"].into_iter().zip(compress) {
         // Counted once decompressed, as a plain body is.
         report_as(&server, encoding, compress(&padded(65_536))).await.data(201);
         for bytes in [65_537, 50 << 20] {
