@@ -32,6 +32,30 @@ const ATTEMPTS: usize = 10;
 /// Those of this process. A signal may come at any time, whoever owns them.
 static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// Empty files of this process that stand where a database will be, made to be locked.
+static PLACEHOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn placeholders() -> MutexGuard<'static, Vec<PathBuf>> {
+    PLACEHOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An empty file that goes with this process, unless something has come into it or into its place by then.
+#[derive(Debug)]
+pub(crate) struct Placeholder(PathBuf);
+
+impl Placeholder {
+    pub(crate) fn new(path: &Path) -> Self {
+        placeholders().push(path.to_owned());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Placeholder {
+    fn drop(&mut self) {
+        placeholders().retain(|path| *path != self.0);
+    }
+}
+
 fn live() -> MutexGuard<'static, Vec<PathBuf>> {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -105,6 +129,12 @@ impl TemporaryFile {
     }
 }
 
+/// Whether this process is making the file at `path`. Its lock says so to others, and says nothing to this process.
+pub(crate) fn is_being_made(path: &Path) -> bool {
+    // The name alone is enough: nobody can foresee it.
+    live().iter().any(|live| live.file_name() == path.file_name())
+}
+
 /// Removes every such file of this process, which is about to end without any of their owners' ends.
 pub(crate) fn remove_all() {
     for path in live().iter() {
@@ -112,13 +142,24 @@ pub(crate) fn remove_all() {
         let _ = fs::remove_file(path);
         remove_beside(path);
     }
+    for path in placeholders().iter() {
+        let is_empty = fs::metadata(path).is_ok_and(|there| there.len() == 0);
+        let has_log = BESIDE.iter().any(|ending| beside(path, ending).exists());
+        if is_empty && !has_log {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut beside = OsString::from(path);
+    beside.push(ending);
+    beside.into()
 }
 
 fn remove_beside(path: &Path) {
     for ending in BESIDE {
-        let mut beside = OsString::from(path);
-        beside.push(ending);
-        let _ = fs::remove_file(beside);
+        let _ = fs::remove_file(beside(path, ending));
     }
 }
 

@@ -152,15 +152,15 @@ async fn odd_json_is_refused_or_kept_as_it_is(server: &TestServer) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn compressed_bodies_are_refused_unread() {
+async fn bodies_in_other_encodings_are_refused_unread() {
     let server = TestServer::on_sqlite(|_| {}).await;
-    for encoding in ["gzip", "zstd", "br", "deflate", "gzip, gzip", "identity, gzip"] {
+    for encoding in ["br", "compress", "gzip, gzip", "identity, gzip"] {
         // A bomb need not be one: nobody looks.
         let request = server.request(Method::POST, "/api/sync-event");
         let request = request.header("content-type", "application/json");
         let request = request.header("content-encoding", encoding).body(vec![0x1f; 1000]);
         let answer = send(request).await;
-        assert!(answer.error(415).contains("without Content-Encoding"), "{encoding}");
+        assert!(answer.error(415).contains("Content-Encoding"), "{encoding}");
     }
     server.stop().await;
 }

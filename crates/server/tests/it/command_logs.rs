@@ -40,15 +40,15 @@ async fn warnings_are_seen_and_do_not_disturb_the_output() {
 async fn the_level_is_the_one_that_is_set() {
     let told = "pisync: info: others might open this file (its mode was 0644); now its owner alone may file=";
     let quiet = program().await;
-    quiet.run(&["migrate", "down"]).success();
+    quiet.run(&["migrate", "down", "--yes"]).success();
     let talkative = program().await.with("LOG_LEVEL", "info");
-    let said = talkative.run(&["migrate", "down"]);
+    let said = talkative.run(&["migrate", "down", "--yes"]);
     assert_eq!(said.code(), 0, "{said:?}");
     assert!(said.stdout.starts_with("taken back "), "{said:?}");
     assert!(said.stderr.starts_with(told), "{said:?}");
     // A flag goes before the variable, and stands anywhere.
     let flagged = program().await.with("LOG_LEVEL", "error");
-    let said = flagged.run(&["migrate", "down", "--log-level", "info"]);
+    let said = flagged.run(&["migrate", "down", "--yes", "--log-level", "info"]);
     assert!(said.stderr.starts_with(told), "{said:?}");
     let wrong = flagged.run(&["migrate", "status", "--log-level", "loud"]);
     assert_eq!(wrong.code(), 2, "{wrong:?}");

@@ -274,7 +274,7 @@ async fn every_wrong_parameter_is_named_at_once(server: &TestServer) {
             },
             {
                 "field": "endDate",
-                "message": "\"endDate\" must be in ISO 8601 date format",
+                "message": "\"endDate\" must be a day that the calendar has",
                 "value": "2026-02-30",
             },
             {"field": "job", "message": "\"job\" is not allowed to be empty", "value": ""},

@@ -26,7 +26,8 @@ const KEEP: &str = "
     create table before.last as select last_value from sync_events_id_seq;
 ";
 
-/// What the old tables say, with times as our API writes them. $1 is the time zone.
+/// What the old tables say, with times as our API writes them. $1 is the time zone. What is dated more than two
+/// days ahead counts in sums alone.
 const OLD: &str = "
     with events as (
         select id, device_id, timestamp at time zone $1 as dated, total_files_synced, total_errors,
@@ -37,14 +38,17 @@ const OLD: &str = "
     totals as (
         select device_id, count(*) as syncs, count(*) filter (where total_errors > 0) as failed,
                sum(total_files_synced) as files, sum(total_errors) as errors, round(avg(speed), 2)::float8 as speed,
-               min(dated) as first, max(dated) as last, max(dated) filter (where total_errors <= 0) as success,
-               max(dated) filter (where total_errors > 0) as failure, max(received) as seen
-          from events group by device_id
+               min(dated) filter (where believed) as first, max(dated) filter (where believed) as last,
+               max(dated) filter (where believed and total_errors <= 0) as success,
+               max(dated) filter (where believed and total_errors > 0) as failure, max(received) as seen
+          from (select *, dated < now() + interval '2 days' as believed from events) events
+         group by device_id
     ),
     streaks as (
         select device_id, count(*) as streak
           from events join totals using (device_id)
          where total_errors > 0 and dated > coalesce(success, '-infinity')
+           and dated < now() + interval '2 days'
          group by device_id
     ),
     devices as (

@@ -19,6 +19,7 @@ use std::{
 use crate::{
     permissions::{self, PRIVATE, folder_of, with_ending},
     store::StoreError,
+    temporary::{self, Placeholder},
 };
 
 /// SQLite's write-ahead log and the index of it, which are there while somebody has the database open.
@@ -279,8 +280,8 @@ impl Handle {
 pub(in crate::store) struct Claim {
     database: PathBuf,
     handle: Arc<Handle>,
-    /// Whether there was no file before.
-    is_new: bool,
+    /// What was made for the lock, when there was no file before.
+    placeholder: Option<Placeholder>,
     _former: Option<File>,
 }
 
@@ -304,7 +305,8 @@ impl Claim {
                 // Another file may have come there while the lock was taken.
                 let is_there = Identity::at(&database).is_ok_and(|at| at == handle.identity);
                 if is_there && let Some(former) = former {
-                    let claim = Self { database, handle, is_new, _former: former };
+                    let placeholder = is_new.then(|| Placeholder::new(&database));
+                    let claim = Self { database, handle, placeholder, _former: former };
                     claim.tidy()?;
                     return Ok(claim);
                 }
@@ -371,7 +373,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         // What was made for the lock alone goes with it.
-        if self.is_new
+        if self.placeholder.is_some()
             && !beside(&self.database, WRITE_AHEAD_LOG).exists()
             && fs::metadata(&self.database)
                 .is_ok_and(|there| there.len() == 0 && Identity::of(&there) == self.handle.identity)
@@ -395,6 +397,9 @@ fn lock_former(database: &Path) -> Option<Option<File>> {
 /// Whether a server has claimed the database that `path` leads to.
 pub(in crate::store) fn is_claimed(path: &Path) -> bool {
     let Ok(database) = resolve(path) else { return false };
+    if temporary::is_being_made(&database) {
+        return false;
+    }
     // Without a file there is no server, and nothing is left behind by asking.
     Handle::open(&database, false).is_ok_and(|(handle, _)| handle.is_held(true))
         || File::open(beside(&database, FORMER_LOCK))
@@ -404,6 +409,9 @@ pub(in crate::store) fn is_claimed(path: &Path) -> bool {
 /// Checks that another process that has claimed `database` finds its log where we do. It does not when the file
 /// alone is mounted somewhere else: then each would miss what the other writes.
 fn check_common_log(database: &Path) -> Result<(), StoreError> {
+    if temporary::is_being_made(database) {
+        return Ok(());
+    }
     let is_held = || Handle::open(database, false).is_ok_and(|(handle, _)| handle.is_held(false));
     let began = Instant::now();
     while !beside(database, WRITE_AHEAD_LOG).exists() && is_held() {

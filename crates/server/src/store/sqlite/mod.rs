@@ -107,6 +107,8 @@ impl SqliteStore {
         if let Some(intake) = self.intake.get() {
             intake.settled().await;
         }
+        // A connection that is opened now would be to another file.
+        self.writer.presence().check()?;
         Arc::clone(&self.readers).run(cost, read).await
     }
 

@@ -251,7 +251,7 @@ fn lines_of(output: impl Read + Send + 'static) -> Receiver<String> {
 
 /// Leaves out what a command says of the shared PostgreSQL server, whose data nobody misses and which does not write
 /// durably. `postgres_outcomes` looks at these warnings.
-fn without_expected_warnings(stderr: &str) -> String {
+pub(crate) fn without_expected_warnings(stderr: &str) -> String {
     const EXPECTED: [&str; 2] =
         ["warning: commits were not durable", "warning: PostgreSQL does not write durably"];
     let is_expected = |line: &&str| EXPECTED.iter().any(|expected| line.contains(expected));
