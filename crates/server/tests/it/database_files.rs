@@ -192,10 +192,10 @@ const AWAY: &str = "the database's files are not where they were";
 /// Waits until events are refused, which takes a second at most once the server has looked.
 async fn until_refused(serving: &Serving) {
     let began = Instant::now();
-    until(async || serving.client.report(&event("pi")).await.status == 503).await;
+    until(async || serving.client.report(&event("asking")).await.status == 503).await;
     // A slow machine may need longer to answer.
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-    assert_unavailable(&serving.client.report(&event("pi")).await);
+    assert_unavailable(&serving.client.report(&event("asking")).await);
     until_ready(&serving.client, 503).await;
     assert_unavailable(&serving.client.get("/api/stats").await);
 }

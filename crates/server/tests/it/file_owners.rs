@@ -126,7 +126,7 @@ async fn what_root_does_leaves_nothing_that_the_service_cannot_open() {
         &["verify"],
         &["export", "--output", "all.ndjson"],
         &["restore", "copy.db", "--force"],
-        &["migrate", "down", "2"],
+        &["migrate", "down", "2", "--yes"],
         &["restore", "copy.db"],
         &["copy", "--from", "sqlite:copy.db", "--to", "sqlite:data/pisync.db"],
     ];

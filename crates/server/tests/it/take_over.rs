@@ -40,15 +40,16 @@ const OLD: &str = "
                sum(total_files_synced) as files, sum(total_errors) as errors, round(avg(speed), 2)::float8 as speed,
                min(dated) filter (where believed) as first, max(dated) filter (where believed) as last,
                max(dated) filter (where believed and total_errors <= 0) as success,
-               max(dated) filter (where believed and total_errors > 0) as failure, max(received) as seen
-          from (select *, dated < now() + interval '2 days' as believed from events) events
+               max(dated) filter (where believed and total_errors > 0) as failure,
+               max(received) filter (where believed) as seen
+          from (select *, greatest(dated, received) < now() + interval '2 days' as believed from events) events
          group by device_id
     ),
     streaks as (
         select device_id, count(*) as streak
           from events join totals using (device_id)
          where total_errors > 0 and dated > coalesce(success, '-infinity')
-           and dated < now() + interval '2 days'
+           and greatest(dated, received) < now() + interval '2 days'
          group by device_id
     ),
     devices as (
