@@ -38,7 +38,7 @@ const OLD: &str = "
     totals as (
         select device_id, count(*) as syncs, count(*) filter (where total_errors > 0) as failed,
                sum(total_files_synced) as files, sum(total_errors) as errors, round(avg(speed), 2)::float8 as speed,
-               min(dated) filter (where believed) as first, max(dated) filter (where believed) as last,
+               min(dated) as first, max(dated) filter (where believed) as last,
                max(dated) filter (where believed and total_errors <= 0) as success,
                max(dated) filter (where believed and total_errors > 0) as failure,
                max(received) filter (where believed) as seen
