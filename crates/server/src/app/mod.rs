@@ -198,7 +198,9 @@ async fn serve(
     drop(stop_ingest);
     tasks.finish(INGEST, DRAIN_TIMEOUT).await?;
     if let Err(error) = store.close().await {
-        // Everything is stored all the same, and the next start sees to the rest.
+        // Files that are gone have taken along what was last acknowledged.
+        store.ping().await?;
+        // Else everything is stored all the same, and the next start sees to the rest.
         tracing::warn!(%error, "cannot close the database properly");
     }
     Ok(())

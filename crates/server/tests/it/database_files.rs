@@ -222,8 +222,10 @@ async fn nothing_is_acknowledged_into_files_that_are_gone() {
         assert_eq!(said(&program, AWAY), 1, "{what}");
         assert_eq!(serving.client.get("/health/live").await.status, 200);
         serving.signal("TERM");
-        // It need not end well, but it ends.
-        serving.wait();
+        // What was last acknowledged is gone with the files.
+        let ended = serving.wait();
+        assert_eq!(ended.code(), 1, "{what}: {ended:?}");
+        assert!(!ended.stdout.contains("everything that was accepted is stored"), "{what}");
     }
 }
 
@@ -235,7 +237,12 @@ async fn nothing_is_acknowledged_into_a_journal_that_is_gone() {
     report(&serving.client, 1).await;
     serving.signal("KILL");
     serving.wait();
-    // It is there when the next server starts, which knows it at once.
+    serve_and_lose_the_journal(&program).await;
+    // Neither is it missed when it has just been made.
+    serve_and_lose_the_journal(&self::program()).await;
+}
+
+async fn serve_and_lose_the_journal(program: &Program) {
     let serving = program.serve(&[]);
     let others = ["pisync.db", "pisync.db-shm", "pisync.db-wal"];
     let names = program.names_in("data");

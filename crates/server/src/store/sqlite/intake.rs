@@ -204,7 +204,8 @@ impl Intake {
     ) -> Result<(Arc<Self>, IntakeWriter), StoreError> {
         let IngestState { journal, settled, .. } =
             writer.call(|connection| connection.ingest_state()).await?;
-        let (journal, records) = Journal::open(database, journal, settled)?;
+        let (mut journal, records) = Journal::open(database, journal, settled)?;
+        journal.create_files().map_err(|error| unusable(database, &error))?;
         let keys = open_existing(database).map_err(store_error)?;
         keys.pragma_update(None, "query_only", true).map_err(store_error)?;
 

@@ -98,6 +98,16 @@ impl Journal {
         Ok((journal, records))
     }
 
+    /// Makes the files that are not there. Whoever watches them can then tell when one is gone.
+    pub(super) fn create_files(&mut self) -> io::Result<()> {
+        for journal in &mut self.files {
+            if journal.file.is_none() {
+                journal.file = Some(create(&journal.path)?);
+            }
+        }
+        Ok(())
+    }
+
     /// Puts events on the disk, whose ids begin at `first_id`, and answers their record's number and length.
     /// Records up to `applied` are in the tables, and that is on the disk, too.
     ///
@@ -151,7 +161,7 @@ impl JournalFile {
             tracing::warn!(
                 file = %path.display(),
                 bytes,
-                "the ingest journal ends with a record that is not whole: it was interrupted while it was written, and its events were not acknowledged"
+                "the ingest journal ends with a record that is not whole: either it was interrupted while it was written, and its events were not acknowledged, or the disk has damaged it"
             );
         }
         let file = OpenOptions::new().write(true).open(&path)?;

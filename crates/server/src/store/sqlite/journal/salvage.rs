@@ -11,7 +11,7 @@ use pisync_core::SyncEvent;
 use tempfile::NamedTempFile;
 
 use super::{
-    paths,
+    GROWTH_BYTES, paths,
     record::{self, Record},
     second_name,
     survey::Survey,
@@ -85,6 +85,9 @@ fn write_all(path: &Path, identity: i64, applied: u64, records: &[Record]) -> io
         file.write_all(&buffer)?;
         expected = number + 1;
     }
+    // As long as a file is that was never cut.
+    let length = file.as_file().metadata()?.len();
+    file.as_file().set_len(length.next_multiple_of(GROWTH_BYTES))?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;
     sync_folder(path)

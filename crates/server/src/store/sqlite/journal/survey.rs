@@ -10,7 +10,7 @@ use std::{
 use pisync_core::SyncEvent;
 
 use super::{
-    paths,
+    GROWTH_BYTES, paths,
     record::{self, Found, Record},
 };
 use crate::store::{JournalFileReport, JournalReport, JournalStretch, StoreError};
@@ -54,6 +54,8 @@ pub(in super::super) struct Damage {
     pub(in super::super) missing: Vec<Range<u64>>,
     /// Stretches of the files that are no record, before a later one.
     pub(in super::super) places: Vec<(PathBuf, Range<usize>)>,
+    /// Files that something else than a crash has changed: cut off, or written over from their beginning.
+    pub(in super::super) spoilt: Vec<PathBuf>,
 }
 
 impl Survey {
@@ -112,7 +114,9 @@ impl Survey {
             }
             expected = expected.max(numbers.end() + 1);
         }
-        if missing.is_empty() {
+        let spoilt = self.files.iter().filter(|file| file.is_spoilt());
+        let spoilt: Vec<_> = spoilt.map(|file| file.path.clone()).collect();
+        if missing.is_empty() && spoilt.is_empty() {
             return None;
         }
         let mut places = Vec::new();
@@ -122,7 +126,7 @@ impl Survey {
             let before = file.other.iter().filter(|place| place.end <= last.at.start);
             places.extend(before.map(|place| (file.path.clone(), place.clone())));
         }
-        Some(Damage { missing, places })
+        Some(Damage { missing, places, spoilt })
     }
 
     /// Whether everything that was acknowledged after the record `applied` can be read.
@@ -267,6 +271,20 @@ impl FileSurvey {
         last.map_or((0, 0), |placed| (placed.at.end as u64, placed.record.number))
     }
 
+    /// Whether something else than a crash has changed the file. A crash leaves whole records and at most one that
+    /// is not, in a part of the file that was filled with zeros before, and that begins with a mark or with zeros.
+    fn is_spoilt(&self) -> bool {
+        let length = usize::try_from(self.bytes).unwrap_or(usize::MAX);
+        let step = usize::try_from(GROWTH_BYTES).unwrap_or(usize::MAX);
+        let grown = length - length % step;
+        let is_cut = self.contents.iter().skip(grown).any(|byte| *byte != 0);
+        let is_garbage = self.records.is_empty()
+            && self.foreign == 0
+            && !record::is_begun(&self.contents)
+            && self.contents.iter().take(record::HEADER_BYTES).any(|byte| *byte != 0);
+        is_cut || is_garbage
+    }
+
     /// How many bytes there are of a record that a power cut has interrupted behind the last one.
     pub(super) fn torn_tail(&self) -> Option<usize> {
         let end = usize::try_from(self.end().0).ok()?;
@@ -296,7 +314,14 @@ impl fmt::Display for Damage {
             [numbers] if numbers.end - numbers.start == 1 => "record",
             _ => "records",
         };
-        write!(formatter, "acknowledged events are missing ({noun} {})", records.join(", "))?;
+        if records.is_empty() {
+            write!(formatter, "acknowledged events may be missing")?;
+        } else {
+            write!(formatter, "acknowledged events are missing ({noun} {})", records.join(", "))?;
+        }
+        for path in &self.spoilt {
+            write!(formatter, ", and {} was cut off or written over", path.display())?;
+        }
         for (path, place) in &self.places {
             write!(
                 formatter,
