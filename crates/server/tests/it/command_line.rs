@@ -508,7 +508,9 @@ fn two_servers_cannot_share_a_sqlite_file() {
 
 #[test]
 fn a_port_in_use() {
-    let first = Program::new().with("PORT", 0).serve(&[]);
+    // Its folder goes with it, and a server whose files are gone does not end well.
+    let program = Program::new().with("PORT", 0);
+    let first = program.serve(&[]);
     let address = first.address();
     let second = Program::new().with("PORT", address.port());
     let refused = second.run(&[]);
