@@ -3,7 +3,7 @@
 //! signal, and, where a command was killed, with the next one that makes such a file in the same folder.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
@@ -12,6 +12,8 @@ use std::{
 };
 
 use tempfile::NamedTempFile;
+
+use crate::permissions::with_ending;
 
 /// What their names begin with.
 const PREFIX: &str = ".pisync-partial-";
@@ -144,22 +146,16 @@ pub(crate) fn remove_all() {
     }
     for path in placeholders().iter() {
         let is_empty = fs::metadata(path).is_ok_and(|there| there.len() == 0);
-        let has_log = BESIDE.iter().any(|ending| beside(path, ending).exists());
+        let has_log = BESIDE.iter().any(|ending| with_ending(path, ending).exists());
         if is_empty && !has_log {
             let _ = fs::remove_file(path);
         }
     }
 }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut beside = OsString::from(path);
-    beside.push(ending);
-    beside.into()
-}
-
 fn remove_beside(path: &Path) {
     for ending in BESIDE {
-        let _ = fs::remove_file(beside(path, ending));
+        let _ = fs::remove_file(with_ending(path, ending));
     }
 }
 
