@@ -452,7 +452,7 @@ mod tests {
     }
 
     fn parse(arguments: &[&str]) -> ServeArgs {
-        TestCli::parse_from([&["pisync"], arguments].concat()).serve
+        TestCli::try_parse_from([&["pisync"], arguments].concat()).unwrap().serve
     }
 
     fn target(arguments: &[&str]) -> String {
@@ -478,8 +478,8 @@ mod tests {
         assert!(settings(&["--retention-days", "2"]).unwrap().retention.is_some());
         let refused = settings(&["--retention-days", "1"]).unwrap_err().to_string();
         assert!(refused.contains("at least 2"), "{refused}");
-        let skewed = ["--retention-days", "2", "--max-clock-skew-seconds", "100000"];
-        assert!(settings(&skewed).unwrap_err().to_string().contains("at least 3"));
+        let skewed = ["--retention-days", "2", "--max-clock-skew-seconds", "86400"];
+        assert!(settings(&skewed).unwrap().retention.is_some());
     }
 
     #[test]
