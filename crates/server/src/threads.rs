@@ -8,15 +8,26 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use tokio::sync::watch;
 
+/// How long a thread that has ended waits for another one's panic, which would be why it ended: a thread that
+/// panics closes its channels before it can tell of the panic, and others then end because theirs are closed.
+const CAUSE_TIMEOUT: Duration = Duration::from_millis(200);
+
 /// Starts threads, and tells when the first of them has ended. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Threads {
-    /// How the first one ended.
-    ended: Arc<watch::Sender<Option<String>>>,
+    /// How the first one ended. A panic replaces an end without one.
+    ended: Arc<watch::Sender<Option<End>>>,
+}
+
+#[derive(Debug, Clone)]
+struct End {
+    panicked: bool,
+    message: String,
 }
 
 impl Threads {
@@ -33,9 +44,10 @@ impl Threads {
     ) -> io::Result<()> {
         let threads = self.clone();
         let supervised = move || match catch_unwind(AssertUnwindSafe(work)) {
-            Ok(()) => threads.report(format!("the thread {name} has ended")),
+            Ok(()) => threads.report(false, format!("the thread {name} has ended")),
             Err(panic) => {
-                threads.report(format!("the thread {name} panicked: {}", panic_message(&*panic)));
+                let why = panic_message(&*panic);
+                threads.report(true, format!("the thread {name} panicked: {why}"));
                 resume_unwind(panic);
             }
         };
@@ -50,16 +62,21 @@ impl Threads {
     /// Waits until one of the threads has ended, and tells which and how.
     pub(crate) async fn first_end(&self) -> String {
         let mut ended = self.ended.subscribe();
-        // The sender lives as long as `self`.
-        let how = ended.wait_for(Option::is_some).await;
-        how.ok().and_then(|how| how.clone()).unwrap_or_default()
+        // The sender lives as long as `self`, so neither wait can fail.
+        let _ = ended.wait_for(Option::is_some).await;
+        let panicked = |end: &Option<End>| end.as_ref().is_some_and(|end| end.panicked);
+        let _ = tokio::time::timeout(CAUSE_TIMEOUT, ended.wait_for(panicked)).await;
+        let end = ended.borrow().clone();
+        end.map(|end| end.message).unwrap_or_default()
     }
 
-    fn report(&self, how: String) {
+    fn report(&self, panicked: bool, message: String) {
         self.ended.send_if_modified(|ended| {
-            let is_first = ended.is_none();
-            ended.get_or_insert(how);
-            is_first
+            let is_news = ended.as_ref().is_none_or(|end| panicked && !end.panicked);
+            if is_news {
+                *ended = Some(End { panicked, message });
+            }
+            is_news
         });
     }
 }
@@ -73,8 +90,9 @@ pub(crate) struct ThreadMark {
 
 impl Drop for ThreadMark {
     fn drop(&mut self) {
-        let how = if thread::panicking() { "panicked" } else { "has ended" };
-        self.threads.report(format!("the thread {} {how}", self.name));
+        let panicked = thread::panicking();
+        let how = if panicked { "panicked" } else { "has ended" };
+        self.threads.report(panicked, format!("the thread {} {how}", self.name));
     }
 }
 
@@ -103,6 +121,25 @@ mod tests {
         drop(end);
         // Whoever asks later hears the same.
         assert_eq!(threads.clone().first_end().await, "the thread hasty panicked: no more");
+    }
+
+    /// The thread that panics is the cause, though the one that waits for it may be heard of first.
+    #[tokio::test]
+    async fn a_panic_is_told_before_what_it_ends() {
+        for _ in 0..200 {
+            let threads = Threads::new();
+            let (channel_end, waiting) = channel::<()>();
+            let wait = move || {
+                let _ = waiting.recv();
+            };
+            threads.start("waiting", wait).unwrap();
+            let panic_holding_it = move || {
+                let _held = channel_end;
+                panic!("broken");
+            };
+            threads.start("broken", panic_holding_it).unwrap();
+            assert_eq!(threads.first_end().await, "the thread broken panicked: broken");
+        }
     }
 
     #[tokio::test]
