@@ -39,6 +39,11 @@ const QUEUE_EVENTS: usize = 65_536;
 /// Memory that they may take, in bytes. Most events take some 250, one with the largest metadata 5,000.
 const QUEUE_BYTES: usize = 32 << 20;
 
+/// What of both bodies may hold that are still arriving: three quarters. Some clients never finish theirs, and must not
+/// keep out the events that arrive whole, as nearly all do.
+const ARRIVING_EVENTS: usize = QUEUE_EVENTS / 4 * 3;
+const ARRIVING_BYTES: usize = QUEUE_BYTES / 4 * 3;
+
 /// Events per transaction. Beyond some hundreds a larger batch gains nothing, and everybody in it
 /// waits longer. What was submitted together stays together, however many.
 const BATCH_EVENTS: usize = 1_024;
@@ -229,11 +234,35 @@ fn part_of(whole: &Batch, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Arc<Bat
     Arc::new(Batch { stamped: whole.stamped, ..batch_of(whole.received, events, waiters) })
 }
 
-/// What all events in the queue and under way amount to.
+/// What all events in the queue and under way amount to, and all bodies that are arriving.
 #[derive(Debug, Default)]
 struct Load {
+    all: Held,
+    /// What of it is held by bodies that are arriving.
+    arriving: Held,
+}
+
+#[derive(Debug, Default)]
+struct Held {
     events: AtomicUsize,
     bytes: AtomicUsize,
+}
+
+impl Held {
+    /// Whether it is still at most the bound once there are so many more events. They count in any case.
+    fn add_events(&self, events: usize, bound: usize) -> bool {
+        self.events.fetch_add(events, Ordering::Relaxed) + events <= bound
+    }
+
+    /// The same of bytes.
+    fn add_bytes(&self, bytes: usize, bound: usize) -> bool {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes <= bound
+    }
+
+    fn remove(&self, events: usize, bytes: usize) {
+        self.events.fetch_sub(events, Ordering::Relaxed);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
 }
 
 /// What waits in the queue, for the task to know when it is enough for another batch.
@@ -270,20 +299,26 @@ impl Backlog {
     }
 }
 
-/// A share of the queue's bounds, given back when it is dropped. It is taken while a batch is being
-/// read, so that bodies under way count too.
+/// A share of the queue's bounds, given back when it is dropped. It is taken while a body arrives, so that bodies
+/// under way count too.
 #[derive(Debug)]
 pub struct Room {
     load: Arc<Load>,
     events: usize,
     bytes: usize,
+    /// Whether it is held by a body that is still arriving.
+    is_arriving: bool,
 }
 
 impl Room {
+    fn new(load: &Arc<Load>, is_arriving: bool) -> Self {
+        Self { load: Arc::clone(load), events: 0, bytes: 0, is_arriving }
+    }
+
     /// Room of the same bounds, given back by itself.
     #[must_use]
     pub fn another(&self) -> Self {
-        Self { load: Arc::clone(&self.load), events: 0, bytes: 0 }
+        Self::new(&self.load, self.is_arriving)
     }
 
     /// Makes room for one more event.
@@ -291,9 +326,13 @@ impl Room {
     /// # Errors
     /// [`IngestError::Overloaded`] when there is none.
     pub fn take(&mut self, event: &SyncEvent) -> Result<(), IngestError> {
+        // What is added goes again with the room, also when it was too much.
         self.events += 1;
-        if self.load.events.fetch_add(1, Ordering::Relaxed) >= QUEUE_EVENTS {
-            // What was added goes again with the room.
+        let mut fits = self.load.all.add_events(1, QUEUE_EVENTS);
+        if self.is_arriving {
+            fits &= self.load.arriving.add_events(1, ARRIVING_EVENTS);
+        }
+        if !fits {
             return Err(IngestError::Overloaded);
         }
         self.take_bytes(weight(event))
@@ -305,8 +344,18 @@ impl Room {
     /// [`IngestError::Overloaded`] when there is none.
     pub fn take_bytes(&mut self, bytes: usize) -> Result<(), IngestError> {
         self.bytes += bytes;
-        let before = self.load.bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before + bytes > QUEUE_BYTES { Err(IngestError::Overloaded) } else { Ok(()) }
+        let mut fits = self.load.all.add_bytes(bytes, QUEUE_BYTES);
+        if self.is_arriving {
+            fits &= self.load.arriving.add_bytes(bytes, ARRIVING_BYTES);
+        }
+        if fits { Ok(()) } else { Err(IngestError::Overloaded) }
+    }
+
+    /// The body has arrived: its events now wait in the queue.
+    fn has_arrived(&mut self) {
+        if std::mem::take(&mut self.is_arriving) {
+            self.load.arriving.remove(self.events, self.bytes);
+        }
     }
 }
 
@@ -314,7 +363,7 @@ impl Room {
 impl Room {
     /// Of bounds that nobody else shares.
     pub(crate) fn alone() -> Self {
-        Self { load: Arc::default(), events: 0, bytes: 0 }
+        Self::new(&Arc::default(), true)
     }
 
     /// How many bytes it holds.
@@ -325,8 +374,8 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.load.events.fetch_sub(self.events, Ordering::Relaxed);
-        self.load.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.has_arrived();
+        self.load.all.remove(self.events, self.bytes);
     }
 }
 
@@ -419,10 +468,10 @@ impl Ingest {
         self.any.is_available()
     }
 
-    /// Room for no event yet.
+    /// Room for a body that arrives, of which there is nothing yet.
     #[must_use]
     pub fn room(&self) -> Room {
-        Room { load: Arc::clone(&self.load), events: 0, bytes: 0 }
+        Room::new(&self.load, true)
     }
 
     /// Stores `event` and returns once it is committed. When a `group` is named, its device must be in it, or new: then
@@ -435,7 +484,7 @@ impl Ingest {
         event: SyncEvent,
         group: Option<String>,
     ) -> impl Future<Output = Result<Receipt, IngestError>> {
-        let mut room = self.room();
+        let mut room = Room::new(&self.load, false);
         let lane = self.lane(group.as_ref());
         let waiting = room
             .take(&event)
@@ -452,12 +501,13 @@ impl Ingest {
         &self,
         events: Vec<SyncEvent>,
         group: Option<String>,
-        room: Room,
+        mut room: Room,
     ) -> Result<Vec<Receipt>, IngestError> {
         let count = events.len();
         if count == 0 {
             return Ok(Vec::new());
         }
+        room.has_arrived();
         let lane = self.lane(group.as_ref());
         let waiting = enqueue(lane, |reply| Submission::Many { events, group, reply, room });
         self.wait_for(waiting, count).await
@@ -638,7 +688,7 @@ impl IngestTask {
     /// Sees how many events there are at a time. Half of them are enough for a batch while another one is under
     /// way: with fewer, batches would become smaller, and more than that do not come together.
     fn look_at_load(&mut self) {
-        let load = self.load.events.load(Ordering::Relaxed);
+        let load = self.load.all.events.load(Ordering::Relaxed);
         self.peak = load.max(self.peak - self.peak / 16);
         let enough = (self.peak / 2).clamp(1, ENOUGH_EVENTS);
         self.backlog.enough.store(enough.cast_signed(), Ordering::Relaxed);
@@ -672,7 +722,7 @@ impl IngestTask {
             }
         }
         let under_way: usize = self.under_way.iter().map(|sent| sent.batch.events.len()).sum();
-        let waiting = self.load.events.load(Ordering::Relaxed);
+        let waiting = self.load.all.events.load(Ordering::Relaxed);
         let waiting = waiting.saturating_sub(under_way + events.len());
         self.metrics.queue_events.set(i64::try_from(waiting).unwrap_or(0));
         if events.is_empty() {

@@ -24,7 +24,11 @@ use crate::{
     tls::{Bare, impatient},
 };
 
-both_stores!(sql_is_text, odd_json_is_refused_or_kept_as_it_is,);
+both_stores!(
+    sql_is_text,
+    odd_json_is_refused_or_kept_as_it_is,
+    bodies_that_stall_keep_no_event_out,
+);
 
 const SQL: [&str; 8] = [
     "'; drop table sync_events; --",
@@ -84,6 +88,35 @@ async fn sql_is_text(server: &TestServer) {
             percent_encoding::utf8_percent_encode(sql, percent_encoding::NON_ALPHANUMERIC);
         let gone = server.delete(&format!("/api/device/{encoded}")).await.data(200);
         assert_eq!(gone["deleted_events"], 1);
+    }
+}
+
+/// Batches, compressed or not, of which half arrives, and nothing more: they may use up what is there for such, never what
+/// events need that arrive whole.
+async fn bodies_that_stall_keep_no_event_out(server: &TestServer) {
+    let many_events = format!("[{}", format!("{},", event("pi-stalling")).repeat(3_000));
+    for (head, half) in
+        [("content-encoding: gzip\r\n", vec![0; 200_000]), ("", many_events.into_bytes())]
+    {
+        let head = format!(
+            "POST /api/sync-events HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{head}content-length: {}\r\n\r\n",
+            half.len() + 10
+        );
+        let mut stalled = Vec::new();
+        // One more at a time, until there is room for no other.
+        let refused = loop {
+            assert!(stalled.len() < 1_000, "nothing bounds what stalls");
+            let mut connection = server.connect().await;
+            connection.write(&head).await;
+            connection.write(&half).await;
+            match connection.answer_within(Duration::from_millis(30)).await {
+                Some(answer) => break answer,
+                None => stalled.push(connection),
+            }
+        };
+        assert_eq!(refused.status, 503, "{refused:?}");
+        assert!(refused.head.contains("retry-after: "), "{refused:?}");
+        server.store(&event("pi-whole")).await;
     }
 }
 

@@ -16,8 +16,9 @@ const NOTICE_MILLISECONDS: i64 = 5 * 60_000;
 /// key, and ingest waits behind it: better to try again later.
 const LOCK_TIMEOUT: &str = "set lock_timeout = '300ms'";
 
-/// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
-const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;
+/// Held while a month is detached and dropped. Any number that nobody else uses for an advisory lock: "pisync" and
+/// a number for the purpose.
+pub(super) const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;
 
 /// Marks a table that is to be dropped, for whoever finds it detached: the server may have ended in
 /// between, and a table that somebody else has detached is none of ours.

@@ -4,7 +4,7 @@ use jiff::{ToSpan, civil::Date, tz::TimeZone};
 use pisync_core::Timestamp;
 use tokio_postgres::Client;
 
-use super::errors::store_error;
+use super::{errors::store_error, expiry::EXPIRY_LOCK};
 use crate::store::StoreError;
 
 /// Months beyond the present one to have ready: a server that nobody looks after for two months still
@@ -91,11 +91,11 @@ impl Partition {
 
 async fn create(client: &mut Client, partition: &Partition) -> Result<(), tokio_postgres::Error> {
     let transaction = client.transaction().await?;
-    if exists(transaction.client(), partition).await? {
+    if state(transaction.client(), partition).await? == State::Attached {
         return Ok(());
     }
-    transaction.execute("select pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
     transaction.batch_execute(&format!("set local lock_timeout = '{LOCK_TIMEOUT}'")).await?;
+    transaction.execute("select pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
     // Another node may have made it while we waited.
     create_within(transaction.client(), partition).await?;
     transaction.commit().await
@@ -107,18 +107,48 @@ pub(super) async fn create_within(
     client: &Client,
     partition: &Partition,
 ) -> Result<(), tokio_postgres::Error> {
-    if exists(client, partition).await? {
-        return Ok(());
+    let mut found = state(client, partition).await?;
+    if matches!(found, State::Leaving | State::Detached) {
+        // Whoever is about to drop it has done so once this lock is ours, or was killed before.
+        client.execute("select pg_advisory_xact_lock($1)", &[&EXPIRY_LOCK]).await?;
+        found = state(client, partition).await?;
+    }
+    match found {
+        State::Attached => return Ok(()),
+        State::Leaving => {
+            let table = &partition.table;
+            let finish = format!("alter table sync_events detach partition {table} finalize");
+            client.batch_execute(&finish).await?;
+        }
+        State::Detached | State::Missing => {}
     }
     client.batch_execute(&partition.create()).await?;
     client.batch_execute(&partition.attach()).await
 }
 
-async fn exists(client: &Client, partition: &Partition) -> Result<bool, tokio_postgres::Error> {
-    const EXISTS: &str = "
-        select exists (
-            select from pg_inherits
-             where inhparent = 'sync_events'::regclass and inhrelid = to_regclass($1))
+/// What there is of a month's partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Its rows are found, and new ones go there.
+    Attached,
+    /// It is being detached, and takes no rows any more. It stays so when that is interrupted.
+    Leaving,
+    /// It is a table of its own, perhaps about to be dropped.
+    Detached,
+    Missing,
+}
+
+async fn state(client: &Client, partition: &Partition) -> Result<State, tokio_postgres::Error> {
+    const STATE: &str = "
+        select to_regclass($1) is not null,
+               (select inhdetachpending from pg_inherits
+                 where inhparent = 'sync_events'::regclass and inhrelid = to_regclass($1))
     ";
-    client.query_one(EXISTS, &[&partition.table]).await?.try_get(0)
+    let row = client.query_one(STATE, &[&partition.table]).await?;
+    Ok(match (row.try_get(0)?, row.try_get(1)?) {
+        (_, Some(false)) => State::Attached,
+        (_, Some(true)) => State::Leaving,
+        (true, None) => State::Detached,
+        (false, None) => State::Missing,
+    })
 }

@@ -1,9 +1,9 @@
 //! Old events go, once they are folded; what they added up to stays.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use pisync::store::{
-    FailureQuery, HistoryQuery, Retention, Store, StoreError, SyncHistory, Target, Window,
+    Batch, FailureQuery, HistoryQuery, Retention, Store, StoreError, SyncHistory, Target, Window,
 };
 use pisync_core::Timestamp;
 
@@ -253,4 +253,51 @@ async fn a_long_read_delays_the_drop_and_nothing_else() {
     assert_eq!(history(&fixture, "pi").await.events.len(), 3);
     // Nothing else is past.
     assert!(!fixture.store.drop_old_events(at(600), &retention(2)).await.unwrap());
+}
+
+/// A server may be killed while it drops a month. What is imported into that month must find a place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_find_a_place_in_a_month_that_was_being_dropped() {
+    let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
+    let Target::Postgres(target) = fixture.target() else { unreachable!() };
+    let mut writer = fixture.writer();
+    write_at(&mut *writer, days_ago(70), vec![success("pi", days_ago(70))]).await;
+    fold(&*fixture.store).await;
+    let drop_it = async || fixture.store.drop_old_events(at(600), &retention(2)).await;
+    assert!(!fixture.store.drop_old_events(at(0), &retention(2)).await.unwrap(), "announced");
+    let import = async |device: &str| {
+        let events = vec![success(device, days_ago(70))];
+        let batch = Batch { receipts: vec![days_ago(70)], ..Batch::new(at(600), events) };
+        fixture.writer().write(&Arc::new(batch)).await
+    };
+
+    // Interrupted while it is being detached.
+    let reader = connect(&target.config).await;
+    reader.batch_execute("begin; select from sync_events").await.unwrap();
+    let refused = drop_it().await;
+    assert!(matches!(refused, Err(StoreError::Transient(_))), "{refused:?}");
+    let refused = import("early").await;
+    assert!(matches!(refused, Err(StoreError::Transient(_))), "{refused:?}");
+    reader.batch_execute("rollback").await.unwrap();
+    import("early").await.unwrap();
+    assert_eq!(history(&fixture, "early").await.events.len(), 1);
+
+    // Between that and the end, by one that is still there, and has its lock.
+    const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;
+    let detach = "alter table sync_events detach partition sync_events_2026_09";
+    reader.batch_execute(detach).await.unwrap();
+    reader.execute("select pg_advisory_lock($1)", &[&EXPIRY_LOCK]).await.unwrap();
+    let (refused, ()) = tokio::join!(import("late"), async {
+        reader.batch_execute("drop table sync_events_2026_09").await.unwrap();
+        reader.execute("select pg_advisory_unlock($1)", &[&EXPIRY_LOCK]).await.unwrap();
+    });
+    refused.unwrap();
+    assert_eq!(history(&fixture, "late").await.events.len(), 1);
+    assert_eq!(history(&fixture, "early").await.events.len(), 0);
+
+    assert!(drop_it().await.unwrap());
+    for device in ["pi", "early", "late"] {
+        let history = history(&fixture, device).await;
+        assert_eq!((history.events.len(), history.figures.total_syncs), (0, 1), "{device}");
+    }
 }

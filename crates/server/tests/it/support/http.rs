@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::timeout,
 };
 
 use super::events::at;
@@ -254,6 +255,14 @@ impl RawConnection {
         in_time(self.0.read_exact(&mut body)).await.unwrap();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         RawAnswer { status, head, body: String::from_utf8(body).unwrap() }
+    }
+
+    /// One answer, if it begins within this time.
+    pub(crate) async fn answer_within(&mut self, time: Duration) -> Option<RawAnswer> {
+        match timeout(time, self.0.peek(&mut [0])).await {
+            Ok(_) => Some(self.answer().await),
+            Err(_) => None,
+        }
     }
 
     /// Everything until the server closes the connection, or breaks it.
