@@ -15,9 +15,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::files;
 use crate::store::{PoolUsage, StoreError};
 
-/// How long to wait for another process that is writing (an import, a key being made) before saying
-/// that the database is busy.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a command, or a server that starts, waits for another process that is writing (an import, a
+/// backup) before it gives up. On a card that is busy, one sync of a large log to the disk may take seconds.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The same once requests wait for the answer.
+pub(super) const SERVING_BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes in a page of a new file, SQLite's default. A file keeps the size that it was made with.
 const PAGE_BYTES: u32 = 4_096;
@@ -84,7 +87,7 @@ pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> 
 pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
     Ok(connection)
 }
 
@@ -226,10 +229,13 @@ fn too_slow(timeout: Duration) -> StoreError {
 pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
     let message = error.to_string();
     match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            StoreError::Unavailable(format!(
+                "another process keeps writing to it; stop that one, or try again later ({message})"
+            ))
+        }
         Some(
-            ErrorCode::DatabaseBusy
-            | ErrorCode::DatabaseLocked
-            | ErrorCode::DiskFull
+            ErrorCode::DiskFull
             | ErrorCode::SystemIoFailure
             | ErrorCode::CannotOpen
             | ErrorCode::ReadOnly

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    connection::{open_existing, refuses_data, store_error},
+    connection::{SERVING_BUSY_TIMEOUT, open_existing, refuses_data, store_error},
     files::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside},
     history::kept_event,
     journal::{self, Journal, Record, Survey},
@@ -230,7 +230,7 @@ impl Intake {
         let shared = Arc::clone(&intake);
         let take_in = move |connection: &mut WriteConnection| {
             connection.take_in_through(&shared);
-            Ok(())
+            connection.connection.busy_timeout(SERVING_BUSY_TIMEOUT)
         };
         writer.call(take_in).await?;
 

@@ -284,7 +284,7 @@ impl Running {
     }
 
     /// The next line on stdout with this in it.
-    fn wait_for(&mut self, text: &str) -> String {
+    pub(crate) fn wait_for(&mut self, text: &str) -> String {
         self.try_wait_for(text).unwrap_or_else(|| {
             let errors: Vec<_> = self.stderr.try_iter().collect();
             panic!("{text:?} does not come; it said:\n{}\n{}", self.said, errors.join("\n"));
