@@ -3,6 +3,10 @@
 
 use std::{
     net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -16,6 +20,7 @@ use tokio_postgres::Config;
 
 use crate::support::{
     events::{at, success, write},
+    http::event,
     pgbouncer::PgBouncer,
     postgres::{PostgresServer, connect, postgres_target},
     program::{Program, url},
@@ -41,6 +46,8 @@ enum Silence {
 /// A host that falls silent, for as long as this lives.
 struct SilentHost {
     address: SocketAddr,
+    /// Connections that it has taken.
+    taken: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -58,20 +65,23 @@ impl SilentHost {
                 waiting.push(stream);
             }
         }
+        let taken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&taken);
         let task = tokio::spawn(async move {
-            let mut taken = Vec::new();
+            let mut streams = Vec::new();
             loop {
                 if silence == Silence::Connection {
                     let _kept = (&listener, &waiting);
                     std::future::pending::<()>().await;
                 }
                 let (mut stream, _) = listener.accept().await.unwrap();
+                count.fetch_add(1, Ordering::Relaxed);
                 // Whoever has given up has hung up.
                 let _ = talk(&mut stream, silence).await;
-                taken.push(stream);
+                streams.push(stream);
             }
         });
-        Self { address, task }
+        Self { address, taken, task }
     }
 }
 
@@ -135,11 +145,11 @@ async fn a_silent_host_does_not_keep_the_next_from_being_asked() {
         let mut migrator = Migrator::new(&target, "/nonexistent".as_ref()).await.unwrap();
         assert_eq!(migrator.check().await.unwrap(), Vec::<String>::new());
         assert!(began.elapsed() >= Duration::from_secs(2), "{silence:?}");
+        // Whoever connects later in this process asks the host that has answered first.
+        let began = Instant::now();
         let store = store::open(&target).await.unwrap();
         let mut writer = store.event_writer();
         write(&mut *writer, vec![success("pi", at(0))]).await;
-        // Who has found the host that answers asks it first.
-        let began = Instant::now();
         store.ping().await.unwrap();
         assert!(began.elapsed() < Duration::from_secs(1), "{silence:?}");
 
@@ -159,6 +169,31 @@ async fn a_command_reaches_the_second_host_within_the_urls_time() {
     let program = Program::new().with("DATABASE_URL", format!("{address}?connect_timeout=1"));
     assert!(program.run(&["verify"]).success().contains("devices: 0"));
     fixture.into_database().remove().await;
+}
+
+/// Each of these connects several times.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_asks_a_silent_host_once() {
+    let database = TestDatabase::postgres().await;
+    let silent = SilentHost::new(Silence::Hello);
+    let address = url(&database.target).replace("@", &format!("@{},", silent.address));
+    let address = format!("{address}?connect_timeout=1");
+    let program = Program::new().with("DATABASE_URL", &address).with("PORT", 0);
+    let asked = || silent.taken.swap(0, Ordering::Relaxed);
+    for command in [&["db", "setup"][..], &["migrate", "up"], &["verify"], &["key", "list"]] {
+        program.run(command).success();
+        assert_eq!(asked(), 1, "{command:?}");
+    }
+    let source = TestStore::prepare(TestDatabase::sqlite()).await;
+    program.run(&["copy", "--from", &url(source.target()), "--to", &address]).success();
+    assert_eq!(asked(), 1, "copy");
+    let server = program.serve(&[]);
+    server.client.report(&event("pi")).await.data(201);
+    server.client.get("/api/stats").await.data(200);
+    assert_eq!(asked(), 1, "serve");
+    server.stop();
+    source.into_database().remove().await;
+    database.remove().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

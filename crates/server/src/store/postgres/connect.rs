@@ -9,7 +9,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -19,7 +19,7 @@ use deadpool_postgres::{ClientWrapper, Metrics, Runtime, Timeouts};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_postgres::{
     AsyncMessage, Client,
-    config::{Host, SslMode as WireSslMode, TargetSessionAttrs},
+    config::{SslMode as WireSslMode, TargetSessionAttrs},
     error::SqlState,
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -27,6 +27,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use super::{
     durability,
     errors::{WriteError, describe},
+    hosts::{Hosts, Place},
     session::{self, State},
     tls,
 };
@@ -59,10 +60,7 @@ const POOL_SIZE: usize = 8;
 pub(super) struct Connector {
     /// What is the same for all hosts.
     config: tokio_postgres::Config,
-    hosts: Arc<[Place]>,
-    /// Which host to ask first: the one that gave the last session, or the one behind that which kept silent.
-    /// A caller that gives up waiting for a silent host therefore begins with another one the next time.
-    first: Arc<AtomicUsize>,
+    hosts: Arc<Hosts>,
     /// For each address of a host.
     timeout: Duration,
     /// Whether a host that takes no writes is passed over.
@@ -72,14 +70,6 @@ pub(super) struct Connector {
     /// Marks this connector's sessions, and how many there have been.
     mark: Arc<(String, AtomicU64)>,
     tls: MakeRustlsConnect,
-}
-
-/// Where a server listens.
-struct Place {
-    host: Option<Host>,
-    /// The host's address, when it need not be looked up.
-    address: Option<IpAddr>,
-    port: u16,
 }
 
 /// Why there is no session.
@@ -212,16 +202,15 @@ impl Connector {
             SslMode::Prefer => WireSslMode::Prefer,
             SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => WireSslMode::Require,
         });
-        let hosts = places(given);
+        let hosts = Hosts::of(given);
         let mark = Randomness::system().bytes().map_err(StoreError::Failed)?;
         let mark = mark[..8].iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {
             config,
             // Of several hosts, the one that takes writes: failover without a proxy.
-            needs_primary: hosts.len() > 1
+            needs_primary: hosts.places().len() > 1
                 || given.get_target_session_attrs() == TargetSessionAttrs::ReadWrite,
-            hosts: hosts.into(),
-            first: Arc::default(),
+            hosts,
             timeout: given.get_connect_timeout().copied().unwrap_or(HOST_TIMEOUT),
             needs_utf8: true,
             mark: Arc::new((mark, AtomicU64::new(0))),
@@ -256,15 +245,13 @@ impl Connector {
     }
 
     async fn try_hosts(&self) -> Result<Connection, Failures> {
-        let count = self.hosts.len();
-        let first = self.first.load(Ordering::Relaxed);
         let mut failures = Vec::new();
-        for position in (first..first + count).map(|position| position % count) {
-            let place = &self.hosts[position];
-            self.first.store((position + 1) % count, Ordering::Relaxed);
+        for position in self.hosts.in_order() {
+            let place = &self.hosts.places()[position];
+            let asking = self.hosts.ask(position);
             match self.connect_to(place).await {
                 Ok(connection) => {
-                    self.first.store(position, Ordering::Relaxed);
+                    asking.answered();
                     return Ok(connection);
                 }
                 Err(reason) => failures.push((place.to_string(), reason)),
@@ -287,7 +274,10 @@ impl Connector {
         for address in place.addresses(self.timeout).await? {
             // On the heap: it is large, and part of every call that may need a connection.
             match Box::pin(self.connect_at(place, address)).await {
-                Ok(connection) => return Ok(connection),
+                Ok(connection) => {
+                    place.note_answered(address);
+                    return Ok(connection);
+                }
                 Err(other) => reason = Some(other),
             }
         }
@@ -409,63 +399,6 @@ fn common(given: &tokio_postgres::Config) -> tokio_postgres::Config {
         config.keepalives_retries(retries);
     }
     config
-}
-
-/// The hosts that a configuration names. One port may stand for all.
-fn places(given: &tokio_postgres::Config) -> Vec<Place> {
-    let (hosts, addresses, ports) = (given.get_hosts(), given.get_hostaddrs(), given.get_ports());
-    let place = |position: usize| Place {
-        host: hosts.get(position).cloned(),
-        address: addresses.get(position).copied(),
-        port: ports.get(position).or(ports.first()).copied().unwrap_or(5432),
-    };
-    (0..hosts.len().max(addresses.len())).map(place).collect()
-}
-
-impl Place {
-    /// Where to connect to; `None` for a socket in the file system.
-    async fn addresses(&self, timeout: Duration) -> Result<Vec<Option<IpAddr>>, NoSession> {
-        let name = match (&self.host, self.address) {
-            (_, Some(address)) => return Ok(vec![Some(address)]),
-            (Some(Host::Tcp(name)), None) => name,
-            (_, None) => return Ok(vec![None]),
-        };
-        let found = tokio::net::lookup_host((name.as_str(), self.port));
-        match tokio::time::timeout(timeout, found).await {
-            Ok(Ok(found)) => Ok(found.map(|address| Some(address.ip())).collect()),
-            Ok(Err(error)) => {
-                Err(NoSession::Unfit(format!("the name cannot be looked up: {error}")))
-            }
-            Err(_) => Err(NoSession::Unfit("the name cannot be looked up in time".into())),
-        }
-    }
-
-    /// Makes `config` lead here alone.
-    fn put_into(&self, config: &mut tokio_postgres::Config, address: Option<IpAddr>) {
-        match &self.host {
-            Some(Host::Tcp(name)) => config.host(name),
-            Some(Host::Unix(path)) => config.host_path(path),
-            None => config,
-        };
-        if let Some(address) = address {
-            config.hostaddr(address);
-        }
-        config.port(self.port);
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.host, self.address) {
-            (Some(Host::Tcp(name)), _) if name.contains(':') => {
-                write!(formatter, "[{name}]:{}", self.port)
-            }
-            (Some(Host::Tcp(name)), _) => write!(formatter, "{name}:{}", self.port),
-            (Some(Host::Unix(path)), _) => write!(formatter, "{}:{}", path.display(), self.port),
-            (None, Some(address)) => write!(formatter, "{address}:{}", self.port),
-            (None, None) => formatter.write_str("no host"),
-        }
-    }
 }
 
 impl From<tokio_postgres::Error> for NoSession {

@@ -11,6 +11,7 @@ mod durability;
 mod errors;
 mod expiry;
 mod history;
+mod hosts;
 mod imports;
 mod keys;
 mod migrations;
