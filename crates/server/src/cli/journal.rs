@@ -50,7 +50,7 @@ fn inspect(target: &Target) -> Result<(), String> {
     let report = store::inspect_journal(target).map_err(|error| error.to_string())?;
     let JournalReport { applied, files, unapplied_events, damage, newer_version } = report;
     println!("{target}: the tables have all records up to {applied}");
-    if files.is_empty() {
+    if files.is_empty() && damage.is_none() {
         println!("there is no ingest journal: everything that was acknowledged is in the tables");
         return Ok(());
     }

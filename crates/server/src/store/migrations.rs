@@ -45,6 +45,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
     "2026-11-25-13-device-deletions",
+    "2026-11-25-14-journal-in-use",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -60,6 +61,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
     "2026-11-25-13-device-deletions",
+    "2026-11-25-14-journal-in-use",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

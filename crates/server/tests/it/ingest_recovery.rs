@@ -213,6 +213,40 @@ async fn a_damaged_journal_stops_everybody_until_it_is_salvaged() {
     program.run(&["verify"]).success();
 }
 
+/// Who copies or mounts the database's file alone leaves behind what was acknowledged last, and must be told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_that_is_gone_after_a_kill_is_missed() {
+    for gone in [&["ingest-1"][..], &["ingest-2"], &["ingest-1", "ingest-2"]] {
+        let program = program();
+        let ids = killed_with_a_journal(&program, 5).await;
+        for ending in gone {
+            fs::remove_file(program.path(&format!("data/pisync.db.{ending}"))).unwrap();
+        }
+        for command in
+            [&["serve"][..], &["verify"], &["journal", "inspect"], &["backup", "copy.db"]]
+        {
+            let said = program.run(command);
+            let said = said.failure();
+            for ending in gone {
+                assert!(said.contains(&format!("pisync.db.{ending} is gone")), "{said}");
+            }
+            assert!(said.contains("journal salvage"), "{said}");
+        }
+        program.run(&["journal", "salvage"]).success();
+        let serving = program.serve(&[]);
+        // A copy has no journal, and misses none.
+        program.run(&["backup", "copy.db"]).success();
+        let left = if gone.contains(&"ingest-1") { &[][..] } else { &ids[..] };
+        if !left.is_empty() {
+            assert_eq!(stored(&serving.client, "pi").await.0, left);
+        }
+        serving.stop();
+        program.run(&["verify"]).success();
+        program.run(&["restore", "--force", "copy.db"]).success();
+        program.serve(&[]).stop();
+    }
+}
+
 /// The journal of a database that is replaced is kept when it cannot be brought into its tables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restoring_keeps_a_journal_that_cannot_be_applied() {

@@ -33,7 +33,7 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 12] = [
+const EMBEDDED: [&str; 13] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
@@ -46,6 +46,7 @@ const EMBEDDED: [&str; 12] = [
     "2026-11-25-10-audit-log",
     "2026-11-25-12-streaks-in-one-statement",
     "2026-11-25-13-device-deletions",
+    "2026-11-25-14-journal-in-use",
 ];
 
 fn no_folder() -> &'static Path {

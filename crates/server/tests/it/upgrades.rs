@@ -223,6 +223,14 @@ const VERSIONS: &[Version] = &[
         count: "(select sum(deleted_events) from device_deletions)",
         rows: 3,
     },
+    Version {
+        name: "2026-11-25-14-journal-in-use",
+        // Whether there must be a journal, which there is none of.
+        sqlite: "",
+        postgres: "",
+        count: "(select 1)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

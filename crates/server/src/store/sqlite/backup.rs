@@ -169,15 +169,7 @@ fn copy_and_check(source: &Path, destination: &str) -> Result<BackedUp, CopyErro
     if verdict != "ok" {
         return Err(CopyError::Damaged(verdict));
     }
-    let has_journal: bool = copy.query_row(
-        "select exists (select 1 from sqlite_schema where name = 'ingest_state')",
-        [],
-        |row| row.get(0),
-    )?;
-    if has_journal {
-        // The journal beside the source is not the copy's.
-        copy.execute("update ingest_state set journal = random(), settled = 0", [])?;
-    }
+    leave_journal(&copy)?;
     let is_ours: bool = copy.query_row(
         "select count(*) = 3 from sqlite_schema
           where name in ('pisync_migrations', 'devices', 'sync_events')",
@@ -190,6 +182,25 @@ fn copy_and_check(source: &Path, destination: &str) -> Result<BackedUp, CopyErro
         (0, 0)
     };
     Ok(BackedUp { devices: devices.cast_unsigned(), events: events.cast_unsigned() })
+}
+
+/// The journal beside the source is not the copy's, whatever version made the tables that tell of it.
+fn leave_journal(copy: &Connection) -> rusqlite::Result<()> {
+    const COLUMNS: &str = "select name from pragma_table_info('ingest_state')";
+    const WITHOUT_JOURNAL: [(&str, &str); 4] = [
+        ("journal", "random()"),
+        ("settled", "0"),
+        ("settled_events", "0"),
+        ("journal_in_use", "0"),
+    ];
+    let columns: Vec<String> =
+        copy.prepare(COLUMNS)?.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+    for (column, value) in WITHOUT_JOURNAL {
+        if columns.iter().any(|name| name == column) {
+            copy.execute(&format!("update ingest_state set {column} = {value}"), [])?;
+        }
+    }
+    Ok(())
 }
 
 /// Sees to it that nobody has the database open and that nothing of it is left in its log.

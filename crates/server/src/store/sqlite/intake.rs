@@ -202,14 +202,15 @@ impl Intake {
         writer: WriterThread,
         news: mpsc::UnboundedSender<News>,
     ) -> Result<(Arc<Self>, IntakeWriter), StoreError> {
-        let IngestState { journal, settled, .. } =
+        let IngestState { journal: found, .. } =
             writer.call(|connection| connection.ingest_state()).await?;
-        let (mut journal, records) = Journal::open(database, journal, settled)?;
+        let (mut journal, records) = Journal::open(database, found)?;
         journal.create_files().map_err(|error| unusable(database, &error))?;
+        writer.call(|connection| connection.set_journal_in_use(true)).await?;
         let keys = open_existing(database).map_err(store_error)?;
         keys.pragma_update(None, "query_only", true).map_err(store_error)?;
 
-        let mut state = State { settled, last: settled, ..State::default() };
+        let mut state = State { settled: found.applied, last: found.applied, ..State::default() };
         let mut last_id = 0;
         for record in records {
             let accepted = Accepted::from(record);
@@ -415,9 +416,10 @@ pub(super) fn recover(database: &Path) -> Result<(), StoreError> {
         )));
     }
     let state = connection.ingest_state().map_err(store_error)?;
-    let (_, records) = Journal::open(database, state.journal, state.settled)?;
+    let (_, records) = Journal::open(database, state.journal)?;
     let lump: Vec<_> = records.into_iter().map(|record| Arc::new(Accepted::from(record))).collect();
     store_lump(&mut connection, &lump, |_| ()).map_err(store_error)?;
+    connection.set_journal_in_use(false).map_err(store_error)?;
     journal::remove(database).map_err(|error| unusable(database, &error))
 }
 
@@ -426,10 +428,9 @@ pub(super) fn last_record(
     connection: &mut WriteConnection,
     database: &Path,
 ) -> Result<u64, StoreError> {
-    let state = connection.ingest_state().map_err(store_error)?;
-    let survey =
-        Survey::read(database, state.journal).map_err(|error| unusable(database, &error))?;
-    Ok(survey.last_number().max(state.settled))
+    let journal = connection.ingest_state().map_err(store_error)?.journal;
+    let survey = Survey::read(database, journal).map_err(|error| unusable(database, &error))?;
+    Ok(survey.last_number().max(journal.applied))
 }
 
 pub(super) fn unusable(database: &Path, error: &std::io::Error) -> StoreError {
@@ -448,8 +449,8 @@ fn store_lump(
     mut tell: impl FnMut(News),
 ) -> rusqlite::Result<()> {
     // What an attempt before this one has stored, which may have been interrupted anywhere.
-    let IngestState { settled, settled_events, .. } = connection.ingest_state()?;
-    let done = lump.iter().take_while(|accepted| accepted.number <= settled).count();
+    let IngestState { journal, settled_events } = connection.ingest_state()?;
+    let done = lump.iter().take_while(|accepted| accepted.number <= journal.applied).count();
     let lump = &lump[done..];
     let mut store = |connection: &mut WriteConnection, lump: &[_], events| {
         let news = store_together(connection, lump, events)?;

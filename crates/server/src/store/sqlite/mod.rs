@@ -40,7 +40,7 @@ use self::{
     connection::{Cost, Readers, store_error},
     files::Identity,
     intake::{Intake, unusable},
-    journal::Survey,
+    journal::{JournalState, Survey},
     watch::Watch,
     writer::{SqliteEventWriter, WriteConnection, WriterThread},
 };
@@ -338,6 +338,7 @@ impl Store for SqliteStore {
             .call_anyway(|connection| {
                 connection.settle()?;
                 connection.return_unused_ids()?;
+                connection.set_journal_in_use(false)?;
                 connection.checkpoint()
             })
             .await?;
@@ -360,7 +361,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
     let database = &files::find(database)?;
-    if !journal::exists(database) || !database.exists() {
+    if !has_journal(database)? {
         return Ok(());
     }
     if !files::is_claimed(database) {
@@ -371,7 +372,7 @@ pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
     let began = Instant::now();
     let mut connection = WriteConnection::open(database)?;
     let wanted = intake::last_record(&mut connection, database)?;
-    while connection.ingest_state().map_err(store_error)?.settled < wanted {
+    while connection.ingest_state().map_err(store_error)?.journal.applied < wanted {
         if began.elapsed() > SETTLE_TIMEOUT {
             return Err(StoreError::Unavailable(
                 "the server cannot bring what it has acknowledged into the database; its log says why"
@@ -391,32 +392,55 @@ pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
 pub(super) fn check_journal(database: &Path) -> Result<(), StoreError> {
     /// Under a running server, what is read may be of several moments.
     const ATTEMPTS: usize = 3;
-    if !journal::exists(database) || !database.exists() {
+    if !has_journal(database)? {
         return Ok(());
     }
     let mut attempt = 1;
     loop {
-        let Some((identity, applied)) = journal_state(database)? else { return Ok(()) };
-        let survey =
-            Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
-        match survey.check(applied) {
+        let Some(state) = journal_state(database)? else { return Ok(()) };
+        let survey = Survey::read(database, state).map_err(|error| unusable(database, &error))?;
+        match survey.check() {
             Err(_) if attempt < ATTEMPTS => attempt += 1,
             checked => return checked,
         }
     }
 }
 
-/// Whose journal the database at `database` goes on with, and up to which record it is in the tables, whatever
-/// version made them; `None` where there is no such thing.
-fn journal_state(database: &Path) -> Result<Option<(i64, u64)>, StoreError> {
-    const EXISTS: &str = "select exists (select 1 from sqlite_schema where type = 'table' and name = 'ingest_state')";
-    let read = || -> rusqlite::Result<Option<(i64, u64)>> {
+/// Whether the database at `database` has an ingest journal, or must have one.
+fn has_journal(database: &Path) -> Result<bool, StoreError> {
+    if !database.exists() {
+        return Ok(false);
+    }
+    if journal::exists(database) {
+        return Ok(true);
+    }
+    match journal_state(database) {
+        Ok(state) => Ok(state.is_some_and(|state| state.in_use)),
+        // It is no database, or cannot be read: whoever is to use it says so.
+        Err(StoreError::Failed(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// What the tables of the database at `database` say of its journal, whatever version made them; `None` where there
+/// is no such thing.
+fn journal_state(database: &Path) -> Result<Option<JournalState>, StoreError> {
+    const COLUMNS: &str = "select count(*), ifnull(sum(name = 'journal_in_use'), 0) from pragma_table_info('ingest_state')";
+    let read = || -> rusqlite::Result<Option<JournalState>> {
         let connection = connection::open_existing(database)?;
-        if !connection.query_row(EXISTS, [], |row| row.get(0))? {
+        let (columns, knows_use): (u32, bool) =
+            connection.query_row(COLUMNS, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        if columns == 0 {
             return Ok(None);
         }
-        connection.query_row("select journal, settled from ingest_state", [], |row| {
-            Ok(Some((row.get(0)?, row.get::<_, i64>(1)?.cast_unsigned())))
+        let in_use = if knows_use { "journal_in_use" } else { "false" };
+        let select = format!("select journal, settled, {in_use} from ingest_state");
+        connection.query_row(&select, [], |row| {
+            Ok(Some(JournalState {
+                identity: row.get(0)?,
+                applied: row.get::<_, i64>(1)?.cast_unsigned(),
+                in_use: row.get(2)?,
+            }))
         })
     };
     read().map_err(store_error)
@@ -424,33 +448,38 @@ fn journal_state(database: &Path) -> Result<Option<(i64, u64)>, StoreError> {
 
 /// What is in the ingest journal of the database at `database`. Changes nothing.
 pub(super) fn inspect_journal(database: &Path) -> Result<JournalReport, StoreError> {
-    let (database, identity, applied) = existing_journal(database)?;
+    let (database, state) = existing_journal(database)?;
     let database = &database;
-    let survey = Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
-    Ok(survey.report(applied))
+    let survey = Survey::read(database, state).map_err(|error| unusable(database, &error))?;
+    Ok(survey.report())
 }
 
 /// See [`journal::salvage`]. No server may be running.
 pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreError> {
-    let (database, identity, applied) = existing_journal(database)?;
+    let (database, state) = existing_journal(database)?;
     let database = &database;
-    let mut salvaged = journal::salvage(database, identity, applied)
-        .map_err(|error| unusable(database, &error))?;
+    let mut salvaged =
+        journal::salvage(database, state).map_err(|error| unusable(database, &error))?;
     if !salvaged.doubtful.is_empty() {
         let file = intake::keep_doubtful(database, std::mem::take(&mut salvaged.doubtful))?;
         salvaged.result.doubtful = Some(file);
+    }
+    if state.in_use && salvaged.result.damage.is_some() {
+        // What is left is in one file.
+        let writer = WriteConnection::open(database)?;
+        writer.set_journal_in_use(false).map_err(store_error)?;
     }
     Ok(salvaged.result)
 }
 
 /// The file of the database at `database`, and the state of its journal.
-fn existing_journal(database: &Path) -> Result<(PathBuf, i64, u64), StoreError> {
+fn existing_journal(database: &Path) -> Result<(PathBuf, JournalState), StoreError> {
     let missing =
         || StoreError::Failed(format!("there is no PiSync database at {}", database.display()));
     if !database.exists() {
         return Err(missing());
     }
     let file = files::find(database)?;
-    let (identity, applied) = journal_state(&file)?.ok_or_else(missing)?;
-    Ok((file, identity, applied))
+    let state = journal_state(&file)?.ok_or_else(missing)?;
+    Ok((file, state))
 }

@@ -25,6 +25,7 @@ use super::{
     history::kept_event,
     imports,
     intake::Intake,
+    journal::JournalState,
     keys,
     reads::{device_number, optional_time, time},
     watch::Presence,
@@ -160,11 +161,9 @@ pub(super) struct WriteConnection {
 
 /// How far events have come into the tables.
 pub(super) struct IngestState {
-    /// Whose journal they come from.
-    pub(super) journal: i64,
-    /// Its last record in the tables.
-    pub(super) settled: u64,
-    /// So many events of the record after that are in the tables, too, or kept in a file.
+    /// The journal they come from.
+    pub(super) journal: JournalState,
+    /// So many events of the record after the last one in the tables are there, too, or kept in a file.
     pub(super) settled_events: usize,
 }
 
@@ -229,21 +228,31 @@ impl WriteConnection {
 
     /// How far events have come into the tables.
     pub(super) fn ingest_state(&self) -> rusqlite::Result<IngestState> {
-        const STATE: &str = "select journal, settled, settled_events from ingest_state";
+        const STATE: &str =
+            "select journal, settled, journal_in_use, settled_events from ingest_state";
         self.connection.prepare_cached(STATE)?.query_row([], |row| {
             Ok(IngestState {
-                journal: row.get(0)?,
-                settled: row.get::<_, i64>(1)?.cast_unsigned(),
-                settled_events: usize::try_from(row.get::<_, u32>(2)?).unwrap_or(usize::MAX),
+                journal: JournalState {
+                    identity: row.get(0)?,
+                    applied: row.get::<_, i64>(1)?.cast_unsigned(),
+                    in_use: row.get(2)?,
+                },
+                settled_events: usize::try_from(row.get::<_, u32>(3)?).unwrap_or(usize::MAX),
             })
         })
+    }
+
+    /// Notes whether both files of the journal must be there from now on.
+    pub(super) fn set_journal_in_use(&self, in_use: bool) -> rusqlite::Result<()> {
+        const SET: &str = "update ingest_state set journal_in_use = ?1 where journal_in_use <> ?1";
+        self.connection.execute(SET, [in_use]).map(drop)
     }
 
     /// Whether [`Self::ingest_state`] can be asked for: an older version's tables lack some of it.
     pub(super) fn has_current_ingest_state(&self) -> rusqlite::Result<bool> {
         const EXISTS: &str = "
             select exists (
-                       select 1 from pragma_table_info('ingest_state') where name = 'settled_events'
+                       select 1 from pragma_table_info('ingest_state') where name = 'journal_in_use'
                    )
         ";
         self.connection.query_row(EXISTS, [], |row| row.get(0))

@@ -71,26 +71,36 @@ struct JournalFile {
     last_number: u64,
 }
 
+/// What the tables say of the journal (`ingest_state`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct JournalState {
+    /// Whose it is: records of another database are none of this one's.
+    pub(super) identity: i64,
+    /// The last record that is in the tables.
+    pub(super) applied: u64,
+    /// Whether a server had both files when it ended, without a proper stop: then they must be there.
+    pub(super) in_use: bool,
+}
+
 impl Journal {
-    /// Opens the journal of the database at `database`, whose `ingest_state` says whose journal it is and
-    /// how much of it is `applied`. Answers the records that are not, in order.
+    /// Opens the journal of the database at `database`, whose tables say `state`. Answers the records that are not
+    /// in the tables, in order.
     ///
     /// # Errors
     /// When acknowledged records are missing or damaged, or were written by a newer version: the message says
     /// what to do, and nothing is changed.
     pub(super) fn open(
         database: &Path,
-        identity: i64,
-        applied: u64,
+        state: JournalState,
     ) -> Result<(Self, Vec<Record>), StoreError> {
-        let survey =
-            Survey::read(database, identity).map_err(|error| unusable(database, &error))?;
-        survey.check(applied)?;
+        let JournalState { identity, applied, .. } = state;
+        let survey = Survey::read(database, state).map_err(|error| unusable(database, &error))?;
+        survey.check()?;
         let failed = |error: io::Error| unusable(database, &error);
         let [first, second] = &survey.files;
         let files =
             [JournalFile::open(first).map_err(failed)?, JournalFile::open(second).map_err(failed)?];
-        let records = survey.into_unapplied(applied);
+        let records = survey.into_unapplied();
         let last_number = records.last().map_or(applied, |record| record.number);
         let current = usize::from(files[1].last_number > files[0].last_number);
         let journal =

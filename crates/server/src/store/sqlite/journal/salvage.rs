@@ -11,7 +11,7 @@ use pisync_core::SyncEvent;
 use tempfile::NamedTempFile;
 
 use super::{
-    GROWTH_BYTES, paths,
+    GROWTH_BYTES, JournalState, paths,
     record::{self, Record},
     second_name,
     survey::Survey,
@@ -30,22 +30,19 @@ pub(in super::super) struct Salvaged {
     pub(in super::super) doubtful: Vec<SyncEvent>,
 }
 
-/// Makes a journal of what is left of the one of the database at `database`, whose number is `identity` and of
-/// which the records up to `applied` are in the tables. Killed at any point, it can be run again.
-pub(in super::super) fn salvage(
-    database: &Path,
-    identity: i64,
-    applied: u64,
-) -> io::Result<Salvaged> {
-    let survey = Survey::read(database, identity)?;
+/// Makes a journal of what is left of the one of the database at `database`, whose tables say `state`. Killed at any
+/// point, it can be run again.
+pub(in super::super) fn salvage(database: &Path, state: JournalState) -> io::Result<Salvaged> {
+    let JournalState { identity, applied, .. } = state;
+    let survey = Survey::read(database, state)?;
     if let Some(version) = survey.newer_version() {
         return Err(io::Error::other(format!(
             "there are events in format {version}, which this version of PiSync cannot read; use the newer version"
         )));
     }
-    let damage = survey.damage(applied);
+    let damage = survey.damage();
     let doubtful = damage.iter().flat_map(|damage| survey.doubtful_events(damage)).collect();
-    let records = survey.into_unapplied(applied);
+    let records = survey.into_unapplied();
     let mut result = JournalSalvage {
         damage: damage.map(|damage| damage.to_string()),
         events: records.iter().map(|record| record.events.len()).sum(),

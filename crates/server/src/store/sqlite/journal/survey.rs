@@ -10,7 +10,7 @@ use std::{
 use pisync_core::SyncEvent;
 
 use super::{
-    GROWTH_BYTES, paths,
+    GROWTH_BYTES, JournalState, paths,
     record::{self, Found, Record},
 };
 use crate::store::{JournalFileReport, JournalReport, JournalStretch, StoreError};
@@ -19,6 +19,8 @@ use crate::store::{JournalFileReport, JournalReport, JournalStretch, StoreError}
 #[derive(Debug)]
 pub(in super::super) struct Survey {
     pub(super) database: PathBuf,
+    /// What the tables say of it.
+    pub(super) state: JournalState,
     pub(in super::super) files: [FileSurvey; 2],
 }
 
@@ -56,14 +58,16 @@ pub(in super::super) struct Damage {
     pub(in super::super) places: Vec<(PathBuf, Range<usize>)>,
     /// Files that something else than a crash has changed: cut off, or written over from their beginning.
     pub(in super::super) spoilt: Vec<PathBuf>,
+    /// Files that are not there, though a server had them when it ended.
+    pub(in super::super) gone: Vec<PathBuf>,
 }
 
 impl Survey {
-    /// Reads the journal of the database at `database`, whose number is `identity`. Changes nothing.
-    pub(in super::super) fn read(database: &Path, identity: i64) -> io::Result<Self> {
+    /// Reads the journal of the database at `database`, whose tables say `state`. Changes nothing.
+    pub(in super::super) fn read(database: &Path, state: JournalState) -> io::Result<Self> {
         let [first, second] = paths(database);
-        let files = [FileSurvey::read(first, identity)?, FileSurvey::read(second, identity)?];
-        Ok(Self { database: database.to_owned(), files })
+        let read = |path| FileSurvey::read(path, state.identity);
+        Ok(Self { database: database.to_owned(), state, files: [read(first)?, read(second)?] })
     }
 
     /// The highest number of a record; 0 when there is none.
@@ -71,8 +75,9 @@ impl Survey {
         self.records().map(|record| record.number).max().unwrap_or(0)
     }
 
-    /// The whole records behind the record `applied`, in order.
-    pub(in super::super) fn into_unapplied(self, applied: u64) -> Vec<Record> {
+    /// The whole records that are not in the tables, in order.
+    pub(in super::super) fn into_unapplied(self) -> Vec<Record> {
+        let applied = self.state.applied;
         let records = self.files.into_iter().flat_map(|file| file.records);
         let mut records: Vec<_> =
             records.map(|placed| placed.record).filter(|record| record.number > applied).collect();
@@ -83,7 +88,8 @@ impl Survey {
     }
 
     /// What there is, for a person to read.
-    pub(in super::super) fn report(&self, applied: u64) -> JournalReport {
+    pub(in super::super) fn report(&self) -> JournalReport {
+        let applied = self.state.applied;
         let files = self.files.iter().filter(|file| file.exists);
         JournalReport {
             applied,
@@ -93,7 +99,7 @@ impl Survey {
                 .filter(|record| record.number > applied)
                 .map(|record| record.events.len())
                 .sum(),
-            damage: self.damage(applied).map(|damage| damage.to_string()),
+            damage: self.damage().map(|damage| damage.to_string()),
             newer_version: self.newer_version(),
         }
     }
@@ -102,8 +108,9 @@ impl Survey {
         self.files.iter().flat_map(|file| &file.records).map(|placed| &placed.record)
     }
 
-    /// What is missing behind the record `applied`, and where it may have been.
-    pub(in super::super) fn damage(&self, applied: u64) -> Option<Damage> {
+    /// What is missing of the records that are not in the tables, and where it may have been.
+    pub(in super::super) fn damage(&self) -> Option<Damage> {
+        let applied = self.state.applied;
         let mut there: Vec<_> = self.records().map(Record::numbers).collect();
         there.sort_unstable_by_key(|numbers| *numbers.start());
         let mut missing = Vec::new();
@@ -116,7 +123,9 @@ impl Survey {
         }
         let spoilt = self.files.iter().filter(|file| file.is_spoilt());
         let spoilt: Vec<_> = spoilt.map(|file| file.path.clone()).collect();
-        if missing.is_empty() && spoilt.is_empty() {
+        let gone = self.files.iter().filter(|file| self.state.in_use && !file.exists);
+        let gone: Vec<_> = gone.map(|file| file.path.clone()).collect();
+        if missing.is_empty() && spoilt.is_empty() && gone.is_empty() {
             return None;
         }
         let mut places = Vec::new();
@@ -126,21 +135,21 @@ impl Survey {
             let before = file.other.iter().filter(|place| place.end <= last.at.start);
             places.extend(before.map(|place| (file.path.clone(), place.clone())));
         }
-        Some(Damage { missing, places, spoilt })
+        Some(Damage { missing, places, spoilt, gone })
     }
 
-    /// Whether everything that was acknowledged after the record `applied` can be read.
+    /// Whether everything that was acknowledged and is not in the tables can be read.
     ///
     /// # Errors
     /// When it cannot; the message says what to do.
-    pub(in super::super) fn check(&self, applied: u64) -> Result<(), StoreError> {
+    pub(in super::super) fn check(&self) -> Result<(), StoreError> {
         if let Some(version) = self.newer_version() {
             return Err(StoreError::Failed(format!(
                 "the ingest journal beside {} has events in format {version}, which this version of PiSync cannot read; start the newer version and stop it properly, then go on with this one",
                 self.database.display()
             )));
         }
-        match self.damage(applied) {
+        match self.damage() {
             None => Ok(()),
             Some(damage) => Err(StoreError::Failed(format!(
                 "the ingest journal beside {} is damaged: {damage}; nothing was changed. `pisync journal inspect` shows what is left, and `pisync journal salvage` stores it and keeps the damaged files",
@@ -318,6 +327,9 @@ impl fmt::Display for Damage {
             write!(formatter, "acknowledged events may be missing")?;
         } else {
             write!(formatter, "acknowledged events are missing ({noun} {})", records.join(", "))?;
+        }
+        for path in &self.gone {
+            write!(formatter, ", and {} is gone", path.display())?;
         }
         for path in &self.spoilt {
             write!(formatter, ", and {} was cut off or written over", path.display())?;

@@ -7,6 +7,10 @@ use super::{salvage::Salvaged, *};
 
 const IDENTITY: i64 = -7;
 
+fn state(identity: i64, applied: u64) -> JournalState {
+    JournalState { identity, applied, in_use: false }
+}
+
 struct Place {
     _folder: TempDir,
     database: PathBuf,
@@ -20,12 +24,12 @@ impl Place {
     }
 
     fn open(&self, applied: u64) -> (Journal, Vec<Record>) {
-        Journal::open(&self.database, IDENTITY, applied).unwrap()
+        Journal::open(&self.database, state(IDENTITY, applied)).unwrap()
     }
 
     /// What opening says when it fails.
     fn refusal(&self, applied: u64) -> String {
-        Journal::open(&self.database, IDENTITY, applied).unwrap_err().to_string()
+        Journal::open(&self.database, state(IDENTITY, applied)).unwrap_err().to_string()
     }
 
     /// The numbers of the records that are found.
@@ -196,13 +200,14 @@ fn salvage_keeps_what_is_whole_and_says_what_is_not() {
         journal.append(1 + 2 * number, time(0), [full(), plain()].iter(), 0).unwrap();
         ends.push(usize::try_from(journal.files[0].end).unwrap());
     }
-    let whole = salvage(&place.database, IDENTITY, 0).unwrap().result;
+    let whole = salvage(&place.database, state(IDENTITY, 0)).unwrap().result;
     assert!(whole.damage.is_none() && whole.events == 10 && whole.kept.is_empty());
     let mut contents = fs::read(place.path(0)).unwrap();
     contents[ends[1] - 3] ^= 4;
     contents[ends[2] - 3] = b'{';
     fs::write(place.path(0), &contents).unwrap();
-    let Salvaged { result: salvaged, doubtful } = salvage(&place.database, IDENTITY, 0).unwrap();
+    let Salvaged { result: salvaged, doubtful } =
+        salvage(&place.database, state(IDENTITY, 0)).unwrap();
     assert!(salvaged.damage.unwrap().contains("are missing (records 2 to 3)"));
     assert_eq!((salvaged.events, salvaged.kept.len()), (6, 1));
     // One of each that is damaged, and the other as it may have been.
@@ -217,7 +222,7 @@ fn salvage_keeps_what_is_whole_and_says_what_is_not() {
     // The mark goes on standing for what was lost.
     append(&mut journal, 1, 0);
     assert_eq!(place.found(0), [1, 3, 4, 5, 6]);
-    let again = salvage(&place.database, IDENTITY, 0).unwrap().result;
+    let again = salvage(&place.database, state(IDENTITY, 0)).unwrap().result;
     assert!(again.damage.is_none());
     // It was killed before the second file was removed.
     let rest = [&contents[ends[2]..], &vec![0; ends[2]]].concat();
@@ -244,7 +249,7 @@ fn what_version_1_wrote_is_read() {
 fn another_databases_journal_is_not_written_over() {
     let place = Place::make();
     append(&mut place.open(0).0, 1, 0);
-    let (mut journal, records) = Journal::open(&place.database, IDENTITY + 1, 0).unwrap();
+    let (mut journal, records) = Journal::open(&place.database, state(IDENTITY + 1, 0)).unwrap();
     assert!(records.is_empty());
     journal.append(1, time(0), std::iter::once(&plain()), 0).unwrap();
     assert_eq!(place.names(), ["test.db.ingest-1", "test.db.ingest-1.aside-1"]);
@@ -252,10 +257,10 @@ fn another_databases_journal_is_not_written_over() {
     let mut garbage = b"what is this?".to_vec();
     garbage.resize(1 << 20, 0);
     fs::write(place.path(1), garbage).unwrap();
-    let said = Journal::open(&place.database, IDENTITY + 1, 0).unwrap_err().to_string();
+    let said = Journal::open(&place.database, state(IDENTITY + 1, 0)).unwrap_err().to_string();
     assert!(said.contains("may be missing") && said.contains("written over"), "{said}");
-    salvage(&place.database, IDENTITY + 1, 0).unwrap();
-    Journal::open(&place.database, IDENTITY + 1, 0).unwrap();
+    salvage(&place.database, state(IDENTITY + 1, 0)).unwrap();
+    Journal::open(&place.database, state(IDENTITY + 1, 0)).unwrap();
 }
 
 #[test]
@@ -338,6 +343,6 @@ fn what_a_newer_version_wrote_is_not_passed_over() {
         fs::write(place.path(0), newer).unwrap();
         let said = place.refusal(0);
         assert!(said.contains("start the newer version"), "{said}");
-        assert!(salvage(&place.database, IDENTITY, 0).is_err());
+        assert!(salvage(&place.database, state(IDENTITY, 0)).is_err());
     }
 }

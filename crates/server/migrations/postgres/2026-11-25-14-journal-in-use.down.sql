@@ -1,0 +1,2 @@
+-- loses: nothing
+-- Nothing: the ingest journal is SQLite's alone. The versions of both stores keep in step.

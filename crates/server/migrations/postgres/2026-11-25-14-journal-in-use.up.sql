@@ -1,0 +1,1 @@
+-- Nothing: the ingest journal is SQLite's alone. The versions of both stores keep in step.

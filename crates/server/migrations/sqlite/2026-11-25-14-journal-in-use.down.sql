@@ -1,0 +1,2 @@
+-- loses: nothing
+alter table ingest_state drop column journal_in_use;
