@@ -82,28 +82,40 @@ impl Clock {
         self.0.is_real
     }
 
+    /// A time that is certainly past: shortly before the program was built.
+    #[must_use]
+    pub fn earliest(&self) -> Timestamp {
+        self.0.earliest
+    }
+
     /// The present instant, in whole milliseconds, or what the clock takes for it.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         (self.0.now)()
     }
 
-    /// The present instant. The log hears of it once when the clock is not set, and once when it is again.
+    /// The present instant.
+    ///
+    /// # Errors
+    /// When the clock is not set.
+    pub fn check(&self) -> Result<Timestamp, ClockNotSet> {
+        let (now, earliest) = (self.now(), self.0.earliest);
+        if now < earliest { Err(ClockNotSet { now, earliest }) } else { Ok(now) }
+    }
+
+    /// The present instant, for a server: its log hears once when the clock is not set, and once when it is again.
     ///
     /// # Errors
     /// When the clock is not set.
     pub fn set_time(&self) -> Result<Timestamp, ClockNotSet> {
-        let Inner { earliest, said_unset, .. } = &*self.0;
-        let now = self.now();
-        if now < *earliest {
-            let error = ClockNotSet { now, earliest: *earliest };
+        let said_unset = &self.0.said_unset;
+        let now = self.check().inspect_err(|error| {
             if !said_unset.swap(true, Ordering::Relaxed) {
                 tracing::error!(
                     "{error}; until then events are answered 503 and nothing is deleted"
                 );
             }
-            return Err(error);
-        }
+        })?;
         if said_unset.load(Ordering::Relaxed) && said_unset.swap(false, Ordering::Relaxed) {
             tracing::info!(%now, "the clock is set; events are stored again");
         }

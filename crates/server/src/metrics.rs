@@ -151,6 +151,18 @@ impl Metrics {
         self.events_rejected.with_label_values(&[code.as_str()]).inc();
     }
 
+    /// How many events were refused because they were dated in the future.
+    #[must_use]
+    pub fn refused_as_future(&self) -> u64 {
+        self.events_rejected.with_label_values(&[ViolationCode::Future.as_str()]).get()
+    }
+
+    /// How many events were stored.
+    #[must_use]
+    pub fn stored_events(&self) -> u64 {
+        ["ok", "failed"].map(|result| self.events.with_label_values(&[result]).get()).iter().sum()
+    }
+
     /// Counts an event that is not what was stored under its id.
     pub fn event_id_conflict(&self) {
         self.event_id_conflicts.inc();

@@ -154,6 +154,7 @@ async fn serve(
         let _ = stopped.await;
     };
     tasks.start(INGEST, async { task.run(stopped).await.map_err(|error| error.to_string()) });
+    tasks.start("the clock", forever(maintenance.clock_watch(&metrics).follow()));
     tasks.start("maintenance", forever(maintain(maintenance)));
     tasks.start("aggregation", forever(fold(Arc::clone(&store), clock.clone())));
     tasks.start("deletions", forever(finish_deletions(Arc::clone(&store))));

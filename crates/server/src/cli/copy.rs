@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::progress::Progress;
+use super::{database, progress::Progress};
 use crate::{
     clock::Clock,
     config::CopyArgs,
@@ -31,7 +31,8 @@ pub(super) struct CopyCommand {
 pub(super) async fn run(command: &CopyCommand) -> Result<(), String> {
     let (from, to) = command.databases.targets().map_err(|error| error.to_string())?;
     // The copy goes by it which events the other side regards as received already.
-    let now = Clock::system().set_time().map_err(|error| error.to_string())?;
+    let clock = Clock::system();
+    let now = clock.check().map_err(|error| error.to_string())?;
     let mut table = None;
     let mut report = |progress| show(&mut table, progress);
     let copied = store::copy(&from, &to, now, &mut report).await;
@@ -41,6 +42,10 @@ pub(super) async fn run(command: &CopyCommand) -> Result<(), String> {
         table.progress.finish();
     }
     say(&from, &to, &copied.map_err(|error| error.to_string())?);
+    // Only now is it known that the source can be opened. A copy that is there must not fail for that.
+    if let Ok(store) = store::open(&from).await {
+        database::warn_of_clock(&*store, &clock).await?;
+    }
     println!("what {from} received after {now} may not be in it");
     Ok(())
 }

@@ -2,18 +2,19 @@
 
 use std::sync::Arc;
 
-use pisync_core::Timestamp;
-
 use crate::{
+    clock::Clock,
     config::MigrationArgs,
+    maintenance,
     store::{self, Store, Target, migrations::Migrator},
 };
 
-/// Opens the store, with the schema that it needs: SQLite's is brought up to date, as a server does it.
+/// Opens the store, with the schema that it needs: SQLite's is brought up to date, as a server does it. Warns of a
+/// clock that is not to be trusted.
 pub(super) async fn open(
     target: &Target,
     migrations: &MigrationArgs,
-    now: Timestamp,
+    clock: &Clock,
 ) -> Result<Arc<dyn Store>, String> {
     let (mut migrator, pending) = pending(target, migrations).await?;
     if !pending.is_empty() {
@@ -23,9 +24,11 @@ pub(super) async fn open(
         }
         // Not under a running server of an older version.
         let _claim = store::claim(target).map_err(|error| error.to_string())?;
-        migrator.up(now).await.map_err(|error| error.to_string())?;
+        migrator.up(clock.now()).await.map_err(|error| error.to_string())?;
     }
-    open_settled(target).await
+    let store = open_settled(target).await?;
+    warn_of_clock(&*store, clock).await?;
+    Ok(store)
 }
 
 /// Opens the store, whose schema must be current: for commands that only read, and make nothing.
@@ -48,6 +51,15 @@ pub(super) async fn open_current(
 async fn open_settled(target: &Target) -> Result<Arc<dyn Store>, String> {
     store::settle(target).map_err(|error| error.to_string())?;
     store::open(target).await.map_err(|error| error.to_string())
+}
+
+/// Says on standard error what speaks against this machine's clock, for commands that date or compare by it.
+pub(super) async fn warn_of_clock(store: &dyn Store, clock: &Clock) -> Result<(), String> {
+    let doubt = maintenance::doubt(store, clock).await.map_err(|error| error.to_string())?;
+    if let Some(doubt) = doubt {
+        eprintln!("pisync: {doubt}");
+    }
+    Ok(())
 }
 
 async fn pending(

@@ -92,7 +92,7 @@ impl ImportCommand {
 pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
     let clock = Clock::system();
-    let store = database::open(&target, &command.migrations, clock.now()).await?;
+    let store = database::open(&target, &command.migrations, &clock).await?;
     let source = command.source();
     let name = source.name();
     let import = Import {

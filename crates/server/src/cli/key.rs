@@ -8,6 +8,7 @@ use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     keys::{self, KeyWish, MAX_NAME},
+    maintenance::present,
     random::Randomness,
     store::{Actor, ApiKey, Revocation, Scope, Via},
 };
@@ -65,7 +66,8 @@ enum Action {
 
 pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
-    let now = Clock::system().now();
+    let clock = Clock::system();
+    let now = clock.now();
     let by = Actor { via: Via::CommandLine, address: None, at: now };
     match &command.action {
         Action::Create { scope, device, group, expires, name } => {
@@ -75,7 +77,13 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             if let Some((field, problem)) = wish.problem(now) {
                 return Err(format!("{field} {problem}"));
             }
-            let store = database::open(&target, &command.migrations, now).await?;
+            let store = database::open(&target, &command.migrations, &clock).await?;
+            let present = present(&*store, &clock).await.map_err(|error| error.to_string())?;
+            if let Some(end) = expires_at.filter(|end| *end <= present) {
+                return Err(format!(
+                    "the key would end at {end}, and the present is {present} or later; set this machine's clock, or name a later time with --expires"
+                ));
+            }
             let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by)
                 .await
                 .map_err(|error| error.to_string())?;
@@ -83,7 +91,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             Ok(())
         }
         Action::List => {
-            let store = database::open(&target, &command.migrations, now).await?;
+            let store = database::open(&target, &command.migrations, &clock).await?;
             let keys = store.keys().await.map_err(|error| error.to_string())?.keys;
             for line in table(&keys, now) {
                 println!("{line}");
@@ -91,7 +99,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             Ok(())
         }
         Action::Revoke { ids } => {
-            let store = database::open(&target, &command.migrations, now).await?;
+            let store = database::open(&target, &command.migrations, &clock).await?;
             let mut unknown = Vec::new();
             for id in ids {
                 match store.revoke_key(*id, &by).await.map_err(|error| error.to_string())? {

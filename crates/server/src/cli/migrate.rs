@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::{Args, Subcommand};
 
-use super::take_over;
+use super::{database, take_over};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -148,14 +148,18 @@ fn count(migrations: usize) -> String {
 
 /// Applies what is pending, says so, and tells how many that were.
 pub(super) async fn up(target: &Target, folder: &Path) -> Result<usize, String> {
-    let now = Clock::system().now();
+    let clock = Clock::system();
+    let now = clock.now();
     let applied = open(target, folder).await?.up(now).await.map_err(|error| error.to_string())?;
     for name in &applied {
         println!("applied   {name}");
     }
-    // So that events find their partitions, whoever writes them.
     let store = store::open(target).await.map_err(|error| error.to_string())?;
-    store.maintain(now).await.map_err(|error| error.to_string())?;
+    database::warn_of_clock(&*store, &clock).await?;
+    // So that events find their partitions, whoever writes them. A clock that is not set would make old ones.
+    if clock.check().is_ok() {
+        store.maintain(now).await.map_err(|error| error.to_string())?;
+    }
     Ok(applied.len())
 }
 

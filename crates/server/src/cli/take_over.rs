@@ -12,7 +12,8 @@ use crate::{
 
 /// Says what is there and what to expect, and changes nothing.
 pub(super) async fn rehearse(target: &Target, take_over: &mut TakeOver) -> Result<(), String> {
-    let rehearsal = take_over.rehearse(Clock::system().now()).await;
+    let now = Clock::system().check().map_err(|error| error.to_string())?;
+    let rehearsal = take_over.rehearse(now).await;
     let rehearsal = rehearsal.map_err(|error| error.to_string())?;
     println!("{target} was made by the Node PiSync; this is a rehearsal, nothing is changed");
     let Some(estimate) = rehearsal.estimate else {
@@ -54,7 +55,9 @@ pub(super) async fn run(target: &Target, take_over: &mut TakeOver) -> Result<boo
         Progress::Counting => println!("counting  the figures of each device"),
         Progress::Folding => println!("summing   by day and hour"),
     };
-    let done = take_over.run(Clock::system().now(), &mut report).await;
+    // Whatever is dated after it counts in no streak.
+    let now = Clock::system().check().map_err(|error| error.to_string())?;
+    let done = take_over.run(now, &mut report).await;
     if !done.map_err(|error| error.to_string())? {
         return Ok(false);
     }

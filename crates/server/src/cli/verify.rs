@@ -6,6 +6,7 @@ use super::database;
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
+    maintenance::present,
     store::{FigureDifference, Store, SumDifference, Verified},
 };
 
@@ -33,7 +34,11 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
     let store = database::open_current(&target, &command.migrations).await?;
 
-    let now = Clock::system().set_time().map_err(|error| error.to_string())?;
+    let clock = Clock::system();
+    clock.check().map_err(|error| error.to_string())?;
+    database::warn_of_clock(&*store, &clock).await?;
+    // By a clock that is behind, right dates would be taken for dates to come.
+    let now = present(&*store, &clock).await.map_err(|error| error.to_string())?;
     let mut sum = Verified::default();
     let (mut jobs, mut days, mut after) = (0, 0, None);
     loop {

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     keys::{self, CreateError, KeyWish, MAX_NAME},
+    maintenance::present,
     store::{ApiKey, Revocation, Scope},
 };
 
@@ -241,7 +242,9 @@ async fn create_key(
     let key = auth::key_of(&request);
     let body = JsonBody::of(request, BODY_LIMIT, &state).read().await?;
     state.gate.look_again(key.as_ref(), Scope::Admin)?;
-    let wish = read_wish(&body, actor.at)?;
+    // By a clock that is behind, a key would be made that has ended.
+    let present = present(&*state.store, &state.clock).await?;
+    let wish = read_wish(&body, actor.at.max(present))?;
     let created = keys::create(&*state.store, &state.randomness, wish, &actor).await;
     let (id, secret) = created.map_err(|error| match error {
         CreateError::Randomness(detail) => ApiError::Internal(detail),

@@ -157,7 +157,7 @@ impl Import {
         mut watch: impl FnMut(&Status),
     ) -> Result<Status, ImportError> {
         // By a wrong clock events would be dated wrong, or rejected as from the future.
-        let now = clock.set_time().map_err(|error| ImportError(error.to_string()))?;
+        let now = clock.check().map_err(|error| ImportError(error.to_string()))?;
         let database = database_time(store, clock).await;
         if let Some(database) = database.map_err(|error| ImportError(error.to_string()))? {
             check_clocks(now, database)?;

@@ -1,15 +1,20 @@
 //! What the store needs from time to time. `app` runs it every hour; whatever goes by the age of things goes by
-//! [`deletion_clock`], since a wrong clock must delete nothing.
+//! [`trusted_clock`], since a wrong clock must delete nothing.
 
-mod deletion_clock;
+mod clock_watch;
+mod course;
+mod trusted_clock;
 
 use std::{sync::Arc, time::Instant};
 
 use pisync_core::Timestamp;
 
-use self::deletion_clock::{BelievedTime, DeletionClock};
+pub use self::clock_watch::ClockWatch;
+use self::trusted_clock::{BelievedTime, TrustedClock};
+pub(crate) use self::trusted_clock::{doubt, present};
 use crate::{
     clock::Clock,
+    metrics::Metrics,
     store::{Retention, Store, StoreError},
 };
 
@@ -23,7 +28,7 @@ const DAY: i64 = 86_400_000;
 /// See the module.
 pub struct Maintenance {
     store: Arc<dyn Store>,
-    clock: DeletionClock,
+    clock: Arc<TrustedClock>,
     retention: Option<Retention>,
     event_id_retention_days: u32,
 }
@@ -37,8 +42,14 @@ impl Maintenance {
         retention: Option<Retention>,
         event_id_retention_days: u32,
     ) -> Self {
-        let clock = DeletionClock::new(Arc::clone(&store), clock);
+        let clock = Arc::new(TrustedClock::new(Arc::clone(&store), clock));
         Self { store, clock, retention, event_id_retention_days }
+    }
+
+    /// What watches the clock in between.
+    #[must_use]
+    pub fn clock_watch(&self, metrics: &Arc<Metrics>) -> ClockWatch {
+        ClockWatch::new(Arc::clone(&self.store), Arc::clone(&self.clock), Arc::clone(metrics))
     }
 
     /// What must be done before events come.
@@ -46,7 +57,7 @@ impl Maintenance {
     /// # Errors
     /// When the database is away.
     pub async fn prepare(&mut self) -> Result<(), StoreError> {
-        match self.clock.now().await? {
+        match self.clock.judge().await? {
             Some(time) => self.store.maintain(time.now).await,
             None => Ok(()),
         }
@@ -57,30 +68,18 @@ impl Maintenance {
     /// # Errors
     /// When the database is away. What was done stays.
     pub async fn run(&mut self) -> Result<bool, StoreError> {
-        let Some(BelievedTime { now, is_certain }) = self.clock.now().await? else {
+        let Some(BelievedTime { now, is_certain }) = self.clock.judge().await? else {
             return Ok(false);
         };
         self.store.maintain(now).await?;
         if is_certain {
-            self.recount_misdated(now).await?;
+            recount_misdated(&*self.store, now).await?;
         }
         self.forget_event_ids(now).await?;
         if let Some(retention) = &self.retention {
             drop_old_events(&*self.store, now, retention).await?;
         }
         Ok(true)
-    }
-
-    /// Counts again what a clock that was ahead has put behind a date to come.
-    async fn recount_misdated(&self, now: Timestamp) -> Result<(), StoreError> {
-        let jobs = self.store.recount_misdated(now).await?;
-        if jobs > 0 {
-            tracing::warn!(
-                jobs,
-                "a clock was ahead when events of some jobs were received: until their dates have come, they count in sums, and not in streaks or as the last"
-            );
-        }
-        Ok(())
     }
 
     /// Forgets the event ids of so many days ago, in small steps.
@@ -95,6 +94,18 @@ impl Maintenance {
             tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
         }
     }
+}
+
+/// Counts again what a clock that was ahead has put behind a date to come.
+async fn recount_misdated(store: &dyn Store, now: Timestamp) -> Result<(), StoreError> {
+    let jobs = store.recount_misdated(now).await?;
+    if jobs > 0 {
+        tracing::warn!(
+            jobs,
+            "a clock was ahead when events of some jobs were received: until their dates have come, they count in sums, and not in streaks or as the last"
+        );
+    }
+    Ok(())
 }
 
 /// Drops what is too old, a little at a time, and yields to ingest in between.

@@ -43,6 +43,7 @@ pub use keys::{
 pub use retention::Retention;
 pub use target::{PostgresTarget, SslMode, Target};
 pub use trusted_time::TrustedTime;
+pub(crate) use trusted_time::{NOTABLE_DIFFERENCE, Standing};
 pub use verify::{FigureDifference, JobDifference, SumDifference, Sums, Verified};
 pub use window::Window;
 
@@ -157,6 +158,9 @@ pub trait Store: KeyStore + DeviceDeletions + Send + Sync {
     /// Moves the time on by which old events and event ids are deleted, given what the clock says and for how long
     /// this server has run since it last did.
     async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError>;
+
+    /// The time that was believed last, which `trust_time` moves on; `None` before a server has.
+    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError>;
 
     /// The database's own clock; `None` on SQLite, which goes by the server's.
     async fn database_time(&self) -> Result<Option<Timestamp>, StoreError>;

@@ -2,9 +2,10 @@
 //! ids or old events; both stores keep the answer, and what is decided is decided here.
 //!
 //! A clock that jumps ahead would make everything look old. So the database keeps the latest time that was believed.
-//! A clock that is a few days ahead of it is believed: servers are switched off for a weekend. Beyond, the believed
-//! time only goes on as fast as the server runs, until the devices bear the clock out, or until it has run for two
-//! weeks. A clock that is behind is no danger: it makes nothing look old.
+//! At its start a server believes a clock that is a few days ahead of it: servers are switched off for a weekend. Beyond,
+//! and once the server runs, the believed time only goes on as fast as it runs, until the devices bear the clock out, or
+//! until it has run for two weeks. A clock that is behind makes nothing look old. When devices bear it out, the believed
+//! time was wrong, and goes back.
 
 use std::time::Duration;
 
@@ -12,9 +13,16 @@ use pisync_core::Timestamp;
 
 const DAY: i64 = 24 * 60 * 60 * 1000;
 
-/// How far the clock may be ahead of the believed time, in milliseconds. What it could cost to believe a wrong
-/// clock is the events of so many days.
+/// How far the clock may be ahead of the believed time when a server starts, in milliseconds. What it could cost to
+/// believe a wrong clock is the events of so many days.
 const LONGEST_PAUSE: i64 = 4 * DAY;
+
+/// How far the clock of a running server may get ahead of what its run accounts for, in milliseconds.
+const LARGEST_STEP: i64 = 60 * 60 * 1000;
+
+/// By how much two clocks may differ before anybody hears of it, in milliseconds. Servers on one PostgreSQL rely on
+/// their clocks to a minute, when they aggregate events.
+pub(crate) const NOTABLE_DIFFERENCE: i64 = 60_000;
 
 /// After how long a clock is believed that nothing has borne out, in milliseconds: by then somebody has read
 /// the warnings, and old events must not be kept for ever.
@@ -35,6 +43,17 @@ pub struct TrustedTime {
     pub(super) seen: Timestamp,
     /// For how long servers have run with a clock that is not believed, in milliseconds.
     pub(super) doubted: i64,
+}
+
+/// How a clock stands to the believed time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Nothing speaks against it.
+    Plausible,
+    /// It is too far ahead to be believed.
+    Ahead,
+    /// It has shown a later time before, or another server's has.
+    Behind,
 }
 
 /// What devices say of the server's clock: those that were heard of within the last hour by it.
@@ -58,26 +77,59 @@ impl TrustedTime {
         Self { until: newest.map_or(now, |newest| newest.min(now)), seen: now, doubted: 0 }
     }
 
-    /// Whether `now` is too far ahead to be believed as it is.
-    pub(super) fn doubts(&self, now: Timestamp) -> bool {
-        now > self.until.saturating_add_milliseconds(LONGEST_PAUSE)
+    /// How a clock that shows `now` stands to it, for whoever has just come.
+    pub(crate) fn standing(&self, now: Timestamp) -> Standing {
+        if self.doubts(now, Duration::ZERO) {
+            Standing::Ahead
+        } else if now < self.until.saturating_add_milliseconds(-NOTABLE_DIFFERENCE) {
+            Standing::Behind
+        } else {
+            Standing::Plausible
+        }
+    }
+
+    /// Whether `now` is too far ahead to be believed as it is, by a server that has run for so long since it last
+    /// moved the believed time on.
+    fn doubts(&self, now: Timestamp, ran: Duration) -> bool {
+        let lead = if ran.is_zero() {
+            LONGEST_PAUSE
+        } else {
+            LARGEST_STEP.saturating_add(milliseconds(ran))
+        };
+        now > self.until.saturating_add_milliseconds(lead)
+    }
+
+    /// Whether the believed time is so far ahead of `now` that devices can tell which of them is right.
+    fn contradicts(&self, now: Timestamp) -> bool {
+        now < self.until.saturating_add_milliseconds(-AGREEMENT_MILLISECONDS)
+    }
+
+    /// Whether what devices say matters.
+    pub(super) fn needs_witnesses(&self, now: Timestamp, ran: Duration) -> bool {
+        self.doubts(now, ran) || self.contradicts(now)
     }
 
     /// Moves the believed time on, after a server has run for so long since it last did.
     pub(super) fn advance(self, now: Timestamp, ran: Duration, witnesses: Witnesses) -> Self {
-        if !self.doubts(now) || witnesses.bear_out() {
+        if witnesses.bear_out() && self.contradicts(now) {
+            return Self { until: now, seen: now, doubted: 0 };
+        }
+        if !self.doubts(now, ran) || witnesses.bear_out() {
             return Self { until: self.until.max(now), seen: now, doubted: 0 };
         }
         // Several servers do this for one database: together they count no hour twice.
         let passed = now.as_millisecond() - self.seen.as_millisecond();
-        let ran = i64::try_from(ran.as_millis()).unwrap_or(i64::MAX);
-        let passed = passed.clamp(0, ran);
+        let passed = passed.clamp(0, milliseconds(ran));
         let doubted = self.doubted.saturating_add(passed);
         if doubted >= LONGEST_DOUBT {
             return Self { until: now, seen: now, doubted: 0 };
         }
         Self { until: self.until.saturating_add_milliseconds(passed), seen: now, doubted }
     }
+}
+
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -141,6 +193,48 @@ mod tests {
             let witnesses = Witnesses { devices, agreeing };
             let time = time.advance(at(400 * DAY), Duration::ZERO, witnesses);
             assert_eq!(time.until == at(400 * DAY), bears_out, "{agreeing} of {devices}");
+        }
+    }
+
+    /// A server that runs knows how much time has passed. One that starts does not.
+    #[test]
+    fn a_running_server_believes_no_jump() {
+        let time = TrustedTime::first(None, at(0));
+        for (now, ran, is_believed) in [
+            (at(3 * DAY), Duration::ZERO, true),
+            (at(3 * DAY), hours(1), false),
+            (at(3 * HOUR), hours(1), false),
+            (at(3 * HOUR), hours(3), true),
+            (at(2 * HOUR), hours(1), true),
+        ] {
+            let after = time.advance(now, ran, Witnesses::default());
+            assert_eq!(after.until == now, is_believed, "{now} after {ran:?}");
+            assert!(after.until <= now);
+        }
+    }
+
+    #[test]
+    fn devices_correct_a_time_that_was_wrong() {
+        let time = TrustedTime::first(None, at(400 * DAY));
+        let unheard = time.advance(at(0), hours(1), Witnesses::default());
+        assert_eq!(unheard.until, at(400 * DAY));
+        let witnesses = Witnesses { devices: 3, agreeing: 2 };
+        assert_eq!(time.advance(at(0), hours(1), witnesses).until, at(0));
+        // They cannot tell within an hour.
+        let now = at(400 * DAY - HOUR);
+        assert_eq!(time.advance(now, hours(1), witnesses).until, at(400 * DAY));
+    }
+
+    #[test]
+    fn standings() {
+        let time = TrustedTime::first(None, at(0));
+        for (now, standing) in [
+            (-NOTABLE_DIFFERENCE - 1, Standing::Behind),
+            (-NOTABLE_DIFFERENCE, Standing::Plausible),
+            (LONGEST_PAUSE, Standing::Plausible),
+            (LONGEST_PAUSE + 1, Standing::Ahead),
+        ] {
+            assert_eq!(time.standing(at(now)), standing, "{now}");
         }
     }
 

@@ -16,6 +16,7 @@ mod attacks;
 mod audit_log;
 mod backup;
 mod browser;
+mod clock_jumps;
 mod command_line;
 mod command_logs;
 mod connections;

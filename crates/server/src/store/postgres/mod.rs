@@ -300,6 +300,10 @@ impl Store for PostgresStore {
         self.call(async |connection| trusted_time::advance(connection, now, ran).await).await
     }
 
+    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError> {
+        self.call(async |connection| trusted_time::read(connection).await).await
+    }
+
     async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
         self.call(async |connection| trusted_time::database_time(connection).await).await.map(Some)
     }

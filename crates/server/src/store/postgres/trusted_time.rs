@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
-use tokio_postgres::{Client, Error};
+use tokio_postgres::{Client, Error, Row};
 
 use super::connect::Object;
 use crate::store::trusted_time::{AGREEMENT_MILLISECONDS, TrustedTime, WITNESSES, Witnesses};
@@ -33,19 +33,31 @@ pub(super) async fn advance(
         let first = TrustedTime::first(newest.map(Timestamp::truncate), now);
         transaction.execute(ADD, &[&first.until.to_jiff(), &first.seen.to_jiff()]).await?;
     }
-    let row = transaction.query_one(SELECT, &[]).await?;
-    let before = TrustedTime {
-        until: Timestamp::truncate(row.try_get(0)?),
-        seen: Timestamp::truncate(row.try_get(1)?),
-        doubted: row.try_get(2)?,
+    let before = trusted_time(&transaction.query_one(SELECT, &[]).await?)?;
+    let witnesses = if before.needs_witnesses(now, ran) {
+        witnesses(&transaction, now).await?
+    } else {
+        Witnesses::default()
     };
-    let witnesses =
-        if before.doubts(now) { witnesses(&transaction, now).await? } else { Witnesses::default() };
     let after = before.advance(now, ran, witnesses);
     let (until, seen) = (after.until.to_jiff(), after.seen.to_jiff());
     transaction.execute(WRITE, &[&until, &seen, &after.doubted]).await?;
     transaction.commit().await?;
     Ok(after)
+}
+
+/// The time that was believed last.
+pub(super) async fn read(client: &Client) -> Result<Option<TrustedTime>, Error> {
+    const SELECT: &str = "select until, seen, doubted from trusted_time";
+    client.query_opt(SELECT, &[]).await?.as_ref().map(trusted_time).transpose()
+}
+
+fn trusted_time(row: &Row) -> Result<TrustedTime, Error> {
+    Ok(TrustedTime {
+        until: Timestamp::truncate(row.try_get(0)?),
+        seen: Timestamp::truncate(row.try_get(1)?),
+        doubted: row.try_get(2)?,
+    })
 }
 
 async fn witnesses(transaction: &Transaction<'_>, now: Timestamp) -> Result<Witnesses, Error> {

@@ -275,6 +275,10 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError> {
+        self.read(trusted_time::read).await
+    }
+
     async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
         Ok(None)
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pisync_core::Timestamp;
-use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 
 use super::reads::{optional_time, time};
 use crate::store::trusted_time::{AGREEMENT_MILLISECONDS, TrustedTime, WITNESSES, Witnesses};
@@ -14,28 +14,21 @@ pub(super) fn advance(
     now: Timestamp,
     ran: Duration,
 ) -> rusqlite::Result<TrustedTime> {
-    const SELECT: &str = "select until, seen, doubted from trusted_time";
-    const NEWEST: &str = "select max(last_received) from device_jobs";
     const WRITE: &str = "
         insert into trusted_time (id, until, seen, doubted) values (1, ?1, ?2, ?3)
             on conflict (id) do update
            set until = excluded.until, seen = excluded.seen, doubted = excluded.doubted
     ";
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let stored = transaction
-        .query_row(SELECT, [], |row| {
-            Ok(TrustedTime { until: time(row, 0)?, seen: time(row, 1)?, doubted: row.get(2)? })
-        })
-        .optional()?;
-    let before = match stored {
+    let before = match read(&transaction)? {
         Some(stored) => stored,
-        None => {
-            let newest = transaction.query_row(NEWEST, [], |row| optional_time(row, 0))?;
-            TrustedTime::first(newest, now)
-        }
+        None => TrustedTime::first(newest(&transaction)?, now),
     };
-    let witnesses =
-        if before.doubts(now) { witnesses(&transaction, now)? } else { Witnesses::default() };
+    let witnesses = if before.needs_witnesses(now, ran) {
+        witnesses(&transaction, now)?
+    } else {
+        Witnesses::default()
+    };
     let after = before.advance(now, ran, witnesses);
     transaction.execute(
         WRITE,
@@ -43,6 +36,21 @@ pub(super) fn advance(
     )?;
     transaction.commit()?;
     Ok(after)
+}
+
+/// The time that was believed last.
+pub(super) fn read(connection: &Connection) -> rusqlite::Result<Option<TrustedTime>> {
+    const SELECT: &str = "select until, seen, doubted from trusted_time";
+    let trusted_time = |row: &Row<'_>| {
+        Ok(TrustedTime { until: time(row, 0)?, seen: time(row, 1)?, doubted: row.get(2)? })
+    };
+    connection.query_row(SELECT, [], trusted_time).optional()
+}
+
+/// When the last event was received.
+fn newest(connection: &Connection) -> rusqlite::Result<Option<Timestamp>> {
+    const NEWEST: &str = "select max(last_received) from device_jobs";
+    connection.query_row(NEWEST, [], |row| optional_time(row, 0))
 }
 
 fn witnesses(connection: &Connection, now: Timestamp) -> rusqlite::Result<Witnesses> {

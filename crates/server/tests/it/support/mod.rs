@@ -2,6 +2,7 @@
 
 pub(crate) mod events;
 pub(crate) mod http;
+pub(crate) mod log;
 pub(crate) mod node_service;
 pub(crate) mod pgbouncer;
 pub(crate) mod postgres;

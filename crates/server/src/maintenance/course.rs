@@ -1,0 +1,101 @@
+//! How the machine's clock goes, measured against a clock that nobody sets: the monotonic one. A difference between
+//! the two is a jump, whoever made it: NTP, a person, or a machine that was suspended.
+
+use std::time::Instant;
+
+use pisync_core::Timestamp;
+
+use crate::store::NOTABLE_DIFFERENCE;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Course {
+    /// What both clocks showed last.
+    seen: Option<(Timestamp, Instant)>,
+    /// By how much it has jumped since it was last certain, in milliseconds; `None` while it has not.
+    off: Option<i64>,
+    is_back: bool,
+}
+
+impl Course {
+    /// By how many milliseconds the clock has jumped since `go_on` was last told, if it has.
+    pub(super) fn jump(&self, now: Timestamp, at: Instant) -> Option<i64> {
+        let (before, before_at) = self.seen?;
+        let passed = i64::try_from((at - before_at).as_millis()).unwrap_or(i64::MAX);
+        let by = now.as_millisecond() - before.as_millisecond() - passed;
+        (by.abs() > NOTABLE_DIFFERENCE).then_some(by)
+    }
+
+    /// Goes on from what both clocks show now, and answers the jump there was. `was_certain` tells whether nothing spoke
+    /// against the clock before it.
+    pub(super) fn go_on(&mut self, now: Timestamp, at: Instant, was_certain: bool) -> Option<i64> {
+        let jump = self.jump(now, at);
+        self.seen = Some((now, at));
+        if let Some(by) = jump {
+            let off = self.off.filter(|_| !was_certain);
+            self.off = if was_certain { Some(by) } else { off.map(|off| off.saturating_add(by)) };
+            self.is_back = self.off.is_some_and(|off| off.abs() <= NOTABLE_DIFFERENCE);
+            if self.is_back {
+                self.off = None;
+            }
+        }
+        jump
+    }
+
+    /// Whether its last jump took the clock back to where it was when nothing spoke against it.
+    pub(super) fn is_back(&self) -> bool {
+        self.is_back
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const YEAR: i64 = 365 * 24 * 60 * 60;
+
+    /// Shows a course seconds of the clock, given with those that have really passed and whether it was certain.
+    fn follow(looks: &[(i64, u64, bool)]) -> Vec<(Option<i64>, bool)> {
+        let began = Instant::now();
+        let mut course = Course::default();
+        let look = |(shown, passed, was_certain): &(i64, u64, bool)| {
+            let now = Timestamp::from_millisecond(1_795_348_800_000 + shown * 1000).unwrap();
+            let jump = course.go_on(now, began + Duration::from_secs(*passed), *was_certain);
+            (jump.map(|by| by / 1000), course.is_back())
+        };
+        looks.iter().map(look).collect()
+    }
+
+    #[test]
+    fn a_clock_that_goes_on_has_not_jumped() {
+        // Also one that is set by less than a minute, again and again.
+        let looks =
+            [(0, 0, false), (1, 1, true), (51, 2, true), (110, 3, true), (3710, 3604, true)];
+        assert!(follow(&looks).iter().all(|found| *found == (None, false)));
+    }
+
+    #[test]
+    fn a_clock_comes_back() {
+        let found = follow(&[
+            (0, 0, true),
+            (YEAR + 1, 1, true),
+            // It is set back, not quite, and then right.
+            (7202, 2, false),
+            (8, 3, false),
+            (9, 4, true),
+        ]);
+        let expected =
+            [(None, false), (Some(YEAR), false), (Some(-YEAR + 7200), false), (Some(-7195), true)];
+        assert_eq!(found[..4], expected);
+        assert_eq!(found[4], (None, true), "nothing has spoken against it since");
+    }
+
+    #[test]
+    fn where_a_clock_was_that_was_never_certain_is_nowhere_to_come_back_to() {
+        let found = follow(&[(YEAR, 0, false), (0, 0, false), (YEAR, 0, false), (0, 0, true)]);
+        let jumps = [None, Some(-YEAR), Some(YEAR), Some(-YEAR)];
+        assert_eq!(found, jumps.map(|jump| (jump, false)));
+    }
+}
