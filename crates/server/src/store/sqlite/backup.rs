@@ -10,6 +10,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::{
+    connection::open_existing,
     files::{
         Identity, LOG_INDEX, REPLACED, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something,
     },
@@ -162,8 +163,7 @@ impl From<rusqlite::Error> for CopyError {
 
 fn copy_and_check(source: &Path, destination: &str) -> Result<BackedUp, CopyError> {
     const COUNT: &str = "select (select count(*) from devices), (select count(*) from sync_events)";
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    Connection::open_with_flags(source, flags)?.execute("vacuum into ?1", [destination])?;
+    open_existing(source)?.execute("vacuum into ?1", [destination])?;
     let copy = Connection::open(destination)?;
     let verdict: String = copy.query_row("pragma integrity_check(1)", [], |row| row.get(0))?;
     if verdict != "ok" {

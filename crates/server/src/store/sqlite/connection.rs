@@ -15,8 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::files;
 use crate::store::{PoolUsage, StoreError};
 
-/// How long a command, or a server that starts, waits for another process that is writing (an import, a
-/// backup) before it gives up. On a card that is busy, one sync of a large log to the disk may take seconds.
+/// How long a command, or a server that starts, waits for another process (an import, a backup) before it gives up. On
+/// a card that is busy, one sync of a large log to the disk may take many seconds.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The same once requests wait for the answer.
@@ -79,15 +79,18 @@ pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
 /// Opens the file, which exists, for copying the log into it.
 pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> {
     let connection = open_existing(path)?;
+    connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
     // The log is synced before it is copied, and the file before the log is given up.
     connection.pragma_update(None, "synchronous", "full")?;
     Ok(connection)
 }
 
+/// Opens the file, which exists. Who only reads may have to wait, too: while another process reads the log after a
+/// crash, or copies it into the file because it is the last to close it.
 pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     Ok(connection)
 }
 
@@ -190,6 +193,7 @@ impl Readers {
 
     fn open(&self) -> rusqlite::Result<Connection> {
         let connection = open_existing(&self.path)?;
+        connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
         connection.pragma_update(None, "query_only", true)?;
         connection.pragma_update(None, "temp_store", "memory")?;
         Ok(connection)

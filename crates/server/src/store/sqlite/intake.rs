@@ -208,6 +208,7 @@ impl Intake {
         journal.create_files().map_err(|error| unusable(database, &error))?;
         writer.call(|connection| connection.set_journal_in_use(true)).await?;
         let keys = open_existing(database).map_err(store_error)?;
+        keys.busy_timeout(SERVING_BUSY_TIMEOUT).map_err(store_error)?;
         keys.pragma_update(None, "query_only", true).map_err(store_error)?;
 
         let mut state = State { settled: found.applied, last: found.applied, ..State::default() };

@@ -7,7 +7,7 @@ use pisync_core::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
-    connection::{open_for_writing, store_error},
+    connection::{open_existing, open_for_writing, store_error},
     files,
     reads::time,
 };
@@ -61,7 +61,7 @@ impl MigrationDatabase for SqliteMigrations {
             return Ok(Contents::Ours(Ours::default()));
         }
         let read = || -> rusqlite::Result<Contents> {
-            let connection = Connection::open(&path)?;
+            let connection = open_existing(&path)?;
             // One moment throughout: another server may be making the tables just now.
             let snapshot = connection.unchecked_transaction()?;
             let exists = |table: &str| has_table(&snapshot, table);

@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
 use pisync::{
@@ -144,7 +145,9 @@ impl TestDatabase {
     pub(crate) async fn execute(&self, sql: &str) {
         match &self.target {
             Target::Sqlite(path) => {
-                rusqlite::Connection::open(path).unwrap().execute_batch(sql).unwrap();
+                let connection = rusqlite::Connection::open(path).unwrap();
+                connection.busy_timeout(Duration::from_secs(60)).unwrap();
+                connection.execute_batch(sql).unwrap();
             }
             Target::Postgres(target) => {
                 postgres::connect(&target.config).await.batch_execute(sql).await.unwrap();
