@@ -433,7 +433,7 @@ fn db_host(host: &str) -> Result<&str, ConfigError> {
     }
     if bare.contains(':') && bare.parse::<Ipv6Addr>().is_err() {
         return wrong(format!(
-            "DB_HOST: {host:?} is neither a name nor an address; a port belongs into DB_PORT"
+            "DB_HOST: {host:?} is neither a name nor an address; a port belongs into DB_PORT, a URL into DATABASE_URL"
         ));
     }
     Ok(bare)

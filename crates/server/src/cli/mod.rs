@@ -24,6 +24,7 @@ mod import;
 mod interrupt;
 mod journal;
 mod key;
+mod masked;
 mod migrate;
 mod openapi;
 mod output;
@@ -35,9 +36,12 @@ mod verify;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 
-use self::settings::{SettingsFile, without_environment};
+use self::{
+    masked::Masks,
+    settings::{SettingsFile, without_environment},
+};
 use crate::{
     config::{LogLevelArgs, ServeArgs},
     logs::{self, LogLevel},
@@ -124,9 +128,9 @@ impl Command {
 /// Runs the command that was typed.
 #[must_use]
 pub fn main() -> ExitCode {
-    let (cli, settings_file) = match typed() {
+    let Typed { cli, settings_file, masks } = match typed() {
         Ok(typed) => typed,
-        Err(message) => return fail(&message),
+        Err(code) => return code,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(http_threads())
@@ -172,7 +176,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(_) if output::is_incomplete() => fail("cannot write to standard output"),
         Ok(code) => code,
-        Err(message) => fail(&message),
+        Err(message) => fail(&masks.mask(&message)),
     }
 }
 
@@ -203,25 +207,82 @@ fn with_default_command(mut arguments: Vec<std::ffi::OsString>) -> Vec<std::ffi:
     arguments
 }
 
-/// What was typed, with the settings of the environment and of `.env`. Ends the process when it makes no sense, or
-/// when help was asked for.
-fn typed() -> Result<(Cli, SettingsFile), String> {
-    let settings_file = SettingsFile::read(&known_variables())?;
+/// What was typed, with the settings of the environment and of `.env`.
+struct Typed {
+    cli: Cli,
+    settings_file: SettingsFile,
+    masks: Masks,
+}
+
+/// Reads what was typed. When it makes no sense, or help was asked for, that has been said, and the process ends with
+/// the code.
+fn typed() -> Result<Typed, ExitCode> {
+    let settings_file = SettingsFile::read(&known_variables());
     let typed = with_default_command(std::env::args_os().collect());
-    let matches = match settings_file.complete(Cli::command(), typed.clone())? {
-        Some(completed) => without_environment(Cli::command(), false).get_matches_from(completed),
+    let completed = settings_file.complete(Cli::command(), typed.clone());
+    let completed = completed.map_err(|message| fail(&Masks::of(&typed).mask(&message)))?;
+    let (mut command, words) = match completed {
+        Some(completed) => (without_environment(Cli::command(), false), completed),
         // The command as it is written shows the help that was asked for, which names the variables, or says what is
         // wrong.
-        None => Cli::command().get_matches_from(typed),
+        None => (Cli::command(), typed),
     };
-    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.to_string())?;
+    let masks = Masks::of(&words);
+    let read = command.try_get_matches_from_mut(words).and_then(|matches| {
+        refuse_urls_as_paths(&mut command, &matches)?;
+        Cli::from_arg_matches(&matches)
+    });
+    let cli = read.map_err(|error| say(&error, &masks))?;
     if !matches!(cli.command, Some(Command::Serve(_))) {
         // A server writes them into its log.
         for warning in &settings_file.warnings {
             eprintln!("pisync: {warning}");
         }
     }
-    Ok((cli, settings_file))
+    Ok(Typed { cli, settings_file, masks })
+}
+
+/// Says what clap has to say, be it help or an error, and returns the exit code.
+fn say(error: &clap::Error, masks: &Masks) -> ExitCode {
+    let text = error.to_string();
+    let masked = masks.mask(&text);
+    if masked == text {
+        // In colours, where there are any. The reader may be gone.
+        let _ = error.print();
+    } else {
+        eprintln!("{}", masked.trim_end());
+        eprintln!("\nA database's URL is typed behind --database-url, or set as DATABASE_URL.");
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
+}
+
+/// A database's URL where a path is meant would become a folder whose name holds the password.
+fn refuse_urls_as_paths(
+    command: &mut clap::Command,
+    matches: &ArgMatches,
+) -> Result<(), clap::Error> {
+    let (mut current, mut found) = (&*command, matches);
+    let mut wrong = None;
+    loop {
+        for argument in current.get_arguments().filter(|argument| settings::is_path(argument)) {
+            let values = found.get_raw(argument.get_id().as_str()).into_iter().flatten();
+            let is_url = |value: &std::ffi::OsStr| {
+                let value = value.as_encoded_bytes();
+                value.starts_with(b"postgres://") || value.starts_with(b"postgresql://")
+            };
+            if values.into_iter().any(is_url) {
+                wrong = Some(argument.to_string());
+            }
+        }
+        let Some((name, inner)) = found.subcommand() else { break };
+        let Some(of_name) = current.find_subcommand(name) else { break };
+        (current, found) = (of_name, inner);
+    }
+    let Some(argument) = wrong else { return Ok(()) };
+    let message = format!(
+        "{argument} is a path, and not the URL of a database, which is typed behind --database-url or set as DATABASE_URL"
+    );
+    Err(command.error(ErrorKind::ValueValidation, message))
 }
 
 /// The environment variables that any command reads.

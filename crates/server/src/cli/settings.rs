@@ -19,23 +19,28 @@ pub(super) struct SettingsFile {
     pub(super) warnings: Vec<String>,
     /// Settings whose names no command knows: most likely typos.
     pub(super) unknown: Vec<String>,
+    /// Why the file could not be read. Whoever asks for help gets it all the same.
+    unreadable: Option<String>,
 }
 
 impl SettingsFile {
     /// Reads `.env`, if there is one. `known` are the names that any command reads.
-    pub(super) fn read(known: &[String]) -> Result<Self, String> {
+    pub(super) fn read(known: &[String]) -> Self {
         let mut settings = Self::default();
+        let mut unreadable = |error: &dyn std::fmt::Display| {
+            settings.unreadable = Some(format!("cannot read .env: {error}"));
+        };
         match std::fs::read(".env") {
-            Ok(bytes) => {
-                settings.file =
-                    EnvFile::parse(&bytes).map_err(|error| format!("cannot read .env: {error}"))?;
-            }
+            Ok(bytes) => match EnvFile::parse(&bytes) {
+                Ok(file) => settings.file = file,
+                Err(error) => unreadable(&error),
+            },
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => {
                 let warning = ".env is a folder, not a file of settings; it is ignored";
                 settings.warnings.push(warning.to_owned());
             }
-            Err(error) => return Err(format!("cannot read .env: {error}")),
+            Err(error) => unreadable(&error),
         }
         for line in &settings.file.odd_lines {
             settings
@@ -53,7 +58,7 @@ impl SettingsFile {
                 settings.unknown.push(setting.name.clone());
             }
         }
-        Ok(settings)
+        settings
     }
 
     /// What was typed, with the settings of the command that were not; `None` when what was typed is no command
@@ -70,6 +75,9 @@ impl SettingsFile {
         let Ok(found) = lenient.try_get_matches_from_mut(&typed) else {
             return Ok(None);
         };
+        if let Some(error) = &self.unreadable {
+            return Err(error.clone());
+        }
         command.build();
         let (mut command, mut found) = (&command, &found);
         while let Some((name, inner)) = found.subcommand() {
@@ -97,9 +105,8 @@ impl SettingsFile {
 
     /// The value of an argument that was not typed; `None` when it is not set, or to nothing.
     fn value(&self, argument: &Arg, name: &str) -> Result<Option<OsString>, String> {
-        let kind = argument.get_value_parser().type_id();
         if let Some(value) = std::env::var_os(name) {
-            if value.to_str().is_none() && kind != TypeId::of::<PathBuf>() {
+            if value.to_str().is_none() && !is_path(argument) {
                 return Err(format!("the environment variable {name} is not valid UTF-8 text"));
             }
             return Ok(Some(value).filter(|value| !value.is_empty()));
@@ -107,18 +114,24 @@ impl SettingsFile {
         let Some(setting) = self.file.get(name).filter(|setting| !setting.value.is_empty()) else {
             return Ok(None);
         };
+        let is_secret = argument.get_value_parser().type_id() == TypeId::of::<Secret>();
         let value = &setting.value;
         let problem = if value.contains('\0') {
             "contains a NUL byte: the file may be damaged; write the line again"
         } else if !self.file.is_utf8 && value.contains('\u{fffd}') {
             "is not valid UTF-8 text; save the file as UTF-8"
-        } else if value.contains(['\n', '\r']) && kind != TypeId::of::<Secret>() {
+        } else if value.contains(['\n', '\r']) && !is_secret {
             "has several lines; is a quotation mark not closed?"
         } else {
             return Ok(Some(value.into()));
         };
         Err(format!("the value of {name} in line {} of .env {problem}", setting.line))
     }
+}
+
+/// Whether an argument's value is the path of a file or a folder.
+pub(super) fn is_path(argument: &Arg) -> bool {
+    argument.get_value_parser().type_id() == TypeId::of::<PathBuf>()
 }
 
 /// A known setting that stands, most likely by mistake, within the value of another.

@@ -64,7 +64,10 @@ impl PostgresUrl {
                 self.read_user(user)?;
                 hosts
             }
-            None => authority,
+            None => {
+                refuse_password_without_host(authority)?;
+                authority
+            }
         };
         self.read_hosts(hosts)?;
         if name.contains('/') {
@@ -297,6 +300,23 @@ fn split_host(text: &str) -> Result<(&str, Option<&str>), Problem> {
     }
 }
 
+/// Without an @, `USER:PASSWORD` is read as a host and a port.
+fn refuse_password_without_host(hosts: &str) -> Result<(), Problem> {
+    let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+    for host in hosts.split(',').filter(|host| host.parse::<Ipv6Addr>().is_err()) {
+        let Some((name, port)) = host.split_once(':') else { continue };
+        if !name.is_empty() && !name.starts_with('[') && !port.is_empty() && !is_port(port) {
+            return Err(
+                "there is no @: a user and a password must be followed by @HOST, as in \
+                 postgres://USER:PASSWORD@HOST/DATABASE; without them, a number from 1 to 65535 follows the host's colon, \
+                 and an IPv6 address stands in brackets"
+                    .into(),
+            );
+        }
+    }
+    Ok(())
+}
+
 fn decode_host(host: &str) -> Result<String, Problem> {
     if host.is_empty() {
         return Err("a host's name is empty".into());
@@ -305,9 +325,10 @@ fn decode_host(host: &str) -> Result<String, Problem> {
 }
 
 fn read_port(text: &str) -> Result<u16, Problem> {
-    text.parse().ok().filter(|port| *port > 0).ok_or_else(|| {
-        "the port must be a number from 1 to 65535 (user and password stand before an @)".into()
-    })
+    text.parse()
+        .ok()
+        .filter(|port| *port > 0)
+        .ok_or_else(|| "the port must be a number from 1 to 65535".into())
 }
 
 /// A number of seconds; none, which is the default, when it is not above zero.
@@ -454,7 +475,12 @@ mod tests {
             ("postgres://u:x?hunter=x@h/db", "? as %3F"),
             ("postgres://u:x@?hunter", "without a value"),
             ("postgres://u:x@h/db?hunter2=x", "a parameter that is not known"),
-            ("postgres://u:hunter", "user and password stand before an @"),
+            ("postgres://u:hunter", "a user and a password must be followed by @HOST"),
+            ("postgres://u:hunter/db", "a user and a password must be followed by @HOST"),
+            ("postgres://u:hunter?x=y", "a user and a password must be followed by @HOST"),
+            ("postgres://u:hun,ter", "a user and a password must be followed by @HOST"),
+            ("postgres://u:hunter:hunter", "a user and a password must be followed by @HOST"),
+            ("postgres://u:1234567/db", "a user and a password must be followed by @HOST"),
             ("postgres://hunter:x:y@h:1:2/db", "a colon in the password"),
         ] {
             let error = read(url).unwrap_err();

@@ -176,3 +176,93 @@ fn an_empty_variable_hides_the_files() {
     program.run(&["db", "setup"]).success();
     assert_eq!(program.names_in("."), [".env", "data"]);
 }
+
+/// Wherever a URL with a password is typed or set by mistake, nothing that is said or made shows the password.
+#[test]
+fn a_url_in_the_wrong_place_keeps_its_password() {
+    const URL: &str = "postgres://u:s3cret-word@h.invalid/db";
+    let typed = |words: &[&str]| {
+        (Program::new(), words.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let set =
+        |name: &str, value: &str| (Program::new().with(name, value), vec!["serve".to_owned()]);
+    let in_file = |text: &str| (Program::new().with_file(".env", text), vec!["serve".to_owned()]);
+    for ((program, words), code, expected) in [
+        (typed(&["serve", URL]), 2, "unexpected argument 'postgres://[hidden]' found"),
+        (typed(&[URL]), 2, "unrecognized subcommand 'postgres://[hidden]'"),
+        (typed(&["verify", "u:s3cret-word@h/db"]), 2, "unexpected argument '[hidden]' found"),
+        (
+            typed(&["serve", "DB_PASSWORD=s3cret-word"]),
+            2,
+            "unexpected argument 'DB_PASSWORD=[hidden]' found",
+        ),
+        (
+            typed(&["serve", "--port", URL]),
+            2,
+            "invalid value 'postgres://[hidden]' for '--port <PORT>'",
+        ),
+        (typed(&["serve", "--postgres://u:s3cret-word=x@h"]), 2, "'--postgres://[hidden]'"),
+        (typed(&["migrate", "status", URL]), 2, "unexpected argument 'postgres://[hidden]' found"),
+        (typed(&["import", URL]), 2, "<FILE> is a path, and not the URL of a database"),
+        (typed(&["import", "-", "--rejected", URL]), 2, "--rejected <FILE> is a path"),
+        (typed(&["backup", URL]), 2, "is a path, and not the URL of a database"),
+        (typed(&["restore", URL]), 2, "is a path, and not the URL of a database"),
+        (typed(&["export", "--output", URL]), 2, "is a path, and not the URL of a database"),
+        (
+            typed(&["verify", "--database-url", "postgres://u:s3cret-word"]),
+            1,
+            "a user and a password must be followed by @HOST",
+        ),
+        (set("DATA_DIR", URL), 2, "--data-dir <DATA_DIR> is a path"),
+        (set("PORT", URL), 2, "invalid value 'postgres://[hidden]'"),
+        (set("AUTH", URL), 1, "AUTH=postgres://[hidden]: expected auto"),
+        (set("HOST", URL), 1, "cannot listen on postgres://[hidden]"),
+        (
+            set("DB_HOST", URL),
+            1,
+            "DB_HOST: \"postgres://[hidden]\" is neither a name nor an address",
+        ),
+        (
+            set("DB_PORT", "postgres://u:s3cret-word,x@h"),
+            1,
+            "DB_PORT: \"postgres://[hidden]\" is no port",
+        ),
+        (
+            set("DATABASE_URL", "postgres://u:s3cret-word"),
+            1,
+            "DATABASE_URL: there is no @: a user and a password must be followed by @HOST",
+        ),
+        (in_file(&format!("PORT={URL}\n")), 2, "invalid value 'postgres://[hidden]'"),
+        (
+            in_file(&format!("TRUSTED_PROXIES={URL}\n")),
+            1,
+            "TRUSTED_PROXIES: \"postgres://[hidden]\"",
+        ),
+    ] {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let ended = program.run(&words);
+        assert_eq!(ended.code(), code, "{ended:?}");
+        assert!(ended.stderr.contains(expected), "{expected}: {ended:?}");
+        assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
+        let made =
+            program.names_in(".").into_iter().filter(|name| name != ".env" && name != "logs");
+        assert_eq!(made.collect::<Vec<_>>(), Vec::<String>::new(), "{ended:?}");
+        if program.path("logs").exists() {
+            for log in program.names_in("logs") {
+                let text = std::fs::read_to_string(program.path("logs").join(&log)).unwrap();
+                assert!(!text.contains("s3cret-word"), "{text}");
+            }
+        }
+    }
+}
+
+/// A file that cannot be read ends whatever would read it, and nothing else.
+#[test]
+fn help_needs_no_settings() {
+    let program = Program::new();
+    std::fs::write(program.path(".env"), b"\xff\xfeP\0=\00\0").unwrap();
+    program.run(&["--help"]).success();
+    program.run(&["serve", "--help"]).success();
+    program.run(&["--version"]).success();
+    assert!(program.run(&["verify"]).failure().contains("cannot read .env: it is UTF-16 text"));
+}
