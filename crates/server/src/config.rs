@@ -385,6 +385,13 @@ fn origin(text: &str) -> Option<HeaderValue> {
 }
 
 impl DatabaseArgs {
+    /// The argument that goes before all others.
+    pub(crate) const URL: &str = "database_url";
+
+    /// Arguments that are not read where there is a URL.
+    pub(crate) const IGNORED_BESIDE_URL: [&str; 6] =
+        ["db_host", "db_port", "db_name", "db_user", "db_password", "data_dir"];
+
     /// The database that is meant.
     ///
     /// # Errors

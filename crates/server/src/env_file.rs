@@ -33,6 +33,10 @@ pub(crate) struct Setting {
     pub(crate) value: String,
     /// The number of its line.
     pub(crate) line: usize,
+    /// Its value begins with a quotation mark that is not closed.
+    pub(crate) is_unclosed: bool,
+    /// The number of the line in which its value ends.
+    pub(crate) last_line: usize,
 }
 
 impl std::fmt::Debug for Setting {
@@ -60,8 +64,14 @@ impl EnvFile {
             let (Some(whole), Some(name)) = (found.get(0), found.get(1)) else { continue };
             file.odd_lines.extend(lines.odd_before(whole.start()));
             let line = lines.number_at(name.start());
-            let value = unquoted(found.get(2).map_or("", |value| value.as_str()));
-            file.settings.push(Setting { name: name.as_str().to_owned(), value, line });
+            let text = found.get(2).map_or("", |value| value.as_str());
+            file.settings.push(Setting {
+                name: name.as_str().to_owned(),
+                value: unquoted(text),
+                line,
+                is_unclosed: is_unclosed(text),
+                last_line: line + text.trim_matches(is_white_space).matches('\n').count(),
+            });
             lines.number_at(whole.end());
         }
         file.odd_lines.extend(lines.odd_before(text.len()));
@@ -78,6 +88,13 @@ impl EnvFile {
     pub(crate) fn settings(&self) -> impl Iterator<Item = &Setting> {
         self.settings.iter()
     }
+}
+
+/// Whether a value begins with a quotation mark and does not end with it.
+fn is_unclosed(text: &str) -> bool {
+    let text = text.trim_matches(is_white_space);
+    let quote = text.chars().next().filter(|first| matches!(first, '\'' | '"' | '`'));
+    quote.is_some_and(|quote| text.len() == 1 || !text.ends_with(quote))
 }
 
 /// What a value means.
@@ -171,11 +188,30 @@ mod tests {
         let text =
             "\u{feff}# ours\r\n\r\nA=1\r\nodd\r\nexport B='2\r\n3'\r\n  \r\n= 4\r\nC=5\r\n\0\0\0";
         let file = EnvFile::parse(text.as_bytes()).unwrap();
+        let ends: Vec<_> = file.settings().map(|setting| setting.last_line).collect();
+        assert_eq!(ends, [3, 6, 9]);
         let lines: Vec<_> =
             file.settings().map(|setting| (setting.name.as_str(), setting.line)).collect();
         assert_eq!(lines, [("A", 3), ("B", 5), ("C", 9)]);
         assert_eq!(file.odd_lines, [4, 8, 10]);
         assert!(!format!("{file:?}").contains("2\n3"), "values are not shown");
+    }
+
+    #[test]
+    fn unclosed_quotation_marks_are_told() {
+        for (text, is_unclosed) in [
+            ("A='x", true),
+            ("A=\"x # y", true),
+            ("A=`", true),
+            ("A='it's'", false),
+            ("A=it's", false),
+            ("A='x' # it's", false),
+            ("A=\"x\ny\"", false),
+            ("A=", false),
+        ] {
+            let file = EnvFile::parse(text.as_bytes()).unwrap();
+            assert_eq!(file.get("A").unwrap().is_unclosed, is_unclosed, "{text}");
+        }
     }
 
     #[test]

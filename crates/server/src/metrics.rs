@@ -56,6 +56,12 @@ impl Metrics {
         registry.register(Box::new(build))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
         let keep = Keep { registry: &registry };
+        let success_ratio = keep.this(Gauge::new(
+            "pisync_sync_success_ratio",
+            "Share of all syncs of all time that had no errors; NaN before the first sync.",
+        )?)?;
+        // Nothing is known of the fleet yet.
+        success_ratio.set(f64::NAN);
         Ok(Self {
             requests: keep.this(IntCounterVec::new(
                 Opts::new("http_requests_total", "Requests answered, by method, route and status."),
@@ -118,10 +124,7 @@ impl Metrics {
                 "pisync_active_devices",
                 "Devices heard from in the last 24 hours.",
             )?)?,
-            success_ratio: keep.this(Gauge::new(
-                "pisync_sync_success_ratio",
-                "Share of all syncs of all time that had no errors.",
-            )?)?,
+            success_ratio,
             registry,
         })
     }
@@ -184,7 +187,7 @@ impl Metrics {
     pub fn set_fleet(&self, stats: &FleetStats) {
         self.devices.set(stats.total_devices.cast_signed());
         self.active_devices.set(stats.active_devices.cast_signed());
-        self.success_ratio.set(stats.figures.success_ratio().unwrap_or(1.0));
+        self.success_ratio.set(stats.figures.success_ratio().unwrap_or(f64::NAN));
     }
 
     /// Everything in Prometheus' text format.

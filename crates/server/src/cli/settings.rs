@@ -4,10 +4,10 @@
 
 use std::{any::TypeId, ffi::OsString, path::PathBuf};
 
-use clap::{Arg, Command, builder::Resettable, parser::ValueSource};
+use clap::{Arg, ArgMatches, Command, builder::Resettable, parser::ValueSource};
 
 use crate::{
-    config::Secret,
+    config::{DatabaseArgs, Secret},
     env_file::{EnvFile, Setting},
 };
 
@@ -48,12 +48,7 @@ impl SettingsFile {
                 .push(format!("line {line} of .env is no setting (NAME=value); it is ignored"));
         }
         for setting in settings.file.settings() {
-            if let Some(swallowed) = swallowed(setting, known) {
-                settings.warnings.push(format!(
-                    "the value of {} in line {} of .env takes the setting {swallowed} in; is a quotation mark not closed?",
-                    setting.name, setting.line
-                ));
-            }
+            settings.warnings.extend(quotation_warning(setting, known));
             if !known.contains(&setting.name) {
                 settings.unknown.push(setting.name.clone());
             }
@@ -84,12 +79,16 @@ impl SettingsFile {
             let Some(of_name) = command.find_subcommand(name) else { break };
             (command, found) = (of_name, inner);
         }
+        let names_url = self.names_database_url(command, found);
         let mut settings = Vec::new();
         for argument in command.get_arguments() {
             let (Some(variable), Some(flag)) = (argument.get_env(), argument.get_long()) else {
                 continue;
             };
             if found.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine) {
+                continue;
+            }
+            if names_url && DatabaseArgs::IGNORED_BESIDE_URL.contains(&argument.get_id().as_str()) {
                 continue;
             }
             let Some(value) = self.value(argument, &variable.to_string_lossy())? else { continue };
@@ -101,6 +100,20 @@ impl SettingsFile {
         let end = typed.iter().position(|word| word == "--").unwrap_or(typed.len());
         typed.splice(end..end, settings);
         Ok(Some(typed))
+    }
+
+    /// Whether the database is named by a URL, so that the settings of its parts are not read: what they say must not
+    /// end the command.
+    fn names_database_url(&self, command: &Command, found: &ArgMatches) -> bool {
+        let is_url = |argument: &&Arg| argument.get_id() == DatabaseArgs::URL;
+        let Some(argument) = command.get_arguments().find(is_url) else { return false };
+        if found.value_source(DatabaseArgs::URL) == Some(ValueSource::CommandLine) {
+            return found
+                .get_raw(DatabaseArgs::URL)
+                .is_some_and(|mut url| url.any(|url| !url.is_empty()));
+        }
+        let variable = argument.get_env().map(std::ffi::OsStr::to_string_lossy);
+        variable.is_some_and(|name| !matches!(self.value(argument, &name), Ok(None)))
     }
 
     /// The value of an argument that was not typed; `None` when it is not set, or to nothing.
@@ -127,6 +140,27 @@ impl SettingsFile {
         };
         Err(format!("the value of {name} in line {} of .env {problem}", setting.line))
     }
+}
+
+/// What is odd about the quotation marks of a setting. It is read as dotenv reads it all the same.
+fn quotation_warning(setting: &Setting, known: &[String]) -> Option<String> {
+    let Setting { name, line, last_line, .. } = setting;
+    if let Some(swallowed) = swallowed(setting, known) {
+        return Some(format!(
+            "the value of {name} in line {line} of .env takes the setting {swallowed} in; is a quotation mark not closed?"
+        ));
+    }
+    if setting.is_unclosed {
+        return Some(format!(
+            "the value of {name} in line {line} of .env begins with a quotation mark and does not end with it; is it not closed? It is taken as part of the value"
+        ));
+    }
+    // Another program's setting may be meant so: a certificate, for instance.
+    (last_line > line && known.contains(name)).then(|| {
+        format!(
+            "the value of {name} in line {line} of .env goes on to line {last_line}; is a quotation mark not closed?"
+        )
+    })
 }
 
 /// Whether an argument's value is the path of a file or a folder.

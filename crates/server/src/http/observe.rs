@@ -33,7 +33,10 @@ use super::{
     security_headers,
     serve::Peer,
 };
-use crate::{clock::Clock, seldom::Seldom};
+use crate::{
+    clock::Clock,
+    seldom::{FewPerInterval, OfFew, Seldom},
+};
 
 /// The header that carries a request's id.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -52,6 +55,11 @@ const FOREIGN_EVERY: Duration = Duration::from_secs(10);
 
 /// So is one for batches with events that were rejected; metrics count them all.
 const REJECTED_EVERY: Duration = Duration::from_secs(10);
+
+/// So are some for requests that are refused, and for slow ones: whoever reaches the server can send as many as they
+/// like. The first ones are worth a line each, for people who look for what is wrong with a device.
+const LINES_OF_REQUESTS: u64 = 20;
+const LINES_OF_REQUESTS_EVERY: Duration = Duration::from_secs(10);
 
 /// Stands for the route of requests that match none: a label must not grow with what is asked for.
 const UNMATCHED: &str = "unmatched";
@@ -93,6 +101,10 @@ pub(super) struct SeldomLogged {
     foreign: Seldom,
     /// Batches with events that were rejected: a device that sends such sends them all day.
     rejections: Seldom,
+    /// Requests that are wrong, may not be sent or come too often.
+    client_errors: FewPerInterval,
+    /// Requests that took long, perhaps because their client wanted them to.
+    slow: FewPerInterval,
 }
 
 impl SeldomLogged {
@@ -101,6 +113,8 @@ impl SeldomLogged {
             refusals: Seldom::new(REFUSED_EVERY),
             foreign: Seldom::new(FOREIGN_EVERY),
             rejections: Seldom::new(REJECTED_EVERY),
+            client_errors: FewPerInterval::new(LINES_OF_REQUESTS, LINES_OF_REQUESTS_EVERY),
+            slow: FewPerInterval::new(LINES_OF_REQUESTS, LINES_OF_REQUESTS_EVERY),
         }
     }
 }
@@ -327,9 +341,25 @@ impl Line<'_> {
         } else if self.status.is_server_error() {
             line!(error, "request failed");
         } else if self.duration >= SLOW {
-            line!(warn, "slow request");
+            match seldom.slow.due() {
+                Some(OfFew { passed_over: 0, is_last: false }) => line!(warn, "slow request"),
+                Some(OfFew { passed_over, .. }) => line!(
+                    warn,
+                    "slow request; more than 20 within 10 s are counted, in passed_over and by http_request_duration_seconds",
+                    passed_over = passed_over
+                ),
+                None => line!(debug, "slow request"),
+            }
         } else if self.status.is_client_error() {
-            line!(info, "request refused");
+            match seldom.client_errors.due() {
+                Some(OfFew { passed_over: 0, is_last: false }) => line!(info, "request refused"),
+                Some(OfFew { passed_over, .. }) => line!(
+                    info,
+                    "request refused; more than 20 within 10 s are counted, in passed_over and by http_requests_total",
+                    passed_over = passed_over
+                ),
+                None => line!(debug, "request refused"),
+            }
         } else {
             line!(debug, "request answered");
         }

@@ -50,8 +50,9 @@ pub use window::Window;
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The database is away, busy or full: nothing was changed, and trying again later may work.
-    #[error("the database is unavailable: {0}")]
+    /// The database is away, busy or full, or is not fit to be used as it is: nothing was changed, and trying again
+    /// later may work. The text says which: a database that answers is not called unavailable.
+    #[error("{0}")]
     Unavailable(String),
     /// The database is there and gave this transaction up for a passing reason, such as a deadlock, a cancelled
     /// statement or a lock that others hold. Nothing was changed, and trying again may work at once.

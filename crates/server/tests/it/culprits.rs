@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::{
     events::now,
     http::{Client, event, send, with},
-    program::Installed,
+    program::{Installed, Program},
     server::TestServer,
 };
 
@@ -23,6 +23,28 @@ const LINES: &str = "application/x-ndjson";
 async fn deliver(client: &Client, media_type: &str, body: impl Into<reqwest::Body>) -> Value {
     let request = client.request(Method::POST, "/api/sync-events");
     send(request.header("content-type", media_type).body(body)).await.data(200)
+}
+
+/// Whoever reaches the server can send as many requests that are refused as they like.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_requests_do_not_fill_the_log() {
+    let program = Program::new().with("PORT", 0);
+    let serving = program.serve(&[]);
+    for number in 0..200 {
+        let answer = serving.client.get(&format!("/nowhere/{number}")).await;
+        assert!([404, 429].contains(&answer.status), "{}", answer.status);
+    }
+    serving.client.report_text("{").await;
+    let metrics = serving.client.get("/metrics").await;
+    assert!(metrics.text().contains("pisync_sync_success_ratio NaN\n"), "no sync, no ratio");
+    serving.stop();
+    let log = program.log("combined.log");
+    let refused = lines(&log, "request refused");
+    // A slow machine may take more than one interval.
+    assert!((20..=100).contains(&refused.len()), "{}", refused.len());
+    assert!(refused[..19].iter().all(|line| line["message"] == "request refused"), "{refused:?}");
+    let last = refused[19]["message"].as_str().unwrap();
+    assert!(last.contains("more than 20 within 10 s are counted"), "{last}");
 }
 
 /// The samples of a metric that are not 0, each with the rest of its line.

@@ -258,6 +258,8 @@ async fn a_pooler_is_refused_unless_each_connection_has_its_own_session() {
         let refused = open(&target).await.unwrap_err();
         assert!(refused.contains("pool_mode=session"), "{settings:?}: {refused}");
         assert!(refused.contains("connect to PostgreSQL directly"), "{settings:?}: {refused}");
+        // The database works: that is not what is wrong.
+        assert!(refused.starts_with("a connection pooler"), "{settings:?}: {refused}");
         let target = Target::Postgres(Box::new(target));
         let program = Program::new().with("DATABASE_URL", url(&target)).with("PORT", 0);
         for command in [&["serve"][..], &["migrate", "up"], &["verify"], &["key", "list"]] {
@@ -346,6 +348,7 @@ async fn a_database_that_cannot_hold_every_letter_is_refused() {
         for part in [&name, encoding, "UTF8", "pisync db setup", "template0", "pg_restore"] {
             assert!(refused.contains(part), "{part}: {refused}");
         }
+        assert!(refused.starts_with(&format!("the database {name} is encoded in")), "{refused}");
         let target = Target::Postgres(Box::new(target));
         let program = Program::new().with("DATABASE_URL", url(&target)).with("PORT", 0);
         for command in
@@ -388,11 +391,14 @@ async fn what_is_wrong_with_the_way_to_postgresql_is_named() {
         let refused = program.run(&["verify"]);
         assert!(refused.failure().contains(expected), "{expected}: {refused:?}");
         assert!(!refused.failure().contains("hunter"), "{refused:?}");
+        // PostgreSQL works: something that it was asked for is wrong.
+        assert!(!refused.failure().contains("unavailable"), "{refused:?}");
     }
     let url = format!("postgres://pisync:hunter@127.0.0.1:{unused},host.invalid:5433/db");
     let refused = Program::new().with("DATABASE_URL", url).run(&["verify"]);
     let message = refused.failure();
     assert!(message.contains(&format!("127.0.0.1:{unused}: ")), "{message}");
     assert!(message.contains("host.invalid:5433: the name cannot be looked up"), "{message}");
+    assert!(message.contains("the database is unavailable: 127.0.0.1:"), "{message}");
     assert!(!message.contains("hunter"), "{message}");
 }

@@ -146,6 +146,56 @@ fn an_unclosed_quotation_mark_that_takes_a_setting_in_is_named() {
 }
 
 #[test]
+fn an_unclosed_quotation_mark_is_warned_about() {
+    for (text, expected) in [
+        (
+            "# ours\nDB_PASSWORD='s3cret-word\nPORT=0\n",
+            "DB_PASSWORD in line 2 of .env begins with a quotation mark",
+        ),
+        (
+            "DB_PASSWORD=\"s3cret-word # 1",
+            "DB_PASSWORD in line 1 of .env begins with a quotation mark",
+        ),
+        ("OTHER=`s3cret-word", "OTHER in line 1 of .env begins with a quotation mark"),
+        ("DB_PASSWORD='s3cret-word\nmore\n'\n", "DB_PASSWORD in line 1 of .env goes on to line 3"),
+    ] {
+        let ended = Program::new().with_file(".env", text).run(&["openapi"]);
+        assert_eq!((ended.code(), ended.stderr.lines().count()), (0, 1), "{ended:?}");
+        assert!(ended.stderr.starts_with(&format!("pisync: the value of {expected}")), "{ended:?}");
+        assert!(!ended.stderr.contains("s3cret-word"), "{ended:?}");
+    }
+    // Other programs' certificates are nobody's mistake.
+    let text = "TEXT='it's'\nCERTIFICATE=\"-----BEGIN\nMIIB==\n-----END\"\nDATA_DIR='d' # it's\n";
+    Program::new().with_file(".env", text).run(&["openapi"]).success();
+}
+
+/// Values that nothing can be made of end the commands that read them, and no other.
+#[test]
+fn settings_that_a_command_does_not_read_end_nothing() {
+    let program = Program::new().with("DATABASE_URL", "sqlite:here.db");
+    program.run(&["db", "setup"]).success();
+    for name in ["DB_PASSWORD", "DB_HOST", "DB_PORT", "PORT", "TLS_KEY", "COPY_TO", "OTHER"] {
+        std::fs::write(program.path(".env"), format!("{name}=s3cret-word\0\n")).unwrap();
+        program.run(&["verify"]).success();
+        std::fs::write(program.path(".env"), [name.as_bytes(), b"=s3cret-word\xff\n"].concat())
+            .unwrap();
+        program.run(&["verify"]).success();
+        program.run(&["verify", "--database-url", "sqlite:here.db"]).success();
+        std::fs::remove_file(program.path(".env")).unwrap();
+        let program = Program::new().with_bytes(name, b"s3cret-word\xff");
+        let url = format!("sqlite:{}", program.path("there.db").display());
+        program.run(&["db", "setup", "--database-url", &url]).success();
+        program.with("DATABASE_URL", url).run(&["verify"]).success();
+    }
+    // The one that is read is named.
+    let program = Program::new().with_bytes("DATABASE_URL", b"postgres://u:s3cret-word\xff@h/db");
+    assert_eq!(
+        program.run(&["verify"]).failure(),
+        "the environment variable DATABASE_URL is not valid UTF-8 text"
+    );
+}
+
+#[test]
 fn an_empty_value_is_none() {
     let empty = VARIABLES.map(|name| format!("{name}=\n")).concat() + "NODE_ENV=\n";
     let in_file = Program::new().with_file(".env", &empty);

@@ -116,6 +116,10 @@ async fn rates_are_rounded(server: &TestServer) {
 }
 
 async fn a_rate_is_never_rounded_to_all_or_nothing(server: &TestServer) {
+    // A perfect figure out of nothing would hide that nothing reports.
+    let metrics = server.get("/metrics").await;
+    let is_unknown = |line: &str| line == "pisync_sync_success_ratio NaN";
+    assert!(metrics.text().lines().any(is_unknown), "{}", metrics.text());
     server.store(&with(success("pi", at(-2)), &json!({"internet_speed": 0.01}))).await;
     server.store(&with(failure("pi", at(-1)), &json!({"internet_speed": 0}))).await;
     assert_eq!(stats(server).await["overall_success_rate"], 50.0);

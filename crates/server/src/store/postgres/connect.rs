@@ -26,7 +26,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
     durability,
-    errors::{WriteError, describe},
+    errors::{WriteError, describe, is_refusal, unavailable},
     hosts::{Hosts, Place},
     session::{self, State},
     tls,
@@ -78,13 +78,24 @@ pub(super) enum NoSession {
     Silent(Duration),
     /// The driver or PostgreSQL said why.
     Error(tokio_postgres::Error),
-    /// It could be had, but is of no use.
+    /// It could be had, but is of no use for now.
     Unfit(String),
+    /// It could be had, but is not used until somebody has changed what is wrong.
+    Refused(String),
 }
 
 impl NoSession {
     fn is_missing_database(&self) -> bool {
         matches!(self, Self::Error(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME))
+    }
+
+    /// Whether PostgreSQL works, and something in it or in the settings must be changed.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Silent(_) | Self::Unfit(_) => false,
+            Self::Refused(_) => true,
+            Self::Error(error) => is_refusal(error) || session::advice(error).is_some(),
+        }
     }
 }
 
@@ -93,8 +104,16 @@ struct Failures(Vec<(String, NoSession)>);
 
 impl From<Failures> for StoreError {
     fn from(Failures(failures): Failures) -> Self {
-        let reasons = failures.iter().map(|(place, reason)| format!("{place}: {reason}"));
-        Self::Unavailable(reasons.collect::<Vec<_>>().join("; "))
+        if let [(_, NoSession::Refused(why))] = &failures[..] {
+            return Self::Unavailable(why.clone());
+        }
+        let (refusals, others): (Vec<_>, Vec<_>) =
+            failures.iter().partition(|(_, reason)| reason.is_refusal());
+        let is_away = refusals.is_empty();
+        let reasons = refusals.into_iter().chain(others);
+        let reasons: Vec<_> = reasons.map(|(place, reason)| format!("{place}: {reason}")).collect();
+        let reasons = reasons.join("; ");
+        if is_away { unavailable(&reasons) } else { Self::Unavailable(reasons) }
     }
 }
 
@@ -324,7 +343,7 @@ impl Connector {
         other: Option<Connection>,
     ) -> Result<(Connection, State), NoSession> {
         if config.get_options().is_some() {
-            return Err(NoSession::Unfit(session::OPTIONS_LOST.into()));
+            return Err(NoSession::Refused(session::OPTIONS_LOST.into()));
         }
         let other = match other {
             Some(other) => other,
@@ -413,7 +432,7 @@ impl fmt::Display for NoSession {
             Self::Silent(timeout) => {
                 write!(formatter, "does not answer within {} s", timeout.as_secs_f64())
             }
-            Self::Unfit(reason) => formatter.write_str(reason),
+            Self::Unfit(reason) | Self::Refused(reason) => formatter.write_str(reason),
             Self::Error(error) => {
                 formatter.write_str(&describe(error))?;
                 match session::advice(error) {

@@ -92,6 +92,20 @@ pub(super) fn is_connection_lost(error: &tokio_postgres::Error) -> bool {
     class_of(error) == ErrorClass::ConnectionLost
 }
 
+/// Whether a server that works has refused a session: the password, the database's name or a setting is wrong. The
+/// severity is FATAL whatever the reason, so the code alone tells.
+pub(super) fn is_refusal(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        Some(code) => {
+            let class = class_of_code(code.code(), false);
+            matches!(class, ErrorClass::Failed | ErrorClass::Rejected)
+                && !code.code().starts_with("XX")
+        }
+        // Certificates, or no TLS where it is required.
+        None => error.to_string().starts_with("error performing TLS handshake"),
+    }
+}
+
 /// An error as the rest of the program sees it.
 #[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
 pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
@@ -101,11 +115,16 @@ pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
         ErrorClass::ConnectionLost if error.as_db_error().is_none() && !is_broken(&error) => {
             StoreError::Failed(text)
         }
-        ErrorClass::ConnectionLost | ErrorClass::Unavailable => StoreError::Unavailable(text),
+        ErrorClass::ConnectionLost | ErrorClass::Unavailable => unavailable(&text),
         ErrorClass::Transient => StoreError::Transient(text),
         ErrorClass::Rejected => StoreError::Rejected(text),
         ErrorClass::Failed => StoreError::Failed(text),
     }
+}
+
+/// PostgreSQL is away, or can do nothing for now.
+pub(super) fn unavailable(why: &str) -> StoreError {
+    StoreError::Unavailable(format!("the database is unavailable: {why}"))
 }
 
 /// Why a batch was not written, or is not known to be.

@@ -45,7 +45,7 @@ pub(super) use take_over::PostgresTakeOver;
 
 use self::{
     connect::{Connection, Connector, Object, Pool},
-    errors::{describe, store_error},
+    errors::{describe, store_error, unavailable},
     writer::PostgresEventWriter,
 };
 use super::{
@@ -119,7 +119,7 @@ impl PostgresStore {
     async fn connection(&self) -> Result<Object, StoreError> {
         self.pool.get().await.map_err(|error| match error {
             PoolError::Backend(error) => error,
-            other => StoreError::Unavailable(describe(&other)),
+            other => unavailable(&describe(&other)),
         })
     }
 

@@ -127,7 +127,7 @@ impl State {
             return Ok(());
         }
         let Self { encoding, database, .. } = self;
-        Err(NoSession::Unfit(format!(
+        Err(NoSession::Refused(format!(
             "the database {database} is encoded in {encoding}, which cannot hold every letter that devices send: \
              PiSync needs UTF8. Name a new database that `pisync db setup` then creates, or create one with \
              `create database NAME encoding 'UTF8' template template0`; pg_dump and pg_restore bring over what is \
@@ -153,7 +153,7 @@ pub(super) async fn check_pooler(
     }
     let alive = connection.client.simple_query("select 1");
     match tokio::time::timeout(timeout, alive).await {
-        Ok(Ok(_)) => Err(NoSession::Unfit(SHARES_SESSIONS.into())),
+        Ok(Ok(_)) => Err(NoSession::Refused(SHARES_SESSIONS.into())),
         Ok(Err(_)) => Ok(()),
         Err(_) => Err(NoSession::Silent(timeout)),
     }

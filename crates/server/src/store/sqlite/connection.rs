@@ -235,7 +235,7 @@ pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
     match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             StoreError::Unavailable(format!(
-                "another process keeps writing to it; stop that one, or try again later ({message})"
+                "another process keeps writing to the database; stop that one, or try again later ({message})"
             ))
         }
         Some(
@@ -244,7 +244,7 @@ pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
             | ErrorCode::CannotOpen
             | ErrorCode::ReadOnly
             | ErrorCode::OutOfMemory,
-        ) => StoreError::Unavailable(message),
+        ) => StoreError::Unavailable(format!("the database is unavailable: {message}")),
         _ if refuses_data(&error) => StoreError::Rejected(message),
         _ => StoreError::Failed(message),
     }
