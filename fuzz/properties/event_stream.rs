@@ -52,7 +52,7 @@ fn split(format: Format, stream: &[u8], size: usize) -> Pieces {
                 assert!(!bytes.is_empty() && bytes.len() <= MAX_EVENT_BYTES);
                 Some(bytes.to_vec())
             }
-            Piece::TooLong => None,
+            Piece::TooLong(_) => None,
         });
         Ok::<_, StreamError>(())
     };

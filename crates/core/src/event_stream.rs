@@ -9,6 +9,9 @@ use std::fmt;
 /// The largest single event, in bytes of its JSON text: as large as a body with one event may be.
 pub const MAX_EVENT_BYTES: usize = 64 << 10;
 
+/// How much is kept of a longer one.
+pub const MAX_BEGINNING_BYTES: usize = 1 << 10;
+
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// How events follow each other.
@@ -25,8 +28,9 @@ pub enum Format {
 pub enum Piece<'a> {
     /// The text of one value.
     Event(&'a [u8]),
-    /// One that is longer than [`MAX_EVENT_BYTES`] and was not kept.
-    TooLong,
+    /// The beginning of one that is longer than [`MAX_EVENT_BYTES`], for whoever must find it: at most
+    /// [`MAX_BEGINNING_BYTES`]. The rest was not kept.
+    TooLong(&'a [u8]),
 }
 
 /// Why a stream is no array.
@@ -254,9 +258,13 @@ impl EventSplitter {
 
     /// Remembers a part of a value.
     fn keep(&mut self, part: &[u8]) {
-        if self.too_long || self.pending.len() + part.len() > MAX_EVENT_BYTES {
+        if self.too_long {
+            return;
+        }
+        if self.pending.len() + part.len() > MAX_EVENT_BYTES {
             self.too_long = true;
-            self.pending = Vec::new();
+            let beginning = self.pending.iter().chain(part).take(MAX_BEGINNING_BYTES);
+            self.pending = beginning.copied().collect();
         } else {
             self.pending.extend_from_slice(part);
         }
@@ -273,7 +281,9 @@ impl EventSplitter {
         }
         self.keep(part);
         if std::mem::take(&mut self.too_long) {
-            return each(Piece::TooLong);
+            let result = each(Piece::TooLong(&self.pending));
+            self.pending.clear();
+            return result;
         }
         let result = each(Piece::Event(&self.pending));
         self.pending.clear();
@@ -298,7 +308,7 @@ mod tests {
         let mut each = |piece: Piece<'_>| {
             pieces.push(match piece {
                 Piece::Event(bytes) => String::from_utf8_lossy(bytes).into_owned(),
-                Piece::TooLong => "too long".to_owned(),
+                Piece::TooLong(_) => "too long".to_owned(),
             });
             Ok::<_, StreamError>(())
         };

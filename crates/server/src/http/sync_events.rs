@@ -331,7 +331,7 @@ impl Reading {
             return Err(ApiError::TooManyEvents(MAX_EVENTS));
         }
         let violations = match piece {
-            Piece::TooLong => {
+            Piece::TooLong(_) => {
                 let rule = format!("must be at most {MAX_EVENT_BYTES} bytes of JSON text");
                 vec![Violation::of_whole(&rule, None).coded(ViolationCode::Length)]
             }

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use pisync_core::event_stream::MAX_EVENT_BYTES;
+use pisync_core::event_stream::{MAX_BEGINNING_BYTES, MAX_EVENT_BYTES};
 use serde_json::{Number, Value, value::RawValue};
 
 use super::{ImportError, records::Record};
@@ -40,6 +40,8 @@ pub(super) struct CsvCutter {
     /// What each column holds, once the first line is there.
     columns: Option<Columns>,
     row: Row,
+    /// How the line begins that is too long.
+    long_beginning: Vec<u8>,
 }
 
 /// Where the text that is not cut yet begins.
@@ -49,7 +51,7 @@ enum Place {
     Start,
     /// At the beginning of a line.
     Line,
-    /// Within a line that is too long and of which nothing is kept.
+    /// Within a line that is too long and of which only the beginning is kept.
     LongLine,
     /// Within NUL bytes.
     Nuls,
@@ -89,7 +91,13 @@ enum Line {
 
 impl CsvCutter {
     pub(super) fn new() -> Self {
-        Self { text: Vec::new(), place: Place::Start, columns: None, row: Row::default() }
+        Self {
+            text: Vec::new(),
+            place: Place::Start,
+            columns: None,
+            row: Row::default(),
+            long_beginning: Vec::new(),
+        }
     }
 
     /// What is special about the names of columns, once the first line is there.
@@ -138,7 +146,7 @@ impl CsvCutter {
                     end => {
                         self.place = Place::Line;
                         self.columns.as_ref().ok_or_else(no_events)?;
-                        found.push_back(Record::too_long());
+                        found.push_back(Record::too_long(&self.long_beginning));
                         end.unwrap_or(rest.len())
                     }
                 },
@@ -172,6 +180,7 @@ impl CsvCutter {
             Line::Blank(used) => used,
             Line::Long => {
                 self.place = Place::LongLine;
+                self.long_beginning = rest[..rest.len().min(MAX_BEGINNING_BYTES)].to_vec();
                 0
             }
             Line::Nuls => {
@@ -594,12 +603,12 @@ mod tests {
         let lines = format!("{long}\n\"{long}\n{long}\n2025,,,,,,,1\n2025,pi,0,1\n\"{long}\n");
         let found = records_of(lines.as_bytes(), 1000);
         let starts = [
-            "must be at most",
-            "must be at most",
-            "must be at most",
+            "is longer than 65536 bytes, the most that a record may have: ",
+            "is longer than 65536 bytes, the most that a record may have: ",
+            "is longer than 65536 bytes, the most that a record may have: ",
             "has more cells than the first line: 2025",
             "{\"timestamp\"",
-            "must be at most",
+            "is longer than 65536 bytes, the most that a record may have: ",
         ];
         assert_eq!(found.len(), starts.len());
         for (told, start) in found.iter().zip(starts) {

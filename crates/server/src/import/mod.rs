@@ -201,7 +201,7 @@ impl Import {
         }
         if !is_read {
             // The thread that reads has panicked.
-            let early = "reading has ended before the end of the input";
+            let early = "the thread that reads has ended before the end of the input: this is a fault of PiSync, please report it; the same command goes on after what is stored";
             return Err(status.after(ImportError(early.to_owned())));
         }
         let Status { records, stored, duplicates, rejected, .. } = status;
@@ -266,6 +266,8 @@ impl Import {
         taken: &Arc<AtomicU64>,
         messages: &mpsc::Sender<Result<Message, ImportError>>,
     ) -> Result<(), ImportError> {
+        #[cfg(test)]
+        assert!(self.source.name() != tests::BREAKS_THE_READER, "the reader is broken");
         let mut rest = Rest::open(&self.source, self.format, imports, taken)?;
         let beginning =
             Beginning { resumed: rest.resumed.clone(), column_names: rest.column_names().clone() };
@@ -317,8 +319,13 @@ impl Import {
                 Ok(event) => step.events.push(event),
                 Err(details) => {
                     let text = String::from_utf8_lossy(&record.text).into_owned();
-                    let record = rest.fingerprint.records + u64::from(step.is_cut_off);
-                    step.rejected.push(Rejected { record, details, text });
+                    let number = rest.fingerprint.records + u64::from(step.is_cut_off);
+                    step.rejected.push(Rejected {
+                        record: number,
+                        details,
+                        text,
+                        text_is_truncated: record.is_truncated,
+                    });
                 }
             }
             if step.is_last {
@@ -362,7 +369,7 @@ fn read_ahead(
 /// The event that a record is, or what is wrong with it.
 fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violation>> {
     if let Some(problem) = &record.problem {
-        return Err(vec![Violation::of_whole(problem, None)]);
+        return Err(vec![Violation::worded("", format!("the record {problem}"), None)]);
     }
     ReceivedEvent::from_json(&record.text, arrival).map_err(|error| match error {
         ParseError::Invalid(violations) => violations,
@@ -403,6 +410,30 @@ async fn write(writer: &mut dyn EventWriter, batch: &Arc<Batch>) -> Result<Writt
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The name of an input at which the thread that reads panics.
+    pub(super) const BREAKS_THE_READER: &str = "breaks-the-reader";
+
+    #[tokio::test]
+    async fn a_reader_that_panics_ends_the_import_with_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = crate::store::Target::Sqlite(folder.path().join("pisync.db"));
+        let clock = Clock::system();
+        let migrator = crate::store::migrations::Migrator::new(&target, "/nonexistent".as_ref());
+        migrator.await.unwrap().up(clock.now()).await.unwrap();
+        let store = crate::store::open(&target).await.unwrap();
+        let import = Import {
+            source: Source::File(BREAKS_THE_READER.into()),
+            format: None,
+            rejected: folder.path().join("rejected"),
+            again: false,
+            max_clock_skew_seconds: 0,
+            id: [0; 32],
+        };
+        let ended = import.run(&*store, &clock, || false, |_| ()).await;
+        let error = ended.unwrap_err().to_string();
+        assert!(error.contains("ended before the end of the input"), "{error}");
+    }
 
     #[test]
     fn a_clock_far_ahead_of_the_databases_is_refused() {

@@ -34,21 +34,27 @@ pub(super) struct Record {
     pub(super) text: Vec<u8>,
     /// Why it is no event, whatever its text.
     pub(super) problem: Option<String>,
+    /// The text is only its beginning.
+    pub(super) is_truncated: bool,
     /// Nothing follows it, not even the end of its line: when it is broken, the input was cut off.
     pub(super) may_be_cut_off: bool,
 }
 
 impl Record {
     pub(super) fn event(text: Vec<u8>) -> Self {
-        Self { text, problem: None, may_be_cut_off: false }
+        Self { text, problem: None, is_truncated: false, may_be_cut_off: false }
     }
 
     pub(super) fn wrong(problem: &str, text: &[u8]) -> Self {
-        Self { text: text.to_vec(), problem: Some(problem.to_owned()), may_be_cut_off: false }
+        let problem = Some(problem.to_owned());
+        Self { text: text.to_vec(), problem, is_truncated: false, may_be_cut_off: false }
     }
 
-    pub(super) fn too_long() -> Self {
-        Self::wrong(&format!("must be at most {MAX_EVENT_BYTES} bytes"), &[])
+    /// One of which only the beginning was kept.
+    pub(super) fn too_long(beginning: &[u8]) -> Self {
+        let problem =
+            format!("is longer than {MAX_EVENT_BYTES} bytes, the most that a record may have");
+        Self { is_truncated: true, ..Self::wrong(&problem, beginning) }
     }
 
     /// NUL bytes where records should be. How many there are is of no interest.
@@ -192,7 +198,7 @@ fn taking(found: &mut VecDeque<Record>) -> impl FnMut(Piece<'_>) -> Result<(), I
     move |piece| {
         found.push_back(match piece {
             Piece::Event(text) => Record::event(text.to_vec()),
-            Piece::TooLong => Record::too_long(),
+            Piece::TooLong(beginning) => Record::too_long(beginning),
         });
         Ok(())
     }

@@ -27,6 +27,9 @@ pub(super) struct Rejected {
     pub(super) details: Vec<Violation>,
     /// What was read.
     pub(super) text: String,
+    /// Whether that is only the beginning.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(super) text_is_truncated: bool,
 }
 
 /// The file, which is made when it is needed.

@@ -177,13 +177,20 @@ async fn what_is_wrong_is_rejected_with_its_reasons(installed: &Installed) {
         [
             "\"device_id\" is not allowed to be empty",
             "Malformed JSON: expected ident at line 1 column 2",
-            "\"value\" must be at most 65536 bytes",
+            "the record is longer than 65536 bytes, the most that a record may have",
             "Timestamp cannot be in the future",
             "\"created_at\" cannot be in the future",
         ]
     );
     assert_eq!(rejected[0]["details"].as_array().unwrap().len(), 4);
     assert_eq!(rejected[0]["text"], wrong[0]);
+    assert!(rejected[0].get("text_is_truncated").is_none(), "{}", rejected[0]);
+    // Of what is too long the beginning is enough to find it.
+    assert_eq!(
+        (&rejected[2]["text_is_truncated"], &rejected[2]["details"][0]["field"]),
+        (&json!(true), &json!(""))
+    );
+    assert_eq!(rejected[2]["text"], wrong[2][..1024]);
 
     // A file of rejected records that somebody may need is not written over.
     let ended = program.run(&["import", "--again", "events"]);
