@@ -240,7 +240,7 @@ async fn an_unclosed_quotation_mark_costs_one_line(installed: &Installed) {
     assert_eq!(numbers, [2, 1_501, 3_000]);
     assert_eq!(rejected[0]["text"], "pi-1,2025-06-17T10:30:00Z,1,0,\"disk 3.5,");
     for line in &rejected {
-        let message = "\"value\" has a quotation mark that is not closed";
+        let message = "the record has a quotation mark that is not closed";
         assert_eq!(line["details"][0]["message"], message);
     }
     // It is known again.

@@ -310,7 +310,7 @@ fn a_url_in_the_wrong_place_keeps_its_password() {
 #[test]
 fn help_needs_no_settings() {
     let program = Program::new();
-    std::fs::write(program.path(".env"), b"\xff\xfeP\0=\00\0").unwrap();
+    std::fs::write(program.path(".env"), b"\xff\xfeP\0=\x000\0").unwrap();
     program.run(&["--help"]).success();
     program.run(&["serve", "--help"]).success();
     program.run(&["--version"]).success();
