@@ -351,8 +351,8 @@ impl Room {
         if fits { Ok(()) } else { Err(IngestError::Overloaded) }
     }
 
-    /// The body has arrived: its events now wait in the queue.
-    fn has_arrived(&mut self) {
+    /// The whole body has arrived. What is still to be done with it does not depend on its client.
+    pub fn has_arrived(&mut self) {
         if std::mem::take(&mut self.is_arriving) {
             self.load.arriving.remove(self.events, self.bytes);
         }

@@ -132,6 +132,7 @@ impl JsonBody {
             ApiError::BodyTooLarge(_) => ApiError::BodyTooLarge(limit),
             other => other,
         })?;
+        room.has_arrived();
         let body = match compressed {
             None => body,
             Some((compression, state)) => {

@@ -285,6 +285,8 @@ impl Reading {
     ) -> Result<(), ApiError> {
         let mut held = self.room.another();
         let body = body.collect(Compression::compressed_limit(BODY_LIMIT), &mut held).await?;
+        held.has_arrived();
+        self.room.has_arrived();
         let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
         self.decompress(compression, body, &mut held).await
     }

@@ -507,7 +507,11 @@ impl WriteConnection {
 
     /// Lets SQLite refresh its statistics where they have become stale.
     pub(super) fn optimize(&mut self) -> rusqlite::Result<()> {
-        self.connection.execute_batch("pragma optimize")
+        // By itself it begins as a read and writes then, which fails at once when another process is writing.
+        let transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        transaction.execute_batch("pragma optimize")?;
+        transaction.commit()
     }
 }
 
@@ -853,4 +857,41 @@ pub(super) fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
         consecutive_failures: row.get(10)?,
         last_received: time(row, 11)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::channel, time::Duration};
+
+    use super::*;
+
+    /// Another process may be writing while there are statistics to refresh.
+    #[test]
+    fn optimizing_waits_for_another_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("test.db");
+        let mut writer = WriteConnection::open(&path).unwrap();
+        let grow = "
+            create table t (a); create index i on t (a); insert into t values (0); analyze;
+            insert into t with recursive n (a) as (values (1) union all select a + 1 from n limit 10000) select a from n;
+        ";
+        writer.connection.execute_batch(grow).unwrap();
+        let rows = |connection: &Connection| -> i64 {
+            let count = "select count(*) from t where a > 5";
+            connection.query_row(count, [], |row| row.get(0)).unwrap()
+        };
+        assert_eq!(rows(&writer.connection), 9_995);
+        let other = open_for_writing(&path).unwrap();
+        other.execute_batch("begin immediate").unwrap();
+        let (done, result) = channel();
+        #[expect(clippy::disallowed_methods, reason = "stands for another process")]
+        std::thread::spawn(move || done.send((writer.optimize(), writer)));
+        assert!(result.recv_timeout(Duration::from_millis(300)).is_err(), "it did not wait");
+        other.execute_batch("commit").unwrap();
+        let (optimized, writer) = result.recv().unwrap();
+        optimized.unwrap();
+        let known = "select stat from sqlite_stat1 where idx = 'i'";
+        let known: String = writer.connection.query_row(known, [], |row| row.get(0)).unwrap();
+        assert!(known.starts_with("100"), "{known}");
+    }
 }
