@@ -247,6 +247,64 @@ async fn a_journal_that_is_gone_after_a_kill_is_missed() {
     }
 }
 
+/// A file that is there and empty, or another database's, is as bad as none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_that_was_emptied_after_a_kill_is_missed() {
+    let other = self::program();
+    killed_with_a_journal(&other, 3).await;
+    let foreign = fs::read(journal_file(&other)).unwrap();
+    for contents in [vec![], vec![0; 5_000], vec![0; 1 << 20], foreign] {
+        let program = self::program();
+        let ids = killed_with_a_journal(&program, 5).await;
+        let whole = fs::read(journal_file(&program)).unwrap();
+        fs::write(journal_file(&program), &contents).unwrap();
+        for command in [&["serve"][..], &["verify"], &["journal", "inspect"]] {
+            let said = program.run(command);
+            assert!(
+                said.failure().contains("pisync.db.ingest-1 was emptied or replaced"),
+                "{said:?}"
+            );
+            assert_eq!(fs::read(journal_file(&program)).unwrap(), contents);
+        }
+        // Who finds it again is well.
+        fs::write(journal_file(&program), &whole).unwrap();
+        let serving = program.serve(&[]);
+        assert_eq!(stored(&serving.client, "pi").await.0, ids);
+        kill(serving);
+        // Nothing was acknowledged since, and nothing is missed.
+        program.serve(&[]).stop();
+        program.run(&["verify"]).success();
+    }
+}
+
+/// A full disk keeps a file from growing by as much as it should, and is no damage.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_of_odd_length_goes_on() {
+    let program = program();
+    let ids = killed_with_a_journal(&program, 5).await;
+    let mut journal = fs::read(journal_file(&program)).unwrap();
+    journal.resize((1 << 20) + 500_000, 0);
+    fs::write(journal_file(&program), &journal).unwrap();
+    let serving = program.serve(&[]);
+    assert_eq!(stored(&serving.client, "pi").await.0, ids);
+    let other = open(&program);
+    other.execute_batch("begin immediate").unwrap();
+    // Longer than the file was meant to be, and shorter than it is.
+    let note = "x".repeat(3_900);
+    let large: Vec<_> = (0..320)
+        .map(|number| {
+            with(named("large", &number.to_string()), &json!({"metadata": {"note": note}}))
+        })
+        .collect();
+    serving.client.post("/api/sync-events", &json!(large)).await.data(200);
+    kill(serving);
+    drop(other);
+    program.run(&["journal", "inspect"]).success();
+    let serving = program.serve(&[]);
+    assert_eq!(serving.client.get("/api/device/large").await.data(200)["total_syncs"], 320);
+    serving.stop();
+}
+
 /// The journal of a database that is replaced is kept when it cannot be brought into its tables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restoring_keeps_a_journal_that_cannot_be_applied() {

@@ -69,6 +69,8 @@ struct JournalFile {
     end: u64,
     /// The last record's number; 0 before the first.
     last_number: u64,
+    /// Whether it begins with a record or a mark, without which a file in use counts as emptied.
+    is_marked: bool,
 }
 
 /// What the tables say of the journal (`ingest_state`).
@@ -108,11 +110,19 @@ impl Journal {
         Ok((journal, records))
     }
 
-    /// Makes the files that are not there. Whoever watches them can then tell when one is gone.
+    /// Makes the files that are not there, and marks those that are empty. Whoever watches them can then tell when one
+    /// is gone, and the next start when one was emptied.
     pub(super) fn create_files(&mut self) -> io::Result<()> {
         for journal in &mut self.files {
-            if journal.file.is_none() {
-                journal.file = Some(create(&journal.path)?);
+            let file = match &journal.file {
+                Some(file) => file,
+                None => journal.file.insert(create(&journal.path)?),
+            };
+            if !journal.is_marked {
+                record::encode_begun(&mut self.record, self.identity, self.last_number)?;
+                file.write_all_at(&self.record, 0)?;
+                file.sync_all()?;
+                journal.is_marked = true;
             }
         }
         Ok(())
@@ -156,8 +166,10 @@ impl JournalFile {
     /// Goes on with a file. One in which nothing is this database's is renamed rather than written over.
     fn open(found: &FileSurvey) -> io::Result<Self> {
         let path = found.path.clone();
+        let none =
+            |path| Self { path, file: None, bytes: 0, end: 0, last_number: 0, is_marked: false };
         if !found.exists {
-            return Ok(Self { path, file: None, bytes: 0, end: 0, last_number: 0 });
+            return Ok(none(path));
         }
         if found.is_strange() {
             let aside = set_aside(&path)?;
@@ -165,7 +177,7 @@ impl JournalFile {
                 file = %aside.display(),
                 "the ingest journal has no event of this database in it; the file was renamed"
             );
-            return Ok(Self { path, file: None, bytes: 0, end: 0, last_number: 0 });
+            return Ok(none(path));
         }
         if let Some(bytes) = found.torn_tail() {
             tracing::warn!(
@@ -176,7 +188,10 @@ impl JournalFile {
         }
         let file = OpenOptions::new().write(true).open(&path)?;
         let (end, last_number) = found.end();
-        Ok(Self { path, file: Some(file), bytes: found.bytes, end, last_number })
+        // A full disk may have kept it from growing by as much as it should.
+        let bytes = found.bytes - found.bytes % GROWTH_BYTES;
+        let is_marked = !found.is_empty();
+        Ok(Self { path, file: Some(file), bytes, end, last_number, is_marked })
     }
 
     fn append(&mut self, record: &[u8]) -> io::Result<()> {
@@ -187,8 +202,10 @@ impl JournalFile {
         };
         if end > self.bytes {
             let bytes = end.next_multiple_of(GROWTH_BYTES);
-            let growth = usize::try_from(bytes - self.bytes).map_err(io::Error::other)?;
-            file.write_all_at(&vec![0; growth], self.bytes)?;
+            // A new file keeps its mark until the first record takes its place.
+            let from = self.bytes.max(record::HEADER_BYTES as u64);
+            let growth = usize::try_from(bytes - from).map_err(io::Error::other)?;
+            file.write_all_at(&vec![0; growth], from)?;
             file.sync_all()?;
             self.bytes = bytes;
         }

@@ -116,6 +116,12 @@ pub(super) fn encode_lost(
     encode(buffer, journal, last, first, Timestamp::MIN, std::iter::empty())
 }
 
+/// Puts a mark into `buffer` for the beginning of a new file, which shows that nobody has emptied it: a record without
+/// events that has the number of the last one in the tables, and is written over by the next.
+pub(super) fn encode_begun(buffer: &mut Vec<u8>, journal: i64, last: u64) -> std::io::Result<()> {
+    encode_lost(buffer, journal, last..last + 1)
+}
+
 impl Record {
     /// Which records it stands for: itself, or those that are lost.
     pub(super) fn numbers(&self) -> std::ops::RangeInclusive<u64> {

@@ -58,7 +58,7 @@ pub(in super::super) struct Damage {
     pub(in super::super) places: Vec<(PathBuf, Range<usize>)>,
     /// Files that something else than a crash has changed: cut off, or written over from their beginning.
     pub(in super::super) spoilt: Vec<PathBuf>,
-    /// Files that are not there, though a server had them when it ended.
+    /// Files that a server had when it ended, and that are not there, or not what they were.
     pub(in super::super) gone: Vec<PathBuf>,
 }
 
@@ -123,7 +123,7 @@ impl Survey {
         }
         let spoilt = self.files.iter().filter(|file| file.is_spoilt());
         let spoilt: Vec<_> = spoilt.map(|file| file.path.clone()).collect();
-        let gone = self.files.iter().filter(|file| self.state.in_use && !file.exists);
+        let gone = self.files.iter().filter(|file| self.state.in_use && file.is_empty());
         let gone: Vec<_> = gone.map(|file| file.path.clone()).collect();
         if missing.is_empty() && spoilt.is_empty() && gone.is_empty() {
             return None;
@@ -240,7 +240,7 @@ impl FileSurvey {
         let mut applied_records = 0;
         for Placed { at, record } in &self.records {
             if record.number <= applied {
-                applied_records += 1;
+                applied_records += usize::from(!record.events.is_empty());
                 continue;
             }
             match records.last_mut() {
@@ -269,6 +269,19 @@ impl FileSurvey {
         }
     }
 
+    /// Whether the file has no record of this database, nor the beginning of one. A server that has it open never
+    /// leaves it like that.
+    pub(super) fn is_empty(&self) -> bool {
+        self.records.is_empty() && (self.foreign > 0 || !record::is_begun(&self.contents))
+    }
+
+    /// Whether the file is as this or another database's server has made it, before the first record.
+    fn is_new(&self) -> bool {
+        self.records.len() + self.foreign == 1
+            && record::is_begun(&self.contents)
+            && self.contents.iter().skip(record::HEADER_BYTES).all(|byte| *byte == 0)
+    }
+
     /// Whether the file holds something, and nothing of this database.
     pub(super) fn is_strange(&self) -> bool {
         self.records.is_empty() && (self.foreign > 0 || !self.other.is_empty())
@@ -286,7 +299,7 @@ impl FileSurvey {
         let length = usize::try_from(self.bytes).unwrap_or(usize::MAX);
         let step = usize::try_from(GROWTH_BYTES).unwrap_or(usize::MAX);
         let grown = length - length % step;
-        let is_cut = self.contents.iter().skip(grown).any(|byte| *byte != 0);
+        let is_cut = self.contents.iter().skip(grown).any(|byte| *byte != 0) && !self.is_new();
         let is_garbage = self.records.is_empty()
             && self.foreign == 0
             && !record::is_begun(&self.contents)
@@ -329,7 +342,8 @@ impl fmt::Display for Damage {
             write!(formatter, "acknowledged events are missing ({noun} {})", records.join(", "))?;
         }
         for path in &self.gone {
-            write!(formatter, ", and {} is gone", path.display())?;
+            let how = if path.exists() { "was emptied or replaced" } else { "is gone" };
+            write!(formatter, ", and {} {how}", path.display())?;
         }
         for path in &self.spoilt {
             write!(formatter, ", and {} was cut off or written over", path.display())?;
