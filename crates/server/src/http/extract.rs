@@ -25,30 +25,47 @@ use super::{
 };
 use crate::ingest::Room;
 
+/// Of a large body, so many bytes may take as long as a small body.
+const STRETCH_BYTES: usize = 64 << 10;
+
 /// A body that is still arriving.
 pub(super) struct Arriving {
     body: Body,
-    /// How long the next piece may take.
+    began: Instant,
+    /// How long the next piece, and each stretch, may take.
     patience: Duration,
-    /// When all must have arrived.
-    deadline: Instant,
+    /// So many times as long all of it may take, if enough of it comes.
+    times: u32,
+    received: usize,
 }
 
 impl Arriving {
     /// A body that may take so long to arrive in full.
     pub(super) fn within(body: Body, timeout: Duration) -> Self {
-        Self { body, patience: timeout, deadline: Instant::now() + timeout }
+        Self::in_pieces(body, timeout, 1)
     }
 
-    /// One of which no piece may take longer than `patience`, and all of it so many times as long.
+    /// One of which no piece may take longer than `patience`, nor any 64 KiB, and all of it so many times as long. Who
+    /// sends a byte now and then does not hold for long what was taken for the rest.
     pub(super) fn in_pieces(body: Body, patience: Duration, times: u32) -> Self {
-        Self { body, patience, deadline: Instant::now() + patience * times }
+        Self { body, began: Instant::now(), patience, times, received: 0 }
+    }
+
+    /// When it is too late for what has arrived so far.
+    fn deadline(&self) -> Instant {
+        let stretches = u32::try_from(self.received / STRETCH_BYTES).unwrap_or(u32::MAX);
+        self.began + self.patience * stretches.saturating_add(1).min(self.times)
+    }
+
+    /// Whether nothing more is to come.
+    pub(super) fn has_ended(&self) -> bool {
+        self.body.is_end_stream()
     }
 
     /// The next piece; `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
         loop {
-            let soon = self.deadline.min(Instant::now() + self.patience);
+            let soon = self.deadline().min(Instant::now() + self.patience);
             let frame = match timeout_at(soon, self.body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(None) => return Ok(None),
@@ -59,6 +76,7 @@ impl Arriving {
             if let Ok(piece) = frame.into_data()
                 && !piece.is_empty()
             {
+                self.received += piece.len();
                 return Ok(Some(piece));
             }
         }
@@ -75,7 +93,7 @@ impl Arriving {
             return Err(ApiError::BodyTooLarge(limit));
         }
         let Some(mut piece) = self.next().await? else { return Ok(Bytes::new()) };
-        if piece.len() <= limit && self.body.is_end_stream() {
+        if piece.len() <= limit && self.has_ended() {
             return Ok(piece);
         }
         // Pieces are copied: each, however small, would keep a buffer of the connection.
@@ -262,6 +280,27 @@ mod tests {
         let mut room = Room::alone();
         let whole = Arriving::within(Body::from("whole"), PATIENCE).collect(5, &mut room).await;
         assert_eq!((whole.unwrap().len(), room.bytes()), (5, 0));
+    }
+
+    /// Pieces come in time, and too little with them.
+    #[tokio::test]
+    async fn a_body_that_trickles_is_given_up() {
+        const PATIENCE: Duration = Duration::from_millis(200);
+        for (piece, all_of_it) in [(1, false), (STRETCH_BYTES, true)] {
+            let pieces = stream::repeat(Bytes::from(vec![b'x'; piece])).then(|bytes| async {
+                tokio::time::sleep(PATIENCE / 20).await;
+                Ok::<_, Infallible>(bytes)
+            });
+            let began = Instant::now();
+            let mut arriving = Arriving::in_pieces(Body::from_stream(pieces), PATIENCE, 10);
+            let error = loop {
+                if let Err(error) = arriving.next().await {
+                    break error;
+                }
+            };
+            assert!(matches!(error, ApiError::BodyTimeout), "{error:?}");
+            assert_eq!(began.elapsed() >= PATIENCE * 10, all_of_it, "{:?}", began.elapsed());
+        }
     }
 
     #[tokio::test]

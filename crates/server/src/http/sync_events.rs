@@ -266,6 +266,10 @@ impl Reading {
         let mut held = self.room.another();
         let mut counted = 0;
         while let Some(piece) = body.next().await? {
+            if body.has_ended() {
+                held.has_arrived();
+                self.room.has_arrived();
+            }
             self.push(&mut splitter, &mut length, &piece)?;
             let pending = splitter.pending_bytes();
             if pending > counted {

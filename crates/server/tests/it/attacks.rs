@@ -117,6 +117,8 @@ async fn bodies_that_stall_keep_no_event_out(server: &TestServer) {
         assert_eq!(refused.status, 503, "{refused:?}");
         assert!(refused.head.contains("retry-after: "), "{refused:?}");
         server.store(&event("pi-whole")).await;
+        let batch = json!([event("pi-whole"), event("pi-whole")]);
+        assert_eq!(server.post("/api/sync-events", &batch).await.data(200)["accepted"], 2);
     }
 }
 
