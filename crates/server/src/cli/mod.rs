@@ -219,17 +219,17 @@ struct Typed {
 fn typed() -> Result<Typed, ExitCode> {
     let settings_file = SettingsFile::read(&known_variables());
     let typed = with_default_command(std::env::args_os().collect());
-    let completed = settings_file.complete(Cli::command(), typed.clone());
+    let completed = settings_file.complete(definition(), typed.clone());
     let completed = completed.map_err(|message| fail(&Masks::of(&typed).mask(&message)))?;
     let (mut command, words) = match completed {
-        Some(completed) => (without_environment(Cli::command(), false), completed),
+        Some(completed) => (without_environment(definition(), false), completed),
         // The command as it is written shows the help that was asked for, which names the variables, or says what is
         // wrong.
-        None => (Cli::command(), typed),
+        None => (definition(), typed),
     };
     let masks = Masks::of(&words);
     let read = command.try_get_matches_from_mut(words).and_then(|matches| {
-        refuse_urls_as_paths(&mut command, &matches)?;
+        refuse_misplaced_urls(&mut command, &matches)?;
         Cli::from_arg_matches(&matches)
     });
     let cli = read.map_err(|error| say(&error, &masks))?;
@@ -256,15 +256,25 @@ fn say(error: &clap::Error, masks: &Masks) -> ExitCode {
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
 }
 
-/// A database's URL where a path is meant would become a folder whose name holds the password.
-fn refuse_urls_as_paths(
+/// The commands and their settings. Help names variables and never shows what they are set to: a password may stand in
+/// any of them by mistake.
+fn definition() -> clap::Command {
+    fn hide_values(command: clap::Command) -> clap::Command {
+        command.mut_args(|argument| argument.hide_env_values(true)).mut_subcommands(hide_values)
+    }
+    hide_values(Cli::command())
+}
+
+/// A database's URL where a path or a name is meant would become a folder, or be sent to a server and logged, with the
+/// password in it.
+fn refuse_misplaced_urls(
     command: &mut clap::Command,
     matches: &ArgMatches,
 ) -> Result<(), clap::Error> {
     let (mut current, mut found) = (&*command, matches);
     let mut wrong = None;
     loop {
-        for argument in current.get_arguments().filter(|argument| settings::is_path(argument)) {
+        for argument in current.get_arguments().filter(|argument| !settings::is_url(argument)) {
             let values = found.get_raw(argument.get_id().as_str()).into_iter().flatten();
             let is_url = |value: &std::ffi::OsStr| {
                 let value = value.as_encoded_bytes();
@@ -280,7 +290,7 @@ fn refuse_urls_as_paths(
     }
     let Some(argument) = wrong else { return Ok(()) };
     let message = format!(
-        "{argument} is a path, and not the URL of a database, which is typed behind --database-url or set as DATABASE_URL"
+        "{argument} is not for the URL of a database, which is typed behind --database-url or set as DATABASE_URL"
     );
     Err(command.error(ErrorKind::ValueValidation, message))
 }

@@ -168,6 +168,12 @@ pub(super) fn is_path(argument: &Arg) -> bool {
     argument.get_value_parser().type_id() == TypeId::of::<PathBuf>()
 }
 
+/// Whether an argument's value is, or may look like, the URL of a database.
+pub(super) fn is_url(argument: &Arg) -> bool {
+    let names = argument.get_value_names().unwrap_or_default();
+    names.iter().any(|name| name == "URL") || argument.get_id() == "db_password"
+}
+
 /// A known setting that stands, most likely by mistake, within the value of another.
 fn swallowed<'a>(setting: &Setting, known: &'a [String]) -> Option<&'a String> {
     let mut names = setting.value.lines().skip(1).filter_map(|line| {

@@ -25,6 +25,9 @@ pub(super) fn parse(setting: &str, url: &str) -> Result<Target, ConfigError> {
                 "{setting}: sqlite: needs a path, for instance sqlite:data/pisync.db"
             ));
         }
+        if path.contains("://") {
+            return wrong(format!("{setting}: behind sqlite: stands a path, and not another URL"));
+        }
         return Ok(Target::Sqlite(path.into()));
     }
     let scheme = ["postgres://", "postgresql://"];
