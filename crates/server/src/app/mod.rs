@@ -87,6 +87,11 @@ pub enum AppError {
     /// TLS is asked for, but its files are of no use.
     #[error("{0}")]
     Tls(String),
+    /// Everything is stored, but not all of it in the database's own file.
+    #[error(
+        "the database cannot be closed: {0}; what was acknowledged is safe in the files beside it, and the next start goes on from them: leave them where they are"
+    )]
+    NotClosed(StoreError),
     /// A part of the server has ended that it cannot do without.
     #[error("{0}; the server stops, start it again")]
     Died(String),
@@ -201,8 +206,7 @@ async fn serve(
     if let Err(error) = store.close().await {
         // Files that are gone have taken along what was last acknowledged.
         store.ping().await?;
-        // Else everything is stored all the same, and the next start sees to the rest.
-        tracing::warn!(%error, "cannot close the database properly");
+        return Err(AppError::NotClosed(error));
     }
     Ok(())
 }

@@ -277,6 +277,25 @@ async fn a_journal_that_was_emptied_after_a_kill_is_missed() {
     }
 }
 
+/// A file that is not complete by itself is no proper stop.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_that_leaves_a_journal_says_so() {
+    let program = program();
+    let serving = program.serve(&[]);
+    report(&serving.client, "before", 1).await;
+    serving.client.get("/api/stats").await.data(200);
+    let other = open(&program);
+    other.execute_batch("begin immediate").unwrap();
+    report(&serving.client, "pi", 4).await;
+    serving.signal("TERM");
+    let ended = serving.wait();
+    assert!(ended.failure().contains("the next start goes on from them"), "{ended:?}");
+    drop(other);
+    let serving = program.serve(&[]);
+    assert_eq!(stored(&serving.client, "pi").await.0.len(), 4);
+    serving.stop();
+}
+
 /// A full disk keeps a file from growing by as much as it should, and is no damage.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_journal_of_odd_length_goes_on() {

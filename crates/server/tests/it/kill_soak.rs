@@ -2,7 +2,7 @@
 //! too, backups, verify, rows of other programs, keys, deleted devices, retention, and the version before. What was
 //! acknowledged is stored exactly once.
 //!
-//! `PISYNC_KILL_SECONDS` is how long (default: 100 for each store). `PISYNC_PREVIOUS` names a program of an earlier
+//! `PISYNC_KILL_SECONDS` is how long (default: 120 for each store). `PISYNC_PREVIOUS` names a program of an earlier
 //! version: every tenth round then goes back to that version's schema, has that program killed, and goes on with
 //! this one. See CONTRIBUTING.md.
 
@@ -25,7 +25,7 @@ use crate::{
 
 both_stores!(everything_beside_a_server_that_is_killed);
 
-const DEFAULT_SECONDS: u64 = 100;
+const DEFAULT_SECONDS: u64 = 120;
 
 /// The last migration of the version whose program `PISYNC_PREVIOUS` names.
 const PREVIOUS_SCHEMA: &str = "2026-11-23-06-failed-events";
