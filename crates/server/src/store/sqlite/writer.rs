@@ -885,7 +885,7 @@ mod tests {
         other.execute_batch("begin immediate").unwrap();
         let (done, result) = channel();
         #[expect(clippy::disallowed_methods, reason = "stands for another process")]
-        std::thread::spawn(move || done.send((writer.optimize(), writer)));
+        std::thread::spawn(move || drop(done.send((writer.optimize(), writer))));
         assert!(result.recv_timeout(Duration::from_millis(300)).is_err(), "it did not wait");
         other.execute_batch("commit").unwrap();
         let (optimized, writer) = result.recv().unwrap();
