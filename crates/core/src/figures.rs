@@ -135,6 +135,9 @@ impl JobFigures {
         self.speed_sum += batch.speed_sum;
         self.speed_count += batch.speed_count;
         self.first_sync = self.first_sync.min(batch.first_sync);
+        if self.is_all_misdated() {
+            (self.last_sync, self.last_received) = (batch.last_sync, batch.last_received);
+        }
         self.last_sync = self.last_sync.max(batch.last_sync);
         self.last_success = self.last_success.max(batch.last_success);
         self.last_failure = self.last_failure.max(batch.last_failure);
@@ -146,6 +149,12 @@ impl JobFigures {
             }
             None => StreakCount::Recount,
         }
+    }
+
+    /// Whether all events so far are from a clock that was ahead, and have been left out of streaks: each is a success
+    /// or a failure, but there is a date of neither. Those it shows are then the wrong ones.
+    fn is_all_misdated(&self) -> bool {
+        self.last_success.is_none() && self.last_failure.is_none()
     }
 
     /// The streak once `batch` is added, when it can be told from the figures alone.

@@ -4,9 +4,12 @@
 //! A Raspberry Pi has no battery for its clock and may start in 1970. No event may be dated by such a
 //! clock, nor be refused because of it: who needs the time of an event asks for [`Clock::set_time`].
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use pisync_core::Timestamp;
@@ -123,6 +126,23 @@ impl Clock {
     }
 }
 
+/// For how long the machine has been on, while it was suspended, too. Nobody sets this clock.
+pub(crate) fn uptime() -> Duration {
+    #[cfg(target_os = "linux")]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+        Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
+    }
+    // Elsewhere it may stop while the machine is suspended, which then looks like a jump of the clock.
+    #[cfg(not(target_os = "linux"))]
+    {
+        static BEGAN: std::sync::LazyLock<std::time::Instant> =
+            std::sync::LazyLock::new(std::time::Instant::now);
+        BEGAN.elapsed()
+    }
+}
+
 /// When the program was built.
 fn built_at() -> Timestamp {
     let seconds = env!("PISYNC_BUILD_SECONDS").parse::<i64>().unwrap_or_default();
@@ -158,6 +178,17 @@ mod tests {
             time.store(built.as_millisecond() - behind, Ordering::Relaxed);
             assert_eq!(clock.set_time().is_ok(), is_set, "{behind}");
         }
+    }
+
+    /// Suspension cannot be tested here: that it is counted is what `CLOCK_BOOTTIME` is for.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_uptime_is_the_machines() {
+        let before = uptime();
+        let told = std::fs::read_to_string("/proc/uptime").unwrap();
+        let told: f64 = told.split(' ').next().unwrap().parse().unwrap();
+        assert!((told - before.as_secs_f64()).abs() < 60.0, "{told} {before:?}");
+        assert!(uptime() >= before);
     }
 
     #[test]

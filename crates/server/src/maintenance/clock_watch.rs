@@ -1,5 +1,5 @@
-//! Notices within a second or two that the machine's clock has jumped while the server runs, and once it is back has
-//! the streaks counted again that the wrong dates have spoiled. Notices, too, that reports are refused as from the
+//! Notices within a second or two that the machine's clock has jumped while the server runs, and has the streaks
+//! counted again that a wrong date has spoiled, or that it comes to count in. Notices, too, that reports are refused as from the
 //! future. Nothing on the way of an event pays for it: this task compares two clocks and two counters.
 
 use std::{
@@ -27,7 +27,7 @@ pub struct ClockWatch {
     clock: Arc<TrustedClock>,
     metrics: Arc<Metrics>,
     refusals: Refusals,
-    /// Streaks may have to be counted again once the clock is certain.
+    /// Streaks may have to be counted again once the clock is not behind.
     is_recount_due: bool,
 }
 
@@ -67,9 +67,9 @@ impl ClockWatch {
             return Ok(());
         }
         if let Some(time) = self.clock.judge().await?
-            && time.is_certain
+            && let Some(counting) = time.counting
         {
-            recount_misdated(&*self.store, time.now).await?;
+            recount_misdated(&*self.store, counting).await?;
         }
         self.is_recount_due = false;
         Ok(())

@@ -1,43 +1,46 @@
-//! How the machine's clock goes, measured against a clock that nobody sets: the monotonic one. A difference between
-//! the two is a jump, whoever made it: NTP, a person, or a machine that was suspended.
+//! How the machine's clock goes, measured against a clock that nobody sets: the time since the machine was
+//! switched on, suspension included. A difference between the two is a jump, whoever made it: NTP or a person.
 
-use std::time::Instant;
+use std::time::Duration;
 
 use pisync_core::Timestamp;
 
-use crate::store::NOTABLE_DIFFERENCE;
+use crate::store::{LARGEST_STEP, NOTABLE_DIFFERENCE};
 
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Course {
     /// What both clocks showed last.
-    seen: Option<(Timestamp, Instant)>,
-    /// By how much it has jumped since it was last certain, in milliseconds; `None` while it has not.
+    seen: Option<(Timestamp, Duration)>,
+    /// By how much it has jumped since it was last certain, in milliseconds; `None` while it has not. A small jump, which
+    /// may have been believed since, is remembered until the next one.
     off: Option<i64>,
     is_back: bool,
 }
 
 impl Course {
     /// By how many milliseconds the clock has jumped since `go_on` was last told, if it has.
-    pub(super) fn jump(&self, now: Timestamp, at: Instant) -> Option<i64> {
+    pub(super) fn jump(&self, now: Timestamp, at: Duration) -> Option<i64> {
         let (before, before_at) = self.seen?;
-        let passed = i64::try_from((at - before_at).as_millis()).unwrap_or(i64::MAX);
+        let passed = i64::try_from(at.saturating_sub(before_at).as_millis()).unwrap_or(i64::MAX);
         let by = now.as_millisecond() - before.as_millisecond() - passed;
         (by.abs() > NOTABLE_DIFFERENCE).then_some(by)
     }
 
     /// Goes on from what both clocks show now, and answers the jump there was. `was_certain` tells whether nothing spoke
     /// against the clock before it.
-    pub(super) fn go_on(&mut self, now: Timestamp, at: Instant, was_certain: bool) -> Option<i64> {
+    pub(super) fn go_on(&mut self, now: Timestamp, at: Duration, was_certain: bool) -> Option<i64> {
         let jump = self.jump(now, at);
         self.seen = Some((now, at));
         if let Some(by) = jump {
-            let off = self.off.filter(|_| !was_certain);
-            self.off = if was_certain { Some(by) } else { off.map(|off| off.saturating_add(by)) };
-            self.is_back = self.off.is_some_and(|off| off.abs() <= NOTABLE_DIFFERENCE);
-            if self.is_back {
-                self.off = None;
-            }
+            let before = self.off.filter(|off| !was_certain || off.abs() <= LARGEST_STEP);
+            let off = before.map(|off| off.saturating_add(by));
+            self.is_back = off.is_some_and(|off| off.abs() <= NOTABLE_DIFFERENCE);
+            self.off = match off {
+                _ if self.is_back => None,
+                _ if was_certain => Some(by),
+                off => off,
+            };
         }
         jump
     }
@@ -50,15 +53,13 @@ impl Course {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     const YEAR: i64 = 365 * 24 * 60 * 60;
 
     /// Shows a course seconds of the clock, given with those that have really passed and whether it was certain.
     fn follow(looks: &[(i64, u64, bool)]) -> Vec<(Option<i64>, bool)> {
-        let began = Instant::now();
+        let began = Duration::from_secs(90);
         let mut course = Course::default();
         let look = |(shown, passed, was_certain): &(i64, u64, bool)| {
             let now = Timestamp::from_millisecond(1_795_348_800_000 + shown * 1000).unwrap();
@@ -90,6 +91,15 @@ mod tests {
             [(None, false), (Some(YEAR), false), (Some(-YEAR + 7200), false), (Some(-7195), true)];
         assert_eq!(found[..4], expected);
         assert_eq!(found[4], (None, true), "nothing has spoken against it since");
+    }
+
+    #[test]
+    fn a_clock_comes_back_that_was_believed() {
+        let found = follow(&[(0, 0, true), (1801, 1, true), (2, 2, true), (1803, 3, true)]);
+        let jumps = [(None, false), (Some(1800), false), (Some(-1800), true), (Some(1800), false)];
+        assert_eq!(found, jumps);
+        // A clock that was far ahead for so long that it was believed.
+        assert_eq!(follow(&[(0, 0, true), (YEAR, 0, true), (0, 0, true)])[2], (Some(-YEAR), false));
     }
 
     #[test]

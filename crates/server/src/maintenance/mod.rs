@@ -68,12 +68,12 @@ impl Maintenance {
     /// # Errors
     /// When the database is away. What was done stays.
     pub async fn run(&mut self) -> Result<bool, StoreError> {
-        let Some(BelievedTime { now, is_certain }) = self.clock.judge().await? else {
+        let Some(BelievedTime { now, counting }) = self.clock.judge().await? else {
             return Ok(false);
         };
         self.store.maintain(now).await?;
-        if is_certain {
-            recount_misdated(&*self.store, now).await?;
+        if let Some(counting) = counting {
+            recount_misdated(&*self.store, counting).await?;
         }
         self.forget_event_ids(now).await?;
         if let Some(retention) = &self.retention {
@@ -96,13 +96,13 @@ impl Maintenance {
     }
 }
 
-/// Counts again what a clock that was ahead has put behind a date to come.
+/// Counts again what a clock that was ahead has put behind a date to come, and what such dates come to count in.
 async fn recount_misdated(store: &dyn Store, now: Timestamp) -> Result<(), StoreError> {
     let jobs = store.recount_misdated(now).await?;
     if jobs > 0 {
         tracing::warn!(
             jobs,
-            "a clock was ahead when events of some jobs were received: until their dates have come, they count in sums, and not in streaks or as the last"
+            "a clock was wrong when events of some jobs were received, and the jobs were counted again: events count in sums alone until their dates have come, and then in streaks and as the last"
         );
     }
     Ok(())

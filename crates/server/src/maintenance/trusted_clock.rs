@@ -2,17 +2,14 @@
 //! `store::TrustedTime`), with PostgreSQL's clock, and with how much time has passed. Maintenance deletes by
 //! [`BelievedTime`], `clock_watch` looks for jumps, and commands ask [`doubt`]. Nothing here dates events.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use pisync_core::Timestamp;
 use tokio::sync::Mutex;
 
 use super::{course::Course, database_time};
 use crate::{
-    clock::Clock,
+    clock::{Clock, uptime},
     store::{NOTABLE_DIFFERENCE, Standing, Store, StoreError},
 };
 
@@ -24,8 +21,9 @@ const DOUBT_INTERVAL: Duration = Duration::from_secs(10 * 60);
 pub(super) struct BelievedTime {
     /// The time by which to delete.
     pub(super) now: Timestamp,
-    /// Whether nothing speaks against the clock: it has neither jumped ahead nor shown a later time before.
-    pub(super) is_certain: bool,
+    /// The time by which to count streaks, which go on as the clock does and can be counted again; `None` while the
+    /// clock is behind the believed time: then it is likely to be set ahead soon.
+    pub(super) counting: Option<Timestamp>,
 }
 
 /// See the module. One for each server.
@@ -38,7 +36,7 @@ pub(super) struct TrustedClock {
 #[derive(Default)]
 struct State {
     /// When the clock was judged last.
-    judged: Option<Instant>,
+    judged: Option<Duration>,
     /// Whether nothing spoke against it then, PostgreSQL's clock included.
     is_undisputed: bool,
     course: Course,
@@ -75,23 +73,23 @@ impl TrustedClock {
         let mut state = self.state.lock().await;
         // The log hears at once of a clock that is not set.
         let Ok(own) = self.clock.set_time() else { return false };
-        let at = Instant::now();
+        let at = uptime();
         if state.course.jump(own, at).is_some() {
             return true;
         }
         state.course.go_on(own, at, false);
         let doubted_since = state.judged.filter(|_| !state.is_undisputed);
-        doubted_since.is_some_and(|judged| at - judged >= DOUBT_INTERVAL)
+        doubted_since.is_some_and(|judged| at.saturating_sub(judged) >= DOUBT_INTERVAL)
     }
 
     /// Judges the clock, and gives the time by which to delete; `None` while the clock is not set.
     pub(super) async fn judge(&self) -> Result<Option<BelievedTime>, StoreError> {
         let mut state = self.state.lock().await;
         let Ok(own) = self.clock.set_time() else { return Ok(None) };
-        let at = Instant::now();
+        let at = uptime();
         let database = database_time(&*self.store, &self.clock).await?;
         let now = database.map_or(own, |database| own.min(database));
-        let ran = state.judged.map_or(Duration::ZERO, |before| at - before);
+        let ran = state.judged.map_or(Duration::ZERO, |before| at.saturating_sub(before));
         let trusted = self.store.trust_time(now, ran).await?;
         let State { judged, is_undisputed, course, differs, doubted, behind } = &mut *state;
         *judged = Some(at);
@@ -138,8 +136,11 @@ impl TrustedClock {
             ),
             || tracing::info!(clock = %now, "the clock is no longer behind the time that is believed"),
         );
-        let is_certain = !is_doubted && !is_behind;
-        Ok(Some(BelievedTime { now: now.min(trusted.until), is_certain }))
+        // As `present` has it, by which figures are verified.
+        let shown = database.unwrap_or(own);
+        let earliest = trusted.until.saturating_add_milliseconds(-NOTABLE_DIFFERENCE);
+        let counting = (shown >= earliest || course.is_back()).then_some(shown);
+        Ok(Some(BelievedTime { now: now.min(trusted.until), counting }))
     }
 }
 

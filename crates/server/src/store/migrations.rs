@@ -46,6 +46,7 @@ const SQLITE: EmbeddedMigrations = embedded!(
     "2026-11-25-12-streaks-in-one-statement",
     "2026-11-25-13-device-deletions",
     "2026-11-25-14-journal-in-use",
+    "2026-11-25-15-set-aside-events",
 );
 const POSTGRES: EmbeddedMigrations = embedded!(
     "postgres":
@@ -62,6 +63,7 @@ const POSTGRES: EmbeddedMigrations = embedded!(
     "2026-11-25-12-streaks-in-one-statement",
     "2026-11-25-13-device-deletions",
     "2026-11-25-14-journal-in-use",
+    "2026-11-25-15-set-aside-events",
 );
 
 /// Takes back a take-over: the `down` of the first migration where that has moved the Node service's rows

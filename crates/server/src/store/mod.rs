@@ -43,7 +43,7 @@ pub use keys::{
 pub use retention::Retention;
 pub use target::{PostgresTarget, SslMode, Target};
 pub use trusted_time::TrustedTime;
-pub(crate) use trusted_time::{NOTABLE_DIFFERENCE, Standing};
+pub(crate) use trusted_time::{LARGEST_STEP, NOTABLE_DIFFERENCE, Standing};
 pub use verify::{FigureDifference, JobDifference, SumDifference, Sums, Verified};
 pub use window::Window;
 
@@ -145,7 +145,8 @@ pub trait Store: KeyStore + DeviceDeletions + Send + Sync {
     ) -> Result<Verified, StoreError>;
 
     /// Counts the jobs again whose last events are dated, or were received, so far after `now` that a clock must have
-    /// been wrong then: what is reported later would be hidden behind them for good. Answers how many there were.
+    /// been wrong then: what is reported later would be hidden behind them for good. Such events are set aside. Counts
+    /// the jobs again, too, whose events that were set aside are no longer dated so far ahead. Answers how many have changed.
     async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError>;
 
     /// Recounts the sums of the fleet's hours from all folded events, as of one moment: some second for a

@@ -4,8 +4,8 @@
 //! A clock that jumps ahead would make everything look old. So the database keeps the latest time that was believed.
 //! At its start a server believes a clock that is a few days ahead of it: servers are switched off for a weekend. Beyond,
 //! and once the server runs, the believed time only goes on as fast as it runs, until the devices bear the clock out, or
-//! until it has run for two weeks. A clock that is behind makes nothing look old. When devices bear it out, the believed
-//! time was wrong, and goes back.
+//! until it has run for two weeks. A clock that is behind makes nothing look old. When devices bear it out, or it has
+//! gone on for five minutes and any device has reported by it, the believed time goes back.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const DAY: i64 = 24 * 60 * 60 * 1000;
 const LONGEST_PAUSE: i64 = 4 * DAY;
 
 /// How far the clock of a running server may get ahead of what its run accounts for, in milliseconds.
-const LARGEST_STEP: i64 = 60 * 60 * 1000;
+pub(crate) const LARGEST_STEP: i64 = 60 * 60 * 1000;
 
 /// By how much two clocks may differ before anybody hears of it, in milliseconds. Servers on one PostgreSQL rely on
 /// their clocks to a minute, when they aggregate events.
@@ -27,6 +27,11 @@ pub(crate) const NOTABLE_DIFFERENCE: i64 = 60_000;
 /// After how long a clock is believed that nothing has borne out, in milliseconds: by then somebody has read
 /// the warnings, and old events must not be kept for ever.
 const LONGEST_DOUBT: i64 = 14 * DAY;
+
+/// After how long a clock is believed that is behind the believed time, in milliseconds, if devices have reported by
+/// it meanwhile: whatever sets a clock after a start has done it by then. To believe it deletes nothing, and what its
+/// going ahead again would change in streaks is counted again.
+const LONGEST_CONTRADICTION: i64 = 5 * 60 * 1000;
 
 /// By how much an event's own date may differ from when it was received to bear the server's clock out.
 pub(super) const AGREEMENT_MILLISECONDS: i64 = 60 * 60 * 1000;
@@ -41,7 +46,8 @@ pub struct TrustedTime {
     pub until: Timestamp,
     /// What the clock said last.
     pub(super) seen: Timestamp,
-    /// For how long servers have run with a clock that is not believed, in milliseconds.
+    /// For how long servers have run with a clock that is not believed, in milliseconds. Negative while that clock is
+    /// behind.
     pub(super) doubted: i64,
 }
 
@@ -114,13 +120,20 @@ impl TrustedTime {
         if witnesses.bear_out() && self.contradicts(now) {
             return Self { until: now, seen: now, doubted: 0 };
         }
-        if !self.doubts(now, ran) || witnesses.bear_out() {
-            return Self { until: self.until.max(now), seen: now, doubted: 0 };
-        }
         // Several servers do this for one database: together they count no hour twice.
         let passed = now.as_millisecond() - self.seen.as_millisecond();
         let passed = passed.clamp(0, milliseconds(ran));
-        let doubted = self.doubted.saturating_add(passed);
+        if self.contradicts(now) {
+            let behind = self.doubted.min(0).saturating_sub(passed);
+            if behind <= -LONGEST_CONTRADICTION && witnesses.devices > 0 {
+                return Self { until: now, seen: now, doubted: 0 };
+            }
+            return Self { until: self.until, seen: now, doubted: behind };
+        }
+        if !self.doubts(now, ran) || witnesses.bear_out() {
+            return Self { until: self.until.max(now), seen: now, doubted: 0 };
+        }
+        let doubted = self.doubted.max(0).saturating_add(passed);
         if doubted >= LONGEST_DOUBT {
             return Self { until: now, seen: now, doubted: 0 };
         }
@@ -218,11 +231,32 @@ mod tests {
         let time = TrustedTime::first(None, at(400 * DAY));
         let unheard = time.advance(at(0), hours(1), Witnesses::default());
         assert_eq!(unheard.until, at(400 * DAY));
+        let unheard = unheard.advance(at(HOUR), hours(1), Witnesses::default());
+        assert_eq!(unheard.until, at(400 * DAY));
         let witnesses = Witnesses { devices: 3, agreeing: 2 };
         assert_eq!(time.advance(at(0), hours(1), witnesses).until, at(0));
         // They cannot tell within an hour.
         let now = at(400 * DAY - HOUR);
         assert_eq!(time.advance(now, hours(1), witnesses).until, at(400 * DAY));
+    }
+
+    #[test]
+    fn a_clock_that_is_behind_is_believed_once_it_has_gone_on() {
+        const MINUTE: i64 = 60 * 1000;
+        let minutes = |count: u64| Duration::from_secs(count * 60);
+        let one = Witnesses { devices: 1, agreeing: 0 };
+        let mut time = TrustedTime::first(None, at(400 * DAY));
+        // Starting again and again is no course.
+        for start in 0..20 {
+            time = time.advance(at(start * MINUTE), Duration::ZERO, one);
+        }
+        time = time.advance(at(23 * MINUTE), minutes(4), one);
+        assert_eq!(time.until, at(400 * DAY));
+        time = time.advance(at(24 * MINUTE), minutes(1), one);
+        assert_eq!((time.until, time.doubted), (at(24 * MINUTE), 0));
+        // When it was behind nevertheless, nothing is deleted by it at once.
+        let set = time.advance(at(5 * DAY), minutes(10), one);
+        assert!(set.until <= at(40 * MINUTE));
     }
 
     #[test]

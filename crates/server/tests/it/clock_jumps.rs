@@ -1,8 +1,11 @@
 //! A server's clock that is set wrong while it serves, and what commands say of a clock that is wrong.
 
 use std::{
-    sync::atomic::{AtomicI64, Ordering},
-    time::{SystemTime, UNIX_EPOCH},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use pisync::{
@@ -16,7 +19,7 @@ use crate::{
     keys::until,
     store_contract::streaks::figures_of,
     support::{
-        events::{at, device_id, failure as failed, now, success as succeeded, write_at},
+        events::{at, device_id, failure as failed, now, success as succeeded, write, write_at},
         http::{self, with},
         log,
         program::{Ended, Installed},
@@ -29,6 +32,10 @@ both_stores!(
     what_a_jump_has_spoiled_is_made_good_when_the_clock_is_back,
     a_clock_that_jumps_back_is_told,
     devices_correct_a_time_that_was_believed_wrongly,
+    a_small_jump_that_was_believed_comes_back,
+    a_clock_that_goes_on_is_believed_over_one_that_was_ahead,
+    what_was_set_aside_counts_when_the_clock_comes_to_it,
+    right_dates_replace_wrong_ones_at_once,
     commands_warn_of_a_clock_that_is_ahead,
     commands_warn_of_a_clock_that_is_behind,
     refusals_by_a_clock_that_is_behind_are_told,
@@ -77,6 +84,11 @@ async fn what_a_jump_has_spoiled_is_made_good_when_the_clock_is_back(server: &Te
         let said = jump(server, unique(3)).await;
         assert!(said[0].contains("the clock is back where it was before"), "{said:?}");
         until(async || streak(server, device).await == 2).await;
+        // It follows the clock for as often as that is set.
+        jump(server, unique(by)).await;
+        until(async || streak(server, device).await == 0).await;
+        jump(server, unique(5)).await;
+        until(async || streak(server, device).await == 2).await;
         // As `pisync verify` does it.
         let store = store::open(&server.database.target).await.unwrap();
         assert_eq!(store.verify(None, server.clock.now(), false).await.unwrap().differences, []);
@@ -98,13 +110,119 @@ async fn a_clock_that_jumps_back_is_told(server: &TestServer) {
     assert_eq!(streak(server, "pi").await, 1);
 }
 
-async fn devices_correct_a_time_that_was_believed_wrongly(fixture: &TestStore) {
-    let maintain = async |clock: Timestamp| {
-        let clock = TestClock::at(clock).clock();
-        let retention = Retention::new(40, 300);
-        let store = std::sync::Arc::clone(&fixture.store);
-        Maintenance::new(store, clock, retention, 30).run().await.unwrap();
+async fn a_small_jump_that_was_believed_comes_back(server: &TestServer) {
+    log::listen();
+    let said = jump(server, unique(30 * 60)).await;
+    assert!(said[0].contains("jumped ahead while the server ran; if it is wrong"), "{said:?}");
+    let said = jump(server, unique(7)).await;
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains("the clock is back where it was before"), "{said:?}");
+}
+
+/// A server starts with a clock that shows `time`, and does its work.
+async fn maintain_at(fixture: &TestStore, time: Timestamp) {
+    let clock = TestClock::at(time).clock();
+    let store = Arc::clone(&fixture.store);
+    Maintenance::new(store, clock, Retention::new(40, 300), 30).run().await.unwrap();
+}
+
+/// It has run for ten minutes since it was started at `time`.
+async fn run_since(fixture: &TestStore, time: Timestamp) -> Timestamp {
+    let ran = Duration::from_secs(10 * 60);
+    let time = time.saturating_add_milliseconds(10 * 60 * 1000);
+    fixture.store.trust_time(time, ran).await.unwrap();
+    maintain_at(fixture, time).await;
+    assert_eq!(fixture.store.trusted_time().await.unwrap().unwrap().until, time);
+    assert_eq!(fixture.store.verify(None, time, false).await.unwrap().differences, []);
+    time
+}
+
+async fn failures(fixture: &TestStore, device: &str) -> i64 {
+    figures_of(&*fixture.store, &device_id(device)).await.1.consecutive_failures
+}
+
+/// There are no two devices that know the time, which would bear it out.
+async fn a_clock_that_goes_on_is_believed_over_one_that_was_ahead(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    // The first start ever, and one after a pause that is not too long to be believed.
+    for (device, began, by) in [("year", 0, YEAR), ("days", 2 * 60 * 60, 3 * DAY)] {
+        let ahead = at(began + by);
+        maintain_at(fixture, ahead).await;
+        write_at(&mut *writer, ahead, vec![succeeded(device, ahead)]).await;
+        maintain_at(fixture, at(began)).await;
+        for second in began + 1..began + 4 {
+            let event = failed(device, at(second));
+            write_at(&mut *writer, at(second), vec![event]).await;
+        }
+        maintain_at(fixture, at(began + 4)).await;
+        assert_eq!(failures(fixture, device).await, 0, "it may be about to be set");
+        run_since(fixture, at(began + 4)).await;
+        assert_eq!(failures(fixture, device).await, 3);
+    }
+}
+
+async fn what_was_set_aside_counts_when_the_clock_comes_to_it(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    maintain_at(fixture, at(0)).await;
+    for event in [failed("pi", at(-2)), succeeded("pi", at(-1)), failed("pi", at(0))] {
+        write(&mut *writer, vec![event]).await;
+    }
+    // The machine starts without a network, and the server dates what is reported.
+    let behind = at(-5 * DAY);
+    maintain_at(fixture, behind).await;
+    assert_eq!(failures(fixture, "pi").await, 1);
+    for _ in 0..2 {
+        write_at(&mut *writer, behind, vec![failed("pi", behind)]).await;
+    }
+    let believed = run_since(fixture, behind).await;
+    assert_eq!(failures(fixture, "pi").await, 2);
+    write_at(&mut *writer, believed, vec![failed("pi", believed)]).await;
+    assert_eq!(failures(fixture, "pi").await, 3);
+
+    // Then it is set. Whether to delete by it is still in doubt.
+    maintain_at(fixture, at(60)).await;
+    assert!(fixture.store.trusted_time().await.unwrap().unwrap().until < at(-4 * DAY));
+    let (_, figures) = figures_of(&*fixture.store, &device_id("pi")).await;
+    assert_eq!((figures.consecutive_failures, figures.total_syncs), (1, 6));
+    assert_eq!((figures.last_success, figures.last_sync), (Some(at(-1)), Some(at(0))));
+    assert_eq!(figures.last_seen, Some(now()));
+    assert_eq!(fixture.store.verify(None, at(60), false).await.unwrap().differences, []);
+}
+
+async fn right_dates_replace_wrong_ones_at_once(server: &TestServer) {
+    log::listen();
+    let began = server.clock.now();
+    server.store(&http::failure("other", began)).await;
+    jump(server, unique(YEAR)).await;
+    // The dates of one are all wrong, those of the other when it was received.
+    let undated = |report| with(report, &json!({"clock": "unsynced"}));
+    server.store(&undated(http::success("all-wrong", began))).await;
+    server.store(&http::failure("dated", began)).await;
+    let dates = async |device: &str| {
+        let device = server.get(&format!("/api/device/{device}")).await.data(200);
+        ["last_seen", "last_sync"].map(|date| device[date].as_str().unwrap()[..10].to_owned())
     };
+    assert_eq!(dates("dated").await, ["2027-11-22", "2026-11-22"]);
+    jump(server, unique(9)).await;
+    // The last to be counted again.
+    until(async || dates("dated").await == ["2026-11-22", "2026-11-22"]).await;
+    assert_eq!(dates("all-wrong").await, ["2027-11-22", "2027-11-22"], "there is no other");
+    let store = store::open(&server.database.target).await.unwrap();
+    let assert_right = async || {
+        assert_eq!(store.verify(None, server.clock.now(), false).await.unwrap().differences, []);
+    };
+    assert_right().await;
+    for device in ["all-wrong", "dated"] {
+        server.store(&http::failure(device, began)).await;
+        assert_eq!(dates(device).await, ["2026-11-22", "2026-11-22"]);
+    }
+    assert_right().await;
+    assert_eq!(streak(server, "all-wrong").await, 1);
+    assert_eq!(streak(server, "dated").await, 2);
+}
+
+async fn devices_correct_a_time_that_was_believed_wrongly(fixture: &TestStore) {
+    let maintain = async |clock: Timestamp| maintain_at(fixture, clock).await;
     let mut writer = fixture.writer();
     // The first start ever, by a clock that is ahead: nothing speaks against it.
     maintain(at(YEAR)).await;

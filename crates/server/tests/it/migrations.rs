@@ -33,7 +33,7 @@ both_stores!(
 );
 
 /// The migrations that are part of the program.
-const EMBEDDED: [&str; 13] = [
+const EMBEDDED: [&str; 14] = [
     "2026-11-22-01-sync-events",
     "2026-11-22-02-event-keys-and-roll-ups",
     "2026-11-22-03-keys",
@@ -47,6 +47,7 @@ const EMBEDDED: [&str; 13] = [
     "2026-11-25-12-streaks-in-one-statement",
     "2026-11-25-13-device-deletions",
     "2026-11-25-14-journal-in-use",
+    "2026-11-25-15-set-aside-events",
 ];
 
 fn no_folder() -> &'static Path {

@@ -231,6 +231,14 @@ const VERSIONS: &[Version] = &[
         count: "(select 1)",
         rows: 1,
     },
+    Version {
+        name: "2026-11-25-15-set-aside-events",
+        // A job with events from a clock that was ahead has the date at which they count.
+        sqlite: "update device_jobs set set_aside_until = 1826884800000 where job = '';",
+        postgres: "update device_jobs set set_aside_until = '2027-11-22 12:00+00' where job = '';",
+        count: "(select count(*) from device_jobs where set_aside_until is not null)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

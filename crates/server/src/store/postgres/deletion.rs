@@ -8,7 +8,7 @@ use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{PostgresStore, connect::Object, keys, roll_ups, verify};
+use super::{PostgresStore, connect::Object, keys, misdated, roll_ups, verify};
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
     deletion::{Deletion, stored_actor},
@@ -217,7 +217,9 @@ async fn delete_device(
     let received: jiff::Timestamp =
         transaction.query_one(LAST_RECEIVED, &[&id]).await?.try_get(0)?;
     let latest = Timestamp::truncate(received).saturating_add_milliseconds(LONGEST_LEAD);
-    transaction.execute(&insert, &[&id, &latest.to_jiff()]).await?;
+    let latest = latest.to_jiff();
+    transaction.execute(&insert, &[&id, &latest]).await?;
+    misdated::note_set_aside(transaction, id, latest).await?;
     roll_ups::fold_days_again(transaction, id, folded).await?;
     roll_ups::fold_hours_again(transaction, id, folded).await?;
     transaction.execute(BEGIN_ANEW, &[&id]).await.map(|_| ())

@@ -1,6 +1,8 @@
 //! Jobs whose last event has a date that cannot be, from a time when a clock was wrong: maintenance finds their dates
-//! and streaks again among the other events that are still kept.
+//! and streaks again among the other events that are still kept. `set_aside_until` is when the first of the events left
+//! out comes to count: then the job is counted once more.
 
+use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, error::SqlState};
 
@@ -9,12 +11,13 @@ use super::{connect::Object, statements::unanswered_failures};
 /// How often a device that met a deadlock is tried again.
 const RETRIES: u32 = 5;
 
-/// Counts all jobs again that have a date after `latest`; answers how many.
+/// Counts all jobs again that show a date after `latest`, or have events set aside that are dated before; answers how
+/// many have changed.
 pub(super) async fn recount(connection: &mut Object, latest: Timestamp) -> Result<u64, Error> {
     const FIND: &str = "
         select distinct device_id
           from device_jobs
-         where greatest(last_sync, last_received) > $1
+         where greatest(last_sync, last_received) > $1 or set_aside_until <= $1
          order by device_id
     ";
     let mut recounted = 0;
@@ -44,33 +47,39 @@ async fn recount_device(
     const LOCK_JOBS: &str = "
         select job
           from device_jobs
-         where device_id = $1 and greatest(last_sync, last_received) > $2
+         where device_id = $1 and (greatest(last_sync, last_received) > $2 or set_aside_until <= $2)
          order by job
            for update
     ";
-    // Where all dates are wrong, they are all there is to show.
+    // Where all dates are wrong, they are all there is to show, until ingest brings the first that is right. Without
+    // any right time of receipt, the last sync's own date is nearest to it.
     let write = format!(
         "update device_jobs stored
             set last_sync = coalesce(dated.last_sync, stored.last_sync),
                 last_success = dated.last_success,
                 last_failure = dated.last_failure,
-                last_received = coalesce(dated.last_received, stored.last_received),
+                last_received = coalesce(dated.last_received, dated.last_sync, stored.last_received),
+                set_aside_until = dated.set_aside_until,
                 consecutive_failures = ({})
            from (
                     select device_id, coalesce(job, '') as job,
                            max(timestamp) filter (where timestamp <= $3) as last_sync,
                            max(timestamp) filter (where timestamp <= $3 and total_errors <= 0) as last_success,
                            max(timestamp) filter (where timestamp <= $3 and total_errors > 0) as last_failure,
-                           max(created_at) filter (where created_at <= $3) as last_received
+                           max(created_at) filter (where created_at <= $3) as last_received,
+                           least(min(timestamp) filter (where timestamp > $3),
+                                 min(created_at) filter (where created_at > $3)) as set_aside_until
                       from sync_events
                      where device_id = $1
                      group by device_id, coalesce(job, '')
                 ) dated
           where stored.device_id = $1 and stored.job = any($2::text[]) and stored.job = dated.job
-            and (stored.last_sync, stored.last_success, stored.last_failure, stored.last_received)
+            and (stored.last_sync, stored.last_success, stored.last_failure, stored.last_received,
+                 stored.set_aside_until)
                 is distinct from
                 (coalesce(dated.last_sync, stored.last_sync), dated.last_success, dated.last_failure,
-                 coalesce(dated.last_received, stored.last_received))",
+                 coalesce(dated.last_received, dated.last_sync, stored.last_received),
+                 dated.set_aside_until)",
         unanswered_failures("dated")
     );
     let transaction = connection.transaction().await?;
@@ -81,4 +90,27 @@ async fn recount_device(
     let recounted = transaction.execute(&write, &[&device_id, &jobs, &latest]).await?;
     transaction.commit().await?;
     Ok(recounted)
+}
+
+/// Notes when a device's jobs are to be counted again, which have just been counted with what is dated up to `latest`.
+pub(super) async fn note_set_aside(
+    transaction: &Transaction<'_>,
+    device_id: &str,
+    latest: jiff::Timestamp,
+) -> Result<(), Error> {
+    const NOTE: &str = "
+        update device_jobs stored
+           set set_aside_until = dated.set_aside_until
+          from (
+                   select coalesce(job, '') as job,
+                          least(min(timestamp) filter (where timestamp > $2),
+                                min(created_at) filter (where created_at > $2)) as set_aside_until
+                     from sync_events
+                    where device_id = $1
+                    group by coalesce(job, '')
+               ) dated
+         where stored.device_id = $1 and stored.job = dated.job
+           and stored.set_aside_until is distinct from dated.set_aside_until
+    ";
+    transaction.execute(NOTE, &[&device_id, &latest]).await.map(|_| ())
 }

@@ -64,10 +64,18 @@ const UPSERT_JOBS: &str = "
                speed_sum          = stored.speed_sum + excluded.speed_sum,
                speed_count        = stored.speed_count + excluded.speed_count,
                first_sync         = least(stored.first_sync, excluded.first_sync),
-               last_sync          = greatest(stored.last_sync, excluded.last_sync),
+               last_sync          = case
+                   when stored.last_success is null and stored.last_failure is null then
+                       excluded.last_sync
+                   else greatest(stored.last_sync, excluded.last_sync)
+               end,
                last_success       = greatest(stored.last_success, excluded.last_success),
                last_failure       = greatest(stored.last_failure, excluded.last_failure),
-               last_received      = greatest(stored.last_received, excluded.last_received),
+               last_received      = case
+                   when stored.last_success is null and stored.last_failure is null then
+                       excluded.last_received
+                   else greatest(stored.last_received, excluded.last_received)
+               end,
                consecutive_failures = case
                    when excluded.last_success >= coalesce(stored.last_success, '-infinity')
                     and excluded.last_success >= $15 then

@@ -8,7 +8,7 @@ use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
 use super::{
     connect::Object,
-    expiry,
+    expiry, misdated,
     roll_ups::{self, folded, sums},
     statements::unanswered_failures,
 };
@@ -35,7 +35,8 @@ const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
 /// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`]. Those dated after the parameter
-/// `latest` change no streak, and are not shown as the last while there are others.
+/// `latest` change no streak, and are not shown as the last while there are others. So it is
+/// with times of receipt: the last date stands in for one that cannot be.
 pub(super) fn recounted(filter: &str, latest: &str) -> String {
     format!(
         "with counted as (
@@ -50,7 +51,8 @@ pub(super) fn recounted(filter: &str, latest: &str) -> String {
                    coalesce(max(timestamp) filter (where timestamp <= {latest}), max(timestamp)) as last_sync,
                    max(timestamp) filter (where timestamp <= {latest} and total_errors <= 0) as last_success,
                    max(timestamp) filter (where timestamp <= {latest} and total_errors > 0) as last_failure,
-                   coalesce(max(created_at) filter (where created_at <= {latest}), max(created_at))
+                   coalesce(max(created_at) filter (where created_at <= {latest}),
+                            max(timestamp) filter (where timestamp <= {latest}), max(created_at))
                        as last_received
               from sync_events
              where {filter}
@@ -218,7 +220,9 @@ async fn try_repair(
     // Later statements see what others had committed before we got the locks; who comes after waits. A job
     // that another server has made since is not ours to touch.
     transaction.execute(REMOVE_JOBS, &[&device_id, &jobs]).await?;
-    transaction.execute(&write_figures, &[&device_id, &jobs, &latest.to_jiff()]).await?;
+    let latest = latest.to_jiff();
+    transaction.execute(&write_figures, &[&device_id, &jobs, &latest]).await?;
+    misdated::note_set_aside(&transaction, device_id, latest).await?;
     roll_ups::fold_days_again(&transaction, device_id, folded).await?;
     transaction.commit().await
 }

@@ -1,16 +1,17 @@
 //! Jobs whose last event has a date that cannot be, from a time when a clock was wrong: maintenance finds their dates
-//! and streaks again among the other events that are still kept.
+//! and streaks again among the other events that are still kept. `set_aside_until` is when the first of the events left
+//! out comes to count: then the job is counted once more.
 
 use pisync_core::Timestamp;
-use rusqlite::{TransactionBehavior, params};
+use rusqlite::{Transaction, TransactionBehavior, params};
 
 use super::writer::WriteConnection;
 
 /// Devices at a time: all of a device's events are read, while ingest waits.
 const DEVICES: u32 = 4;
 
-/// Counts the jobs of some devices again, those after the device number `after`, when they have a date after
-/// `latest`. Answers how many jobs it were, and after which device to go on.
+/// Counts the jobs of some devices again, those after the device number `after`, when they show a date after `latest`,
+/// or have events set aside that are dated before. Answers how many have changed, and after which device to go on.
 pub(super) fn recount_some(
     writer: &mut WriteConnection,
     after: Option<i64>,
@@ -19,18 +20,21 @@ pub(super) fn recount_some(
     const FIND: &str = "
         select distinct device
           from device_jobs
-         where device > ?1 and max(last_sync, last_received) > ?2
+         where device > ?1 and (max(last_sync, last_received) > ?2 or set_aside_until <= ?2)
          order by device
          limit ?3
     ";
-    // Where all dates are wrong, they are all there is to show.
+    // Where all dates are wrong, they are all there is to show, until ingest brings the first that is right. Without
+    // any right time of receipt, the last sync's own date is nearest to it.
     const RECOUNT: &str = "
         with dates as (
             select ifnull(job, '') as job,
                    max(timestamp) filter (where timestamp <= ?2) as last_sync,
                    max(timestamp) filter (where timestamp <= ?2 and total_errors <= 0) as last_success,
                    max(timestamp) filter (where timestamp <= ?2 and total_errors > 0) as last_failure,
-                   max(created_at) filter (where created_at <= ?2) as last_received
+                   max(created_at) filter (where created_at <= ?2) as last_received,
+                   min(timestamp) filter (where timestamp > ?2) as next_dated,
+                   min(created_at) filter (where created_at > ?2) as next_received
               from sync_events
              where device = ?1
              group by 1
@@ -39,7 +43,9 @@ pub(super) fn recount_some(
            set last_sync = ifnull(dates.last_sync, device_jobs.last_sync),
                last_success = dates.last_success,
                last_failure = dates.last_failure,
-               last_received = ifnull(dates.last_received, device_jobs.last_received),
+               last_received = coalesce(dates.last_received, dates.last_sync, device_jobs.last_received),
+               set_aside_until =
+                   min(ifnull(next_dated, next_received), ifnull(next_received, next_dated)),
                consecutive_failures = (
                    select count(*)
                      from sync_events event
@@ -58,11 +64,14 @@ pub(super) fn recount_some(
                )
           from dates
          where device_jobs.device = ?1 and device_jobs.job = dates.job
-           and max(device_jobs.last_sync, device_jobs.last_received) > ?2
+           and (max(device_jobs.last_sync, device_jobs.last_received) > ?2
+                or device_jobs.set_aside_until <= ?2)
            and (device_jobs.last_sync, device_jobs.last_success, device_jobs.last_failure,
-                device_jobs.last_received)
+                device_jobs.last_received, device_jobs.set_aside_until)
                is not (ifnull(dates.last_sync, device_jobs.last_sync), dates.last_success,
-                       dates.last_failure, ifnull(dates.last_received, device_jobs.last_received))
+                       dates.last_failure,
+                       coalesce(dates.last_received, dates.last_sync, device_jobs.last_received),
+                       min(ifnull(next_dated, next_received), ifnull(next_received, next_dated)))
     ";
     writer.settle()?;
     let transaction =
@@ -79,4 +88,29 @@ pub(super) fn recount_some(
     transaction.commit()?;
     let next = devices.last().copied().filter(|_| devices.len() == DEVICES as usize);
     Ok((recounted, next))
+}
+
+/// Notes when a device's jobs are to be counted again, which have just been counted with what is dated up to `latest`.
+pub(super) fn note_set_aside(
+    transaction: &Transaction<'_>,
+    device: i64,
+    latest: Timestamp,
+) -> rusqlite::Result<()> {
+    const NOTE: &str = "
+        with dates as (
+            select ifnull(job, '') as job,
+                   min(timestamp) filter (where timestamp > ?2) as next_dated,
+                   min(created_at) filter (where created_at > ?2) as next_received
+              from sync_events
+             where device = ?1
+             group by 1
+        )
+        update device_jobs
+           set set_aside_until =
+                   min(ifnull(next_dated, next_received), ifnull(next_received, next_dated))
+          from dates
+         where device_jobs.device = ?1 and device_jobs.job = dates.job
+           and ifnull(next_dated, next_received) is not null
+    ";
+    transaction.prepare_cached(NOTE)?.execute(params![device, latest.as_millisecond()]).map(|_| ())
 }

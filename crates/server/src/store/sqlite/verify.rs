@@ -7,7 +7,7 @@ use pisync_core::{JobFigures, Timestamp, later_until};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
-    expiry,
+    expiry, misdated,
     reads::time,
     roll_ups::{self, sums},
     writer::{JobStatements, WriteConnection, job_figures},
@@ -117,6 +117,7 @@ pub(super) fn write_recounted(
         jobs.add(number, job, figures, Timestamp::MIN)?;
     }
     drop(jobs);
+    misdated::note_set_aside(transaction, number, latest)?;
     transaction.execute("delete from device_days where device = ?1", [number])?;
     let mut insert = transaction.prepare(&format!(
         "insert into device_days (device, day, {SUMS}) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"
@@ -236,6 +237,12 @@ fn recount(
         let job: String = row.get(0)?;
         let figures = recounted.jobs.entry(job).or_insert_with(|| event.nothing_yet());
         event.count_into(figures, latest);
+    }
+    for figures in recounted.jobs.values_mut() {
+        // The last date stands in for a time of receipt that cannot be.
+        if figures.last_received > latest && figures.last_sync <= latest {
+            figures.last_received = figures.last_sync;
+        }
     }
     Ok(recounted)
 }
