@@ -119,6 +119,7 @@ pub(super) const TABLES: &[Table] = &[
             column("last_failure", Kind::Time),
             column("consecutive_failures", Kind::Integer),
             column("last_received", Kind::Time),
+            column("set_aside_until", Kind::Time),
         ],
     ),
     table(
