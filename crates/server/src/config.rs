@@ -29,7 +29,7 @@ const NO_LOG_DIR: &str = "none";
 pub struct DatabaseArgs {
     /// Where the database is: postgres://user:password@host:port/database (several hosts separated by
     /// commas; sslmode and sslrootcert as in libpq), or sqlite:PATH. Goes before DB_* and DATA_DIR
-    #[arg(long, env = "DATABASE_URL", global = true, hide_env_values = true, value_name = "URL")]
+    #[arg(long, env = "DATABASE_URL", global = true, value_name = "URL")]
     database_url: Option<Secret>,
     /// PostgreSQL host, or several separated by commas [default: localhost, if any DB_* is set]
     #[arg(long, env = "DB_HOST", global = true)]
@@ -44,7 +44,7 @@ pub struct DatabaseArgs {
     #[arg(long, env = "DB_USER", global = true)]
     db_user: Option<String>,
     /// PostgreSQL password
-    #[arg(long, env = "DB_PASSWORD", global = true, hide_env_values = true)]
+    #[arg(long, env = "DB_PASSWORD", global = true)]
     db_password: Option<Secret>,
     /// Folder of the SQLite file pisync.db, which is used when nothing says PostgreSQL
     #[arg(long, env = "DATA_DIR", global = true, default_value = "data")]
@@ -55,10 +55,10 @@ pub struct DatabaseArgs {
 #[derive(Debug, Clone, Args)]
 pub struct CopyArgs {
     /// The database to copy: sqlite:PATH or postgres://user:password@host:port/database
-    #[arg(long, env = "COPY_FROM", hide_env_values = true, value_name = "URL")]
+    #[arg(long, env = "COPY_FROM", value_name = "URL")]
     from: Secret,
     /// The database to copy it to, which must be empty
-    #[arg(long, env = "COPY_TO", hide_env_values = true, value_name = "URL")]
+    #[arg(long, env = "COPY_TO", value_name = "URL")]
     to: Secret,
 }
 

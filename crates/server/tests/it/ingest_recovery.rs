@@ -59,14 +59,21 @@ async fn stored(client: &Client, device: &str) -> (Vec<i64>, Vec<String>) {
 /// A server that has acknowledged `count` events of the device `pi` which are in its journal alone, and was
 /// killed; with their ids.
 async fn killed_with_a_journal(program: &Program, count: usize) -> Vec<i64> {
+    let (serving, _other) = serve_beside_a_writer(program).await;
+    let ids = report(&serving.client, "pi", count).await;
+    kill(serving);
+    ids
+}
+
+/// A server that has one event in its tables, and another program that keeps the next ones out of them: those stay in
+/// the journal alone.
+async fn serve_beside_a_writer(program: &Program) -> (Serving, Connection) {
     let serving = program.serve(&[]);
     report(&serving.client, "before", 1).await;
     serving.client.get("/api/stats").await.data(200);
     let other = open(program);
     other.execute_batch("begin immediate").unwrap();
-    let ids = report(&serving.client, "pi", count).await;
-    kill(serving);
-    ids
+    (serving, other)
 }
 
 fn kill(serving: Serving) {
@@ -281,11 +288,7 @@ async fn a_journal_that_was_emptied_after_a_kill_is_missed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_that_leaves_a_journal_says_so() {
     let program = program();
-    let serving = program.serve(&[]);
-    report(&serving.client, "before", 1).await;
-    serving.client.get("/api/stats").await.data(200);
-    let other = open(&program);
-    other.execute_batch("begin immediate").unwrap();
+    let (serving, other) = serve_beside_a_writer(&program).await;
     report(&serving.client, "pi", 4).await;
     serving.signal("TERM");
     let ended = serving.wait();
@@ -348,11 +351,7 @@ async fn restoring_keeps_a_journal_that_cannot_be_applied() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_record_that_was_half_applied_is_finished() {
     let program = program();
-    let serving = program.serve(&[]);
-    report(&serving.client, "before", 1).await;
-    serving.client.get("/api/stats").await.data(200);
-    let other = open(&program);
-    other.execute_batch("begin immediate").unwrap();
+    let (serving, other) = serve_beside_a_writer(&program).await;
     let batch: Vec<_> = (0..5).map(|run| named("pi", &format!("run-{run}"))).collect();
     serving.client.post("/api/sync-events", &json!(batch)).await.data(200);
     kill(serving);

@@ -11,6 +11,15 @@ use super::{connect::Object, statements::unanswered_failures};
 /// How often a device that met a deadlock is tried again.
 const RETRIES: u32 = 5;
 
+/// Of a job's events, when the first comes to count that are dated, or were received, after the parameter `latest`; null
+/// when there are none.
+fn set_aside_until(latest: &str) -> String {
+    format!(
+        "least(min(timestamp) filter (where timestamp > {latest}),
+               min(created_at) filter (where created_at > {latest}))"
+    )
+}
+
 /// Counts all jobs again that show a date after `latest`, or have events set aside that are dated before; answers how
 /// many have changed.
 pub(super) async fn recount(connection: &mut Object, latest: Timestamp) -> Result<u64, Error> {
@@ -67,8 +76,7 @@ async fn recount_device(
                            max(timestamp) filter (where timestamp <= $3 and total_errors <= 0) as last_success,
                            max(timestamp) filter (where timestamp <= $3 and total_errors > 0) as last_failure,
                            max(created_at) filter (where created_at <= $3) as last_received,
-                           least(min(timestamp) filter (where timestamp > $3),
-                                 min(created_at) filter (where created_at > $3)) as set_aside_until
+                           {} as set_aside_until
                       from sync_events
                      where device_id = $1
                      group by device_id, coalesce(job, '')
@@ -80,7 +88,8 @@ async fn recount_device(
                 (coalesce(dated.last_sync, stored.last_sync), dated.last_success, dated.last_failure,
                  coalesce(dated.last_received, dated.last_sync, stored.last_received),
                  dated.set_aside_until)",
-        unanswered_failures("dated")
+        unanswered_failures("dated"),
+        set_aside_until("$3")
     );
     let transaction = connection.transaction().await?;
     let latest = latest.to_jiff();
@@ -98,19 +107,18 @@ pub(super) async fn note_set_aside(
     device_id: &str,
     latest: jiff::Timestamp,
 ) -> Result<(), Error> {
-    const NOTE: &str = "
-        update device_jobs stored
+    let note = format!(
+        "update device_jobs stored
            set set_aside_until = dated.set_aside_until
           from (
-                   select coalesce(job, '') as job,
-                          least(min(timestamp) filter (where timestamp > $2),
-                                min(created_at) filter (where created_at > $2)) as set_aside_until
+                   select coalesce(job, '') as job, {} as set_aside_until
                      from sync_events
                     where device_id = $1
                     group by coalesce(job, '')
                ) dated
          where stored.device_id = $1 and stored.job = dated.job
-           and stored.set_aside_until is distinct from dated.set_aside_until
-    ";
-    transaction.execute(NOTE, &[&device_id, &latest]).await.map(|_| ())
+           and stored.set_aside_until is distinct from dated.set_aside_until",
+        set_aside_until("$2")
+    );
+    transaction.execute(&note, &[&device_id, &latest]).await.map(|_| ())
 }

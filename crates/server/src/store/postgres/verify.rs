@@ -35,8 +35,8 @@ const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
 /// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`]. Those dated after the parameter
-/// `latest` change no streak, and are not shown as the last while there are others. So it is
-/// with times of receipt: the last date stands in for one that cannot be.
+/// `latest` change no streak, and are not shown as the last while there are others. So it is with times of receipt: the
+/// last date stands in for one that cannot be.
 pub(super) fn recounted(filter: &str, latest: &str) -> String {
     format!(
         "with counted as (

@@ -78,8 +78,7 @@ pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
 
 /// Opens the file, which exists, for copying the log into it.
 pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> {
-    let connection = open_existing(path)?;
-    connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
+    let connection = open_for_requests(path)?;
     // The log is synced before it is copied, and the file before the log is given up.
     connection.pragma_update(None, "synchronous", "full")?;
     Ok(connection)
@@ -91,6 +90,13 @@ pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
+    Ok(connection)
+}
+
+/// Opens the file, which exists, for a server whose clients wait.
+pub(super) fn open_for_requests(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = open_existing(path)?;
+    connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
     Ok(connection)
 }
 
@@ -192,8 +198,7 @@ impl Readers {
     }
 
     fn open(&self) -> rusqlite::Result<Connection> {
-        let connection = open_existing(&self.path)?;
-        connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
+        let connection = open_for_requests(&self.path)?;
         connection.pragma_update(None, "query_only", true)?;
         connection.pragma_update(None, "temp_store", "memory")?;
         Ok(connection)

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    connection::{SERVING_BUSY_TIMEOUT, open_existing, refuses_data, store_error},
+    connection::{SERVING_BUSY_TIMEOUT, open_for_requests, refuses_data, store_error},
     files::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside},
     history::kept_event,
     journal::{self, Journal, Record, Survey},
@@ -207,8 +207,7 @@ impl Intake {
         let (mut journal, records) = Journal::open(database, found)?;
         journal.create_files().map_err(|error| unusable(database, &error))?;
         writer.call(|connection| connection.set_journal_in_use(true)).await?;
-        let keys = open_existing(database).map_err(store_error)?;
-        keys.busy_timeout(SERVING_BUSY_TIMEOUT).map_err(store_error)?;
+        let keys = open_for_requests(database).map_err(store_error)?;
         keys.pragma_update(None, "query_only", true).map_err(store_error)?;
 
         let mut state = State { settled: found.applied, last: found.applied, ..State::default() };

@@ -10,6 +10,12 @@ use super::writer::WriteConnection;
 /// Devices at a time: all of a device's events are read, while ingest waits.
 const DEVICES: u32 = 4;
 
+/// Of a job's events, when the first comes to count that are dated, or were received, after `?2`; null when there are none.
+const SET_ASIDE_UNTIL: &str = "
+    min(ifnull(min(timestamp) filter (where timestamp > ?2), min(created_at) filter (where created_at > ?2)),
+        ifnull(min(created_at) filter (where created_at > ?2), min(timestamp) filter (where timestamp > ?2)))
+";
+
 /// Counts the jobs of some devices again, those after the device number `after`, when they show a date after `latest`,
 /// or have events set aside that are dated before. Answers how many have changed, and after which device to go on.
 pub(super) fn recount_some(
@@ -26,15 +32,15 @@ pub(super) fn recount_some(
     ";
     // Where all dates are wrong, they are all there is to show, until ingest brings the first that is right. Without
     // any right time of receipt, the last sync's own date is nearest to it.
-    const RECOUNT: &str = "
+    let recount = format!(
+        "
         with dates as (
             select ifnull(job, '') as job,
                    max(timestamp) filter (where timestamp <= ?2) as last_sync,
                    max(timestamp) filter (where timestamp <= ?2 and total_errors <= 0) as last_success,
                    max(timestamp) filter (where timestamp <= ?2 and total_errors > 0) as last_failure,
                    max(created_at) filter (where created_at <= ?2) as last_received,
-                   min(timestamp) filter (where timestamp > ?2) as next_dated,
-                   min(created_at) filter (where created_at > ?2) as next_received
+                   {SET_ASIDE_UNTIL} as set_aside_until
               from sync_events
              where device = ?1
              group by 1
@@ -44,8 +50,7 @@ pub(super) fn recount_some(
                last_success = dates.last_success,
                last_failure = dates.last_failure,
                last_received = coalesce(dates.last_received, dates.last_sync, device_jobs.last_received),
-               set_aside_until =
-                   min(ifnull(next_dated, next_received), ifnull(next_received, next_dated)),
+               set_aside_until = dates.set_aside_until,
                consecutive_failures = (
                    select count(*)
                      from sync_events event
@@ -71,8 +76,9 @@ pub(super) fn recount_some(
                is not (ifnull(dates.last_sync, device_jobs.last_sync), dates.last_success,
                        dates.last_failure,
                        coalesce(dates.last_received, dates.last_sync, device_jobs.last_received),
-                       min(ifnull(next_dated, next_received), ifnull(next_received, next_dated)))
-    ";
+                       dates.set_aside_until)
+    "
+    );
     writer.settle()?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -83,7 +89,7 @@ pub(super) fn recount_some(
         .collect::<rusqlite::Result<_>>()?;
     let mut recounted = 0;
     for device in &devices {
-        recounted += transaction.prepare_cached(RECOUNT)?.execute(params![device, latest])? as u64;
+        recounted += transaction.prepare_cached(&recount)?.execute(params![device, latest])? as u64;
     }
     transaction.commit()?;
     let next = devices.last().copied().filter(|_| devices.len() == DEVICES as usize);
@@ -96,21 +102,20 @@ pub(super) fn note_set_aside(
     device: i64,
     latest: Timestamp,
 ) -> rusqlite::Result<()> {
-    const NOTE: &str = "
+    let note = format!(
+        "
         with dates as (
-            select ifnull(job, '') as job,
-                   min(timestamp) filter (where timestamp > ?2) as next_dated,
-                   min(created_at) filter (where created_at > ?2) as next_received
+            select ifnull(job, '') as job, {SET_ASIDE_UNTIL} as set_aside_until
               from sync_events
              where device = ?1
              group by 1
         )
         update device_jobs
-           set set_aside_until =
-                   min(ifnull(next_dated, next_received), ifnull(next_received, next_dated))
+           set set_aside_until = dates.set_aside_until
           from dates
          where device_jobs.device = ?1 and device_jobs.job = dates.job
-           and ifnull(next_dated, next_received) is not null
-    ";
-    transaction.prepare_cached(NOTE)?.execute(params![device, latest.as_millisecond()]).map(|_| ())
+           and dates.set_aside_until is not null
+    "
+    );
+    transaction.prepare_cached(&note)?.execute(params![device, latest.as_millisecond()]).map(drop)
 }

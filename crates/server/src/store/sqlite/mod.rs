@@ -439,13 +439,7 @@ fn journal_state(database: &Path) -> Result<Option<JournalState>, StoreError> {
         }
         let in_use = if knows_use { "journal_in_use" } else { "false" };
         let select = format!("select journal, settled, {in_use} from ingest_state");
-        connection.query_row(&select, [], |row| {
-            Ok(Some(JournalState {
-                identity: row.get(0)?,
-                applied: row.get::<_, i64>(1)?.cast_unsigned(),
-                in_use: row.get(2)?,
-            }))
-        })
+        connection.query_row(&select, [], writer::journal_state).map(Some)
     };
     read().map_err(store_error)
 }

@@ -232,11 +232,7 @@ impl WriteConnection {
             "select journal, settled, journal_in_use, settled_events from ingest_state";
         self.connection.prepare_cached(STATE)?.query_row([], |row| {
             Ok(IngestState {
-                journal: JournalState {
-                    identity: row.get(0)?,
-                    applied: row.get::<_, i64>(1)?.cast_unsigned(),
-                    in_use: row.get(2)?,
-                },
+                journal: journal_state(row)?,
                 settled_events: usize::try_from(row.get::<_, u32>(3)?).unwrap_or(usize::MAX),
             })
         })
@@ -558,6 +554,15 @@ fn register(
         insert.execute(params![device_id.as_str(), group, received.as_millisecond()])?;
     }
     Ok(())
+}
+
+/// What the columns `journal`, `settled` and `journal_in_use` of `ingest_state` say, in this order.
+pub(super) fn journal_state(row: &Row<'_>) -> rusqlite::Result<JournalState> {
+    Ok(JournalState {
+        identity: row.get(0)?,
+        applied: row.get::<_, i64>(1)?.cast_unsigned(),
+        in_use: row.get(2)?,
+    })
 }
 
 /// Notes how far the journal is in the tables.

@@ -121,10 +121,12 @@ impl Survey {
             }
             expected = expected.max(numbers.end() + 1);
         }
-        let spoilt = self.files.iter().filter(|file| file.is_spoilt());
-        let spoilt: Vec<_> = spoilt.map(|file| file.path.clone()).collect();
-        let gone = self.files.iter().filter(|file| self.state.in_use && file.is_empty());
-        let gone: Vec<_> = gone.map(|file| file.path.clone()).collect();
+        let paths_of = |is_wrong: &dyn Fn(&FileSurvey) -> bool| -> Vec<PathBuf> {
+            let wrong = self.files.iter().filter(|file| is_wrong(file));
+            wrong.map(|file| file.path.clone()).collect()
+        };
+        let spoilt = paths_of(&FileSurvey::is_spoilt);
+        let gone = paths_of(&|file| self.state.in_use && file.is_empty());
         if missing.is_empty() && spoilt.is_empty() && gone.is_empty() {
             return None;
         }
@@ -300,9 +302,8 @@ impl FileSurvey {
         let step = usize::try_from(GROWTH_BYTES).unwrap_or(usize::MAX);
         let grown = length - length % step;
         let is_cut = self.contents.iter().skip(grown).any(|byte| *byte != 0) && !self.is_new();
-        let is_garbage = self.records.is_empty()
+        let is_garbage = self.is_empty()
             && self.foreign == 0
-            && !record::is_begun(&self.contents)
             && self.contents.iter().take(record::HEADER_BYTES).any(|byte| *byte != 0);
         is_cut || is_garbage
     }
