@@ -2,12 +2,13 @@
 //! too, backups, verify, rows of other programs, keys, deleted devices, retention, and the version before. What was
 //! acknowledged is stored exactly once.
 //!
-//! `PISYNC_KILL_SECONDS` is how long (default: 120 for each store). `PISYNC_PREVIOUS` names a program of an earlier
-//! version: every tenth round then goes back to that version's schema, has that program killed, and goes on with
-//! this one. See CONTRIBUTING.md.
+//! Every tenth round goes back to the schema of an earlier version, and this version brings it up to date again.
+//!
+//! `PISYNC_KILL_SECONDS` is how long (default: 120 for each store). `PISYNC_PREVIOUS` names a program of that earlier
+//! version, which is then killed on its schema, too. See CONTRIBUTING.md.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -40,9 +41,16 @@ struct Beside<'a> {
     running: Vec<(Side, Running)>,
     /// Imports that have begun and not ended well.
     imports: BTreeSet<usize>,
+    done: Done,
+}
+
+/// What has been done beside the server so far.
+#[derive(Default)]
+struct Done {
     imports_begun: usize,
     foreign_rows: i64,
-    keys: usize,
+    /// Keys by their numbers, and whether they have been revoked.
+    keys: BTreeMap<i64, bool>,
     backups: usize,
 }
 
@@ -51,21 +59,13 @@ enum Side {
     Import(usize),
     Backup,
     Verify,
-    Key,
+    CreateKey,
+    RevokeKey(i64),
 }
 
 impl<'a> Beside<'a> {
-    fn new(program: &'a Program, database: &'a TestDatabase) -> Self {
-        Self {
-            program,
-            database,
-            running: Vec::new(),
-            imports: BTreeSet::new(),
-            imports_begun: 0,
-            foreign_rows: 0,
-            keys: 0,
-            backups: 0,
-        }
+    fn new(program: &'a Program, database: &'a TestDatabase, done: Done) -> Self {
+        Self { program, database, running: Vec::new(), imports: BTreeSet::new(), done }
     }
 
     /// Sees what has ended, and starts the next of each kind.
@@ -80,13 +80,19 @@ impl<'a> Beside<'a> {
                 self.running.push((side, command));
             }
         }
-        let import = self.imports.first().copied().unwrap_or(self.imports_begun);
+        let import = self.imports.first().copied().unwrap_or(self.done.imports_begun);
         self.start(Side::Import(import));
         match round % 4 {
             0 => self.start(Side::Verify),
             1 if self.database.file().is_some() => self.start(Side::Backup),
-            2 => self.start(Side::Key),
-            _ => {}
+            2 => self.start(Side::CreateKey),
+            // Of every two keys one stays.
+            _ => {
+                let mut unrevoked = self.done.keys.iter().filter(|(_, is_revoked)| !**is_revoked);
+                if let (Some((&id, _)), Some(_)) = (unrevoked.next(), unrevoked.next()) {
+                    self.start(Side::RevokeKey(id));
+                }
+            }
         }
     }
 
@@ -98,8 +104,8 @@ impl<'a> Beside<'a> {
         let command = match side {
             Side::Import(number) => {
                 let name = format!("import-{number}.ndjson");
-                if number == self.imports_begun {
-                    self.imports_begun += 1;
+                if number == self.done.imports_begun {
+                    self.done.imports_begun += 1;
                     self.imports.insert(number);
                     std::fs::write(self.program.path(&name), import_file(number)).unwrap();
                 }
@@ -107,7 +113,8 @@ impl<'a> Beside<'a> {
             }
             Side::Backup => self.program.start(&["backup", "--force", "backup.db"]),
             Side::Verify => self.program.start(&["verify"]),
-            Side::Key => self.program.start(&["key", "create", "--scope", "read"]),
+            Side::CreateKey => self.program.start(&["key", "create", "--scope", "read"]),
+            Side::RevokeKey(id) => self.program.start(&["key", "revoke", &id.to_string()]),
         };
         self.running.push((side, command));
     }
@@ -123,13 +130,20 @@ impl<'a> Beside<'a> {
             }
             // Rows of other programs count after a repair.
             Side::Verify => {}
-            Side::Key => self.keys += usize::from(ended.status.success()),
-            Side::Backup => self.backups += usize::from(ended.status.success()),
+            Side::CreateKey if ended.status.success() => {
+                let id = ended.stdout.split_whitespace().nth(2).unwrap().parse().unwrap();
+                self.done.keys.insert(id, false);
+            }
+            Side::RevokeKey(id) if ended.status.success() => {
+                self.done.keys.insert(id, true);
+            }
+            Side::CreateKey | Side::RevokeKey(_) => {}
+            Side::Backup => self.done.backups += usize::from(ended.status.success()),
         }
     }
 
-    /// Lets everything end, and imports what was interrupted.
-    fn finish(&mut self) {
+    /// Lets everything end, imports what was interrupted, and tells what has been done.
+    fn finish(mut self) -> Done {
         for (side, command) in std::mem::take(&mut self.running) {
             self.ended(side, command);
         }
@@ -137,6 +151,7 @@ impl<'a> Beside<'a> {
             let ended = self.program.run(&["import", &format!("import-{number}.ndjson")]);
             assert!(ended.status.success(), "{ended:?}");
         }
+        self.done
     }
 
     /// A row that another program inserts.
@@ -151,7 +166,7 @@ impl<'a> Beside<'a> {
              insert into sync_events (device_id, timestamp, total_files_synced) values ('foreign', now(), 1)"
         };
         self.database.execute(insert).await;
-        self.foreign_rows += 1;
+        self.done.foreign_rows += 1;
     }
 }
 
@@ -187,17 +202,20 @@ async fn report_and_delete(client: &Client, device: &str) -> bool {
     try_send(delete).await.is_ok_and(|answer| answer.status == 200)
 }
 
-/// Has the version before this one killed, on its own schema.
-async fn with_the_version_before(
-    program: &mut Program,
-    previous: &str,
-    database: &TestDatabase,
-    reporters: Vec<Reporter>,
-) -> Vec<Reporter> {
+/// Goes back to the schema of the version before this one.
+async fn go_back(program: &Program, database: &TestDatabase) {
     let later =
         format!("(select count(*) from pisync_migrations where name > '{PREVIOUS_SCHEMA}')");
     let later = database.number(&later).await.to_string();
     program.run(&["migrate", "down", &later, "--yes"]).success();
+}
+
+/// Has the version before this one killed, on its own schema.
+async fn with_the_version_before(
+    program: &mut Program,
+    previous: &str,
+    reporters: Vec<Reporter>,
+) -> Vec<Reporter> {
     program.set_binary(Some(previous));
     let serving = program.serve(&[]);
     let reporters = report_until_killed(serving, reporters, Duration::from_millis(700)).await;
@@ -227,11 +245,9 @@ async fn everything_beside_a_server_that_is_killed(installed: &KilledProgram) {
     let mut program = installed.lock().await;
     let Installed { program, database } = &mut *program;
     let mut reporters: Vec<_> = (0..CLIENTS).map(Reporter::new).collect();
-    let (mut round, mut foreign_rows, mut imported, mut keys, mut backups) = (0, 0, 0, 0, 0);
-    let mut deleted = Vec::new();
+    let (mut round, mut done, mut deleted) = (0, Done::default(), Vec::new());
     while Instant::now() < until {
-        let mut beside = Beside::new(program, database);
-        beside.imports_begun = imported;
+        let mut beside = Beside::new(program, database, done);
         for _ in 0..10 {
             round += 1;
             if round > 1 {
@@ -252,11 +268,10 @@ async fn everything_beside_a_server_that_is_killed(installed: &KilledProgram) {
                 deleted.push(doomed);
             }
         }
-        beside.finish();
-        (imported, keys) = (beside.imports_begun, keys + beside.keys);
-        (foreign_rows, backups) = (foreign_rows + beside.foreign_rows, backups + beside.backups);
+        done = beside.finish();
+        go_back(program, database).await;
         if let Some(previous) = &previous {
-            reporters = with_the_version_before(program, previous, database, reporters).await;
+            reporters = with_the_version_before(program, previous, reporters).await;
         }
     }
 
@@ -265,7 +280,8 @@ async fn everything_beside_a_server_that_is_killed(installed: &KilledProgram) {
     let reporters = all_report(reporters, client, 40).await;
     let reporters = finish(reporters, client).await;
     let reported = assert_reported(client, &reporters).await;
-    for number in 0..imported {
+    let Done { imports_begun, foreign_rows, keys, backups } = done;
+    for number in 0..imports_begun {
         let device = client.get(&format!("/api/device/imported-{number}")).await.data(200);
         assert_eq!(device["total_syncs"], IMPORTED - IMPORTED.div_ceil(50), "import {number}");
     }
@@ -280,13 +296,20 @@ async fn everything_beside_a_server_that_is_killed(installed: &KilledProgram) {
     let foreign = format!("(select count(*) from sync_events where {key})");
     assert_eq!(database.number(&foreign).await, foreign_rows);
     serving.stop();
-    let listed = program
-        .run(&["key", "list"])
+    let listed = program.run(&["key", "list"]);
+    let states: BTreeMap<i64, bool> = listed
         .success()
         .lines()
-        .filter(|line| line.contains("psk_"))
-        .count();
-    assert!(listed >= keys, "{listed} of {keys} keys");
+        .skip(1)
+        .map(|line| {
+            let id = line.split_whitespace().next().unwrap();
+            (id.parse().unwrap(), line.contains(" revoked "))
+        })
+        .collect();
+    for (id, is_revoked) in &keys {
+        // One that was being revoked when its command was cut off may have been.
+        assert!(states.get(id) >= Some(is_revoked), "key {id}: {listed:?}");
+    }
     program.run(&["verify", "--repair"]);
     // Rows of other programs cannot be counted again once retention has dropped a month.
     let verified = program.run(&["verify"]);
@@ -302,9 +325,11 @@ async fn everything_beside_a_server_that_is_killed(installed: &KilledProgram) {
             assert_eq!(check("pragma integrity_check").unwrap(), "ok");
         }
     }
-    assert!(round >= 10 && keys > 0 && !deleted.is_empty() && reported > round * 5);
+    let revoked = keys.values().filter(|is_revoked| **is_revoked).count();
+    assert!(round >= 10 && revoked > 0 && !deleted.is_empty() && reported > round * 5);
     eprintln!(
-        "{round} kills: {reported} reports, {imported} imports of {IMPORTED}, {foreign_rows} rows of others, {keys} keys, {} deletions, {backups} backups",
+        "{round} kills: {reported} reports, {imports_begun} imports of {IMPORTED}, {foreign_rows} rows of others, {} keys, {revoked} of them revoked, {} deletions, {backups} backups",
+        keys.len(),
         deleted.len()
     );
 }
