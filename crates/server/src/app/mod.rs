@@ -113,16 +113,17 @@ pub async fn run(
     migrate(&settings, &clock).await?;
     let store = store::open(&settings.target).await?;
     claim.check()?;
-    serve(settings, clock, listeners.into(), shutdown, store).await
+    serve(settings, clock, listeners.into(), shutdown, store, Tasks::default()).await
 }
 
-/// Runs a server on `store`.
+/// Runs a server on `store`, with its background tasks in `tasks`.
 async fn serve(
     settings: Settings,
     clock: Clock,
     listeners: Listeners,
     shutdown: impl Future<Output = ()>,
     store: Arc<dyn Store>,
+    mut tasks: Tasks,
 ) -> Result<(), AppError> {
     let mut maintenance = Maintenance::new(
         Arc::clone(&store),
@@ -143,7 +144,6 @@ async fn serve(
         Err(error) => return Err(AppError::Tls(error)),
     };
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let mut tasks = Tasks::default();
     if let Some(watch) = tls_watch {
         tasks.start("TLS_CERT", forever(watch.follow()));
     }
@@ -325,7 +325,7 @@ async fn fold(store: Arc<dyn Store>, clock: Clock) {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::{net::Ipv4Addr, path::Path};
 
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
@@ -333,7 +333,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::http::Timeouts;
+    use crate::http::{Timeouts, TlsFiles};
 
     /// Reports an event on a connection that stays open, and gives the answer's first line; an empty one when
     /// the connection has been closed.
@@ -394,6 +394,7 @@ mod tests {
             listener.into(),
             std::future::pending(),
             Arc::clone(&store),
+            Tasks::default(),
         ));
         let mut connection = TcpStream::connect(address).await.unwrap();
         assert_eq!(report(&mut connection).await, "HTTP/1.1 201 Created");
@@ -406,5 +407,60 @@ mod tests {
         );
         let answer = report(&mut connection).await;
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    }
+
+    /// TLS with a certificate of its own, in `folder`.
+    fn tls_files(folder: &Path) -> TlsFiles {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        let files = TlsFiles { certificate: folder.join("cert.pem"), key: folder.join("key.pem") };
+        std::fs::write(&files.certificate, made.cert.pem()).unwrap();
+        std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();
+        files
+    }
+
+    /// Whichever background task ends, the server ends with a message that names it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_task_that_ends_ends_the_server() {
+        let names = [
+            "TLS_CERT",
+            INGEST,
+            "the clock",
+            "maintenance",
+            "aggregation",
+            "deletions",
+            "API keys",
+            "the database",
+            "the log",
+        ];
+        for name in names {
+            let folder = tempfile::tempdir().unwrap();
+            let mut settings = settings(Target::Sqlite(folder.path().join("pisync.db")));
+            settings.http.tls = Some(tls_files(folder.path()));
+            let clock = Clock::system();
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let address = listener.local_addr().unwrap();
+            migrate(&settings, &clock).await.unwrap();
+            let store = store::open(&settings.target).await.unwrap();
+            let (tasks, mut started) = Tasks::observed();
+            let shutdown = std::future::pending();
+            let running =
+                tokio::spawn(serve(settings, clock, listener.into(), shutdown, store, tasks));
+            // It answers what is no TLS by hanging up, and does so once all its tasks have started.
+            let mut connection = TcpStream::connect(address).await.unwrap();
+            connection.write_all(b"no TLS\r\n").await.unwrap();
+            let _ = connection.read_to_end(&mut Vec::new()).await;
+
+            let mut tasks = Vec::new();
+            while let Ok(task) = started.try_recv() {
+                tasks.push(task);
+            }
+            assert_eq!(tasks.iter().map(|(name, _)| *name).collect::<Vec<_>>(), names);
+            let task = tasks.iter().find(|(other, _)| *other == name);
+            task.expect("a task of this name").1.abort();
+            let ended = tokio::time::timeout(Duration::from_secs(20), running).await;
+            let error = ended.expect("it goes on").unwrap().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{name}: ")), "{name}: {error}");
+            assert!(error.ends_with("; the server stops, start it again"), "{name}: {error}");
+        }
     }
 }

@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+#[cfg(test)]
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 
 use super::AppError;
@@ -22,6 +24,9 @@ type Outcome = Result<(), String>;
 pub(super) struct Tasks {
     running: JoinSet<Outcome>,
     known: HashMap<Id, (&'static str, AbortHandle)>,
+    /// Where a test gets hold of the tasks, to end them.
+    #[cfg(test)]
+    observer: Option<mpsc::UnboundedSender<(&'static str, AbortHandle)>>,
 }
 
 impl Tasks {
@@ -32,7 +37,18 @@ impl Tasks {
         task: impl Future<Output = Outcome> + Send + 'static,
     ) {
         let handle = self.running.spawn(task);
+        #[cfg(test)]
+        if let Some(observer) = &self.observer {
+            let _ = observer.send((name, handle.clone()));
+        }
         self.known.insert(handle.id(), (name, handle));
+    }
+
+    /// Tasks that a test can end one by one.
+    #[cfg(test)]
+    pub(super) fn observed() -> (Self, mpsc::UnboundedReceiver<(&'static str, AbortHandle)>) {
+        let (observer, started) = mpsc::unbounded_channel();
+        (Self { observer: Some(observer), ..Self::default() }, started)
     }
 
     /// Waits until one of the tasks has ended, which is why the server cannot go on.
@@ -96,6 +112,54 @@ fn outcome(ended: Result<(Id, Outcome), JoinError>) -> (Id, Outcome) {
                 Err(error) => error.to_string(),
             };
             (id, Err(how))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use futures_util::future::BoxFuture;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_first_end_is_told_with_its_task_and_its_reason() {
+        let outcomes: [(BoxFuture<'static, Outcome>, &str); 3] = [
+            (Box::pin(async { Ok(()) }), "watch: ended before its time"),
+            (Box::pin(async { Err("no disk".to_owned()) }), "watch: no disk"),
+            (Box::pin(async { panic!("no {}", "luck") }), "watch: panicked: no luck"),
+        ];
+        for (task, expected) in outcomes {
+            let mut tasks = Tasks::default();
+            tasks.start("patient", pending());
+            tasks.start("watch", task);
+            let message = tasks.first_end().await.to_string();
+            assert_eq!(message, format!("{expected}; the server stops, start it again"));
+        }
+        let no_tasks = tokio::time::timeout(Duration::from_millis(10), async {
+            Tasks::default().first_end().await
+        });
+        assert!(no_tasks.await.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_last_task_is_waited_for_and_the_others_are_stopped() {
+        let finish = async |task: BoxFuture<'static, Outcome>| {
+            let mut tasks = Tasks::default();
+            tasks.start("patient", pending());
+            tasks.start("last", task);
+            let finished = tasks.finish("last", Duration::from_millis(100)).await;
+            finished.map_err(|error| error.to_string())
+        };
+        assert_eq!(finish(Box::pin(async { Ok(()) })).await, Ok(()));
+        for (task, expected) in [
+            (Box::pin(async { Err("no disk".to_owned()) }) as BoxFuture<_>, "last: no disk"),
+            (Box::pin(pending()), "last: not done after 100ms"),
+        ] {
+            let message = finish(task).await.unwrap_err();
+            assert_eq!(message, format!("{expected}; the server stops, start it again"));
         }
     }
 }

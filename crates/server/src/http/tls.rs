@@ -15,6 +15,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use sha2::{Digest, Sha256};
+use tokio::task::JoinError;
 
 /// How often to look whether the files have changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -129,8 +130,12 @@ impl TlsWatch {
                 self.look();
                 self
             });
-            let Ok(watch) = looked.await else { return };
-            self = watch;
+            self = match looked.await.map_err(JoinError::try_into_panic) {
+                Ok(watch) => watch,
+                // It is told why, by whoever waits for this task.
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                Err(Err(_)) => return,
+            };
         }
     }
 
