@@ -9,6 +9,8 @@
 //! Events that were sent with a key of a group have a lane of their own: a queue, a task, and a writer that looks in
 //! its transaction whether their devices are in the group. So those without pay nothing for it.
 
+mod device_log;
+
 use std::{
     collections::VecDeque,
     sync::{
@@ -19,16 +21,17 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
-use pisync_core::{DeviceId, SyncEvent, Timestamp};
+use pisync_core::{SyncEvent, Timestamp};
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use self::device_log::DeviceLog;
 use crate::{
     clock::Clock,
     metrics::Metrics,
     seldom::Seldom,
     store::{
-        Batch, Conflict, EventWriter, FailureStreak, GroupClaim, News, OtherGroup, StoreError,
-        StoredEvent, Written,
+        Batch, Conflict, EventWriter, GroupClaim, News, OtherGroup, StoreError, StoredEvent,
+        Written,
     },
 };
 
@@ -67,9 +70,6 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A device that gives all of its events one id does so with each report: one line in so long is enough.
 const CONFLICT_LOGGED_EVERY: Duration = Duration::from_secs(1);
-
-/// Failures in a row that are worth a line in the log.
-const NOTABLE_STREAK: i64 = 3;
 
 /// Proof that an event is stored.
 #[derive(Debug, Clone)]
@@ -451,6 +451,7 @@ impl Ingest {
                 clock: clock.clone(),
                 metrics: Arc::clone(metrics),
                 conflicts_logged: Seldom::new(CONFLICT_LOGGED_EVERY),
+                device_log: DeviceLog::new(),
             };
             (Lane { queue, backlog, available }, task)
         };
@@ -628,6 +629,7 @@ struct IngestTask {
     clock: Clock,
     metrics: Arc<Metrics>,
     conflicts_logged: Seldom,
+    device_log: DeviceLog,
 }
 
 impl IngestTask {
@@ -654,7 +656,7 @@ impl IngestTask {
                     }
                 }
                 () = self.backlog.bell.notified(), if !self.under_way.is_empty() => {}
-                Some(news) = self.news.recv() => announce(&news.new_devices, &news.streaks),
+                Some(news) = self.news.recv() => self.device_log.note(&news.new_devices, &news.streaks),
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
                         self.available.store(true, Ordering::Relaxed);
@@ -664,7 +666,7 @@ impl IngestTask {
         }
         let finished = self.writer.finish().await;
         while let Ok(news) = self.news.try_recv() {
-            announce(&news.new_devices, &news.streaks);
+            self.device_log.note(&news.new_devices, &news.streaks);
         }
         match finished {
             // What was acknowledged is safe all the same, and the next start sees to it.
@@ -887,7 +889,7 @@ impl IngestTask {
         self.metrics.batch_events.observe(events as f64);
         self.metrics.batch_duration.observe(duration.as_secs_f64());
         self.note_conflicts(batch, written);
-        announce(&written.new_devices, &written.streaks);
+        self.device_log.note(&written.new_devices, &written.streaks);
         if tracing::enabled!(tracing::Level::DEBUG) {
             for (position, (event, id)) in batch.events.iter().zip(&written.ids).enumerate() {
                 tracing::debug!(
@@ -938,23 +940,6 @@ fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
     };
     for waiter in waiters {
         waiter.refuse(answer.clone());
-    }
-}
-
-/// Puts what was learnt of devices into the log.
-fn announce(new_devices: &[DeviceId], streaks: &[FailureStreak]) {
-    for device_id in new_devices {
-        tracing::info!(%device_id, "new device");
-    }
-    for streak in streaks {
-        if streak.before < NOTABLE_STREAK && streak.after >= NOTABLE_STREAK {
-            tracing::warn!(
-                device_id = %streak.device_id,
-                job = streak.job.as_ref().map(tracing::field::display),
-                consecutive_failures = streak.after,
-                "a device keeps failing"
-            );
-        }
     }
 }
 

@@ -80,8 +80,13 @@ pub(crate) struct OfFew {
 }
 
 impl FewPerInterval {
+    /// 20 lines in 10 s, which messages name: enough for people who look for what is wrong with a device.
+    pub(crate) fn usual() -> Self {
+        Self::new(20, Duration::from_secs(10))
+    }
+
     /// So many lines in `interval`.
-    pub(crate) fn new(most: u64, interval: Duration) -> Self {
+    fn new(most: u64, interval: Duration) -> Self {
         Self {
             started: Instant::now(),
             interval: milliseconds(interval),

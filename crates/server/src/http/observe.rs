@@ -56,10 +56,8 @@ const FOREIGN_EVERY: Duration = Duration::from_secs(10);
 /// So is one for batches with events that were rejected; metrics count them all.
 const REJECTED_EVERY: Duration = Duration::from_secs(10);
 
-/// So are some for requests that are refused, and for slow ones: whoever reaches the server can send as many as they
-/// like. The first ones are worth a line each, for people who look for what is wrong with a device.
-const LINES_OF_REQUESTS: u64 = 20;
-const LINES_OF_REQUESTS_EVERY: Duration = Duration::from_secs(10);
+/// The statuses of refusals: 400 to 499.
+const CLIENT_ERRORS: usize = 100;
 
 /// Stands for the route of requests that match none: a label must not grow with what is asked for.
 const UNMATCHED: &str = "unmatched";
@@ -101,8 +99,9 @@ pub(super) struct SeldomLogged {
     foreign: Seldom,
     /// Batches with events that were rejected: a device that sends such sends them all day.
     rejections: Seldom,
-    /// Requests that are wrong, may not be sent or come too often.
-    client_errors: FewPerInterval,
+    /// Requests that are wrong, may not be sent or come too often, by status from 400 on: strangers, who have no
+    /// key, must not use up the lines of devices that report something wrong.
+    client_errors: [FewPerInterval; CLIENT_ERRORS],
     /// Requests that took long, perhaps because their client wanted them to.
     slow: FewPerInterval,
 }
@@ -113,9 +112,15 @@ impl SeldomLogged {
             refusals: Seldom::new(REFUSED_EVERY),
             foreign: Seldom::new(FOREIGN_EVERY),
             rejections: Seldom::new(REJECTED_EVERY),
-            client_errors: FewPerInterval::new(LINES_OF_REQUESTS, LINES_OF_REQUESTS_EVERY),
-            slow: FewPerInterval::new(LINES_OF_REQUESTS, LINES_OF_REQUESTS_EVERY),
+            client_errors: std::array::from_fn(|_| FewPerInterval::usual()),
+            slow: FewPerInterval::usual(),
         }
+    }
+
+    /// Whether a request that is refused with `status` gets a line.
+    fn client_error(&self, status: StatusCode) -> Option<OfFew> {
+        let lines = usize::from(status.as_u16()).checked_sub(400);
+        lines.and_then(|status| self.client_errors.get(status))?.due()
     }
 }
 
@@ -351,11 +356,11 @@ impl Line<'_> {
                 None => line!(debug, "slow request"),
             }
         } else if self.status.is_client_error() {
-            match seldom.client_errors.due() {
+            match seldom.client_error(self.status) {
                 Some(OfFew { passed_over: 0, is_last: false }) => line!(info, "request refused"),
                 Some(OfFew { passed_over, .. }) => line!(
                     info,
-                    "request refused; more than 20 within 10 s are counted, in passed_over and by http_requests_total",
+                    "request refused; more than 20 of this status within 10 s are counted, in passed_over and by http_requests_total",
                     passed_over = passed_over
                 ),
                 None => line!(debug, "request refused"),

@@ -12,6 +12,7 @@ use crate::support::{
 };
 
 both_stores!(
+    many_devices_do_not_fill_the_log,
     rejected_events_are_counted_and_logged,
     an_event_id_that_is_used_again_for_another_event_is_counted_and_logged,
     the_same_event_sent_again_is_no_conflict,
@@ -40,11 +41,31 @@ async fn refused_requests_do_not_fill_the_log() {
     serving.stop();
     let log = program.log("combined.log");
     let refused = lines(&log, "request refused");
+    let nowhere: Vec<_> = refused.iter().filter(|line| line["status"] == 404).copied().collect();
+    assert_few(&nowhere, "request refused");
+    // They leave the lines of others to them.
+    assert_eq!(refused.iter().filter(|line| line["status"] == 400).count(), 1, "{refused:?}");
+}
+
+/// One batch may bring thousands of them.
+async fn many_devices_do_not_fill_the_log(installed: &Installed) {
+    let serving = installed.program.serve(&[]);
+    let failing = |number: usize| report(&format!("pi-{number}"), &json!({"total_errors": 1}));
+    let batch: String = (0..600).map(|number| failing(number / 3).to_string() + "\n").collect();
+    assert_eq!(deliver(&serving.client, LINES, batch).await["accepted"], 600);
+    serving.stop();
+    let log = installed.program.log("combined.log");
+    assert_few(&lines(&log, "new device"), "new device");
+    assert_few(&lines(&log, "a device keeps failing"), "a device keeps failing");
+}
+
+/// Of 200 lines, those that a few intervals let through.
+fn assert_few(lines: &[&Value], message: &str) {
     // A slow machine may take more than one interval.
-    assert!((20..=100).contains(&refused.len()), "{}", refused.len());
-    assert!(refused[..19].iter().all(|line| line["message"] == "request refused"), "{refused:?}");
-    let last = refused[19]["message"].as_str().unwrap();
-    assert!(last.contains("more than 20 within 10 s are counted"), "{last}");
+    assert!((20..=100).contains(&lines.len()), "{}", lines.len());
+    assert!(lines[..19].iter().all(|line| line["message"] == message), "{lines:?}");
+    let last = lines[19]["message"].as_str().unwrap();
+    assert!(last.contains("more than 20 ") && last.contains(" within 10 s"), "{last}");
 }
 
 /// The samples of a metric that are not 0, each with the rest of its line.
