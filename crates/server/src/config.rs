@@ -438,10 +438,11 @@ fn db_host(host: &str) -> Result<&str, ConfigError> {
     if host.is_empty() {
         return wrong("DB_HOST: a host's name is empty");
     }
-    if bare.contains(':') && bare.parse::<Ipv6Addr>().is_err() {
-        return wrong(format!(
-            "DB_HOST: {host:?} is neither a name nor an address; a port belongs into DB_PORT, a URL into DATABASE_URL"
-        ));
+    // What looks like a host may have a password in it: it is not shown.
+    if bare.contains(':') && bare.parse::<Ipv6Addr>().is_err() || !database_url::is_host(bare) {
+        return wrong(
+            "DB_HOST: a host is neither a name nor an address; a port belongs into DB_PORT, a URL into DATABASE_URL",
+        );
     }
     Ok(bare)
 }
@@ -500,8 +501,10 @@ mod tests {
         for bad in ["x", "0", "65536", "5432,5433"] {
             assert!(target(&["--db-port", bad]).starts_with("error: DB_PORT"), "{bad}");
         }
-        for bad in ["a,,b", "a:5433", "postgres://a"] {
-            assert!(target(&["--db-host", bad]).starts_with("error: DB_HOST"), "{bad}");
+        for bad in ["a,,b", "a:secret", "postgres://a", "a password=secret", "u@a", "a=secret"] {
+            let error = target(&["--db-host", bad]);
+            assert!(error.starts_with("error: DB_HOST"), "{error}");
+            assert!(!error.contains("secret"), "{error}");
         }
     }
 

@@ -74,8 +74,10 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             let wish = wish(*scope, device.as_deref(), group.as_deref(), name.as_deref())?;
             let expires_at = expires.as_deref().map(|when| end(when, now)).transpose()?;
             let wish = KeyWish { expires_at, ..wish };
-            if let Some((field, problem)) = wish.problem(now) {
-                return Err(format!("{field} {problem}"));
+            let problems: Vec<_> =
+                wish.problems(now).iter().map(|(field, why)| format!("{field} {why}")).collect();
+            if !problems.is_empty() {
+                return Err(problems.join("; "));
             }
             let store = database::open(&target, &command.migrations, &clock).await?;
             let present = present(&*store, &clock).await.map_err(|error| error.to_string())?;

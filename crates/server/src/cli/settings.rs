@@ -2,7 +2,12 @@
 //! argument that would have been typed, so that one definition reads them all. The process's environment stays as it
 //! is. A message of this module never shows a value that may be a password.
 
-use std::{any::TypeId, ffi::OsString, path::PathBuf};
+use std::{
+    any::TypeId,
+    ffi::OsString,
+    os::unix::fs::FileTypeExt as _,
+    path::{Path, PathBuf},
+};
 
 use clap::{Arg, ArgMatches, Command, builder::Resettable, parser::ValueSource};
 
@@ -23,6 +28,14 @@ pub(super) struct SettingsFile {
     unreadable: Option<String>,
 }
 
+/// Reads a file. A pipe is refused: it ends when its writer wants it to.
+fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    if std::fs::metadata(path)?.file_type().is_fifo() {
+        return Err(std::io::Error::other("it is a pipe, not a file"));
+    }
+    std::fs::read(path)
+}
+
 impl SettingsFile {
     /// Reads `.env`, if there is one. `known` are the names that any command reads.
     pub(super) fn read(known: &[String]) -> Self {
@@ -30,7 +43,7 @@ impl SettingsFile {
         let mut unreadable = |error: &dyn std::fmt::Display| {
             settings.unreadable = Some(format!("cannot read .env: {error}"));
         };
-        match std::fs::read(".env") {
+        match read_file(Path::new(".env")) {
             Ok(bytes) => match EnvFile::parse(&bytes) {
                 Ok(file) => settings.file = file,
                 Err(error) => unreadable(&error),

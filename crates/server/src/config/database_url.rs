@@ -324,7 +324,17 @@ fn decode_host(host: &str) -> Result<String, Problem> {
     if host.is_empty() {
         return Err("a host's name is empty".into());
     }
-    decode_text("host", host)
+    let host = decode_text("host", host)?;
+    if !is_host(&host) {
+        return Err("a host is neither a name, an address nor the folder of a socket".into());
+    }
+    Ok(host)
+}
+
+/// Whether `text` may be a host: what else a connection is described by, a password perhaps, has no place there.
+pub(super) fn is_host(text: &str) -> bool {
+    let is_foreign = |character: char| character.is_whitespace() || "=@".contains(character);
+    text.starts_with('/') || !text.contains(is_foreign)
 }
 
 fn read_port(text: &str) -> Result<u16, Problem> {

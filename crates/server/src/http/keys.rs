@@ -296,6 +296,7 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
     let mut reader = Reader { fields, violations: Vec::new() };
     let scope = reader.required("scope", str::parse::<Scope>);
     let wish = KeyWish {
+        // One that is missing or wrong is told of by itself; nothing else is wrong because of it.
         scope: scope.unwrap_or(Scope::Ingest),
         name: reader.optional("name", |text| short(text, MAX_NAME)),
         device_id: reader
@@ -306,9 +307,7 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
         }),
     };
     let Reader { fields, mut violations } = reader;
-    if scope.is_some()
-        && let Some((field, problem)) = wish.problem(now)
-    {
+    for (field, problem) in wish.problems(now) {
         violations.push(Violation::of(field, problem, None));
     }
     // A misspelt field must not make a key that opens more than was meant.

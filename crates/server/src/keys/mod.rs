@@ -33,21 +33,24 @@ pub struct KeyWish {
 }
 
 impl KeyWish {
-    /// What is wrong with the wish: a field, and the words that follow its name.
+    /// What is wrong with the wish: fields, each with the words that follow its name.
     #[must_use]
-    pub fn problem(&self, now: Timestamp) -> Option<(&'static str, &'static str)> {
-        let narrowed = self.device_id.is_some() || self.group.is_some();
-        if narrowed && self.scope != Scope::Ingest {
-            let field = if self.device_id.is_some() { "device_id" } else { "group" };
-            return Some((field, "is only for keys of the scope ingest"));
+    pub fn problems(&self, now: Timestamp) -> Vec<(&'static str, &'static str)> {
+        let mut problems = Vec::new();
+        let narrowed_by =
+            [("device_id", self.device_id.is_some()), ("group", self.group.is_some())];
+        for (field, _) in narrowed_by.iter().filter(|(_, is_set)| *is_set) {
+            if self.scope != Scope::Ingest {
+                problems.push((*field, "is only for keys of the scope ingest"));
+            }
         }
         if self.device_id.is_some() && self.group.is_some() {
-            return Some(("group", "cannot stand beside \"device_id\""));
+            problems.push(("group", "cannot stand beside \"device_id\""));
         }
         if self.expires_at.is_some_and(|expires_at| expires_at <= now) {
-            return Some(("expires_at", "must be in the future"));
+            problems.push(("expires_at", "must be in the future"));
         }
-        None
+        problems
     }
 }
 

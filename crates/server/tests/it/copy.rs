@@ -513,7 +513,7 @@ async fn what_cannot_be_copied_is_refused_in_one_line() {
     for (from, to, problem) in [
         ("sqlite:missing.db", "sqlite:new.db", "there is no database file missing.db"),
         ("sqlite:folder", "sqlite:new.db", "there is no database file folder"),
-        ("sqlite:notes.txt", "sqlite:new.db", "SQLite notes.txt: cannot read notes.txt: "),
+        ("sqlite:notes.txt", "sqlite:new.db", "SQLite notes.txt: cannot open notes.txt: "),
         ("sqlite:empty.db", "sqlite:new.db", "SQLite empty.db is not a PiSync database"),
         ("sqlite:older.db", "sqlite:new.db", "SQLite older.db has pending migrations: "),
         (

@@ -100,6 +100,25 @@ async fn a_full_disk_under_sqlite() {
     assert_eq!(integrity(&copy), "ok");
 }
 
+/// A start that fails tells what is in the way, and what to do about it.
+#[test]
+fn starts_that_cannot_be() {
+    let disk = SmallDisk::new(1);
+    let data = disk.path().join("data");
+    let program = program(&Target::Sqlite(data.join("pisync.db"))).with_small_disk(&disk);
+    disk.fill();
+    let ended = program.run(&["serve"]);
+    assert!(ended.failure().contains("; make room on its disk"), "{ended:?}");
+
+    let program = Program::new().with("PORT", 0).with_file("pisync.db", &"no database".repeat(99));
+    let ended = program.with("DATA_DIR", ".").run(&["serve"]);
+    assert!(ended.failure().contains("bring back a backup with `pisync restore`"), "{ended:?}");
+
+    let program = Program::new().with("PORT", 0).with_file("data", "no folder");
+    let ended = program.run(&["serve"]);
+    assert!(ended.failure().contains("; set DATA_DIR to a folder"), "{ended:?}");
+}
+
 fn integrity(file: &Path) -> String {
     let connection = rusqlite::Connection::open(file).unwrap();
     connection.query_row("pragma integrity_check", [], |row| row.get(0)).unwrap()

@@ -340,6 +340,23 @@ async fn admins_make_list_and_revoke_keys(server: &LockedServer) {
                 "\"expires\" is not allowed",
             ],
         ),
+        (
+            json!({"scope": "all", "device_id": "pi", "group": "g", "expires_at": at(0)}),
+            &[
+                "\"scope\" must be one of [ingest, read, admin]",
+                "\"group\" cannot stand beside \"device_id\"",
+                "\"expires_at\" must be in the future",
+            ],
+        ),
+        (
+            json!({"scope": "read", "device_id": "pi", "group": "g", "expires_at": at(0)}),
+            &[
+                "\"device_id\" is only for keys of the scope ingest",
+                "\"group\" is only for keys of the scope ingest",
+                "\"group\" cannot stand beside \"device_id\"",
+                "\"expires_at\" must be in the future",
+            ],
+        ),
         (json!([]), &["\"value\" must be of type object"]),
     ] {
         assert_eq!(admin.post("/api/keys", &wrong).await.complaints(), complaints, "{wrong}");
@@ -525,7 +542,11 @@ fn wishes_that_make_no_sense() {
             1,
             "device_id is only for keys of the scope ingest",
         ),
-        (&["--scope", "admin", "--group", "g"], 1, "group is only for keys of the scope ingest"),
+        (
+            &["--scope", "admin", "--group", "g", "--expires", "2020-01-01"],
+            1,
+            "group is only for keys of the scope ingest; expires_at must be in the future",
+        ),
         (&["--scope", "ingest", "--device", ""], 1, "--device is not allowed to be empty"),
         (&["--scope", "read", "--name", "two\nlines"], 1, "--name must not contain control"),
         (&["--scope", "read", "--expires", "soon"], 1, "--expires soon: expected so many hours"),

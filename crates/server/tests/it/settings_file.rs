@@ -92,6 +92,16 @@ fn an_odd_line_is_warned_about_and_ends_nothing() {
     assert!(ended.stderr.starts_with("pisync: .env is a folder"), "{ended:?}");
 }
 
+/// Nothing waits for one that writes into a pipe.
+#[test]
+fn a_pipe_is_no_settings_file() {
+    let program = Program::new();
+    program.shell("mkfifo .env").success();
+    let ended = program.run(&["db", "setup"]);
+    assert_eq!(ended.code(), 1, "{ended:?}");
+    assert!(ended.stderr.contains("cannot read .env: it is a pipe, not a file"), "{ended:?}");
+}
+
 /// What cannot be a value is told by its name and line, and never shown: it may be a password, or have one in it.
 #[test]
 fn values_that_no_setting_can_have() {
@@ -273,7 +283,7 @@ fn a_url_in_the_wrong_place_keeps_its_password() {
         (set("HOST", URL), 2, "is not for the URL of a database"),
         (set("DB_HOST", URL), 2, "is not for the URL of a database"),
         (set("DB_PORT", "postgres://u:s3cret-word,x@h"), 2, "is not for the URL of a database"),
-        (set("DB_HOST", "mysql://u:s3cret-word@h"), 1, "DB_HOST: \"mysql://[hidden]\" is neither"),
+        (set("DB_HOST", "mysql://u:s3cret-word@h"), 1, "DB_HOST: a host is neither a name"),
         (set("DATABASE_URL", "sqlite:postgres://u:s3cret-word@h"), 1, "stands a path"),
         (
             set("DATABASE_URL", "postgres://u:s3cret-word"),

@@ -68,12 +68,7 @@ pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
         connection.set_prepared_statement_cache_capacity(32);
         Ok(connection)
     };
-    open().map_err(|error| {
-        StoreError::Failed(format!(
-            "cannot open {}: {error}; set DATA_DIR to a folder that the server may write",
-            path.display()
-        ))
-    })
+    open().map_err(|error| files::sqlite_cannot_open(path, &error))
 }
 
 /// Opens the file, which exists, for copying the log into it.

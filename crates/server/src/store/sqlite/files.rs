@@ -16,6 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rusqlite::ErrorCode;
+
 use crate::{
     permissions::{self, PRIVATE, folder_of, with_ending},
     store::StoreError,
@@ -160,18 +162,45 @@ pub(super) fn create(database: &Path) -> Result<(), StoreError> {
 fn create_folder(database: &Path) -> Result<(), StoreError> {
     let folder = folder_of(database);
     permissions::create_folder(folder).map_err(|error| {
-        StoreError::Failed(format!(
-            "cannot create {}: {error}; set DATA_DIR to a folder that the server may write",
-            folder.display()
-        ))
+        let way_on = way_on(&error);
+        StoreError::Failed(format!("cannot create {}: {error}{way_on}", folder.display()))
     })
 }
 
-fn cannot_open(file: &Path, error: &io::Error) -> StoreError {
-    StoreError::Failed(format!(
-        "cannot open {}: {error}; set DATA_DIR to a folder that the server may write",
-        file.display()
-    ))
+pub(super) fn cannot_open(file: &Path, error: &io::Error) -> StoreError {
+    let way_on = way_on(error);
+    StoreError::Failed(format!("cannot open {}: {error}{way_on}", file.display()))
+}
+
+/// What to do about a file or folder that cannot be opened or made, if anything is known; follows the error.
+fn way_on(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DISK_FULL,
+        io::ErrorKind::PermissionDenied
+        | io::ErrorKind::ReadOnlyFilesystem
+        | io::ErrorKind::NotADirectory
+        | io::ErrorKind::AlreadyExists
+        | io::ErrorKind::NotFound => NOT_WRITABLE,
+        _ => "",
+    }
+}
+
+const DISK_FULL: &str = "; make room on its disk";
+const NOT_WRITABLE: &str = "; set DATA_DIR to a folder that the server may write";
+
+/// Why SQLite could not open the database at `path`, or read what it begins with, and what to do about it.
+pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreError {
+    let way_on = match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => DISK_FULL,
+        Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
+            NOT_WRITABLE
+        }
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            "; bring back a backup with `pisync restore`, or set DATA_DIR to another folder"
+        }
+        _ => "",
+    };
+    StoreError::Failed(format!("cannot open {}: {error}{way_on}", path.display()))
 }
 
 /// Whether there is a database: an empty file is what a start leaves that was killed at once.

@@ -76,9 +76,7 @@ impl MigrationDatabase for SqliteMigrations {
             }
             Ok(Contents::Ours(Ours::default()))
         };
-        read().map_err(|error| {
-            StoreError::Failed(format!("cannot read {}: {error}", self.path.display()))
-        })
+        read().map_err(|error| files::sqlite_cannot_open(&self.path, &error))
     }
 
     fn may_change(&self) -> Result<(), StoreError> {

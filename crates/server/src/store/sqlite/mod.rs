@@ -81,9 +81,7 @@ impl SqliteStore {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let path = files::find(path)?;
         let connection = connection::open_for_writing(&path)?;
-        let identity = Identity::at(&path).map_err(|error| {
-            StoreError::Failed(format!("cannot open {}: {error}", path.display()))
-        })?;
+        let identity = Identity::at(&path).map_err(|error| files::cannot_open(&path, &error))?;
         Ok(Self {
             identity,
             watch: OnceLock::new(),
