@@ -1,7 +1,7 @@
 //! What holds of any query string. The fuzz target and the replay of its corpus both call [`check`].
 
 use pisync::{
-    http::query::{MAX_OFFSET, QueryString, cursor_text},
+    api::wire::query::{MAX_OFFSET, QueryString, cursor_text},
     store::{HistoryPosition, Window},
 };
 use pisync_core::{JobName, Timestamp, Violation, decimal::parse_scaled};

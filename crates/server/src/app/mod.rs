@@ -13,13 +13,15 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::tasks::Tasks;
 use crate::{
+    api::{self, ApiParts},
     clock::Clock,
-    http::{self, ApiParts, AuthMode, ConnectionSettings, HttpSettings, Listeners, Tls},
+    config::http::{AuthMode, HttpSettings},
     ingest::{Ingest, Writers},
     keys::{self, Keyring},
     logs,
     maintenance::{Maintenance, STEP_YIELD, earlier_time},
     metrics::Metrics,
+    net::{self, ConnectionSettings, Listeners, Tls},
     random::Randomness,
     store::{
         self, Retention, Store, StoreError, Target,
@@ -176,7 +178,7 @@ async fn serve(
         keyring,
         address,
     };
-    let router = http::router(parts, &settings.http);
+    let router = api::router(parts, &settings.http);
 
     let connections = ConnectionSettings {
         max_connections: settings.http.max_connections,
@@ -193,7 +195,7 @@ async fn serve(
         "PiSync is ready on {scheme}://{address}; its documentation is at /api-docs"
     );
     let ended = tokio::select! {
-        () = http::serve(listeners, router, connections, shutdown) => None,
+        () = net::serve(listeners, router, connections, shutdown) => None,
         ended = tasks.first_end() => Some(ended),
     };
     if let Some(ended) = ended {
@@ -333,7 +335,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::http::{Timeouts, TlsFiles};
+    use crate::config::http::{Timeouts, TlsFiles};
 
     /// Reports an event on a connection that stays open, and gives the answer's first line; an empty one when
     /// the connection has been closed.

@@ -12,8 +12,8 @@ use crate::{
     app,
     clock::Clock,
     config::{LogLevelArgs, ServeArgs},
-    http::Listeners,
     logs::{self, LogGuard},
+    net::Listeners,
 };
 
 /// Connections that may wait to be taken in: a whole fleet reports at the same second. The kernel

@@ -11,8 +11,8 @@ use std::{
 
 use clap::{Arg, ArgMatches, Command, builder::Resettable, parser::ValueSource};
 
-use crate::{
-    config::{DatabaseArgs, Secret},
+use crate::config::{
+    DatabaseArgs, Secret,
     env_file::{EnvFile, Setting},
 };
 

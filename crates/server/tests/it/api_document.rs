@@ -3,7 +3,7 @@
 
 use std::{path::Path, process::Stdio};
 
-use pisync::{http::AuthMode, store::Scope};
+use pisync::{config::http::AuthMode, store::Scope};
 use serde_json::Value;
 use tokio::process::Command;
 
@@ -58,7 +58,7 @@ async fn schemathesis_finds_nothing(database: &TestDatabase) {
 
 /// How many there are in the document.
 fn operations() -> usize {
-    let document: Value = serde_json::from_str(&pisync::http::openapi_json().unwrap()).unwrap();
+    let document: Value = serde_json::from_str(&pisync::api::openapi_json().unwrap()).unwrap();
     let paths = document["paths"].as_object().unwrap().values();
     paths.map(|path| path.as_object().unwrap().len()).sum()
 }

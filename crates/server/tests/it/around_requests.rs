@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use pisync::http::{AuthMode, Timeouts};
+use pisync::config::http::{AuthMode, Timeouts};
 use reqwest::{Method, StatusCode, header::HeaderValue};
 use serde_json::{Value, json};
 
@@ -690,7 +690,7 @@ async fn prometheus_has_nothing_to_find_fault_with() {
 async fn the_document_is_served() {
     let server = TestServer::on_sqlite(|_| {}).await;
     let served = server.get("/api-docs/openapi.json").await.json(200);
-    let made: Value = serde_json::from_str(&pisync::http::openapi_json().unwrap()).unwrap();
+    let made: Value = serde_json::from_str(&pisync::api::openapi_json().unwrap()).unwrap();
     assert_eq!(served, made);
     server.stop().await;
 }
@@ -701,7 +701,7 @@ fn docs_openapi_json_is_current() {
         [env!("CARGO_MANIFEST_DIR"), "..", "..", "docs", "openapi.json"].iter().collect();
     let kept = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
-        kept == pisync::http::openapi_json().unwrap(),
+        kept == pisync::api::openapi_json().unwrap(),
         "docs/openapi.json is out of date: run `cargo run -- openapi > docs/openapi.json`"
     );
 }

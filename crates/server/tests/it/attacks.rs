@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync::http::ConnectionSettings;
+use pisync::net::ConnectionSettings;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::{
@@ -363,7 +363,7 @@ async fn who_does_not_take_the_answer_is_cut_off() {
 async fn connections_beyond_the_bound_wait() {
     let settings = ConnectionSettings {
         max_connections: 2,
-        timeouts: pisync::http::Timeouts::default(),
+        timeouts: pisync::config::http::Timeouts::default(),
         tls: None,
     };
     let server = Bare::start(settings).await;

@@ -419,7 +419,7 @@ fn help() {
     let version = program.run(&["--version"]);
     assert_eq!(version.success(), format!("pisync {}\n", env!("CARGO_PKG_VERSION")));
     let document = Program::new().run(&["openapi"]);
-    assert_eq!(document.success(), pisync::http::openapi_json().unwrap());
+    assert_eq!(document.success(), pisync::api::openapi_json().unwrap());
     assert!(program.names_in(".").is_empty(), "asking for help leaves nothing behind");
 }
 

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Request, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use pisync::http::{AuthMode, ConnectionSettings, Timeouts};
+use pisync::{
+    config::http::{AuthMode, Timeouts},
+    net::ConnectionSettings,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,

@@ -4,7 +4,7 @@
 
 use std::io::Write as _;
 
-use pisync::{http::AuthMode, store::Scope};
+use pisync::{config::http::AuthMode, store::Scope};
 use reqwest::{Method, header::HeaderValue};
 use serde_json::{Value, json};
 

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, time::Instant};
 
 use pisync::{
-    http::AuthMode,
+    config::http::AuthMode,
     keys::{KeyWish, REFRESH_INTERVAL},
     store::{Scope, Target},
 };
@@ -83,7 +83,7 @@ pub(crate) async fn until(condition: impl AsyncFn() -> bool) {
 /// Every operation of the document: method, path, and the scope that it declares; none for what is open
 /// to everybody.
 fn operations() -> Vec<(Method, String, Option<Scope>)> {
-    let document: Value = serde_json::from_str(&pisync::http::openapi_json().unwrap()).unwrap();
+    let document: Value = serde_json::from_str(&pisync::api::openapi_json().unwrap()).unwrap();
     assert_eq!(document["components"]["securitySchemes"]["key"]["scheme"], "bearer");
     let mut operations = Vec::new();
     for (path, item) in document["paths"].as_object().unwrap() {

@@ -2,7 +2,7 @@
 //! numbers have changed: they are JSON numbers now. Where the service hung or took nonsense, these
 //! tests say what is answered instead.
 
-use pisync::http::HttpSettings;
+use pisync::config::http::HttpSettings;
 use serde_json::{Value, json};
 
 use crate::support::{

@@ -1,7 +1,7 @@
 //! What a web page elsewhere, opened in the browser of a server's own user, gets and costs: nothing. It reaches a
 //! server on that machine, and its requests come from the same address as the user's.
 
-use pisync::http::AuthMode;
+use pisync::config::http::AuthMode;
 use reqwest::Method;
 use serde_json::json;
 

@@ -2,7 +2,7 @@
 //! read or stored with it. No store has a part in this.
 
 use pisync::{
-    http::AuthMode,
+    config::http::AuthMode,
     keys::KeyWish,
     store::{Scope, Store},
 };

@@ -43,7 +43,7 @@ fn a_misspelt_setting_is_warned_about() {
 
 #[test]
 fn the_file_means_what_it_meant_to_the_node_service() {
-    // What each line means is compared with dotenv itself, in src/env_file.rs.
+    // What each line means is compared with dotenv itself, in src/config/env_file.rs.
     for (text, folder) in [
         ("\u{feff}DATA_DIR=here", "here"),
         ("export DATA_DIR: first\r\nDATA_DIR = 'second' # the last one counts\r\n", "second"),

@@ -7,7 +7,10 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Version, client::conn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use pisync::http::{ConnectionSettings, Timeouts, Tls, TlsFiles, serve};
+use pisync::{
+    config::http::{Timeouts, TlsFiles},
+    net::{ConnectionSettings, Tls, serve},
+};
 use rustls::{
     ClientConfig, RootCertStore,
     crypto::ring,

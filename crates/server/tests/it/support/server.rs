@@ -13,7 +13,7 @@ use std::{
 use pisync::{
     app::{self, AppError, Settings},
     clock::Clock,
-    http::{AuthMode, HttpSettings, Timeouts},
+    config::http::{AuthMode, HttpSettings, Timeouts},
     store::Target,
 };
 use pisync_core::Timestamp;

@@ -1,0 +1,126 @@
+//! `GET /api/audit`: who changed what. Lines are added in the transaction of what they tell, by the store;
+//! nothing changes or removes one.
+
+use axum::extract::State;
+use pisync_core::Timestamp;
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    api::{
+        SharedState,
+        wire::{
+            envelope::Success,
+            error::{AnyTime, ApiError, WithQuery},
+            extract::Query,
+        },
+    },
+    store::AuditEntry,
+};
+
+const DEFAULT_LIMIT: u32 = 50;
+
+/// The largest number of a line that JSON holds exactly.
+const MAX_LINE: u64 = (1 << 53) - 1;
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(list_audit))
+}
+
+/// The query as the document describes it; [`Query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes the query, is never made")]
+struct AuditParameters {
+    /// The most lines to list.
+    #[param(minimum = 1, maximum = 1000, default = 50)]
+    limit: Option<u32>,
+    /// Only lines before this one: `next_before` of the page before.
+    #[param(minimum = 1, maximum = 9_007_199_254_740_991_u64)]
+    before: Option<u64>,
+}
+
+/// One page of the log.
+#[derive(Serialize, ToSchema)]
+struct AuditPage {
+    /// Newest first.
+    entries: Vec<AuditData>,
+    /// Where the next page begins; null on the last.
+    #[schema(example = 4711)]
+    next_before: Option<i64>,
+}
+
+/// What somebody did.
+#[derive(Serialize, ToSchema)]
+struct AuditData {
+    #[schema(example = 4712)]
+    id: i64,
+    #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
+    at: Timestamp,
+    /// How they came in: `key`, `local` (without one, from the server's own machine), `open` (nobody is
+    /// asked) or `command line`.
+    #[schema(example = "key")]
+    via: String,
+    /// Their key's number.
+    #[schema(example = 3)]
+    key_id: Option<i64>,
+    /// From where.
+    #[schema(example = "192.0.2.17")]
+    address: Option<String>,
+    /// `key.create`, `key.revoke`, `device.update`, `device.delete`.
+    #[schema(example = "device.delete")]
+    action: String,
+    /// To what: a key's number, a device's id.
+    #[schema(example = "pi-device-001")]
+    subject: String,
+    /// What changed.
+    #[schema(value_type = Object)]
+    details: Value,
+}
+
+impl From<AuditEntry> for AuditData {
+    fn from(entry: AuditEntry) -> Self {
+        Self {
+            id: entry.id,
+            at: entry.at,
+            via: entry.via,
+            key_id: entry.key_id,
+            address: entry.address,
+            action: entry.action,
+            subject: entry.subject,
+            details: entry.details,
+        }
+    }
+}
+
+/// Who changed what
+///
+/// Keys, and devices: made, renamed, removed. What devices report is not in it.
+#[utoipa::path(
+    get,
+    path = "/api/audit",
+    tag = "Access",
+    security(("key" = ["admin"])),
+    params(AuditParameters),
+    responses(
+        (status = 200, description = "One page of the log.", body = Success<AuditPage>),
+        WithQuery,
+        AnyTime,
+    ),
+)]
+async fn list_audit(
+    State(state): State<SharedState>,
+    Query(mut query): Query,
+) -> Result<Success<AuditPage>, ApiError> {
+    let limit = query.limit().unwrap_or(DEFAULT_LIMIT);
+    let before = query.integer("before", 1..=MAX_LINE).map(u64::cast_signed);
+    query.finish()?;
+    let entries = state.store.audit(before, limit).await?;
+    let is_full = entries.len() == limit as usize;
+    let next_before = entries.last().map(|entry| entry.id).filter(|_| is_full);
+    let entries = entries.into_iter().map(AuditData::from).collect();
+    let data = AuditPage { entries, next_before };
+    Ok(Success::new("Audit log retrieved successfully", data))
+}

@@ -1,0 +1,182 @@
+//! `GET /api/device/{device_id}/sync-history`: what one device reported, by the page or as a stream.
+
+use axum::{
+    extract::State,
+    http::{HeaderMap, Version, header},
+    response::{IntoResponse, Response},
+};
+use pisync_core::Timestamp;
+use serde::Serialize;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    api::{
+        SharedState,
+        devices::history_stream::{self, Wish},
+        wire::{
+            envelope::Success,
+            error::{AnyTime, ApiError, OfDevice, WithQuery},
+            extract::{DevicePath, DevicePathParameter, Query},
+            figures::DeviceFigures,
+            query::cursor_text,
+        },
+    },
+    event_format::HistoryEvent,
+    middleware::auth::WithKey,
+    store::{HistoryQuery, SyncHistory},
+};
+
+const DEFAULT_LIMIT: u32 = 50;
+
+const CSV_EXAMPLE: &str = "id,device_id,event_id,timestamp,total_files_synced,total_errors,internet_speed,job,duration_seconds,bytes_synced,metadata,created_at,updated_at\r\n412,pi-device-001,run-412,2025-06-17T10:30:00.000Z,150,2,45.6,nightly-backup,73.25,104857600,\"{\"\"tool\"\":\"\"restic\"\"}\",2025-06-17T10:30:02.417Z,2025-06-17T10:30:02.417Z\r\n";
+
+const NDJSON_EXAMPLE: &str = "{\"id\":412,\"device_id\":\"pi-device-001\",\"timestamp\":\"2025-06-17T10:30:00.000Z\",\"total_files_synced\":150,\"total_errors\":2,\"internet_speed\":45.6,\"created_at\":\"2025-06-17T10:30:02.417Z\",\"updated_at\":\"2025-06-17T10:30:02.417Z\"}\n";
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(get_sync_history))
+}
+
+/// The query as the document describes it; [`Query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes the query, is never made")]
+struct HistoryParameters {
+    /// The most events to list. When absent, 50 in JSON, and all of them in CSV and NDJSON.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// How many of the newest to pass over.
+    #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
+    offset: Option<u64>,
+    /// Go on after this event: the `next_cursor` of the page before. Pages that follow one another by
+    /// cursors neither repeat nor miss an event, however many arrive meanwhile, and one far down costs
+    /// no more than the first; `offset` then counts from the cursor.
+    #[param(pattern = "^[0-9a-f]{32}$", example = "000637c1a3aa9e00000000000000019c")]
+    cursor: Option<String>,
+    /// Not before this instant: ISO 8601; a bare date is its midnight in UTC.
+    #[param(rename = "startDate", format = DateTime)]
+    start_date: Option<String>,
+    /// Not after this instant.
+    #[param(rename = "endDate", format = DateTime)]
+    end_date: Option<String>,
+    /// Only this job's events.
+    #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    job: Option<String>,
+}
+
+/// A device's figures and one page of its events.
+#[derive(Serialize, ToSchema)]
+struct HistoryData {
+    #[schema(example = "pi-device-001")]
+    device_id: String,
+    /// Over all of the device's events, whatever the query.
+    stats: DeviceFigures,
+    /// Events that the server received before this are no longer kept one by one (`RETENTION_DAYS`), and
+    /// count in `stats` alone; absent while all are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-05-01T00:00:00.000Z")]
+    raw_since: Option<Timestamp>,
+    /// Newest first by `timestamp`, then by `id`.
+    sync_history: Vec<HistoryEvent>,
+    pagination: HistoryPagination,
+}
+
+/// Where the page stands.
+#[derive(Serialize, ToSchema)]
+struct HistoryPagination {
+    #[schema(example = 50)]
+    limit: u32,
+    #[schema(example = 0)]
+    offset: u64,
+    /// How many events the query can page to, wherever it begins.
+    #[schema(example = 412)]
+    total_events: u64,
+    /// The `cursor` of the next page; null on the last.
+    #[schema(example = "000637c1a3aa9e00000000000000019c")]
+    next_cursor: Option<String>,
+}
+
+/// A device's sync history
+///
+/// The device's figures, and its events newest first. With `Accept: text/csv` or
+/// `application/x-ndjson` the events alone, as many as there are, streamed as they are read. CSV is that
+/// of RFC 4180 with a header line; what is absent is an empty cell, and metadata is JSON text. Cells are
+/// given as they are stored, so that they can be read back: a program that takes text for formulas
+/// should be told that they are text.
+#[utoipa::path(
+    get,
+    path = "/api/device/{device_id}/sync-history",
+    tag = "Devices",
+    security(("key" = ["read"])),
+    params(
+        DevicePathParameter,
+        HistoryParameters,
+    ),
+    responses(
+        (
+            status = 200,
+            description = "The device's history.",
+            content(
+                (Success<HistoryData> = "application/json"),
+                (String = "text/csv", example = json!(CSV_EXAMPLE)),
+                (HistoryEvent = "application/x-ndjson", example = json!(NDJSON_EXAMPLE)),
+            ),
+        ),
+        WithQuery,
+        OfDevice,
+        AnyTime,
+    ),
+)]
+async fn get_sync_history(
+    State(state): State<SharedState>,
+    DevicePath(device_id): DevicePath,
+    WithKey(key): WithKey,
+    version: Version,
+    headers: HeaderMap,
+    Query(mut query): Query,
+) -> Result<Response, ApiError> {
+    let limit = query.limit();
+    let history_query = HistoryQuery {
+        device_id,
+        limit: limit.unwrap_or(DEFAULT_LIMIT),
+        offset: query.offset(),
+        after: query.cursor(),
+        from: query.timestamp("startDate"),
+        until: query.timestamp("endDate"),
+        job: query.job(),
+        oldest_first: false,
+    };
+    query.finish()?;
+    let mut response = match history_stream::wanted(&headers) {
+        None => one_page(&state, &history_query).await?.into_response(),
+        Some(format) => {
+            let wish = Wish { key, query: history_query, limit, format, version };
+            history_stream::respond(state, wish).await?
+        }
+    };
+    // What a cache keeps must not go to somebody who asks for another format.
+    response.headers_mut().append(header::VARY, header::ACCEPT.into());
+    Ok(response)
+}
+
+async fn one_page(
+    state: &SharedState,
+    query: &HistoryQuery,
+) -> Result<Success<HistoryData>, ApiError> {
+    let SyncHistory { figures, events, next, total_events, raw_since } =
+        state.store.sync_history(query).await?.ok_or(ApiError::NotFound("Device"))?;
+    let device_id = query.device_id.as_str();
+    let data = HistoryData {
+        device_id: device_id.to_owned(),
+        stats: figures.into(),
+        raw_since,
+        sync_history: events.into_iter().map(|event| HistoryEvent::new(device_id, event)).collect(),
+        pagination: HistoryPagination {
+            limit: query.limit,
+            offset: query.offset,
+            total_events,
+            next_cursor: next.map(cursor_text),
+        },
+    };
+    Ok(Success::new("Sync history retrieved successfully", data))
+}

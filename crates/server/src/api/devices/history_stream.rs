@@ -1,0 +1,208 @@
+//! A device's history as CSV or NDJSON, streamed page by page: memory stays the same however long the
+//! history is, and between two pages no connection to the database is held. Before each page the key is looked at
+//! again: who has lost it gets no more.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, Version, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, future, stream};
+
+use crate::{
+    api::{SharedState, wire::error::ApiError},
+    event_format::{Format, HistoryEvent},
+    keys::Key,
+    store::{EventPage, HistoryQuery, Scope, StoreError},
+};
+
+/// Events that are read at a time. With the largest metadata they are 2 MiB; usually 100 KiB.
+const PAGE: u32 = 500;
+
+/// The format that the client wants rather than JSON.
+pub(crate) fn wanted(headers: &HeaderMap) -> Option<Format> {
+    // Of equals, one that is named goes before a wildcard, which JSON answers, and the first
+    // before those after it.
+    let mut best = (0.0, false, None);
+    let lines = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    for range in lines.flat_map(|line| line.split(',')) {
+        let mut parts = range.split(';').map(str::trim);
+        let media_type = parts.next().unwrap_or_default().to_ascii_lowercase();
+        let (named, format) = match media_type.as_str() {
+            "text/csv" => (true, Some(Format::Csv)),
+            "application/x-ndjson" | "application/ndjson" => (true, Some(Format::Ndjson)),
+            "application/json" => (true, None),
+            "*/*" | "application/*" => (false, None),
+            _ => continue,
+        };
+        let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok());
+        let weight: f64 = weight.unwrap_or(1.0);
+        if weight > best.0 || (weight == best.0 && named && !best.1 && weight > 0.0) {
+            best = (weight, named, format);
+        }
+    }
+    best.2
+}
+
+fn media_type(format: Format) -> &'static str {
+    match format {
+        Format::Csv => "text/csv; charset=utf-8; header=present",
+        Format::Ndjson => "application/x-ndjson",
+    }
+}
+
+/// What a client wants streamed.
+pub(crate) struct Wish {
+    /// What the request was let in with.
+    pub(crate) key: Option<Arc<Key>>,
+    pub(crate) query: HistoryQuery,
+    /// The most events; all of them when `None`.
+    pub(crate) limit: Option<u32>,
+    pub(crate) format: Format,
+    /// HTTP's.
+    pub(crate) version: Version,
+}
+
+/// Answers with all events that are wanted.
+///
+/// # Errors
+/// When the device is unknown or its first page cannot be read. Afterwards an error cuts the answer
+/// off, so that nobody takes it for complete.
+pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, ApiError> {
+    let Wish { key, query, limit, format, version } = wish;
+    let mut pages = Pages { state, key, query, left: limit, format, version, at_end: false };
+    let first = pages.read().await?.ok_or(ApiError::NotFound("Device"))?;
+    let text = pages.text(first, format.heading().to_owned())?;
+    let next = if pages.at_end { Step::End } else { Step::Read(pages) };
+    let first = stream::once(future::ready(Ok(text)));
+    let rest = stream::try_unfold(next, async |step| match step {
+        Step::End => Ok(None),
+        Step::Break(error) => {
+            // What was sent last goes out first, if it can.
+            tokio::task::yield_now().await;
+            Err(error)
+        }
+        Step::Read(mut pages) => match pages.read_on().await {
+            Ok(text) if !pages.at_end => Ok(Some((text, Step::Read(pages)))),
+            Ok(text) => Ok(Some((text, Step::End))),
+            Err(error) => {
+                let last_words = pages.broken_off(&error);
+                // There an answer ends with its connection, however that ends: its text alone can tell.
+                let is_http_10 = pages.version < Version::HTTP_11;
+                Ok(Some((last_words, if is_http_10 { Step::End } else { Step::Break(error) })))
+            }
+        },
+    });
+    let body = first.chain(rest).map_ok(Bytes::from);
+    Ok(([(header::CONTENT_TYPE, media_type(format))], Body::from_stream(body)).into_response())
+}
+
+/// What comes next in an answer.
+enum Step {
+    Read(Pages),
+    /// It is cut off.
+    Break(BrokenOff),
+    End,
+}
+
+/// Why an answer is cut off, in words for the client.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BrokenOff(&'static str);
+
+/// The pages still to come.
+struct Pages {
+    state: SharedState,
+    key: Option<Arc<Key>>,
+    query: HistoryQuery,
+    /// Events still to send; all of them when `None`.
+    left: Option<u32>,
+    format: Format,
+    version: Version,
+    /// Whether the last page has been read.
+    at_end: bool,
+}
+
+impl Pages {
+    /// The text of the page after those that were sent, if the client still may have it.
+    async fn read_on(&mut self) -> Result<String, BrokenOff> {
+        if let Err(why) = self.state.gate.look_again(self.key.as_ref(), Scope::Read) {
+            let key_id = self.key.as_ref().map(|key| key.id);
+            tracing::info!(key_id, ?why, "a history was cut off, since its key no longer opens it");
+            return Err(BrokenOff("the key no longer opens this"));
+        }
+        let unreadable = |_| BrokenOff("the database cannot be read");
+        let page = self.read().await.map_err(unreadable)?;
+        let page = page.ok_or(BrokenOff("the device was deleted"))?;
+        self.text(page, String::new()).map_err(unreadable)
+    }
+
+    /// Reads the next page.
+    async fn read(&mut self) -> Result<Option<EventPage>, StoreError> {
+        self.query.limit = self.left.map_or(PAGE, |left| left.min(PAGE));
+        let page = self.state.store.events(&self.query).await;
+        page.inspect_err(|error| tracing::warn!(%error, "a history cannot be read on"))
+    }
+
+    /// Writes `page` behind `text`; the next page is the one after it.
+    fn text(&mut self, page: EventPage, mut text: String) -> Result<String, StoreError> {
+        let sent = u32::try_from(page.events.len()).unwrap_or(u32::MAX);
+        self.left = self.left.map(|left| left.saturating_sub(sent));
+        self.query.after = page.next;
+        self.query.offset = 0;
+        self.at_end = page.next.is_none() || self.left == Some(0);
+        let device_id = self.query.device_id.as_str();
+        for event in page.events {
+            let event = HistoryEvent::new(device_id, event);
+            self.format.write(&mut text, &event).map_err(StoreError::Failed)?;
+        }
+        Ok(text)
+    }
+
+    /// The last that is sent of an answer that is cut off: a line without an end, which no reader takes for an
+    /// event.
+    fn broken_off(&self, why: &BrokenOff) -> String {
+        match self.format {
+            Format::Csv => format!("\"broken off: {why}"),
+            Format::Ndjson => format!("{{\"broken_off\":\"{why}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(accept: &str) -> Option<Format> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCEPT, accept.parse().unwrap());
+        super::wanted(&headers)
+    }
+
+    #[test]
+    fn the_format_that_is_wanted_most() {
+        assert_eq!(super::wanted(&HeaderMap::new()), None);
+        for (accept, expected) in [
+            ("*/*", None),
+            ("application/json", None),
+            ("text/html,application/xhtml+xml,*/*;q=0.8", None),
+            ("image/png", None),
+            ("text/csv", Some(Format::Csv)),
+            ("TEXT/CSV; header=present", Some(Format::Csv)),
+            ("text/csv, */*", Some(Format::Csv)),
+            ("*/*, text/csv", Some(Format::Csv)),
+            ("*/*, text/csv;q=0.9", None),
+            ("application/json;q=0.5, text/csv", Some(Format::Csv)),
+            ("application/json, text/csv", None),
+            ("text/csv;q=0", None),
+            ("text/csv;q=0.2, application/x-ndjson;q=0.3", Some(Format::Ndjson)),
+            ("application/x-ndjson, application/json", Some(Format::Ndjson)),
+            ("application/*, application/x-ndjson", Some(Format::Ndjson)),
+        ] {
+            assert_eq!(wanted(accept), expected, "{accept}");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! `GET /api/devices/repeated-failures`: which devices keep failing.
+
+use axum::extract::State;
+use pisync_core::Timestamp;
+use serde::Serialize;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    api::{
+        SharedState,
+        wire::{
+            envelope::Success,
+            error::{AnyTime, ApiError, WithQuery},
+            extract::Query,
+            window::WindowName,
+        },
+    },
+    store::{Device, FailureQuery},
+};
+
+const DEFAULT_THRESHOLD: u32 = 3;
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(get_repeated_failures))
+}
+
+/// The query as the document describes it; [`Query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes the query, is never made")]
+struct FailureParameters {
+    /// At least so many failures.
+    #[param(minimum = 1, maximum = 100, default = 3)]
+    threshold: Option<u32>,
+    /// Count the failures since the last success instead of those of all time.
+    #[param(default = false)]
+    consecutive: Option<bool>,
+    /// Count only failures dated within a window: `24h` is the current hour (UTC) and the 23 before it,
+    /// `7d` and `30d` are the current day and the 6 or 29 before it. Late reports count where they are
+    /// dated. With `consecutive`, only devices that failed within the window are listed, by the whole
+    /// of their streaks.
+    #[param(inline, example = "24h")]
+    window: Option<WindowName>,
+    /// The most devices to list; all when absent.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// How many of the worst to pass over.
+    #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
+    offset: Option<u64>,
+}
+
+/// The devices that failed at least `threshold` times.
+#[derive(Serialize, ToSchema)]
+struct FailureData {
+    #[schema(example = 3)]
+    threshold: u32,
+    /// The window that was asked for; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "24h")]
+    window: Option<&'static str>,
+    /// The window's beginning; absent without a window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-16T11:00:00.000Z")]
+    window_start: Option<Timestamp>,
+    /// How many devices there are on all pages.
+    #[schema(example = 5000)]
+    total_devices: u64,
+    /// Most failures first, then the latest failure, then by `device_id`.
+    devices: Vec<FailingDevice>,
+}
+
+/// A device that keeps failing.
+#[derive(Serialize, ToSchema)]
+struct FailingDevice {
+    #[schema(example = "pi-device-001")]
+    device_id: String,
+    /// Syncs with errors: of all time, or within the window.
+    #[schema(example = 3)]
+    total_failed_syncs: i64,
+    /// Failures after the last success, by date and then by id, whatever the window; of a device with
+    /// several jobs, those of the worst.
+    #[schema(example = 0)]
+    consecutive_failures: i64,
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]
+    last_failed_sync: Option<Timestamp>,
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
+    last_success: Option<Timestamp>,
+    /// When it was first seen.
+    #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
+    device_registered: Timestamp,
+    /// When the server last heard from it.
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
+    last_seen: Option<Timestamp>,
+}
+
+impl From<Device> for FailingDevice {
+    fn from(device: Device) -> Self {
+        Self {
+            device_id: device.device_id,
+            total_failed_syncs: device.figures.failed_syncs,
+            consecutive_failures: device.figures.consecutive_failures,
+            last_failed_sync: device.figures.last_failure,
+            last_success: device.figures.last_success,
+            device_registered: device.created_at,
+            last_seen: device.figures.last_seen,
+        }
+    }
+}
+
+/// Devices that failed repeatedly
+///
+/// A failed sync is one with `total_errors` above 0.
+#[utoipa::path(
+    get,
+    path = "/api/devices/repeated-failures",
+    tag = "Devices",
+    security(("key" = ["read"])),
+    params(FailureParameters),
+    responses(
+        (status = 200, description = "The devices, worst first.", body = Success<FailureData>),
+        WithQuery,
+        AnyTime,
+    ),
+)]
+async fn get_repeated_failures(
+    State(state): State<SharedState>,
+    Query(mut query): Query,
+) -> Result<Success<FailureData>, ApiError> {
+    let threshold = query.integer("threshold", 1..=100).and_then(|value| u32::try_from(value).ok());
+    let window = query.window(state.clock.now());
+    let failure_query = FailureQuery {
+        threshold: threshold.unwrap_or(DEFAULT_THRESHOLD),
+        consecutive: query.boolean("consecutive"),
+        window: window.map(|(_, window)| window),
+        limit: query.limit(),
+        offset: query.offset(),
+    };
+    query.finish()?;
+    let page = state.store.repeated_failures(&failure_query).await?;
+    let data = FailureData {
+        threshold: failure_query.threshold,
+        window: window.map(|(name, _)| name),
+        window_start: window.map(|(_, window)| window.from()),
+        total_devices: page.total,
+        devices: page.items.into_iter().map(FailingDevice::from).collect(),
+    };
+    Ok(Success::new("Devices with repeated failures retrieved successfully", data))
+}

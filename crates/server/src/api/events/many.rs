@@ -1,0 +1,380 @@
+//! `POST /api/sync-events`: many events in one request, each with its own result.
+//!
+//! A body is cut into events while it arrives, each of them checked. A compressed one is decompressed once it has
+//! arrived, so that nobody who sends slowly keeps a decoder; its bounds count what comes out.
+
+use axum::{
+    body::Bytes,
+    extract::{Request, State},
+    http::{HeaderMap, StatusCode, header},
+    response::Response,
+};
+use pisync_core::{
+    Arrival, ParseError, SyncEvent, Violation, ViolationCode,
+    event_stream::{EventSplitter, Format, MAX_EVENT_BYTES, Piece, StreamError},
+};
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    api::{
+        SharedState,
+        events::one::{IDEMPOTENCY_KEY, NewSyncEvent},
+        wire::{
+            charset::Charset,
+            decompress::{Compression, Decompressor},
+            envelope::Success,
+            error::{AnyTime, ApiError, FieldError, WithBody, in_short},
+            extract::Arriving,
+        },
+    },
+    ingest::{Ingest, Receipt, Room},
+    middleware::{auth, observe::RejectedEvents},
+    store::Scope,
+};
+
+/// The most events in one request.
+const MAX_EVENTS: usize = 10_000;
+
+/// The largest body, in bytes once decompressed.
+const BODY_LIMIT: usize = 10 << 20;
+
+/// How much is decompressed at a time, and so between two moments at which others get their turn.
+const CHUNK: usize = 64 << 10;
+
+/// Bodies that are decompressed at a time. Their decoders, 8.5 MiB each at most, leave room for events in the bounds of
+/// the queue; and as none of them waits for its client, the next has its turn after some tenths of a second.
+pub(crate) const DECODERS: usize = 3;
+
+/// A body may take so many times as long as a small one: 10 MiB over a link that carries 64 KiB in the
+/// time of one.
+const TIMES_AS_LONG: u32 = 20;
+
+/// The memory that a rejected event's violation takes until it is answered, in bytes, roughly.
+const VIOLATION_BYTES: usize = 512;
+
+/// Rejected events whose reasons the log gets.
+const REASONS_LOGGED: usize = 3;
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(create_sync_events))
+}
+
+/// What became of a batch.
+#[derive(Serialize, ToSchema)]
+struct BatchResult {
+    /// Events that were stored.
+    #[schema(example = 1)]
+    accepted: usize,
+    /// Events that had been reported before, under the same `event_id`.
+    #[schema(example = 0)]
+    duplicates: usize,
+    /// Events that were wrong and not stored.
+    #[schema(example = 1)]
+    rejected: usize,
+    /// One for each event, in order.
+    results: Vec<EventResult>,
+}
+
+/// What became of one event.
+#[derive(Serialize, ToSchema)]
+#[serde(tag = "status", rename_all = "lowercase")]
+enum EventResult {
+    Created {
+        /// Position among the events sent, from 0.
+        index: usize,
+        id: i64,
+    },
+    Duplicate {
+        index: usize,
+        /// The first event's id.
+        id: i64,
+    },
+    Rejected {
+        index: usize,
+        /// Every wrong field.
+        details: Vec<FieldError>,
+    },
+}
+
+/// Report many sync runs
+///
+/// A JSON array of events, or one event per line (`application/x-ndjson`), at most 10,000 and 10 MiB;
+/// `Content-Encoding` may be gzip, deflate or zstd, and the bounds count after decompression. The events that are
+/// right are stored in one transaction, and the answer tells of each one what became of it. An array or a
+/// compressed stream that is broken is refused as a whole; of NDJSON, only the lines that are. Give each
+/// event an `event_id`, so that the request can be sent again when its answer was lost.
+#[utoipa::path(
+    post,
+    path = "/api/sync-events",
+    tag = "Sync events",
+    security(("key" = ["ingest"])),
+    request_body(
+        description = "The events. `Content-Encoding` gzip, deflate and zstd are understood.",
+        content(
+            (Vec<NewSyncEvent> = "application/json"),
+            (String = "application/x-ndjson", example =
+                "{\"device_id\":\"pi-device-001\",\"event_id\":\"run-1\",\"timestamp\":\"2025-06-17T10:30:00Z\",\"total_files_synced\":150,\"total_errors\":0}\n\
+                 {\"device_id\":\"pi-device-001\",\"event_id\":\"run-2\",\"timestamp\":\"2025-06-17T11:30:00Z\",\"total_files_synced\":3,\"total_errors\":1}\n"),
+        ),
+    ),
+    responses(
+        (status = 200, description = "Each event's result.", body = Success<BatchResult>),
+        WithBody,
+        AnyTime,
+    ),
+)]
+async fn create_sync_events(
+    State(state): State<SharedState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let headers = request.headers();
+    if let Some(key) = headers.get(IDEMPOTENCY_KEY) {
+        let rule = "is for single events: give each event an \"event_id\"";
+        let value = Some(String::from_utf8_lossy(key.as_bytes()).into());
+        return Err(ApiError::Validation(vec![Violation::of("Idempotency-Key", rule, value)]));
+    }
+    let key = auth::key_of(&request);
+    let format = format(headers)?;
+    if Charset::of(headers)? != Charset::Utf8 {
+        return Err(ApiError::UnsupportedMediaType("send UTF-8"));
+    }
+    let compression = Compression::of(headers)?;
+    let body = Arriving::in_pieces(request.into_body(), state.body_timeout, TIMES_AS_LONG);
+    let mut reading = Reading::new(&state.ingest, state.arrival()?, format);
+    let read = match compression {
+        None => reading.read(body).await,
+        Some(compression) => reading.read_compressed(&state, compression, body).await,
+    };
+    read.inspect_err(|error| {
+        if matches!(error, ApiError::Overloaded) {
+            state.ingest.count_refused(&crate::ingest::IngestError::Overloaded, reading.valid());
+        }
+    })?;
+    let Reading { events, room, rejected, .. } = reading;
+    // The body may have taken minutes.
+    let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
+    // One event that the key may not report is a mistake about all of them.
+    let group = auth::check_report(key.as_deref(), events.iter().map(|event| &event.device_id))?;
+    let taken = events.len();
+    let receipts = state.ingest.submit_many(events, group, room).await?;
+    let noted = note_rejected(&state, taken, &rejected);
+    let result = Success::new("Sync events processed", BatchResult::new(receipts, rejected));
+    let mut response = result.with_status(StatusCode::OK);
+    if let Some(noted) = noted {
+        response.extensions_mut().insert(noted);
+    }
+    Ok(response)
+}
+
+/// Counts what was rejected, and says for the log what was wrong with the first few.
+fn note_rejected(
+    state: &SharedState,
+    taken: usize,
+    rejected: &[(usize, Vec<Violation>)],
+) -> Option<RejectedEvents> {
+    if rejected.is_empty() {
+        return None;
+    }
+    for (_, violations) in rejected {
+        state.metrics.rejected(violations);
+    }
+    let reasons: Vec<_> = rejected
+        .iter()
+        .take(REASONS_LOGGED)
+        .map(|(index, violations)| format!("event {index}: {}", in_short(violations)))
+        .collect();
+    Some(RejectedEvents { rejected: rejected.len(), taken, reasons: reasons.join("; ") })
+}
+
+impl BatchResult {
+    fn new(receipts: Vec<Receipt>, rejected: Vec<(usize, Vec<Violation>)>) -> Self {
+        let total = receipts.len() + rejected.len();
+        let mut result = Self {
+            accepted: 0,
+            duplicates: 0,
+            rejected: rejected.len(),
+            results: Vec::with_capacity(total),
+        };
+        let mut receipts = receipts.into_iter();
+        let mut rejected = rejected.into_iter().peekable();
+        for index in 0..total {
+            let event = if let Some((_, violations)) = rejected.next_if(|(at, _)| *at == index) {
+                let details = violations.into_iter().map(FieldError::from).collect();
+                EventResult::Rejected { index, details }
+            } else {
+                match receipts.next() {
+                    Some(Receipt::Created { id, .. }) => {
+                        result.accepted += 1;
+                        EventResult::Created { index, id }
+                    }
+                    Some(Receipt::Duplicate { id, .. }) => {
+                        result.duplicates += 1;
+                        EventResult::Duplicate { index, id }
+                    }
+                    None => break,
+                }
+            };
+            result.results.push(event);
+        }
+        result
+    }
+}
+
+/// How the events follow each other, by what the request says of its body.
+fn format(headers: &HeaderMap) -> Result<Format, ApiError> {
+    let media_type = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.split(';').next())
+        .map(|media_type| media_type.trim().to_ascii_lowercase());
+    match media_type.as_deref() {
+        Some("application/json") => Ok(Format::Array),
+        Some("application/x-ndjson" | "application/ndjson" | "application/jsonl") => {
+            Ok(Format::Lines)
+        }
+        _ => Err(ApiError::UnsupportedMediaType(
+            "send a JSON array with Content-Type: application/json, or one event per line with application/x-ndjson",
+        )),
+    }
+}
+
+/// A body being read.
+struct Reading {
+    arrival: Arrival,
+    format: Format,
+    events: Vec<SyncEvent>,
+    /// With their positions among all events.
+    rejected: Vec<(usize, Vec<Violation>)>,
+    room: Room,
+}
+
+impl Reading {
+    fn new(ingest: &Ingest, arrival: Arrival, format: Format) -> Self {
+        let room = ingest.room();
+        Self { arrival, format, events: Vec::new(), rejected: Vec::new(), room }
+    }
+
+    fn valid(&self) -> usize {
+        self.events.len()
+    }
+
+    /// Reads a body while it arrives.
+    async fn read(&mut self, mut body: Arriving) -> Result<(), ApiError> {
+        let mut splitter = EventSplitter::new(self.format);
+        let mut length = 0;
+        // Of the beginnings of events, whose end has not arrived.
+        let mut held = self.room.another();
+        let mut counted = 0;
+        while let Some(piece) = body.next().await? {
+            if body.has_ended() {
+                held.has_arrived();
+                self.room.has_arrived();
+            }
+            self.push(&mut splitter, &mut length, &piece)?;
+            let pending = splitter.pending_bytes();
+            if pending > counted {
+                held.take_bytes(pending - counted)?;
+                counted = pending;
+            }
+        }
+        splitter.finish(&mut |piece| self.take(piece))
+    }
+
+    /// Reads a compressed body once it has arrived.
+    async fn read_compressed(
+        &mut self,
+        state: &SharedState,
+        compression: Compression,
+        body: Arriving,
+    ) -> Result<(), ApiError> {
+        let mut held = self.room.another();
+        let body = body.collect(Compression::compressed_limit(BODY_LIMIT), &mut held).await?;
+        held.has_arrived();
+        self.room.has_arrived();
+        let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
+        self.decompress(compression, body, &mut held).await
+    }
+
+    async fn decompress(
+        &mut self,
+        compression: Compression,
+        body: Bytes,
+        held: &mut Room,
+    ) -> Result<(), ApiError> {
+        let mut decompressor = Decompressor::new(compression, body, held)?;
+        let mut splitter = EventSplitter::new(self.format);
+        let mut chunk = vec![0; CHUNK];
+        let mut length = 0;
+        loop {
+            let count = decompressor.read(&mut chunk, held)?;
+            if count == 0 {
+                return splitter.finish(&mut |piece| self.take(piece));
+            }
+            self.push(&mut splitter, &mut length, &chunk[..count])?;
+            // It may be long work for one core, and nothing else here waits.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Takes the next bytes of the body, of which there were `length`.
+    fn push(
+        &mut self,
+        splitter: &mut EventSplitter,
+        length: &mut usize,
+        bytes: &[u8],
+    ) -> Result<(), ApiError> {
+        *length += bytes.len();
+        if *length > BODY_LIMIT {
+            return Err(ApiError::BodyTooLarge(BODY_LIMIT));
+        }
+        splitter.push(bytes, &mut |piece| self.take(piece))
+    }
+
+    /// Reads one event.
+    fn take(&mut self, piece: Piece<'_>) -> Result<(), ApiError> {
+        let index = self.events.len() + self.rejected.len();
+        if index >= MAX_EVENTS {
+            return Err(ApiError::TooManyEvents(MAX_EVENTS));
+        }
+        let violations = match piece {
+            Piece::TooLong(_) => {
+                let rule = format!("must be at most {MAX_EVENT_BYTES} bytes of JSON text");
+                vec![Violation::of_whole(&rule, None).coded(ViolationCode::Length)]
+            }
+            Piece::Event(text) => match SyncEvent::from_json(text, self.arrival) {
+                Ok(event) => {
+                    self.room.take(&event)?;
+                    self.events.push(event);
+                    return Ok(());
+                }
+                Err(ParseError::Invalid(violations)) => violations,
+                Err(ParseError::Malformed(where_)) if self.format == Format::Lines => {
+                    let message = format!("Malformed JSON: {where_}");
+                    let violation = Violation::worded("", message, None);
+                    vec![violation.coded(ViolationCode::MalformedJson)]
+                }
+                Err(ParseError::Malformed(where_)) => {
+                    return Err(ApiError::Malformed(format!("event {index}: {where_}")));
+                }
+            },
+        };
+        self.room.take_bytes(violations.len() * VIOLATION_BYTES)?;
+        self.rejected.push((index, violations));
+        Ok(())
+    }
+}
+
+impl From<StreamError> for ApiError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::NotAnArray => {
+                let rule = "must be an array; send one event per line as application/x-ndjson";
+                let violation = Violation::of_whole(rule, None).coded(ViolationCode::Type);
+                Self::Validation(vec![violation])
+            }
+            StreamError::Broken { .. } => Self::Malformed(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The JSON API. One file per resource, each with its types, handlers, routes and documentation; here
+//! they are put together, with everything that happens around every request.
+
+mod access;
+mod devices;
+mod events;
+mod fleet;
+pub(crate) mod server;
+pub mod wire;
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::Request,
+    http::{HeaderName, HeaderValue, Method, header},
+    middleware::from_fn_with_state,
+};
+use pisync_core::Timestamp;
+use tokio::sync::Semaphore;
+use tower::ServiceExt;
+use tower_http::{compression::CompressionLayer, cors::CorsLayer};
+use utoipa_axum::router::OpenApiRouter;
+
+use self::{
+    access::{audit, keys},
+    devices::{history, one as device, repeated_failures},
+    events::{many, one},
+    fleet::stats,
+    server::{docs, health, metrics, welcome},
+};
+use crate::{
+    clock::Clock,
+    config::http::HttpSettings,
+    ingest::Ingest,
+    keys::Keyring,
+    metrics::Metrics,
+    middleware::{
+        admission::{self, Slots},
+        auth::Gate,
+        client_address::TrustedProxies,
+        node_paths,
+        observe::{self, ObserveLayer, RequestIds, SeldomLogged},
+        rate_limit::RateLimits,
+    },
+    random::Randomness,
+    store::Store,
+};
+
+/// What every handler can reach.
+pub struct ApiState {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) ingest: Ingest,
+    pub(crate) clock: Clock,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) gate: Gate,
+    pub(crate) limits: RateLimits,
+    pub(crate) slots: Slots,
+    /// Turns at decompressing bodies.
+    pub(crate) decoders: Semaphore,
+    pub(crate) randomness: Randomness,
+    /// Whether requests are admitted by a layer within CORS rather than by `observe`.
+    pub(crate) admits_within_cors: bool,
+    pub(crate) trusted_proxies: TrustedProxies,
+    pub(crate) request_ids: RequestIds,
+    pub(crate) seldom_logged: SeldomLogged,
+    /// Milliseconds.
+    pub(crate) max_clock_skew: i64,
+    pub(crate) body_timeout: Duration,
+    pub(crate) port: u16,
+    /// Every endpoint by method and path, with its summary.
+    pub(crate) endpoints: BTreeMap<String, String>,
+}
+
+pub(crate) type SharedState = Arc<ApiState>;
+
+impl ApiState {
+    /// Since when a device must have been heard from to be active.
+    pub(crate) fn active_since(&self) -> Timestamp {
+        self.clock.now().saturating_add_milliseconds(-stats::ACTIVE_MILLISECONDS)
+    }
+}
+
+/// What the API stands on.
+pub struct ApiParts {
+    /// Where everything is kept.
+    pub store: Arc<dyn Store>,
+    /// Where events go.
+    pub ingest: Ingest,
+    /// What time it is.
+    pub clock: Clock,
+    /// Where measurements go.
+    pub metrics: Arc<Metrics>,
+    /// Where secrets come from.
+    pub randomness: Randomness,
+    /// The keys that open it.
+    pub keyring: Arc<Keyring>,
+    /// Where the server listens.
+    pub address: SocketAddr,
+}
+
+/// Routes and document of all resources.
+fn resources() -> OpenApiRouter<SharedState> {
+    // Answers that can be long are compressed; the hot path's answer is not worth the work.
+    let compressed = OpenApiRouter::new()
+        .merge(history::router())
+        .merge(repeated_failures::router())
+        .merge(stats::router())
+        .merge(device::router())
+        .merge(welcome::router())
+        .merge(keys::router())
+        .merge(audit::router())
+        .merge(metrics::router())
+        .layer(CompressionLayer::new());
+    OpenApiRouter::with_openapi(docs::outline())
+        .merge(one::router())
+        .merge(many::router())
+        .merge(compressed)
+        .merge(health::router())
+}
+
+/// The OpenAPI document, as JSON.
+///
+/// # Errors
+/// When it cannot be written, which no input can cause.
+pub fn openapi_json() -> Result<String, serde_json::Error> {
+    let mut text = resources().into_openapi().to_pretty_json()?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// The whole API.
+pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
+    let (routes, document) = resources().split_for_parts();
+    let gate = Gate::new(
+        settings.auth,
+        parts.address.ip(),
+        parts.keyring,
+        parts.clock.clone(),
+        settings.cors_origins.clone(),
+        &document,
+    );
+    let state = Arc::new(ApiState {
+        gate,
+        slots: Slots::new(settings.max_requests),
+        decoders: Semaphore::new(many::DECODERS),
+        randomness: parts.randomness,
+        admits_within_cors: !settings.cors_origins.is_empty(),
+        store: parts.store,
+        ingest: parts.ingest,
+        request_ids: RequestIds::new(&parts.clock),
+        seldom_logged: SeldomLogged::new(),
+        clock: parts.clock,
+        metrics: parts.metrics,
+        limits: RateLimits::new(
+            settings.sync_per_minute,
+            settings.api_per_minute,
+            settings.key_per_minute,
+        ),
+        trusted_proxies: TrustedProxies::new(&settings.trusted_proxies),
+        max_clock_skew: i64::from(settings.max_clock_skew_seconds) * 1000,
+        body_timeout: settings.timeouts.body,
+        port: parts.address.port(),
+        endpoints: docs::endpoints(&document),
+    });
+    let mut router = routes
+        .with_state(Arc::clone(&state))
+        .merge(docs::router(document))
+        .fallback(health::unknown_route)
+        .method_not_allowed_fallback(health::other_method);
+    // Each layer costs every request some allocations: there are as few as can be.
+    if state.admits_within_cors {
+        router = router
+            .layer(from_fn_with_state(Arc::clone(&state), admission::layer))
+            .layer(cors(&settings.cors_origins));
+    }
+    let router = router.layer(ObserveLayer(state));
+    // Outside of all layers: what is respelt passes through them once, under its route's name.
+    let again = router.clone();
+    router.fallback(move |mut request: Request| {
+        if let Some(uri) = node_paths::respell(request.uri()) {
+            *request.uri_mut() = uri;
+        }
+        again.clone().oneshot(request)
+    })
+}
+
+fn cors(origins: &[HeaderValue]) -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(origins.to_vec())
+        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION])
+        .expose_headers([
+            header::WWW_AUTHENTICATE,
+            header::RETRY_AFTER,
+            observe::REQUEST_ID,
+            HeaderName::from_static("ratelimit-limit"),
+            HeaderName::from_static("ratelimit-remaining"),
+            HeaderName::from_static("ratelimit-reset"),
+        ])
+}

@@ -1,0 +1,108 @@
+//! Whether the server is well: for people, load balancers and orchestrators. Not counted by the rate
+//! limits, open to everybody (a load balancer has no key), and, for `/health`, not in the envelope: the Node service answered it so.
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderValue, Method, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+};
+use pisync_core::Timestamp;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::api::{SharedState, wire::error::ApiError};
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new()
+        .routes(routes!(get_health))
+        .routes(routes!(get_liveness))
+        .routes(routes!(get_readiness))
+}
+
+/// The methods that the server as a whole knows, for `OPTIONS *`.
+const METHODS: HeaderValue = HeaderValue::from_static("DELETE,GET,HEAD,OPTIONS,PATCH,POST");
+
+/// Answers a method that a known route does not have. `OPTIONS` asks which it has, and is what HAProxy sends to
+/// see whether a server is there: the router adds them as `Allow`.
+pub(crate) async fn other_method(method: Method) -> Response {
+    if method == Method::OPTIONS {
+        return StatusCode::NO_CONTENT.into_response();
+    }
+    ApiError::MethodNotAllowed.into_response()
+}
+
+/// Answers what is no route. `OPTIONS *` asks about the server as a whole (RFC 9110, 9.3.7).
+pub(crate) async fn unknown_route(method: Method, uri: Uri) -> Response {
+    if method == Method::OPTIONS && uri.path() == "*" {
+        return (StatusCode::NO_CONTENT, [(header::ALLOW, METHODS)]).into_response();
+    }
+    ApiError::NotFound("Route").into_response()
+}
+
+/// How the server is.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"status": "OK", "port": 3000, "timestamp": "2026-11-22T14:58:20.597Z"}))]
+struct Health {
+    /// `OK`, or `UNAVAILABLE` while the database is away or the clock is not set.
+    status: &'static str,
+    /// Where the server listens.
+    port: u16,
+    #[schema(value_type = String, format = DateTime)]
+    timestamp: Timestamp,
+}
+
+impl Health {
+    fn ok(state: &SharedState) -> Json<Self> {
+        Json(Self { status: "OK", port: state.port, timestamp: state.clock.now() })
+    }
+}
+
+/// Is the server there?
+#[utoipa::path(
+    get,
+    path = "/health",
+    tag = "Health",
+    security(()),
+    responses((status = 200, description = "It is.", body = Health)),
+)]
+async fn get_health(State(state): State<SharedState>) -> impl IntoResponse {
+    Health::ok(&state)
+}
+
+/// Is the process alive?
+///
+/// Does not ask the database: restarting the server would not bring that back.
+#[utoipa::path(
+    get,
+    path = "/health/live",
+    tag = "Health",
+    security(()),
+    responses((status = 200, description = "It is.", body = Health)),
+)]
+async fn get_liveness(State(state): State<SharedState>) -> impl IntoResponse {
+    Health::ok(&state)
+}
+
+/// Can it serve requests?
+///
+/// Asks the database.
+#[utoipa::path(
+    get,
+    path = "/health/ready",
+    tag = "Health",
+    security(()),
+    responses(
+        (status = 200, description = "It can.", body = Health),
+        (status = 503, description = "The database is away, the server's clock is not set, or the server is shutting down.", body = Health),
+    ),
+)]
+async fn get_readiness(State(state): State<SharedState>) -> Response {
+    let can_store = state.ingest.is_available() && state.clock.set_time().is_ok();
+    if can_store && state.store.ping().await.is_ok() {
+        return Health::ok(&state).into_response();
+    }
+    let health = Health { status: "UNAVAILABLE", port: state.port, timestamp: state.clock.now() };
+    (StatusCode::SERVICE_UNAVAILABLE, Json(health)).into_response()
+}

@@ -1,0 +1,43 @@
+//! `GET /metrics`: the server's measurements, for Prometheus.
+
+use std::time::Duration;
+
+use axum::{extract::State, http::header, response::IntoResponse};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::api::{
+    SharedState,
+    wire::error::{AnyTime, ApiError},
+};
+
+/// The fleet's figures are left out of a scrape when the database takes longer than this: the process's
+/// own figures matter most when it is slow.
+const FLEET_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(get_metrics))
+}
+
+/// Measurements
+///
+/// In Prometheus' text format: response times and statuses by route, connections, process memory and
+/// CPU, active devices, the share of successful syncs, queue depth and batch sizes.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    tag = "Health",
+    security(("key" = ["read"])),
+    responses(
+        (status = 200, description = "The measurements.", body = String, content_type = "text/plain"),
+        AnyTime,
+    ),
+)]
+async fn get_metrics(State(state): State<SharedState>) -> Result<impl IntoResponse, ApiError> {
+    state.metrics.set_pool(state.store.pool_usage());
+    let stats = state.store.fleet_stats(state.active_since());
+    if let Ok(Ok(stats)) = tokio::time::timeout(FLEET_TIMEOUT, stats).await {
+        state.metrics.set_fleet(&stats);
+    }
+    let text = state.metrics.render().map_err(|error| ApiError::Internal(error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
+}

@@ -1,0 +1,60 @@
+//! `GET /` and `GET /api`: what this is and where to go on.
+
+use std::collections::BTreeMap;
+
+use axum::{Json, extract::State, response::IntoResponse};
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::api::{SharedState, wire::error::AnyTime};
+
+pub(crate) fn router() -> OpenApiRouter<SharedState> {
+    OpenApiRouter::new().routes(routes!(get_root)).routes(routes!(get_api))
+}
+
+/// What this server is.
+#[derive(Serialize, ToSchema)]
+struct Welcome {
+    success: bool,
+    message: &'static str,
+    version: &'static str,
+    /// Where the documentation is.
+    documentation: &'static str,
+    /// Every endpoint by method and path, with what it does.
+    endpoints: BTreeMap<String, String>,
+}
+
+fn welcome(state: &SharedState) -> Json<Welcome> {
+    Json(Welcome {
+        success: true,
+        message: "Welcome to PiSync Backend API",
+        version: env!("CARGO_PKG_VERSION"),
+        documentation: "/api-docs",
+        endpoints: state.endpoints.clone(),
+    })
+}
+
+/// Welcome
+#[utoipa::path(
+    get,
+    path = "/",
+    tag = "About",
+    security(("key" = ["read"])),
+    responses((status = 200, description = "What this is.", body = Welcome), AnyTime),
+)]
+async fn get_root(State(state): State<SharedState>) -> impl IntoResponse {
+    welcome(&state)
+}
+
+/// Welcome
+#[utoipa::path(
+    get,
+    path = "/api",
+    tag = "About",
+    security(("key" = ["read"])),
+    responses((status = 200, description = "What this is.", body = Welcome), AnyTime),
+)]
+async fn get_api(State(state): State<SharedState>) -> impl IntoResponse {
+    welcome(&state)
+}

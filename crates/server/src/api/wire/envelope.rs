@@ -1,0 +1,40 @@
+//! What every successful answer is wrapped in.
+
+use axum::{
+    Json,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+/// A successful answer.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Success<T> {
+    /// Always true.
+    success: bool,
+    /// What was done, for a person to read.
+    message: &'static str,
+    /// What was asked for.
+    data: T,
+}
+
+impl<T> Success<T> {
+    pub(crate) fn new(message: &'static str, data: T) -> Self {
+        Self { success: true, message, data }
+    }
+
+    /// The answer with another status than 200.
+    pub(crate) fn with_status(self, status: StatusCode) -> Response
+    where
+        T: Serialize,
+    {
+        (status, Json(self)).into_response()
+    }
+}
+
+impl<T: Serialize> IntoResponse for Success<T> {
+    fn into_response(self) -> Response {
+        Json(self).into_response()
+    }
+}

@@ -1,0 +1,342 @@
+//! The one error type of the HTTP API and the one place where it becomes an answer.
+
+use std::borrow::Cow;
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use pisync_core::Violation;
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::{IntoResponses, ToSchema};
+
+use crate::{
+    ingest::IngestError,
+    store::{Scope, StoreError},
+};
+
+/// Seconds after which to try again when the server has too much to do.
+const RETRY_WHEN_OVERLOADED: u32 = 2;
+
+/// Seconds after which to try again when the database is away.
+const RETRY_WHEN_AWAY: u32 = 5;
+
+/// Seconds after which to try again when the clock is not set: NTP sets it within a minute of the network's coming.
+const RETRY_WHEN_CLOCK_NOT_SET: u32 = 60;
+
+/// Everything that can be answered instead of what was asked for.
+#[derive(Debug)]
+pub(crate) enum ApiError {
+    /// 400: these fields are wrong.
+    Validation(Vec<Violation>),
+    /// 400: the body is not JSON; says where.
+    Malformed(String),
+    /// 400: the body broke off or is not compressed as it says; says what is wrong.
+    Unreadable(String),
+    /// 401: no key; says what to send.
+    KeyNeeded(&'static str),
+    /// 401: a key that opens nothing; says why.
+    WrongKey(&'static str),
+    /// 403: the key opens other things than this scope.
+    WrongScope(Scope),
+    /// 403: the key is for other devices.
+    OtherDevice,
+    /// 404: there is no such thing; says what.
+    NotFound(&'static str),
+    /// 405.
+    MethodNotAllowed,
+    /// 408: the body did not arrive in time.
+    BodyTimeout,
+    /// 413: the body is larger than so many bytes.
+    BodyTooLarge(usize),
+    /// 413: the body holds more than so many events.
+    TooManyEvents(usize),
+    /// 415: says what is expected.
+    UnsupportedMediaType(&'static str),
+    /// 429: so many seconds until the next request is allowed.
+    TooManyRequests {
+        seconds: u64,
+        /// What is counted, in words.
+        whom: &'static str,
+    },
+    /// 503: too much to do.
+    Overloaded,
+    /// 503: the database is away.
+    DatabaseAway,
+    /// 503: to find what was asked for takes too long.
+    TooSlow,
+    /// 503: the server does not know what time it is.
+    ClockNotSet,
+    /// 500: the text is for the log and never sent.
+    Internal(String),
+}
+
+/// What the log is to say of an error: a 500's text, or what was wrong with a request.
+#[derive(Debug, Clone)]
+pub(crate) struct ErrorDetail(pub(crate) String);
+
+/// An error answer.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({
+    "success": false,
+    "error": "Validation failed",
+    "details": [{"field": "total_errors", "message": "\"total_errors\" must be an integer", "value": 1.5}],
+}))]
+pub(crate) struct ErrorBody {
+    /// Always false.
+    success: bool,
+    /// What is wrong, for a person to read.
+    error: String,
+    /// Every wrong field at once; only when fields are wrong.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    details: Vec<FieldError>,
+}
+
+/// A wrong field.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct FieldError {
+    /// The field's name; empty when the whole body is meant.
+    #[schema(value_type = String)]
+    field: Cow<'static, str>,
+    /// What is expected of it.
+    message: String,
+    /// What was sent, shortened; absent when nothing was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value: Option<Value>,
+}
+
+/// Longest text of a refused request's fault in the log, in characters.
+const LOGGED_LENGTH: usize = 300;
+
+/// What is wrong, on one line of the log.
+pub(crate) fn in_short(violations: &[Violation]) -> String {
+    let messages: Vec<_> = violations.iter().map(|violation| violation.message.as_str()).collect();
+    cut(&messages.join(", "))
+}
+
+/// The beginning of a text that a client may have made long.
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(LOGGED_LENGTH) {
+        Some((end, _)) => format!("{}\u{2026}", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+impl From<Violation> for FieldError {
+    fn from(violation: Violation) -> Self {
+        Self { field: violation.field, message: violation.message, value: violation.value }
+    }
+}
+
+/// What any request may be answered.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum AnyTime {
+    /// No key, or one that is not known, has expired or was revoked.
+    #[response(status = 401)]
+    Unauthorized(ErrorBody),
+    /// The key opens other things.
+    #[response(status = 403)]
+    Forbidden(ErrorBody),
+    /// Too many requests from this address or with this key; `Retry-After` says when to come back.
+    #[response(status = 429)]
+    TooManyRequests(ErrorBody),
+    /// Something went wrong inside; the log knows it by the request id.
+    #[response(status = 500)]
+    Internal(ErrorBody),
+    /// Too much to do, the database is away, or the server's clock is not set; `Retry-After` says when to come back.
+    #[response(status = 503)]
+    Unavailable(ErrorBody),
+}
+
+/// What a request with a JSON body may be answered, besides.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum WithBody {
+    /// Malformed JSON, or wrong fields: `details` names every one of them.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+    /// The body did not arrive in time.
+    #[response(status = 408)]
+    Timeout(ErrorBody),
+    /// The body is too large.
+    #[response(status = 413)]
+    TooLarge(ErrorBody),
+    /// The body is not declared to be JSON.
+    #[response(status = 415)]
+    UnsupportedMediaType(ErrorBody),
+}
+
+/// What a request with query parameters may be answered, besides.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum WithQuery {
+    /// Wrong parameters: `details` names every one of them.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+}
+
+/// What a request about a device may be answered, besides.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum OfDevice {
+    /// No such device.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+}
+
+impl ApiError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Validation(_) | Self::Malformed(_) | Self::Unreadable(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::KeyNeeded(_) | Self::WrongKey(_) => StatusCode::UNAUTHORIZED,
+            Self::WrongScope(_) | Self::OtherDevice => StatusCode::FORBIDDEN,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Overloaded | Self::DatabaseAway | Self::TooSlow | Self::ClockNotSet => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// What RFC 6750 has a server say of keys.
+    fn challenge(&self) -> Option<HeaderValue> {
+        let challenge = match self {
+            Self::KeyNeeded(_) => r#"Bearer realm="pisync""#,
+            Self::WrongKey(_) => r#"Bearer realm="pisync", error="invalid_token""#,
+            Self::WrongScope(_) | Self::OtherDevice => {
+                r#"Bearer realm="pisync", error="insufficient_scope""#
+            }
+            _ => return None,
+        };
+        Some(HeaderValue::from_static(challenge))
+    }
+
+    fn retry_after(&self) -> Option<HeaderValue> {
+        match self {
+            Self::TooManyRequests { seconds, .. } => Some(HeaderValue::from(*seconds)),
+            Self::Overloaded | Self::TooSlow => Some(HeaderValue::from(RETRY_WHEN_OVERLOADED)),
+            Self::DatabaseAway => Some(HeaderValue::from(RETRY_WHEN_AWAY)),
+            Self::ClockNotSet => Some(HeaderValue::from(RETRY_WHEN_CLOCK_NOT_SET)),
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let retry_after = self.retry_after();
+        let challenge = self.challenge();
+        let closes =
+            matches!(self, Self::BodyTimeout | Self::BodyTooLarge(_) | Self::TooManyEvents(_));
+        let mut details = Vec::new();
+        let mut log = None;
+        let error = match self {
+            Self::Validation(violations) => {
+                log = Some(ErrorDetail(in_short(&violations)));
+                details = violations.into_iter().map(FieldError::from).collect();
+                "Validation failed".to_owned()
+            }
+            Self::Malformed(where_) => {
+                log = Some(ErrorDetail(cut(&where_)));
+                format!("Malformed JSON: {where_}")
+            }
+            Self::Unreadable(why) => {
+                log = Some(ErrorDetail(cut(&why)));
+                format!("The request's body cannot be read: {why}")
+            }
+            Self::KeyNeeded(what) | Self::WrongKey(what) => what.to_owned(),
+            Self::WrongScope(scope) => {
+                format!("This key does not open this: a key of the scope {} does", scope.as_str())
+            }
+            Self::OtherDevice => "This key is for other devices".to_owned(),
+            Self::NotFound(what) => format!("{what} not found"),
+            Self::MethodNotAllowed => "Method not allowed".to_owned(),
+            Self::BodyTimeout => "The request's body did not arrive in time".to_owned(),
+            Self::BodyTooLarge(most) => {
+                format!("The request's body is larger than {most} bytes")
+            }
+            Self::TooManyEvents(most) => {
+                format!("The request holds more than {most} events; send the rest in another one")
+            }
+            Self::UnsupportedMediaType(expected) => format!("Unsupported media type: {expected}"),
+            Self::TooManyRequests { whom, .. } => {
+                format!("Too many requests {whom}, please try again later")
+            }
+            Self::Overloaded => "The server is overloaded, please try again later".to_owned(),
+            Self::DatabaseAway => {
+                "The database is temporarily unavailable, please try again later".to_owned()
+            }
+            Self::ClockNotSet => {
+                "The server's clock is not set, so it cannot date events; please try again later"
+                    .to_owned()
+            }
+            Self::TooSlow => {
+                "This takes too long: ask for less at a time, or page with \"cursor\" instead of \"offset\"".to_owned()
+            }
+            Self::Internal(detail) => {
+                log = Some(ErrorDetail(detail));
+                "Internal server error".to_owned()
+            }
+        };
+        let body = ErrorBody { success: false, error, details };
+        let mut response = (status, Json(body)).into_response();
+        if let Some(retry_after) = retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, retry_after);
+        }
+        if let Some(challenge) = challenge {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+        }
+        if closes {
+            // The rest of the body is not worth reading.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Some(log) = log {
+            response.extensions_mut().insert(log);
+        }
+        response
+    }
+}
+
+impl From<Vec<Violation>> for ApiError {
+    fn from(violations: Vec<Violation>) -> Self {
+        Self::Validation(violations)
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(_)
+            | StoreError::Transient(_)
+            | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
+            StoreError::OtherGroup(_) => Self::OtherDevice,
+            StoreError::Busy(_) => Self::Overloaded,
+            StoreError::TooSlow(_) => Self::TooSlow,
+            StoreError::Rejected(_) | StoreError::Failed(_) | StoreError::Stopped => {
+                Self::Internal(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<IngestError> for ApiError {
+    fn from(error: IngestError) -> Self {
+        match error {
+            IngestError::Overloaded => Self::Overloaded,
+            IngestError::Unavailable => Self::DatabaseAway,
+            IngestError::OtherGroup => Self::OtherDevice,
+            IngestError::Failed(detail) => Self::Internal(detail),
+        }
+    }
+}

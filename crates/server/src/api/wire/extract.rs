@@ -1,0 +1,332 @@
+//! Reading requests: bodies within their bounds of size and time, paths, and query strings, which
+//! [`crate::api::wire::query`] understands.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    body::Body,
+    extract::{FromRequestParts, Path, Request},
+    http::{HeaderMap, header, request::Parts},
+};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::body::Body as _;
+use pisync_core::{DeviceId, Violation, text::json_text};
+use serde_json::{Map, Value};
+use tokio::time::{Instant, timeout_at};
+use utoipa::IntoParams;
+
+use crate::{
+    api::{
+        SharedState,
+        wire::{
+            charset::Charset,
+            decompress::{Compression, decompress},
+            error::ApiError,
+            query::QueryString,
+        },
+    },
+    ingest::Room,
+};
+
+/// Of a large body, so many bytes may take as long as a small body.
+const STRETCH_BYTES: usize = 64 << 10;
+
+/// A body that is still arriving.
+pub(crate) struct Arriving {
+    body: Body,
+    began: Instant,
+    /// How long the next piece, and each stretch, may take.
+    patience: Duration,
+    /// So many times as long all of it may take, if enough of it comes.
+    times: u32,
+    received: usize,
+}
+
+impl Arriving {
+    /// A body that may take so long to arrive in full.
+    pub(crate) fn within(body: Body, timeout: Duration) -> Self {
+        Self::in_pieces(body, timeout, 1)
+    }
+
+    /// One of which no piece may take longer than `patience`, nor any 64 KiB, and all of it so many times as long. Who
+    /// sends a byte now and then does not hold for long what was taken for the rest.
+    pub(crate) fn in_pieces(body: Body, patience: Duration, times: u32) -> Self {
+        Self { body, began: Instant::now(), patience, times, received: 0 }
+    }
+
+    /// When it is too late for what has arrived so far.
+    fn deadline(&self) -> Instant {
+        let stretches = u32::try_from(self.received / STRETCH_BYTES).unwrap_or(u32::MAX);
+        self.began + self.patience * stretches.saturating_add(1).min(self.times)
+    }
+
+    /// Whether nothing more is to come.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    /// The next piece; `None` at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        loop {
+            let soon = self.deadline().min(Instant::now() + self.patience);
+            let frame = match timeout_at(soon, self.body.frame()).await {
+                Ok(Some(Ok(frame))) => frame,
+                Ok(None) => return Ok(None),
+                // The connection broke or the framing was wrong; nobody may be left to read the answer.
+                Ok(Some(Err(_))) => return Err(ApiError::Unreadable("it ended early".to_owned())),
+                Err(_) => return Err(ApiError::BodyTimeout),
+            };
+            if let Ok(piece) = frame.into_data()
+                && !piece.is_empty()
+            {
+                self.received += piece.len();
+                return Ok(Some(piece));
+            }
+        }
+    }
+
+    /// All of it, at most `limit` bytes. What it holds while it arrives is taken of `room`.
+    pub(crate) async fn collect(
+        mut self,
+        limit: usize,
+        room: &mut Room,
+    ) -> Result<Bytes, ApiError> {
+        // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+        if self.body.size_hint().lower() > limit as u64 {
+            return Err(ApiError::BodyTooLarge(limit));
+        }
+        let Some(mut piece) = self.next().await? else { return Ok(Bytes::new()) };
+        if piece.len() <= limit && self.has_ended() {
+            return Ok(piece);
+        }
+        // Pieces are copied: each, however small, would keep a buffer of the connection.
+        let mut whole = Vec::new();
+        loop {
+            let length = whole.len() + piece.len();
+            if length > limit {
+                return Err(ApiError::BodyTooLarge(limit));
+            }
+            if length > whole.capacity() {
+                let capacity = length.next_power_of_two().min(limit);
+                room.take_bytes(capacity - whole.capacity())?;
+                whole.reserve_exact(capacity - whole.len());
+            }
+            whole.extend_from_slice(&piece);
+            match self.next().await? {
+                Some(next) => piece = next,
+                None => return Ok(whole.into()),
+            }
+        }
+    }
+}
+
+/// A JSON body that is still to be read. The rest of its request has been let go.
+pub(crate) struct JsonBody {
+    body: Result<Arriving, ApiError>,
+    charset: Charset,
+    /// How it is compressed, and where decoders are counted.
+    compressed: Option<(Compression, SharedState)>,
+    limit: usize,
+    room: Room,
+}
+
+impl JsonBody {
+    /// A body of at most `limit` bytes, which are counted once it is decompressed.
+    pub(crate) fn of(request: Request, limit: usize, state: &SharedState) -> Self {
+        let (mut charset, mut compressed) = (Charset::Utf8, None);
+        let body = Declared::of(request.headers()).and_then(|declared| {
+            charset = declared.charset;
+            compressed = declared.compression.map(|compression| (compression, Arc::clone(state)));
+            if request.body().size_hint().lower() > most(limit, compressed.is_some()) as u64 {
+                return Err(ApiError::BodyTooLarge(limit));
+            }
+            Ok(Arriving::within(request.into_body(), state.body_timeout))
+        });
+        Self { body, charset, compressed, limit, room: state.ingest.room() }
+    }
+
+    /// Reads it. What comes is UTF-8, or says that it is.
+    pub(crate) async fn read(self) -> Result<Bytes, ApiError> {
+        let Self { body, charset, compressed, limit, mut room } = self;
+        let collected = body?.collect(most(limit, compressed.is_some()), &mut room).await;
+        let body = collected.map_err(|error| match error {
+            ApiError::BodyTooLarge(_) => ApiError::BodyTooLarge(limit),
+            other => other,
+        })?;
+        room.has_arrived();
+        let body = match compressed {
+            None => body,
+            Some((compression, state)) => {
+                let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
+                decompress(compression, body, limit, &mut room)?
+            }
+        };
+        charset.to_utf8(body)
+    }
+}
+
+/// The most that may arrive of a body of at most `limit` bytes.
+fn most(limit: usize, is_compressed: bool) -> usize {
+    if is_compressed { Compression::compressed_limit(limit) } else { limit }
+}
+
+/// The fields of a body that is a JSON object.
+pub(crate) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    let text = json_text(body).map_err(ApiError::Malformed)?;
+    match serde_json::from_str(text) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(value) => {
+            let violation = Violation::of_whole("must be of type object", Some(value));
+            Err(ApiError::Validation(vec![violation]))
+        }
+        Err(error) => Err(ApiError::Malformed(error.to_string())),
+    }
+}
+
+/// What a request says of its JSON body.
+struct Declared {
+    compression: Option<Compression>,
+    charset: Charset,
+}
+
+impl Declared {
+    fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
+        let media_type = headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.split(';').next())
+            .map(str::trim);
+        let is_json = media_type.is_some_and(|media_type| {
+            media_type.eq_ignore_ascii_case("application/json")
+                || media_type.to_ascii_lowercase().ends_with("+json")
+        });
+        if !is_json {
+            return Err(ApiError::UnsupportedMediaType(
+                "send JSON with Content-Type: application/json",
+            ));
+        }
+        Ok(Self { compression: Compression::of(headers)?, charset: Charset::of(headers)? })
+    }
+}
+
+/// The path as the document describes it; [`DevicePath`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "describes the path, is never made")]
+pub(crate) struct DevicePathParameter {
+    /// What the device calls itself.
+    #[param(
+        min_length = 1,
+        max_length = 255,
+        pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$",
+        example = "pi-device-001"
+    )]
+    device_id: String,
+}
+
+/// The device named in the path.
+pub(crate) struct DevicePath(pub(crate) DeviceId);
+
+impl<S: Send + Sync> FromRequestParts<S> for DevicePath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let refuse = |rule: &str, value: Option<Value>| {
+            ApiError::Validation(vec![Violation::of("device_id", rule, value)])
+        };
+        let Ok(Path(text)) = Path::<String>::from_request_parts(parts, state).await else {
+            return Err(refuse("must be valid UTF-8", None));
+        };
+        DeviceId::new(&text)
+            .map(Self)
+            .map_err(|error| refuse(&error.to_string(), Some(Value::from(text))))
+    }
+}
+
+/// A request's query string, to be read.
+pub(crate) struct Query(pub(crate) QueryString);
+
+impl<S: Send + Sync> FromRequestParts<S> for Query {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
+        Ok(Self(QueryString::parse(parts.uri.query().unwrap_or_default())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{StreamExt as _, stream};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A body that arrives in pieces of this size.
+    fn body(length: usize, piece: usize) -> Body {
+        let pieces =
+            vec![b'x'; length].chunks(piece).map(Bytes::copy_from_slice).collect::<Vec<_>>();
+        Body::from_stream(stream::iter(pieces).map(Ok::<_, Infallible>))
+    }
+
+    #[tokio::test]
+    async fn a_body_holds_what_is_counted() {
+        for (length, piece) in [(0, 1), (1, 1), (60_000, 1), (60_000, 7_000), (64 << 10, 64 << 10)]
+        {
+            let mut room = Room::alone();
+            let arriving = Arriving::within(body(length, piece), PATIENCE);
+            let whole = arriving.collect(64 << 10, &mut room).await.unwrap();
+            assert_eq!(whole.len(), length);
+            assert!(room.bytes() >= length && room.bytes() <= 64 << 10, "{}", room.bytes());
+        }
+        // What has arrived whole, as most do, costs nothing.
+        let mut room = Room::alone();
+        let whole = Arriving::within(Body::from("whole"), PATIENCE).collect(5, &mut room).await;
+        assert_eq!((whole.unwrap().len(), room.bytes()), (5, 0));
+    }
+
+    /// Pieces come in time, and too little with them.
+    #[tokio::test]
+    async fn a_body_that_trickles_is_given_up() {
+        const PATIENCE: Duration = Duration::from_millis(200);
+        for (piece, all_of_it) in [(1, false), (STRETCH_BYTES, true)] {
+            let pieces = stream::repeat(Bytes::from(vec![b'x'; piece])).then(|bytes| async {
+                tokio::time::sleep(PATIENCE / 20).await;
+                Ok::<_, Infallible>(bytes)
+            });
+            let began = Instant::now();
+            let mut arriving = Arriving::in_pieces(Body::from_stream(pieces), PATIENCE, 10);
+            let error = loop {
+                if let Err(error) = arriving.next().await {
+                    break error;
+                }
+            };
+            assert!(matches!(error, ApiError::BodyTimeout), "{error:?}");
+            assert_eq!(began.elapsed() >= PATIENCE * 10, all_of_it, "{:?}", began.elapsed());
+        }
+    }
+
+    #[tokio::test]
+    async fn bodies_under_way_are_bounded_together() {
+        let one = Room::alone();
+        let mut held = Vec::new();
+        let refused = loop {
+            let mut room = one.another();
+            let arriving = Arriving::within(body(1 << 20, 1 << 16), PATIENCE);
+            match arriving.collect(1 << 20, &mut room).await {
+                Ok(_) => held.push(room),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refused, ApiError::Overloaded), "{refused:?}");
+        assert_eq!(held.len(), 24);
+        // One that goes makes room for the next.
+        drop(held.pop());
+        let arriving = Arriving::within(body(1 << 20, 1 << 16), PATIENCE);
+        assert!(arriving.collect(1 << 20, &mut one.another()).await.is_ok());
+        drop(held);
+        let too_large = Arriving::within(body(6, 1), PATIENCE).collect(5, &mut one.another()).await;
+        assert!(matches!(too_large, Err(ApiError::BodyTooLarge(5))));
+    }
+}

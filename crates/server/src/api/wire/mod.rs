@@ -1,0 +1,11 @@
+//! How requests are read and answers are written, whatever they are about: bodies, query strings, the envelope, errors,
+//! and the figures that several answers show.
+
+pub(crate) mod charset;
+pub(crate) mod decompress;
+pub(crate) mod envelope;
+pub(crate) mod error;
+pub(crate) mod extract;
+pub(crate) mod figures;
+pub mod query;
+pub(crate) mod window;

@@ -1,0 +1,84 @@
+//! Settings as they are typed, and as the rest of the program uses them: flags, environment variables and a `.env`
+//! file in the working directory mean the same. `cli` reads them. Nothing here opens a file or a database, apart from
+//! what parses the text of a `.env` file.
+
+pub mod database;
+mod database_url;
+pub(crate) mod env_file;
+pub mod http;
+pub mod serve;
+
+use std::str::FromStr;
+
+use clap::Args;
+
+use crate::logs::LogLevel;
+
+pub use self::{
+    database::{CopyArgs, DatabaseArgs, MigrationArgs},
+    serve::{AppEnv, ServeArgs},
+};
+
+/// How much every command says of what happens.
+#[derive(Debug, Clone, Args)]
+pub struct LogLevelArgs {
+    /// How much to log: error, warn, info, debug or trace [default: info for a server, which has a log; warn
+    /// for other commands, which write to standard error]
+    #[arg(long, env = "LOG_LEVEL", global = true, help_heading = "Logs", value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+}
+
+/// What is expected of devices' clocks.
+#[derive(Debug, Clone, Args)]
+pub struct ClockSkewArgs {
+    /// How far ahead of the server's clock an event may be dated; at most a day, 86400
+    #[arg(
+        long,
+        env = "MAX_CLOCK_SKEW_SECONDS",
+        default_value_t = 300,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u32).range(..=86_400)
+    )]
+    pub max_clock_skew_seconds: u32,
+}
+
+/// Text that is never shown.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("[hidden]")
+    }
+}
+
+/// A setting that makes no sense, in words that say which and why.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+fn wrong<T>(message: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError(message.into()))
+}
+
+/// A value that was given and is not empty: `DB_PASSWORD=` in a `.env` file means none.
+fn given(value: Option<&String>) -> Option<&str> {
+    value.map(String::as_str).filter(|value| !value.is_empty())
+}
+
+/// The items of a list separated by commas.
+fn items(list: Option<&String>) -> impl Iterator<Item = &str> {
+    given(list)
+        .into_iter()
+        .flat_map(|list| list.split(','))
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+}

@@ -1,0 +1,355 @@
+//! What a server is to be: as it is typed, and the settings that `app` takes.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use axum::http::{HeaderValue, Uri};
+use clap::{Args, ValueEnum};
+use ipnet::IpNet;
+
+use super::{
+    ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, given,
+    http::{AuthMode, HttpSettings, Timeouts, TlsFiles},
+    items, wrong,
+};
+use crate::{
+    app,
+    logs::{LogLevel, LogSettings},
+    store::Retention,
+};
+
+/// What `LOG_DIR` says for no files at all: being empty, it would be as good as not set.
+const NO_LOG_DIR: &str = "none";
+
+/// Everything about a running server.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub struct ServeArgs {
+    /// TCP port
+    #[arg(long, env = "PORT", default_value_t = 3000)]
+    port: u16,
+    /// Address to listen on; 0.0.0.0 or :: for every interface
+    #[arg(long, env = "HOST", default_value = "127.0.0.1")]
+    host: String,
+    /// What the server is used for: decides how the console log looks [default: development]
+    #[arg(long, env = "APP_ENV")]
+    app_env: Option<AppEnv>,
+    /// The Node service's name for APP_ENV
+    #[arg(long, env = "NODE_ENV", hide = true)]
+    node_env: Option<String>,
+    /// PEM file of the certificate (and those that vouch for it) to speak HTTPS with; read again when it
+    /// changes
+    #[arg(long, env = "TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<String>,
+    /// PEM file of the certificate's private key
+    #[arg(long, env = "TLS_KEY", value_name = "FILE")]
+    tls_key: Option<String>,
+    #[command(flatten)]
+    clock_skew: ClockSkewArgs,
+    /// How long a device may send an event again, under the same event_id, without it being stored twice
+    #[arg(
+        long,
+        env = "EVENT_ID_RETENTION_DAYS",
+        default_value_t = 90,
+        value_name = "DAYS",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    event_id_retention_days: u32,
+    /// Whom to ask for a key: auto (everybody, except, when HOST is this machine alone, its own users),
+    /// off (nobody) or required (everybody)
+    #[arg(long, env = "AUTH", default_value = "auto", value_name = "WHEN")]
+    auth: String,
+    /// Days for which events are kept one by one; 0 keeps them for ever. Totals, streaks and windows
+    /// count them all the same
+    #[arg(long, env = "RETENTION_DAYS", default_value_t = 0, value_name = "DAYS")]
+    retention_days: u32,
+
+    /// Requests a minute from one address to POST /api/sync-event and /api/sync-events; 0 is no limit
+    #[arg(
+        long,
+        env = "RATE_LIMIT_SYNC_PER_MINUTE",
+        default_value_t = 50,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    rate_limit_sync_per_minute: u32,
+    /// Requests a minute from one address to the rest of the API; 0 is no limit
+    #[arg(
+        long,
+        env = "RATE_LIMIT_API_PER_MINUTE",
+        default_value_t = 20,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    rate_limit_api_per_minute: u32,
+    /// Requests a minute with one key, whatever its address; 0 is no limit
+    #[arg(
+        long,
+        env = "RATE_LIMIT_KEY_PER_MINUTE",
+        default_value_t = 12_000,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    rate_limit_key_per_minute: u32,
+    /// Connections at a time; beyond, new ones wait until another ends; 0 is as many as the
+    /// system allows open files
+    #[arg(
+        long,
+        env = "MAX_CONNECTIONS",
+        default_value_t = 16_384,
+        value_name = "CONNECTIONS",
+        help_heading = "Limits"
+    )]
+    max_connections: usize,
+    /// Requests being answered at a time; beyond, 503; 0 is no limit
+    #[arg(
+        long,
+        env = "MAX_CONCURRENT_REQUESTS",
+        default_value_t = 10_000,
+        value_name = "REQUESTS",
+        help_heading = "Limits"
+    )]
+    max_concurrent_requests: usize,
+    /// Proxies (addresses or networks, separated by commas) whose X-Forwarded-For or Forwarded is believed
+    #[arg(long, env = "TRUSTED_PROXIES", value_name = "ADDRESSES", help_heading = "Limits")]
+    trusted_proxies: Option<String>,
+    /// Origins (separated by commas) whose web pages may call the API, for instance https://fleet.example
+    #[arg(long, env = "CORS_ORIGINS", value_name = "ORIGINS", help_heading = "Limits")]
+    cors_origins: Option<String>,
+
+    /// Folder of combined.log and error.log; none for the console alone
+    #[arg(long, env = "LOG_DIR", default_value = "logs", help_heading = "Logs")]
+    log_dir: String,
+
+    #[command(flatten)]
+    pub(crate) database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+    /// Run pending migrations at the start; if false, a server on PostgreSQL refuses to start with
+    /// pending ones
+    #[arg(
+        long,
+        env = "AUTO_MIGRATE",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL",
+        help_heading = "Database"
+    )]
+    auto_migrate: bool,
+}
+
+/// Development or production.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AppEnv {
+    /// Lines for people on the console.
+    Development,
+    /// JSON lines on the console.
+    Production,
+}
+
+impl ServeArgs {
+    /// Where to listen.
+    #[must_use]
+    pub fn address(&self) -> (&str, u16) {
+        (&self.host, self.port)
+    }
+
+    /// What to log.
+    #[must_use]
+    pub fn log_settings(&self, level: &LogLevelArgs) -> LogSettings {
+        let node_env = match self.node_env.as_deref() {
+            Some("production") => AppEnv::Production,
+            _ => AppEnv::Development,
+        };
+        LogSettings {
+            level: level.log_level.unwrap_or(LogLevel::INFO),
+            dir: given(Some(&self.log_dir)).filter(|dir| *dir != NO_LOG_DIR).map(PathBuf::from),
+            json_console: self.app_env.unwrap_or(node_env) == AppEnv::Production,
+        }
+    }
+
+    /// How long to keep events; for ever when `None`.
+    fn retention(&self) -> Result<Option<Retention>, ConfigError> {
+        if self.retention_days == 0 {
+            return Ok(None);
+        }
+        let retention = Retention::new(self.retention_days, self.clock_skew.max_clock_skew_seconds);
+        retention.map(Some).ok_or_else(|| {
+            ConfigError(format!(
+                "RETENTION_DAYS={}: must be 0 to keep events for ever, or at least {}: the last 24 hours are counted event by event",
+                self.retention_days,
+                Retention::fewest_days(self.clock_skew.max_clock_skew_seconds),
+            ))
+        })
+    }
+
+    /// What the server is to be.
+    ///
+    /// # Errors
+    /// When a setting makes no sense.
+    pub fn settings(&self) -> Result<app::Settings, ConfigError> {
+        let auth = match self.auth.as_str() {
+            "" | "auto" => AuthMode::Auto,
+            "off" => AuthMode::Off,
+            "required" => AuthMode::Required,
+            other => return wrong(format!("AUTH={other}: expected auto, off or required")),
+        };
+        let tls = match (given(self.tls_cert.as_ref()), given(self.tls_key.as_ref())) {
+            (None, None) => None,
+            (Some(certificate), Some(key)) => {
+                Some(TlsFiles { certificate: certificate.into(), key: key.into() })
+            }
+            (Some(_), None) => return wrong("TLS_CERT is set, but TLS_KEY is not"),
+            (None, Some(_)) => return wrong("TLS_KEY is set, but TLS_CERT is not"),
+        };
+        let mut trusted_proxies = Vec::new();
+        for item in items(self.trusted_proxies.as_ref()) {
+            match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
+                Ok(net) => trusted_proxies.push(net),
+                Err(_) => {
+                    return wrong(format!(
+                        "TRUSTED_PROXIES: {item:?} is neither an address nor a network such as 10.0.0.0/8"
+                    ));
+                }
+            }
+        }
+        let mut cors_origins = Vec::new();
+        for item in items(self.cors_origins.as_ref()) {
+            match origin(item) {
+                Some(origin) => cors_origins.push(origin),
+                None => {
+                    return wrong(format!(
+                        "CORS_ORIGINS: {item:?} is no origin such as https://fleet.example (no path, no *)"
+                    ));
+                }
+            }
+        }
+        Ok(app::Settings {
+            target: self.database.target()?,
+            migrations_dir: self.migrations.migrations_dir.clone(),
+            auto_migrate: self.auto_migrate,
+            event_id_retention_days: self.event_id_retention_days,
+            retention: self.retention()?,
+            http: HttpSettings {
+                auth,
+                max_clock_skew_seconds: self.clock_skew.max_clock_skew_seconds,
+                sync_per_minute: self.rate_limit_sync_per_minute,
+                api_per_minute: self.rate_limit_api_per_minute,
+                key_per_minute: self.rate_limit_key_per_minute,
+                max_connections: self.max_connections,
+                max_requests: self.max_concurrent_requests,
+                tls,
+                trusted_proxies,
+                cors_origins,
+                timeouts: Timeouts::default(),
+            },
+        })
+    }
+}
+
+/// An origin as browsers send it: scheme, host and port, nothing behind.
+fn origin(text: &str) -> Option<HeaderValue> {
+    let uri: Uri = text.parse().ok()?;
+    let (scheme, authority) = (uri.scheme_str()?, uri.authority()?);
+    let exact = format!("{scheme}://{authority}");
+    (exact == text).then(|| HeaderValue::try_from(exact).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::store::{SslMode, Target};
+
+    #[derive(Parser)]
+    struct TestCli {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> ServeArgs {
+        TestCli::try_parse_from([&["pisync"], arguments].concat()).unwrap().serve
+    }
+
+    fn target(arguments: &[&str]) -> String {
+        match parse(arguments).settings() {
+            Ok(settings) => settings.target.to_string(),
+            Err(error) => format!("error: {error}"),
+        }
+    }
+
+    #[test]
+    fn nothing_given_means_sqlite() {
+        assert_eq!(target(&[]), "SQLite data/pisync.db");
+        assert_eq!(target(&["--data-dir", "/srv"]), "SQLite /srv/pisync.db");
+        assert_eq!(target(&["--db-host", "", "--database-url", ""]), "SQLite data/pisync.db");
+        assert_eq!(target(&["--database-url", "sqlite:x.db"]), "SQLite x.db");
+        assert_eq!(target(&["--database-url", "sqlite:///x.db"]), "SQLite /x.db");
+    }
+
+    #[test]
+    fn events_are_kept_for_ever_or_long_enough() {
+        let settings = |arguments: &[&str]| parse(arguments).settings();
+        assert!(settings(&[]).unwrap().retention.is_none());
+        assert!(settings(&["--retention-days", "2"]).unwrap().retention.is_some());
+        let refused = settings(&["--retention-days", "1"]).unwrap_err().to_string();
+        assert!(refused.contains("at least 2"), "{refused}");
+        let skewed = ["--retention-days", "2", "--max-clock-skew-seconds", "86400"];
+        assert!(settings(&skewed).unwrap().retention.is_some());
+    }
+
+    #[test]
+    fn any_of_the_node_services_settings_means_postgresql() {
+        assert_eq!(target(&["--db-name", "fleet"]), "PostgreSQL localhost:5432/fleet");
+        assert_eq!(
+            target(&["--db-host", "a,b", "--db-port", "5432,5433", "--db-password", "p@ss"]),
+            "PostgreSQL a:5432,b:5433/pisync"
+        );
+        assert_eq!(target(&["--db-host", "[::1]"]), "PostgreSQL [::1]:5432/pisync");
+        for bad in ["x", "0", "65536", "5432,5433"] {
+            assert!(target(&["--db-port", bad]).starts_with("error: DB_PORT"), "{bad}");
+        }
+        for bad in ["a,,b", "a:secret", "postgres://a", "a password=secret", "u@a", "a=secret"] {
+            let error = target(&["--db-host", bad]);
+            assert!(error.starts_with("error: DB_HOST"), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn urls_and_their_tls() {
+        let url = "postgres://u:secret@a,b:5433/db?sslmode=verify-full&sslrootcert=%2Fca.pem&connect_timeout=3";
+        assert_eq!(target(&["--database-url", url]), "PostgreSQL a:5432,b:5433/db");
+        let arguments = parse(&["--database-url", url, "--db-password", "secret"]);
+        assert!(!format!("{arguments:?}").contains("secret"), "{arguments:?}");
+        let Ok(Target::Postgres(postgres)) = arguments.database.target() else { panic!() };
+        assert_eq!(postgres.ssl_mode, SslMode::VerifyFull);
+        assert_eq!(postgres.ssl_root_cert, Some(PathBuf::from("/ca.pem")));
+        assert!(!format!("{postgres:?}").contains("secret"));
+        for bad in ["mysql://x", "postgres://u@h/db?sslmode=maybe", "postgres://h/db?typo=1"] {
+            assert!(target(&["--database-url", bad]).starts_with("error: DATABASE_URL"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn lists() {
+        let settings = parse(&[
+            "--trusted-proxies",
+            "127.0.0.1, 10.0.0.0/8,::1",
+            "--cors-origins",
+            "https://fleet.example,http://localhost:8080",
+        ])
+        .settings()
+        .unwrap();
+        assert_eq!(settings.http.trusted_proxies.len(), 3);
+        assert_eq!(settings.http.cors_origins.len(), 2);
+        for bad in [
+            ["--trusted-proxies", "proxy"],
+            ["--cors-origins", "*"],
+            ["--cors-origins", "https://fleet.example/"],
+            ["--auth", "maybe"],
+        ] {
+            assert!(parse(&bad).settings().is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! Who may ask for what. What a route needs is read from the OpenAPI document, where each operation
+//! declares its scope: a route that declares none is open to admins alone. Keys are checked against the
+//! server's memory, never against the database.
+
+use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc};
+
+use axum::{
+    extract::{FromRequestParts, Request},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts},
+};
+use pisync_core::{DeviceId, Timestamp};
+use serde_json::Value;
+use utoipa::openapi::OpenApi as Document;
+
+use crate::{
+    api::{SharedState, server::docs, wire::error::ApiError},
+    clock::Clock,
+    config::http::AuthMode,
+    keys::{self, Key, Keyring, WrongSecret},
+    middleware::client_address::Peer,
+    middleware::{client_address::Client, rate_limit, sender::Sender},
+    store::{Actor, Scope, Store, StoreError, Via},
+};
+
+/// The name under which the OpenAPI document knows keys.
+pub(crate) const SECURITY_SCHEME: &str = "key";
+
+/// Who gets in without a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keyless {
+    Nobody,
+    /// Who asks from this machine, without anybody between.
+    Local,
+    Everybody,
+}
+
+/// What a route needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Nothing,
+    Scope(Scope),
+}
+
+/// What is to be done with a request.
+pub(crate) struct Verdict {
+    /// The key that it came with, when that is good for something.
+    pub(crate) key: Option<Arc<Key>>,
+    pub(crate) result: Result<(), ApiError>,
+    /// Whether others had this machine's own user send it: then it must not cost that user anything.
+    pub(crate) is_foreign: bool,
+}
+
+impl Verdict {
+    fn without_key(result: Result<(), ApiError>) -> Self {
+        Self { key: None, result, is_foreign: false }
+    }
+}
+
+/// The door of one server.
+pub(crate) struct Gate {
+    keyless: Keyless,
+    keyring: Arc<Keyring>,
+    clock: Clock,
+    /// Origins whose pages may call the API.
+    origins: Vec<HeaderValue>,
+    needs: HashMap<String, Vec<(Method, Need)>>,
+}
+
+impl Gate {
+    pub(crate) fn new(
+        mode: AuthMode,
+        listens_to: IpAddr,
+        keyring: Arc<Keyring>,
+        clock: Clock,
+        origins: Vec<HeaderValue>,
+        document: &Document,
+    ) -> Self {
+        let keyless = match mode {
+            AuthMode::Off => Keyless::Everybody,
+            AuthMode::Auto if listens_to.to_canonical().is_loopback() => Keyless::Local,
+            AuthMode::Auto | AuthMode::Required => Keyless::Nobody,
+        };
+        Self { keyless, keyring, clock, origins, needs: needs(document) }
+    }
+
+    /// Takes over what has changed of the keys.
+    pub(crate) async fn refresh(&self, store: &dyn Store) -> Result<(), StoreError> {
+        self.keyring.refresh(store).await
+    }
+
+    /// How somebody without a key came in.
+    fn keyless_via(&self) -> Via {
+        if self.keyless == Keyless::Local { Via::Local } else { Via::Open }
+    }
+
+    /// Looks at a request for `route`, which is empty when there is none such.
+    pub(crate) fn check(&self, request: &Request, route: &str) -> Verdict {
+        if self.keyless == Keyless::Everybody {
+            return Verdict::without_key(Ok(()));
+        }
+        let need = self.need(request.method(), route);
+        let headers = request.headers();
+        if !headers.contains_key(header::AUTHORIZATION) {
+            return self.check_keyless(request, route, need);
+        }
+        let Need::Scope(scope) = need else {
+            return Verdict::without_key(Ok(()));
+        };
+        let now = self.clock.now();
+        match self.identify(headers, now) {
+            Ok(key) => {
+                key.used(now);
+                let opens = key.scope.opens(scope);
+                let result = if opens { Ok(()) } else { Err(ApiError::WrongScope(scope)) };
+                Verdict { key: Some(key), result, is_foreign: false }
+            }
+            Err(why) => Verdict::without_key(Err(ApiError::WrongKey(why))),
+        }
+    }
+
+    /// Looks at a request without a key.
+    fn check_keyless(&self, request: &Request, route: &str, need: Need) -> Verdict {
+        if need == Need::Nothing && rate_limit::is_free(route) {
+            return Verdict::without_key(Ok(()));
+        }
+        let sender = Sender::of(request, &self.origins);
+        let is_local = self.keyless == Keyless::Local;
+        let refusal = if is_local { why_not_local(request) } else { Some(ASK) };
+        // What a proxy passes on, or a name elsewhere that leads here, comes from the same address as the user.
+        let is_foreign = sender != Sender::Welcome || is_local && refusal.is_some();
+        let result = match (need, refusal, sender) {
+            (Need::Nothing, ..) => Ok(()),
+            (_, Some(why), _) => Err(why),
+            (_, None, Sender::Welcome) => Ok(()),
+            (_, None, Sender::Link) if is_page(route) => Ok(()),
+            (_, None, Sender::Link) => Err(
+                "A key is needed: a link on a page elsewhere leads here. Open this address by hand, or send Authorization: Bearer psk_\u{2026}",
+            ),
+            (_, None, Sender::PageElsewhere) => Err(
+                "A key is needed: this request was made by a web page elsewhere. Send Authorization: Bearer psk_\u{2026}",
+            ),
+        };
+        Verdict { key: None, result: result.map_err(ApiError::KeyNeeded), is_foreign }
+    }
+
+    fn need(&self, method: &Method, route: &str) -> Need {
+        // Unknown routes tell nothing, and neither does the documentation, which everybody can download.
+        if route.is_empty() || route.starts_with("/api-docs") {
+            return Need::Nothing;
+        }
+        let Some(methods) = self.needs.get(route) else {
+            return Need::Scope(Scope::Admin);
+        };
+        let method = if *method == Method::HEAD { &Method::GET } else { method };
+        // Other methods are answered that they are not allowed.
+        methods.iter().find(|(known, _)| known == method).map_or(Need::Nothing, |(_, need)| *need)
+    }
+
+    /// The key in the request's header, if it opens anything at all.
+    fn identify(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Key>, &'static str> {
+        let mut values = headers.get_all(header::AUTHORIZATION).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            return Err("There is more than one Authorization header");
+        };
+        let bytes = value.as_bytes();
+        let (scheme, rest) = bytes.split_at_checked(BEARER.len()).unwrap_or((bytes, b""));
+        if !scheme.eq_ignore_ascii_case(BEARER) {
+            return Err("Keys are sent as Authorization: Bearer psk_\u{2026}");
+        }
+        let secret = rest.trim_ascii();
+        let Some(key) = self.keyring.find(&keys::hash(secret)) else {
+            return Err(match WrongSecret::of(secret) {
+                Some(WrongSecret::NotAKey) => "This is no key: keys begin with psk_",
+                Some(WrongSecret::Mistyped) => "This key is mistyped: its checksum does not fit",
+                None => UNKNOWN_KEY,
+            });
+        };
+        check_valid(&key, now)?;
+        Ok(key)
+    }
+
+    /// Looks again at the key that a request was let in with, if it was with one, and gives it as it is by now:
+    /// while a body arrived or an answer was sent, it may have been revoked, have expired or have been narrowed.
+    pub(crate) fn look_again(
+        &self,
+        key: Option<&Arc<Key>>,
+        scope: Scope,
+    ) -> Result<Option<Arc<Key>>, ApiError> {
+        let Some(key) = key else { return Ok(None) };
+        let key = self.keyring.current(key).ok_or(ApiError::WrongKey(UNKNOWN_KEY))?;
+        check_valid(&key, self.clock.now()).map_err(ApiError::WrongKey)?;
+        if key.scope.opens(scope) { Ok(Some(key)) } else { Err(ApiError::WrongScope(scope)) }
+    }
+}
+
+const UNKNOWN_KEY: &str = "This key is not known here";
+
+/// Whether a key opens anything at `now`.
+fn check_valid(key: &Key, now: Timestamp) -> Result<(), &'static str> {
+    if key.is_revoked() {
+        return Err("This key was revoked");
+    }
+    if key.has_expired(now) {
+        return Err("This key has expired");
+    }
+    Ok(())
+}
+
+const BEARER: &[u8] = b"Bearer ";
+
+/// What is answered who brings no key.
+const ASK: &str = "A key is needed: send it as Authorization: Bearer psk_\u{2026}";
+
+/// Each operation's need, by route.
+fn needs(document: &Document) -> HashMap<String, Vec<(Method, Need)>> {
+    let mut needs = HashMap::new();
+    for (path, item) in &document.paths.paths {
+        let declared = docs::operations(item).filter_map(|(method, operation)| {
+            let security = serde_json::to_value(&operation.security).unwrap_or_default();
+            Some((Method::from_bytes(method.as_bytes()).ok()?, declared_need(&security)))
+        });
+        needs.insert(path.clone(), declared.collect());
+    }
+    needs
+}
+
+/// What an operation declares: `[{}]` is nothing, `[{"key": ["read"]}]` a scope. Whatever else stands there
+/// is for admins.
+fn declared_need(security: &Value) -> Need {
+    if *security == serde_json::json!([{}]) {
+        return Need::Nothing;
+    }
+    let scope = security[0][SECURITY_SCHEME][0].as_str().and_then(|scope| scope.parse().ok());
+    Need::Scope(scope.unwrap_or(Scope::Admin))
+}
+
+/// Pages that a link elsewhere may open: they tell nothing of the fleet by themselves.
+fn is_page(route: &str) -> bool {
+    route == "/"
+}
+
+/// Why a request without a key does not come from this machine. Everything that a proxy in front, or a name
+/// elsewhere that leads here, would leave on it speaks against that.
+fn why_not_local(request: &Request) -> Option<&'static str> {
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
+    if !peer.is_some_and(|peer| peer.is_loopback()) {
+        return Some(ASK);
+    }
+    let headers = request.headers();
+    if headers.keys().any(is_forwarding) {
+        return Some(
+            "A key is needed: this request came through a proxy. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    // nginx speaks HTTP/1.0 and names the upstream as Host, unless it is told otherwise.
+    if request.version() < Version::HTTP_11 {
+        return Some(
+            "A key is needed: HTTP/1.0 may be a proxy's. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    if !has_local_host(request.uri(), headers) {
+        return Some(
+            "A key is needed: only requests to localhost are served without one. Send Authorization: Bearer psk_\u{2026}",
+        );
+    }
+    None
+}
+
+/// Headers by which a proxy says that it is one.
+fn is_forwarding(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    name.starts_with("x-forwarded")
+        || matches!(
+            name,
+            "forwarded"
+                | "via"
+                | "x-real-ip"
+                | "x-client-ip"
+                | "x-cluster-client-ip"
+                | "x-original-forwarded-for"
+                | "x-envoy-external-address"
+                | "true-client-ip"
+                | "cf-connecting-ip"
+                | "fastly-client-ip"
+        )
+}
+
+/// Whether all that names a host names this machine: a name elsewhere that leads here is how a web page
+/// gets round the rules for origins.
+fn has_local_host(uri: &Uri, headers: &HeaderMap) -> bool {
+    let mut hosts = headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes);
+    let named = uri.authority().map(|authority| authority.as_str().as_bytes());
+    let mut count = 0;
+    let local = hosts.by_ref().chain(named).all(|host| {
+        count += 1;
+        is_local(host)
+    });
+    local && count > 0
+}
+
+/// Whether `host`, maybe with a port, is this machine.
+fn is_local(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    let (name, port) = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').unwrap_or((rest, "?")),
+        None => host.split_at(host.find(':').unwrap_or(host.len())),
+    };
+    let port = port.strip_prefix(':').unwrap_or(port);
+    port.bytes().all(|byte| byte.is_ascii_digit())
+        && (name.eq_ignore_ascii_case("localhost")
+            || name.parse().is_ok_and(|address: IpAddr| address.to_canonical().is_loopback()))
+}
+
+/// The key that a request was let in with, if it was with one.
+pub(crate) fn key_of(request: &Request) -> Option<Arc<Key>> {
+    request.extensions().get::<Arc<Key>>().cloned()
+}
+
+/// The key that a request was let in with, for a handler that does not take the whole request.
+pub(crate) struct WithKey(pub(crate) Option<Arc<Key>>);
+
+impl<S: Send + Sync> FromRequestParts<S> for WithKey {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
+        Ok(Self(parts.extensions.get::<Arc<Key>>().cloned()))
+    }
+}
+
+/// The group that devices must be in which a key reports for, if it is one's of a group. The transaction that stores
+/// their events sees to that; whether a key is for one device alone, the key itself says.
+pub(crate) fn check_report<'a>(
+    key: Option<&Key>,
+    device_ids: impl IntoIterator<Item = &'a DeviceId>,
+) -> Result<Option<String>, ApiError> {
+    let Some(key) = key else { return Ok(None) };
+    if device_ids.into_iter().all(|device_id| key.may_report_for(device_id)) {
+        Ok(key.group.clone())
+    } else {
+        Err(ApiError::OtherDevice)
+    }
+}
+
+/// Who asks for a change, for the audit log.
+pub(crate) struct By(pub(crate) Actor);
+
+impl FromRequestParts<SharedState> for By {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &SharedState) -> Result<Self, ApiError> {
+        let key = parts.extensions.get::<Arc<Key>>();
+        Ok(Self(Actor {
+            via: key.map_or_else(|| state.gate.keyless_via(), |key| Via::Key(key.id)),
+            address: parts.extensions.get::<Client>().map(|client| client.0),
+            at: state.clock.now(),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_machine_is_local() {
+        for host in [
+            "localhost",
+            "LOCALHOST:3000",
+            "127.0.0.1",
+            "127.0.0.1:80",
+            "127.9.9.9",
+            "[::1]",
+            "[::1]:3000",
+            "[::ffff:127.0.0.1]:3000",
+            "[::ffff:7f00:1]",
+        ] {
+            assert!(is_local(host.as_bytes()), "{host}");
+        }
+        for host in [
+            "",
+            "pisync",
+            "localhost.example",
+            "localhost:x",
+            "localhost@evil",
+            "127.0.0.1.nip.io",
+            "192.168.0.2",
+            "0.0.0.0",
+            "[::]",
+            "[::ffff:192.168.0.2]",
+            "[::1",
+            "localhost:80@evil",
+            "::2",
+            "xn--localhost",
+            "\u{7f}",
+        ] {
+            assert!(!is_local(host.as_bytes()), "{host}");
+        }
+    }
+
+    #[test]
+    fn what_declares_no_scope_is_for_admins() {
+        use serde_json::json;
+        assert_eq!(declared_need(&json!([{}])), Need::Nothing);
+        assert_eq!(declared_need(&json!([{"key": ["read"]}])), Need::Scope(Scope::Read));
+        for odd in [json!(null), json!([]), json!([{"key": []}]), json!([{"other": ["read"]}])] {
+            assert_eq!(declared_need(&odd), Need::Scope(Scope::Admin), "{odd}");
+        }
+    }
+}

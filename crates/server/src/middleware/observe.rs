@@ -1,0 +1,388 @@
+//! What happens around every request: its id, security headers, measurements, the log.
+
+use std::{
+    any::Any,
+    convert::Infallible,
+    net::IpAddr,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    extract::{MatchedPath, Request},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header},
+    response::{IntoResponse, Response},
+};
+use futures_util::{
+    FutureExt,
+    future::{self, BoxFuture},
+};
+use tower::{Layer, Service};
+
+use crate::{
+    api::{
+        SharedState,
+        wire::error::{ApiError, ErrorDetail},
+    },
+    clock::Clock,
+    middleware::client_address::Peer,
+    middleware::{
+        admission::{self, Admission, Foreign},
+        client_address::{self, Client},
+        rate_limit::Rate,
+        security_headers,
+    },
+    seldom::{FewPerInterval, OfFew, Seldom},
+};
+
+/// The header that carries a request's id.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Longest request id that is taken over from the client.
+const MAX_REQUEST_ID: usize = 64;
+
+/// A request that takes longer is worth a line in the log.
+const SLOW: Duration = Duration::from_secs(1);
+
+/// While the database is away every request is refused: one line in so long is enough.
+const REFUSED_EVERY: Duration = Duration::from_secs(10);
+
+/// So is one for what web pages elsewhere try: one of them can send as much as it likes.
+const FOREIGN_EVERY: Duration = Duration::from_secs(10);
+
+/// So is one for batches with events that were rejected; metrics count them all.
+const REJECTED_EVERY: Duration = Duration::from_secs(10);
+
+/// The statuses of refusals: 400 to 499.
+const CLIENT_ERRORS: usize = 100;
+
+/// Stands for the route of requests that match none: a label must not grow with what is asked for.
+const UNMATCHED: &str = "unmatched";
+
+/// Makes request ids: the time of the start and a running number, so that the ids of two runs or two
+/// nodes rarely meet.
+pub(crate) struct RequestIds {
+    prefix: String,
+    next: AtomicU64,
+}
+
+impl RequestIds {
+    pub(crate) fn new(clock: &Clock) -> Self {
+        // The process id tells apart nodes of one machine that start together.
+        let start = clock.now().as_millisecond() ^ (i64::from(std::process::id()) << 40);
+        Self { prefix: format!("{start:012x}"), next: AtomicU64::new(1) }
+    }
+
+    /// The client's own id when it is sane, else a new one.
+    fn of(&self, headers: &HeaderMap) -> HeaderValue {
+        let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+        if let Some(id) = headers.get(REQUEST_ID)
+            && (1..=MAX_REQUEST_ID).contains(&id.len())
+            && id.as_bytes().iter().copied().all(sane)
+        {
+            return id.clone();
+        }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        HeaderValue::try_from(format!("{}-{number:x}", self.prefix))
+            .unwrap_or(HeaderValue::from_static("none"))
+    }
+}
+
+/// What is said of requests only once in a while, however many there are.
+pub(crate) struct SeldomLogged {
+    /// Those that are refused for now.
+    refusals: Seldom,
+    /// Refusals of what others have this machine's own user send.
+    foreign: Seldom,
+    /// Batches with events that were rejected: a device that sends such sends them all day.
+    rejections: Seldom,
+    /// Requests that are wrong, may not be sent or come too often, by status from 400 on: strangers, who have no
+    /// key, must not use up the lines of devices that report something wrong.
+    client_errors: [FewPerInterval; CLIENT_ERRORS],
+    /// Requests that took long, perhaps because their client wanted them to.
+    slow: FewPerInterval,
+}
+
+impl SeldomLogged {
+    pub(crate) fn new() -> Self {
+        Self {
+            refusals: Seldom::new(REFUSED_EVERY),
+            foreign: Seldom::new(FOREIGN_EVERY),
+            rejections: Seldom::new(REJECTED_EVERY),
+            client_errors: std::array::from_fn(|_| FewPerInterval::usual()),
+            slow: FewPerInterval::usual(),
+        }
+    }
+
+    /// Whether a request that is refused with `status` gets a line.
+    fn client_error(&self, status: StatusCode) -> Option<OfFew> {
+        let lines = usize::from(status.as_u16()).checked_sub(400);
+        lines.and_then(|status| self.client_errors.get(status))?.due()
+    }
+}
+
+/// What was wrong with events that a batch brought, on its way to the log. The answer to the batch is a 200.
+#[derive(Debug, Clone)]
+pub(crate) struct RejectedEvents {
+    /// How many were rejected.
+    pub(crate) rejected: usize,
+    /// How many were not.
+    pub(crate) taken: usize,
+    /// What was wrong with the first of them.
+    pub(crate) reasons: String,
+}
+
+/// The layer around everything.
+#[derive(Clone)]
+pub(crate) struct ObserveLayer(pub(crate) SharedState);
+
+impl<S> Layer<S> for ObserveLayer {
+    type Service = Observe<S>;
+
+    fn layer(&self, inner: S) -> Observe<S> {
+        Observe { inner, state: Arc::clone(&self.0) }
+    }
+}
+
+/// A service rather than an async function, which would hold the request several times over until the answer:
+/// with hundreds of connections that is more than the caches hold.
+#[derive(Clone)]
+pub(crate) struct Observe<S> {
+    inner: S,
+    state: SharedState,
+}
+
+impl<S> Service<Request> for Observe<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response, Infallible>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request) -> Self::Future {
+        let state = Arc::clone(&self.state);
+        let seen = Seen::new(&state, &mut request);
+        let admission = if state.admits_within_cors {
+            Admission { rate: None, entry: Ok(None), is_foreign: false }
+        } else {
+            let route = seen.matched.as_ref().map_or("", MatchedPath::as_str);
+            admission::admit(&state, route, &mut request)
+        };
+        let Admission { rate, entry, is_foreign } = admission;
+        match entry {
+            Ok(slot) => {
+                // A bug costs one request, not the process.
+                let answering = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
+                Box::pin(async move {
+                    let answered = answering
+                        .await
+                        .unwrap_or_else(|panic| Ok(panicked(panic.as_ref()).into_response()));
+                    drop(slot);
+                    answered.map(|response| seen.complete(&state, response, rate, is_foreign))
+                })
+            }
+            Err(error) => {
+                let response = seen.complete(&state, error.into_response(), rate, is_foreign);
+                Box::pin(future::ready(Ok(response)))
+            }
+        }
+    }
+}
+
+/// What is remembered of a request.
+struct Seen {
+    started: Instant,
+    request_id: HeaderValue,
+    method: &'static str,
+    version: Version,
+    path: Box<str>,
+    matched: Option<MatchedPath>,
+    client: Option<IpAddr>,
+}
+
+impl Seen {
+    /// The request then carries its client.
+    fn new(state: &SharedState, request: &mut Request) -> Self {
+        let headers = request.headers();
+        let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+        let client =
+            peer.map(|peer| client_address::resolve(peer, headers, &state.trusted_proxies));
+        let seen = Self {
+            started: Instant::now(),
+            request_id: state.request_ids.of(headers),
+            method: method_name(request.method()),
+            version: request.version(),
+            // A copy: the URI itself would keep all that was read with it.
+            path: request.uri().path().into(),
+            matched: request.extensions().get::<MatchedPath>().cloned(),
+            client,
+        };
+        if let Some(client) = client {
+            request.extensions_mut().insert(Client(client));
+        }
+        seen
+    }
+
+    /// Sees to the answer.
+    fn complete(
+        self,
+        state: &SharedState,
+        mut response: Response,
+        rate: Option<Rate>,
+        is_foreign: bool,
+    ) -> Response {
+        let duration = self.started.elapsed();
+        let status = response.status();
+        let route = self.matched.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
+        state.metrics.answered(self.method, route, status.as_u16(), duration);
+        let detail = response.extensions_mut().remove::<ErrorDetail>();
+        let rejected = response.extensions_mut().remove::<RejectedEvents>();
+        let is_foreign = is_foreign || response.extensions_mut().remove::<Foreign>().is_some();
+        let line = Line {
+            method: self.method,
+            path: &self.path,
+            status,
+            duration,
+            client: self.client,
+            detail,
+            rejected,
+            is_foreign,
+            request_id: &self.request_id,
+        };
+        line.log(&state.seldom_logged);
+        let headers = response.headers_mut();
+        if is_foreign && status.is_client_error() && self.version < Version::HTTP_2 {
+            // A page elsewhere holds no connections.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        security_headers::write(headers, route);
+        if let Some(rate) = rate {
+            rate.write(headers);
+        }
+        headers.insert(REQUEST_ID, self.request_id);
+        response
+    }
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> ApiError {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    ApiError::Internal(format!("a handler panicked: {}", text.unwrap_or_default()))
+}
+
+/// One request in the log.
+struct Line<'a> {
+    method: &'static str,
+    path: &'a str,
+    status: StatusCode,
+    duration: Duration,
+    client: Option<IpAddr>,
+    detail: Option<ErrorDetail>,
+    rejected: Option<RejectedEvents>,
+    is_foreign: bool,
+    request_id: &'a HeaderValue,
+}
+
+impl Line<'_> {
+    fn log(&self, seldom: &SeldomLogged) {
+        macro_rules! line {
+            ($level:ident, $message:literal $(, $field:ident = $value:expr)*) => {
+                tracing::$level!(
+                    method = self.method,
+                    path = self.path,
+                    status = self.status.as_u16(),
+                    milliseconds = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
+                    client = self.client.map(tracing::field::display),
+                    request_id = self.request_id.to_str().unwrap_or_default(),
+                    error = self.detail.as_ref().map(|detail| detail.0.as_str()),
+                    $($field = $value,)*
+                    $message
+                )
+            };
+        }
+        if let Some(RejectedEvents { rejected, taken, reasons }) = &self.rejected
+            && let Some(passed_over) = seldom.rejections.due()
+        {
+            line!(
+                warn,
+                "events of a batch were rejected; of the next 10 s' such batches nothing is logged, pisync_sync_events_rejected_total counts them",
+                rejected = rejected,
+                taken = taken,
+                reasons = reasons.as_str(),
+                batches_passed_over = passed_over
+            );
+        } else if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            // Expected while the database is away, which has an error line of its own.
+            if let Some(passed_over) = seldom.refusals.due() {
+                line!(
+                    warn,
+                    "request refused for now; of the next 10 s' refusals nothing is logged",
+                    passed_over = passed_over
+                );
+            } else {
+                line!(debug, "request refused for now");
+            }
+        } else if self.is_foreign && self.status.is_client_error() {
+            if let Some(passed_over) = seldom.foreign.due() {
+                line!(
+                    info,
+                    "request of a web page elsewhere, or through a proxy, refused; of the next 10 s' such refusals nothing is logged",
+                    passed_over = passed_over
+                );
+            } else {
+                line!(debug, "request of a web page elsewhere, or through a proxy, refused");
+            }
+        } else if self.status.is_server_error() {
+            line!(error, "request failed");
+        } else if self.duration >= SLOW {
+            match seldom.slow.due() {
+                Some(OfFew { passed_over: 0, is_last: false }) => line!(warn, "slow request"),
+                Some(OfFew { passed_over, .. }) => line!(
+                    warn,
+                    "slow request; more than 20 within 10 s are counted, in passed_over and by http_request_duration_seconds",
+                    passed_over = passed_over
+                ),
+                None => line!(debug, "slow request"),
+            }
+        } else if self.status.is_client_error() {
+            match seldom.client_error(self.status) {
+                Some(OfFew { passed_over: 0, is_last: false }) => line!(info, "request refused"),
+                Some(OfFew { passed_over, .. }) => line!(
+                    info,
+                    "request refused; more than 20 of this status within 10 s are counted, in passed_over and by http_requests_total",
+                    passed_over = passed_over
+                ),
+                None => line!(debug, "request refused"),
+            }
+        } else {
+            line!(debug, "request answered");
+        }
+    }
+}
+
+/// The method as a label: a client can make up others.
+fn method_name(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "OTHER",
+    }
+}

@@ -1,0 +1,211 @@
+//! So many requests a minute from one address, or with one key. The bookkeeping is governor's (a leaky bucket that
+//! holds a minute's worth); here is what is counted, by whom, and how it is told.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    net::IpAddr,
+    num::NonZeroU32,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+};
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
+use governor::{
+    Quota, RateLimiter,
+    clock::{Clock, DefaultClock},
+    middleware::StateInformationMiddleware,
+    state::keyed::DashMapStateStore,
+};
+
+/// Addresses that are counted one by one, some 10 MiB of them. While there are more, newcomers share
+/// [`BUCKETS`] accounts: memory stays bounded whatever addresses are made up.
+const MAX_ADDRESSES: usize = 100_000;
+const BUCKETS: u128 = 65_536;
+
+/// Old addresses are forgotten after so many requests.
+const TIDY_EVERY: u32 = 4_096;
+
+/// The limits of one server.
+pub(crate) struct RateLimits {
+    sync: Option<Limit>,
+    api: Option<Limit>,
+    key: Option<Limit>,
+}
+
+impl RateLimits {
+    /// Requests a minute from one address, and with one key; 0 is no limit.
+    pub(crate) fn new(sync_per_minute: u32, api_per_minute: u32, key_per_minute: u32) -> Self {
+        let [sync, api, key] = [sync_per_minute, api_per_minute, key_per_minute].map(Limit::new);
+        Self { sync, api, key }
+    }
+
+    /// Counts a request with a key, whatever its address: a whole fleet may report with one, and a school
+    /// through one router.
+    pub(crate) fn check_key(&self, method: &Method, route: &str, key_id: i64) -> Option<Rate> {
+        if is_free(route) || *method == Method::OPTIONS {
+            return None;
+        }
+        self.key.as_ref().map(|limit| limit.check_account(u128::from(key_id.cast_unsigned())))
+    }
+
+    /// Counts a request; `None` when it is not limited.
+    pub(crate) fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
+        let limit = match route {
+            route if is_free(route) || *method == Method::OPTIONS => return None,
+            "/api/sync-event" | "/api/sync-events" if *method == Method::POST => &self.sync,
+            _ => &self.api,
+        };
+        limit.as_ref().map(|limit| limit.check(client))
+    }
+}
+
+/// Whether a route is not counted: what is asked often and costs little, and what a browser loads in one go.
+pub(crate) fn is_free(route: &str) -> bool {
+    matches!(route, "/health" | "/health/live" | "/health/ready" | "/metrics")
+        || route.starts_with("/api-docs")
+}
+
+type Limiter = RateLimiter<u128, DashMapStateStore<u128>, DefaultClock, StateInformationMiddleware>;
+
+struct Limit {
+    per_minute: NonZeroU32,
+    limiter: Limiter,
+    clock: DefaultClock,
+    requests: AtomicU32,
+    crowded: AtomicBool,
+    hasher: RandomState,
+}
+
+impl Limit {
+    fn new(per_minute: u32) -> Option<Self> {
+        let per_minute = NonZeroU32::new(per_minute)?;
+        let limiter = RateLimiter::keyed(Quota::per_minute(per_minute))
+            .with_middleware::<StateInformationMiddleware>();
+        Some(Self {
+            per_minute,
+            limiter,
+            clock: DefaultClock::default(),
+            requests: AtomicU32::new(0),
+            crowded: AtomicBool::new(false),
+            hasher: RandomState::new(),
+        })
+    }
+
+    fn check(&self, client: IpAddr) -> Rate {
+        self.check_account(key(client))
+    }
+
+    fn check_account(&self, mut key: u128) -> Rate {
+        if self.requests.fetch_add(1, Ordering::Relaxed) % TIDY_EVERY == TIDY_EVERY - 1 {
+            self.limiter.retain_recent();
+            self.crowded.store(self.limiter.len() > MAX_ADDRESSES, Ordering::Relaxed);
+        }
+        if self.crowded.load(Ordering::Relaxed) {
+            key = u128::from(self.hasher.hash_one(key)) % BUCKETS;
+        }
+        let limit = self.per_minute.get();
+        match self.limiter.check_key(&key) {
+            Ok(snapshot) => {
+                let remaining = snapshot.remaining_burst_capacity();
+                Rate { limit, remaining, retry_after: None }
+            }
+            Err(not_until) => {
+                let wait = not_until.wait_time_from(self.clock.now());
+                let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+                Rate { limit, remaining: 0, retry_after: Some(seconds.max(1)) }
+            }
+        }
+    }
+}
+
+/// An IPv4 address, or the /64 that one IPv6 customer gets: within it addresses cost nothing.
+fn key(client: IpAddr) -> u128 {
+    match client.to_canonical() {
+        IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(address) => address.to_bits() & !u128::from(u64::MAX),
+    }
+}
+
+/// How an address stands with a limit.
+pub(crate) struct Rate {
+    limit: u32,
+    remaining: u32,
+    /// Seconds until the next request is allowed, when this one is not.
+    pub(crate) retry_after: Option<u64>,
+}
+
+impl Rate {
+    /// Tells it in the headers of draft-ietf-httpapi-ratelimit-headers-06, as the Node service did.
+    pub(crate) fn write(&self, headers: &mut HeaderMap) {
+        // The bucket fills evenly, so what is missing takes its share of the minute.
+        let missing = u64::from(self.limit - self.remaining.min(self.limit));
+        let reset = (missing * 60).div_ceil(u64::from(self.limit));
+        let policy = format!("{};w=60", self.limit);
+        let number = |name, value: u64| (HeaderName::from_static(name), HeaderValue::from(value));
+        headers.extend([
+            number("ratelimit-limit", self.limit.into()),
+            number("ratelimit-remaining", self.remaining.into()),
+            number("ratelimit-reset", reset),
+        ]);
+        if let Ok(policy) = HeaderValue::try_from(policy) {
+            headers.insert(HeaderName::from_static("ratelimit-policy"), policy);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn counts_by_address_and_by_kind() {
+        let limits = RateLimits::new(2, 1, 3);
+        let client = address("192.0.2.1");
+        let post = |client| limits.check(&Method::POST, "/api/sync-event", client).unwrap();
+        assert_eq!(post(client).remaining, 1);
+        assert_eq!(post(client).remaining, 0);
+        assert!(post(client).retry_after.is_some_and(|seconds| (1..=30).contains(&seconds)));
+        assert!(post(address("192.0.2.2")).retry_after.is_none());
+        let get = |route| limits.check(&Method::GET, route, client);
+        assert!(get("/api/stats").unwrap().retry_after.is_none());
+        assert!(get("unmatched").unwrap().retry_after.is_some());
+        for route in ["/health", "/metrics", "/api-docs/{*rest}"] {
+            assert!(get(route).is_none(), "{route}");
+        }
+        assert!(RateLimits::new(0, 0, 0).check(&Method::GET, "/api/stats", client).is_none());
+    }
+
+    #[test]
+    fn counts_by_key() {
+        let limits = RateLimits::new(1, 1, 3);
+        let count = |route, id| limits.check_key(&Method::GET, route, id);
+        for remaining in [2, 1, 0] {
+            assert_eq!(count("/api/stats", 1).unwrap().remaining, remaining);
+        }
+        assert!(count("/api/devices", 1).unwrap().retry_after.is_some());
+        assert!(count("/api/stats", 2).unwrap().retry_after.is_none());
+        assert!(count("/metrics", 1).is_none());
+    }
+
+    #[test]
+    fn ipv6_counts_by_network() {
+        assert_eq!(key(address("2001:db8::1")), key(address("2001:db8::ffff:1")));
+        assert_ne!(key(address("2001:db8::1")), key(address("2001:db8:0:1::1")));
+        assert_ne!(key(address("192.0.2.1")), key(address("192.0.2.2")));
+        // All IPv4 addresses are one /64 in their mapped spelling, and yet each is one customer.
+        assert_eq!(key(address("::ffff:192.0.2.1")), key(address("192.0.2.1")));
+        assert_ne!(key(address("::ffff:192.0.2.1")), key(address("::ffff:192.0.2.2")));
+    }
+
+    #[test]
+    fn made_up_addresses_do_not_fill_the_memory() {
+        let limit = Limit::new(1).unwrap();
+        for number in 0..400_000_u128 {
+            limit.check(IpAddr::V6((number << 64).into()));
+        }
+        assert!(limit.limiter.len() < MAX_ADDRESSES + 65_536 + 2 * TIDY_EVERY as usize);
+    }
+}

@@ -1,0 +1,54 @@
+//! The headers that keep browsers from being used against the server: what Helmet sent for the Node
+//! service, plus a Content-Security-Policy, which that one had switched off.
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+
+static HEADERS: [(HeaderName, HeaderValue); 11] = [
+    (
+        HeaderName::from_static("cross-origin-opener-policy"),
+        HeaderValue::from_static("same-origin"),
+    ),
+    (
+        HeaderName::from_static("cross-origin-resource-policy"),
+        HeaderValue::from_static("same-origin"),
+    ),
+    (HeaderName::from_static("origin-agent-cluster"), HeaderValue::from_static("?1")),
+    (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
+    (
+        header::STRICT_TRANSPORT_SECURITY,
+        HeaderValue::from_static("max-age=31536000; includeSubDomains"),
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+    (header::X_DNS_PREFETCH_CONTROL, HeaderValue::from_static("off")),
+    (HeaderName::from_static("x-download-options"), HeaderValue::from_static("noopen")),
+    (header::X_FRAME_OPTIONS, HeaderValue::from_static("SAMEORIGIN")),
+    (
+        HeaderName::from_static("x-permitted-cross-domain-policies"),
+        HeaderValue::from_static("none"),
+    ),
+    (header::X_XSS_PROTECTION, HeaderValue::from_static("0")),
+];
+
+/// JSON is not a page: nothing may be loaded from it, and nobody may frame it.
+const API_POLICY: HeaderValue = HeaderValue::from_static(
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+);
+
+/// Swagger UI: our own scripts and styles, the pictures in its style sheet, and the one inline style that
+/// its bundle makes, by its hash (a browser names the hash when a new bundle makes another).
+const DOCS_POLICY: HeaderValue = HeaderValue::from_static(
+    "default-src 'none'; script-src 'self'; \
+     style-src 'self' 'sha256-RL3ie0nH+Lzz2YNqQN83mnU0J1ot4QL7b99vMdIX99w='; \
+     img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+     frame-ancestors 'none'",
+);
+
+/// Writes the headers for an answer of `route`.
+pub(crate) fn write(headers: &mut HeaderMap, route: &str) {
+    headers.reserve(HEADERS.len() + 2);
+    for (name, value) in &HEADERS {
+        headers.insert(name.clone(), value.clone());
+    }
+    let policy = if route.starts_with("/api-docs") { DOCS_POLICY } else { API_POLICY };
+    headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+}

@@ -1,0 +1,229 @@
+//! Who had a request sent: a program, the user, a page of ours, or a web page elsewhere. A browser says so in
+//! `Origin`, `Sec-Fetch-*` and `Referer`. `auth` asks this of requests without a key: a page elsewhere reaches
+//! a server on the user's machine, and must neither be served there nor cost the user anything.
+
+use axum::{
+    extract::Request,
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header, uri::Authority},
+};
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+const SEC_FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
+const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
+
+/// Who had a request sent, as far as its headers tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// Nothing says that it was a page elsewhere.
+    Welcome,
+    /// The user, by a link on a page elsewhere, or that page by itself: the answer is shown in a window of its
+    /// own, which the page cannot read.
+    Link,
+    /// A page elsewhere.
+    PageElsewhere,
+}
+
+impl Sender {
+    /// Who had `request` sent. Pages of `origins` are welcome, too.
+    pub(crate) fn of(request: &Request, origins: &[HeaderValue]) -> Self {
+        let headers = request.headers();
+        let host = host(request.uri(), headers);
+        let mut pages = headers.get_all(header::ORIGIN).iter().map(HeaderValue::as_bytes);
+        if let Some(first) = pages.next() {
+            return if pages.next().is_some() {
+                // Browsers send one.
+                Self::PageElsewhere
+            } else if is_configured(first, origins)
+                || is_own(first, host) && fetch_site(headers) != Site::Other
+            {
+                Self::Welcome
+            } else {
+                Self::PageElsewhere
+            };
+        }
+        match fetch_site(headers) {
+            Site::Own => Self::Welcome,
+            Site::Other if opens_a_window(request) => Self::Link,
+            Site::Other => Self::PageElsewhere,
+            // Browsers before 2020 (Safari: 2023) don't send it, and Referer only where the page lets them.
+            Site::Unknown => {
+                let mut referers = headers.get_all(header::REFERER).iter();
+                let is_welcome = |referer: &HeaderValue| {
+                    let page = origin_of(referer.as_bytes());
+                    page.is_empty() || is_own(page, host) || is_configured(page, origins)
+                };
+                if referers.all(is_welcome) {
+                    Self::Welcome
+                } else if opens_a_window_as_it_was(request) {
+                    Self::Link
+                } else {
+                    Self::PageElsewhere
+                }
+            }
+        }
+    }
+}
+
+/// What `Sec-Fetch-Site` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Site {
+    /// Nothing: a program, or an old browser.
+    Unknown,
+    /// One of the server's own pages, or the user, who typed the address.
+    Own,
+    /// Another one, which may be of the same site: that is any port of this machine.
+    Other,
+}
+
+fn fetch_site(headers: &HeaderMap) -> Site {
+    let mut site = Site::Unknown;
+    for value in headers.get_all(SEC_FETCH_SITE) {
+        if !matches!(value.as_bytes(), b"same-origin" | b"none") {
+            return Site::Other;
+        }
+        site = Site::Own;
+    }
+    site
+}
+
+/// Whether the answer is for a window of its own, rather than for a frame or an image in a page.
+fn opens_a_window(request: &Request) -> bool {
+    let is = |name, value: &str| request.headers().get(name).is_some_and(|sent| sent == value);
+    is_read(request.method()) && is(SEC_FETCH_MODE, "navigate") && is(SEC_FETCH_DEST, "document")
+}
+
+/// The same of a browser that does not say it: only for windows and frames it asks for HTML.
+fn opens_a_window_as_it_was(request: &Request) -> bool {
+    let accept = request.headers().get(header::ACCEPT).map(HeaderValue::as_bytes);
+    is_read(request.method()) && accept.is_some_and(|accept| accept.starts_with(b"text/html"))
+}
+
+fn is_read(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD)
+}
+
+/// The host and port that a request was sent to.
+fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a [u8]> {
+    let host = headers.get(header::HOST).map(HeaderValue::as_bytes);
+    host.or_else(|| uri.authority().map(Authority::as_str).map(str::as_bytes))
+}
+
+/// The origin at the beginning of a URL: `scheme://host:port`.
+fn origin_of(url: &[u8]) -> &[u8] {
+    let after_scheme = url.windows(3).position(|window| window == b"://").map_or(0, |at| at + 3);
+    let length = url[after_scheme..].iter().position(|byte| b"/?#".contains(byte));
+    length.map_or(url, |length| &url[..after_scheme + length])
+}
+
+/// Whether an origin is the server's own, whatever its scheme: behind TLS that another program does, it is https.
+fn is_own(origin: &[u8], host: Option<&[u8]>) -> bool {
+    let authority = origin.strip_prefix(b"http://").or_else(|| origin.strip_prefix(b"https://"));
+    authority.is_some() && authority == host
+}
+
+fn is_configured(origin: &[u8], origins: &[HeaderValue]) -> bool {
+    origins.iter().any(|configured| configured.as_bytes() == origin)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::*;
+
+    fn sender(method: Method, headers: &[(&'static str, &'static str)]) -> Sender {
+        let origins = [HeaderValue::from_static("https://fleet.example")];
+        let mut request = Request::new(Body::empty());
+        *request.method_mut() = method;
+        for (name, value) in [&("host", "localhost:3000")].into_iter().chain(headers) {
+            request.headers_mut().append(*name, HeaderValue::from_static(value));
+        }
+        Sender::of(&request, &origins)
+    }
+
+    #[test]
+    fn who_is_welcome() {
+        for headers in [
+            &[][..],
+            &[("origin", "http://localhost:3000")],
+            &[("origin", "https://localhost:3000")],
+            &[("origin", "https://fleet.example")],
+            &[("origin", "https://fleet.example"), ("sec-fetch-site", "cross-site")],
+            &[("origin", "http://localhost:3000"), ("sec-fetch-site", "same-origin")],
+            &[("sec-fetch-site", "same-origin"), ("sec-fetch-mode", "cors")],
+            &[("sec-fetch-site", "none"), ("sec-fetch-mode", "navigate")],
+            &[("referer", "http://localhost:3000/api-docs/")],
+            &[("referer", "http://localhost:3000")],
+            &[("referer", "https://fleet.example/devices?x=1#y")],
+            &[("referer", "")],
+        ] {
+            for method in [Method::GET, Method::POST] {
+                assert_eq!(sender(method, headers), Sender::Welcome, "{headers:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn pages_elsewhere() {
+        for headers in [
+            &[("origin", "https://evil.example")][..],
+            &[("origin", "null")],
+            &[("origin", "")],
+            &[("origin", "localhost:3000")],
+            &[("origin", "http://localhost:8080")],
+            &[("origin", "http://fleet.example")],
+            &[("origin", "http://localhost:3000"), ("origin", "https://evil.example")],
+            &[("origin", "http://localhost:3000"), ("sec-fetch-site", "same-site")],
+            &[("origin", "https://evil.example"), ("sec-fetch-site", "same-origin")],
+            &[("sec-fetch-site", "cross-site")],
+            &[("sec-fetch-site", "same-site")],
+            &[("sec-fetch-site", "Same-Origin")],
+            &[("sec-fetch-site", "")],
+            &[("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site")],
+            &[("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "no-cors")],
+            &[("sec-fetch-site", "cross-site"), ("referer", "http://localhost:3000/")],
+            // A frame, and what claims to be a window without being one.
+            &[
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "navigate"),
+                ("sec-fetch-dest", "iframe"),
+            ],
+            &[
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "no-cors"),
+                ("sec-fetch-dest", "document"),
+            ],
+            &[("referer", "https://evil.example/")],
+            &[("referer", "https://evil.example/http://localhost:3000/")],
+            &[("referer", "http://localhost:3000.evil.example/")],
+            &[("referer", "http://localhost:8080/")],
+            &[("referer", "https://evil.example?x"), ("accept", "image/webp,*/*")],
+        ] {
+            for method in [Method::GET, Method::POST] {
+                assert_eq!(sender(method, headers), Sender::PageElsewhere, "{headers:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn links_elsewhere() {
+        for headers in [
+            &[
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "navigate"),
+                ("sec-fetch-dest", "document"),
+            ][..],
+            &[
+                ("sec-fetch-site", "same-site"),
+                ("sec-fetch-mode", "navigate"),
+                ("sec-fetch-dest", "document"),
+                ("referer", "http://localhost:8080/"),
+            ],
+            &[("referer", "https://evil.example/"), ("accept", "text/html,*/*;q=0.8")],
+        ] {
+            assert_eq!(sender(Method::GET, headers), Sender::Link, "{headers:?}");
+            // A form that a page sends is no link.
+            assert_eq!(sender(Method::POST, headers), Sender::PageElsewhere, "{headers:?}");
+        }
+    }
+}

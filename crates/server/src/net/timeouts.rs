@@ -1,0 +1,486 @@
+//! How long a connection may dawdle: the clocks that end it. `connection` wraps its streams in them.
+//!
+//! Three clocks, kept apart. The *idle* clock runs while no request is under way and none has begun. The *head*
+//! clock begins with the first byte of a request's head and must be shorter: a head on its way holds memory. The
+//! *write* clock runs while the client takes nothing of what waits to be sent. Bodies are the handlers' affair.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Sleep,
+};
+
+/// What incomplete heads of all connections may hold beyond [`SMALL_HEAD`] each, in bytes. A head usually
+/// arrives in one piece and is never counted; thousands that trickle in are an attack.
+const INCOMPLETE_HEADS_BYTES: usize = 16 << 20;
+
+/// A head of so many bytes is not counted: an ordinary client on a bad link must get through beside the attack.
+/// It fits the 8 KiB that hyper's first read allocates for every connection anyway.
+const SMALL_HEAD: usize = 4 << 10;
+
+/// Fewer bytes that the client takes are no part of an answer, but HTTP/2's replies to signs of life, which do not
+/// restart the idle clock.
+const PROGRESS_BYTES: usize = 1 << 10;
+
+/// What happens on one connection, for the idle clock.
+pub(crate) struct Activity {
+    started: Instant,
+    /// Requests whose answer is not complete.
+    under_way: AtomicUsize,
+    /// Requests whose head was complete, ever.
+    begun: AtomicUsize,
+    /// When the last answer was complete, or the client last took some of one; in milliseconds after `started`.
+    quiet_since: AtomicU64,
+    /// Whether the head clock runs in the idle clock's place.
+    reads_head: AtomicBool,
+}
+
+impl Activity {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            started: Instant::now(),
+            under_way: AtomicUsize::new(0),
+            begun: AtomicUsize::new(0),
+            quiet_since: AtomicU64::new(0),
+            reads_head: AtomicBool::new(false),
+        })
+    }
+
+    fn touch(&self) {
+        let elapsed = self.started.elapsed().as_millis();
+        self.quiet_since.store(u64::try_from(elapsed).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Since when nothing has happened; `None` while a request is under way or its head is arriving.
+    pub(crate) fn idle_since(&self) -> Option<Instant> {
+        if self.under_way.load(Ordering::Relaxed) > 0 || self.reads_head.load(Ordering::Relaxed) {
+            return None;
+        }
+        Some(self.started + Duration::from_millis(self.quiet_since.load(Ordering::Relaxed)))
+    }
+}
+
+/// A request whose answer is not complete, for as long as this lives.
+pub(crate) struct UnderWay(Arc<Activity>);
+
+impl UnderWay {
+    pub(crate) fn begin(activity: Arc<Activity>) -> Self {
+        activity.under_way.fetch_add(1, Ordering::Relaxed);
+        activity.begun.fetch_add(1, Ordering::Relaxed);
+        activity.reads_head.store(false, Ordering::Relaxed);
+        Self(activity)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What the incomplete heads of all connections hold.
+#[derive(Default)]
+pub(crate) struct IncompleteHeads {
+    bytes: AtomicUsize,
+}
+
+/// The part of it that belongs to one connection.
+struct HeldHead {
+    all: Arc<IncompleteHeads>,
+    bytes: usize,
+}
+
+impl HeldHead {
+    /// Counts a head of `bytes` bytes in the place of what was counted before; false when that is too much.
+    fn set(&mut self, bytes: usize) -> bool {
+        let bytes = if bytes <= SMALL_HEAD { 0 } else { bytes };
+        if bytes == self.bytes {
+            return true;
+        }
+        let grows = bytes > self.bytes;
+        let before = self.all.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.all.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = bytes;
+        !grows || before + bytes <= INCOMPLETE_HEADS_BYTES
+    }
+}
+
+impl Drop for HeldHead {
+    fn drop(&mut self) {
+        self.all.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// How heads are told from the rest of what arrives.
+enum Heads {
+    /// HTTP/1: what arrives while no request is under way is a head.
+    Http1 {
+        /// How many requests had begun when the head's first byte arrived.
+        after: Option<usize>,
+        bytes: usize,
+    },
+    Http2(Frames),
+}
+
+/// Bytes of the preface and of a frame's header (RFC 9113).
+const PREFACE_BYTES: usize = 24;
+const FRAME_HEADER_BYTES: usize = 9;
+
+/// The types of HTTP/2's frames that matter here, and the flag that ends a head.
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4;
+
+/// Follows the frames of HTTP/2, to know whether one of them, or a head of several, is incomplete.
+#[derive(Default)]
+struct Frames {
+    /// Bytes of the preface that have arrived.
+    preface: usize,
+    header: [u8; FRAME_HEADER_BYTES],
+    header_bytes: usize,
+    /// Bytes of the frame's payload that have not arrived.
+    payload_left: usize,
+    /// Whether a head has begun that further frames continue.
+    is_amid_head: bool,
+    /// Bytes of the head or frame so far.
+    bytes: usize,
+    /// Frames, or heads of several frames, that are complete.
+    complete: usize,
+}
+
+impl Frames {
+    fn take(&mut self, mut arrived: &[u8]) {
+        let preface = arrived.len().min(PREFACE_BYTES - self.preface);
+        self.preface += preface;
+        arrived = &arrived[preface..];
+        while !arrived.is_empty() {
+            if self.header_bytes < FRAME_HEADER_BYTES {
+                let taken = arrived.len().min(FRAME_HEADER_BYTES - self.header_bytes);
+                let until = self.header_bytes + taken;
+                self.header[self.header_bytes..until].copy_from_slice(&arrived[..taken]);
+                self.header_bytes = until;
+                self.bytes += taken;
+                arrived = &arrived[taken..];
+                if until < FRAME_HEADER_BYTES {
+                    return;
+                }
+                let [high, middle, low, ..] = self.header;
+                self.payload_left =
+                    usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+            }
+            let taken = arrived.len().min(self.payload_left);
+            self.payload_left -= taken;
+            self.bytes += taken;
+            arrived = &arrived[taken..];
+            if self.payload_left == 0 {
+                self.end_frame();
+            }
+        }
+    }
+
+    fn end_frame(&mut self) {
+        let [_, _, _, kind, flags, ..] = self.header;
+        self.header_bytes = 0;
+        self.is_amid_head = matches!(kind, HEADERS | CONTINUATION) && flags & END_HEADERS == 0;
+        if !self.is_amid_head {
+            self.bytes = 0;
+            self.complete += 1;
+        }
+    }
+
+    /// Whether something has begun that must go on soon. A body's frames are not meant: handlers see to them.
+    fn is_incomplete(&self) -> bool {
+        let is_amid_frame = self.header_bytes > 0
+            && !(self.header_bytes == FRAME_HEADER_BYTES && self.header[3] == DATA);
+        self.is_amid_head || is_amid_frame || (1..PREFACE_BYTES).contains(&self.preface)
+    }
+}
+
+/// A stream of requests whose heads must not take too long, nor hold too much memory.
+pub(crate) struct HeadClock<S> {
+    stream: S,
+    activity: Arc<Activity>,
+    limit: Duration,
+    heads: Heads,
+    held: HeldHead,
+    /// Runs while a head is incomplete; with the number of the head.
+    running: Option<(usize, Pin<Box<Sleep>>)>,
+}
+
+impl<S> HeadClock<S> {
+    pub(crate) fn http1(
+        stream: S,
+        activity: &Arc<Activity>,
+        limit: Duration,
+        all: &Arc<IncompleteHeads>,
+    ) -> Self {
+        Self::new(stream, activity, limit, all, Heads::Http1 { after: None, bytes: 0 })
+    }
+
+    pub(crate) fn http2(
+        stream: S,
+        activity: &Arc<Activity>,
+        limit: Duration,
+        all: &Arc<IncompleteHeads>,
+    ) -> Self {
+        Self::new(stream, activity, limit, all, Heads::Http2(Frames::default()))
+    }
+
+    fn new(
+        stream: S,
+        activity: &Arc<Activity>,
+        limit: Duration,
+        all: &Arc<IncompleteHeads>,
+        heads: Heads,
+    ) -> Self {
+        let held = HeldHead { all: Arc::clone(all), bytes: 0 };
+        Self { stream, activity: Arc::clone(activity), limit, heads, held, running: None }
+    }
+
+    fn arrived(&mut self, bytes: &[u8]) {
+        match &mut self.heads {
+            Heads::Http2(frames) => frames.take(bytes),
+            Heads::Http1 { after, .. } if self.activity.under_way.load(Ordering::Relaxed) > 0 => {
+                // A body, or a head that is sent before the answer: its clock begins with its next byte.
+                *after = None;
+            }
+            Heads::Http1 { after, bytes: so_far } => {
+                let begun = self.activity.begun.load(Ordering::Relaxed);
+                if after.replace(begun) != Some(begun) {
+                    *so_far = 0;
+                }
+                *so_far += bytes.len();
+            }
+        }
+    }
+
+    /// The head that is incomplete, by a number that no other one has, and its bytes so far.
+    fn incomplete(&self) -> Option<(usize, usize)> {
+        match &self.heads {
+            Heads::Http2(frames) => {
+                frames.is_incomplete().then_some((frames.complete, frames.bytes))
+            }
+            Heads::Http1 { after, bytes } => after
+                .filter(|after| {
+                    *after == self.activity.begun.load(Ordering::Relaxed)
+                        && self.activity.under_way.load(Ordering::Relaxed) == 0
+                })
+                .map(|after| (after, *bytes)),
+        }
+    }
+
+    /// Nothing more has arrived for now: an error when a head should have been complete.
+    fn wait(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some((number, bytes)) = self.incomplete() else {
+            self.running = None;
+            self.held.set(0);
+            return Poll::Pending;
+        };
+        if !self.held.set(bytes) {
+            return Poll::Ready(Err(io::Error::other(
+                "the heads of requests hold too much memory",
+            )));
+        }
+        // In HTTP/2 the idle clock runs on: frames that are no requests must not hold a connection for ever.
+        let is_http1 = matches!(self.heads, Heads::Http1 { .. });
+        self.activity.reads_head.store(is_http1, Ordering::Relaxed);
+        let limit = self.limit;
+        let running = self.running.take().filter(|(of, _)| *of == number);
+        let (_, sleep) = self
+            .running
+            .insert(running.unwrap_or_else(|| (number, Box::pin(tokio::time::sleep(limit)))));
+        ready!(sleep.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for HeadClock<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        match Pin::new(&mut self.stream).poll_read(context, buffer) {
+            Poll::Pending => self.wait(context),
+            Poll::Ready(result) => {
+                self.arrived(&buffer.filled()[before..]);
+                Poll::Ready(result)
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for HeadClock<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// A stream that waits only so long for the other end to take what is written to it. Any progress starts
+/// the time anew: a slow link is no attack.
+pub(crate) struct WriteClock<S> {
+    stream: S,
+    activity: Arc<Activity>,
+    limit: Duration,
+    /// Runs while the other end takes nothing.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> WriteClock<S> {
+    pub(crate) fn new(stream: S, activity: &Arc<Activity>, limit: Duration) -> Self {
+        Self { stream, activity: Arc::clone(activity), limit, stalled: None }
+    }
+
+    /// What became of an attempt to write.
+    fn written(
+        &mut self,
+        context: &mut Context<'_>,
+        result: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(written) = &result {
+            self.stalled = None;
+            if written.as_ref().is_ok_and(|bytes| *bytes >= PROGRESS_BYTES) {
+                self.activity.touch();
+            }
+            return result;
+        }
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.limit)));
+        ready!(stalled.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for WriteClock<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteClock<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.written(context, result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.written(context, result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(payload.len()).unwrap();
+        [&[0, 0, length, kind, flags, 0, 0, 0, 1], payload].concat()
+    }
+
+    #[test]
+    fn what_is_incomplete_in_http_2() {
+        const SETTINGS: u8 = 4;
+        for (sent, is_incomplete) in [
+            (frame(SETTINGS, 0, b""), false),
+            (frame(SETTINGS, 0, b"123456"), false),
+            (frame(HEADERS, END_HEADERS, b"abc"), false),
+            (frame(HEADERS, 0, b"abc"), true),
+            ([frame(HEADERS, 0, b"abc"), frame(CONTINUATION, 0, b"")].concat(), true),
+            ([frame(HEADERS, 0, b"a"), frame(CONTINUATION, END_HEADERS, b"b")].concat(), false),
+            (frame(HEADERS, END_HEADERS, b"abc")[..11].to_vec(), true),
+            (frame(SETTINGS, 0, b"123456")[..3].to_vec(), true),
+            // A body on its way.
+            (frame(DATA, 0, b"123456")[..12].to_vec(), false),
+        ] {
+            let stream = [&[b'P'; PREFACE_BYTES][..], &sent].concat();
+            // However it is cut.
+            for piece in [1, 2, 7, stream.len()] {
+                let mut frames = Frames::default();
+                for bytes in stream.chunks(piece) {
+                    frames.take(bytes);
+                }
+                assert_eq!(frames.is_incomplete(), is_incomplete, "{sent:?} by {piece}");
+                assert_eq!(frames.complete == 0, is_incomplete || sent[3] == DATA, "{sent:?}");
+            }
+        }
+        let mut frames = Frames::default();
+        assert!(!frames.is_incomplete());
+        frames.take(b"PRI");
+        assert!(frames.is_incomplete());
+    }
+
+    #[test]
+    fn large_heads_are_counted_together() {
+        let all = Arc::new(IncompleteHeads::default());
+        let mut many: Vec<_> =
+            (0..2_000).map(|_| HeldHead { all: Arc::clone(&all), bytes: 0 }).collect();
+        // Small ones are always let in.
+        assert!(many.iter_mut().all(|held| held.set(SMALL_HEAD)));
+        let let_in = many.iter_mut().filter_map(|held| held.set(16 << 10).then_some(())).count();
+        assert_eq!(let_in, INCOMPLETE_HEADS_BYTES / (16 << 10));
+        many[0].set(0);
+        drop(many);
+        assert_eq!(all.bytes.load(Ordering::Relaxed), 0);
+    }
+}
