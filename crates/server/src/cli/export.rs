@@ -15,7 +15,7 @@ use crate::{
     config::{DatabaseArgs, MigrationArgs},
     event_format::Format,
     export::{Export, ExportError},
-    store::Store,
+    store::{self, Store},
     temporary::TemporaryFile,
 };
 
@@ -112,6 +112,7 @@ pub(super) async fn run(command: &ExportCommand) -> Result<(), String> {
         from: command.from,
         until: command.until,
     };
+    store::check_output(&target, &command.output).map_err(|error| error.to_string())?;
     let store = database::open_current(&target, &command.migrations).await?;
     if command.output.as_os_str() == "-" {
         let written = write(&export, &*store, io::stdout(), command.packing(), |_| {}).await;

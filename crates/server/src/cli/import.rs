@@ -115,6 +115,7 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
     let result = import.run(&*store, &clock, || neighbour.is_there(), watch).await;
     let took = progress.finish();
     let status = result.map_err(|error| error.to_string())?;
+    store.ping().await.map_err(|error| error.to_string())?;
     // A server that goes on would be kept waiting, and sees to it itself.
     if !neighbour.is_there()
         && let Err(error) = store.close().await

@@ -29,7 +29,7 @@ use self::{
 use crate::{
     clock::Clock,
     maintenance::database_time,
-    store::{Batch, Digest, EventWriter, ImportProgress, Store, StoreError, Written},
+    store::{Batch, Digest, EventWriter, ImportProgress, ImportStep, Store, StoreError, Written},
     threads::Threads,
 };
 
@@ -137,6 +137,12 @@ struct Step {
     is_cut_off: bool,
 }
 
+/// Where in its import a step stands; see [`ImportStep`].
+struct StepOf {
+    before: Option<(u64, Digest)>,
+    known: Arc<[Digest]>,
+}
+
 enum Message {
     Beginning(Beginning),
     Step(Step),
@@ -163,6 +169,7 @@ impl Import {
             check_clocks(now, database)?;
         }
         let mut imports = store.imports().await.map_err(|error| ImportError(error.to_string()))?;
+        let known: Arc<[Digest]> = imports.iter().map(|import| import.id).collect();
         if self.again {
             imports.retain(|import| !import.finished);
         }
@@ -172,12 +179,14 @@ impl Import {
         let mut status = Status::default();
         let mut rejected_file = None;
         let mut writer = store.event_writer();
-        let mut is_read = false;
+        let (mut before, mut is_read) = (None, false);
         while let Some(message) = messages.recv().await {
             status.bytes = taken.load(Ordering::Relaxed);
             match message.map_err(|error| status.after(error))? {
                 Message::Beginning(beginning) => {
                     status.passed = beginning.resumed.as_ref().map_or(0, |resumed| resumed.records);
+                    before =
+                        beginning.resumed.as_ref().map(|resumed| (resumed.records, resumed.digest));
                     status.resumed = beginning.resumed;
                     status.column_names = beginning.column_names;
                     let file = RejectedFile::open(import.rejected.clone(), status.passed)?;
@@ -190,7 +199,12 @@ impl Import {
                         file.add(&step.rejected)?;
                     }
                     let started = Instant::now();
-                    import.store(&mut *writer, step, clock, &mut status).await?;
+                    let after = (step.records, step.digest);
+                    let known = Arc::clone(&known);
+                    let at = StepOf { before, known };
+                    if import.store(&mut *writer, step, at, clock, &mut status).await? {
+                        before = Some(after);
+                    }
                     watch(&status);
                     if gives_way() {
                         // As long as it was kept from them: they find their turn within a few of ours.
@@ -213,21 +227,22 @@ impl Import {
         Ok(status)
     }
 
-    /// Stores one step.
+    /// Stores one step, `at` a place of the import; false when there is nothing to store.
     async fn store(
         &self,
         writer: &mut dyn EventWriter,
         step: Step,
+        at: StepOf,
         clock: &Clock,
         status: &mut Status,
-    ) -> Result<(), ImportError> {
+    ) -> Result<bool, ImportError> {
         let cut_off = u64::from(step.is_cut_off);
         status.records = step.records - status.passed + cut_off;
         status.is_cut_off = step.is_cut_off;
         status.rejected += step.rejected.len() as u64;
         let is_new = step.records > status.passed;
         if !is_new && status.resumed.as_ref().is_some_and(|resumed| resumed.finished) {
-            return Ok(());
+            return Ok(false);
         }
         let (before, after) = (status.resumed.as_ref(), step.records);
         let progress = ImportProgress {
@@ -240,12 +255,14 @@ impl Import {
             finished: step.is_last && !step.is_cut_off,
             at: clock.now(),
         };
+        let StepOf { before, known } = at;
+        let step_of = ImportStep { progress, before, known };
         let received = clock.now();
         let receipts = receipts(&step.events, received);
         let events: Vec<_> = step.events.into_iter().map(|event| event.event).collect();
         let count = events.len() as u64;
         let batch =
-            Arc::new(Batch { receipts, progress: Some(progress), ..Batch::new(received, events) });
+            Arc::new(Batch { receipts, import: Some(step_of), ..Batch::new(received, events) });
         let written = write(writer, &batch).await.map_err(|error| {
             ImportError(format!(
                 "cannot store the records up to {after}: {error}; those before them are stored, and the same command goes on after them"
@@ -255,7 +272,7 @@ impl Import {
         status.duplicates += duplicates;
         status.conflicting += written.conflicts(&batch).count() as u64;
         status.stored += count - duplicates;
-        Ok(())
+        Ok(true)
     }
 
     /// Reads and checks the input to its end.

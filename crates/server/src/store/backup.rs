@@ -39,11 +39,9 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
     if file.is_dir() {
         return Err(StoreError::Failed(format!("{} is a folder; name a file", file.display())));
     }
+    sqlite::files::check_is_not_ours(database, file)?;
     if file.exists() && !overwrite {
         return Err(sqlite::backup::exists(file));
-    }
-    if sqlite::backup::is_same_file(file, database) {
-        return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
     if !database.is_file() {
         let database = database.display();
@@ -91,6 +89,9 @@ pub async fn restore(
     }
     // A symbolic link goes on leading to where it did.
     let database = claim.database();
+    if let Ok(Some((lost, kept))) = sqlite::log_check::salvage(database) {
+        tracing::warn!(file = %kept.display(), "{lost}; the damaged file is kept");
+    }
     let copy = sqlite::backup::Copy::make(file, database)?;
     let pending = pending(copy.path(), migrations)
         .await

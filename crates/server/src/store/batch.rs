@@ -11,7 +11,7 @@ use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
 };
 
-use super::{ImportProgress, StoreError, StoredEvent};
+use super::{ImportStep, StoreError, StoredEvent};
 
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Batch {
     pub receipts: Vec<Timestamp>,
     /// How far the import comes to which the events belong, stored with them; a step of an import may
     /// also have no events.
-    pub progress: Option<ImportProgress>,
+    pub import: Option<ImportStep>,
     /// Of which events the devices must be in a group; most batches have none.
     pub claims: Vec<GroupClaim>,
 }
@@ -191,7 +191,7 @@ impl Batch {
             stamped: Instant::now(),
             events,
             receipts: Vec::new(),
-            progress: None,
+            import: None,
             claims: Vec::new(),
         }
     }

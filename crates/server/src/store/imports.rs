@@ -1,6 +1,8 @@
 //! How far imports have come. It is written in the transactions that store their events, so that an import
 //! that was interrupted can go on without storing any event twice.
 
+use std::sync::Arc;
+
 use pisync_core::Timestamp;
 
 /// A SHA-256.
@@ -25,4 +27,51 @@ pub struct ImportProgress {
     pub finished: bool,
     /// When this was noted.
     pub at: Timestamp,
+}
+
+/// How far an import comes with a batch, and what it knows of imports.
+#[derive(Debug, Clone)]
+pub struct ImportStep {
+    /// How far it comes.
+    pub progress: ImportProgress,
+    /// How far it had come before: records, and the digest over them. `None` before its first step.
+    pub before: Option<(u64, Digest)>,
+    /// The ids of all imports that there were when it began.
+    pub known: Arc<[Digest]>,
+}
+
+/// What is stored of an import that begins like another, or is the same.
+pub(super) struct StoredImport {
+    pub(super) id: Digest,
+    pub(super) records: u64,
+    pub(super) digest: Digest,
+}
+
+/// Another import stores the same records at the same time.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "another import of the same records runs beside this one, or has run since this one began; when none is running, the same command goes on after what is stored"
+)]
+pub(super) struct SameImport;
+
+impl ImportStep {
+    /// Checks that nobody else is importing the same records. `stored` are the imports with the same head, and this one;
+    /// they must stay as they are until the transaction ends. `has_events` says whether the step stores any.
+    pub(super) fn check(
+        &self,
+        stored: impl IntoIterator<Item = StoredImport>,
+        has_events: bool,
+    ) -> Result<(), SameImport> {
+        let mut before = None;
+        for StoredImport { id, records, digest } in stored {
+            if id == self.progress.id {
+                before = Some((records, digest));
+            } else if !self.known.contains(&id) {
+                return Err(SameImport);
+            }
+        }
+        // Noting the same again does no harm.
+        let is_noted = before == Some((self.progress.records, self.progress.digest));
+        if before == self.before || is_noted && !has_events { Ok(()) } else { Err(SameImport) }
+    }
 }

@@ -32,7 +32,7 @@ pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, News, Oth
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use deletion::{DeletionStep, DeviceDeletions};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
-pub use imports::{Digest, ImportProgress};
+pub use imports::{Digest, ImportProgress, ImportStep};
 pub use journal::{
     JournalFileReport, JournalReport, JournalSalvage, JournalStretch, inspect_journal,
     salvage_journal,
@@ -499,6 +499,17 @@ pub fn is_claimed(target: &Target) -> bool {
     match target {
         Target::Sqlite(path) => sqlite::files::is_claimed(path),
         Target::Postgres(_) => false,
+    }
+}
+
+/// Checks that `path` may be written to: it is no file of the database itself.
+///
+/// # Errors
+/// When it is one.
+pub fn check_output(target: &Target, path: &std::path::Path) -> Result<(), StoreError> {
+    match target {
+        Target::Sqlite(database) => sqlite::files::check_is_not_ours(database, path),
+        Target::Postgres(_) => Ok(()),
     }
 }
 

@@ -125,12 +125,34 @@ async fn nothing_is_replaced_unless_asked() {
     assert!(restored.success().ends_with("/data/pisync.db.replaced\n"), "{restored:?}");
     assert_eq!(devices(&program).await, 2);
     // And what was there before is whole.
+    let restored = program.run(&["restore", "data/pisync.db.replaced", "--force"]);
+    assert!(restored.success().ends_with("/data/pisync.db.replaced-2\n"), "{restored:?}");
+    assert_eq!(devices(&program).await, 3);
+    // A second restore leaves alone what the first has replaced.
     program.run(&["restore", "data/pisync.db.replaced", "--force"]).success();
     assert_eq!(devices(&program).await, 3);
 
     program.run(&["backup", "two.db", "--force"]).success();
     program.run(&["restore", "two.db", "--force"]).success();
     assert_eq!(devices(&program).await, 3);
+}
+
+/// What is written to a file that somebody names never takes the place of the database, or of what belongs to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_output_takes_the_place_of_the_database() {
+    let program = program();
+    report(&program, 0..2).await;
+    std::os::unix::fs::symlink("data/pisync.db", program.path("link.db")).unwrap();
+    let endings = ["", "-wal", "-shm", "-journal", ".ingest-1", ".ingest-2", ".refused.ndjson"];
+    let files = endings.map(|ending| format!("{DATABASE}{ending}"));
+    let names = files.iter().map(String::as_str).chain(["link.db"]);
+    for name in names {
+        for command in [&["export", "--output", name][..], &["backup", "--force", name]] {
+            let refused = program.run(command);
+            assert!(refused.failure().contains("the database itself"), "{command:?}: {refused:?}");
+        }
+    }
+    assert_eq!(devices(&program).await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -221,7 +243,7 @@ async fn what_is_no_backup_is_refused() {
         assert!(refused.failure().starts_with(problem), "{file}: {refused:?}");
     }
     let refused = program.run(&["backup", DATABASE, "--force"]);
-    assert_eq!(refused.failure(), "data/pisync.db is the database itself");
+    assert!(refused.failure().starts_with("data/pisync.db is the database itself"), "{refused:?}");
     let nothing = Program::new().run(&["backup", "backup.db"]);
     assert_eq!(nothing.failure(), "there is no database file data/pisync.db");
 }

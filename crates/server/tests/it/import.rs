@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::support::{
     events::at,
-    http::event,
-    program::{Ended, Installed, Program, url},
+    http::{event, with},
+    program::{Ended, Installed, Program, Running, url},
     small_disk::SmallDisk,
     store::TestDatabase,
 };
@@ -22,6 +22,7 @@ both_stores!(
     what_comes_before_damage_is_imported,
     a_damaged_input_that_begins_like_another,
     what_was_imported_is_known_again,
+    the_same_records_at_the_same_time,
     a_file_that_has_grown_is_imported_from_there,
     inputs_that_begin_alike_are_told_apart,
     killed_again_and_again,
@@ -392,6 +393,39 @@ async fn what_was_imported_is_known_again(installed: &Installed) {
     let warning = "pisync: 3 of those that were there already differ from what is stored under their event_id;";
     assert!(others.stderr.starts_with(warning), "{others:?}");
     assert_eq!(total(&database.target).await, 4_500);
+}
+
+/// Two copies of an input, or an import that is gone on with twice.
+async fn the_same_records_at_the_same_time(installed: &Installed) {
+    const RECORDS: usize = 10_000;
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    let mut refused = 0;
+    for round in 1..=3 {
+        let line = |number: usize| {
+            let fields = json!({"total_files_synced": number, "timestamp": at(-round)});
+            with(event("twice"), &fields).to_string() + "\n"
+        };
+        let records: String = (0..RECORDS).map(line).collect();
+        let names = ["one", "other"].map(|name| format!("{name}-{round}.ndjson"));
+        for name in &names {
+            std::fs::write(program.path(name), &records).unwrap();
+        }
+        let running = names.each_ref().map(|name| program.start(&["import", name]));
+        for ended in running.map(Running::wait) {
+            if ended.code() != 0 {
+                refused += 1;
+                let said = "another import of the same records";
+                assert!(ended.stderr.contains(said), "{ended:?}");
+            }
+        }
+        // Whoever comes after them goes on after what is stored.
+        for name in &names {
+            assert_eq!(program.run(&["import", name]).code(), 0);
+        }
+        assert_eq!(total(&database.target).await, round * RECORDS as i64);
+    }
+    assert!(refused > 0, "they never met");
 }
 
 async fn a_file_that_has_grown_is_imported_from_there(installed: &Installed) {

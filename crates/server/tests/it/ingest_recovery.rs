@@ -254,6 +254,48 @@ async fn a_journal_that_is_gone_after_a_kill_is_missed() {
     }
 }
 
+/// Also when its log is not there: some of what was acknowledged may be in that alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_databases_file_alone_is_no_copy_of_a_killed_servers_database() {
+    let program = program();
+    killed_with_a_journal(&program, 5).await;
+    fs::create_dir(program.path("alone")).unwrap();
+    fs::copy(program.path(DATABASE), program.path("alone/pisync.db")).unwrap();
+    for command in [&["serve"][..], &["verify"], &["backup", "copy.db"]] {
+        let said = program.run(&[command, &["--data-dir", "alone"]].concat());
+        assert!(said.failure().contains("pisync.db.ingest-1 is gone"), "{said:?}");
+    }
+}
+
+/// Another program stores an event under an event_id that an acknowledged event has, which is not in the tables yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_acknowledged_event_whose_event_id_another_program_takes_is_kept() {
+    let program = program();
+    let (serving, other) = serve_beside_a_writer(&program).await;
+    let failed = with(named("before", "taken"), &json!({"total_errors": 7}));
+    serving.client.store(&failed).await;
+    serving.client.store(&named("before", "mine")).await;
+    other
+        .execute_batch(
+            "insert into sync_events (device, timestamp, total_files_synced, total_errors, created_at)
+             select id, 1, 2, 0, unixepoch() * 1000 from devices where device_id = 'before';
+             insert into event_keys (device, event_id, id, created_at)
+             select device, 'taken', id, created_at from sync_events where rowid = last_insert_rowid();
+             commit",
+        )
+        .unwrap();
+    let (_, names) = stored(&serving.client, "before").await;
+    assert_eq!(names.len(), 3, "{names:?}");
+    serving.stop();
+    let kept = fs::read_to_string(program.path("data/pisync.db.refused.ndjson")).unwrap();
+    let kept: Vec<Value> = kept.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert_eq!((&kept[0]["event_id"], &kept[0]["total_errors"]), (&json!("taken"), &json!(7)));
+    let log = program.log("error.log");
+    let said = log[0]["error"].as_str().unwrap();
+    assert!(said.contains("under the same event_id"), "{log:?}");
+}
+
 /// A file that is there and empty, or another database's, is as bad as none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_journal_that_was_emptied_after_a_kill_is_missed() {

@@ -38,6 +38,7 @@ mod ingest_journal;
 mod ingest_recovery;
 mod keys;
 mod kill_soak;
+mod log_damage;
 mod migrations;
 mod node_wire;
 mod pages_elsewhere;

@@ -135,6 +135,8 @@ pub(super) enum WriteError {
     Conflict(&'static str),
     /// Devices are not in the groups that they must be in.
     OtherGroup(OtherGroup),
+    /// We don't want it to be stored. Nothing was committed.
+    Refused(String),
     /// The commit was carried out, and may not be replicated.
     Unreplicated,
     /// A mistake of ours, or a database that answers what it was not asked. While a commit is in flight the batch
@@ -147,7 +149,7 @@ impl WriteError {
     pub(super) fn leaves_doubt(&self) -> bool {
         match self {
             Self::Sql(error) => is_connection_lost(error),
-            Self::Conflict(_) | Self::OtherGroup(_) => false,
+            Self::Conflict(_) | Self::OtherGroup(_) | Self::Refused(_) => false,
             Self::Unreplicated | Self::Impossible(_) => true,
         }
     }
@@ -173,7 +175,7 @@ impl fmt::Display for WriteError {
             Self::OtherGroup(error) => error.fmt(formatter),
             Self::Unreplicated => formatter
                 .write_str("somebody ended the wait of a commit for its synchronous standby"),
-            Self::Impossible(what) => formatter.write_str(what),
+            Self::Refused(what) | Self::Impossible(what) => formatter.write_str(what),
         }
     }
 }
@@ -185,7 +187,7 @@ impl From<WriteError> for StoreError {
             WriteError::Conflict(what) => Self::Transient(what.to_owned()),
             WriteError::OtherGroup(error) => error.into(),
             unreplicated @ WriteError::Unreplicated => Self::Unavailable(unreplicated.to_string()),
-            WriteError::Impossible(what) => Self::Failed(what),
+            WriteError::Refused(what) | WriteError::Impossible(what) => Self::Failed(what),
         }
     }
 }

@@ -9,13 +9,16 @@ use tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
 use super::connect::{Connection, NoSession};
 
 /// Settings of every session. Compiling queries to machine code costs more than ours take; a
-/// statement that takes half a minute has gone wrong; a transaction left open would hold its locks.
-const SETTINGS: [(&str, &str); 5] = [
+/// statement that takes half a minute has gone wrong; a transaction left open would hold its locks; without its warnings
+/// PostgreSQL would not say that a commit is not replicated; and statements are written for this isolation.
+const SETTINGS: [(&str, &str); 7] = [
     ("jit", "off"),
     ("timezone", "UTC"),
     ("client_encoding", "UTF8"),
     ("statement_timeout", "30s"),
     ("idle_in_transaction_session_timeout", "60s"),
+    ("client_min_messages", "warning"),
+    ("default_transaction_isolation", "read committed"),
 ];
 
 /// A setting that PostgreSQL knows nothing of. Each session is begun with a value of its own: one that has it
@@ -37,7 +40,9 @@ pub(super) const OPTIONS_LOST: &str = "a connection pooler answers that keeps `o
 
 /// The startup option `options` of a session, with the user's own behind ours.
 pub(super) fn options(mark: &str, own: Option<&str>) -> String {
-    let ours = SETTINGS.map(|(name, value)| format!("-c {name}={value} ")).concat();
+    // A space within a value is written so.
+    let ours =
+        SETTINGS.map(|(name, value)| format!("-c {name}={} ", value.replace(' ', "\\ "))).concat();
     format!("{ours}-c {MARK}={mark} {}", own.unwrap_or_default())
 }
 

@@ -194,8 +194,8 @@ impl Work<'_> {
         if self.may_be_passed {
             events.fold_passed(client, statements, self.batch.received.to_jiff()).await?;
         }
-        if let Some(progress) = &self.batch.progress {
-            imports::advance(client, progress).await?;
+        if let Some(step) = &self.batch.import {
+            imports::advance(client, step, !events.is_empty()).await?;
         }
         if events.is_empty() {
             // The transaction may have changed nothing, and would not wait for what it has found either.

@@ -223,7 +223,7 @@ impl PostgresEventWriter {
 
     /// Whether the batch can be one statement.
     fn is_plain(&self, batch: &Batch) -> bool {
-        batch.progress.is_none() && batch.claims.is_empty() && !self.may_be_passed(batch)
+        batch.import.is_none() && batch.claims.is_empty() && !self.may_be_passed(batch)
     }
 
     /// Whether to look first which events of the batch were reported before.
@@ -401,7 +401,10 @@ impl PostgresEventWriter {
         let retries = match &error {
             WriteError::Sql(error) => self.classify(error),
             WriteError::Conflict(_) => RETRIES,
-            WriteError::OtherGroup(_) | WriteError::Unreplicated | WriteError::Impossible(_) => 0,
+            WriteError::OtherGroup(_)
+            | WriteError::Refused(_)
+            | WriteError::Unreplicated
+            | WriteError::Impossible(_) => 0,
         };
         if attempt < retries { Ok(()) } else { Err(error.into()) }
     }

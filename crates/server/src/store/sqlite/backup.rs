@@ -12,7 +12,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use super::{
     connection::open_existing,
     files::{
-        Identity, LOG_INDEX, REPLACED, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something,
+        Identity, LOG_INDEX, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something,
+        replaced_names,
     },
     journal,
 };
@@ -92,7 +93,7 @@ impl Copy {
     pub(crate) fn replace(self, database: &Path) -> Result<Option<PathBuf>, StoreError> {
         let kept = if holds_something(database) {
             empty_log(database)?;
-            keep_aside(database)
+            keep_replaced(database)
         } else {
             None
         };
@@ -225,11 +226,17 @@ fn empty_log(database: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Gives the file a second name, under which it stays; `None` on a file system that cannot.
-fn keep_aside(database: &Path) -> Option<PathBuf> {
-    let aside = beside(database, REPLACED);
-    let _ = fs::remove_file(&aside);
-    fs::hard_link(database, &aside).ok().map(|()| aside)
+/// Gives the file a second name, under which it stays beside those that were replaced before; `None` on a file system
+/// that cannot.
+fn keep_replaced(database: &Path) -> Option<PathBuf> {
+    for name in replaced_names(database) {
+        match fs::hard_link(database, &name) {
+            Ok(()) => return Some(name),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(_) => return None,
+        }
+    }
+    None
 }
 
 /// A file beside `destination`.

@@ -18,6 +18,7 @@ use std::{
 
 use rusqlite::ErrorCode;
 
+use super::log_check;
 use crate::{
     permissions::{self, PRIVATE, folder_of, with_ending},
     store::StoreError,
@@ -64,6 +65,16 @@ pub(super) fn beside(database: &Path, ending: &str) -> PathBuf {
 /// # Errors
 /// When it cannot be opened without damage.
 pub(super) fn find(path: &Path) -> Result<PathBuf, StoreError> {
+    let database = find_unchecked(path)?;
+    let is_held = Handle::open(&database, false).is_ok_and(|(handle, _)| handle.is_held(false));
+    if !is_held {
+        log_check::check(&database)?;
+    }
+    Ok(database)
+}
+
+/// The same for whoever looks for damage in its log.
+pub(super) fn find_unchecked(path: &Path) -> Result<PathBuf, StoreError> {
     let database = resolve(path)?;
     check_common_log(&database)?;
     Ok(database)
@@ -124,9 +135,49 @@ fn check_names(database: &Path, there: &Metadata) -> Result<(), StoreError> {
 /// Whether a restore is at work, or was killed, between giving the database its second name and taking its
 /// first.
 fn is_half_replaced(database: &Path, there: &Metadata) -> bool {
-    there.nlink() == 2
-        && fs::symlink_metadata(beside(database, REPLACED))
-            .is_ok_and(|other| Identity::of(&other) == Identity::of(there))
+    half_replaced(database, there).is_some()
+}
+
+/// The second name that such a restore has given the database.
+fn half_replaced(database: &Path, there: &Metadata) -> Option<PathBuf> {
+    let is_it = |other: &PathBuf| Identity::at(other).is_ok_and(|at| at == Identity::of(there));
+    if there.nlink() != 2 {
+        return None;
+    }
+    replaced_names(database).take_while(|name| name.exists()).find(is_it)
+}
+
+/// What databases are called that restores have replaced, the oldest first: an ending, and from the second on a number.
+pub(super) fn replaced_names(database: &Path) -> impl Iterator<Item = PathBuf> {
+    let first = beside(database, REPLACED);
+    let later = (2..).map({
+        let first = first.clone();
+        move |number: u32| with_ending(&first, &format!("-{number}"))
+    });
+    std::iter::once(first).chain(later)
+}
+
+/// Checks that what is written to `path` would not take the place of the database at `database`, or of a file that
+/// belongs to it.
+///
+/// # Errors
+/// When it would.
+pub(in crate::store) fn check_is_not_ours(database: &Path, path: &Path) -> Result<(), StoreError> {
+    let (Ok(database), Ok(resolved)) = (resolve(database), resolve(path)) else { return Ok(()) };
+    let endings =
+        ["", WRITE_AHEAD_LOG, LOG_INDEX, ROLLBACK_JOURNAL, REFUSED_EVENTS, DOUBTFUL_EVENTS];
+    let is_ours = |ending: &&str| {
+        let file = beside(&database, ending);
+        let is_same = Identity::at(path).ok().zip(Identity::at(&file).ok());
+        file == resolved || is_same.is_some_and(|(one, other)| one == other)
+    };
+    if endings.iter().chain(&super::journal::ENDINGS).any(is_ours) {
+        return Err(StoreError::Failed(format!(
+            "{} is the database itself, or a file that belongs to it; name another file",
+            path.display()
+        )));
+    }
+    Ok(())
 }
 
 /// What tells one file from all others, whatever it is called.
@@ -353,9 +404,8 @@ impl Claim {
 
     /// Takes away what an interrupted restore has left, and what others may do with the files.
     fn tidy(&self) -> Result<(), StoreError> {
-        if fs::metadata(&self.database).is_ok_and(|there| is_half_replaced(&self.database, &there))
-        {
-            let other = beside(&self.database, REPLACED);
+        let there = fs::metadata(&self.database).ok();
+        if let Some(other) = there.and_then(|there| half_replaced(&self.database, &there)) {
             fs::remove_file(&other).map_err(|error| {
                 StoreError::Failed(format!("cannot remove {}: {error}", other.display()))
             })?;

@@ -3,18 +3,31 @@
 use rusqlite::{Connection, Row, Transaction, params};
 
 use super::reads::time;
-use crate::store::ImportProgress;
+use crate::store::{ImportProgress, ImportStep, imports::StoredImport};
 
-/// Notes how far an import comes with the transaction.
+/// Notes how far an import comes with the transaction, unless another one imports the same. `has_events` says whether
+/// it stores any.
 pub(super) fn advance(
     transaction: &Transaction<'_>,
-    progress: &ImportProgress,
+    step: &ImportStep,
+    has_events: bool,
 ) -> rusqlite::Result<()> {
+    const SAME: &str = "select id, records, digest from imports where head = ?1 or id = ?2";
     const ADVANCE: &str = "
         insert or replace into imports (
             id, name, head, records, digest, rejected, finished, updated_at
         ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
     ";
+    let progress = &step.progress;
+    let stored = transaction
+        .prepare_cached(SAME)?
+        .query_map(params![progress.head, progress.id], |row| {
+            let records = row.get::<_, i64>(1)?.cast_unsigned();
+            Ok(StoredImport { id: row.get(0)?, records, digest: row.get(2)? })
+        })?
+        .collect::<Result<Vec<_>, _>>()?;
+    step.check(stored, has_events)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
     transaction.prepare_cached(ADVANCE)?.execute(params![
         progress.id,
         progress.name,

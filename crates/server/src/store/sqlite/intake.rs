@@ -206,7 +206,13 @@ impl Intake {
             writer.call(|connection| connection.ingest_state()).await?;
         let (mut journal, records) = Journal::open(database, found)?;
         journal.create_files().map_err(|error| unusable(database, &error))?;
-        writer.call(|connection| connection.set_journal_in_use(true)).await?;
+        writer
+            .call(|connection| {
+                connection.set_journal_in_use(true)?;
+                // Whoever copies or mounts the database's file alone must find it there, too.
+                connection.checkpoint()
+            })
+            .await?;
         let keys = open_for_requests(database).map_err(store_error)?;
         keys.pragma_update(None, "query_only", true).map_err(store_error)?;
 
@@ -490,7 +496,7 @@ fn store_lump(
 
 /// Keeps an event that was acknowledged and that the tables refuse, in a file from which it can be imported
 /// once the reason is gone.
-fn keep_aside(database: &Path, batch: &Batch, position: usize, refused: &rusqlite::Error) {
+fn keep_aside(database: &Path, batch: &Batch, position: usize, refused: &dyn std::fmt::Display) {
     let path = beside(database, REFUSED_EVENTS);
     let line = import_line(batch, position);
     let file = path.display();
@@ -583,6 +589,15 @@ fn store_together(
     }
     let through = if lump.len() == 1 { last.through(events.end) } else { last.through(usize::MAX) };
     let written = connection.store(&batch, Some(&Journaled { ids, through }))?;
+    // Its event_id was free when it was acknowledged.
+    for duplicate in &written.duplicates {
+        let event = &batch.events[duplicate.position];
+        if duplicate.first.as_ref().is_some_and(|first| !first.differences(event).is_empty()) {
+            const TAKEN: &str =
+                "another program has stored another event of this device under the same event_id";
+            keep_aside(connection.path(), &batch, duplicate.position, &TAKEN);
+        }
+    }
     Ok(News { new_devices: written.new_devices, streaks: written.streaks })
 }
 

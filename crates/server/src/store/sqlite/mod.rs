@@ -13,6 +13,7 @@ mod imports;
 mod intake;
 mod journal;
 mod keys;
+pub(super) mod log_check;
 mod migrations;
 mod misdated;
 mod reads;
@@ -125,6 +126,13 @@ impl SqliteStore {
 impl Store for SqliteStore {
     async fn ping(&self) -> Result<(), StoreError> {
         self.writer.presence().check()?;
+        // Commands have no thread that watches the files.
+        if Identity::at(&self.path).ok() != Some(self.identity) {
+            return Err(StoreError::Unavailable(format!(
+                "{} is not the file any more that was opened: it was moved, removed or replaced, and what was written since may be gone with it",
+                self.path.display()
+            )));
+        }
         Arc::clone(&self.readers).ping().await
     }
 
@@ -452,6 +460,9 @@ pub(super) fn inspect_journal(database: &Path) -> Result<JournalReport, StoreErr
 
 /// See [`journal::salvage`]. No server may be running.
 pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreError> {
+    let log = log_check::salvage(&files::find_unchecked(database)?).map_err(|error| {
+        StoreError::Failed(format!("cannot salvage the log of {}: {error}", database.display()))
+    })?;
     let (database, state) = existing_journal(database)?;
     let database = &database;
     let mut salvaged =
@@ -464,6 +475,12 @@ pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreEr
         // What is left is in one file.
         let writer = WriteConnection::open(database)?;
         writer.set_journal_in_use(false).map_err(store_error)?;
+    }
+    if let Some((lost, kept)) = log {
+        let journal = salvaged.result.damage.take();
+        salvaged.result.damage =
+            Some([Some(lost), journal].into_iter().flatten().collect::<Vec<_>>().join("; "));
+        salvaged.result.kept.push(kept);
     }
     Ok(salvaged.result)
 }

@@ -409,8 +409,8 @@ impl WriteConnection {
         }
 
         drop(jobs);
-        if let Some(progress) = &batch.progress {
-            imports::advance(&transaction, progress)?;
+        if let Some(step) = &batch.import {
+            imports::advance(&transaction, step, !batch.events.is_empty())?;
         }
         transaction.commit()?;
         self.devices

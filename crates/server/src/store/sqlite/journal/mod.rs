@@ -245,7 +245,7 @@ fn set_aside(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// Gives a file a second name, in the place of no other.
-fn second_name(path: &Path) -> io::Result<PathBuf> {
+pub(super) fn second_name(path: &Path) -> io::Result<PathBuf> {
     for number in 1.. {
         let mut aside = path.as_os_str().to_owned();
         aside.push(format!(".aside-{number}"));
@@ -284,7 +284,7 @@ fn create(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-fn sync_folder(path: &Path) -> io::Result<()> {
+pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(folder_of(path))?.sync_all()
 }
 
