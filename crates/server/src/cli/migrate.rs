@@ -18,7 +18,7 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "\
 On a database made by the Node PiSync, `up` takes it over; try that first with
-`up --dry-run`. See \"Coming from the Node PiSync\" in the README.
+`up --dry-run`. See docs/coming-from-node.md.
 
 Files are named YYYY-MM-DD-NN-name.up.sql and .down.sql. Each runs in a
 transaction; what was applied stands in the table pisync_migrations.")]

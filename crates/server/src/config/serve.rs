@@ -27,7 +27,7 @@ pub struct ServeArgs {
     /// TCP port
     #[arg(long, env = "PORT", default_value_t = 3000)]
     port: u16,
-    /// Address to listen on; 0.0.0.0 or :: for every interface
+    /// Address or host name to listen on; 0.0.0.0 or :: for every interface
     #[arg(long, env = "HOST", default_value = "127.0.0.1")]
     host: String,
     /// What the server is used for: decides how the console log looks [default: development]

@@ -205,7 +205,7 @@ pub(super) trait MigrationDatabase: Send {
 pub enum MigrationError {
     /// See [`NODE_MIGRATION`].
     #[error(
-        "this database was made by the Node PiSync and is left untouched: take it over with `pisync migrate up`, after a backup and a rehearsal with `pisync migrate up --dry-run` (see \"Coming from the Node PiSync\" in the README)"
+        "this database was made by the Node PiSync and is left untouched: take it over with `pisync migrate up`, after a backup and a rehearsal with `pisync migrate up --dry-run` (see docs/coming-from-node.md)"
     )]
     NodeService,
     /// Not a database of ours.

@@ -117,7 +117,7 @@ async fn events_survive_a_kill_while_an_import_runs_beside() {
     program.run(&["verify"]).success();
 }
 
-/// README allows it: a row without an id, or with one that its program has thought of.
+/// docs/postgresql.md allows it: a row without an id, or with one that its program has thought of.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_of_other_programs_take_no_events_place() {
     let program = program();

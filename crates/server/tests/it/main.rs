@@ -25,6 +25,8 @@ mod crash;
 mod culprits;
 mod database_files;
 mod devices;
+mod documentation;
+mod documented_commands;
 mod export;
 mod express;
 mod faults;

@@ -1,5 +1,6 @@
 //! What tests stand on: databases to work in, events to store, and the naive truth to compare with.
 
+pub(crate) mod documents;
 pub(crate) mod events;
 pub(crate) mod http;
 pub(crate) mod log;
