@@ -77,7 +77,7 @@ fn visit(command: &Command, each: &mut impl FnMut(&Arg)) {
 #[must_use]
 pub fn settings_table() -> String {
     let definition = super::definition();
-    let all: Vec<_> = commands(&definition).map(|command| command.get_name()).collect();
+    let all: Vec<_> = commands(&definition).map(Command::get_name).collect();
     let mut table = "| variable | flag | default | what it does | read by |\n".to_owned();
     table += "| --- | --- | --- | --- | --- |\n";
     for Setting { variable, flag, default, help, commands } in settings() {
