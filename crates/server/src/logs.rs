@@ -287,7 +287,7 @@ fn open(dir: &Path, name: &str) -> Result<FileRotate<AppendTimestamp>, String> {
         .and_then(|_| permissions::restrict(&path, permissions::LOG))
         .map_err(|error| {
             format!(
-                "cannot write {}: {error}; set LOG_DIR to a folder that the server may write, or to nothing to log to the console alone",
+                "cannot write {}: {error}; set LOG_DIR to a folder that the server may write, or to none to log to the console alone",
                 path.display()
             )
         })?;

@@ -257,10 +257,10 @@ async fn a_store_that_does_not_answer_for_each_event_has_stored_none() {
     failed(sent_off).await;
     running.store.told().takes = false;
     failed(running.submit(2).await).await;
-    let mut room = running.ingest.room();
+    let mut permit = running.ingest.permit();
     let events: Vec<_> = (3..6).map(|second| success("pi", at(second))).collect();
-    events.iter().for_each(|event| room.take(event).unwrap());
-    let many = running.ingest.submit_many(events, None, room).await;
+    events.iter().for_each(|event| permit.reserve(event).unwrap());
+    let many = running.ingest.submit_many(events, None, permit).await;
     assert!(matches!(many, Err(IngestError::Failed(_))), "{many:?}");
 
     running.store.told().answers_for_none = false;

@@ -29,7 +29,7 @@ use crate::{
             extract::Arriving,
         },
     },
-    ingest::{Ingest, Receipt, Room},
+    ingest::{Ingest, Permit, Receipt},
     middleware::{auth, observe::RejectedEvents},
     store::Scope,
 };
@@ -152,13 +152,13 @@ async fn create_sync_events(
             state.ingest.count_refused(&crate::ingest::IngestError::Overloaded, reading.valid());
         }
     })?;
-    let Reading { events, room, rejected, .. } = reading;
+    let Reading { events, permit, rejected, .. } = reading;
     // The body may have taken minutes.
     let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
     // One event that the key may not report is a mistake about all of them.
     let group = auth::check_report(key.as_deref(), events.iter().map(|event| &event.device_id))?;
     let taken = events.len();
-    let receipts = state.ingest.submit_many(events, group, room).await?;
+    let receipts = state.ingest.submit_many(events, group, permit).await?;
     let noted = note_rejected(&state, taken, &rejected);
     let result = Success::new("Sync events processed", BatchResult::new(receipts, rejected));
     let mut response = result.with_status(StatusCode::OK);
@@ -247,13 +247,13 @@ struct Reading {
     events: Vec<SyncEvent>,
     /// With their positions among all events.
     rejected: Vec<(usize, Vec<Violation>)>,
-    room: Room,
+    permit: Permit,
 }
 
 impl Reading {
     fn new(ingest: &Ingest, arrival: Arrival, format: Format) -> Self {
-        let room = ingest.room();
-        Self { arrival, format, events: Vec::new(), rejected: Vec::new(), room }
+        let permit = ingest.permit();
+        Self { arrival, format, events: Vec::new(), rejected: Vec::new(), permit }
     }
 
     fn valid(&self) -> usize {
@@ -265,17 +265,17 @@ impl Reading {
         let mut splitter = EventSplitter::new(self.format);
         let mut length = 0;
         // Of the beginnings of events, whose end has not arrived.
-        let mut held = self.room.another();
+        let mut held = self.permit.new_sibling();
         let mut counted = 0;
         while let Some(piece) = body.next().await? {
             if body.has_ended() {
                 held.has_arrived();
-                self.room.has_arrived();
+                self.permit.has_arrived();
             }
             self.push(&mut splitter, &mut length, &piece)?;
             let pending = splitter.pending_bytes();
             if pending > counted {
-                held.take_bytes(pending - counted)?;
+                held.reserve_bytes(pending - counted)?;
                 counted = pending;
             }
         }
@@ -289,10 +289,10 @@ impl Reading {
         compression: Compression,
         body: Arriving,
     ) -> Result<(), ApiError> {
-        let mut held = self.room.another();
+        let mut held = self.permit.new_sibling();
         let body = body.collect(Compression::compressed_limit(BODY_LIMIT), &mut held).await?;
         held.has_arrived();
-        self.room.has_arrived();
+        self.permit.has_arrived();
         let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
         self.decompress(compression, body, &mut held).await
     }
@@ -301,7 +301,7 @@ impl Reading {
         &mut self,
         compression: Compression,
         body: Bytes,
-        held: &mut Room,
+        held: &mut Permit,
     ) -> Result<(), ApiError> {
         let mut decompressor = Decompressor::new(compression, body, held)?;
         let mut splitter = EventSplitter::new(self.format);
@@ -345,7 +345,7 @@ impl Reading {
             }
             Piece::Event(text) => match SyncEvent::from_json(text, self.arrival) {
                 Ok(event) => {
-                    self.room.take(&event)?;
+                    self.permit.reserve(&event)?;
                     self.events.push(event);
                     return Ok(());
                 }
@@ -360,7 +360,7 @@ impl Reading {
                 }
             },
         };
-        self.room.take_bytes(violations.len() * VIOLATION_BYTES)?;
+        self.permit.reserve_bytes(violations.len() * VIOLATION_BYTES)?;
         self.rejected.push((index, violations));
         Ok(())
     }

@@ -17,7 +17,7 @@ use zstd::{
     zstd_safe::DParameter,
 };
 
-use crate::{api::wire::error::ApiError, ingest::Room};
+use crate::{api::wire::error::ApiError, ingest::Permit};
 
 /// The largest window of a zstd frame, 2 to the power of this: the 8 MiB that RFC 9659 allows in HTTP. Less would
 /// shut out honest clients, for a stream compressed at the default level asks for 2 MiB however short it is.
@@ -74,14 +74,14 @@ pub(crate) fn decompress(
     compression: Compression,
     body: Bytes,
     limit: usize,
-    room: &mut Room,
+    permit: &mut Permit,
 ) -> Result<Bytes, ApiError> {
-    let mut decompressor = Decompressor::new(compression, body, room)?;
-    room.take_bytes(limit + 1)?;
+    let mut decompressor = Decompressor::new(compression, body, permit)?;
+    permit.reserve_bytes(limit + 1)?;
     let mut content = vec![0; limit + 1];
     let mut length = 0;
     loop {
-        match decompressor.read(&mut content[length..], room)? {
+        match decompressor.read(&mut content[length..], permit)? {
             0 => break,
             count => length += count,
         }
@@ -117,13 +117,13 @@ enum Decoder {
 }
 
 impl Decompressor {
-    /// At the beginning of `body`. What the decoder needs is reserved of `room` before it is allocated.
+    /// At the beginning of `body`. What the decoder needs is reserved of `permit` before it is allocated.
     pub(crate) fn new(
         compression: Compression,
         body: Bytes,
-        room: &mut Room,
+        permit: &mut Permit,
     ) -> Result<Self, ApiError> {
-        room.take_bytes(DECODER_BYTES)?;
+        permit.reserve_bytes(DECODER_BYTES)?;
         let input = Input { rest: body, allowance: ALLOWANCE };
         Ok(Self(match compression {
             Compression::Gzip => {
@@ -144,7 +144,11 @@ impl Decompressor {
     }
 
     /// Fills the beginning of `output`, and tells how much of it; nothing at the end.
-    pub(crate) fn read(&mut self, output: &mut [u8], room: &mut Room) -> Result<usize, ApiError> {
+    pub(crate) fn read(
+        &mut self,
+        output: &mut [u8],
+        permit: &mut Permit,
+    ) -> Result<usize, ApiError> {
         match &mut self.0 {
             Decoder::Deflate { input, inflater, is_over } => {
                 read_deflate(input, inflater, is_over, output)
@@ -158,7 +162,7 @@ impl Decompressor {
                     count(frames)?;
                     let needed = zstd_window(&input.rest)?;
                     if needed > *window {
-                        room.take_bytes(needed - *window)?;
+                        permit.reserve_bytes(needed - *window)?;
                         *window = needed;
                     }
                     decoder.reinit().map_err(|error| unreadable(&error))?;
@@ -334,7 +338,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-    use crate::ingest::Room;
+    use crate::ingest::Permit;
 
     fn zstd(content: &[u8]) -> Vec<u8> {
         zstd::encode_all(content, 3).unwrap()
@@ -373,19 +377,19 @@ mod tests {
     const SKIPPED: [u8; 8] = [0x50, 0x2A, 0x4D, 0x18, 0, 0, 0, 0];
 
     fn decompress(compression: Compression, body: Vec<u8>) -> (Result<Vec<u8>, String>, usize) {
-        let mut room = Room::alone();
+        let mut permit = Permit::alone();
         let read = || -> Result<Vec<u8>, ApiError> {
-            let mut decompressor = Decompressor::new(compression, body.into(), &mut room)?;
+            let mut decompressor = Decompressor::new(compression, body.into(), &mut permit)?;
             let (mut content, mut chunk) = (Vec::new(), vec![0; 4_000]);
             loop {
-                match decompressor.read(&mut chunk, &mut room)? {
+                match decompressor.read(&mut chunk, &mut permit)? {
                     0 => return Ok(content),
                     count => content.extend_from_slice(&chunk[..count]),
                 }
             }
         };
         let read = { read }();
-        (read.map_err(|error| format!("{error:?}")), room.bytes())
+        (read.map_err(|error| format!("{error:?}")), permit.bytes())
     }
 
     #[test]

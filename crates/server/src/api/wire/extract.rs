@@ -26,7 +26,7 @@ use crate::{
             query::QueryString,
         },
     },
-    ingest::Room,
+    ingest::Permit,
 };
 
 /// Of a large body, so many bytes may take as long as a small body.
@@ -86,11 +86,11 @@ impl Arriving {
         }
     }
 
-    /// All of it, at most `limit` bytes. What it holds while it arrives is taken of `room`.
+    /// All of it, at most `limit` bytes. What it holds while it arrives is reserved of `permit`.
     pub(crate) async fn collect(
         mut self,
         limit: usize,
-        room: &mut Room,
+        permit: &mut Permit,
     ) -> Result<Bytes, ApiError> {
         // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
         if self.body.size_hint().lower() > limit as u64 {
@@ -109,7 +109,7 @@ impl Arriving {
             }
             if length > whole.capacity() {
                 let capacity = length.next_power_of_two().min(limit);
-                room.take_bytes(capacity - whole.capacity())?;
+                permit.reserve_bytes(capacity - whole.capacity())?;
                 whole.reserve_exact(capacity - whole.len());
             }
             whole.extend_from_slice(&piece);
@@ -128,7 +128,7 @@ pub(crate) struct JsonBody {
     /// How it is compressed, and where decoders are counted.
     compressed: Option<(Compression, SharedState)>,
     limit: usize,
-    room: Room,
+    permit: Permit,
 }
 
 impl JsonBody {
@@ -143,23 +143,23 @@ impl JsonBody {
             }
             Ok(Arriving::within(request.into_body(), state.body_timeout))
         });
-        Self { body, charset, compressed, limit, room: state.ingest.room() }
+        Self { body, charset, compressed, limit, permit: state.ingest.permit() }
     }
 
     /// Reads it. What comes is UTF-8, or says that it is.
     pub(crate) async fn read(self) -> Result<Bytes, ApiError> {
-        let Self { body, charset, compressed, limit, mut room } = self;
-        let collected = body?.collect(most(limit, compressed.is_some()), &mut room).await;
+        let Self { body, charset, compressed, limit, mut permit } = self;
+        let collected = body?.collect(most(limit, compressed.is_some()), &mut permit).await;
         let body = collected.map_err(|error| match error {
             ApiError::BodyTooLarge(_) => ApiError::BodyTooLarge(limit),
             other => other,
         })?;
-        room.has_arrived();
+        permit.has_arrived();
         let body = match compressed {
             None => body,
             Some((compression, state)) => {
                 let _turn = state.decoders.acquire().await.map_err(|_| ApiError::Overloaded)?;
-                decompress(compression, body, limit, &mut room)?
+                decompress(compression, body, limit, &mut permit)?
             }
         };
         charset.to_utf8(body)
@@ -274,16 +274,16 @@ mod tests {
     async fn a_body_holds_what_is_counted() {
         for (length, piece) in [(0, 1), (1, 1), (60_000, 1), (60_000, 7_000), (64 << 10, 64 << 10)]
         {
-            let mut room = Room::alone();
+            let mut permit = Permit::alone();
             let arriving = Arriving::within(body(length, piece), PATIENCE);
-            let whole = arriving.collect(64 << 10, &mut room).await.unwrap();
+            let whole = arriving.collect(64 << 10, &mut permit).await.unwrap();
             assert_eq!(whole.len(), length);
-            assert!(room.bytes() >= length && room.bytes() <= 64 << 10, "{}", room.bytes());
+            assert!(permit.bytes() >= length && permit.bytes() <= 64 << 10, "{}", permit.bytes());
         }
         // What has arrived whole, as most do, costs nothing.
-        let mut room = Room::alone();
-        let whole = Arriving::within(Body::from("whole"), PATIENCE).collect(5, &mut room).await;
-        assert_eq!((whole.unwrap().len(), room.bytes()), (5, 0));
+        let mut permit = Permit::alone();
+        let whole = Arriving::within(Body::from("whole"), PATIENCE).collect(5, &mut permit).await;
+        assert_eq!((whole.unwrap().len(), permit.bytes()), (5, 0));
     }
 
     /// Pieces come in time, and too little with them.
@@ -309,13 +309,13 @@ mod tests {
 
     #[tokio::test]
     async fn bodies_under_way_are_bounded_together() {
-        let one = Room::alone();
+        let one = Permit::alone();
         let mut held = Vec::new();
         let refused = loop {
-            let mut room = one.another();
+            let mut permit = one.new_sibling();
             let arriving = Arriving::within(body(1 << 20, 1 << 16), PATIENCE);
-            match arriving.collect(1 << 20, &mut room).await {
-                Ok(_) => held.push(room),
+            match arriving.collect(1 << 20, &mut permit).await {
+                Ok(_) => held.push(permit),
                 Err(error) => break error,
             }
         };
@@ -324,9 +324,10 @@ mod tests {
         // One that goes makes room for the next.
         drop(held.pop());
         let arriving = Arriving::within(body(1 << 20, 1 << 16), PATIENCE);
-        assert!(arriving.collect(1 << 20, &mut one.another()).await.is_ok());
+        assert!(arriving.collect(1 << 20, &mut one.new_sibling()).await.is_ok());
         drop(held);
-        let too_large = Arriving::within(body(6, 1), PATIENCE).collect(5, &mut one.another()).await;
+        let too_large =
+            Arriving::within(body(6, 1), PATIENCE).collect(5, &mut one.new_sibling()).await;
         assert!(matches!(too_large, Err(ApiError::BodyTooLarge(5))));
     }
 }
