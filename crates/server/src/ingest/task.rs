@@ -467,9 +467,10 @@ impl IngestTask {
 /// Tells those who wait that their events are not stored, or not known to be.
 fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
     let answer = match error {
-        StoreError::Unavailable(_) | StoreError::Transient(_) | StoreError::OutcomeUnknown(_) => {
-            IngestError::Unavailable
-        }
+        StoreError::Unavailable(_)
+        | StoreError::Transient(_)
+        | StoreError::OutcomeUnknown(_)
+        | StoreError::Unreplicated => IngestError::Unavailable,
         StoreError::OtherGroup(_) => IngestError::OtherGroup,
         StoreError::Busy(_) => IngestError::Overloaded,
         StoreError::Rejected(_)

@@ -62,6 +62,13 @@ pub enum StoreError {
     /// Writing the same batch again finds out first.
     #[error("the connection was lost during a commit: {0}")]
     OutcomeUnknown(String),
+    /// PostgreSQL has carried the change out, and warns that it may not be on the synchronous standby: somebody, or a
+    /// time-out, has ended the wait of its commit. Should the standby take over, the change may be missing.
+    #[error(
+        "the change was made on this database server, but may not be replicated: the wait of its commit for the \
+         synchronous standby was ended; see to the standby, and look whether the change is there before you repeat it"
+    )]
+    Unreplicated,
     /// The database refused the data itself; nothing was changed, and trying again won't help.
     #[error("the database refused the data: {0}")]
     Rejected(String),

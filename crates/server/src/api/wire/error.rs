@@ -65,6 +65,8 @@ pub(crate) enum ApiError {
     Overloaded,
     /// 503: the database is away.
     DatabaseAway,
+    /// 503: the change was made, and may be lost when a standby takes over.
+    Unreplicated,
     /// 503: to find what was asked for takes too long.
     TooSlow,
     /// 503: the server does not know what time it is.
@@ -201,9 +203,11 @@ impl ApiError {
             Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Overloaded | Self::DatabaseAway | Self::TooSlow | Self::ClockNotSet => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Overloaded
+            | Self::DatabaseAway
+            | Self::Unreplicated
+            | Self::TooSlow
+            | Self::ClockNotSet => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -277,6 +281,10 @@ impl IntoResponse for ApiError {
             Self::DatabaseAway => {
                 "The database is temporarily unavailable, please try again later".to_owned()
             }
+            Self::Unreplicated => {
+                "The change was made on this database server, but may not be replicated to its standby; look whether it is there before you repeat it"
+                    .to_owned()
+            }
             Self::ClockNotSet => {
                 "The server's clock is not set, so it cannot date events; please try again later"
                     .to_owned()
@@ -320,6 +328,7 @@ impl From<StoreError> for ApiError {
             StoreError::Unavailable(_)
             | StoreError::Transient(_)
             | StoreError::OutcomeUnknown(_) => Self::DatabaseAway,
+            StoreError::Unreplicated => Self::Unreplicated,
             StoreError::OtherGroup(_) => Self::OtherDevice,
             StoreError::Busy(_) => Self::Overloaded,
             StoreError::TooSlow(_) => Self::TooSlow,

@@ -7,6 +7,7 @@ use std::{
     fmt,
     future::poll_fn,
     net::IpAddr,
+    ops::{Deref, DerefMut},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -126,6 +127,38 @@ pub(super) type Object = managed::Object<Sessions>;
 /// Makes the pool's connections.
 pub(super) struct Sessions(Connector);
 
+/// A connection as the pool keeps it.
+pub(super) struct Pooled {
+    client: ClientWrapper,
+    /// See [`Connection`].
+    unreplicated: Arc<AtomicBool>,
+}
+
+impl Pooled {
+    /// See [`Connection::confirm_change`].
+    pub(super) fn confirm_change(&self) -> Result<(), StoreError> {
+        confirm_change(&self.unreplicated)
+    }
+}
+
+impl Deref for Pooled {
+    type Target = ClientWrapper;
+
+    fn deref(&self) -> &ClientWrapper {
+        &self.client
+    }
+}
+
+impl DerefMut for Pooled {
+    fn deref_mut(&mut self) -> &mut ClientWrapper {
+        &mut self.client
+    }
+}
+
+fn confirm_change(unreplicated: &AtomicBool) -> Result<(), StoreError> {
+    if unreplicated.load(Ordering::Acquire) { Err(StoreError::Unreplicated) } else { Ok(()) }
+}
+
 /// A connection of one's own. Dropping it closes it at once.
 pub(super) struct Connection {
     pub(super) client: Client,
@@ -153,6 +186,12 @@ impl Connection {
             return Err(WriteError::Unreplicated);
         }
         Ok(())
+    }
+
+    /// The same for a change that somebody is told of, other than events. The session is of no more use when it
+    /// fails.
+    pub(super) fn confirm_change(&self) -> Result<(), StoreError> {
+        confirm_change(&self.unreplicated)
     }
 
     /// Ends it: whoever still waits for an answer hears that the connection is closed.
@@ -445,22 +484,26 @@ impl fmt::Display for NoSession {
 }
 
 impl managed::Manager for Sessions {
-    type Type = ClientWrapper;
+    type Type = Pooled;
     type Error = StoreError;
 
-    async fn create(&self) -> Result<ClientWrapper, StoreError> {
-        let Connection { client, mut driver, .. } = self.0.connect().await?;
+    async fn create(&self) -> Result<Pooled, StoreError> {
+        let Connection { client, mut driver, unreplicated } = self.0.connect().await?;
         let task = driver.0.take().ok_or(StoreError::Stopped)?;
-        Ok(ClientWrapper::new(client, task))
+        Ok(Pooled { client: ClientWrapper::new(client, task), unreplicated })
     }
 
     async fn recycle(
         &self,
-        client: &mut ClientWrapper,
+        pooled: &mut Pooled,
         _: &Metrics,
     ) -> managed::RecycleResult<StoreError> {
-        if client.is_closed() {
+        if pooled.client.is_closed() {
             return Err(managed::RecycleError::message("the connection is closed"));
+        }
+        if pooled.confirm_change().is_err() {
+            // Whoever had it gave up before the warning came, and the next one has changed nothing.
+            return Err(managed::RecycleError::message("its last commit may not be replicated"));
         }
         Ok(())
     }

@@ -207,6 +207,7 @@ impl CopyWriter for PostgresCopyWriter {
             }
             store_error(error)
         })?;
+        self.connection.confirm_change()?;
         // Queries are planned by what is there; the next servers need not wait for autovacuum.
         client.batch_execute("analyze").await.map_err(store_error)
     }

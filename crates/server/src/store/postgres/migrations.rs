@@ -143,14 +143,14 @@ impl MigrationDatabase for PostgresMigrations {
         now: Timestamp,
     ) -> Result<bool, StoreError> {
         match self.try_apply(migration, batch, now).await {
-            Ok(applied) => Ok(applied),
+            Ok(applied) => self.connection.confirm_change().map(|()| applied),
             Err(error) => Err(self.explain(error).await),
         }
     }
 
     async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError> {
         match self.try_revert(migration).await {
-            Ok(reverted) => Ok(reverted),
+            Ok(reverted) => self.connection.confirm_change().map(|()| reverted),
             Err(error) => Err(self.explain(error).await),
         }
     }
@@ -272,7 +272,7 @@ pub(crate) async fn create_database(target: &PostgresTarget) -> Result<bool, Sto
         created = maintenance.client.batch_execute(&create).await;
     }
     match created {
-        Ok(()) => Ok(true),
+        Ok(()) => maintenance.confirm_change().map(|()| true),
         Err(error) if error.code() == Some(&SqlState::DUPLICATE_DATABASE) => Ok(false),
         Err(error) => Err(StoreError::Failed(format!(
             "cannot create the database {name}: {}; as a PostgreSQL administrator, grant this user CREATEDB, or run \

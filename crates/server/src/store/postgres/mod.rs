@@ -82,6 +82,8 @@ const FOLD_TARGET: Duration = Duration::from_millis(200);
 const DELETE_EVENTS: RangeInclusive<i64> = 500..=20_000;
 const DELETE_TARGET: Duration = Duration::from_millis(100);
 
+const NO_ANSWER: &str = "PostgreSQL does not answer";
+
 /// See the module.
 pub(super) struct PostgresStore {
     connector: Connector,
@@ -159,15 +161,30 @@ impl PostgresStore {
         longest: Duration,
         work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
     ) -> Result<T, StoreError> {
+        let work =
+            async |connection: &mut Object| match tokio::time::timeout(longest, work(connection))
+                .await
+            {
+                Ok(result) => result.map_err(store_error),
+                Err(_) => Err(StoreError::Unavailable(NO_ANSWER.into())),
+            };
+        self.call_unbounded(work).await
+    }
+
+    /// Runs `work` on a pooled connection, for as long as it takes. Everything that is committed on the pool's
+    /// connections is committed in here, so nobody is told of a change that may not be replicated as if it were.
+    async fn call_unbounded<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut Object) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         let mut connection = self.connection().await?;
-        match tokio::time::timeout(longest, work(&mut connection)).await {
-            Ok(result) => result.map_err(store_error),
-            Err(_) => {
-                // Whoever got it next would wait for the same silence.
-                drop(Object::take(connection));
-                Err(StoreError::Unavailable("PostgreSQL does not answer".into()))
-            }
+        let result = work(&mut connection).await;
+        let confirmed = connection.confirm_change();
+        if confirmed.is_err() || matches!(&result, Err(StoreError::Unavailable(_))) {
+            // Whoever got it next would wait for the same silence, or hear of a change that is none of theirs.
+            drop(Object::take(connection));
         }
+        confirmed.and(result)
     }
 }
 
@@ -188,7 +205,7 @@ impl Store for PostgresStore {
         };
         match tokio::time::timeout(PING_TIMEOUT, ping).await {
             Ok(result) => result,
-            Err(_) => Err(StoreError::Unavailable("PostgreSQL does not answer".into())),
+            Err(_) => Err(StoreError::Unavailable(NO_ANSWER.into())),
         }
     }
 
@@ -259,20 +276,24 @@ impl Store for PostgresStore {
     ) -> Result<Verified, StoreError> {
         let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
         // Not `call`: a long history takes as long as it takes.
-        let mut connection = self.connection().await?;
-        let verified = verify::page(&mut connection, after, latest).await.map_err(store_error)?;
-        if repair && verified.raw_since.is_none() {
-            for device_id in devices_to_repair(&verified) {
-                verify::repair(&mut connection, &device_id, latest).await.map_err(store_error)?;
+        self.call_unbounded(async |connection| {
+            let verified = verify::page(connection, after, latest).await.map_err(store_error)?;
+            if repair && verified.raw_since.is_none() {
+                for device_id in devices_to_repair(&verified) {
+                    verify::repair(connection, &device_id, latest).await.map_err(store_error)?;
+                }
             }
-        }
-        Ok(verified)
+            Ok(verified)
+        })
+        .await
     }
 
     async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
         let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
-        let mut connection = self.connection().await?;
-        misdated::recount(&mut connection, latest).await.map_err(store_error)
+        self.call_unbounded(async |connection| {
+            misdated::recount(connection, latest).await.map_err(store_error)
+        })
+        .await
     }
 
     async fn device_ids(
@@ -288,8 +309,8 @@ impl Store for PostgresStore {
     }
 
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
-        let mut connection = self.connection().await?;
-        verify::hours(&mut connection).await.map_err(store_error)
+        self.call_unbounded(async |connection| verify::hours(connection).await.map_err(store_error))
+            .await
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -309,8 +330,8 @@ impl Store for PostgresStore {
     }
 
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
-        let mut connection = self.connection().await?;
-        partitions::ensure_ahead(&mut connection, now).await
+        self.call_unbounded(async |connection| partitions::ensure_ahead(connection, now).await)
+            .await
     }
 
     async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError> {
@@ -330,7 +351,9 @@ impl Store for PostgresStore {
         retention: &Retention,
     ) -> Result<bool, StoreError> {
         let connection = self.connector.connect().await?;
-        expiry::drop_month(&connection.client, now, retention).await.map_err(store_error)
+        let more = expiry::drop_month(&connection.client, now, retention).await;
+        connection.confirm_change()?;
+        more.map_err(store_error)
     }
 
     async fn close(&self) -> Result<(), StoreError> {

@@ -102,7 +102,10 @@ impl PostgresTakeOver {
         }
         take_over(&transaction, &self.time_zone, now, report).await?;
         match transaction.commit().await {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                let confirmed = self.migrations.connection.confirm_change();
+                confirmed.map(|()| true).map_err(TakeOverError::Failed)
+            }
             Err(error) if is_connection_lost(&error) => Err(TakeOverError::OutcomeUnknown),
             Err(error) => Err(TakeOverError::Failed(store_error(error))),
         }
