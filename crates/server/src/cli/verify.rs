@@ -47,6 +47,7 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
         sum.devices += page.devices;
         sum.events += page.events;
         sum.nameless_devices += page.nameless_devices;
+        sum.being_deleted += page.being_deleted;
         sum.raw_since = page.raw_since;
         jobs += page.differences.len();
         days += page.days.len();
@@ -70,6 +71,12 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
         "devices: {}, events: {}; differing jobs: {jobs}, days: {days}, hours: {hours}{repaired}",
         sum.devices, sum.events
     );
+    if sum.being_deleted > 0 {
+        println!(
+            "devices that are being deleted, and were left out: {}; a server goes on with their deletion",
+            sum.being_deleted
+        );
+    }
     if sum.nameless_devices > 0 {
         return Err(format!(
             "there are events or figures of {} devices that are not registered; delete those rows, or insert the devices",

@@ -18,7 +18,7 @@ pub(super) const DAY_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 /// What came of recounting one page of devices.
 #[derive(Debug, Default)]
 pub struct Verified {
-    /// Devices looked at.
+    /// Devices looked at, apart from those that are being deleted.
     pub devices: u64,
     /// Events counted.
     pub events: u64,
@@ -30,6 +30,9 @@ pub struct Verified {
     /// Devices that the store has only a number of, although there are events or figures of them: SQL
     /// that did not mind the foreign keys left them. They cannot be repaired here.
     pub nameless_devices: u64,
+    /// Devices of the page that are being deleted. They are left out: until the end they have their figures, and
+    /// fewer and fewer events.
+    pub being_deleted: u64,
     /// Since when events are kept one by one; `None` while all are. Figures count older ones too, so they
     /// can then only be too small, and nothing can be repaired.
     pub raw_since: Option<Timestamp>,

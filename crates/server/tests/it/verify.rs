@@ -28,6 +28,7 @@ both_stores!(
     wrong_sums_are_found_and_repaired,
     a_repair_of_sums_beside_folding,
     what_is_left_of_old_events_tells_which_sums_are_too_small,
+    a_deletion_under_way_is_no_fault,
     the_command,
 );
 
@@ -319,6 +320,24 @@ async fn what_is_left_of_old_events_tells_which_sums_are_too_small(fixture: &Tes
     let page = fixture.store.verify(None, later(), true).await.unwrap();
     assert_eq!(page.days.len(), 1);
     assert_eq!(fixture.store.verify(None, later(), true).await.unwrap().days, page.days);
+}
+
+async fn a_deletion_under_way_is_no_fault(installed: &Installed) {
+    let Installed { program, database } = installed;
+    program.run(&["migrate", "up"]).success();
+    let store = store::open(&database.target).await.unwrap();
+    write(&mut *store.event_writer(), vec![success("going", at(0)), success("pi", at(0))]).await;
+    assert!(store.begin_deletion(&device_id("going"), &somebody()).await.unwrap());
+    database.execute("delete from sync_events where id = 1").await;
+    for arguments in [&["verify"][..], &["verify", "--repair"]] {
+        let ended = program.run(arguments);
+        let said = ended.success();
+        assert!(said.contains("devices: 1, events: 1; differing jobs: 0, days: 0"), "{said}");
+        assert!(said.contains("being deleted, and were left out: 1;"), "{said}");
+    }
+    // Another's is one.
+    database.execute("delete from sync_events").await;
+    program.run(&["verify"]).failure();
 }
 
 async fn the_command(installed: &Installed) {

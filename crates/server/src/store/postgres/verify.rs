@@ -2,6 +2,8 @@
 //! per device. Both work without the usual limits of time: a long history takes as long as
 //! it takes, and no request waits for it.
 
+use std::collections::HashSet;
+
 use deadpool_postgres::Transaction;
 use pisync_core::{JobFigures, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
@@ -94,12 +96,31 @@ pub(super) async fn page(
         _ => None,
     };
 
+    let mut being_deleted = HashSet::new();
+    let deletions = format!("select device_id from device_deletions where {PAGE}");
+    for row in snapshot.query(&deletions, &[&after, &next]).await? {
+        being_deleted.insert(row.try_get::<_, String>(0)?);
+    }
+    let stays = |row: &Row, column| -> Result<bool, Error> {
+        let device_id: &str = row.try_get(column)?;
+        Ok(!being_deleted.contains(device_id))
+    };
+    let mut leaving = 0;
+    for device in &devices[..length] {
+        leaving += u64::from(!stays(device, 0)?);
+    }
+
     let mut figures = Recount::default();
     for row in snapshot.query(&stored, &[&after, &next]).await? {
-        figures.stored(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
+        if stays(&row, 0)? {
+            figures.stored(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
+        }
     }
     let recounted = recounted(PAGE, "$3");
     for row in snapshot.query(&recounted, &[&after, &next, &latest.to_jiff()]).await? {
+        if !stays(&row, 0)? {
+            continue;
+        }
         figures.recounted(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
     }
     let stored_days = format!(
@@ -109,14 +130,19 @@ pub(super) async fn page(
     let folded = folded(&snapshot).await?;
     let mut days = SumRecount::default();
     for row in snapshot.query(&stored_days, &[&after, &next]).await? {
-        days.stored(row.try_get(7)?, begins(&row)?, sums(&row)?);
+        if stays(&row, 7)? {
+            days.stored(row.try_get(7)?, begins(&row)?, sums(&row)?);
+        }
     }
     for row in snapshot.query(&recounted_days, &[&after, &next, &folded]).await? {
-        days.recounted(row.try_get(7)?, begins(&row)?, sums(&row)?);
+        if stays(&row, 7)? {
+            days.recounted(row.try_get(7)?, begins(&row)?, sums(&row)?);
+        }
     }
     let raw_since = expiry::raw_since(&snapshot).await?;
     Ok(Verified {
-        devices: length as u64,
+        devices: length as u64 - leaving,
+        being_deleted: leaving,
         events: figures.events(),
         differences: figures.differences(raw_since.is_none()),
         days: days.differences(raw_since.is_none()),

@@ -1,7 +1,7 @@
 //! Recounting figures from raw events: a page of devices in one read transaction, a repair in one short
 //! write transaction per device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use pisync_core::{JobFigures, Timestamp, later_until};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
@@ -55,7 +55,13 @@ pub(super) fn page(
     let folded = roll_ups::folded_id(&snapshot)?;
     let stored_days = format!("select {SUMS}, day from device_days where device = ?1");
     let (mut figures, mut days) = (Recount::default(), SumRecount::default());
-    for (number, device_id, _) in devices {
+    let being_deleted: HashSet<String> = snapshot
+        .prepare_cached("select device_id from device_deletions")?
+        .query_map([], |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    let (leaving, staying): (Vec<_>, Vec<_>) =
+        devices.iter().partition(|(_, device_id, _)| being_deleted.contains(device_id));
+    for (number, device_id, _) in &staying {
         let mut stored = snapshot.prepare_cached(STORED)?;
         let mut rows = stored.query([number])?;
         while let Some(row) = rows.next()? {
@@ -76,7 +82,8 @@ pub(super) fn page(
     }
     let raw_since = expiry::raw_since(&snapshot)?;
     Ok(Verified {
-        devices: devices.len() as u64,
+        devices: staying.len() as u64,
+        being_deleted: leaving.len() as u64,
         events: figures.events(),
         differences: figures.differences(raw_since.is_none()),
         days: days.differences(raw_since.is_none()),

@@ -7,7 +7,9 @@ use pisync_core::{EventId, SyncEvent};
 use serde_json::json;
 
 use crate::support::{
-    events::{at, batch_at, device_id, failure, now, of_job, somebody, success, write, write_at},
+    events::{
+        at, batch_at, device_id, failure, later, now, of_job, somebody, success, write, write_at,
+    },
     server::TestServer,
     store::{Fixture, TestDatabase, TestStore, assert_right, differences},
 };
@@ -106,6 +108,13 @@ async fn an_interrupted_deletion_goes_on(fixture: &TestStore) {
     let under_way = again.deletions().await.unwrap();
     assert_eq!(under_way.len(), 1);
     assert!(under_way[0].0 == going && under_way[0].1 > 0, "{under_way:?}");
+    // Its figures are those of events that are half gone, which is as it should be.
+    for repair in [false, true] {
+        let page = again.verify(None, later(), repair).await.unwrap();
+        assert_eq!((page.devices, page.being_deleted), (1, 1));
+        assert_right(&page.differences);
+        assert_eq!((page.days, again.verify_hours().await.unwrap()), (vec![], vec![]));
+    }
     assert_eq!(again.finish_deletion(&going).await.unwrap(), EVENTS as u64 + 1);
     assert!(again.deletions().await.unwrap().is_empty());
     assert!(again.device(&going).await.unwrap().is_none());
