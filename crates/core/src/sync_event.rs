@@ -305,7 +305,7 @@ impl From<SyncDuration> for f64 {
 pub struct Metadata(Box<RawValue>);
 
 /// What is said of text with half a surrogate pair in it, such as `\ud800` alone: no encoding can hold that.
-pub(crate) const HALF_SURROGATE: &str = "must be valid Unicode text";
+pub const HALF_SURROGATE: &str = "must be valid Unicode text";
 
 /// Why metadata is refused. [`fmt::Display`] gives the words that follow the quoted field name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,6 +16,17 @@ pub(super) async fn open(
     migrations: &MigrationArgs,
     clock: &Clock,
 ) -> Result<Arc<dyn Store>, String> {
+    let store = open_unwarned(target, migrations, clock).await?;
+    warn_of_clock(&*store, clock).await?;
+    Ok(store)
+}
+
+/// The same for a command that looks at the clock by itself.
+pub(super) async fn open_unwarned(
+    target: &Target,
+    migrations: &MigrationArgs,
+    clock: &Clock,
+) -> Result<Arc<dyn Store>, String> {
     let (mut migrator, pending) = pending(target, migrations).await?;
     if !pending.is_empty() {
         if matches!(target, Target::Postgres(_)) {
@@ -26,9 +37,7 @@ pub(super) async fn open(
         let _claim = store::claim(target).map_err(|error| error.to_string())?;
         migrator.up(clock.now()).await.map_err(|error| error.to_string())?;
     }
-    let store = open_settled(target).await?;
-    warn_of_clock(&*store, clock).await?;
-    Ok(store)
+    open_settled(target).await
 }
 
 /// Opens the store, whose schema must be current: for commands that only read, and make nothing.

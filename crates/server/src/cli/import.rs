@@ -15,7 +15,7 @@ use super::{
 use crate::{
     clock::Clock,
     config::{ClockSkewArgs, DatabaseArgs, MigrationArgs},
-    import::{ColumnNames, Format, Import, Source, Status},
+    import::{self, ColumnNames, Format, Import, Source, Status},
     random::Randomness,
     store::{self, Target},
 };
@@ -92,7 +92,10 @@ impl ImportCommand {
 pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
     let target = command.database.target().map_err(|error| error.to_string())?;
     let clock = Clock::system();
-    let store = database::open(&target, &command.migrations, &clock).await?;
+    let store = database::open_unwarned(&target, &command.migrations, &clock).await?;
+    // What keeps the import from being begun is not said twice.
+    import::check_clock(&*store, &clock).await.map_err(|error| error.to_string())?;
+    database::warn_of_clock(&*store, &clock).await?;
     let source = command.source();
     let name = source.name();
     let import = Import {

@@ -284,6 +284,30 @@ async fn wrong_fields_are_named_for_what_is_wrong_with_them() {
     server.stop().await;
 }
 
+/// Also where people send the fields.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_a_surrogate_is_named_in_every_body() {
+    let server = TestServer::on_sqlite(|_| {}).await;
+    server.store(&event("pi")).await;
+    for (method, path) in [(Method::POST, "/api/keys"), (Method::PATCH, "/api/device/pi")] {
+        let send_text = async |body: &'static str| {
+            let request = server.request(method.clone(), path);
+            send(request.header("content-type", "application/json").body(body)).await
+        };
+        let answer =
+            send_text(r#"{"scope":"read","group":["\udc00"],"name":"\ud800\u0041"}"#).await;
+        let rule = "must be valid Unicode text";
+        let expected = [format!("\"group\" {rule}"), format!("\"name\" {rule}")];
+        assert_eq!(answer.complaints(), expected, "{path}");
+        // What is no JSON is called so.
+        for malformed in [r#"{"name":"\ud800"#, r#"{"name":"\u12"}"#, r#"{"name":1e999}"#] {
+            let error = send_text(malformed).await.error(400);
+            assert!(error.starts_with("Malformed JSON: "), "{path} {malformed}: {error}");
+        }
+    }
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_bodies_are_named_for_what_is_wrong_with_them() {
     let server = TestServer::on_sqlite(|_| {}).await;

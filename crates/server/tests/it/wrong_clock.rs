@@ -6,7 +6,7 @@ use pisync::{
     clock::Clock,
     import::{Import, Source},
     maintenance::Maintenance,
-    store::{HistoryQuery, Retention},
+    store::{HistoryQuery, Retention, Target},
 };
 use pisync_core::{EventId, SyncEvent, Timestamp};
 use serde_json::json;
@@ -16,6 +16,7 @@ use crate::{
     support::{
         events::{at, device_id, failure, now, success, write, write_at},
         http::event,
+        program::{Program, url},
         server::{TestClock, TestServer},
         store::{Fixture, TestDatabase, TestStore},
     },
@@ -104,6 +105,30 @@ async fn an_import_waits_until_the_clock_is_set(fixture: &TestStore) {
     clock.set(now());
     let status = import().run(store, &clock.clock(), || false, |_| ()).await.unwrap();
     assert_eq!((status.stored, status.rejected), (1, 0));
+}
+
+/// What keeps an import from being begun is said once. PostgreSQL's clock is made to show another time here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_import_that_a_clock_keeps_from_beginning_says_so_once() {
+    let database = TestDatabase::postgres().await;
+    database.migrate().await;
+    let Target::Postgres(target) = &database.target else { unreachable!() };
+    let name = target.config.get_dbname().unwrap();
+    let behind = format!(
+        "create function clock_timestamp() returns timestamptz language sql as
+         $$ select pg_catalog.clock_timestamp() - interval '3 hours' $$;
+         alter database {name} set search_path = public, pg_catalog"
+    );
+    database.execute(&behind).await;
+    let line = event("pi").to_string() + "\n";
+    let program = Program::new()
+        .with_file("events.ndjson", &line)
+        .with("DATABASE_URL", url(&database.target));
+    let refused = program.run(&["import", "events.ndjson"]);
+    let said = refused.failure();
+    assert!(said.contains("and PostgreSQL's "), "{said}");
+    assert!(said.ends_with("set the one that is wrong, or events are dated wrong"), "{said}");
+    database.remove().await;
 }
 
 /// Maintenance of a server that has just been started, which keeps events for 40 days and ids for 30.

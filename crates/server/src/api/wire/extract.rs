@@ -1,7 +1,7 @@
 //! Reading requests: bodies within their bounds of size and time, paths, and query strings, which
 //! [`crate::api::wire::query`] understands.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -11,8 +11,8 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
-use pisync_core::{DeviceId, Violation, text::json_text};
-use serde_json::{Map, Value};
+use pisync_core::{DeviceId, Violation, sync_event::HALF_SURROGATE, text::json_text};
+use serde_json::{Map, Value, value::RawValue};
 use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;
 
@@ -180,8 +180,21 @@ pub(crate) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
             let violation = Violation::of_whole("must be of type object", Some(value));
             Err(ApiError::Validation(vec![violation]))
         }
-        Err(error) => Err(ApiError::Malformed(error.to_string())),
+        Err(error) => Err(undecodable_fields(text)
+            .map_or_else(|| ApiError::Malformed(error.to_string()), ApiError::Validation)),
     }
+}
+
+/// The fields of an object whose text cannot be decoded, since it holds half a surrogate pair; `None` when there are
+/// none. Such text is well-formed JSON all the same.
+fn undecodable_fields(text: &str) -> Option<Vec<Violation>> {
+    let fields: BTreeMap<String, &RawValue> = serde_json::from_str(text).ok()?;
+    let wrong = fields.into_iter().filter(|(_, value)| {
+        value.get().contains("\\u") && serde_json::from_str::<Value>(value.get()).is_err()
+    });
+    let wrong: Vec<_> =
+        wrong.map(|(field, _)| Violation::of(field, HALF_SURROGATE, None)).collect();
+    (!wrong.is_empty()).then_some(wrong)
 }
 
 /// What a request says of its JSON body.
