@@ -247,7 +247,7 @@ fn commands_for_people_have_no_slips() {
                 assert!(output.status.success(), "{page}:{}: {output:?}", block.line);
                 found += 1;
             } else {
-                let known = ["", "json", "python", "js", "ini", "nginx", "yaml", "text"];
+                let known = ["", "json", "python", "js", "ini", "nginx", "yaml", "text", "sql"];
                 let is_script = block.kind.starts_with("sh save=");
                 assert!(is_script || known.contains(&&*block.kind), "{page}: {:?}", block.kind);
             }

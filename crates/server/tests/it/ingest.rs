@@ -131,21 +131,29 @@ async fn everything_that_came_at_once_adds_up(server: &TestServer) {
 async fn one_refused_event_costs_the_others_nothing(server: &TestServer) {
     let refuse = if server.is_postgres() {
         "create function no_666() returns trigger language plpgsql as $$
-         begin if new.total_errors = 666 then raise exception 'refused'; end if; return new; end $$;
+         begin
+             if new.total_errors = 666 then raise exception 'refused'; end if;
+             if new.total_errors = 667 then return null; end if;
+             return new;
+         end $$;
          create trigger no_666 before insert on sync_events for each row execute function no_666()"
     } else {
         "create trigger no_666 before insert on sync_events when new.total_errors = 666
-         begin select raise(abort, 'refused'); end"
+         begin select raise(abort, 'refused'); end;
+         create trigger no_667 before insert on sync_events when new.total_errors = 667
+         begin select raise(ignore); end"
     };
     server.database.execute(refuse).await;
     let mut events: Vec<_> = (0..200).map(|second| success("pi", at(-second))).collect();
     events[100] = with(failure("pi", at(0)), &json!({"total_errors": 666, "job": "nightly"}));
+    // Dropped without an error.
+    events[50] = with(failure("pi", at(0)), &json!({"total_errors": 667, "event_id": "dropped"}));
     // A device that would be made for it alone.
     events[150] = with(failure("only-refused", at(0)), &json!({"total_errors": 666}));
     let answers = report_all(server, events).await;
     let mut ids = BTreeSet::new();
     for (place, answer) in answers.iter().enumerate() {
-        if ![100, 150].contains(&place) {
+        if ![50, 100, 150].contains(&place) {
             assert!(ids.insert(answer.data(201)["id"].as_i64().unwrap()));
         } else if server.is_postgres() {
             // Whatever is wrong inside is for the log.
@@ -158,11 +166,11 @@ async fn one_refused_event_costs_the_others_nothing(server: &TestServer) {
     assert_eq!(stored_ids(server, "pi").await, ids);
     server.get("/api/device/only-refused").await.error(404);
     let stats = server.get("/api/stats").await.data(200);
-    assert_eq!((&stats["total_sync_events"], &stats["total_errors"]), (&json!(198), &json!(0)));
+    assert_eq!((&stats["total_sync_events"], &stats["total_errors"]), (&json!(197), &json!(0)));
     match server.database.file() {
         None => {
             let metrics = server.get("/metrics").await;
-            let refused = "\npisync_sync_events_refused_total{reason=\"failed\"} 2\n";
+            let refused = "\npisync_sync_events_refused_total{reason=\"failed\"} 3\n";
             assert!(metrics.text().contains(refused), "{}", metrics.text());
         }
         Some(file) => {
@@ -175,7 +183,7 @@ async fn one_refused_event_costs_the_others_nothing(server: &TestServer) {
             let nightly = lines.find(|kept| kept.event.job.is_some()).unwrap();
             assert_eq!((nightly.event.device_id.as_str(), nightly.event.total_errors), ("pi", 666));
             assert_eq!(nightly.created_at, Some(now()));
-            assert_eq!(kept.iter().filter(|byte| **byte == b'\n').count(), 2);
+            assert_eq!(kept.iter().filter(|byte| **byte == b'\n').count(), 3);
         }
     }
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
-    ingest::assert_unavailable,
+    ingest::{assert_unavailable, until},
     support::{
         events::{at, device_id, failure, now, somebody, success, write},
         http::{Client, event, with},
@@ -91,6 +91,37 @@ async fn what_a_killed_server_has_acknowledged_is_found_by_every_command() {
     assert!(!program.names_in("data").iter().any(|file| file.contains(".ingest-")));
     assert_eq!(count(&program.path(DATABASE), "sync_events"), stored + 70);
     program.run(&["verify"]).success();
+}
+
+/// It has waited for the server, and does by itself what that would have done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_while_a_command_waits_for_it_is_not_waited_for() {
+    let program = program().with_file("one.ndjson", &(event("imported").to_string() + "\n"));
+    let commands: [&[&str]; 5] = [
+        &["verify"],
+        &["export", "--format", "ndjson"],
+        &["backup", "copy.db"],
+        &["key", "create", "--scope", "read"],
+        &["import", "one.ndjson"],
+    ];
+    for (round, arguments) in (1..).zip(commands) {
+        let serving = program.serve(&[]);
+        serving.client.get("/api/stats").await.data(200);
+        // So that the server cannot bring into the tables what it acknowledges.
+        let lock = rusqlite::Connection::open(program.path(DATABASE)).unwrap();
+        lock.execute_batch("begin immediate").unwrap();
+        report(&serving.client, &format!("pi-{round}"), 7).await;
+        let mut command = program.start(arguments);
+        until(async || command.has_open("pisync.db-wal")).await;
+        serving.signal("KILL");
+        serving.wait();
+        drop(lock);
+        assert!(!command.has_ended(), "{arguments:?}");
+        command.wait().success();
+        let reported =
+            "sync_events where device in (select id from devices where device_id like 'pi-%')";
+        assert_eq!(count(&program.path(DATABASE), reported), round * 7, "{arguments:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

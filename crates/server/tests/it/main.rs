@@ -33,6 +33,7 @@ mod faults;
 mod file_owners;
 mod fuzz_corpus;
 mod group_keys;
+mod ids_used_up;
 mod import;
 mod ingest;
 mod ingest_batches;

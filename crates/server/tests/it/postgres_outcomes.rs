@@ -3,7 +3,8 @@
 
 use std::cell::Cell;
 
-use pisync::store::{self, Target};
+use pisync::store::{self, Scope, Target};
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
@@ -15,7 +16,7 @@ use crate::{
         postgres::{PostgresServer, Stop, connect},
         program::{Program, url},
         server::TestServer,
-        store::{TestDatabase, assert_right, differences},
+        store::{TestDatabase, assert_right, differences, wish},
     },
 };
 
@@ -160,6 +161,117 @@ async fn what_is_stored_but_not_replicated_is_not_acknowledged() {
         until(async || count_events(&follower).await == stored + 1).await;
     }
     other.stop().await;
+    server.stop().await;
+}
+
+/// Cancels what waits for a standby, again and again until this is over.
+async fn without_standby(admin: &Client, is_over: impl Fn() -> bool) {
+    const CANCEL: &str = "
+        select count(pg_cancel_backend(pid))
+          from pg_stat_activity
+         where application_name = 'pisync' and wait_event = 'SyncRep'
+    ";
+    until(async || {
+        admin.query_one(CANCEL, &[]).await.unwrap();
+        is_over()
+    })
+    .await;
+}
+
+/// Whoever is told that a change was made relies on it, and a standby that takes over may not have it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_may_not_be_replicated_is_not_confirmed() {
+    let primary = PostgresServer::dedicated();
+    let target = Target::Postgres(Box::new(primary.create_database("pisync").await));
+    let admin = connect(&primary.config("pisync")).await;
+    let server = TestServer::start(TestDatabase::elsewhere(target)).await;
+    for device in ["pi", "going"] {
+        server.store(&event(device)).await;
+    }
+    let (id, _) = server.database.make_key(wish(Scope::Read)).await;
+    let empty = Target::Postgres(Box::new(primary.create_database("empty").await));
+    for setting in
+        ["alter system set synchronous_standby_names = 'nobody'", "select pg_reload_conf()"]
+    {
+        admin.batch_execute(setting).await.unwrap();
+    }
+    // Until a commit waits for the standby that there is not.
+    let waiter = connect(&primary.config("pisync")).await;
+    let process: i32 = waiter.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
+    let commits = tokio::spawn(async move {
+        loop {
+            let commit = "select pg_logical_emit_message(true, 'test', '')";
+            waiter.batch_execute(commit).await.unwrap();
+        }
+    });
+    let waits =
+        "select wait_event is not distinct from 'SyncRep' from pg_stat_activity where pid = $1";
+    until(async || admin.query_one(waits, &[&process]).await.unwrap().get(0)).await;
+    commits.abort();
+
+    let named = json!({"name": "Named", "scope": "read"});
+    let requests = [
+        server.request(Method::POST, "/api/keys").json(&named),
+        server.request(Method::PATCH, "/api/device/pi").json(&json!({"name": "Named"})),
+        server.request(Method::DELETE, "/api/device/going"),
+        server.request(Method::DELETE, &format!("/api/key/{id}")),
+    ];
+    for (place, request) in requests.into_iter().enumerate() {
+        let answer = tokio::spawn(http::send(request));
+        without_standby(&admin, || answer.is_finished()).await;
+        let error = answer.await.unwrap().error(503);
+        let expected = "The change was made on this database server, but may not be replicated";
+        assert!(error.starts_with(expected), "request {place}: {error}");
+    }
+    for (target, command) in [
+        (&server.database.target, &["key", "create", "--scope", "read", "--name", "Named"][..]),
+        (&empty, &["migrate", "up"]),
+    ] {
+        let program = Program::new().with("DATABASE_URL", url(target));
+        let running = std::cell::RefCell::new(program.start(command));
+        without_standby(&admin, || running.borrow_mut().has_ended()).await;
+        let ended = running.into_inner().wait();
+        assert!(ended.failure().contains("may not be replicated"), "{command:?}: {ended:?}");
+    }
+    let made = "
+        select (select count(*) from api_keys where name = 'Named' or revoked_at is not null),
+               (select count(*) from devices where name = 'Named')
+    ";
+    let made = admin.query_one(made, &[]).await.unwrap();
+    assert_eq!((made.get::<_, i64>(0), made.get::<_, i64>(1)), (3, 1), "it was made here");
+    for setting in ["alter system reset synchronous_standby_names", "select pg_reload_conf()"] {
+        admin.batch_execute(setting).await.unwrap();
+    }
+    // The sessions that were warned are not used again.
+    until(async || server.get("/api/stats").await.status == 200).await;
+    server.patch("/api/device/pi", &json!({"name": "Again"})).await.data(200);
+    server.stop().await;
+}
+
+/// A row that somebody has locked keeps the events that need it from being stored for ten seconds, and the others
+/// for as long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_others_keep_locked_costs_the_others_nothing_but_time() {
+    const HOLD: &str = "select from device_jobs where device_id = 'held' for update";
+    let server = TestServer::start(TestDatabase::postgres().await).await;
+    server.store(&event("held")).await;
+    let looking = database_of(&server).await;
+    let mut holder = database_of(&server).await;
+    let lock = holder.transaction().await.unwrap();
+    lock.execute(HOLD, &[]).await.unwrap();
+    let began = std::time::Instant::now();
+    let report = reporting(&server, &event("held"));
+    another_waiting(&looking, None).await;
+    let others = ["a", "b"].map(|device| reporting(&server, &event(device)));
+    assert_unavailable(&report.await.unwrap());
+    for other in others {
+        other.await.unwrap().data(201);
+    }
+    assert!(began.elapsed() < std::time::Duration::from_secs(15), "{:?}", began.elapsed());
+    assert_eq!(server.get("/health/ready").await.status, 200);
+    lock.rollback().await.unwrap();
+    server.store(&event("held")).await;
+    assert_eq!(stored_ids(&server, "held").await.len(), 2);
     server.stop().await;
 }
 

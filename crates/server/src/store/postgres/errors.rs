@@ -131,8 +131,11 @@ pub(super) fn unavailable(why: &str) -> StoreError {
 pub(super) enum WriteError {
     /// The driver or PostgreSQL said so.
     Sql(tokio_postgres::Error),
-    /// Another transaction came between two statements of ours. Nothing was committed, and trying again may work.
+    /// Another transaction came between two statements of ours, if trying again works. If it does not, the database
+    /// refuses the data.
     Conflict(&'static str),
+    /// Fewer rows were written than were sent.
+    Dropped { table: &'static str, written: u64, sent: usize },
     /// Devices are not in the groups that they must be in.
     OtherGroup(OtherGroup),
     /// We don't want it to be stored. Nothing was committed.
@@ -149,7 +152,9 @@ impl WriteError {
     pub(super) fn leaves_doubt(&self) -> bool {
         match self {
             Self::Sql(error) => is_connection_lost(error),
-            Self::Conflict(_) | Self::OtherGroup(_) | Self::Refused(_) => false,
+            Self::Conflict(_) | Self::Dropped { .. } | Self::OtherGroup(_) | Self::Refused(_) => {
+                false
+            }
             Self::Unreplicated | Self::Impossible(_) => true,
         }
     }
@@ -172,6 +177,10 @@ impl fmt::Display for WriteError {
         match self {
             Self::Sql(error) => formatter.write_str(&describe(error)),
             Self::Conflict(what) => formatter.write_str(what),
+            Self::Dropped { table, written, sent } => write!(
+                formatter,
+                "a trigger on {table} drops rows without an error: {written} of {sent} were written"
+            ),
             Self::OtherGroup(error) => error.fmt(formatter),
             Self::Unreplicated => formatter
                 .write_str("somebody ended the wait of a commit for its synchronous standby"),
@@ -184,7 +193,9 @@ impl From<WriteError> for StoreError {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Sql(error) => store_error(error),
-            WriteError::Conflict(what) => Self::Transient(what.to_owned()),
+            refused @ (WriteError::Conflict(_) | WriteError::Dropped { .. }) => {
+                Self::Rejected(refused.to_string())
+            }
             WriteError::OtherGroup(error) => error.into(),
             unreplicated @ WriteError::Unreplicated => Self::Unavailable(unreplicated.to_string()),
             WriteError::Refused(what) | WriteError::Impossible(what) => Self::Failed(what),

@@ -2,7 +2,7 @@
 
 use tokio_postgres::{Client, Error, Row};
 
-use super::{connect::Object, errors::WriteError, reads::time};
+use super::{connect::Object, errors::WriteError, reads::time, statements::check_written};
 use crate::store::{Digest, ImportProgress, ImportStep, imports::StoredImport};
 
 /// Notes how far an import comes with the transaction that is open on `client`, unless another one imports the same.
@@ -29,7 +29,7 @@ pub(super) async fn advance(
     let stored: Vec<_> = rows.iter().map(stored_import).collect::<Result<_, Error>>()?;
     step.check(stored.into_iter().flatten(), has_events)
         .map_err(|error| WriteError::Refused(error.to_string()))?;
-    client
+    let written = client
         .execute(
             ADVANCE,
             &[
@@ -44,7 +44,7 @@ pub(super) async fn advance(
             ],
         )
         .await?;
-    Ok(())
+    check_written("imports", written, 1)
 }
 
 /// What is stored of an import; `None` for a row that is none of ours.

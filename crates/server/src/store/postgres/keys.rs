@@ -73,10 +73,12 @@ pub(super) async fn record(
     const INSERT_ENTRY: &str = "
         insert into audit_log (at, via, key_id, address, action, subject, details)
         values ($1, $2, $3, $4, $5, $6, $7)
+        returning id
     ";
     let address = by.address.map(|address| address.to_string());
+    // Fails when a trigger has dropped the line.
     transaction
-        .execute(
+        .query_one(
             INSERT_ENTRY,
             &[
                 &by.at.to_jiff(),
@@ -122,15 +124,19 @@ async fn create_key(connection: &mut Object, key: &NewKey, by: &Actor) -> Result
 }
 
 async fn revoke_key(connection: &mut Object, id: i64, by: &Actor) -> Result<Revocation, Error> {
-    const REVOKE: &str = "
-        update api_keys set revoked_at = $2 where id = $1 and revoked_at is null
+    const IS_REVOKED: &str = "
+        select revoked_at is not null from api_keys where id = $1 for update
     ";
-    const EXISTS: &str = "select exists (select from api_keys where id = $1)";
+    const REVOKE: &str = "update api_keys set revoked_at = $2 where id = $1 returning id";
     let transaction = connection.transaction().await?;
-    if transaction.execute(REVOKE, &[&id, &by.at.to_jiff()]).await? == 0 {
-        let exists = transaction.query_one(EXISTS, &[&id]).await?.try_get(0)?;
-        return Ok(if exists { Revocation::Already } else { Revocation::Unknown });
+    let Some(row) = transaction.query_opt(IS_REVOKED, &[&id]).await? else {
+        return Ok(Revocation::Unknown);
+    };
+    if row.try_get(0)? {
+        return Ok(Revocation::Already);
     }
+    // Fails when a trigger has dropped the change.
+    transaction.query_one(REVOKE, &[&id, &by.at.to_jiff()]).await?;
     count_change(&transaction).await?;
     record(&transaction, by, &NewAuditEntry::key_revoked(id)).await?;
     transaction.commit().await?;
@@ -146,8 +152,9 @@ async fn count_change(transaction: &Transaction<'_>) -> Result<(), Error> {
         update api_key_changes
            set version = (((version >> 32) + 1) << 32)
                        | (hashtextextended(gen_random_uuid()::text, 0) & 4294967295)
+        returning version
     ";
-    transaction.execute(CHANGE_VERSION, &[]).await.map(|_| ())
+    transaction.query_one(CHANGE_VERSION, &[]).await.map(|_| ())
 }
 
 async fn keys(connection: &mut Object) -> Result<Keys, Error> {

@@ -115,7 +115,24 @@ fn upsert_jobs_statement() -> String {
     let upsert = UPSERT_JOBS.replace("FIRST", "true");
     format!(
         "with upserted as ({upsert})
-         select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0"
+         select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0
+         union all select null, null, null where not {}",
+        all_written("upserted", "device_jobs", "cardinality($1::text[])")
+    )
+}
+
+/// True when the part of a statement that writes to `table` has written as many rows as were sent. Otherwise it
+/// fails the statement: a trigger may drop a row without an error (`return null`), and that refuses the data as much
+/// as one that raises an error. The cast is what PostgreSQL has for raising one within a statement, and its message
+/// shows the text.
+fn all_written(part: &str, table: &str, sent: &str) -> String {
+    format!(
+        "(select case
+                     when count(*) = {sent} then true
+                     else ('a trigger on {table} drops rows without an error: ' || count(*)
+                           || ' of ' || {sent} || ' were written')::boolean
+                 end
+            from {part})"
     )
 }
 
@@ -123,7 +140,6 @@ fn upsert_jobs_statement() -> String {
 /// Answers the jobs that are failing, and the devices that are new, which have no job. Its parts come in the order
 /// of `transactions`, each when the one before has been carried out for all of its rows.
 fn store_statement(with_devices: bool, with_keys: bool) -> String {
-    let after = |part: &str| format!("(select count(*) from {part}) is not null");
     let mut parts = Vec::new();
     let mut answer =
         "select device_id, job, consecutive_failures from jobs where consecutive_failures <> 0"
@@ -133,17 +149,23 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
         let upsert = renumbered(UPSERT_DEVICES, JOB_PARAMETERS + EVENT_PARAMETERS);
         parts.push(format!("touched as ({upsert})"));
         answer.push_str(" union all select device_id, null, null from touched where is_new");
-        first = after("touched");
+        // A device that a trigger drops has no place for its events.
+        first = "(select count(*) from touched) is not null".to_owned();
     }
     if with_keys {
         let insert = insert_keys_statement(KEYS_AMONG_EVENTS.map(|number| number + JOB_PARAMETERS));
         parts.push(format!("keys as ({insert} and {first} returning id)"));
-        first = after("keys");
+        let [_, event_id, ..] = KEYS_AMONG_EVENTS.map(|number| number + JOB_PARAMETERS);
+        let sent = format!("cardinality(array_remove(${event_id}::text[], null))");
+        first = all_written("keys", "event_keys", &sent);
     }
     let insert = renumbered(INSERT_EVENTS, JOB_PARAMETERS);
     parts.push(format!("events as ({insert} where {first} returning id)"));
-    let upsert = UPSERT_JOBS.replace("FIRST", &after("events"));
+    let sent = renumbered("cardinality($1::bigint[])", JOB_PARAMETERS);
+    let upsert = UPSERT_JOBS.replace("FIRST", &all_written("events", "sync_events", &sent));
     parts.push(format!("jobs as ({upsert})"));
+    answer.push_str(" union all select null, null, null where not ");
+    answer.push_str(&all_written("jobs", "device_jobs", "cardinality($1::text[])"));
     format!("with {} {answer}", parts.join(", "))
 }
 
@@ -517,11 +539,13 @@ impl<'a> EventColumns<'a> {
         client: &Client,
         statements: &Statements,
         received: jiff::Timestamp,
-    ) -> Result<u64, Error> {
+    ) -> Result<(), WriteError> {
         if self.is_empty() {
-            return Ok(0);
+            return Ok(());
         }
-        client.execute(&statements.insert_events, &self.parameters(&received)).await
+        let written =
+            client.execute(&statements.insert_events, &self.parameters(&received)).await?;
+        check_written("sync_events", written, self.ids.len())
     }
 
     fn parameters<'b>(
@@ -570,8 +594,9 @@ impl<'a> EventColumns<'a> {
         client: &Client,
         statements: &Statements,
         received: jiff::Timestamp,
-    ) -> Result<u64, Error> {
-        self.write_keys(client, &statements.insert_keys, received).await
+    ) -> Result<(), WriteError> {
+        let written = self.write_keys(client, &statements.insert_keys, received).await?;
+        check_written("event_keys", written, self.event_ids.iter().flatten().count())
     }
 
     /// Inserts the keys that are not there yet.
@@ -618,14 +643,14 @@ impl<'a> EventColumns<'a> {
     }
 
     /// Fails unless all keys were found, which were inserted or there before. One that was there may have been
-    /// forgotten meanwhile: then it is to be inserted once more.
+    /// forgotten meanwhile: then it is to be inserted once more. If that does not help, a trigger drops it.
     pub(super) fn check_found(&self, kept: &KeptEvents) -> Result<(), WriteError> {
         for (device_id, event_id) in self.device_ids.iter().zip(&self.event_ids) {
             let Some(event_id) = event_id else { continue };
             let key = ((*device_id).to_owned(), (*event_id).to_owned());
             if !kept.contains_key(&key) {
                 return Err(WriteError::Conflict(
-                    "an event id was forgotten while it was looked up",
+                    "an event id is not in event_keys after it was inserted; a trigger may drop it",
                 ));
             }
         }
@@ -643,6 +668,15 @@ impl<'a> EventColumns<'a> {
             .await?
             .try_get(0)
     }
+}
+
+/// Fails when a statement has written fewer rows than were sent: a trigger has dropped the others.
+pub(super) fn check_written(
+    table: &'static str,
+    written: u64,
+    sent: usize,
+) -> Result<(), WriteError> {
+    if written == sent as u64 { Ok(()) } else { Err(WriteError::Dropped { table, written, sent }) }
 }
 
 /// A column that may be without any value; then it is empty.

@@ -35,6 +35,11 @@ use crate::store::{Batch, EventWriter, StoreError, Written};
 /// takes; it is for a server that has stopped answering.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a statement waits for a lock that others hold. PostgreSQL then gives it up, and the batch is tried again:
+/// what waits for a lock has failed for certain when it is given up, and is not in doubt. Transactions of servers and
+/// commands hold such locks for a fraction of this.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(2_500);
+
 /// A batch that has waited for longer since it was stamped is aggregated by its own transaction, as if folding had
 /// passed it already. Folding relies on every other transaction beginning within a minute of its batch's stamp (see
 /// `roll_ups`): this long, and what an attempt may take, and the statement ahead of it on the same connection, which
@@ -162,6 +167,8 @@ impl PostgresEventWriter {
                 backend.tell_to_end(client).await.map_err(store_error)?;
             }
             durability::check_tables(client).await?;
+            let set = format!("set lock_timeout = {}", LOCK_TIMEOUT.as_millis());
+            client.batch_execute(&set).await.map_err(store_error)?;
             let backend = Backend::of(client).await.map_err(store_error)?;
             let statements = Statements::prepare(client).await.map_err(store_error)?;
             self.session = Some(Arc::new(Session { connection, statements, backend }));
@@ -401,12 +408,15 @@ impl PostgresEventWriter {
         let retries = match &error {
             WriteError::Sql(error) => self.classify(error),
             WriteError::Conflict(_) => RETRIES,
-            WriteError::OtherGroup(_)
+            WriteError::Dropped { .. }
+            | WriteError::OtherGroup(_)
             | WriteError::Refused(_)
             | WriteError::Unreplicated
             | WriteError::Impossible(_) => 0,
         };
-        if attempt < retries { Ok(()) } else { Err(error.into()) }
+        // An attempt that may be cut off while it waits for a lock would leave the batch in doubt.
+        let has_time = deadline.saturating_duration_since(Instant::now()) > LOCK_TIMEOUT;
+        if attempt < retries && has_time { Ok(()) } else { Err(error.into()) }
     }
 
     /// Draws from what PostgreSQL says of a batch how to write it; tells how often that is worth trying.

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rusqlite::{Connection, ErrorCode, OpenFlags, ffi, ffi::SQLITE_CONSTRAINT_TRIGGER};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::files;
@@ -248,6 +248,22 @@ pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
         _ if refuses_data(&error) => StoreError::Rejected(message),
         _ => StoreError::Failed(message),
     }
+}
+
+/// Fails when a statement that was to write one row of `table` has written none: a trigger may drop a row without
+/// an error (`raise(ignore)`), and that refuses the data as much as one that raises an error.
+pub(super) fn expect_row(table: &str, written: usize) -> rusqlite::Result<()> {
+    if written > 0 { Ok(()) } else { Err(row_dropped(table)) }
+}
+
+/// A trigger has dropped a row of `table`.
+pub(super) fn row_dropped(table: &str) -> rusqlite::Error {
+    let refused = ffi::Error {
+        code: ErrorCode::ConstraintViolation,
+        extended_code: SQLITE_CONSTRAINT_TRIGGER,
+    };
+    let why = format!("a trigger on {table} drops the row without an error");
+    rusqlite::Error::SqliteFailure(refused, Some(why))
 }
 
 /// Whether the database has refused the data itself.

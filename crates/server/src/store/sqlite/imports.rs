@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, Row, Transaction, params};
 
-use super::reads::time;
+use super::{connection::expect_row, reads::time};
 use crate::store::{ImportProgress, ImportStep, imports::StoredImport};
 
 /// Notes how far an import comes with the transaction, unless another one imports the same. `has_events` says whether
@@ -28,7 +28,7 @@ pub(super) fn advance(
         .collect::<Result<Vec<_>, _>>()?;
     step.check(stored, has_events)
         .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
-    transaction.prepare_cached(ADVANCE)?.execute(params![
+    let written = transaction.prepare_cached(ADVANCE)?.execute(params![
         progress.id,
         progress.name,
         progress.head,
@@ -38,7 +38,7 @@ pub(super) fn advance(
         progress.finished,
         progress.at.as_millisecond(),
     ])?;
-    Ok(())
+    expect_row("imports", written)
 }
 
 /// All imports.

@@ -28,6 +28,7 @@ use super::{
     connection::{SERVING_BUSY_TIMEOUT, open_for_requests, refuses_data, store_error},
     files::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside},
     history::kept_event,
+    ids,
     journal::{self, Journal, Record, Survey},
     reads::device_number,
     writer::{
@@ -139,6 +140,8 @@ struct State {
     called: bool,
     /// Why the last attempt failed.
     failed: Option<String>,
+    /// Why no more ids could be reserved.
+    unreserved: Option<String>,
 }
 
 impl State {
@@ -304,6 +307,7 @@ impl Intake {
                 // Nobody listens any more when the server stops.
                 let _ = self.news.send(news);
             });
+            let result = result.map_err(|error| ids::explain(&connection.connection, error));
             self.end_lump(lump, result.as_ref().err());
             result?;
         }
@@ -316,7 +320,7 @@ impl Intake {
 
     /// Reserves more ids. They follow those that are left, unless somebody else has taken ids meanwhile.
     fn reserve_ids(&self, connection: &mut WriteConnection) -> rusqlite::Result<()> {
-        let (first, last) = connection.reserve_ids(RESERVED_IDS, 0)?.into_inner();
+        let Some((first, last)) = self.more_ids(connection)? else { return Ok(()) };
         let mut state = self.state();
         if first != state.last_reserved_id + 1 {
             state.next_id = first;
@@ -336,8 +340,32 @@ impl Intake {
             return Ok(());
         }
         // Somebody else has taken ids above ours, or without asking from among them.
-        self.state().last_reserved_id = -1;
-        self.reserve_ids(connection)
+        if let Some((first, last)) = self.more_ids(connection)? {
+            let mut state = self.state();
+            (state.next_id, state.last_reserved_id) = (first, last);
+        }
+        Ok(())
+    }
+
+    /// Reserves more ids; `None` when there are no more. Then those that are left are given, which nothing speaks
+    /// against, and no event is acknowledged after them.
+    fn more_ids(&self, connection: &mut WriteConnection) -> rusqlite::Result<Option<(i64, i64)>> {
+        let reserved = connection.reserve_ids(RESERVED_IDS, 0);
+        let why = reserved.as_ref().err().filter(|error| ids::are_used_up(error));
+        let why = why.map(ToString::to_string);
+        let mut state = self.state();
+        if let Some(error) = &why
+            && state.unreserved.is_none()
+        {
+            let left = state.last_reserved_id - state.next_id + 1;
+            tracing::error!(error, left, "events will be answered 503 once no ids are left");
+        }
+        state.unreserved = why;
+        if state.unreserved.is_some() {
+            return Ok(None);
+        }
+        drop(state);
+        reserved.map(|ids| Some(ids.into_inner()))
     }
 
     /// The ids that were reserved and never given. Nobody may take any more.
@@ -703,7 +731,9 @@ impl Desk {
             let Some(first_id) = state.take_ids(new) else {
                 // More are reserved when events are brought into the tables.
                 self.intake.call_writer(&mut state);
-                return Err(StoreError::Unavailable("no ids are reserved for events".into()));
+                let why = state.unreserved.clone();
+                let why = why.unwrap_or_else(|| "no ids are reserved for events".into());
+                return Err(StoreError::Unavailable(why));
             };
             state.under_way = Some(first_id);
             (first_id, state.settled)

@@ -2,10 +2,11 @@
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
-use rusqlite::{Connection, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 
 use super::{
     SqliteStore,
+    connection::expect_row,
     reads::{optional_time, time},
 };
 use crate::store::{
@@ -65,7 +66,7 @@ pub(super) fn record(
         entry.subject,
         entry.details,
     ];
-    transaction.execute(INSERT_ENTRY, values).map(|_| ())
+    expect_row("audit_log", transaction.execute(INSERT_ENTRY, values)?)
 }
 
 fn create_key(connection: &mut Connection, key: &NewKey, by: &Actor) -> rusqlite::Result<i64> {
@@ -84,7 +85,7 @@ fn create_key(connection: &mut Connection, key: &NewKey, by: &Actor) -> rusqlite
         by.at.as_millisecond(),
         key.expires_at.map(Timestamp::as_millisecond),
     ];
-    transaction.execute(INSERT_KEY, values)?;
+    expect_row("api_keys", transaction.execute(INSERT_KEY, values)?)?;
     let id = transaction.last_insert_rowid();
     count_change(&transaction)?;
     record(&transaction, by, &NewAuditEntry::key_created(id, key))?;
@@ -93,15 +94,16 @@ fn create_key(connection: &mut Connection, key: &NewKey, by: &Actor) -> rusqlite
 }
 
 fn revoke_key(connection: &mut Connection, id: i64, by: &Actor) -> rusqlite::Result<Revocation> {
-    const REVOKE: &str = "
-        update api_keys set revoked_at = ?2 where id = ?1 and revoked_at is null
-    ";
-    const EXISTS: &str = "select exists (select 1 from api_keys where id = ?1)";
+    const IS_REVOKED: &str = "select revoked_at is not null from api_keys where id = ?1";
+    const REVOKE: &str = "update api_keys set revoked_at = ?2 where id = ?1";
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if transaction.execute(REVOKE, params![id, by.at.as_millisecond()])? == 0 {
-        let exists: bool = transaction.query_row(EXISTS, [id], |row| row.get(0))?;
-        return Ok(if exists { Revocation::Already } else { Revocation::Unknown });
+    match transaction.query_row(IS_REVOKED, [id], |row| row.get(0)).optional()? {
+        None => return Ok(Revocation::Unknown),
+        Some(true) => return Ok(Revocation::Already),
+        Some(false) => {}
     }
+    let revoked = transaction.execute(REVOKE, params![id, by.at.as_millisecond()])?;
+    expect_row("api_keys", revoked)?;
     count_change(&transaction)?;
     record(&transaction, by, &NewAuditEntry::key_revoked(id))?;
     transaction.commit()?;
@@ -116,7 +118,7 @@ fn count_change(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         update api_key_changes
            set version = (((version >> 32) + 1) << 32) | (random() & 4294967295)
     ";
-    transaction.execute(CHANGE_VERSION, []).map(|_| ())
+    expect_row("api_key_changes", transaction.execute(CHANGE_VERSION, [])?)
 }
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {

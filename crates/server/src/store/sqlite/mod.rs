@@ -9,6 +9,7 @@ mod deletion;
 mod expiry;
 pub(super) mod files;
 mod history;
+mod ids;
 mod imports;
 mod intake;
 mod journal;
@@ -383,6 +384,11 @@ pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
     let mut connection = WriteConnection::open(database)?;
     let wanted = intake::last_record(&mut connection, database)?;
     while connection.ingest_state().map_err(store_error)?.journal.applied < wanted {
+        if !files::is_claimed(database) {
+            // The server was killed meanwhile, or has stopped.
+            drop(connection);
+            return settle(database);
+        }
         if began.elapsed() > SETTLE_TIMEOUT {
             return Err(StoreError::Unavailable(
                 "the server cannot bring what it has acknowledged into the database; its log says why"

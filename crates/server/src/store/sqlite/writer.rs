@@ -20,10 +20,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     checkpoint::checkpoint_beside,
-    connection::{open_for_writing, store_error},
+    connection::{expect_row, open_for_writing, row_dropped, store_error},
     expiry,
     history::kept_event,
-    imports,
+    ids, imports,
     intake::Intake,
     journal::JournalState,
     keys,
@@ -113,7 +113,8 @@ impl WriterThread {
         let (reply, result) = oneshot::channel();
         let call: Call = Box::new(move |connection| {
             // The caller may have gone away; the work is done all the same.
-            let _ = reply.send(work(connection));
+            let result = work(connection);
+            let _ = reply.send(result.map_err(|error| ids::explain(&connection.connection, error)));
         });
         self.calls.send(call).await.map_err(|_| StoreError::Stopped)?;
         result.await.map_err(|_| StoreError::Stopped)?.map_err(store_error)
@@ -261,29 +262,11 @@ impl WriteConnection {
         count: i64,
         at_least: i64,
     ) -> rusqlite::Result<RangeInclusive<i64>> {
-        const RESERVE: &str = "
-            update sqlite_sequence
-               set seq = max(seq, ?2) + ?1
-             where name = 'sync_events'
-            returning seq
-        ";
-        const FIRST: &str = "
-            insert into sqlite_sequence (name, seq)
-            values ('sync_events', max(?2, ifnull((select max(id) from sync_events), 0)) + ?1)
-            returning seq
-        ";
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let last: Option<i64> = transaction
-            .prepare_cached(RESERVE)?
-            .query_row([count, at_least], |row| row.get(0))
-            .optional()?;
-        let last = match last {
-            Some(last) => last,
-            None => transaction.query_row(FIRST, [count, at_least], |row| row.get(0))?,
-        };
+        let reserved = ids::reserve(&transaction, count, at_least)?;
         transaction.commit()?;
-        Ok(last - count + 1..=last)
+        Ok(reserved)
     }
 
     /// Gives ids back that were reserved last and never given, so that a proper stop leaves no gap. Everything
@@ -391,7 +374,10 @@ impl WriteConnection {
                 }
                 let first = match intake.and_then(|intake| intake.take_ids(batch.events.len())) {
                     Some(first) => first,
-                    None => last_id(&transaction)? + 1,
+                    None => {
+                        let count = i64::try_from(batch.events.len()).unwrap_or(i64::MAX);
+                        ids::first_of(&transaction, count, 0)?
+                    }
                 };
                 insert_events(&transaction, batch, &numbers, Ids::From(first), &mut written)?;
             }
@@ -520,10 +506,11 @@ fn find_or_add(
     if let Some(number) = device_number(transaction, device_id)? {
         return Ok((number, false));
     }
-    transaction
+    let written = transaction
         .prepare_cached("insert into devices (device_id, created_at) values (?1, ?2)")?
-        .insert(params![device_id.as_str(), received.as_millisecond()])
-        .map(|number| (number, true))
+        .execute(params![device_id.as_str(), received.as_millisecond()])?;
+    expect_row("devices", written)?;
+    Ok((transaction.last_insert_rowid(), true))
 }
 
 /// The groups of those devices that there are which the claims of `batch` are about.
@@ -551,7 +538,9 @@ fn register(
         r#"insert into devices (device_id, "group", created_at) values (?1, ?2, ?3)"#;
     let mut insert = transaction.prepare_cached(REGISTER)?;
     for (device_id, group) in devices {
-        insert.execute(params![device_id.as_str(), group, received.as_millisecond()])?;
+        let written =
+            insert.execute(params![device_id.as_str(), group, received.as_millisecond()])?;
+        expect_row("devices", written)?;
     }
     Ok(())
 }
@@ -574,15 +563,6 @@ pub(super) fn settle_through(connection: &Connection, through: Through) -> rusql
             u32::try_from(through.events).unwrap_or(u32::MAX)
         ])
         .map(drop)
-}
-
-/// The highest id that an event ever had, or that is reserved for one.
-fn last_id(transaction: &Connection) -> rusqlite::Result<i64> {
-    transaction
-        .prepare_cached("select seq from sqlite_sequence where name = 'sync_events'")?
-        .query_row([], |row| row.get(0))
-        .optional()
-        .map(Option::unwrap_or_default)
 }
 
 /// Moves `created_at` of devices back to when the first of their events were received.
@@ -650,8 +630,8 @@ fn insert_events(
             written.duplicates.push(Duplicate { position, first });
             continue;
         }
-        let mut insert_as = |id: Option<i64>| {
-            insert.execute(params![
+        let mut insert_as = |id: i64| {
+            let written = insert.execute(params![
                 id,
                 number,
                 event.timestamp.as_millisecond(),
@@ -664,13 +644,14 @@ fn insert_events(
                 event.metadata.as_ref().map(Metadata::as_str),
                 batch.received_at(position).as_millisecond(),
                 event.event_id.as_ref().map(EventId::as_str),
-            ])
+            ])?;
+            expect_row("sync_events", written)
         };
-        let id = match insert_as(Some(id)) {
+        let id = match insert_as(id) {
             Err(error) if is_id_taken(&error) => {
                 // An event that was acknowledged is stored, whatever its id.
-                insert_as(None)?;
-                let new_id = transaction.last_insert_rowid();
+                let new_id = ids::next_or_free(transaction, id)?;
+                insert_as(new_id)?;
                 if let Some(event_id) = &event.event_id {
                     keys.change(*number, event_id, new_id)?;
                 }
@@ -682,8 +663,8 @@ fn insert_events(
                 );
                 new_id
             }
-            other => {
-                other?;
+            stored => {
+                stored?;
                 id
             }
         };
@@ -749,7 +730,10 @@ impl EventKeys<'_> {
         let id = self
             .transaction
             .prepare_cached(FIND_KEY)?
-            .query_row(params![device, event_id.as_str()], |row| row.get(0))?;
+            .query_row(params![device, event_id.as_str()], |row| row.get(0))
+            .optional()?;
+        // It was not added, and is not there either.
+        let Some(id) = id else { return Err(row_dropped("event_keys")) };
         Ok((id, kept_event(self.transaction, id)?))
     }
 }
@@ -827,7 +811,7 @@ impl<'a> JobStatements<'a> {
                 (figures, &mut self.update)
             }
         };
-        write.execute(params![
+        let written = write.execute(params![
             device,
             job,
             figures.total_syncs,
@@ -843,6 +827,7 @@ impl<'a> JobStatements<'a> {
             figures.consecutive_failures,
             figures.last_received.as_millisecond(),
         ])?;
+        expect_row("device_jobs", written)?;
         Ok(figures)
     }
 }

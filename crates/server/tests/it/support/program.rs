@@ -305,6 +305,14 @@ impl Running {
         }
     }
 
+    /// Whether it has a file open whose path ends so.
+    pub(crate) fn has_open(&self, ending: &str) -> bool {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        let links = files.into_iter().flatten().flatten();
+        let paths = links.filter_map(|link| std::fs::read_link(link.path()).ok());
+        paths.into_iter().any(|path| path.to_string_lossy().ends_with(ending))
+    }
+
     pub(crate) fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
     }
