@@ -49,7 +49,7 @@ pub struct JobFigures {
 /// twice the largest clock skew that can be allowed, for what is imported may have been received by one, too.
 pub const LONGEST_LEAD: i64 = 2 * 24 * 60 * 60 * 1000;
 
-/// The later of two dates, of which one after `latest` gives way to one that is not.
+/// The later of two dates, of which one after `latest` yields to one that is not.
 #[must_use]
 pub fn later_until(latest: Timestamp, left: Timestamp, right: Timestamp) -> Timestamp {
     let (earlier, later) = (left.min(right), left.max(right));

@@ -299,7 +299,7 @@ async fn finish_deletions(store: Arc<dyn Store>) {
     }
 }
 
-/// Folds events a few at a time, and gives way to ingest in between.
+/// Folds events a few at a time, and yields to ingest in between.
 async fn fold(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();

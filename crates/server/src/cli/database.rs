@@ -37,7 +37,7 @@ pub(super) async fn open_unwarned(
         let _claim = store::claim(target).map_err(|error| error.to_string())?;
         migrator.up(clock.now()).await.map_err(|error| error.to_string())?;
     }
-    open_settled(target).await
+    open_applied(target).await
 }
 
 /// Opens the store, whose schema must be current: for commands that only read, and make nothing.
@@ -53,12 +53,12 @@ pub(super) async fn open_current(
             pending.join(", ")
         ));
     }
-    open_settled(target).await
+    open_applied(target).await
 }
 
 /// Opens the store once everything is in it that a server has acknowledged.
-async fn open_settled(target: &Target) -> Result<Arc<dyn Store>, String> {
-    store::settle(target).map_err(|error| error.to_string())?;
+async fn open_applied(target: &Target) -> Result<Arc<dyn Store>, String> {
+    store::apply_journal(target).map_err(|error| error.to_string())?;
     store::open(target).await.map_err(|error| error.to_string())
 }
 

@@ -169,7 +169,7 @@ async fn down(
     migrations: &[Migration],
     yes: bool,
 ) -> Result<(), String> {
-    store::settle(target).map_err(|error| error.to_string())?;
+    store::apply_journal(target).map_err(|error| error.to_string())?;
     // Not under a running server.
     let _claim = store::claim(target).map_err(|error| error.to_string())?;
     if migrations.is_empty() {

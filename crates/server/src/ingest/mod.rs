@@ -28,7 +28,7 @@ pub use self::{permits::Permit, task::IngestTasks};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{EventWriter, News, StoredEvent},
+    store::{EventWriter, Observations, StoredEvent},
 };
 
 /// Proof that an event is stored.
@@ -89,7 +89,7 @@ impl Ingest {
     #[must_use]
     pub fn new(
         writers: Writers,
-        observations: mpsc::UnboundedReceiver<News>,
+        observations: mpsc::UnboundedReceiver<Observations>,
         clock: &Clock,
         metrics: &Arc<Metrics>,
     ) -> (Self, IngestTasks) {

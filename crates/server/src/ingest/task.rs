@@ -23,7 +23,9 @@ use crate::{
     clock::Clock,
     metrics::Metrics,
     seldom::Seldom,
-    store::{Batch, Conflict, EventWriter, GroupClaim, News, OtherGroup, StoreError, Written},
+    store::{
+        Batch, Conflict, EventWriter, GroupClaim, Observations, OtherGroup, StoreError, Written,
+    },
 };
 
 /// Events per transaction. Beyond some hundreds a larger batch gains nothing, and everybody in it
@@ -124,7 +126,7 @@ impl IngestTasks {
 /// The task that owns a writer.
 pub(super) struct IngestTask {
     writer: Box<dyn EventWriter>,
-    observations: mpsc::UnboundedReceiver<News>,
+    observations: mpsc::UnboundedReceiver<Observations>,
     waiting: mpsc::UnboundedReceiver<Submission>,
     /// Taken from the queue already.
     next: Option<Submission>,
@@ -147,7 +149,7 @@ impl IngestTask {
     /// Stores with `writer` what `waiting` brings. `observations` is what the writer learns after it has returned.
     pub(super) fn new(
         writer: Box<dyn EventWriter>,
-        observations: mpsc::UnboundedReceiver<News>,
+        observations: mpsc::UnboundedReceiver<Observations>,
         waiting: mpsc::UnboundedReceiver<Submission>,
         load: &Arc<Load>,
         lane: &Lane,

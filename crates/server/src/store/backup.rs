@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{StoreError, Target, migrations::Migrator, postgres, settle, sqlite};
+use super::{StoreError, Target, apply_journal, migrations::Migrator, postgres, sqlite};
 
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
         let database = database.display();
         return Err(StoreError::Failed(format!("there is no database file {database}")));
     }
-    settle(target)?;
+    apply_journal(target)?;
     let copy = sqlite::backup::Copy::make(&sqlite::files::resolve(database)?, file)?;
     let holds = copy.holds;
     copy.put_at(file, overwrite)?;
@@ -82,9 +82,9 @@ pub async fn restore(
         return Err(sqlite::backup::exists(database));
     }
     // What is replaced is kept, and shall be whole. It may be replaced because it is damaged.
-    let settled = settle(target);
+    let applied = apply_journal(target);
     let claim = sqlite::files::Claim::take(database)?;
-    if let Err(error) = settled {
+    if let Err(error) = applied {
         tracing::warn!(%error, "the last events cannot be brought into the database that is replaced");
     }
     // A symbolic link goes on leading to where it did.

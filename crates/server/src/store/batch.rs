@@ -65,7 +65,7 @@ pub struct Written {
 
 /// What was learnt of devices when their events came into the tables, after these were acknowledged.
 #[derive(Debug, Default)]
-pub struct News {
+pub struct Observations {
     /// As in [`Written`].
     pub new_devices: Vec<DeviceId>,
     /// As in [`Written`].

@@ -627,7 +627,7 @@ async fn migrator(target: &Target) -> Result<Migrator, CopyError> {
 async fn open_source(from: &Target) -> Result<Box<dyn CopyReader>, StoreError> {
     Ok(match from {
         Target::Sqlite(path) => {
-            sqlite::settle(path)?;
+            sqlite::apply_journal(path)?;
             Box::new(sqlite::copy::SqliteCopyReader::open(path)?)
         }
         Target::Postgres(target) => {

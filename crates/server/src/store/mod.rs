@@ -28,7 +28,9 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio::sync::mpsc;
 
 pub use backup::{BackedUp, Restored, backup, restore};
-pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, News, OtherGroup, Written};
+pub use batch::{
+    Batch, Conflict, Duplicate, FailureStreak, GroupClaim, Observations, OtherGroup, Written,
+};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use deletion::{DeletionStep, DeviceDeletions};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
@@ -102,7 +104,7 @@ pub trait Store: KeyStore + DeviceDeletions + Send + Sync {
     /// every later read finds them, but what is learnt of their devices may come later, as `news`.
     async fn ingest_writer(
         &self,
-        news: mpsc::UnboundedSender<News>,
+        news: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError>;
 
     /// A device's figures and one page of its events; `None` for an unknown device.
@@ -221,8 +223,7 @@ pub trait Store: KeyStore + DeviceDeletions + Send + Sync {
 /// Writes batches of events. One task owns it.
 #[async_trait]
 pub trait EventWriter: Send {
-    /// Stores a batch in one transaction, figures included, and returns once it is committed. None that has been
-    /// sent off may be under way.
+    /// Stores a batch in one transaction, figures included, and returns once it is committed. None may be in flight.
     ///
     /// # Errors
     /// After any error but [`StoreError::OutcomeUnknown`] nothing of the batch is stored. After that
@@ -232,14 +233,14 @@ pub trait EventWriter: Send {
     /// deleted a device in between. Only [`Store::event_writer`]s look at claims.
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError>;
 
-    /// Sends a batch off, to be stored behind those that have been sent off before it. False when that cannot be
-    /// done now, and nothing has happened: then it can be written, once none is under way.
+    /// Pipelines a batch: it is stored behind those in flight. False when that cannot be done now, and nothing has
+    /// happened: then it can be written, once none is in flight.
     fn send(&mut self, _batch: &Arc<Batch>) -> bool {
         false
     }
 
-    /// Waits for the batch that was sent off first. `None` when it is not known to be stored: once none is under
-    /// way, writing the same batch (the same `Arc`) stores it exactly once. The future may be dropped and
+    /// Waits for the batch that was sent first. `None` when it is not known to be stored: once none is in flight,
+    /// writing the same batch (the same `Arc`) stores it exactly once. The future may be dropped and
     /// another one asked for.
     async fn sent(&mut self) -> Option<Written> {
         None
@@ -526,9 +527,9 @@ pub fn check_output(target: &Target, path: &std::path::Path) -> Result<(), Store
 ///
 /// # Errors
 /// When that is not possible.
-pub fn settle(target: &Target) -> Result<(), StoreError> {
+pub fn apply_journal(target: &Target) -> Result<(), StoreError> {
     match target {
-        Target::Sqlite(path) => sqlite::settle(path),
+        Target::Sqlite(path) => sqlite::apply_journal(path),
         Target::Postgres(_) => Ok(()),
     }
 }

@@ -191,7 +191,7 @@ async fn postgresql_that_does_not_answer() {
     let acknowledged = reporters.stop().await;
     let stored = stored_ids(client, "pi").await;
     assert!(acknowledged.is_subset(&stored));
-    // Who was answered 503 after the commit was sent off: at most what was under way.
+    // Who was answered 503 after the commit was sent: at most what was in flight.
     assert!(stored.len() - acknowledged.len() <= 17, "{} more", stored.len() - acknowledged.len());
     serving.stop();
     program.run(&["verify"]).success();

@@ -28,9 +28,9 @@ type Numbers = Vec<u32>;
 struct Told {
     /// What ingest has done.
     calls: Vec<(&'static str, Numbers)>,
-    /// Whether batches may be sent off.
+    /// Whether batches may be pipelined.
     takes: bool,
-    /// Of those that are sent off, the ones that come to nothing.
+    /// Of those in flight, the ones that come to nothing.
     fails: Vec<Numbers>,
     is_away: bool,
     /// Whether it answers for no event, which no store may do.
@@ -44,7 +44,7 @@ struct Told {
 #[derive(Clone)]
 struct Obedient {
     told: Arc<Mutex<Told>>,
-    /// How many of the batches that were sent off may end.
+    /// How many of the batches in flight may end.
     ends: Arc<Semaphore>,
 }
 
@@ -133,19 +133,19 @@ impl Running {
         let event = pisync_core::SyncEvent { total_files_synced: number, ..event };
         let ingest = self.ingest.clone();
         let waiting = tokio::spawn(async move { ingest.submit(event, None).await });
-        settle().await;
+        apply_journal().await;
         waiting
     }
 
-    /// Lets the batch that was sent off first come to its end.
+    /// Lets the batch that was sent first come to its end.
     async fn end_one(&self) {
         self.store.ends.add_permits(1);
-        settle().await;
+        apply_journal().await;
     }
 }
 
 /// Everybody gets a turn, and again: nobody waits for time.
-async fn settle() {
+async fn apply_journal() {
     for _ in 0..50 {
         tokio::task::yield_now().await;
     }
@@ -205,7 +205,7 @@ async fn what_comes_to_nothing_is_written_once_nothing_is_under_way() {
 }
 
 #[tokio::test]
-async fn where_nothing_can_be_sent_off_it_is_written_behind_what_is_under_way() {
+async fn where_nothing_can_be_pipelined_it_is_written_behind_what_is_in_flight() {
     let running = Running::start();
     let first = running.submit(1).await;
     running.store.told().takes = false;
@@ -252,9 +252,9 @@ async fn a_store_that_does_not_answer_for_each_event_has_stored_none() {
         let error = waiting.await.unwrap().unwrap_err();
         assert!(matches!(error, IngestError::Failed(_)), "{error:?}");
     };
-    let sent_off = running.submit(1).await;
+    let pipelined = running.submit(1).await;
     running.end_one().await;
-    failed(sent_off).await;
+    failed(pipelined).await;
     running.store.told().takes = false;
     failed(running.submit(2).await).await;
     let mut permit = running.ingest.permit();

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync::store::{self, EventWriter, HistoryQuery, News, Store, Window, Written};
+use pisync::store::{self, EventWriter, HistoryQuery, Observations, Store, Window, Written};
 use pisync_core::{EventId, SyncEvent};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -230,7 +230,9 @@ async fn the_journal_does_not_grow_without_bounds() {
     assert_eq!(stats["total_sync_events"], acknowledged + 1);
 }
 
-async fn ingest_writer(store: &dyn Store) -> (Box<dyn EventWriter>, UnboundedReceiver<News>) {
+async fn ingest_writer(
+    store: &dyn Store,
+) -> (Box<dyn EventWriter>, UnboundedReceiver<Observations>) {
     let (tell, news) = unbounded_channel();
     (store.ingest_writer(tell).await.unwrap(), news)
 }

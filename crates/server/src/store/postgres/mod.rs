@@ -50,9 +50,9 @@ use self::{
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, News, Page, PoolUsage, PostgresTarget,
-    Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime, Verified, Window,
-    step_size::StepSize, verify::devices_to_repair,
+    Figures, FleetStats, HistoryQuery, ImportProgress, Observations, Page, PoolUsage,
+    PostgresTarget, Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime,
+    Verified, Window, step_size::StepSize, verify::devices_to_repair,
 };
 
 /// How long a sign of life may take.
@@ -215,7 +215,7 @@ impl Store for PostgresStore {
 
     async fn ingest_writer(
         &self,
-        _news: mpsc::UnboundedSender<News>,
+        _news: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
         Ok(Box::new(PostgresEventWriter::new(self.connector.clone()).ready().await?))
     }

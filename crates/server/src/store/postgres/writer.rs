@@ -1,7 +1,7 @@
 //! Ingest's own connection: when it is made, which batch is written how, and what is done about what fails. How a
 //! batch becomes statements is in `transactions`.
 //!
-//! Batches that are one statement can be sent off one behind the other, so that PostgreSQL goes on with the
+//! Batches that are one statement can be pipelined, so that PostgreSQL goes on with the
 //! next while the answer to the last is still being taken in. What fails among them is written by itself.
 
 use std::{
@@ -83,7 +83,7 @@ const TAKE_ROOM: &str = "
 pub(super) struct PostgresEventWriter {
     connector: Connector,
     session: Option<Arc<Session>>,
-    /// Batches that have been sent off, the oldest first.
+    /// Batches in flight, the oldest first.
     sent: VecDeque<Sent>,
     /// When each device's `updated_at` was last moved on by this node.
     last_seen: HashMap<DeviceId, Timestamp>,
@@ -91,14 +91,14 @@ pub(super) struct PostgresEventWriter {
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
-    /// Whether a batch that has been sent off brings more of them.
+    /// Whether a batch in flight brings more of them.
     ids_are_coming: bool,
     /// How far back others have come, by and by.
     horizon: Horizon,
     /// When that was looked up.
     horizon_read: Option<Timestamp>,
     /// Batches that may or may not have been committed.
-    unsettled: Vec<Unsettled>,
+    in_doubt: Vec<InDoubt>,
     /// Sessions that were given up while PostgreSQL may still be at work in them, or waits there for a standby.
     abandoned: Vec<Backend>,
     /// How many batches are still to be written carefully.
@@ -110,14 +110,14 @@ pub(super) struct PostgresEventWriter {
 }
 
 /// A batch whose answer was lost.
-struct Unsettled {
+struct InDoubt {
     batch: Arc<Batch>,
     ids: Vec<i64>,
     /// Who may still be storing it.
     backend: Backend,
 }
 
-/// A batch that has been sent off as one statement.
+/// A batch in flight, as one statement.
 struct Sent {
     batch: Arc<Batch>,
     ids: Vec<i64>,
@@ -148,7 +148,7 @@ impl PostgresEventWriter {
             ids_are_coming: false,
             horizon: Horizon { streaks_since: Timestamp::MIN, folded_until: None },
             horizon_read: None,
-            unsettled: Vec::new(),
+            in_doubt: Vec::new(),
             abandoned: Vec::new(),
             careful_batches: 0,
             transaction: Transaction::default(),
@@ -268,7 +268,7 @@ impl PostgresEventWriter {
         sent
     }
 
-    /// What is known once a batch is stored that had been sent off.
+    /// What is known once a batch that was in flight is stored.
     fn was_stored(&mut self, sent: Sent, stored: Stored) -> Written {
         self.disk_full = false;
         self.ids.extend(stored.taken_ids);
@@ -317,11 +317,11 @@ impl PostgresEventWriter {
     }
 
     /// Whether a batch was stored by an attempt whose outcome was lost, and how.
-    async fn find_stored(&mut self, unsettled: &Unsettled) -> Result<Option<Written>, StoreError> {
+    async fn find_stored(&mut self, in_doubt: &InDoubt) -> Result<Option<Written>, StoreError> {
         let session = self.session()?;
         let Session { connection, statements, .. } = &*session;
         let client = &connection.client;
-        let Unsettled { batch, ids, backend } = unsettled;
+        let InDoubt { batch, ids, backend } = in_doubt;
         // What was sent to it may still be on its way through it.
         if !backend.end(client).await.map_err(store_error)? {
             return Err(StoreError::Unavailable("a session that was lost does not end".into()));
@@ -366,14 +366,14 @@ impl PostgresEventWriter {
     }
 
     /// Remembers that `batch` may be stored under `ids`, by `session`, of which nothing more can be had.
-    fn leave_unsettled(&mut self, batch: &Arc<Batch>, ids: Vec<i64>, session: &Arc<Session>) {
+    fn leave_in_doubt(&mut self, batch: &Arc<Batch>, ids: Vec<i64>, session: &Arc<Session>) {
         session.connection.close();
         self.session.take_if(|current| Arc::ptr_eq(current, session));
         // Of others that have been given up, nobody is going to ask.
-        let nobody_asks = |unsettled: &mut Unsettled| Arc::strong_count(&unsettled.batch) == 1;
-        let given_up = self.unsettled.extract_if(.., nobody_asks);
-        self.abandoned.extend(given_up.map(|unsettled| unsettled.backend));
-        self.unsettled.push(Unsettled { batch: Arc::clone(batch), ids, backend: session.backend });
+        let nobody_asks = |in_doubt: &mut InDoubt| Arc::strong_count(&in_doubt.batch) == 1;
+        let given_up = self.in_doubt.extract_if(.., nobody_asks);
+        self.abandoned.extend(given_up.map(|in_doubt| in_doubt.backend));
+        self.in_doubt.push(InDoubt { batch: Arc::clone(batch), ids, backend: session.backend });
     }
 
     /// Gives the session up, in which PostgreSQL may still be at work.
@@ -452,12 +452,12 @@ impl PostgresEventWriter {
 #[async_trait]
 impl EventWriter for PostgresEventWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
-        let unsettled = self.unsettled.iter().position(|left| Arc::ptr_eq(&left.batch, batch));
-        if let Some(position) = unsettled {
-            let unsettled = self.unsettled.swap_remove(position);
+        let in_doubt = self.in_doubt.iter().position(|left| Arc::ptr_eq(&left.batch, batch));
+        if let Some(position) = in_doubt {
+            let in_doubt = self.in_doubt.swap_remove(position);
             let found = tokio::time::timeout(WRITE_TIMEOUT, async {
                 self.connect().await?;
-                self.find_stored(&unsettled).await
+                self.find_stored(&in_doubt).await
             });
             match found.await.unwrap_or_else(|_| Err(StoreError::Unavailable(NO_ANSWER.into()))) {
                 Ok(Some(written)) => return Ok(written),
@@ -465,7 +465,7 @@ impl EventWriter for PostgresEventWriter {
                 Err(error) => {
                     // Still not known.
                     self.abandon_session();
-                    self.unsettled.push(unsettled);
+                    self.in_doubt.push(in_doubt);
                     return Err(StoreError::OutcomeUnknown(error.to_string()));
                 }
             }
@@ -513,7 +513,7 @@ impl EventWriter for PostgresEventWriter {
                 }
             };
             let session = self.session()?;
-            self.leave_unsettled(batch, ids, &session);
+            self.leave_in_doubt(batch, ids, &session);
             return Err(StoreError::OutcomeUnknown(why));
         }
     }
@@ -544,7 +544,7 @@ impl EventWriter for PostgresEventWriter {
             Ok(Err(WriteError::Sql(error))) if !is_connection_lost(&error) => {
                 self.classify(&error);
             }
-            _ => self.leave_unsettled(&sent.batch, sent.ids, &sent.session),
+            _ => self.leave_in_doubt(&sent.batch, sent.ids, &sent.session),
         }
         None
     }

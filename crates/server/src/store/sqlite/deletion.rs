@@ -70,7 +70,7 @@ fn begin(writer: &mut WriteConnection, device_id: &DeviceId, by: &Actor) -> rusq
             on conflict (device_id) do nothing
     ";
     // What was acknowledged before goes with the device.
-    writer.settle()?;
+    writer.apply_journal()?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let Some(number) = device_number(&transaction, device_id)? else { return Ok(false) };

@@ -79,7 +79,7 @@ pub(super) fn recount_some(
                        dates.set_aside_until)
     "
     );
-    writer.settle()?;
+    writer.apply_journal()?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let latest = latest.as_millisecond();

@@ -1,6 +1,7 @@
 //! The embedded store: one file, one thread that owns the only connection for writing, and a few
 //! connections for reading that the write-ahead log keeps out of its way.
 
+mod apply;
 pub(super) mod backup;
 mod checkpoint;
 mod connection;
@@ -11,12 +12,14 @@ pub(super) mod files;
 mod history;
 mod ids;
 mod imports;
-mod intake;
+mod ingest_buffer;
 mod journal;
+mod journal_appender;
 mod keys;
 pub(super) mod log_check;
 mod migrations;
 mod misdated;
+mod quarantine;
 mod reads;
 mod roll_ups;
 mod trusted_time;
@@ -41,16 +44,16 @@ pub(super) use migrations::SqliteMigrations;
 use self::{
     connection::{Cost, Readers, store_error},
     files::Identity,
-    intake::{Intake, unusable},
+    ingest_buffer::{IngestBuffer, unusable},
     journal::{JournalState, Survey},
     watch::Watch,
     writer::{SqliteEventWriter, WriteConnection, WriterThread},
 };
 use super::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, JournalReport, JournalSalvage, News, Page,
-    PoolUsage, Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime, Verified,
-    Window, step_size::StepSize, verify::devices_to_repair,
+    Figures, FleetStats, HistoryQuery, ImportProgress, JournalReport, JournalSalvage, Observations,
+    Page, PoolUsage, Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime,
+    Verified, Window, step_size::StepSize, verify::devices_to_repair,
 };
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
@@ -69,7 +72,7 @@ pub(super) struct SqliteStore {
     watch: OnceLock<Watch>,
     writer: WriterThread,
     /// How events are taken in; empty when this is no server's.
-    intake: OnceLock<Arc<Intake>>,
+    buffer: OnceLock<Arc<IngestBuffer>>,
     readers: Arc<Readers>,
     /// Events to fold at a time.
     fold_step: StepSize,
@@ -88,7 +91,7 @@ impl SqliteStore {
             identity,
             watch: OnceLock::new(),
             writer: WriterThread::start(connection, &path)?,
-            intake: OnceLock::new(),
+            buffer: OnceLock::new(),
             readers: Arc::new(Readers::new(&path)),
             path,
             fold_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
@@ -104,8 +107,8 @@ impl SqliteStore {
         cost: Cost,
         read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
-        if let Some(intake) = self.intake.get() {
-            intake.settled().await;
+        if let Some(buffer) = self.buffer.get() {
+            buffer.wait_until_applied().await;
         }
         // A connection that is opened now would be to another file.
         self.writer.presence().check()?;
@@ -143,12 +146,12 @@ impl Store for SqliteStore {
 
     async fn ingest_writer(
         &self,
-        news: mpsc::UnboundedSender<News>,
+        news: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
-        let (intake, writer) = Intake::start(&self.path, self.writer.clone(), news).await?;
+        let (buffer, writer) = IngestBuffer::start(&self.path, self.writer.clone(), news).await?;
         let presence = Arc::clone(self.writer.presence());
         let watch = Watch::start(&self.path, self.identity, presence, self.writer.threads())?;
-        let is_first = self.watch.set(watch).is_ok() && self.intake.set(intake).is_ok();
+        let is_first = self.watch.set(watch).is_ok() && self.buffer.set(buffer).is_ok();
         if !is_first {
             let twice = "the database has an ingest writer already";
             return Err(StoreError::Failed(twice.to_owned()));
@@ -347,7 +350,7 @@ impl Store for SqliteStore {
         // Also when the files are away: they may only have been renamed.
         self.writer
             .call_anyway(|connection| {
-                connection.settle()?;
+                connection.apply_journal()?;
                 connection.return_unused_ids()?;
                 connection.set_journal_in_use(false)?;
                 connection.checkpoint()
@@ -355,7 +358,7 @@ impl Store for SqliteStore {
             .await?;
         // The journal that is there now may be another database's.
         self.writer.presence().check()?;
-        self.intake.get().map_or(Ok(()), |intake| intake.remove_journal())
+        self.buffer.get().map_or(Ok(()), |buffer| buffer.remove_journal())
     }
 
     fn pool_usage(&self) -> PoolUsage {
@@ -364,12 +367,12 @@ impl Store for SqliteStore {
 }
 
 /// How long a running server may take to bring what is in its journal into the tables.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns once everything that a server has acknowledged by now is in the tables, where other processes look
 /// for it. A running server sees to that within a second; what one has left behind that is gone, this brings
 /// there.
-pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
+pub(super) fn apply_journal(database: &Path) -> Result<(), StoreError> {
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
     let database = &files::find(database)?;
     if !has_journal(database)? {
@@ -378,18 +381,18 @@ pub(super) fn settle(database: &Path) -> Result<(), StoreError> {
     if !files::is_claimed(database) {
         // Whoever claims it meanwhile is a server that starts, and does the same.
         let _claim = files::Claim::take(database)?;
-        return intake::recover(database);
+        return apply::recover(database);
     }
     let began = Instant::now();
     let mut connection = WriteConnection::open(database)?;
-    let wanted = intake::last_record(&mut connection, database)?;
+    let wanted = apply::last_record(&mut connection, database)?;
     while connection.ingest_state().map_err(store_error)?.journal.applied < wanted {
         if !files::is_claimed(database) {
             // The server was killed meanwhile, or has stopped.
             drop(connection);
-            return settle(database);
+            return apply_journal(database);
         }
-        if began.elapsed() > SETTLE_TIMEOUT {
+        if began.elapsed() > APPLY_TIMEOUT {
             return Err(StoreError::Unavailable(
                 "the server cannot bring what it has acknowledged into the database; its log says why"
                     .to_owned(),
@@ -474,7 +477,7 @@ pub(super) fn salvage_journal(database: &Path) -> Result<JournalSalvage, StoreEr
     let mut salvaged =
         journal::salvage(database, state).map_err(|error| unusable(database, &error))?;
     if !salvaged.doubtful.is_empty() {
-        let file = intake::keep_doubtful(database, std::mem::take(&mut salvaged.doubtful))?;
+        let file = quarantine::keep_doubtful(database, std::mem::take(&mut salvaged.doubtful))?;
         salvaged.result.doubtful = Some(file);
     }
     if state.in_use && salvaged.result.damage.is_some() {

@@ -24,7 +24,7 @@ use super::{
     expiry,
     history::kept_event,
     ids, imports,
-    intake::Intake,
+    ingest_buffer::IngestBuffer,
     journal::JournalState,
     keys,
     reads::{device_number, optional_time, time},
@@ -151,7 +151,7 @@ pub(super) struct WriteConnection {
     /// The file.
     path: PathBuf,
     /// How events are taken in by the server to which the connection belongs, if it is one's.
-    intake: Weak<Intake>,
+    buffer: Weak<IngestBuffer>,
     /// The numbers of devices, as far as committed.
     devices: HashMap<DeviceId, i64>,
     /// Changes when another process has written to the file.
@@ -165,7 +165,7 @@ pub(super) struct IngestState {
     /// The journal they come from.
     pub(super) journal: JournalState,
     /// So many events of the record after the last one in the tables are there, too, or kept in a file.
-    pub(super) settled_events: usize,
+    pub(super) applied_events: usize,
 }
 
 /// How far the journal is in the tables.
@@ -189,7 +189,7 @@ impl WriteConnection {
     /// Stores a batch that is not in the journal.
     fn write(&mut self, batch: &Batch) -> rusqlite::Result<Result<Written, OtherGroup>> {
         // An event in the journal may have the same id, or be the first of a device.
-        self.settle()?;
+        self.apply_journal()?;
         self.store_claimed(batch, None)
     }
 
@@ -202,7 +202,7 @@ impl WriteConnection {
         Self {
             connection,
             path: path.to_owned(),
-            intake: Weak::new(),
+            buffer: Weak::new(),
             devices: HashMap::new(),
             data_version: None,
             streaks_since: Timestamp::MIN,
@@ -214,15 +214,15 @@ impl WriteConnection {
         &self.path
     }
 
-    /// From now on, events come through `intake`.
-    pub(super) fn take_in_through(&mut self, intake: &Arc<Intake>) {
-        self.intake = Arc::downgrade(intake);
+    /// From now on, events come through `buffer`.
+    pub(super) fn use_buffer(&mut self, buffer: &Arc<IngestBuffer>) {
+        self.buffer = Arc::downgrade(buffer);
     }
 
     /// Brings what is in the journal into the tables, where changes are going to look for it.
-    pub(super) fn settle(&mut self) -> rusqlite::Result<()> {
-        match self.intake.upgrade() {
-            Some(intake) => intake.settle(self),
+    pub(super) fn apply_journal(&mut self) -> rusqlite::Result<()> {
+        match self.buffer.upgrade() {
+            Some(buffer) => buffer.apply_journal(self),
             None => Ok(()),
         }
     }
@@ -234,7 +234,7 @@ impl WriteConnection {
         self.connection.prepare_cached(STATE)?.query_row([], |row| {
             Ok(IngestState {
                 journal: journal_state(row)?,
-                settled_events: usize::try_from(row.get::<_, u32>(3)?).unwrap_or(usize::MAX),
+                applied_events: usize::try_from(row.get::<_, u32>(3)?).unwrap_or(usize::MAX),
             })
         })
     }
@@ -274,7 +274,7 @@ impl WriteConnection {
     pub(super) fn return_unused_ids(&mut self) -> rusqlite::Result<()> {
         const RETURN: &str =
             "update sqlite_sequence set seq = ?1 - 1 where name = 'sync_events' and seq = ?2";
-        let Some(unused) = self.intake.upgrade().map(|intake| intake.unused_ids()) else {
+        let Some(unused) = self.buffer.upgrade().map(|buffer| buffer.unused_ids()) else {
             return Ok(());
         };
         if !unused.is_empty() {
@@ -292,9 +292,9 @@ impl WriteConnection {
 
     /// Up to which id events may be folded: all of those that are stored later have a higher one.
     pub(super) fn last_foldable_id(&mut self) -> rusqlite::Result<i64> {
-        let Some(intake) = self.intake.upgrade() else { return Ok(i64::MAX) };
-        intake.pass_other_writers(self)?;
-        Ok(intake.lowest_open_id() - 1)
+        let Some(buffer) = self.buffer.upgrade() else { return Ok(i64::MAX) };
+        buffer.pass_other_writers(self)?;
+        Ok(buffer.lowest_open_id() - 1)
     }
 
     /// Stores a batch without claims, such as one from the journal, with its figures in one transaction.
@@ -315,7 +315,7 @@ impl WriteConnection {
     ) -> rusqlite::Result<Result<Written, OtherGroup>> {
         let order = batch.order();
         let mut written = Written::new(Vec::with_capacity(batch.events.len()));
-        let intake = self.intake.upgrade();
+        let buffer = self.buffer.upgrade();
 
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -325,8 +325,8 @@ impl WriteConnection {
         {
             self.devices.clear();
             self.streaks_since = expiry::streaks_since(&transaction)?;
-            if let Some(intake) = &intake {
-                intake.forget_devices();
+            if let Some(buffer) = &buffer {
+                buffer.forget_devices();
             }
         }
 
@@ -365,14 +365,14 @@ impl WriteConnection {
 
         match journaled {
             Some(Journaled { ids, through }) => {
-                settle_through(&transaction, *through)?;
+                record_applied(&transaction, *through)?;
                 insert_events(&transaction, batch, &numbers, Ids::Given(ids), &mut written)?;
             }
             None => {
                 if !batch.receipts.is_empty() {
                     move_devices_back(&transaction, batch, &order, &numbers)?;
                 }
-                let first = match intake.and_then(|intake| intake.take_ids(batch.events.len())) {
+                let first = match buffer.and_then(|buffer| buffer.take_ids(batch.events.len())) {
                     Some(first) => first,
                     None => {
                         let count = i64::try_from(batch.events.len()).unwrap_or(i64::MAX);
@@ -415,7 +415,7 @@ impl WriteConnection {
         change: &DeviceChange,
         by: &Actor,
     ) -> rusqlite::Result<bool> {
-        self.settle()?;
+        self.apply_journal()?;
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let changed = transaction.execute(
@@ -444,8 +444,8 @@ impl WriteConnection {
     /// A device is deleted: its number is nobody's any more.
     pub(super) fn forget_device(&mut self, device_id: &DeviceId) {
         self.devices.remove(device_id);
-        if let Some(intake) = self.intake.upgrade() {
-            intake.forget_devices();
+        if let Some(buffer) = self.buffer.upgrade() {
+            buffer.forget_devices();
         }
     }
 
@@ -555,7 +555,7 @@ pub(super) fn journal_state(row: &Row<'_>) -> rusqlite::Result<JournalState> {
 }
 
 /// Notes how far the journal is in the tables.
-pub(super) fn settle_through(connection: &Connection, through: Through) -> rusqlite::Result<()> {
+pub(super) fn record_applied(connection: &Connection, through: Through) -> rusqlite::Result<()> {
     connection
         .prepare_cached("update ingest_state set settled = ?1, settled_events = ?2")?
         .execute(params![

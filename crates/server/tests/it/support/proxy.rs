@@ -47,7 +47,7 @@ const STRANDED_AFTER: Duration = Duration::from_millis(200);
 const BATCH_PARAMETERS: usize = 28;
 
 /// Whether this asks for a commit. The writer waits for all other answers before, but for those to batches that
-/// it has sent off, so it comes first.
+/// it has sent, so it comes first.
 fn commits(asked: &[u8]) -> bool {
     asked.ends_with(COMMIT)
         || parameters_bound(asked).is_some_and(|count| count >= BATCH_PARAMETERS)

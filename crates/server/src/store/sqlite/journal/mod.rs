@@ -37,7 +37,7 @@ use crate::{
 /// What the files' names end in.
 pub(super) const ENDINGS: [&str; 2] = [".ingest-1", ".ingest-2"];
 
-/// A file that is as long as this gives way to the other one, as soon as that is free.
+/// A file that is as long as this is left for the other one, as soon as that is free.
 const FILE_BYTES: u64 = 4 << 20;
 
 /// A file grows by this much, filled with zeros: syncing what overwrites them changes nothing but data, and

@@ -100,7 +100,7 @@ async fn nothing_was_prepared_yet(fixture: &TestStore) {
         batch_at(at(month), vec![success("pi", at(month))]),
     ];
     for batch in &batches {
-        // Whether it can be sent off or not.
+        // Whether it can be pipelined or not.
         send_all(&mut *writer, std::slice::from_ref(batch)).await;
     }
     assert_eq!((total_syncs(fixture, "pi").await, total_syncs(fixture, "many").await), (3, 5_000));
@@ -117,7 +117,7 @@ async fn nothing_was_prepared_yet(fixture: &TestStore) {
 async fn what_the_database_refuses_does_not_hold_up_the_next(fixture: &TestStore) {
     let mut writer = ingest_writer(fixture).await;
     write(&mut *writer, vec![success("pi", at(-10))]).await;
-    // SQLite's tables are asked later, and what they refuse is kept aside; see `ingest_journal`.
+    // SQLite's tables are asked later, and what they refuse is kept in a file; see `ingest_journal`.
     if !fixture.is_postgres() {
         return;
     }
