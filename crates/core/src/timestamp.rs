@@ -123,7 +123,8 @@ impl TimestampError {
 
 /// The same with what is left of the time library's own limits: its instants end a day before its calendar.
 fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
-    let (text, is_day_after) = midnight_at_the_end(text);
+    let text = nanoseconds_at_most(text);
+    let (text, is_day_after) = midnight_at_the_end(&text);
     let whole_date = first_day(&text);
     let pieces =
         Pieces::parse(whole_date.as_deref().unwrap_or(&text)).map_err(|_| what_is_wrong(&text))?;
@@ -146,6 +147,19 @@ fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
         return Err(TimestampError::OutOfRange);
     }
     Ok(Timestamp(millisecond.min(MAX_MILLISECOND)))
+}
+
+/// The text without digits of its seconds' fraction beyond the nine that the time library reads. ISO 8601 bounds them
+/// nowhere, and the Node service took any number.
+fn nanoseconds_at_most(text: &str) -> Cow<'_, str> {
+    const DIGITS: usize = 9;
+    let Some(point) = text.find(['.', ',']) else { return text.into() };
+    let (before, fraction) = text.split_at(point + 1);
+    let digits = fraction.bytes().take_while(u8::is_ascii_digit).count();
+    if digits <= DIGITS {
+        return text.into();
+    }
+    format!("{before}{}{}", &fraction[..DIGITS], &fraction[digits..]).into()
 }
 
 /// `24:00` after a date as `00:00`, and whether it was that: the midnight at the end of the day.
@@ -253,6 +267,9 @@ mod tests {
             ("2025-06-17T10:30:00Z", "2025-06-17T10:30:00.000Z"),
             ("2025-06-17T16:00:00+05:30", "2025-06-17T10:30:00.000Z"),
             ("2025-06-17T10:30:00.123999Z", "2025-06-17T10:30:00.123Z"),
+            ("2025-06-17T10:30:00.123456789012345678Z", "2025-06-17T10:30:00.123Z"),
+            ("2025-06-17T10:30:00,999999999999999999+05:30", "2025-06-17T05:00:00.999Z"),
+            ("2025-06-17 10:30:00.0000000000000000000001", "2025-06-17T10:30:00.000Z"),
             ("1969-12-31T23:59:59.9999Z", "1969-12-31T23:59:59.999Z"),
             ("2025-06-17", "2025-06-17T00:00:00.000Z"),
             ("2025-06-17T10:30:00", "2025-06-17T10:30:00.000Z"),
@@ -300,6 +317,9 @@ mod tests {
             ("2025-06-17T24:00:01Z", NotIso8601),
             ("2025-06-17T24:01Z", NotIso8601),
             ("2025-06-17T10:30:00Zjunk", NotIso8601),
+            ("2025-06-17T10:30:00.1234567890123Zjunk", NotIso8601),
+            ("2025-06-17T10:30:00.1234567890.123Z", NotIso8601),
+            ("2025.1234567890123", NotIso8601),
             (" 2025-06-17T10:30:00Z", NotIso8601),
             ("2025-06-17T12:30[Europe/Berlin]", NotIso8601),
             ("2025-06-17T10:30:00+05:60", NotIso8601),

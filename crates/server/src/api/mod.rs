@@ -14,7 +14,7 @@ use axum::{
     Router,
     extract::Request,
     http::{HeaderName, HeaderValue, Method, header},
-    middleware::from_fn_with_state,
+    middleware::{from_fn_with_state, map_response_with_state},
 };
 use pisync_core::Timestamp;
 use tokio::sync::Semaphore;
@@ -28,10 +28,11 @@ use self::{
     events::{many, one},
     fleet::stats,
     server::{docs, health, metrics, welcome},
+    wire::large::{self, LargeAnswers},
 };
 use crate::{
     clock::Clock,
-    config::http::HttpSettings,
+    config::http::{ANSWER_BYTES, HttpSettings},
     ingest::Ingest,
     keys::Keyring,
     metrics::Metrics,
@@ -56,6 +57,7 @@ pub struct ApiState {
     pub(crate) gate: Gate,
     pub(crate) limits: RateLimits,
     pub(crate) slots: Slots,
+    pub(crate) large_answers: LargeAnswers,
     /// Turns at decompressing bodies.
     pub(crate) decoders: Semaphore,
     pub(crate) randomness: Randomness,
@@ -100,7 +102,7 @@ pub struct ApiParts {
 }
 
 /// Routes and document of all resources.
-fn resources() -> OpenApiRouter<SharedState> {
+fn resources(large_answers: &LargeAnswers) -> OpenApiRouter<SharedState> {
     // Answers that can be long are compressed; the hot path's answer is not worth the work.
     let compressed = OpenApiRouter::new()
         .merge(history::router())
@@ -111,7 +113,9 @@ fn resources() -> OpenApiRouter<SharedState> {
         .merge(keys::router())
         .merge(audit::router())
         .merge(metrics::router())
-        .layer(CompressionLayer::new());
+        .layer(map_response_with_state(large_answers.clone(), large::count))
+        // Brotli's encoder holds some 10 MiB for as long as a client takes its answer, gzip's 0.3.
+        .layer(CompressionLayer::new().no_br());
     OpenApiRouter::with_openapi(docs::outline())
         .merge(one::router())
         .merge(many::router())
@@ -124,14 +128,18 @@ fn resources() -> OpenApiRouter<SharedState> {
 /// # Errors
 /// When it cannot be written, which no input can cause.
 pub fn openapi_json() -> Result<String, serde_json::Error> {
-    let mut text = resources().into_openapi().to_pretty_json()?;
+    let mut text = resources(&LargeAnswers::new(ANSWER_BYTES)).into_openapi().to_pretty_json()?;
     text.push('\n');
     Ok(text)
 }
 
 /// The whole API.
-pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
-    let (routes, document) = resources().split_for_parts();
+///
+/// # Errors
+/// When its document cannot be written, which no input can cause.
+pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, serde_json::Error> {
+    let large_answers = LargeAnswers::new(settings.answer_bytes);
+    let (routes, document) = resources(&large_answers).split_for_parts();
     let gate = Gate::new(
         settings.auth,
         parts.address.ip(),
@@ -143,6 +151,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     let state = Arc::new(ApiState {
         gate,
         slots: Slots::new(settings.max_requests),
+        large_answers,
         decoders: Semaphore::new(many::DECODERS),
         randomness: parts.randomness,
         admits_within_cors: !settings.cors_origins.is_empty(),
@@ -165,7 +174,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     });
     let mut router = routes
         .with_state(Arc::clone(&state))
-        .merge(docs::router(document))
+        .merge(docs::router(&document)?)
         .fallback(health::unknown_route)
         .method_not_allowed_fallback(health::other_method);
     // Each layer costs every request some allocations: there are as few as can be.
@@ -177,12 +186,12 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Router {
     let router = router.layer(ObserveLayer(state));
     // Outside of all layers: what is respelt passes through them once, under its route's name.
     let again = router.clone();
-    router.fallback(move |mut request: Request| {
+    Ok(router.fallback(move |mut request: Request| {
         if let Some(uri) = node_paths::respell(request.uri()) {
             *request.uri_mut() = uri;
         }
         again.clone().oneshot(request)
-    })
+    }))
 }
 
 fn cors(origins: &[HeaderValue]) -> CorsLayer {

@@ -89,6 +89,9 @@ pub enum AppError {
     /// TLS is asked for, but its files are of no use.
     #[error("{0}")]
     Tls(String),
+    /// The API's document cannot be written: a mistake of ours.
+    #[error("cannot write the API's document: {0}")]
+    Document(serde_json::Error),
     /// Everything is stored, but not all of it in the database's own file.
     #[error(
         "the database cannot be closed: {0}; what was acknowledged is safe in the files beside it, and the next start goes on from them: leave them where they are"
@@ -178,7 +181,7 @@ async fn serve(
         keyring,
         address,
     };
-    let router = api::router(parts, &settings.http);
+    let router = api::router(parts, &settings.http).map_err(AppError::Document)?;
 
     let connections = ConnectionSettings {
         max_connections: settings.http.max_connections,
@@ -335,7 +338,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::config::http::{Timeouts, TlsFiles};
+    use crate::config::http::{ANSWER_BYTES, Timeouts, TlsFiles};
 
     /// Reports an event on a connection that stays open, and gives the answer's first line; an empty one when
     /// the connection has been closed.
@@ -372,6 +375,7 @@ mod tests {
                 key_per_minute: 0,
                 max_connections: 0,
                 max_requests: 0,
+                answer_bytes: ANSWER_BYTES,
                 tls: None,
                 trusted_proxies: Vec::new(),
                 cors_origins: Vec::new(),

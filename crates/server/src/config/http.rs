@@ -22,6 +22,9 @@ pub struct HttpSettings {
     pub max_connections: usize,
     /// Requests being answered at a time; 0 is no limit.
     pub max_requests: usize,
+    /// Bytes that large answers may hold, all together, until their clients have taken them. Not for users to set, but
+    /// for tests to lower.
+    pub answer_bytes: usize,
     /// What to speak TLS with.
     pub tls: Option<TlsFiles>,
     /// Proxies whose word on a client's address is taken.
@@ -31,6 +34,9 @@ pub struct HttpSettings {
     /// How long clients may dawdle.
     pub timeouts: Timeouts,
 }
+
+/// [`HttpSettings::answer_bytes`]: some sixty of the largest pages of a history, which have 4 MiB.
+pub const ANSWER_BYTES: usize = 256 << 20;
 
 /// How long a client may take to send a request, or to take the answer. Not for users to set, but for tests to shorten.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::{
     ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, given,
-    http::{AuthMode, HttpSettings, Timeouts, TlsFiles},
+    http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts, TlsFiles},
     items, wrong,
 };
 use crate::{
@@ -237,6 +237,7 @@ impl ServeArgs {
                 key_per_minute: self.rate_limit_key_per_minute,
                 max_connections: self.max_connections,
                 max_requests: self.max_concurrent_requests,
+                answer_bytes: ANSWER_BYTES,
                 tls,
                 trusted_proxies,
                 cors_origins,

@@ -16,7 +16,10 @@ use axum::{
 };
 
 use crate::{
-    api::{SharedState, wire::error::ApiError},
+    api::{
+        SharedState,
+        wire::{error::ApiError, large},
+    },
     middleware::{
         auth::Verdict,
         client_address::Client,
@@ -34,7 +37,7 @@ pub(crate) async fn layer(
     let route = matched.as_ref().map_or("", MatchedPath::as_str);
     let Admission { rate, entry, is_foreign } = admit(&state, route, &mut request);
     let mut response = match entry {
-        Ok(_slot) => next.run(request).await,
+        Ok(slot) => large::hold(next.run(request).await, slot),
         Err(error) => error.into_response(),
     };
     if is_foreign {
@@ -50,7 +53,7 @@ pub(crate) async fn layer(
 pub(crate) struct Admission {
     /// For the answer, whatever it is.
     pub(crate) rate: Option<Rate>,
-    /// What to hold while the request is answered, or why it is not let in.
+    /// What to hold until the request is answered, and the answer taken, or why it is not let in.
     pub(crate) entry: Result<Option<Slot>, ApiError>,
     /// Whether others had this machine's own user send it.
     pub(crate) is_foreign: bool,

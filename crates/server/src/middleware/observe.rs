@@ -27,7 +27,10 @@ use tower::{Layer, Service};
 use crate::{
     api::{
         SharedState,
-        wire::error::{ApiError, ErrorDetail},
+        wire::{
+            error::{ApiError, ErrorDetail},
+            large,
+        },
     },
     clock::Clock,
     middleware::client_address::Peer,
@@ -188,8 +191,10 @@ where
                     let answered = answering
                         .await
                         .unwrap_or_else(|panic| Ok(panicked(panic.as_ref()).into_response()));
-                    drop(slot);
-                    answered.map(|response| seen.complete(&state, response, rate, is_foreign))
+                    answered.map(|response| {
+                        let response = seen.complete(&state, response, rate, is_foreign);
+                        large::hold(response, slot)
+                    })
                 })
             }
             Err(error) => {

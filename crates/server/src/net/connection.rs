@@ -2,20 +2,13 @@
 //! (`timeouts`) or the server stops.
 
 use std::{
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
+    sync::{Arc, atomic::AtomicUsize},
     time::{Duration, Instant},
 };
 
-use axum::{
-    Router,
-    body::{Body, Bytes},
-    extract::Request,
-    response::Response,
-};
+use axum::{Router, body::Body, extract::Request, response::Response};
 use hyper::{
-    body::{Body as _, Frame, Incoming, SizeHint},
+    body::{Body as _, Incoming},
     server::conn::{http1, http2},
     service::service_fn,
 };
@@ -37,6 +30,7 @@ use crate::{
     net::{
         timeouts::{Activity, HeadClock, IncompleteHeads, UnderWay, WriteClock},
         tls::{HTTP_2, Tls},
+        untaken::{Outgoing, Untaken},
     },
 };
 
@@ -46,6 +40,10 @@ const HEAD_LIMIT: usize = 16 << 10;
 
 /// Requests that one HTTP/2 connection may have under way.
 const STREAMS: u32 = 128;
+
+/// Bytes of each answer that HTTP/2 takes out of its body before they are written. What is compressed on the way comes
+/// into being by that: a client must not make the server do it far ahead of what it takes.
+const SEND_BUFFER: usize = 32 << 10;
 
 /// How long a TLS handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,6 +59,8 @@ pub(crate) struct Shared {
     /// Places for connections. When none is left, idle ones make room sooner.
     pub(crate) places: Arc<Semaphore>,
     pub(crate) heads: Arc<IncompleteHeads>,
+    /// Answers that HTTP/2 clients have not taken.
+    pub(crate) untaken: Arc<AtomicUsize>,
 }
 
 /// Speaks HTTP/1.1 with a client.
@@ -101,14 +101,18 @@ pub(crate) async fn serve_tls(
     }
     let stream = HeadClock::http2(stream, &activity, head, &shared.heads);
     let (router, counted) = (shared.router.clone(), Arc::clone(&activity));
-    let service =
-        service_fn(move |request: Request<Incoming>| answer(&router, peer, &counted, request));
+    let untaken = Untaken::new(&shared.untaken);
+    let waiting = Some(Arc::clone(&untaken));
+    let service = service_fn(move |request: Request<Incoming>| {
+        answer(&router, peer, &counted, waiting.clone(), request)
+    });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
+        .max_send_buf_size(SEND_BUFFER)
         .max_header_list_size(u32::try_from(HEAD_LIMIT).unwrap_or(u32::MAX))
         .serve_connection(TokioIo::new(stream), service);
-    drive(connection, shared, &activity, stop).await
+    drive(connection, shared, &activity, Some(&untaken), stop).await
 }
 
 async fn serve_http1(
@@ -120,32 +124,35 @@ async fn serve_http1(
 ) -> Result<(), hyper::Error> {
     let stream = HeadClock::http1(stream, &activity, shared.timeouts.head, &shared.heads);
     let (router, counted) = (shared.router.clone(), Arc::clone(&activity));
-    let service =
-        service_fn(move |request: Request<Incoming>| answer(&router, peer, &counted, request));
+    let service = service_fn(move |request: Request<Incoming>| {
+        answer(&router, peer, &counted, None, request)
+    });
     let connection = http1::Builder::new()
         // Its clock for heads begins with the end of the last request, so it is ours that counts.
         .header_read_timeout(None)
         .max_buf_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(stream), service);
-    drive(connection, shared, &activity, stop).await
+    drive(connection, shared, &activity, None, stop).await
 }
 
-/// Serves a connection until its client ends it, is idle for too long, or the server stops.
+/// Serves a connection until its client ends it, is idle for too long, takes none of what is `untaken`, or the server
+/// stops.
 async fn drive<C>(
     connection: C,
     shared: &Shared,
     activity: &Activity,
+    untaken: Option<&Untaken>,
     mut stop: watch::Receiver<()>,
 ) -> Result<(), hyper::Error>
 where
     C: GracefulConnection<Error = hyper::Error>,
 {
-    let Timeouts { head, idle, .. } = shared.timeouts;
+    let Timeouts { head, idle, write, .. } = shared.timeouts;
     // As often as this it is looked whether there is still room for the idle.
     let interval = idle.min(head);
     let (mut is_stopping, mut is_closing) = (false, false);
     tokio::pin!(connection);
-    let look = tokio::time::sleep(interval);
+    let look = tokio::time::sleep(interval.min(write));
     tokio::pin!(look);
     loop {
         tokio::select! {
@@ -157,6 +164,10 @@ where
             () = &mut look => {
                 let limit = if shared.places.available_permits() == 0 { interval } else { idle };
                 let now = Instant::now();
+                let stalled = untaken.and_then(Untaken::since).map(|since| since + write);
+                if stalled.is_some_and(|deadline| deadline <= now) {
+                    return Ok(());
+                }
                 let deadline = activity.idle_since().map(|since| since + limit);
                 let next = match deadline {
                     Some(deadline) if deadline > now => deadline.min(now + interval),
@@ -168,54 +179,38 @@ where
                         now + GOODBYE
                     }
                 };
+                let next = stalled.unwrap_or(now + write).min(next);
                 look.as_mut().reset(next.into());
             }
         }
     }
 }
 
+/// Why an answer is not sent.
+#[derive(Debug, thiserror::Error)]
+#[error("too many answers wait for their clients to take them")]
+struct TooManyWait;
+
 fn answer(
     router: &Router,
     peer: Peer,
     activity: &Arc<Activity>,
+    untaken: Option<Arc<Untaken>>,
     request: Request<Incoming>,
-) -> impl Future<Output = Result<Response, std::convert::Infallible>> + use<> {
+) -> impl Future<Output = Result<Response<Outgoing>, TooManyWait>> + use<> {
     let under_way = UnderWay::begin(Arc::clone(activity));
     let mut request = request.map(Body::new);
     request.extensions_mut().insert(peer);
     let answer = router.clone().oneshot(request);
     async move {
-        let response = answer.await?;
-        // What is complete already is only to be written, which has a clock of its own.
-        if response.body().size_hint().exact().is_some() {
-            return Ok(response);
+        let Ok(response) = answer.await;
+        // The stream is then reset, which costs nothing.
+        if untaken.as_ref().is_some_and(|untaken| untaken.is_full()) {
+            return Err(TooManyWait);
         }
-        Ok(response.map(|body| Body::new(Streamed { body, _under_way: under_way })))
-    }
-}
-
-/// A body that comes into being while it is sent: its request is under way until then.
-struct Streamed {
-    body: Body,
-    _under_way: UnderWay,
-}
-
-impl hyper::body::Body for Streamed {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        // What is complete already is only to be written, which has a clock of its own.
+        let is_complete = response.body().size_hint().exact().is_some();
+        let under_way = (!is_complete).then_some(under_way);
+        Ok(response.map(|body| Outgoing::new(body, under_way, untaken)))
     }
 }

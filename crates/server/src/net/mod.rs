@@ -6,6 +6,7 @@ mod listeners;
 mod serve;
 mod timeouts;
 mod tls;
+mod untaken;
 
 pub use self::{
     listeners::Listeners,

@@ -53,8 +53,13 @@ pub async fn serve(
     let tls = tls.map(Arc::new);
     let bound = if max_connections == 0 { Semaphore::MAX_PERMITS } else { max_connections };
     let room = Arc::new(Semaphore::new(bound.min(Semaphore::MAX_PERMITS)));
-    let shared =
-        Arc::new(Shared { router, timeouts, places: Arc::clone(&room), heads: Arc::default() });
+    let shared = Arc::new(Shared {
+        router,
+        timeouts,
+        places: Arc::clone(&room),
+        heads: Arc::default(),
+        untaken: Arc::default(),
+    });
     let mut warned: Option<Instant> = None;
     let (stop, _) = watch::channel(());
     tokio::pin!(shutdown);

@@ -11,7 +11,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     time::timeout,
 };
 
@@ -29,6 +29,60 @@ both_stores!(
     odd_json_is_refused_or_kept_as_it_is,
     bodies_that_stall_keep_no_event_out,
 );
+
+/// A connection on which little is taken in before it is read.
+async fn narrow_connection(server: &TestServer) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    socket.connect(server.address()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_that_nobody_takes_hold_what_they_may() {
+    let server = TestServer::on_sqlite(|http| http.answer_bytes = 12 << 20).await;
+    // Two pages of 4 MiB, more than the system takes off the server's hands.
+    let large = with(event("pi"), &json!({"metadata": {"note": "x".repeat(4_000)}}));
+    let batch =
+        async |events: Vec<Value>| server.post("/api/sync-events", &Value::from(events)).await;
+    batch(vec![large; 2_000]).await.data(200);
+    let all_wrong = async || batch([vec![json!({}); 9_000], vec![event("late")]].concat()).await;
+    let (page, stream) = ("/api/device/pi/sync-history?limit=1000", "/api/device/pi/sync-history");
+    for (path, accept) in [(page, "application/json"), (stream, "text/csv")] {
+        let mut stalled = Vec::new();
+        loop {
+            let answer = server.get(page).await;
+            if answer.status == 503 {
+                assert_eq!(answer.header("retry-after"), "2");
+                break;
+            }
+            assert_eq!(answer.status, 200);
+            let mut connection = narrow_connection(&server).await;
+            let request =
+                format!("GET {path} HTTP/1.1\r\nhost: localhost\r\naccept: {accept}\r\n\r\n");
+            connection.write_all(request.as_bytes()).await.unwrap();
+            // The answer has begun, or it is refused.
+            assert_eq!(timeout(PATIENCE, connection.read_u8()).await.unwrap().unwrap(), b'H');
+            stalled.push(connection);
+            assert!(stalled.len() < 12, "{accept} is not counted");
+        }
+        // What is small goes on, and what is refused has left nothing behind.
+        server.store(&event("other")).await;
+        batch(vec![event("other"); 100]).await.data(200);
+        assert_eq!(all_wrong().await.status, 503);
+        server.get("/api/device/late").await.error(404);
+        drop(stalled);
+        let began = Instant::now();
+        while server.get(page).await.status != 200 {
+            assert!(began.elapsed() < PATIENCE, "{accept} is never given back");
+        }
+    }
+    let data = all_wrong().await.data(200);
+    assert_eq!((&data["accepted"], &data["rejected"]), (&json!(1), &json!(9_000)));
+    server.stop().await;
+}
+
+/// No test may take longer for one thing.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 const SQL: [&str; 8] = [
     "'; drop table sync_events; --",

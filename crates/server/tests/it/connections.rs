@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::Full;
-use hyper::{Request, client::conn::http2};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Request, Response, body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use pisync::{
     config::http::{AuthMode, Timeouts},
@@ -13,6 +13,7 @@ use pisync::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
+    task::JoinHandle,
     time::timeout,
 };
 
@@ -203,6 +204,142 @@ async fn idle_connections_make_room_for_others() {
     assert_answered(&mut third).await;
     drop((idle, third));
     server.bare.stop().await;
+}
+
+/// A client's end of HTTP/2 on which an answer waits until `window` bytes of it are taken.
+async fn http2_with_window(
+    server: &Server,
+    window: u32,
+) -> (Sender, JoinHandle<Result<(), hyper::Error>>) {
+    let io = TokioIo::new(server.connect_http2().await);
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.initial_stream_window_size(window).initial_connection_window_size(1 << 20);
+    let (sender, connection) = builder.handshake(io).await.unwrap();
+    (sender, tokio::spawn(connection))
+}
+
+type Sender = http2::SendRequest<Full<Bytes>>;
+
+/// Asks for a page; what comes of it.
+fn ask_for(
+    sender: &mut Sender,
+    path: &str,
+) -> impl Future<Output = hyper::Result<Response<Incoming>>> + use<> {
+    let request = Request::get(format!("https://localhost{path}")).body(Full::default()).unwrap();
+    sender.send_request(request)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_that_nobody_takes_end_their_connection_in_http_2() {
+    let timeouts = Timeouts { write: LITTLE, ..Timeouts::default() };
+    let server = Server::start(timeouts, Some(certificate())).await;
+    // Nothing at all is taken, or only the beginning; of a large answer, a small one, or one that is made while it is sent.
+    for window in [0, 1, 20_000] {
+        for path in ["/", "/small", "/stream"] {
+            if path == "/small" && window > 1 {
+                continue;
+            }
+            let (mut sender, driving) = http2_with_window(&server, window).await;
+            let mut answers = Vec::new();
+            for _ in 0..3 {
+                answers.push(ask_for(&mut sender, path).await.unwrap());
+            }
+            let ended = timeout(PATIENCE, driving).await;
+            assert!(ended.is_ok(), "{path} waits for ever with a window of {window}");
+        }
+    }
+    // Who takes it slowly gets it all, and so does who waits for the server: a second and more each.
+    let (mut sender, driving) = http2_with_window(&server, 16 << 10).await;
+    for path in ["/", "/slow"] {
+        let mut body = ask_for(&mut sender, path).await.unwrap().into_body();
+        let mut length = 0;
+        while let Some(frame) = timeout(PATIENCE, body.frame()).await.unwrap() {
+            length += frame.unwrap().into_data().unwrap().len();
+            tokio::time::sleep(LITTLE / 15).await;
+        }
+        assert_eq!(length, if path == "/" { 1 << 20 } else { 3 });
+    }
+    // An idle one is none of this clock's business.
+    tokio::time::sleep(LITTLE * 2).await;
+    assert_eq!(ask_for(&mut sender, "/small").await.unwrap().status(), 200);
+    drop(sender);
+    driving.await.unwrap().unwrap();
+    server.bare.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_that_nobody_takes_are_few_in_http_2() {
+    let server = Server::start(Timeouts::default(), Some(certificate())).await;
+    let (connections, streams) = (70, 128);
+    let mut waiting = Vec::new();
+    for _ in 0..connections {
+        let (mut sender, driving) = http2_with_window(&server, 0).await;
+        let asked: Vec<_> = (0..streams).map(|_| ask_for(&mut sender, "/small")).collect();
+        waiting.push((futures_util::future::join_all(asked).await, sender, driving));
+    }
+    let answered =
+        waiting.iter().flat_map(|(answers, ..)| answers).filter(|answer| answer.is_ok()).count();
+    // All that there may be, and the few that each connection may always have.
+    assert!((8_192..8_192 + 16 * 6).contains(&answered), "{answered}");
+    // Others are served all the same, however much they ask.
+    let (mut sender, _driving) = http2_with_window(&server, 1 << 10).await;
+    for _ in 0..5 {
+        let asked: Vec<_> = (0..8).map(|_| ask_for(&mut sender, "/small")).collect();
+        for answer in futures_util::future::join_all(asked).await {
+            let body = answer.unwrap().into_body().collect().await.unwrap();
+            assert_eq!(body.to_bytes(), "small");
+        }
+    }
+    // What they hold goes with them.
+    drop(waiting);
+    let began = Instant::now();
+    loop {
+        let (mut sender, _driving) = http2_with_window(&server, 0).await;
+        let asked: Vec<_> = (0..streams).map(|_| ask_for(&mut sender, "/small")).collect();
+        let answers = futures_util::future::join_all(asked).await;
+        if answers.iter().all(Result::is_ok) {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "it is never given back");
+    }
+    server.bare.stop().await;
+}
+
+/// Whoever asks needs no key, and is counted by no limit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_document_of_the_api_is_no_copy_for_each() {
+    let own = certificate();
+    let program = Program::new()
+        .with_file("cert.pem", own.certificate())
+        .with_file("key.pem", own.key())
+        .with("TLS_CERT", "cert.pem")
+        .with("TLS_KEY", "key.pem")
+        .with("PORT", 0)
+        .with("LOG_DIR", "");
+    let serving = program.serve(&[]);
+    let mut held = Vec::new();
+    let mut before = 0;
+    for count in 0..20 {
+        let stream = connect(serving.address().port(), &[&own], &["h2"]).await;
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder.initial_stream_window_size(0);
+        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.unwrap();
+        let driving = tokio::spawn(connection);
+        let asked: Vec<_> =
+            (0..100).map(|_| ask_for(&mut sender, "/api-docs/openapi.json")).collect();
+        let answers = futures_util::future::join_all(asked).await;
+        assert!(answers.iter().all(|answer| answer.as_ref().unwrap().status() == 200));
+        held.push((answers, sender, driving));
+        if count == 0 {
+            // What the first ones need, such as the allocator's own, is needed once.
+            before = serving.memory();
+        }
+    }
+    // 1,900 copies of some 80 KB would be 150 MB.
+    let more = serving.memory() - before;
+    assert!(more < 40 << 20, "{more} bytes");
+    drop(held);
+    serving.stop();
 }
 
 /// What load balancers and orchestrators send to see whether a server is there.

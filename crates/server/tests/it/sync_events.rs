@@ -20,6 +20,7 @@ both_stores!(
     single_and_batch_know_each_other,
     what_is_broken_stores_nothing,
     as_many_as_may_be,
+    as_many_wrong_as_may_be,
     devices_without_a_clock,
 );
 
@@ -88,6 +89,46 @@ async fn each_event_has_its_result(server: &TestServer) {
     assert_eq!((counts(&data), statuses(&data)), ([0, 0, 0], vec![]));
     let data = deliver(server, ARRAY, "[null]").await.data(200);
     assert_eq!(counts(&data), [0, 0, 1]);
+}
+
+/// What is wrong with them is more than there is memory for, and is cut to what there is.
+async fn as_many_wrong_as_may_be(server: &TestServer) {
+    let wrong = |value: Value| {
+        let names = ["timestamp", "total_files_synced", "total_errors", "internet_speed"];
+        let more = ["duration_seconds", "bytes_synced", "job", "event_id", "clock", "metadata"];
+        let fields = names.iter().chain(&more).map(|name| ((*name).to_owned(), value.clone()));
+        let mut event: serde_json::Map<_, _> = fields.collect();
+        event.insert("device_id".to_owned(), json!("pi"));
+        Value::from(event).to_string()
+    };
+    let good = event("pi").to_string();
+    // All fields, short and as long as the bound on the body lets them be.
+    for value in [json!(false), json!("x".repeat(80))] {
+        let mut body = vec![wrong(value); 9_999];
+        body.push(good.clone());
+        let body = body.join("\n");
+        assert!(body.len() < 10 << 20, "{}", body.len());
+        let data = deliver(server, LINES, body).await.data(200);
+        assert_eq!(counts(&data), [1, 0, 9_999]);
+        let results = data["results"].as_array().unwrap();
+        let fields = results[0]["details"].as_array().unwrap().len();
+        assert!(fields >= 9 && results[0].get("details_omitted").is_none(), "{}", results[0]);
+        let mut listed = 0;
+        for result in &results[..9_999] {
+            let details = result["details"].as_array().unwrap().len();
+            let omitted = result["details_omitted"].as_u64().unwrap_or(0);
+            assert_eq!(details as u64 + omitted, fields as u64, "{result}");
+            assert_eq!(result["details"][0], results[0]["details"][0]);
+            listed += details;
+        }
+        assert!((10_000..20_000).contains(&listed), "{listed}");
+    }
+    // A few wrong ones keep all of their details.
+    let body = vec![wrong(json!(false)); 300].join("\n");
+    let data = deliver(server, LINES, body).await.data(200);
+    assert!(
+        data["results"].as_array().unwrap().iter().all(|one| one.get("details_omitted").is_none())
+    );
 }
 
 async fn lines_are_events(server: &TestServer) {

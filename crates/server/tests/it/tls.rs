@@ -1,9 +1,10 @@
 //! HTTPS: both versions of HTTP, certificates that change, and clients that dawdle over it.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use axum::{Router, routing::get};
+use axum::{Router, body::Body, routing::get};
 use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Version, client::conn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -31,6 +32,18 @@ pub(crate) struct Certificate {
     certificate: String,
     key: String,
     der: CertificateDer<'static>,
+}
+
+impl Certificate {
+    /// The file of the certificate.
+    pub(crate) fn certificate(&self) -> &str {
+        &self.certificate
+    }
+
+    /// The file of its key.
+    pub(crate) fn key(&self) -> &str {
+        &self.key
+    }
 }
 
 pub(crate) fn certificate() -> Certificate {
@@ -177,7 +190,7 @@ fn files_of_no_use_are_told_in_one_line() {
     }
 }
 
-/// A server of one page, with connections as given.
+/// A server of a few pages, with connections as given.
 pub(crate) struct Bare {
     pub(crate) port: u16,
     stop: oneshot::Sender<()>,
@@ -187,7 +200,19 @@ pub(crate) struct Bare {
 impl Bare {
     pub(crate) async fn start(settings: ConnectionSettings) -> Self {
         let page = "x".repeat(1 << 20);
-        let router = Router::new().route("/", get(async move || page));
+        let pieces = |pieces: usize, bytes: usize, pause: Duration| {
+            let pieces = stream::iter((0..pieces).map(move |_| Bytes::from(vec![b'x'; bytes])));
+            let pieces = pieces.then(move |piece| async move {
+                tokio::time::sleep(pause).await;
+                Ok::<_, Infallible>(piece)
+            });
+            Body::from_stream(pieces)
+        };
+        let router = Router::new()
+            .route("/", get(async move || page))
+            .route("/small", get(async || "small"))
+            .route("/stream", get(async move || pieces(1_000, 10_000, Duration::ZERO)))
+            .route("/slow", get(async move || pieces(3, 1, Duration::from_millis(600))));
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (stop, stopped) = oneshot::channel();

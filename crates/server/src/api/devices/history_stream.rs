@@ -2,7 +2,7 @@
 //! history is, and between two pages no connection to the database is held. Before each page the key is looked at
 //! again: who has lost it gets no more.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -10,10 +10,16 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt, future, stream};
+use futures_util::{StreamExt, future, stream};
 
 use crate::{
-    api::{SharedState, wire::error::ApiError},
+    api::{
+        SharedState,
+        wire::{
+            error::ApiError,
+            large::{ENCODER_BYTES, Held},
+        },
+    },
     event_format::{Format, HistoryEvent},
     keys::Key,
     store::{EventPage, HistoryQuery, Scope, StoreError},
@@ -21,6 +27,13 @@ use crate::{
 
 /// Events that are read at a time. With the largest metadata they are 2 MiB; usually 100 KiB.
 const PAGE: u32 = 500;
+
+/// What the text of so many may hold: metadata of 4 KiB, which may all be quotes, that CSV doubles.
+const PAGE_BYTES: usize = PAGE as usize * (9 << 10);
+
+/// How long to wait for memory: for the first page as for a reader, then as for a client to take what it asked for.
+const PATIENCE_AT_FIRST: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The format that the client wants rather than JSON.
 pub(crate) fn wanted(headers: &HeaderMap) -> Option<Format> {
@@ -74,8 +87,11 @@ pub(crate) struct Wish {
 pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, ApiError> {
     let Wish { key, query, limit, format, version } = wish;
     let mut pages = Pages { state, key, query, left: limit, format, version, at_end: false };
+    // What compresses it on the way lives as long as it does.
+    let encoder = pages.state.large_answers.reserve(ENCODER_BYTES)?;
+    let memory = pages.memory(PATIENCE_AT_FIRST).await.ok_or(ApiError::Overloaded)?;
     let first = pages.read().await?.ok_or(ApiError::NotFound("Device"))?;
-    let text = pages.text(first, format.heading().to_owned())?;
+    let text = memory.with(pages.text(first, format.heading().to_owned())?);
     let next = if pages.at_end { Step::End } else { Step::Read(pages) };
     let first = stream::once(future::ready(Ok(text)));
     let rest = stream::try_unfold(next, async |step| match step {
@@ -92,12 +108,17 @@ pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, 
                 let last_words = pages.broken_off(&error);
                 // There an answer ends with its connection, however that ends: its text alone can tell.
                 let is_http_10 = pages.version < Version::HTTP_11;
+                let last_words = Bytes::from(last_words);
                 Ok(Some((last_words, if is_http_10 { Step::End } else { Step::Break(error) })))
             }
         },
     });
-    let body = first.chain(rest).map_ok(Bytes::from);
-    Ok(([(header::CONTENT_TYPE, media_type(format))], Body::from_stream(body)).into_response())
+    let body = Body::from_stream(first.chain(rest));
+    let mut response = ([(header::CONTENT_TYPE, media_type(format))], body).into_response();
+    if let Some(encoder) = encoder {
+        response.extensions_mut().insert(encoder);
+    }
+    Ok(response)
 }
 
 /// What comes next in an answer.
@@ -128,7 +149,11 @@ struct Pages {
 
 impl Pages {
     /// The text of the page after those that were sent, if the client still may have it.
-    async fn read_on(&mut self) -> Result<String, BrokenOff> {
+    async fn read_on(&mut self) -> Result<Bytes, BrokenOff> {
+        // It holds nothing while it waits.
+        let memory = self.memory(PATIENCE).await;
+        let memory =
+            memory.ok_or(BrokenOff("other answers that are not taken hold too much memory"))?;
         if let Err(why) = self.state.gate.look_again(self.key.as_ref(), Scope::Read) {
             let key_id = self.key.as_ref().map(|key| key.id);
             tracing::info!(key_id, ?why, "a history was cut off, since its key no longer opens it");
@@ -137,7 +162,12 @@ impl Pages {
         let unreadable = |_| BrokenOff("the database cannot be read");
         let page = self.read().await.map_err(unreadable)?;
         let page = page.ok_or(BrokenOff("the device was deleted"))?;
-        self.text(page, String::new()).map_err(unreadable)
+        Ok(memory.with(self.text(page, String::new()).map_err(unreadable)?))
+    }
+
+    /// Memory for the next page.
+    async fn memory(&self, patience: Duration) -> Option<Held> {
+        self.state.large_answers.wait_for(PAGE_BYTES, patience).await
     }
 
     /// Reads the next page.

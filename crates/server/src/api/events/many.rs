@@ -54,6 +54,13 @@ const TIMES_AS_LONG: u32 = 20;
 /// The memory that a rejected event's violation takes until it is answered, in bytes, roughly.
 const VIOLATION_BYTES: usize = 512;
 
+/// What is wrong with rejected events, at most, besides the first of each: with the 10,000 firsts that is 7 MiB, which the
+/// bounds of the queue have room for whatever a body holds.
+const FURTHER_VIOLATIONS: usize = 4_000;
+
+/// Bytes of an event's result in the answer, besides its violations.
+const RESULT_BYTES: usize = 80;
+
 /// Rejected events whose reasons the log gets.
 const REASONS_LOGGED: usize = 3;
 
@@ -93,8 +100,12 @@ enum EventResult {
     },
     Rejected {
         index: usize,
-        /// Every wrong field.
+        /// Every wrong field, but see `details_omitted`.
         details: Vec<FieldError>,
+        /// How many further wrong fields are not listed. Of a batch with very many, only the first wrong field of each
+        /// event is. Absent when all are listed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        details_omitted: Option<usize>,
     },
 }
 
@@ -104,7 +115,9 @@ enum EventResult {
 /// `Content-Encoding` may be gzip, deflate or zstd, and the bounds count after decompression. The events that are
 /// right are stored in one transaction, and the answer tells of each one what became of it. An array or a
 /// compressed stream that is broken is refused as a whole; of NDJSON, only the lines that are. Give each
-/// event an `event_id`, so that the request can be sent again when its answer was lost.
+/// event an `event_id`, so that the request can be sent again when its answer was lost. Of a batch with
+/// thousands of wrong fields, the answer lists the first of each event, and counts the others in
+/// `details_omitted`.
 #[utoipa::path(
     post,
     path = "/api/sync-events",
@@ -158,12 +171,18 @@ async fn create_sync_events(
     // One event that the key may not report is a mistake about all of them.
     let group = auth::check_report(key.as_deref(), events.iter().map(|event| &event.device_id))?;
     let taken = events.len();
+    // Before anything is stored: what is refused can be sent again.
+    let further: usize = rejected.iter().map(Rejected::bytes).sum();
+    let held = state.large_answers.reserve((taken + rejected.len()) * RESULT_BYTES + further)?;
     let receipts = state.ingest.submit_many(events, group, permit).await?;
     let noted = note_rejected(&state, taken, &rejected);
     let result = Success::new("Sync events processed", BatchResult::new(receipts, rejected));
     let mut response = result.with_status(StatusCode::OK);
     if let Some(noted) = noted {
         response.extensions_mut().insert(noted);
+    }
+    if let Some(held) = held {
+        response.extensions_mut().insert(held);
     }
     Ok(response)
 }
@@ -172,24 +191,24 @@ async fn create_sync_events(
 fn note_rejected(
     state: &SharedState,
     taken: usize,
-    rejected: &[(usize, Vec<Violation>)],
+    rejected: &[Rejected],
 ) -> Option<RejectedEvents> {
     if rejected.is_empty() {
         return None;
     }
-    for (_, violations) in rejected {
-        state.metrics.rejected(violations);
+    for one in rejected {
+        state.metrics.rejected(&one.violations);
     }
     let reasons: Vec<_> = rejected
         .iter()
         .take(REASONS_LOGGED)
-        .map(|(index, violations)| format!("event {index}: {}", in_short(violations)))
+        .map(|one| format!("event {}: {}", one.index, in_short(&one.violations)))
         .collect();
     Some(RejectedEvents { rejected: rejected.len(), taken, reasons: reasons.join("; ") })
 }
 
 impl BatchResult {
-    fn new(receipts: Vec<Receipt>, rejected: Vec<(usize, Vec<Violation>)>) -> Self {
+    fn new(receipts: Vec<Receipt>, rejected: Vec<Rejected>) -> Self {
         let total = receipts.len() + rejected.len();
         let mut result = Self {
             accepted: 0,
@@ -200,9 +219,10 @@ impl BatchResult {
         let mut receipts = receipts.into_iter();
         let mut rejected = rejected.into_iter().peekable();
         for index in 0..total {
-            let event = if let Some((_, violations)) = rejected.next_if(|(at, _)| *at == index) {
-                let details = violations.into_iter().map(FieldError::from).collect();
-                EventResult::Rejected { index, details }
+            let event = if let Some(one) = rejected.next_if(|one| one.index == index) {
+                let details = one.violations.into_iter().map(FieldError::from).collect();
+                let details_omitted = (one.omitted > 0).then_some(one.omitted);
+                EventResult::Rejected { index, details, details_omitted }
             } else {
                 match receipts.next() {
                     Some(Receipt::Created { id, .. }) => {
@@ -240,20 +260,37 @@ fn format(headers: &HeaderMap) -> Result<Format, ApiError> {
     }
 }
 
+/// An event that was wrong.
+struct Rejected {
+    /// Its position among all events.
+    index: usize,
+    violations: Vec<Violation>,
+    /// How many more there were.
+    omitted: usize,
+}
+
+impl Rejected {
+    /// What its reasons take in the answer, roughly.
+    fn bytes(&self) -> usize {
+        self.violations.len() * VIOLATION_BYTES
+    }
+}
+
 /// A body being read.
 struct Reading {
     arrival: Arrival,
     format: Format,
     events: Vec<SyncEvent>,
-    /// With their positions among all events.
-    rejected: Vec<(usize, Vec<Violation>)>,
+    rejected: Vec<Rejected>,
+    /// Violations in them besides the first of each.
+    further: usize,
     permit: Permit,
 }
 
 impl Reading {
     fn new(ingest: &Ingest, arrival: Arrival, format: Format) -> Self {
         let permit = ingest.permit();
-        Self { arrival, format, events: Vec::new(), rejected: Vec::new(), permit }
+        Self { arrival, format, events: Vec::new(), rejected: Vec::new(), further: 0, permit }
     }
 
     fn valid(&self) -> usize {
@@ -338,7 +375,7 @@ impl Reading {
         if index >= MAX_EVENTS {
             return Err(ApiError::TooManyEvents(MAX_EVENTS));
         }
-        let violations = match piece {
+        let mut violations = match piece {
             Piece::TooLong(_) => {
                 let rule = format!("must be at most {MAX_EVENT_BYTES} bytes of JSON text");
                 vec![Violation::of_whole(&rule, None).coded(ViolationCode::Length)]
@@ -360,8 +397,13 @@ impl Reading {
                 }
             },
         };
-        self.permit.reserve_bytes(violations.len() * VIOLATION_BYTES)?;
-        self.rejected.push((index, violations));
+        let further = violations.len().saturating_sub(1);
+        let omitted = if self.further + further > FURTHER_VIOLATIONS { further } else { 0 };
+        violations.truncate(violations.len() - omitted);
+        self.further += further - omitted;
+        let rejected = Rejected { index, violations, omitted };
+        self.permit.reserve_bytes(rejected.bytes())?;
+        self.rejected.push(rejected);
         Ok(())
     }
 }

@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 
 use axum::{
     Router,
+    body::Bytes,
+    http::header,
     middleware::map_response,
     response::{IntoResponse, Response},
+    routing::get,
 };
 use utoipa::{
     OpenApi,
@@ -16,7 +19,7 @@ use utoipa::{
         security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
     },
 };
-use utoipa_swagger_ui::SwaggerUi;
+use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::{api::wire::error::ApiError, middleware::auth::SECURITY_SCHEME};
 
@@ -90,10 +93,20 @@ pub(crate) fn operations(item: &PathItem) -> impl Iterator<Item = (&'static str,
     .filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
 }
 
+/// Where the document is.
+const DOCUMENT: &str = "/api-docs/openapi.json";
+
 /// Swagger UI and the document it shows.
-pub(crate) fn router(document: Document) -> Router {
-    let pages: Router = SwaggerUi::new("/api-docs").url("/api-docs/openapi.json", document).into();
-    pages.layer(map_response(json_when_missing))
+///
+/// # Errors
+/// When the document cannot be written, which no input can cause.
+pub(crate) fn router(document: &Document) -> Result<Router, serde_json::Error> {
+    // Written once, and shared by all answers: whoever asks for it needs no key, and may ask often.
+    let text = Bytes::from(serde_json::to_vec(document)?);
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    let pages: Router = SwaggerUi::new("/api-docs").config(Config::from(DOCUMENT)).into();
+    let document = get(move || std::future::ready((json, text.clone())));
+    Ok(pages.route(DOCUMENT, document).layer(map_response(json_when_missing)))
 }
 
 /// A file that Swagger UI does not have is answered like every unknown route.

@@ -7,5 +7,6 @@ pub(crate) mod envelope;
 pub(crate) mod error;
 pub(crate) mod extract;
 pub(crate) mod figures;
+pub(crate) mod large;
 pub mod query;
 pub(crate) mod window;

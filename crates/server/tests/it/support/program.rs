@@ -397,6 +397,14 @@ impl Serving {
         self.running.wait_for(text)
     }
 
+    /// The memory that it takes, in bytes.
+    pub(crate) fn memory(&self) -> usize {
+        let status = format!("/proc/{}/status", self.running.child.id());
+        let status = std::fs::read_to_string(status).unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        resident.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+    }
+
     /// Waits for its end.
     pub(crate) fn wait(self) -> Ended {
         self.running.wait()

@@ -13,7 +13,7 @@ use std::{
 use pisync::{
     app::{self, AppError, Settings},
     clock::Clock,
-    config::http::{AuthMode, HttpSettings, Timeouts},
+    config::http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts},
     store::Target,
 };
 use pisync_core::Timestamp;
@@ -143,6 +143,7 @@ fn settings(target: Target) -> Settings {
             key_per_minute: 0,
             max_connections: 0,
             max_requests: 0,
+            answer_bytes: ANSWER_BYTES,
             tls: None,
             trusted_proxies: Vec::new(),
             cors_origins: Vec::new(),

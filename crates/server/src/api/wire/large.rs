@@ -1,0 +1,214 @@
+//! What large answers hold until their clients have taken them. It is bounded for all of them together: an answer beyond
+//! is refused, and a batch before any of it is stored.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::{
+    body::{Body, Bytes, HttpBody},
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use hyper::body::{Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{api::wire::error::ApiError, middleware::admission::Slot};
+
+/// Smaller answers are not counted: a connection's buffers hold as much anyway.
+const LARGE: usize = 16 << 10;
+
+/// What an encoder for gzip holds while an answer passes through it, roughly.
+pub(crate) const ENCODER_BYTES: usize = 320 << 10;
+
+/// Bytes are counted in units of so many.
+const UNIT: usize = 1 << 10;
+
+/// The bound. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct LargeAnswers(Arc<Semaphore>);
+
+impl LargeAnswers {
+    /// They may hold so many bytes, all together.
+    pub(crate) fn new(bytes: usize) -> Self {
+        Self(Arc::new(Semaphore::new(bytes / UNIT)))
+    }
+
+    /// Memory for an answer of so many bytes; nothing when it is small.
+    ///
+    /// # Errors
+    /// [`ApiError::Overloaded`] when there is none.
+    pub(crate) fn reserve(&self, bytes: usize) -> Result<Option<Held>, ApiError> {
+        if bytes <= LARGE {
+            return Ok(None);
+        }
+        let permit = Arc::clone(&self.0).try_acquire_many_owned(units(bytes));
+        permit.map(|permit| Some(Held(Arc::new(permit)))).map_err(|_| ApiError::Overloaded)
+    }
+
+    /// Memory for so many bytes; `None` when it does not come in time.
+    pub(crate) async fn wait_for(&self, bytes: usize, patience: Duration) -> Option<Held> {
+        let permit = Arc::clone(&self.0).acquire_many_owned(units(bytes));
+        let permit = tokio::time::timeout(patience, permit).await.ok()?.ok()?;
+        Some(Held(Arc::new(permit)))
+    }
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX)
+}
+
+/// Memory that is counted until this is dropped. Among the extensions of an answer, it is what the answer holds.
+#[derive(Clone)]
+pub(crate) struct Held(Arc<OwnedSemaphorePermit>);
+
+impl Held {
+    /// Gives back what is beyond so many bytes.
+    fn shrink_to(&mut self, bytes: usize) {
+        if let Some(permit) = Arc::get_mut(&mut self.0) {
+            let excess = permit.num_permits().saturating_sub(bytes.div_ceil(UNIT));
+            drop(permit.split(excess));
+        }
+    }
+
+    /// A text that is counted for as long as anybody has some of it.
+    pub(crate) fn with(mut self, text: String) -> Bytes {
+        self.shrink_to(text.len());
+        let keep = Arc::new(Keep { _held: Some(self), _slot: None });
+        Bytes::from_owner(Kept { bytes: text.into(), _keep: keep })
+    }
+}
+
+/// The step between handlers and compression: counts an answer that is large. It is for reads, which can be refused when
+/// they are done.
+pub(crate) async fn count(State(answers): State<LargeAnswers>, mut response: Response) -> Response {
+    let size = response.body().size_hint().exact().and_then(|size| usize::try_from(size).ok());
+    // Whether it will be compressed is not known here.
+    let with_encoder = size.filter(|size| *size > LARGE).map_or(0, |size| size + ENCODER_BYTES);
+    match answers.reserve(with_encoder) {
+        Ok(Some(held)) => {
+            response.extensions_mut().insert(held);
+        }
+        Ok(None) => {}
+        Err(error) => return error.into_response(),
+    }
+    response
+}
+
+/// The step around all others: what an answer holds, and its slot, are given back when its client has taken all of it.
+/// A small one is as good as taken.
+pub(crate) fn hold(mut response: Response, slot: Option<Slot>) -> Response {
+    let size = response.body().size_hint().exact();
+    if size.is_some_and(|size| size <= LARGE as u64) {
+        return response;
+    }
+    let mut held = response.extensions_mut().remove::<Held>();
+    if slot.is_none() && held.is_none() {
+        return response;
+    }
+    if let (Some(held), Some(size)) = (&mut held, size) {
+        held.shrink_to(usize::try_from(size).unwrap_or(usize::MAX));
+    }
+    let keep = Arc::new(Keep { _held: held, _slot: slot });
+    response.map(|body| Body::new(Keeping { body, keep }))
+}
+
+/// What goes with an answer.
+struct Keep {
+    _held: Option<Held>,
+    _slot: Option<Slot>,
+}
+
+/// A body that keeps something until all of its pieces are gone: connections go on holding them when they are done
+/// with the body.
+struct Keeping {
+    body: Body,
+    keep: Arc<Keep>,
+}
+
+impl HttpBody for Keeping {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        frame.map_ok(|frame| {
+            frame.map_data(|bytes| Bytes::from_owner(Kept { bytes, _keep: Arc::clone(&self.keep) }))
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A piece of it.
+struct Kept {
+    bytes: Bytes,
+    _keep: Arc<Keep>,
+}
+
+impl AsRef<[u8]> for Kept {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    const MAX_BYTES: usize = 10 << 20;
+
+    fn left(answers: &LargeAnswers) -> usize {
+        answers.0.available_permits() * UNIT
+    }
+
+    #[tokio::test]
+    async fn what_is_counted_until_when() {
+        let answers = LargeAnswers::new(MAX_BYTES);
+        assert!(answers.reserve(LARGE).unwrap().is_none());
+        // Of a large answer its own bytes, once it is known that nothing compresses them.
+        let response = count(State(answers.clone()), "x".repeat(1 << 20).into_response()).await;
+        assert_eq!(left(&answers), MAX_BYTES - (1 << 20) - ENCODER_BYTES);
+        let mut body = hold(response, None).into_body();
+        assert_eq!(body.size_hint().exact(), Some(1 << 20));
+        let mut piece = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        drop(body);
+        drop(piece.split_to(1 << 19));
+        assert_eq!(left(&answers), MAX_BYTES - (1 << 20));
+        drop(piece);
+        assert_eq!(left(&answers), MAX_BYTES);
+        // Of one that is made while it is sent, all that was asked for.
+        let held = answers.reserve(1 << 20).unwrap();
+        let mut response =
+            Body::from_stream(futures_util::stream::empty::<Result<Bytes, axum::Error>>())
+                .into_response();
+        response.extensions_mut().insert(held.unwrap());
+        let response = hold(response, None);
+        assert_eq!(left(&answers), MAX_BYTES - (1 << 20));
+        drop(response);
+        // Beyond, there is nothing.
+        let all = answers.reserve(MAX_BYTES).unwrap();
+        assert!(matches!(answers.reserve(LARGE + 1), Err(ApiError::Overloaded)));
+        let refused = count(State(answers.clone()), "x".repeat(1 << 20).into_response()).await;
+        assert_eq!(refused.status(), 503);
+        assert!(answers.wait_for(1, Duration::from_millis(1)).await.is_none());
+        drop(all);
+        let text = answers.wait_for(1 << 20, Duration::from_millis(1)).await.unwrap();
+        let text = text.with("x".repeat(10));
+        assert_eq!((left(&answers), text.len()), (MAX_BYTES - UNIT, 10));
+    }
+}
