@@ -156,9 +156,9 @@ async fn serve(
     keyring.refresh(&*store).await?;
     check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
     let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
-    let (tell, news) = mpsc::unbounded_channel();
+    let (tell, observations) = mpsc::unbounded_channel();
     let writers = Writers { any: store.ingest_writer(tell).await?, grouped: store.event_writer() };
-    let (ingest, task) = Ingest::new(writers, news, &clock, &metrics);
+    let (ingest, task) = Ingest::new(writers, observations, &clock, &metrics);
     let (stop_ingest, stopped) = oneshot::channel::<()>();
     let stopped = async {
         let _ = stopped.await;

@@ -137,12 +137,6 @@ struct Step {
     is_cut_off: bool,
 }
 
-/// Where in its import a step stands; see [`ImportStep`].
-struct StepOf {
-    before: Option<(u64, Digest)>,
-    known: Arc<[Digest]>,
-}
-
 enum Message {
     Beginning(Beginning),
     Step(Step),
@@ -194,12 +188,9 @@ impl Import {
                         file.add(&step.rejected)?;
                     }
                     let started = Instant::now();
-                    let after = (step.records, step.digest);
-                    let known = Arc::clone(&known);
-                    let at = StepOf { before, known };
-                    if import.store(&mut *writer, step, at, clock, &mut status).await? {
-                        before = Some(after);
-                    }
+                    import
+                        .store(&mut *writer, step, &mut before, &known, clock, &mut status)
+                        .await?;
                     watch(&status);
                     if gives_way() {
                         // As long as it was kept from them: they find their turn within a few of ours.
@@ -222,52 +213,54 @@ impl Import {
         Ok(status)
     }
 
-    /// Stores one step, `at` a place of the import; false when there is nothing to store.
+    /// Stores one step behind `before`, and moves that on; see [`ImportStep`].
     async fn store(
         &self,
         writer: &mut dyn EventWriter,
         step: Step,
-        at: StepOf,
+        before: &mut Option<(u64, Digest)>,
+        known: &Arc<[Digest]>,
         clock: &Clock,
         status: &mut Status,
-    ) -> Result<bool, ImportError> {
+    ) -> Result<(), ImportError> {
         let cut_off = u64::from(step.is_cut_off);
         status.records = step.records - status.passed + cut_off;
         status.is_cut_off = step.is_cut_off;
         status.rejected += step.rejected.len() as u64;
         let is_new = step.records > status.passed;
         if !is_new && status.resumed.as_ref().is_some_and(|resumed| resumed.finished) {
-            return Ok(false);
+            return Ok(());
         }
-        let (before, after) = (status.resumed.as_ref(), step.records);
+        let (resumed, after) = (status.resumed.as_ref(), (step.records, step.digest));
         let progress = ImportProgress {
-            id: before.map_or(self.id, |resumed| resumed.id),
+            id: resumed.map_or(self.id, |resumed| resumed.id),
             name: self.source.name(),
             head: step.head,
             records: step.records,
             digest: step.digest,
-            rejected: before.map_or(0, |resumed| resumed.rejected) + status.rejected - cut_off,
+            rejected: resumed.map_or(0, |resumed| resumed.rejected) + status.rejected - cut_off,
             finished: step.is_last && !step.is_cut_off,
             at: clock.now(),
         };
-        let StepOf { before, known } = at;
-        let step_of = ImportStep { progress, before, known };
+        let import = ImportStep { progress, before: *before, known: Arc::clone(known) };
         let received = clock.now();
         let receipts = receipts(&step.events, received);
         let events: Vec<_> = step.events.into_iter().map(|event| event.event).collect();
         let count = events.len() as u64;
         let batch =
-            Arc::new(Batch { receipts, import: Some(step_of), ..Batch::new(received, events) });
+            Arc::new(Batch { receipts, import: Some(import), ..Batch::new(received, events) });
         let written = write(writer, &batch).await.map_err(|error| {
             ImportError(format!(
-                "cannot store the records up to {after}: {error}; those before them are stored, and the same command goes on after them"
+                "cannot store the records up to {}: {error}; those before them are stored, and the same command goes on after them",
+                after.0
             ))
         })?;
         let duplicates = written.duplicates.len() as u64;
         status.duplicates += duplicates;
         status.conflicting += written.conflicts(&batch).count() as u64;
         status.stored += count - duplicates;
-        Ok(true)
+        *before = Some(after);
+        Ok(())
     }
 
     /// Reads and checks the input to its end.

@@ -197,7 +197,7 @@ impl IngestTask {
                     }
                 }
                 () = self.backlog.wake.notified(), if !self.in_flight.is_empty() => {}
-                Some(news) = self.observations.recv() => self.device_log.note(&news.new_devices, &news.streaks),
+                Some(learnt) = self.observations.recv() => self.device_log.note(&learnt.new_devices, &learnt.streaks),
                 () = tokio::time::sleep(PROBE_INTERVAL), if !self.available.load(Ordering::Relaxed) => {
                     if self.writer.probe().await.is_ok() {
                         self.available.store(true, Ordering::Relaxed);
@@ -206,8 +206,8 @@ impl IngestTask {
             }
         }
         let finished = self.writer.finish().await;
-        while let Ok(news) = self.observations.try_recv() {
-            self.device_log.note(&news.new_devices, &news.streaks);
+        while let Ok(learnt) = self.observations.try_recv() {
+            self.device_log.note(&learnt.new_devices, &learnt.streaks);
         }
         match finished {
             // What was acknowledged is safe all the same, and the next start sees to it.

@@ -75,7 +75,7 @@ pub async fn restore(
     if !file.is_file() {
         return Err(StoreError::Failed(format!("there is no backup file {}", file.display())));
     }
-    if sqlite::backup::is_same_file(file, database) {
+    if sqlite::files::is_same_file(file, database) {
         return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
     }
     if sqlite::files::holds_something(database) && !overwrite {

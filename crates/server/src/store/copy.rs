@@ -587,7 +587,7 @@ fn at(target: &Target) -> impl Fn(StoreError) -> CopyError {
 
 fn is_same(from: &Target, to: &Target) -> bool {
     match (from, to) {
-        (Target::Sqlite(from), Target::Sqlite(to)) => sqlite::backup::is_same_file(from, to),
+        (Target::Sqlite(from), Target::Sqlite(to)) => sqlite::files::is_same_file(from, to),
         // One server under two names is found out by the destination's not being empty.
         (Target::Postgres(from), Target::Postgres(to)) => from.to_string() == to.to_string(),
         _ => false,

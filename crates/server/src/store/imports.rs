@@ -40,13 +40,6 @@ pub struct ImportStep {
     pub known: Arc<[Digest]>,
 }
 
-/// What is stored of an import that begins like another, or is the same.
-pub(super) struct StoredImport {
-    pub(super) id: Digest,
-    pub(super) records: u64,
-    pub(super) digest: Digest,
-}
-
 /// Another import stores the same records at the same time.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -57,16 +50,16 @@ pub(super) struct SameImport;
 impl ImportStep {
     /// Checks that nobody else is importing the same records. `stored` are the imports with the same head, and this one;
     /// they must stay as they are until the transaction ends. `has_events` says whether the step stores any.
-    pub(super) fn check(
+    pub(super) fn check<'a>(
         &self,
-        stored: impl IntoIterator<Item = StoredImport>,
+        stored: impl IntoIterator<Item = &'a ImportProgress>,
         has_events: bool,
     ) -> Result<(), SameImport> {
         let mut before = None;
-        for StoredImport { id, records, digest } in stored {
-            if id == self.progress.id {
-                before = Some((records, digest));
-            } else if !self.known.contains(&id) {
+        for import in stored {
+            if import.id == self.progress.id {
+                before = Some((import.records, import.digest));
+            } else if !self.known.contains(&import.id) {
                 return Err(SameImport);
             }
         }

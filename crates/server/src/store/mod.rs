@@ -101,10 +101,10 @@ pub trait Store: KeyStore + DeviceDeletions + Send + Sync {
     fn event_writer(&self) -> Box<dyn EventWriter>;
 
     /// What ingest writes through; there is one per server. When it returns, events survive a power cut and
-    /// every later read finds them, but what is learnt of their devices may come later, as `news`.
+    /// every later read finds them, but what is learnt of their devices may come later, as `observations`.
     async fn ingest_writer(
         &self,
-        news: mpsc::UnboundedSender<Observations>,
+        observations: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError>;
 
     /// A device's figures and one page of its events; `None` for an unknown device.

@@ -3,7 +3,7 @@
 use tokio_postgres::{Client, Error, Row};
 
 use super::{connect::Object, errors::WriteError, reads::time, statements::check_written};
-use crate::store::{Digest, ImportProgress, ImportStep, imports::StoredImport};
+use crate::store::{Digest, ImportProgress, ImportStep};
 
 /// Notes how far an import comes with the transaction that is open on `client`, unless another one imports the same.
 /// `has_events` says whether it stores any.
@@ -14,7 +14,11 @@ pub(super) async fn advance(
 ) -> Result<(), WriteError> {
     // Imports that begin alike take turns, each with its whole transaction.
     const LOCK: &str = "select pg_advisory_xact_lock(hashtextextended(encode($1, 'hex'), 0))";
-    const SAME: &str = "select id, records, digest from imports where head = $1 or id = $2";
+    const SAME: &str = "
+        select id, name, head, records, digest, rejected, finished, updated_at
+          from imports
+         where head = $1 or id = $2
+    ";
     const ADVANCE: &str = "
         insert into imports (id, name, head, records, digest, rejected, finished, updated_at)
         values ($1, $2, $3, $4, $5, $6, $7, $8)
@@ -26,8 +30,8 @@ pub(super) async fn advance(
     let progress = &step.progress;
     client.execute(LOCK, &[&progress.head.as_slice()]).await?;
     let rows = client.query(SAME, &[&progress.head.as_slice(), &progress.id.as_slice()]).await?;
-    let stored: Vec<_> = rows.iter().map(stored_import).collect::<Result<_, Error>>()?;
-    step.check(stored.into_iter().flatten(), has_events)
+    let stored: Vec<_> = rows.iter().map(import).collect::<Result<_, Error>>()?;
+    step.check(stored.iter().flatten(), has_events)
         .map_err(|error| WriteError::Refused(error.to_string()))?;
     let written = client
         .execute(
@@ -45,13 +49,6 @@ pub(super) async fn advance(
         )
         .await?;
     check_written("imports", written, 1)
-}
-
-/// What is stored of an import; `None` for a row that is none of ours.
-fn stored_import(row: &Row) -> Result<Option<StoredImport>, Error> {
-    let digest = |column| Ok::<_, Error>(Digest::try_from(row.try_get::<_, &[u8]>(column)?).ok());
-    let records = row.try_get::<_, i64>(1)?.cast_unsigned();
-    Ok(digest(0)?.zip(digest(2)?).map(|(id, digest)| StoredImport { id, records, digest }))
 }
 
 /// All imports.

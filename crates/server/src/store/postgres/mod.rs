@@ -215,7 +215,7 @@ impl Store for PostgresStore {
 
     async fn ingest_writer(
         &self,
-        _news: mpsc::UnboundedSender<Observations>,
+        _observations: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
         Ok(Box::new(PostgresEventWriter::new(self.connector.clone()).ready().await?))
     }

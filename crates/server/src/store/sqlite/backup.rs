@@ -12,8 +12,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use super::{
     connection::open_existing,
     files::{
-        Identity, LOG_INDEX, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something,
-        replaced_names,
+        LOG_INDEX, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something, replaced_names,
     },
     journal,
 };
@@ -144,11 +143,6 @@ impl Copy {
 /// Whoever asked for it has to say so.
 pub(crate) fn exists(path: &Path) -> StoreError {
     failed(format!("{} exists; --force replaces it", path.display()))
-}
-
-/// Whether both are the same file.
-pub(crate) fn is_same_file(left: &Path, right: &Path) -> bool {
-    matches!((Identity::at(left), Identity::at(right)), (Ok(left), Ok(right)) if left == right)
 }
 
 enum CopyError {

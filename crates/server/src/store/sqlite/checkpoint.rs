@@ -108,7 +108,7 @@ fn pages_left(connection: &Connection) -> rusqlite::Result<i64> {
 }
 
 /// Copies what no reader needs to find in the log, without waiting for anybody.
-fn copy_log(connection: &Connection) -> rusqlite::Result<()> {
+pub(super) fn copy_log(connection: &Connection) -> rusqlite::Result<()> {
     connection.query_row("pragma wal_checkpoint(passive)", [], |_| Ok(()))
 }
 

@@ -157,6 +157,11 @@ pub(super) fn replaced_names(database: &Path) -> impl Iterator<Item = PathBuf> {
     std::iter::once(first).chain(later)
 }
 
+/// Whether both are the same file.
+pub(in crate::store) fn is_same_file(left: &Path, right: &Path) -> bool {
+    matches!((Identity::at(left), Identity::at(right)), (Ok(left), Ok(right)) if left == right)
+}
+
 /// Checks that what is written to `path` would not take the place of the database at `database`, or of a file that
 /// belongs to it.
 ///
@@ -168,8 +173,7 @@ pub(in crate::store) fn check_is_not_ours(database: &Path, path: &Path) -> Resul
         ["", WRITE_AHEAD_LOG, LOG_INDEX, ROLLBACK_JOURNAL, REFUSED_EVENTS, DOUBTFUL_EVENTS];
     let is_ours = |ending: &&str| {
         let file = beside(&database, ending);
-        let is_same = Identity::at(path).ok().zip(Identity::at(&file).ok());
-        file == resolved || is_same.is_some_and(|(one, other)| one == other)
+        file == resolved || is_same_file(path, &file)
     };
     if endings.iter().chain(&super::journal::ENDINGS).any(is_ours) {
         return Err(StoreError::Failed(format!(

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, Row, Transaction, params};
 
 use super::{connection::expect_row, reads::time};
-use crate::store::{ImportProgress, ImportStep, imports::StoredImport};
+use crate::store::{ImportProgress, ImportStep};
 
 /// Notes how far an import comes with the transaction, unless another one imports the same. `has_events` says whether
 /// it stores any.
@@ -12,7 +12,11 @@ pub(super) fn advance(
     step: &ImportStep,
     has_events: bool,
 ) -> rusqlite::Result<()> {
-    const SAME: &str = "select id, records, digest from imports where head = ?1 or id = ?2";
+    const SAME: &str = "
+        select id, name, head, records, digest, rejected, finished, updated_at
+          from imports
+         where head = ?1 or id = ?2
+    ";
     const ADVANCE: &str = "
         insert or replace into imports (
             id, name, head, records, digest, rejected, finished, updated_at
@@ -21,12 +25,9 @@ pub(super) fn advance(
     let progress = &step.progress;
     let stored = transaction
         .prepare_cached(SAME)?
-        .query_map(params![progress.head, progress.id], |row| {
-            let records = row.get::<_, i64>(1)?.cast_unsigned();
-            Ok(StoredImport { id: row.get(0)?, records, digest: row.get(2)? })
-        })?
+        .query_map(params![progress.head, progress.id], import)?
         .collect::<Result<Vec<_>, _>>()?;
-    step.check(stored, has_events)
+    step.check(&stored, has_events)
         .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
     let written = transaction.prepare_cached(ADVANCE)?.execute(params![
         progress.id,

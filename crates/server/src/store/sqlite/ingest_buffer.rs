@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{
     apply::apply,
+    checkpoint::copy_log,
     connection::{SERVING_BUSY_TIMEOUT, open_for_requests, store_error},
     ids,
     journal::{self, Journal, Record},
@@ -90,17 +91,17 @@ pub(super) struct State {
     /// The next event's id.
     pub(super) next_id: i64,
     /// The last id that is reserved for this server's events.
-    pub(super) last_reserved_id: i64,
+    last_reserved_id: i64,
     /// The first id of the batch that is being written into the journal.
     pub(super) in_flight: Option<i64>,
     /// In the journal alone.
     pub(super) accepted: VecDeque<Arc<JournaledBatch>>,
-    pub(super) pending_events: PendingEvents,
+    pending_events: PendingEvents,
     /// When the first of them came.
     pub(super) since: Option<Instant>,
     /// Those that are being brought into the tables, or were, in vain.
-    pub(super) applying: Vec<Arc<JournaledBatch>>,
-    pub(super) applying_events: PendingEvents,
+    applying: Vec<Arc<JournaledBatch>>,
+    applying_events: PendingEvents,
     pub(super) events: usize,
     pub(super) bytes: usize,
     /// The last record in the tables, and in the journal.
@@ -109,7 +110,7 @@ pub(super) struct State {
     /// Changes when the numbers of devices may have: one was deleted, or another process has written.
     pub(super) devices_epoch: u64,
     /// Whether the writer has been called.
-    pub(super) called: bool,
+    called: bool,
     /// Why the last attempt failed.
     pub(super) failed: Option<String>,
     /// Why no more ids could be reserved.
@@ -163,7 +164,7 @@ pub(super) struct IngestBuffer {
     /// Notified when a batch is applied, or could not be.
     pub(super) ended: Condvar,
     /// How often it was notified.
-    pub(super) endings: watch::Sender<u64>,
+    endings: watch::Sender<u64>,
     /// Tells ingest what was learnt on the way.
     pub(super) observations: mpsc::UnboundedSender<Observations>,
     pub(super) writer: WriterThread,
@@ -185,7 +186,7 @@ impl IngestBuffer {
             .call(|connection| {
                 connection.set_journal_in_use(true)?;
                 // Whoever copies or mounts the database's file alone must find it there, too.
-                connection.checkpoint()
+                copy_log(&connection.connection)
             })
             .await?;
         let keys = open_for_requests(database).map_err(store_error)?;
@@ -291,7 +292,7 @@ impl IngestBuffer {
     }
 
     /// Reserves more ids. They follow those that are left, unless somebody else has taken ids meanwhile.
-    pub(super) fn reserve_ids(&self, connection: &mut WriteConnection) -> rusqlite::Result<()> {
+    fn reserve_ids(&self, connection: &mut WriteConnection) -> rusqlite::Result<()> {
         let Some((first, last)) = self.more_ids(connection)? else { return Ok(()) };
         let mut state = self.state();
         if first != state.last_reserved_id + 1 {
@@ -321,10 +322,7 @@ impl IngestBuffer {
 
     /// Reserves more ids; `None` when there are no more. Then those that are left are given, which nothing speaks
     /// against, and no event is acknowledged after them.
-    pub(super) fn more_ids(
-        &self,
-        connection: &mut WriteConnection,
-    ) -> rusqlite::Result<Option<(i64, i64)>> {
+    fn more_ids(&self, connection: &mut WriteConnection) -> rusqlite::Result<Option<(i64, i64)>> {
         let reserved = connection.reserve_ids(RESERVED_IDS, 0);
         let why = reserved.as_ref().err().filter(|error| ids::are_used_up(error));
         let why = why.map(ToString::to_string);
@@ -350,7 +348,7 @@ impl IngestBuffer {
     }
 
     /// What is to be brought into the tables next, until the record `wanted` is.
-    pub(super) fn next_apply_batch(&self, wanted: u64) -> Option<Vec<Arc<JournaledBatch>>> {
+    fn next_apply_batch(&self, wanted: u64) -> Option<Vec<Arc<JournaledBatch>>> {
         let mut state = self.state();
         let state = &mut *state;
         if state.applied >= wanted {
@@ -365,11 +363,7 @@ impl IngestBuffer {
         Some(state.applying.clone())
     }
 
-    pub(super) fn apply_ended(
-        &self,
-        apply_batch: Vec<Arc<JournaledBatch>>,
-        error: Option<&rusqlite::Error>,
-    ) {
+    fn apply_ended(&self, apply_batch: Vec<Arc<JournaledBatch>>, error: Option<&rusqlite::Error>) {
         let mut state = self.state();
         let done = match error {
             None => {

@@ -146,9 +146,10 @@ impl Store for SqliteStore {
 
     async fn ingest_writer(
         &self,
-        news: mpsc::UnboundedSender<Observations>,
+        observations: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
-        let (buffer, writer) = IngestBuffer::start(&self.path, self.writer.clone(), news).await?;
+        let (buffer, writer) =
+            IngestBuffer::start(&self.path, self.writer.clone(), observations).await?;
         let presence = Arc::clone(self.writer.presence());
         let watch = Watch::start(&self.path, self.identity, presence, self.writer.threads())?;
         let is_first = self.watch.set(watch).is_ok() && self.buffer.set(buffer).is_ok();
