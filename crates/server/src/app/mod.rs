@@ -24,7 +24,7 @@ use crate::{
     net::{self, ConnectionSettings, Listeners, Tls},
     random::Randomness,
     store::{
-        self, Retention, Store, StoreError, Target,
+        self, DeviceDeletions, Retention, Store, StoreError, Target,
         migrations::{MigrationError, Migrator},
     },
 };
@@ -35,9 +35,9 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// How often it tries again when that failed.
 const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 
-/// How often events are folded into the sums by day and hour. Reads add up those that are not, so it is
-/// not long; and a few at a time are folded in less than a step.
-const FOLD_INTERVAL: Duration = Duration::from_secs(30);
+/// How often events are aggregated into the sums by day and hour. Reads add up those that are not, so it is
+/// not long; and a few at a time are aggregated in less than a step.
+const AGGREGATION_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The task that stores events.
 const INGEST: &str = "ingest";
@@ -166,8 +166,8 @@ async fn serve(
     tasks.start(INGEST, async { task.run(stopped).await.map_err(|error| error.to_string()) });
     tasks.start("the clock", forever(maintenance.clock_watch(&metrics).follow()));
     tasks.start("maintenance", forever(maintain(maintenance)));
-    tasks.start("aggregation", forever(fold(Arc::clone(&store), clock.clone())));
-    tasks.start("deletions", forever(finish_deletions(Arc::clone(&store))));
+    tasks.start("aggregation", forever(aggregate(Arc::clone(&store), clock.clone())));
+    tasks.start("deletions", forever(finish_deletions(Arc::<dyn Store>::clone(&store))));
     tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let threads = Arc::clone(&store);
     tasks.start("the database", async move { Err(threads.thread_end().await) });
@@ -269,7 +269,7 @@ async fn maintain(mut maintenance: Maintenance) {
 
 /// Goes on with deletions of devices that were interrupted, at once and whenever one has come no further for a while.
 /// One that is under way somewhere else is left to whoever is at it.
-async fn finish_deletions(store: Arc<dyn Store>) {
+async fn finish_deletions(store: Arc<dyn DeviceDeletions>) {
     let mut before = None;
     loop {
         match store.deletions().await {
@@ -302,25 +302,25 @@ async fn finish_deletions(store: Arc<dyn Store>) {
     }
 }
 
-/// Folds events a few at a time, and yields to ingest in between.
-async fn fold(store: Arc<dyn Store>, clock: Clock) {
+/// Aggregates events a few at a time, and yields to ingest in between.
+async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();
-        let folded = async {
+        let aggregated = async {
             // Events beyond would be received by a clock that is ahead, and are not waited for.
             let now = earlier_time(&*store, &clock).await?;
-            store.fold_events(now).await
+            store.aggregate_events(now).await
         };
-        let pause = match folded.await {
+        let pause = match aggregated.await {
             Ok(true) => started.elapsed() * STEP_YIELD,
-            Ok(false) => FOLD_INTERVAL,
+            Ok(false) => AGGREGATION_INTERVAL,
             Err(StoreError::Unavailable(error)) => {
                 // Ingest says so in the log.
-                tracing::debug!(error, "events cannot be folded while the database is away");
-                FOLD_INTERVAL
+                tracing::debug!(error, "events cannot be aggregated while the database is away");
+                AGGREGATION_INTERVAL
             }
             Err(error) => {
-                tracing::warn!(%error, "folding events failed; it will be tried again");
+                tracing::warn!(%error, "aggregating events failed; it will be tried again");
                 MAINTENANCE_RETRY
             }
         };

@@ -29,7 +29,10 @@ use self::{
 use crate::{
     clock::Clock,
     maintenance::database_time,
-    store::{Batch, Digest, EventWriter, ImportProgress, ImportStep, Store, StoreError, Written},
+    store::{
+        Batch, Digest, EventWriter, ImportProgress, ImportStep, Store, StoreError,
+        TrustedTimeStore, Written,
+    },
     threads::Threads,
 };
 
@@ -346,7 +349,7 @@ impl Import {
 ///
 /// # Errors
 /// When the clock is not set, or is far ahead of PostgreSQL's.
-pub async fn check_clock(store: &dyn Store, clock: &Clock) -> Result<(), ImportError> {
+pub async fn check_clock(store: &dyn TrustedTimeStore, clock: &Clock) -> Result<(), ImportError> {
     let now = clock.check().map_err(|error| ImportError(error.to_string()))?;
     let database = database_time(store, clock).await;
     match database.map_err(|error| ImportError(error.to_string()))? {

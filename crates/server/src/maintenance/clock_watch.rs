@@ -12,7 +12,7 @@ use pisync_core::Timestamp;
 use super::{recount_misdated, trusted_clock::TrustedClock};
 use crate::{
     metrics::Metrics,
-    store::{Store, StoreError},
+    store::{StoreError, Verification},
 };
 
 /// How often to look.
@@ -23,7 +23,7 @@ const RETRY: Duration = Duration::from_secs(10);
 
 /// See the module.
 pub struct ClockWatch {
-    store: Arc<dyn Store>,
+    store: Arc<dyn Verification>,
     clock: Arc<TrustedClock>,
     metrics: Arc<Metrics>,
     refusals: Refusals,
@@ -33,7 +33,7 @@ pub struct ClockWatch {
 
 impl ClockWatch {
     pub(super) fn new(
-        store: Arc<dyn Store>,
+        store: Arc<dyn Verification>,
         clock: Arc<TrustedClock>,
         metrics: Arc<Metrics>,
     ) -> Self {

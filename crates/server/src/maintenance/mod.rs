@@ -15,7 +15,7 @@ pub(crate) use self::trusted_clock::{doubt, present};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{Retention, Store, StoreError},
+    store::{self, Retention, Store, StoreError, TrustedTimeStore, Verification},
 };
 
 /// While there is more to aggregate or to drop: how many times as long as each step to wait after it, so
@@ -42,14 +42,18 @@ impl Maintenance {
         retention: Option<Retention>,
         event_id_retention_days: u32,
     ) -> Self {
-        let clock = Arc::new(TrustedClock::new(Arc::clone(&store), clock));
+        let clock = Arc::new(TrustedClock::new(Arc::<dyn Store>::clone(&store), clock));
         Self { store, clock, retention, event_id_retention_days }
     }
 
     /// What watches the clock in between.
     #[must_use]
     pub fn clock_watch(&self, metrics: &Arc<Metrics>) -> ClockWatch {
-        ClockWatch::new(Arc::clone(&self.store), Arc::clone(&self.clock), Arc::clone(metrics))
+        ClockWatch::new(
+            Arc::<dyn Store>::clone(&self.store),
+            Arc::clone(&self.clock),
+            Arc::clone(metrics),
+        )
     }
 
     /// What must be done before events come.
@@ -97,7 +101,7 @@ impl Maintenance {
 }
 
 /// Counts again what a clock that was ahead has put behind a date to come, and what such dates come to count in.
-async fn recount_misdated(store: &dyn Store, now: Timestamp) -> Result<(), StoreError> {
+async fn recount_misdated(store: &dyn Verification, now: Timestamp) -> Result<(), StoreError> {
     let jobs = store.recount_misdated(now).await?;
     if jobs > 0 {
         tracing::warn!(
@@ -110,7 +114,7 @@ async fn recount_misdated(store: &dyn Store, now: Timestamp) -> Result<(), Store
 
 /// Drops what is too old, a little at a time, and yields to ingest in between.
 async fn drop_old_events(
-    store: &dyn Store,
+    store: &dyn store::Maintenance,
     now: Timestamp,
     retention: &Retention,
 ) -> Result<(), StoreError> {
@@ -125,7 +129,7 @@ async fn drop_old_events(
 
 /// The present, by whichever clock is behind: the server's or the database's.
 pub(super) async fn earlier_time(
-    store: &dyn Store,
+    store: &dyn TrustedTimeStore,
     clock: &Clock,
 ) -> Result<Timestamp, StoreError> {
     let database = database_time(store, clock).await?;
@@ -134,7 +138,7 @@ pub(super) async fn earlier_time(
 
 /// The database's clock, if it has one that `clock` can be compared with.
 pub(crate) async fn database_time(
-    store: &dyn Store,
+    store: &dyn TrustedTimeStore,
     clock: &Clock,
 ) -> Result<Option<Timestamp>, StoreError> {
     if clock.is_real() { store.database_time().await } else { Ok(None) }

@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 use super::{course::Course, database_time};
 use crate::{
     clock::{Clock, uptime},
-    store::{NOTABLE_DIFFERENCE, Standing, Store, StoreError},
+    store::{NOTABLE_DIFFERENCE, Standing, StoreError, TrustedTimeStore},
 };
 
 /// How long to wait until a clock is judged again that is doubted: devices may have borne it out meanwhile.
@@ -29,7 +29,7 @@ pub(super) struct BelievedTime {
 /// See the module. One for each server.
 pub(super) struct TrustedClock {
     clock: Clock,
-    store: Arc<dyn Store>,
+    store: Arc<dyn TrustedTimeStore>,
     state: Mutex<State>,
 }
 
@@ -59,7 +59,7 @@ impl Said {
 }
 
 impl TrustedClock {
-    pub(super) fn new(store: Arc<dyn Store>, clock: Clock) -> Self {
+    pub(super) fn new(store: Arc<dyn TrustedTimeStore>, clock: Clock) -> Self {
         Self { clock, store, state: Mutex::default() }
     }
 
@@ -166,7 +166,10 @@ fn tell_jump(
 
 /// The present for whoever compares dates with it: PostgreSQL's clock if there is one, and never a time that is past for
 /// certain, however far the machine's clock is behind.
-pub(crate) async fn present(store: &dyn Store, clock: &Clock) -> Result<Timestamp, StoreError> {
+pub(crate) async fn present(
+    store: &dyn TrustedTimeStore,
+    clock: &Clock,
+) -> Result<Timestamp, StoreError> {
     let own = clock.now();
     let shown = database_time(store, clock).await?.unwrap_or(own);
     let believed = store.trusted_time().await?.map_or(Timestamp::MIN, |trusted| trusted.until);
@@ -175,7 +178,10 @@ pub(crate) async fn present(store: &dyn Store, clock: &Clock) -> Result<Timestam
 
 /// What speaks against the clock of a command that uses `store`, in words for whoever started it; `None` when nothing
 /// does.
-pub(crate) async fn doubt(store: &dyn Store, clock: &Clock) -> Result<Option<String>, StoreError> {
+pub(crate) async fn doubt(
+    store: &dyn TrustedTimeStore,
+    clock: &Clock,
+) -> Result<Option<String>, StoreError> {
     let own = match clock.check() {
         Ok(own) => own,
         Err(error) => return Ok(Some(error.to_string())),

@@ -11,7 +11,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
 
-use super::{Actor, KeyStore, StoreError, Via};
+use super::{Actor, AuditLog, StoreError, Via};
 
 /// In how many of the newest lines of the audit log to look for a deletion that has just ended.
 const RECENT_LINES: u32 = 100;
@@ -27,9 +27,9 @@ pub enum DeletionStep {
     None,
 }
 
-/// The part of a store that deletes devices.
+/// Deletions of devices. Each required method is one transaction.
 #[async_trait]
-pub trait DeviceDeletions: KeyStore + Send + Sync {
+pub trait DeviceDeletions: AuditLog + Send + Sync {
     /// Writes down that a device is to be deleted, and who wants it; false when it is unknown.
     async fn begin_deletion(&self, device_id: &DeviceId, by: &Actor) -> Result<bool, StoreError>;
 

@@ -3,7 +3,17 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use pisync_core::Timestamp;
+
+use super::StoreError;
+
+/// The imports that there have been.
+#[async_trait]
+pub trait ImportLog: Send + Sync {
+    /// All of them.
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError>;
+}
 
 /// A SHA-256.
 pub type Digest = [u8; 32];

@@ -1,13 +1,12 @@
-//! API keys and the audit log: what both stores keep of who may do what, and of who did what. The keys
-//! themselves are kept nowhere, only their hashes.
+//! API keys: what both stores keep of who may do what. The keys themselves are kept nowhere, only their hashes.
 
-use std::{net::IpAddr, str::FromStr};
+use std::str::FromStr;
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
 use serde_json::{Value, json};
 
-use super::{DeviceChange, StoreError};
+use super::{Actor, StoreError};
 
 /// The SHA-256 of a key.
 ///
@@ -146,119 +145,12 @@ pub enum Revocation {
     Unknown,
 }
 
-/// How whoever does something came in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Via {
-    /// With a key.
-    Key(i64),
-    /// Without one, from the same machine.
-    Local,
-    /// Without one, since nobody is asked (`AUTH=off`).
-    Open,
-    /// By the program's own commands.
-    CommandLine,
-}
-
-impl Via {
-    /// As it is stored and shown.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Key(_) => "key",
-            Self::Local => "local",
-            Self::Open => "open",
-            Self::CommandLine => "command line",
-        }
-    }
-
-    /// The key, if there was one.
-    #[must_use]
-    pub fn key_id(self) -> Option<i64> {
-        match self {
-            Self::Key(id) => Some(id),
-            Self::Local | Self::Open | Self::CommandLine => None,
-        }
-    }
-}
-
-/// Who does something, and when: goes into the audit log with every change.
-#[derive(Debug, Clone, Copy)]
-pub struct Actor {
-    /// How they came in.
-    pub via: Via,
-    /// From where.
-    pub address: Option<IpAddr>,
-    /// When.
-    pub at: Timestamp,
-}
-
-/// One line of the audit log.
-#[derive(Debug)]
-pub struct AuditEntry {
-    /// Grows with time.
-    pub id: i64,
-    /// When it was done.
-    pub at: Timestamp,
-    /// How whoever did it came in; [`Via::as_str`].
-    pub via: String,
-    /// Their key.
-    pub key_id: Option<i64>,
-    /// From where.
-    pub address: Option<String>,
-    /// What was done, for instance `device.delete`.
-    pub action: String,
-    /// To what, for instance a device's id.
-    pub subject: String,
-    /// More of it, a JSON object.
-    pub details: Value,
-}
-
-/// A line to be added, beside who did it.
-pub(super) struct NewAuditEntry {
-    pub(super) action: &'static str,
-    pub(super) subject: String,
-    pub(super) details: String,
-}
-
-impl NewAuditEntry {
-    fn new(action: &'static str, subject: impl Into<String>, details: &Value) -> Self {
-        Self { action, subject: subject.into(), details: details.to_string() }
-    }
-
-    pub(super) fn key_created(id: i64, key: &NewKey) -> Self {
-        Self::new("key.create", id.to_string(), &key.details())
-    }
-
-    pub(super) fn key_revoked(id: i64) -> Self {
-        Self::new("key.revoke", id.to_string(), &json!({}))
-    }
-
-    pub(super) fn device_updated(device_id: &DeviceId, change: &DeviceChange) -> Self {
-        let mut details = serde_json::Map::new();
-        for (field, value) in [("name", &change.name), ("group", &change.group)] {
-            if let Some(value) = value {
-                details.insert(field.to_owned(), json!(value));
-            }
-        }
-        Self::new("device.update", device_id.as_str(), &Value::Object(details))
-    }
-
-    pub(super) fn device_deleted(device_id: &DeviceId, events: u64) -> Self {
-        Self::new("device.delete", device_id.as_str(), &json!({ "deleted_events": events }))
-    }
-}
-
-/// Details as they are stored; foreign SQL may have written something else than JSON.
-pub(super) fn stored_details(text: String) -> Value {
-    serde_json::from_str(&text).unwrap_or(Value::String(text))
-}
-
 /// A scope as it is stored; an unknown one opens next to nothing.
 pub(super) fn stored_scope(text: &str) -> Scope {
     text.parse().unwrap_or(Scope::Ingest)
 }
 
-/// The part of a store that keeps keys and the audit log. Each method is one transaction.
+/// API keys. Each method is one transaction.
 #[async_trait]
 pub trait KeyStore: Send + Sync {
     /// Keeps a new key and gives its number.
@@ -275,7 +167,4 @@ pub trait KeyStore: Send + Sync {
 
     /// Notes when keys were last used; never sets one back.
     async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError>;
-
-    /// The newest lines of the audit log, or those before the line `before`.
-    async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError>;
 }

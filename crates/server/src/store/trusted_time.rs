@@ -9,7 +9,10 @@
 
 use std::time::Duration;
 
+use async_trait::async_trait;
 use pisync_core::Timestamp;
+
+use super::StoreError;
 
 const DAY: i64 = 24 * 60 * 60 * 1000;
 
@@ -38,6 +41,20 @@ pub(super) const AGREEMENT_MILLISECONDS: i64 = 60 * 60 * 1000;
 
 /// Of how many of the latest events to look at the dates.
 pub(super) const WITNESSES: i64 = 1_000;
+
+/// The time that is believed when something is deleted for its age.
+#[async_trait]
+pub trait TrustedTimeStore: Send + Sync {
+    /// Moves the time on by which old events and event ids are deleted, given what the clock says and for how long
+    /// this server has run since it last did.
+    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError>;
+
+    /// The time that was believed last, which `trust_time` moves on; `None` before a server has.
+    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError>;
+
+    /// The database's own clock; `None` on SQLite, which goes by the server's.
+    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError>;
+}
 
 /// What the database keeps of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,7 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use async_trait::async_trait;
 use pisync_core::{JobFigures, Timestamp};
+
+use super::StoreError;
 
 /// Devices that are looked at in one transaction, at most.
 pub(super) const PAGE_DEVICES: u32 = 256;
@@ -14,6 +17,34 @@ pub(super) const PAGE_EVENTS: i64 = 200_000;
 
 /// Days are those of UTC.
 pub(super) const DAY_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
+
+/// Recounting figures and sums from raw events. Safe beside running servers.
+#[async_trait]
+pub trait Verification: Send + Sync {
+    /// Recounts the figures and days of one page of devices, those after the device `after`, from their raw
+    /// events, as of one moment. With `repair` it then writes what the events add up to, each device in a short
+    /// transaction of its own; the answer still tells what was found. Where old events are no longer kept,
+    /// nothing is repaired. Events dated so far after `now` that a clock must have been wrong change no streak.
+    async fn verify(
+        &self,
+        after: Option<&str>,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<Verified, StoreError>;
+
+    /// Counts the jobs again whose last events are dated, or were received, so far after `now` that a clock must have
+    /// been wrong then: what is reported later would be hidden behind them for good. Such events are set aside. Counts
+    /// the jobs again, too, whose events that were set aside are no longer dated so far ahead. Answers how many have changed.
+    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError>;
+
+    /// Recounts the sums of the fleet's hours from all folded events, as of one moment: some second for a
+    /// million of them. Once old events were dropped, sums can only be found to be too small.
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
+
+    /// Writes what was recounted in the place of an hour's sums; false, and nothing is changed, when they
+    /// are no longer what was found.
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError>;
+}
 
 /// What came of recounting one page of devices.
 #[derive(Debug, Default)]

@@ -70,7 +70,7 @@ async fn fill(fixture: &TestStore) {
         write_at(&mut *writer, at(-days * DAY), events).await;
     }
     // As far as it is final an hour ago.
-    while fixture.store.fold_events(at(-HOUR)).await.unwrap() {
+    while fixture.store.aggregate_events(at(-HOUR)).await.unwrap() {
         tokio::task::yield_now().await;
     }
     let late = (0..40).map(|number| failure("pi-late", at(-number * 5 * HOUR))).collect();
@@ -210,7 +210,7 @@ async fn everything_is_there_and_goes_on(fixture: &TestStore) {
             let lines = [without_ids(&*fixture.store).await, without_ids(&*copy).await];
             assert_same(&lines[0], &lines[1], &what);
             for store in [&fixture.store, &copy] {
-                while store.fold_events(folded).await.unwrap() {}
+                while store.aggregate_events(folded).await.unwrap() {}
             }
             let lines = [without_ids(&*fixture.store).await, without_ids(&*copy).await];
             assert_same(&lines[0], &lines[1], &what);
@@ -245,7 +245,7 @@ async fn a_newer_schema_is_copied_whole(fixture: &TestStore) {
     fill(fixture).await;
     // A deletion that is under way.
     assert!(fixture.store.begin_deletion(&device_id("pi-1"), &somebody()).await.unwrap());
-    while fixture.store.fold_events(at(3 * DAY)).await.unwrap() {}
+    while fixture.store.aggregate_events(at(3 * DAY)).await.unwrap() {}
     let database = match fixture.is_postgres() {
         true => TestDatabase::postgres().await,
         false => TestDatabase::sqlite(),
@@ -307,7 +307,7 @@ async fn rows(target: &Target, table: &str) -> Vec<String> {
 async fn there_and_back_is_the_same() {
     on_sqlite(async |fixture: &TestStore| {
         fill(fixture).await;
-        while fixture.store.fold_events(at(0)).await.unwrap() {}
+        while fixture.store.aggregate_events(at(0)).await.unwrap() {}
         let [back, there] = destinations().await;
         copy(fixture.target(), &there.target, at(2 * DAY)).await.unwrap();
         copy(&there.target, &back.target, at(2 * DAY)).await.unwrap();

@@ -302,12 +302,12 @@ async fn events_of_another_process_come_in_between() {
                 ids.extend(write(&mut *writer, vec![event.clone()]).await.ids);
                 ids.extend(write(&mut *others, vec![event]).await.ids);
                 // The other's are there, and the server's own are not.
-                while server.fold_events(now()).await.unwrap() {}
+                while server.aggregate_events(now()).await.unwrap() {}
             }
         }
         let sums = server.window_figures(&Window::last_days(now(), 7)).await.unwrap();
         assert_eq!((sums.total_syncs, sums.failed_syncs), (20, 20));
-        while server.fold_events(now()).await.unwrap() {}
+        while server.aggregate_events(now()).await.unwrap() {}
         let sums = server.window_figures(&Window::last_days(now(), 7)).await.unwrap();
         assert_eq!(sums.total_syncs, 20);
         assert!(server.verify_hours().await.unwrap().is_empty());

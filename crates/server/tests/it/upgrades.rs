@@ -312,7 +312,7 @@ async fn assert_newest(database: &TestDatabase, filled: usize) {
     assert_right(&differences(&*store, false).await);
     assert_figures(&store, filled).await;
     // Before and after the background task has done its work.
-    while store.fold_events(now()).await.unwrap() {}
+    while store.aggregate_events(now()).await.unwrap() {}
     assert_figures(&store, filled).await;
     assert_rows(database, filled).await;
 

@@ -252,7 +252,7 @@ async fn wrong_sums_are_found_and_repaired(fixture: &TestStore) {
     }
     // What is not folded yet is in no sum.
     assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
-    while fixture.store.fold_events(now()).await.unwrap() {}
+    while fixture.store.aggregate_events(now()).await.unwrap() {}
     write(&mut *writer, vec![success("pi-0", at(0))]).await;
     assert_eq!(wrong_sums(&*fixture.store, true).await, (0, 0));
 

@@ -154,7 +154,7 @@ async fn ids_kept(fixture: &TestStore) -> i64 {
 /// Runs it, and what it waits for, twice: PostgreSQL announces a deletion minutes before.
 async fn maintain(fixture: &TestStore, clock: &TestClock, maintenance: &mut Maintenance) {
     for _ in 0..3 {
-        while fixture.store.fold_events(clock.now()).await.unwrap() {}
+        while fixture.store.aggregate_events(clock.now()).await.unwrap() {}
         maintenance.run().await.unwrap();
         clock.set(clock.now().saturating_add_milliseconds(10 * 60 * 1000));
     }

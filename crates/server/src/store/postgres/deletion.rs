@@ -8,11 +8,11 @@ use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{PostgresStore, connect::Object, keys, misdated, roll_ups, verify};
+use super::{PostgresStore, audit, connect::Object, misdated, roll_ups, verify};
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
+    audit::NewAuditEntry,
     deletion::{Deletion, stored_actor},
-    keys::NewAuditEntry,
 };
 
 /// How often a step that met a deadlock is tried again.
@@ -152,7 +152,7 @@ async fn delete_some(
             roll_ups::delete_events(&transaction, id, received_until, None, folded).await?;
         delete_device(&transaction, device_id, folded).await?;
     }
-    keys::record(&transaction, &by, &NewAuditEntry::device_deleted(device_id, deleted_events))
+    audit::record(&transaction, &by, &NewAuditEntry::device_deleted(device_id, deleted_events))
         .await?;
     transaction.execute("delete from device_deletions where device_id = $1", &[&id]).await?;
     transaction.commit().await?;

@@ -7,7 +7,7 @@ use tokio_postgres::{Error, Row};
 use super::{
     connect::Object,
     expiry,
-    reads::{SUMS, figures, jobs, snapshot, time},
+    rows::{SUMS, figures, jobs, snapshot, time},
 };
 use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,

@@ -1,9 +1,19 @@
 //! How far imports have come, in PostgreSQL.
 
+use async_trait::async_trait;
 use tokio_postgres::{Client, Error, Row};
 
-use super::{connect::Object, errors::WriteError, reads::time, statements::check_written};
-use crate::store::{Digest, ImportProgress, ImportStep};
+use super::{
+    PostgresStore, connect::Object, errors::WriteError, rows::time, statements::check_written,
+};
+use crate::store::{Digest, ImportLog, ImportProgress, ImportStep, StoreError};
+
+#[async_trait]
+impl ImportLog for PostgresStore {
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
+        self.call(async |connection| imports(connection).await).await
+    }
+}
 
 /// Notes how far an import comes with the transaction that is open on `client`, unless another one imports the same.
 /// `has_events` says whether it stores any.
@@ -52,7 +62,7 @@ pub(super) async fn advance(
 }
 
 /// All imports.
-pub(super) async fn imports(connection: &Object) -> Result<Vec<ImportProgress>, Error> {
+async fn imports(connection: &Object) -> Result<Vec<ImportProgress>, Error> {
     const IMPORTS: &str = "
         select id, name, head, records, digest, rejected, finished, updated_at from imports
     ";

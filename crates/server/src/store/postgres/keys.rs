@@ -1,4 +1,4 @@
-//! Keys and the audit log in PostgreSQL.
+//! API keys in PostgreSQL.
 
 use async_trait::async_trait;
 use deadpool_postgres::Transaction;
@@ -7,15 +7,13 @@ use tokio_postgres::{Error, IsolationLevel, Row};
 
 use super::{
     PostgresStore,
+    audit::record,
     connect::Object,
-    reads::{optional_time, time},
+    rows::{optional_time, time},
 };
 use crate::store::{
-    StoreError,
-    keys::{
-        Actor, ApiKey, AuditEntry, KeyStore, Keys, NewAuditEntry, NewKey, Revocation,
-        stored_details, stored_scope,
-    },
+    Actor, ApiKey, KeyStore, Keys, NewKey, Revocation, StoreError, audit::NewAuditEntry,
+    keys::stored_scope,
 };
 
 const SELECT_VERSION: &str = "select version from api_key_changes";
@@ -58,40 +56,6 @@ impl KeyStore for PostgresStore {
         })
         .await
     }
-
-    async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
-        self.call(async |connection| audit(connection, before, limit).await).await
-    }
-}
-
-/// Adds a line to the audit log, in the transaction of what it tells.
-pub(super) async fn record(
-    transaction: &Transaction<'_>,
-    by: &Actor,
-    entry: &NewAuditEntry,
-) -> Result<(), Error> {
-    const INSERT_ENTRY: &str = "
-        insert into audit_log (at, via, key_id, address, action, subject, details)
-        values ($1, $2, $3, $4, $5, $6, $7)
-        returning id
-    ";
-    let address = by.address.map(|address| address.to_string());
-    // Fails when a trigger has dropped the line.
-    transaction
-        .query_one(
-            INSERT_ENTRY,
-            &[
-                &by.at.to_jiff(),
-                &by.via.as_str(),
-                &by.via.key_id(),
-                &address,
-                &entry.action,
-                &entry.subject,
-                &entry.details,
-            ],
-        )
-        .await
-        .map(|_| ())
 }
 
 async fn create_key(connection: &mut Object, key: &NewKey, by: &Actor) -> Result<i64, Error> {
@@ -190,34 +154,4 @@ fn api_key(row: &Row) -> Result<ApiKey, Error> {
         revoked_at: optional_time(row, 9)?,
         last_used: optional_time(row, 10)?,
     })
-}
-
-async fn audit(
-    connection: &Object,
-    before: Option<i64>,
-    limit: u32,
-) -> Result<Vec<AuditEntry>, Error> {
-    const SELECT_ENTRIES: &str = "
-        select id, at, via, key_id, address, action, subject, details
-          from audit_log
-         where id < $1
-         order by id desc
-         limit $2
-    ";
-    let select = connection.prepare_cached(SELECT_ENTRIES).await?;
-    let rows = connection.query(&select, &[&before.unwrap_or(i64::MAX), &i64::from(limit)]).await?;
-    rows.iter()
-        .map(|row| {
-            Ok(AuditEntry {
-                id: row.try_get(0)?,
-                at: time(row, 1)?,
-                via: row.try_get(2)?,
-                key_id: row.try_get(3)?,
-                address: row.try_get(4)?,
-                action: row.try_get(5)?,
-                subject: row.try_get(6)?,
-                details: stored_details(row.try_get(7)?),
-            })
-        })
-        .collect()
 }

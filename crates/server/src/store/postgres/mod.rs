@@ -1,26 +1,30 @@
 //! The production store: PostgreSQL 14 or newer, through one connection that ingest owns and a pool
 //! for everything else.
 
-mod changes;
+mod audit;
 mod claims;
 mod connect;
 pub(super) mod copy;
 mod deletion;
+mod devices;
 mod dump;
 mod durability;
 mod errors;
+mod events;
 mod expiry;
 mod history;
 mod hosts;
 mod imports;
 mod keys;
+mod maintenance;
 mod migrations;
 mod misdated;
 mod partitions;
-mod reads;
 mod roll_ups;
+mod rows;
 mod session;
 mod statements;
+mod stats;
 mod take_over;
 mod tls;
 mod transactions;
@@ -28,15 +32,11 @@ mod trusted_time;
 mod verify;
 mod writer;
 
-use std::{
-    ops::RangeInclusive,
-    time::{Duration, Instant},
-};
+use std::{ops::RangeInclusive, time::Duration};
 
 use async_trait::async_trait;
 use deadpool::managed::PoolError;
-use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{Mutex, Semaphore};
 use tokio_postgres::error::SqlState;
 
 pub(super) use dump::{dump_instead, restore_instead};
@@ -46,14 +46,8 @@ pub(super) use take_over::PostgresTakeOver;
 use self::{
     connect::{Connection, Connector, Object, Pool},
     errors::{describe, store_error, unavailable},
-    writer::PostgresEventWriter,
 };
-use super::{
-    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, Observations, Page, PoolUsage,
-    PostgresTarget, Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime,
-    Verified, Window, step_size::StepSize, verify::devices_to_repair,
-};
+use super::{PoolUsage, PostgresTarget, Store, StoreError, step_size::StepSize};
 
 /// How long a sign of life may take.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -209,158 +203,6 @@ impl Store for PostgresStore {
         }
     }
 
-    fn event_writer(&self) -> Box<dyn EventWriter> {
-        Box::new(PostgresEventWriter::new(self.connector.clone()))
-    }
-
-    async fn ingest_writer(
-        &self,
-        _observations: mpsc::UnboundedSender<Observations>,
-    ) -> Result<Box<dyn EventWriter>, StoreError> {
-        Ok(Box::new(PostgresEventWriter::new(self.connector.clone()).ready().await?))
-    }
-
-    async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
-        self.call_long(async |connection| history::sync_history(connection, query).await).await
-    }
-
-    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
-        self.call_long(async |connection| history::events(connection, query).await).await
-    }
-
-    async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
-        self.call_long(async |connection| match &query.window {
-            None => reads::repeated_failures(connection, query).await,
-            Some(window) => roll_ups::repeated_failures(connection, query, window).await,
-        })
-        .await
-    }
-
-    async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
-        self.call(async |connection| reads::fleet_stats(connection, active_since).await).await
-    }
-
-    async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
-        self.call_long(async |connection| roll_ups::window_figures(connection, window).await).await
-    }
-
-    async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
-        self.call(async |connection| reads::devices(connection, query).await).await
-    }
-
-    async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError> {
-        self.call(async |connection| reads::device(connection, device_id).await).await
-    }
-
-    async fn update_device(
-        &self,
-        device_id: &DeviceId,
-        change: &DeviceChange,
-        by: &Actor,
-    ) -> Result<bool, StoreError> {
-        self.call(async |connection| {
-            changes::update_device(connection, device_id, change, by).await
-        })
-        .await
-    }
-
-    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
-        self.call(async |connection| changes::forget_event_ids(connection, before).await).await
-    }
-
-    async fn verify(
-        &self,
-        after: Option<&str>,
-        now: Timestamp,
-        repair: bool,
-    ) -> Result<Verified, StoreError> {
-        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
-        // Not `call`: a long history takes as long as it takes.
-        self.call_unbounded(async |connection| {
-            let verified = verify::page(connection, after, latest).await.map_err(store_error)?;
-            if repair && verified.raw_since.is_none() {
-                for device_id in devices_to_repair(&verified) {
-                    verify::repair(connection, &device_id, latest).await.map_err(store_error)?;
-                }
-            }
-            Ok(verified)
-        })
-        .await
-    }
-
-    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
-        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
-        self.call_unbounded(async |connection| {
-            misdated::recount(connection, latest).await.map_err(store_error)
-        })
-        .await
-    }
-
-    async fn device_ids(
-        &self,
-        group: Option<&str>,
-        after: Option<&str>,
-    ) -> Result<Vec<DeviceId>, StoreError> {
-        self.call(async |connection| reads::device_ids(connection, group, after).await).await
-    }
-
-    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
-        self.call(async |connection| imports::imports(connection).await).await
-    }
-
-    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
-        self.call_unbounded(async |connection| verify::hours(connection).await.map_err(store_error))
-            .await
-    }
-
-    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
-        self.call(async |connection| verify::repair_hour(connection, seen).await).await
-    }
-
-    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError> {
-        self.call(async |connection| trusted_time::advance(connection, now, ran).await).await
-    }
-
-    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError> {
-        self.call(async |connection| trusted_time::read(connection).await).await
-    }
-
-    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
-        self.call(async |connection| trusted_time::database_time(connection).await).await.map(Some)
-    }
-
-    async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
-        self.call_unbounded(async |connection| partitions::ensure_ahead(connection, now).await)
-            .await
-    }
-
-    async fn fold_events(&self, now: Timestamp) -> Result<bool, StoreError> {
-        let started = Instant::now();
-        let step = self.fold_step.get();
-        let work = async |connection: &mut Object| roll_ups::fold(connection, now, step).await;
-        let more = self.call_within(roll_ups::FOLD_TIMEOUT, work).await?;
-        if more {
-            self.fold_step.learn(started.elapsed());
-        }
-        Ok(more)
-    }
-
-    async fn drop_old_events(
-        &self,
-        now: Timestamp,
-        retention: &Retention,
-    ) -> Result<bool, StoreError> {
-        let connection = self.connector.connect().await?;
-        let more = expiry::drop_month(&connection.client, now, retention).await;
-        connection.confirm_change()?;
-        more.map_err(store_error)
-    }
-
-    async fn close(&self) -> Result<(), StoreError> {
-        self.pool.close();
-        Ok(())
-    }
-
     fn pool_usage(&self) -> PoolUsage {
         let status = self.pool.status();
         PoolUsage {
@@ -368,5 +210,10 @@ impl Store for PostgresStore {
             in_use: status.size.saturating_sub(status.available),
             waiting: status.waiting,
         }
+    }
+
+    async fn close(&self) -> Result<(), StoreError> {
+        self.pool.close();
+        Ok(())
     }
 }

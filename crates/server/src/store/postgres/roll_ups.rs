@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::{
     connect::Object,
-    reads::{DEVICE_COLUMNS, SUMS, device_row, snapshot},
+    rows::{DEVICE_COLUMNS, SUMS, device_row, snapshot},
 };
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 

@@ -2,12 +2,31 @@
 
 use std::time::Duration;
 
+use async_trait::async_trait;
 use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
 use tokio_postgres::{Client, Error, Row};
 
-use super::connect::Object;
-use crate::store::trusted_time::{AGREEMENT_MILLISECONDS, TrustedTime, WITNESSES, Witnesses};
+use super::{PostgresStore, connect::Object};
+use crate::store::{
+    StoreError, TrustedTime, TrustedTimeStore,
+    trusted_time::{AGREEMENT_MILLISECONDS, WITNESSES, Witnesses},
+};
+
+#[async_trait]
+impl TrustedTimeStore for PostgresStore {
+    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError> {
+        self.call(async |connection| advance(connection, now, ran).await).await
+    }
+
+    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError> {
+        self.call(async |connection| read(connection).await).await
+    }
+
+    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
+        self.call(async |connection| database_time(connection).await).await.map(Some)
+    }
+}
 
 /// Moves the time on by which to delete, and answers it.
 pub(super) async fn advance(

@@ -4,18 +4,22 @@
 
 use std::collections::HashSet;
 
+use async_trait::async_trait;
 use deadpool_postgres::Transaction;
-use pisync_core::{JobFigures, Timestamp};
+use pisync_core::{JobFigures, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
 use super::{
+    PostgresStore,
     connect::Object,
+    errors::store_error,
     expiry, misdated,
     roll_ups::{self, folded, sums},
     statements::unanswered_failures,
 };
-use crate::store::verify::{
-    PAGE_DEVICES, Recount, SumDifference, SumRecount, Verified, page_length,
+use crate::store::{
+    StoreError, SumDifference, Verification, Verified,
+    verify::{PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
 };
 
 /// Sums as [`sums`] reads them.
@@ -70,8 +74,47 @@ pub(super) fn recounted(filter: &str, latest: &str) -> String {
     )
 }
 
+#[async_trait]
+impl Verification for PostgresStore {
+    async fn verify(
+        &self,
+        after: Option<&str>,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<Verified, StoreError> {
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        // Not `call`: a long history takes as long as it takes.
+        self.call_unbounded(async |connection| {
+            let verified = page(connection, after, latest).await.map_err(store_error)?;
+            if repair && verified.raw_since.is_none() {
+                for device_id in devices_to_repair(&verified) {
+                    repair_device(connection, &device_id, latest).await.map_err(store_error)?;
+                }
+            }
+            Ok(verified)
+        })
+        .await
+    }
+
+    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        self.call_unbounded(async |connection| {
+            misdated::recount(connection, latest).await.map_err(store_error)
+        })
+        .await
+    }
+
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
+        self.call_unbounded(async |connection| hours(connection).await.map_err(store_error)).await
+    }
+
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
+        self.call(async |connection| repair_hour(connection, seen).await).await
+    }
+}
+
 /// Recounts the page of devices after `after`. No event can be dated after `latest`.
-pub(super) async fn page(
+async fn page(
     connection: &mut Object,
     after: Option<&str>,
     latest: Timestamp,
@@ -154,7 +197,7 @@ pub(super) async fn page(
 }
 
 /// Writes what the events of a device add up to in the place of its figures, and registers it if need be.
-pub(super) async fn repair(
+async fn repair_device(
     connection: &mut Object,
     device_id: &str,
     latest: Timestamp,
@@ -254,7 +297,7 @@ async fn try_repair(
 }
 
 /// Recounts the fleet's hours from all folded events, as of one moment.
-pub(super) async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
+async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
     let snapshot = snapshot(connection).await?;
     let folded = folded(&snapshot).await?;
     let mut hours = SumRecount::default();
@@ -269,10 +312,7 @@ pub(super) async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>,
 
 /// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
 /// were `seen`; then false.
-pub(super) async fn repair_hour(
-    connection: &mut Object,
-    seen: &SumDifference,
-) -> Result<bool, Error> {
+async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bool, Error> {
     const WRITE: &str = "
         insert into fleet_hours as stored values ($1, $2, $3, $4, $5, $6, $7)
             on conflict (hour) do update

@@ -8,15 +8,15 @@ use pisync_core::{DeviceId, LONGEST_LEAD};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
-    SqliteStore, keys,
-    reads::{device_number, time},
-    roll_ups, verify,
+    SqliteStore, audit, roll_ups,
+    rows::{device_number, time},
+    verify,
     writer::WriteConnection,
 };
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
+    audit::NewAuditEntry,
     deletion::{Deletion, stored_actor},
-    keys::NewAuditEntry,
 };
 
 #[async_trait]
@@ -235,7 +235,7 @@ fn end(
     by: &Actor,
     deleted_events: u64,
 ) -> rusqlite::Result<()> {
-    keys::record(transaction, by, &NewAuditEntry::device_deleted(device_id, deleted_events))?;
+    audit::record(transaction, by, &NewAuditEntry::device_deleted(device_id, deleted_events))?;
     transaction
         .execute("delete from device_deletions where device_id = ?1", [device_id.as_str()])
         .map(|_| ())

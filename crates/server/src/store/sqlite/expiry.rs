@@ -4,7 +4,7 @@
 use pisync_core::Timestamp;
 use rusqlite::{Connection, TransactionBehavior, params};
 
-use super::{reads::optional_time, roll_ups::folded_id};
+use super::{roll_ups::folded_id, rows::optional_time};
 
 /// Empty pages are given back when they are more than this part of the file: those that the next events
 /// will need had better stay.

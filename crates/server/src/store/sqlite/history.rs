@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension, Row, named_params};
 
 use super::{
     expiry::raw_since,
-    reads::{device_number, figures_of_device, jobs, time},
+    rows::{device_number, figures_of_device, jobs, time},
 };
 use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,

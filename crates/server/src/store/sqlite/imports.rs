@@ -1,9 +1,17 @@
 //! How far imports have come, in SQLite.
 
+use async_trait::async_trait;
 use rusqlite::{Connection, Row, Transaction, params};
 
-use super::{connection::expect_row, reads::time};
-use crate::store::{ImportProgress, ImportStep};
+use super::{SqliteStore, connection::expect_row, rows::time};
+use crate::store::{ImportLog, ImportProgress, ImportStep, StoreError};
+
+#[async_trait]
+impl ImportLog for SqliteStore {
+    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
+        self.read(imports).await
+    }
+}
 
 /// Notes how far an import comes with the transaction, unless another one imports the same. `has_events` says whether
 /// it stores any.

@@ -19,7 +19,7 @@ use super::{
     history::kept_event,
     ingest_buffer::{IngestBuffer, JournaledBatch, PendingEvent},
     journal::Journal,
-    reads::device_number,
+    rows::device_number,
     writer::{FIND_KEY, REMEMBERED_DEVICES, WriteConnection},
 };
 use crate::store::{Batch, Duplicate, EventWriter, StoreError, StoredEvent, Written};

@@ -1,4 +1,4 @@
-//! Keys and the audit log in SQLite.
+//! API keys in SQLite.
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
@@ -6,15 +6,13 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehav
 
 use super::{
     SqliteStore,
+    audit::record,
     connection::expect_row,
-    reads::{optional_time, time},
+    rows::{optional_time, time},
 };
 use crate::store::{
-    StoreError,
-    keys::{
-        Actor, ApiKey, AuditEntry, KeyStore, Keys, NewAuditEntry, NewKey, Revocation,
-        stored_details, stored_scope,
-    },
+    Actor, ApiKey, KeyStore, Keys, NewKey, Revocation, StoreError, audit::NewAuditEntry,
+    keys::stored_scope,
 };
 
 #[async_trait]
@@ -41,32 +39,6 @@ impl KeyStore for SqliteStore {
         let used = used.to_vec();
         self.writer.call(move |writer| keys_used(writer.connection(), &used)).await
     }
-
-    async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
-        self.read(move |connection| audit(connection, before, limit)).await
-    }
-}
-
-/// Adds a line to the audit log, in the transaction of what it tells.
-pub(super) fn record(
-    transaction: &Transaction<'_>,
-    by: &Actor,
-    entry: &NewAuditEntry,
-) -> rusqlite::Result<()> {
-    const INSERT_ENTRY: &str = "
-        insert into audit_log (at, via, key_id, address, action, subject, details)
-        values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
-    ";
-    let values = params![
-        by.at.as_millisecond(),
-        by.via.as_str(),
-        by.via.key_id(),
-        by.address.map(|address| address.to_string()),
-        entry.action,
-        entry.subject,
-        entry.details,
-    ];
-    expect_row("audit_log", transaction.execute(INSERT_ENTRY, values)?)
 }
 
 fn create_key(connection: &mut Connection, key: &NewKey, by: &Actor) -> rusqlite::Result<i64> {
@@ -168,33 +140,4 @@ fn keys_used(connection: &mut Connection, used: &[(i64, Timestamp)]) -> rusqlite
     }
     drop(note);
     transaction.commit()
-}
-
-fn audit(
-    connection: &Connection,
-    before: Option<i64>,
-    limit: u32,
-) -> rusqlite::Result<Vec<AuditEntry>> {
-    const SELECT_ENTRIES: &str = "
-        select id, at, via, key_id, address, action, subject, details
-          from audit_log
-         where id < ?1
-         order by id desc
-         limit ?2
-    ";
-    connection
-        .prepare_cached(SELECT_ENTRIES)?
-        .query_map(params![before.unwrap_or(i64::MAX), limit], |row| {
-            Ok(AuditEntry {
-                id: row.get(0)?,
-                at: time(row, 1)?,
-                via: row.get(2)?,
-                key_id: row.get(3)?,
-                address: row.get(4)?,
-                action: row.get(5)?,
-                subject: row.get(6)?,
-                details: stored_details(row.get(7)?),
-            })
-        })?
-        .collect()
 }

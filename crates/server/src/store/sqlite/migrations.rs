@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, 
 use super::{
     connection::{open_existing, open_for_writing, store_error},
     files,
-    reads::time,
+    rows::time,
 };
 use crate::store::{
     StoreError,

@@ -2,11 +2,14 @@
 //! connections for reading that the write-ahead log keeps out of its way.
 
 mod apply;
+mod audit;
 pub(super) mod backup;
 mod checkpoint;
 mod connection;
 pub(super) mod copy;
 mod deletion;
+mod devices;
+mod events;
 mod expiry;
 pub(super) mod files;
 mod history;
@@ -17,11 +20,13 @@ mod journal;
 mod journal_appender;
 mod keys;
 pub(super) mod log_check;
+mod maintenance;
 mod migrations;
 mod misdated;
 mod quarantine;
-mod reads;
 mod roll_ups;
+mod rows;
+mod stats;
 mod trusted_time;
 mod verify;
 mod watch;
@@ -35,9 +40,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use rusqlite::Connection;
-use tokio::sync::mpsc;
 
 pub(super) use migrations::SqliteMigrations;
 
@@ -47,14 +50,9 @@ use self::{
     ingest_buffer::{IngestBuffer, unusable},
     journal::{JournalState, Survey},
     watch::Watch,
-    writer::{SqliteEventWriter, WriteConnection, WriterThread},
+    writer::{WriteConnection, WriterThread},
 };
-use super::{
-    Actor, Device, DeviceChange, DeviceQuery, DeviceWithJobs, EventPage, EventWriter, FailureQuery,
-    Figures, FleetStats, HistoryQuery, ImportProgress, JournalReport, JournalSalvage, Observations,
-    Page, PoolUsage, Retention, Store, StoreError, SumDifference, SyncHistory, TrustedTime,
-    Verified, Window, step_size::StepSize, verify::devices_to_repair,
-};
+use super::{JournalReport, JournalSalvage, PoolUsage, Store, StoreError, step_size::StepSize};
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
 /// the 50 ms that nobody would notice.
@@ -140,198 +138,8 @@ impl Store for SqliteStore {
         Arc::clone(&self.readers).ping().await
     }
 
-    fn event_writer(&self) -> Box<dyn EventWriter> {
-        Box::new(SqliteEventWriter::new(self.writer.clone()))
-    }
-
-    async fn ingest_writer(
-        &self,
-        observations: mpsc::UnboundedSender<Observations>,
-    ) -> Result<Box<dyn EventWriter>, StoreError> {
-        let (buffer, writer) =
-            IngestBuffer::start(&self.path, self.writer.clone(), observations).await?;
-        let presence = Arc::clone(self.writer.presence());
-        let watch = Watch::start(&self.path, self.identity, presence, self.writer.threads())?;
-        let is_first = self.watch.set(watch).is_ok() && self.buffer.set(buffer).is_ok();
-        if !is_first {
-            let twice = "the database has an ingest writer already";
-            return Err(StoreError::Failed(twice.to_owned()));
-        }
-        Ok(Box::new(writer))
-    }
-
-    async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
-        let query = query.clone();
-        self.read_events(Cost::Long, move |connection| history::sync_history(connection, &query))
-            .await
-    }
-
-    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
-        let query = query.clone();
-        self.read_events(Cost::Long, move |connection| history::events(connection, &query)).await
-    }
-
-    async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
-        let query = query.clone();
-        self.read_events(Cost::Long, move |connection| match &query.window {
-            None => reads::repeated_failures(connection, &query),
-            Some(window) => roll_ups::repeated_failures(connection, &query, window),
-        })
-        .await
-    }
-
-    async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
-        self.read_events(Cost::Short, move |connection| {
-            reads::fleet_stats(connection, active_since)
-        })
-        .await
-    }
-
-    async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
-        let window = *window;
-        self.read_events(Cost::Long, move |connection| {
-            roll_ups::window_figures(connection, &window)
-        })
-        .await
-    }
-
-    async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
-        let query = query.clone();
-        self.read_events(Cost::Short, move |connection| reads::devices(connection, &query)).await
-    }
-
-    async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError> {
-        let device_id = device_id.clone();
-        self.read_events(Cost::Short, move |connection| reads::device(connection, &device_id)).await
-    }
-
-    async fn update_device(
-        &self,
-        device_id: &DeviceId,
-        change: &DeviceChange,
-        by: &Actor,
-    ) -> Result<bool, StoreError> {
-        let (device_id, change, by) = (device_id.clone(), change.clone(), *by);
-        self.writer.call(move |connection| connection.update_device(&device_id, &change, &by)).await
-    }
-
-    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
-        self.writer.call(move |connection| connection.forget_event_ids(before)).await
-    }
-
-    async fn verify(
-        &self,
-        after: Option<&str>,
-        now: Timestamp,
-        repair: bool,
-    ) -> Result<Verified, StoreError> {
-        let after = after.map(str::to_owned);
-        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
-        let verified = self
-            .read_events(Cost::Unbounded, move |connection| {
-                verify::page(connection, after.as_deref(), latest)
-            })
-            .await?;
-        if repair && verified.raw_since.is_none() {
-            for device_id in devices_to_repair(&verified) {
-                self.writer.call(move |writer| verify::repair(writer, &device_id, latest)).await?;
-            }
-        }
-        Ok(verified)
-    }
-
-    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
-        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
-        let (mut after, mut recounted) = (None, 0);
-        loop {
-            let step =
-                move |writer: &mut WriteConnection| misdated::recount_some(writer, after, latest);
-            let (step, next) = self.writer.call(step).await?;
-            recounted += step;
-            after = next;
-            if after.is_none() {
-                return Ok(recounted);
-            }
-        }
-    }
-
-    async fn device_ids(
-        &self,
-        group: Option<&str>,
-        after: Option<&str>,
-    ) -> Result<Vec<DeviceId>, StoreError> {
-        let [group, after] = [group, after].map(|text| text.map(str::to_owned));
-        self.read_events(Cost::Short, move |connection| {
-            reads::device_ids(connection, group.as_deref(), after.as_deref())
-        })
-        .await
-    }
-
-    async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError> {
-        self.read(imports::imports).await
-    }
-
-    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
-        self.read_events(Cost::Unbounded, verify::hours).await
-    }
-
-    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
-        let seen = seen.clone();
-        self.writer.call(move |writer| verify::repair_hour(writer, &seen)).await
-    }
-
-    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError> {
-        self.writer
-            .call(move |writer| trusted_time::advance(&mut writer.connection, now, ran))
-            .await
-    }
-
-    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError> {
-        self.read(trusted_time::read).await
-    }
-
-    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
-        Ok(None)
-    }
-
-    async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
-        self.writer.call(WriteConnection::optimize).await
-    }
-
-    async fn fold_events(&self, _now: Timestamp) -> Result<bool, StoreError> {
-        let most = self.fold_step.get();
-        let fold = move |connection: &mut WriteConnection| {
-            let started = Instant::now();
-            let last = connection.last_foldable_id()?;
-            let more = roll_ups::fold(&mut connection.connection, most, last)?;
-            Ok((more, started.elapsed()))
-        };
-        let (more, took) = self.writer.call(fold).await?;
-        if more {
-            self.fold_step.learn(took);
-        }
-        Ok(more)
-    }
-
-    async fn drop_old_events(
-        &self,
-        now: Timestamp,
-        retention: &Retention,
-    ) -> Result<bool, StoreError> {
-        let (before, lead) = (retention.oldest(now), retention.longest_lead());
-        let most = self.drop_step.get();
-        let drop_some = move |connection: &mut WriteConnection| {
-            let started = Instant::now();
-            let more = expiry::drop_events(&mut connection.connection, now, before, lead, most)?;
-            connection.streaks_since = expiry::streaks_since(&connection.connection)?;
-            let took = started.elapsed();
-            Ok((more, took, !more && expiry::shrink(&connection.connection)?))
-        };
-        let (more, took, shrinks) = self.writer.call(drop_some).await?;
-        if more {
-            self.drop_step.learn(took);
-        }
-        Ok(more || shrinks)
+    fn pool_usage(&self) -> PoolUsage {
+        self.readers.usage()
     }
 
     async fn thread_end(&self) -> String {
@@ -360,10 +168,6 @@ impl Store for SqliteStore {
         // The journal that is there now may be another database's.
         self.writer.presence().check()?;
         self.buffer.get().map_or(Ok(()), |buffer| buffer.remove_journal())
-    }
-
-    fn pool_usage(&self) -> PoolUsage {
-        self.readers.usage()
     }
 }
 

@@ -5,7 +5,7 @@
 use pisync_core::Timestamp;
 use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, params};
 
-use super::reads::{DEVICE_COLUMNS, SUMS, device_row};
+use super::rows::{DEVICE_COLUMNS, SUMS, device_row};
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
 /// What rows of `sync_events` add up to.

@@ -2,11 +2,33 @@
 
 use std::time::Duration;
 
+use async_trait::async_trait;
 use pisync_core::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 
-use super::reads::{optional_time, time};
-use crate::store::trusted_time::{AGREEMENT_MILLISECONDS, TrustedTime, WITNESSES, Witnesses};
+use super::{
+    SqliteStore,
+    rows::{optional_time, time},
+};
+use crate::store::{
+    StoreError, TrustedTime, TrustedTimeStore,
+    trusted_time::{AGREEMENT_MILLISECONDS, WITNESSES, Witnesses},
+};
+
+#[async_trait]
+impl TrustedTimeStore for SqliteStore {
+    async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError> {
+        self.writer.call(move |writer| advance(&mut writer.connection, now, ran)).await
+    }
+
+    async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError> {
+        self.read(read).await
+    }
+
+    async fn database_time(&self) -> Result<Option<Timestamp>, StoreError> {
+        Ok(None)
+    }
+}
 
 /// Moves the time on by which to delete, and answers it.
 pub(super) fn advance(

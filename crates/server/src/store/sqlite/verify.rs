@@ -3,17 +3,21 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use pisync_core::{JobFigures, Timestamp, later_until};
+use async_trait::async_trait;
+use pisync_core::{JobFigures, LONGEST_LEAD, Timestamp, later_until};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
+    SqliteStore,
+    connection::Cost,
     expiry, misdated,
-    reads::time,
     roll_ups::{self, sums},
+    rows::time,
     writer::{JobStatements, WriteConnection, job_figures},
 };
-use crate::store::verify::{
-    DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumDifference, SumRecount, Sums, Verified, page_length,
+use crate::store::{
+    StoreError, SumDifference, Sums, Verification, Verified,
+    verify::{DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
 };
 
 /// Sums as [`sums`] reads them.
@@ -22,8 +26,56 @@ const SUMS: &str =
 
 const HOUR: i64 = 60 * 60 * 1000;
 
+#[async_trait]
+impl Verification for SqliteStore {
+    async fn verify(
+        &self,
+        after: Option<&str>,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<Verified, StoreError> {
+        let after = after.map(str::to_owned);
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        let verified = self
+            .read_events(Cost::Unbounded, move |connection| {
+                page(connection, after.as_deref(), latest)
+            })
+            .await?;
+        if repair && verified.raw_since.is_none() {
+            for device_id in devices_to_repair(&verified) {
+                self.writer.call(move |writer| repair_device(writer, &device_id, latest)).await?;
+            }
+        }
+        Ok(verified)
+    }
+
+    async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError> {
+        let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
+        let (mut after, mut recounted) = (None, 0);
+        loop {
+            let step =
+                move |writer: &mut WriteConnection| misdated::recount_some(writer, after, latest);
+            let (step, next) = self.writer.call(step).await?;
+            recounted += step;
+            after = next;
+            if after.is_none() {
+                return Ok(recounted);
+            }
+        }
+    }
+
+    async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
+        self.read_events(Cost::Unbounded, hours).await
+    }
+
+    async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
+        let seen = seen.clone();
+        self.writer.call(move |writer| repair_hour(writer, &seen)).await
+    }
+}
+
 /// Recounts the page of devices after `after`. No event can be dated after `latest`.
-pub(super) fn page(
+fn page(
     connection: &Connection,
     after: Option<&str>,
     latest: Timestamp,
@@ -94,7 +146,7 @@ pub(super) fn page(
 }
 
 /// Writes what the events of a device add up to in the place of its figures.
-pub(super) fn repair(
+fn repair_device(
     writer: &mut WriteConnection,
     device_id: &str,
     latest: Timestamp,
@@ -137,7 +189,7 @@ pub(super) fn write_recounted(
 }
 
 /// Recounts the fleet's hours from all folded events, as of one moment.
-pub(super) fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
+fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     const EVENTS: &str = "
         select total_files_synced, total_errors, internet_speed, timestamp
           from sync_events
@@ -166,10 +218,7 @@ pub(super) fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifferen
 
 /// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
 /// were `seen`; then false.
-pub(super) fn repair_hour(
-    writer: &mut WriteConnection,
-    seen: &SumDifference,
-) -> rusqlite::Result<bool> {
+fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::Result<bool> {
     const WRITE: &str = "
         insert into fleet_hours as stored values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
             on conflict (hour) do update

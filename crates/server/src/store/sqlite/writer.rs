@@ -26,15 +26,11 @@ use super::{
     ids, imports,
     ingest_buffer::IngestBuffer,
     journal::JournalState,
-    keys,
-    reads::{device_number, optional_time, time},
+    rows::{device_number, optional_time, time},
     watch::Presence,
 };
 use crate::{
-    store::{
-        Actor, Batch, DeviceChange, Duplicate, EventWriter, OtherGroup, StoreError, StoredEvent,
-        Written, keys::NewAuditEntry,
-    },
+    store::{Batch, Duplicate, EventWriter, OtherGroup, StoreError, StoredEvent, Written},
     threads::Threads,
 };
 
@@ -44,9 +40,6 @@ const WAITING_CALLS: usize = 64;
 
 /// Devices whose numbers are remembered, some 10 MiB of them. Beyond, all are forgotten and read again.
 pub(super) const REMEMBERED_DEVICES: usize = 100_000;
-
-/// Event ids that are forgotten in one transaction, some 10 ms of work.
-const FORGOTTEN_AT_ONCE: u16 = 1_000;
 
 /// Room that must be on the disk before events are let in again: what a full batch of small events takes.
 const PROBE_BYTES: u32 = 4 << 20;
@@ -409,61 +402,12 @@ impl WriteConnection {
         &mut self.connection
     }
 
-    pub(super) fn update_device(
-        &mut self,
-        device_id: &DeviceId,
-        change: &DeviceChange,
-        by: &Actor,
-    ) -> rusqlite::Result<bool> {
-        self.apply_journal()?;
-        let transaction =
-            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let changed = transaction.execute(
-            r#"
-            update devices
-               set name    = iif(?2, ?3, name),
-                   "group" = iif(?4, ?5, "group")
-             where device_id = ?1
-            "#,
-            params![
-                device_id.as_str(),
-                change.name.is_some(),
-                change.name.as_ref().and_then(Option::as_ref),
-                change.group.is_some(),
-                change.group.as_ref().and_then(Option::as_ref),
-            ],
-        )?;
-        if changed == 0 {
-            return Ok(false);
-        }
-        keys::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change))?;
-        transaction.commit()?;
-        Ok(true)
-    }
-
     /// A device is deleted: its number is nobody's any more.
     pub(super) fn forget_device(&mut self, device_id: &DeviceId) {
         self.devices.remove(device_id);
         if let Some(buffer) = self.buffer.upgrade() {
             buffer.forget_devices();
         }
-    }
-
-    /// Forgets some of the event ids received before `before`; true when there may be more.
-    pub(super) fn forget_event_ids(&mut self, before: Timestamp) -> rusqlite::Result<bool> {
-        const FORGET: &str = "
-            delete from event_keys
-             where (device, event_id) in (
-                       select device, event_id
-                         from event_keys
-                        where created_at < ?1
-                        order by created_at
-                        limit ?2
-                   )
-        ";
-        let forgotten =
-            self.connection.execute(FORGET, params![before.as_millisecond(), FORGOTTEN_AT_ONCE])?;
-        Ok(forgotten == usize::from(FORGOTTEN_AT_ONCE))
     }
 
     /// Takes the write lock and some room on the disk: on a full one a small transaction may still find
@@ -485,15 +429,6 @@ impl WriteConnection {
     /// Copies the log into the file and empties it.
     pub(super) fn checkpoint(&mut self) -> rusqlite::Result<()> {
         self.connection.query_row("pragma wal_checkpoint(truncate)", [], |_| Ok(()))
-    }
-
-    /// Lets SQLite refresh its statistics where they have become stale.
-    pub(super) fn optimize(&mut self) -> rusqlite::Result<()> {
-        // By itself it begins as a read and writes then, which fails at once when another process is writing.
-        let transaction =
-            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        transaction.execute_batch("pragma optimize")?;
-        transaction.commit()
     }
 }
 
@@ -847,41 +782,4 @@ pub(super) fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
         consecutive_failures: row.get(10)?,
         last_received: time(row, 11)?,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{sync::mpsc::channel, time::Duration};
-
-    use super::*;
-
-    /// Another process may be writing while there are statistics to refresh.
-    #[test]
-    fn optimizing_waits_for_another_writer() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("test.db");
-        let mut writer = WriteConnection::open(&path).unwrap();
-        let grow = "
-            create table t (a); create index i on t (a); insert into t values (0); analyze;
-            insert into t with recursive n (a) as (values (1) union all select a + 1 from n limit 10000) select a from n;
-        ";
-        writer.connection.execute_batch(grow).unwrap();
-        let rows = |connection: &Connection| -> i64 {
-            let count = "select count(*) from t where a > 5";
-            connection.query_row(count, [], |row| row.get(0)).unwrap()
-        };
-        assert_eq!(rows(&writer.connection), 9_995);
-        let other = open_for_writing(&path).unwrap();
-        other.execute_batch("begin immediate").unwrap();
-        let (done, result) = channel();
-        #[expect(clippy::disallowed_methods, reason = "stands for another process")]
-        std::thread::spawn(move || drop(done.send((writer.optimize(), writer))));
-        assert!(result.recv_timeout(Duration::from_millis(300)).is_err(), "it did not wait");
-        other.execute_batch("commit").unwrap();
-        let (optimized, writer) = result.recv().unwrap();
-        optimized.unwrap();
-        let known = "select stat from sqlite_stat1 where idx = 'i'";
-        let known: String = writer.connection.query_row(known, [], |row| row.get(0)).unwrap();
-        assert!(known.starts_with("100"), "{known}");
-    }
 }

@@ -41,7 +41,7 @@ async fn fill(fixture: &TestStore) {
         events.push(success("staying", at(-60)));
         write_at(&mut *writer, at(-1_000), events).await;
     }
-    while fixture.store.fold_events(at(0)).await.unwrap() {}
+    while fixture.store.aggregate_events(at(0)).await.unwrap() {}
     let last = vec![success("going", at(-1)), failure("staying", at(-1))];
     write_at(&mut *writer, at(-1), last).await;
 }
@@ -137,7 +137,7 @@ async fn what_is_reported_meanwhile_stays(fixture: &TestStore) {
     ];
     write_at(&mut *writer, at(100), new).await;
     // Some of what stays is folded, some is not.
-    while fixture.store.fold_events(at(200)).await.unwrap() {}
+    while fixture.store.aggregate_events(at(200)).await.unwrap() {}
     write_at(&mut *writer, at(300), vec![failure("going", at(70))]).await;
     assert_eq!(fixture.store.finish_deletion(&going).await.unwrap(), EVENTS as u64 + 1);
 

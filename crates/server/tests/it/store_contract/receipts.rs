@@ -80,7 +80,7 @@ async fn a_duplicate_is_told_with_its_own_receive_time(fixture: &TestStore) {
 async fn what_is_older_than_is_kept_counts_and_goes(fixture: &TestStore) {
     let retention = Retention::new(40, 300).unwrap();
     let fold_and_drop = async || {
-        while fixture.store.fold_events(at(3600)).await.unwrap() {}
+        while fixture.store.aggregate_events(at(3600)).await.unwrap() {}
         for minutes in [0, 10] {
             let now = at(minutes * 60);
             while fixture.store.drop_old_events(now, &retention).await.unwrap() {}

@@ -32,7 +32,7 @@ pub(crate) fn retention(days: u32) -> Retention {
 }
 
 pub(crate) async fn fold(store: &dyn Store) {
-    while store.fold_events(at(3600)).await.unwrap() {}
+    while store.aggregate_events(at(3600)).await.unwrap() {}
 }
 
 /// Drops all that may go, also what must be announced first.

@@ -189,7 +189,7 @@ async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
                     }
                     Step::Fold(seconds) => {
                         let now = second.fetch_add(seconds, Ordering::Relaxed) + seconds;
-                        fixture.store.fold_events(at(now)).await.unwrap();
+                        fixture.store.aggregate_events(at(now)).await.unwrap();
                     }
                     Step::Delete(device) => {
                         let device = device_id(&format!("pi-{device}"));
@@ -222,7 +222,7 @@ async fn number(fixture: &TestStore, select: &str) -> i64 {
 }
 
 async fn fold_everything(fixture: &TestStore, now: Timestamp) {
-    while fixture.store.fold_events(now).await.unwrap() {}
+    while fixture.store.aggregate_events(now).await.unwrap() {}
 }
 
 async fn everything_is_folded_in_the_end(fixture: &TestStore) {
@@ -257,7 +257,7 @@ async fn a_database_that_was_filled_before_is_folded(fixture: &TestStore) {
         writer.write(&batch_at(at(-days * DAY), events)).await.unwrap();
     }
     assert_exact(fixture, &sent, at(HOUR)).await;
-    while fixture.store.fold_events(at(HOUR)).await.unwrap() {
+    while fixture.store.aggregate_events(at(HOUR)).await.unwrap() {
         assert_exact(fixture, &sent, at(HOUR)).await;
     }
     assert_exact(fixture, &sent, at(HOUR)).await;
@@ -293,7 +293,7 @@ async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
             // An hour passes, minute by minute.
             let mut minutes = 0;
             while writing.load(Ordering::Relaxed) {
-                fixture.store.fold_events(at(minutes * 60)).await.unwrap();
+                fixture.store.aggregate_events(at(minutes * 60)).await.unwrap();
                 minutes = (minutes + 1).min(60);
                 tokio::task::yield_now().await;
             }

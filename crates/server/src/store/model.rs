@@ -1,0 +1,104 @@
+//! What several resources of the store share: figures, devices, pages of a list. The stores fill it and the rest of the
+//! program shows it.
+
+use pisync_core::Timestamp;
+
+/// What a device, or a fleet, adds up to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Syncs reported.
+    pub total_syncs: i64,
+    /// Syncs with errors.
+    pub failed_syncs: i64,
+    /// Sum of files.
+    pub total_files_synced: i64,
+    /// Sum of errors.
+    pub total_errors: i64,
+    /// Sum of the measured speeds, hundredths of Mbps.
+    pub speed_sum: i64,
+    /// How many syncs measured one.
+    pub speed_count: i64,
+    /// Earliest sync by its own date.
+    pub first_sync: Option<Timestamp>,
+    /// Latest sync by its own date.
+    pub last_sync: Option<Timestamp>,
+    /// Latest sync without errors.
+    pub last_success: Option<Timestamp>,
+    /// Latest sync with errors.
+    pub last_failure: Option<Timestamp>,
+    /// The worst streak among the jobs.
+    pub consecutive_failures: i64,
+    /// When the server last received an event.
+    pub last_seen: Option<Timestamp>,
+}
+
+impl Figures {
+    /// Syncs without errors.
+    #[must_use]
+    pub fn successful_syncs(&self) -> i64 {
+        self.total_syncs - self.failed_syncs
+    }
+
+    /// Share of syncs without errors, 0 to 1, not rounded; `None` before the first sync.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for people to read")]
+    pub fn success_ratio(&self) -> Option<f64> {
+        (self.total_syncs > 0).then(|| self.successful_syncs() as f64 / self.total_syncs as f64)
+    }
+
+    /// Mean of the measured speeds in Mbps, rounded to 2 decimals; `None` when none was measured, and 0
+    /// only when all were 0.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "rounded to hundredths of a mean")]
+    pub fn avg_internet_speed(&self) -> Option<f64> {
+        (self.speed_count > 0).then(|| {
+            let hundredths = (self.speed_sum as f64 / self.speed_count as f64).round();
+            // A slow line is not one that carries nothing.
+            if self.speed_sum > 0 { hundredths.max(1.0) / 100.0 } else { hundredths / 100.0 }
+        })
+    }
+}
+
+/// A device and its figures over all jobs.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// What it calls itself.
+    pub device_id: String,
+    /// What people call it.
+    pub name: Option<String>,
+    /// Which group people put it in.
+    pub group: Option<String>,
+    /// When it was first seen.
+    pub created_at: Timestamp,
+    /// Zeros and nothing while it has not reported.
+    pub figures: Figures,
+}
+
+/// A device with the figures of each of its jobs.
+#[derive(Debug)]
+pub struct DeviceWithJobs {
+    /// The device and its sums.
+    pub device: Device,
+    /// Each job's name (`None` for events that name no job) and figures, by name.
+    pub jobs: Vec<(Option<String>, Figures)>,
+}
+
+/// One page of a longer list.
+#[derive(Debug)]
+pub struct Page<T> {
+    /// What is on the page.
+    pub items: Vec<T>,
+    /// How many there are on all pages.
+    pub total: u64,
+}
+
+/// Connections for reading.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolUsage {
+    /// The most there can be.
+    pub max: usize,
+    /// In use right now.
+    pub in_use: usize,
+    /// Requests that wait for one.
+    pub waiting: usize,
+}

@@ -1,0 +1,90 @@
+//! Which of the two stores a target means, and what is done to a database before it is opened: creating it, claiming
+//! it for one process, and applying what a killed server has left in its journal. `app` and the commands call it.
+
+use std::{path::Path, sync::Arc};
+
+use super::{Store, StoreError, Target, postgres, sqlite};
+
+/// Opens the store that `target` names, whose schema must be current (see [`super::migrations`]).
+///
+/// # Errors
+/// When it cannot be opened; the message says what to do.
+pub async fn open(target: &Target) -> Result<Arc<dyn Store>, StoreError> {
+    match target {
+        Target::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path)?)),
+        Target::Postgres(postgres) => {
+            Ok(Arc::new(postgres::PostgresStore::connect(postgres).await?))
+        }
+    }
+}
+
+/// Creates the PostgreSQL database that `target` names; false when there was nothing to create. An
+/// SQLite file is made by the first migration.
+///
+/// # Errors
+/// When PostgreSQL cannot be reached or refuses.
+pub async fn create_database(target: &Target) -> Result<bool, StoreError> {
+    match target {
+        Target::Sqlite(_) => Ok(false),
+        Target::Postgres(postgres) => postgres::create_database(postgres).await,
+    }
+}
+
+/// Keeps others from changing the same SQLite file under a running server, for as long as it lives.
+/// PostgreSQL looks after itself.
+#[derive(Debug)]
+pub struct Claim(Option<sqlite::files::Claim>);
+
+impl Claim {
+    /// Checks that what was claimed is still what is opened by its name.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn check(&self) -> Result<(), StoreError> {
+        self.0.as_ref().map_or(Ok(()), sqlite::files::Claim::check)
+    }
+}
+
+/// Claims `target` for this process.
+///
+/// # Errors
+/// When another process holds it.
+pub fn claim(target: &Target) -> Result<Claim, StoreError> {
+    match target {
+        Target::Sqlite(path) => sqlite::files::Claim::take(path).map(Some).map(Claim),
+        Target::Postgres(_) => Ok(Claim(None)),
+    }
+}
+
+/// Whether a server on this machine has claimed `target`. PostgreSQL looks after itself.
+#[must_use]
+pub fn is_claimed(target: &Target) -> bool {
+    match target {
+        Target::Sqlite(path) => sqlite::files::is_claimed(path),
+        Target::Postgres(_) => false,
+    }
+}
+
+/// Checks that `path` may be written to: it is no file of the database itself.
+///
+/// # Errors
+/// When it is one.
+pub fn check_output(target: &Target, path: &Path) -> Result<(), StoreError> {
+    match target {
+        Target::Sqlite(database) => sqlite::files::check_is_not_ours(database, path),
+        Target::Postgres(_) => Ok(()),
+    }
+}
+
+/// Returns once everything that a server has acknowledged by now is where other processes look for it. On
+/// SQLite a running server sees to that within a second, and what one has left behind that was killed is seen
+/// to here.
+///
+/// # Errors
+/// When that is not possible.
+pub fn apply_journal(target: &Target) -> Result<(), StoreError> {
+    match target {
+        Target::Sqlite(path) => sqlite::apply_journal(path),
+        Target::Postgres(_) => Ok(()),
+    }
+}

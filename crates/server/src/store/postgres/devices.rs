@@ -1,0 +1,162 @@
+//! Devices in PostgreSQL. Statements are prepared once per connection.
+
+use async_trait::async_trait;
+use pisync_core::DeviceId;
+use tokio_postgres::{Error, Row};
+
+use super::{
+    PostgresStore, audit,
+    connect::Object,
+    rows::{DEVICE_COLUMNS, SUMS, device_row, jobs, snapshot},
+};
+use crate::store::{
+    Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
+    audit::NewAuditEntry,
+    devices::{DEVICE_IDS, like_pattern},
+};
+
+#[async_trait]
+impl DeviceStore for PostgresStore {
+    async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
+        self.call(async |connection| devices(connection, query).await).await
+    }
+
+    async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError> {
+        self.call(async |connection| device(connection, device_id).await).await
+    }
+
+    async fn device_ids(
+        &self,
+        group: Option<&str>,
+        after: Option<&str>,
+    ) -> Result<Vec<DeviceId>, StoreError> {
+        self.call(async |connection| device_ids(connection, group, after).await).await
+    }
+
+    async fn update_device(
+        &self,
+        device_id: &DeviceId,
+        change: &DeviceChange,
+        by: &Actor,
+    ) -> Result<bool, StoreError> {
+        self.call(async |connection| update_device(connection, device_id, change, by).await).await
+    }
+}
+
+async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<Device>, Error> {
+    const FILTER: &str = r#"
+        ($1::text is null or d.device_id ilike $1 or d.name ilike $1)
+        and ($2::text is null or d."group" = $2)
+    "#;
+    let direction = if query.descending { "desc" } else { "asc" };
+    // Figures are summed for the whole fleet only when it is sorted by them, else for the page alone.
+    let (key, join) = query.sort.expressions();
+    let join = join.map_or_else(String::new, |expression| {
+        format!(
+            "left join (select device_id, {expression} as key from device_jobs group by device_id) f
+                 using (device_id)"
+        )
+    });
+    let select = format!(
+        r#"with page as (
+            select d.device_id, d.name, d."group", d.created_at, {key} as sort_key
+              from devices d {join}
+             where {FILTER}
+             order by {key} {direction} nulls last, d.device_id
+             limit $3 offset $4
+         )
+         select {DEVICE_COLUMNS}, {SUMS}
+           from page d
+           left join device_jobs j using (device_id)
+          group by d.device_id, d.name, d."group", d.created_at, d.sort_key
+          order by d.sort_key {direction} nulls last, d.device_id"#
+    );
+    let count = format!("select count(*) from devices d where {FILTER}");
+    let search = query.search.as_deref().map(like_pattern);
+    let snapshot = snapshot(connection).await?;
+    let select = snapshot.prepare_cached(&select).await?;
+    let (limit, offset) = (i64::from(query.limit), query.offset.cast_signed());
+    let rows = snapshot.query(&select, &[&search, &query.group, &limit, &offset]).await?;
+    let count = snapshot.prepare_cached(&count).await?;
+    let total: i64 = snapshot.query_one(&count, &[&search, &query.group]).await?.try_get(0)?;
+    Ok(Page {
+        items: rows.iter().map(device_row).collect::<Result<_, _>>()?,
+        total: total.cast_unsigned(),
+    })
+}
+
+async fn device(
+    connection: &mut Object,
+    device_id: &DeviceId,
+) -> Result<Option<DeviceWithJobs>, Error> {
+    let select = format!(
+        "select {DEVICE_COLUMNS}, {SUMS}
+           from devices d
+           left join device_jobs j using (device_id)
+          where d.device_id = $1
+          group by d.device_id"
+    );
+    let snapshot = snapshot(connection).await?;
+    let select = snapshot.prepare_cached(&select).await?;
+    let Some(row) = snapshot.query_opt(&select, &[&device_id.as_str()]).await? else {
+        return Ok(None);
+    };
+    Ok(Some(DeviceWithJobs {
+        device: device_row(&row)?,
+        jobs: jobs(&snapshot, device_id.as_str()).await?,
+    }))
+}
+
+/// One page of devices' ids, in byte-wise order.
+async fn device_ids(
+    connection: &Object,
+    group: Option<&str>,
+    after: Option<&str>,
+) -> Result<Vec<DeviceId>, Error> {
+    const DEVICE_IDS_AFTER: &str = r#"
+        select device_id
+          from devices
+         where device_id > coalesce($1, '') and ($2::text is null or "group" = $2)
+         order by device_id
+         limit $3
+    "#;
+    let select = connection.prepare_cached(DEVICE_IDS_AFTER).await?;
+    let rows = connection.query(&select, &[&after, &group, &i64::from(DEVICE_IDS)]).await?;
+    // What foreign SQL has named so that nobody can ask for it has no history either.
+    let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
+    rows.iter().filter_map(|row| device_id(row).transpose()).collect()
+}
+
+async fn update_device(
+    connection: &mut Object,
+    device_id: &DeviceId,
+    change: &DeviceChange,
+    by: &Actor,
+) -> Result<bool, Error> {
+    const UPDATE_DEVICE: &str = r#"
+        update devices
+           set name    = case when $2 then $3 else name end,
+               "group" = case when $4 then $5 else "group" end
+         where device_id = $1
+    "#;
+    let transaction = connection.transaction().await?;
+    let statement = transaction.prepare_cached(UPDATE_DEVICE).await?;
+    let changed = transaction
+        .execute(
+            &statement,
+            &[
+                &device_id.as_str(),
+                &change.name.is_some(),
+                &change.name.as_ref().and_then(Option::as_ref),
+                &change.group.is_some(),
+                &change.group.as_ref().and_then(Option::as_ref),
+            ],
+        )
+        .await?;
+    if changed == 0 {
+        return Ok(false);
+    }
+    audit::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change)).await?;
+    transaction.commit().await?;
+    Ok(true)
+}

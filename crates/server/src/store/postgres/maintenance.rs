@@ -1,0 +1,64 @@
+//! Upkeep of PostgreSQL: partitions are made ahead of need, events are aggregated and dropped.
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use pisync_core::Timestamp;
+use tokio_postgres::Error;
+
+use super::{PostgresStore, connect::Object, errors::store_error, expiry, partitions, roll_ups};
+use crate::store::{Maintenance, Retention, RollUps, StoreError};
+
+/// Event ids that are forgotten in one statement.
+const FORGOTTEN_AT_ONCE: i64 = 5_000;
+
+#[async_trait]
+impl RollUps for PostgresStore {
+    async fn aggregate_events(&self, now: Timestamp) -> Result<bool, StoreError> {
+        let started = Instant::now();
+        let step = self.fold_step.get();
+        let work = async |connection: &mut Object| roll_ups::fold(connection, now, step).await;
+        let more = self.call_within(roll_ups::FOLD_TIMEOUT, work).await?;
+        if more {
+            self.fold_step.learn(started.elapsed());
+        }
+        Ok(more)
+    }
+}
+
+#[async_trait]
+impl Maintenance for PostgresStore {
+    async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
+        self.call_unbounded(async |connection| partitions::ensure_ahead(connection, now).await)
+            .await
+    }
+
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
+        self.call(async |connection| forget_event_ids(connection, before).await).await
+    }
+
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError> {
+        let connection = self.connector.connect().await?;
+        let more = expiry::drop_month(&connection.client, now, retention).await;
+        connection.confirm_change()?;
+        more.map_err(store_error)
+    }
+}
+
+async fn forget_event_ids(connection: &Object, before: Timestamp) -> Result<bool, Error> {
+    // Old ones lie together, and the BRIN index knows where.
+    const FORGET: &str = "
+        delete from event_keys
+         where ctid = any (array(
+                   select ctid from event_keys where created_at < $1 limit $2 for update skip locked
+               ))
+    ";
+    let statement = connection.prepare_cached(FORGET).await?;
+    let forgotten =
+        connection.execute(&statement, &[&before.to_jiff(), &FORGOTTEN_AT_ONCE]).await?;
+    Ok(forgotten == FORGOTTEN_AT_ONCE.cast_unsigned())
+}

@@ -1,0 +1,84 @@
+//! How rows of PostgreSQL's tables become devices, figures and times. All queries of the resources use it.
+
+use deadpool_postgres::GenericClient;
+use pisync_core::Timestamp;
+use tokio_postgres::{Error, IsolationLevel, Row};
+
+use super::connect::Object;
+use crate::store::{Device, Figures};
+
+/// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
+pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+
+/// What [`figures`] reads: a device's sums over its jobs, or nulls when it has none.
+pub(super) const SUMS: &str = "
+    sum(j.total_syncs)::bigint, sum(j.failed_syncs)::bigint, sum(j.total_files_synced)::bigint,
+    sum(j.total_errors)::bigint, sum(j.speed_sum)::bigint, sum(j.speed_count)::bigint,
+    min(j.first_sync), max(j.last_sync), max(j.last_success), max(j.last_failure),
+    max(j.consecutive_failures), max(j.last_received)
+";
+
+/// A transaction that sees one moment throughout.
+pub(super) async fn snapshot(
+    connection: &mut Object,
+) -> Result<deadpool_postgres::Transaction<'_>, Error> {
+    connection
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await
+}
+
+/// Each job's name and figures.
+pub(super) async fn jobs(
+    client: &impl GenericClient,
+    device_id: &str,
+) -> Result<Vec<(Option<String>, Figures)>, Error> {
+    let select = format!(
+        "select nullif(j.job, ''), {SUMS} from device_jobs j where j.device_id = $1
+          group by j.job order by j.job"
+    );
+    let select = client.prepare_cached(&select).await?;
+    let rows = client.query(&select, &[&device_id]).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, figures(row, 1)?))).collect()
+}
+
+pub(super) fn device_row(row: &Row) -> Result<Device, Error> {
+    Ok(Device {
+        device_id: row.try_get(0)?,
+        name: row.try_get(1)?,
+        group: row.try_get(2)?,
+        created_at: time(row, 3)?,
+        figures: figures(row, 4)?,
+    })
+}
+
+/// Reads [`SUMS`] from column `first` on.
+pub(super) fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
+    let sum = |column: usize| -> Result<i64, Error> {
+        Ok(row.try_get::<_, Option<i64>>(first + column)?.unwrap_or(0))
+    };
+    Ok(Figures {
+        total_syncs: sum(0)?,
+        failed_syncs: sum(1)?,
+        total_files_synced: sum(2)?,
+        total_errors: sum(3)?,
+        speed_sum: sum(4)?,
+        speed_count: sum(5)?,
+        first_sync: optional_time(row, first + 6)?,
+        last_sync: optional_time(row, first + 7)?,
+        last_success: optional_time(row, first + 8)?,
+        last_failure: optional_time(row, first + 9)?,
+        consecutive_failures: sum(10)?,
+        last_seen: optional_time(row, first + 11)?,
+    })
+}
+
+pub(super) fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {
+    Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
+}
+
+pub(super) fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
+    row.try_get(column).map(Timestamp::truncate)
+}

@@ -1,0 +1,174 @@
+//! Devices in SQLite. Each query runs on one connection for reading, in one read transaction where it asks more than
+//! once.
+
+use async_trait::async_trait;
+use pisync_core::DeviceId;
+use rusqlite::{Connection, OptionalExtension, TransactionBehavior, named_params, params};
+
+use super::{
+    SqliteStore, audit,
+    connection::Cost,
+    rows::{DEVICE_COLUMNS, SUMS, device_number, device_row, jobs},
+    writer::WriteConnection,
+};
+use crate::store::{
+    Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
+    audit::NewAuditEntry,
+    devices::{DEVICE_IDS, like_pattern},
+};
+
+#[async_trait]
+impl DeviceStore for SqliteStore {
+    async fn devices(&self, query: &DeviceQuery) -> Result<Page<Device>, StoreError> {
+        let query = query.clone();
+        self.read_events(Cost::Short, move |connection| devices(connection, &query)).await
+    }
+
+    async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError> {
+        let device_id = device_id.clone();
+        self.read_events(Cost::Short, move |connection| device(connection, &device_id)).await
+    }
+
+    async fn device_ids(
+        &self,
+        group: Option<&str>,
+        after: Option<&str>,
+    ) -> Result<Vec<DeviceId>, StoreError> {
+        let [group, after] = [group, after].map(|text| text.map(str::to_owned));
+        self.read_events(Cost::Short, move |connection| {
+            device_ids(connection, group.as_deref(), after.as_deref())
+        })
+        .await
+    }
+
+    async fn update_device(
+        &self,
+        device_id: &DeviceId,
+        change: &DeviceChange,
+        by: &Actor,
+    ) -> Result<bool, StoreError> {
+        let (device_id, change, by) = (device_id.clone(), change.clone(), *by);
+        self.writer
+            .call(move |connection| update_device(connection, &device_id, &change, &by))
+            .await
+    }
+}
+
+fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Page<Device>> {
+    const FILTER: &str = r#"
+        (:search is null or d.device_id like :search escape '\' or d.name like :search escape '\')
+        and (:group is null or d."group" = :group)
+    "#;
+    let direction = if query.descending { "desc" } else { "asc" };
+    // Figures are summed for the whole fleet only when it is sorted by them, else for the page alone.
+    let (key, join) = query.sort.expressions();
+    let join = join.map_or_else(String::new, |expression| {
+        format!(
+            "left join (select device, {expression} as key from device_jobs group by device) f
+                    on f.device = d.id"
+        )
+    });
+    let select = format!(
+        r#"with page as (
+            select d.id, d.device_id, d.name, d."group", d.created_at, {key} as sort_key
+              from devices d {join}
+             where {FILTER}
+             order by {key} {direction} nulls last, d.device_id
+             limit :limit offset :offset
+         )
+         select {DEVICE_COLUMNS}, {SUMS}
+           from page d
+           left join device_jobs j on j.device = d.id
+          group by d.id
+          order by d.sort_key {direction} nulls last, d.device_id"#
+    );
+    let count = format!("select count(*) from devices d where {FILTER}");
+    let search = query.search.as_deref().map(like_pattern);
+    let snapshot = connection.unchecked_transaction()?;
+    let items = snapshot
+        .prepare_cached(&select)?
+        .query_map(
+            named_params! {
+                ":search": search, ":group": query.group,
+                ":limit": query.limit, ":offset": query.offset.cast_signed(),
+            },
+            device_row,
+        )?
+        .collect::<rusqlite::Result<_>>()?;
+    let total: i64 = snapshot
+        .prepare_cached(&count)?
+        .query_row(named_params! { ":search": search, ":group": query.group }, |row| row.get(0))?;
+    Ok(Page { items, total: total.cast_unsigned() })
+}
+
+fn device(
+    connection: &Connection,
+    device_id: &DeviceId,
+) -> rusqlite::Result<Option<DeviceWithJobs>> {
+    let select = format!(
+        "select {DEVICE_COLUMNS}, {SUMS}
+           from devices d
+           left join device_jobs j on j.device = d.id
+          where d.device_id = ?1
+          group by d.id"
+    );
+    let snapshot = connection.unchecked_transaction()?;
+    let device =
+        snapshot.prepare_cached(&select)?.query_row([device_id.as_str()], device_row).optional()?;
+    let (Some(device), Some(number)) = (device, device_number(&snapshot, device_id)?) else {
+        return Ok(None);
+    };
+    Ok(Some(DeviceWithJobs { device, jobs: jobs(&snapshot, number)? }))
+}
+
+/// One page of devices' ids, in byte-wise order.
+fn device_ids(
+    connection: &Connection,
+    group: Option<&str>,
+    after: Option<&str>,
+) -> rusqlite::Result<Vec<DeviceId>> {
+    const DEVICE_IDS_AFTER: &str = r#"
+        select device_id
+          from devices
+         where device_id > ifnull(:after, '') and (:group is null or "group" = :group)
+         order by device_id
+         limit :limit
+    "#;
+    let mut select = connection.prepare_cached(DEVICE_IDS_AFTER)?;
+    let parameters = named_params! { ":after": after, ":group": group, ":limit": DEVICE_IDS };
+    let rows = select.query_map(parameters, |row| row.get::<_, String>(0))?;
+    // What foreign SQL has named so that nobody can ask for it has no history either.
+    rows.filter_map(|id| id.map(|id| DeviceId::new(&id).ok()).transpose()).collect()
+}
+
+fn update_device(
+    writer: &mut WriteConnection,
+    device_id: &DeviceId,
+    change: &DeviceChange,
+    by: &Actor,
+) -> rusqlite::Result<bool> {
+    writer.apply_journal()?;
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let changed = transaction.execute(
+        r#"
+        update devices
+           set name    = iif(?2, ?3, name),
+               "group" = iif(?4, ?5, "group")
+         where device_id = ?1
+        "#,
+        params![
+            device_id.as_str(),
+            change.name.is_some(),
+            change.name.as_ref().and_then(Option::as_ref),
+            change.group.is_some(),
+            change.group.as_ref().and_then(Option::as_ref),
+        ],
+    )?;
+    if changed == 0 {
+        return Ok(false);
+    }
+    audit::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change))?;
+    transaction.commit()?;
+    Ok(true)
+}

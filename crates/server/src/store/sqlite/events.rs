@@ -1,0 +1,48 @@
+//! Events in SQLite: the two ways to write them, and their history.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use super::{
+    SqliteStore, connection::Cost, history, ingest_buffer::IngestBuffer, watch::Watch,
+    writer::SqliteEventWriter,
+};
+use crate::store::{
+    EventPage, EventStore, EventWriter, HistoryQuery, Observations, StoreError, SyncHistory,
+};
+
+#[async_trait]
+impl EventStore for SqliteStore {
+    fn event_writer(&self) -> Box<dyn EventWriter> {
+        Box::new(SqliteEventWriter::new(self.writer.clone()))
+    }
+
+    async fn ingest_writer(
+        &self,
+        observations: mpsc::UnboundedSender<Observations>,
+    ) -> Result<Box<dyn EventWriter>, StoreError> {
+        let (buffer, writer) =
+            IngestBuffer::start(&self.path, self.writer.clone(), observations).await?;
+        let presence = Arc::clone(self.writer.presence());
+        let watch = Watch::start(&self.path, self.identity, presence, self.writer.threads())?;
+        let is_first = self.watch.set(watch).is_ok() && self.buffer.set(buffer).is_ok();
+        if !is_first {
+            let twice = "the database has an ingest writer already";
+            return Err(StoreError::Failed(twice.to_owned()));
+        }
+        Ok(Box::new(writer))
+    }
+
+    async fn sync_history(&self, query: &HistoryQuery) -> Result<Option<SyncHistory>, StoreError> {
+        let query = query.clone();
+        self.read_events(Cost::Long, move |connection| history::sync_history(connection, &query))
+            .await
+    }
+
+    async fn events(&self, query: &HistoryQuery) -> Result<Option<EventPage>, StoreError> {
+        let query = query.clone();
+        self.read_events(Cost::Long, move |connection| history::events(connection, &query)).await
+    }
+}

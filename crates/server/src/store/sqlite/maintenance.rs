@@ -1,0 +1,129 @@
+//! Upkeep of SQLite: events are aggregated and dropped in small steps of the writer's, which ingest waits for.
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use pisync_core::Timestamp;
+use rusqlite::{TransactionBehavior, params};
+
+use super::{SqliteStore, expiry, roll_ups, writer::WriteConnection};
+use crate::store::{Maintenance, Retention, RollUps, StoreError};
+
+/// Event ids that are forgotten in one transaction, some 10 ms of work.
+const FORGOTTEN_AT_ONCE: u16 = 1_000;
+
+#[async_trait]
+impl RollUps for SqliteStore {
+    async fn aggregate_events(&self, _now: Timestamp) -> Result<bool, StoreError> {
+        let most = self.fold_step.get();
+        let fold = move |connection: &mut WriteConnection| {
+            let started = Instant::now();
+            let last = connection.last_foldable_id()?;
+            let more = roll_ups::fold(&mut connection.connection, most, last)?;
+            Ok((more, started.elapsed()))
+        };
+        let (more, took) = self.writer.call(fold).await?;
+        if more {
+            self.fold_step.learn(took);
+        }
+        Ok(more)
+    }
+}
+
+#[async_trait]
+impl Maintenance for SqliteStore {
+    async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
+        self.writer.call(optimize).await
+    }
+
+    async fn forget_event_ids(&self, before: Timestamp) -> Result<bool, StoreError> {
+        self.writer.call(move |connection| forget_event_ids(connection, before)).await
+    }
+
+    async fn drop_old_events(
+        &self,
+        now: Timestamp,
+        retention: &Retention,
+    ) -> Result<bool, StoreError> {
+        let (before, lead) = (retention.oldest(now), retention.longest_lead());
+        let most = self.drop_step.get();
+        let drop_some = move |connection: &mut WriteConnection| {
+            let started = Instant::now();
+            let more = expiry::drop_events(&mut connection.connection, now, before, lead, most)?;
+            connection.streaks_since = expiry::streaks_since(&connection.connection)?;
+            let took = started.elapsed();
+            Ok((more, took, !more && expiry::shrink(&connection.connection)?))
+        };
+        let (more, took, shrinks) = self.writer.call(drop_some).await?;
+        if more {
+            self.drop_step.learn(took);
+        }
+        Ok(more || shrinks)
+    }
+}
+
+/// Forgets some of the event ids received before `before`; true when there may be more.
+fn forget_event_ids(writer: &mut WriteConnection, before: Timestamp) -> rusqlite::Result<bool> {
+    const FORGET: &str = "
+        delete from event_keys
+         where (device, event_id) in (
+                   select device, event_id
+                     from event_keys
+                    where created_at < ?1
+                    order by created_at
+                    limit ?2
+               )
+    ";
+    let forgotten =
+        writer.connection.execute(FORGET, params![before.as_millisecond(), FORGOTTEN_AT_ONCE])?;
+    Ok(forgotten == usize::from(FORGOTTEN_AT_ONCE))
+}
+
+/// Lets SQLite refresh its statistics where they have become stale.
+fn optimize(writer: &mut WriteConnection) -> rusqlite::Result<()> {
+    // By itself it begins as a read and writes then, which fails at once when another process is writing.
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    transaction.execute_batch("pragma optimize")?;
+    transaction.commit()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::channel, time::Duration};
+
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::store::sqlite::connection::open_for_writing;
+
+    /// Another process may be writing while there are statistics to refresh.
+    #[test]
+    fn optimizing_waits_for_another_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("test.db");
+        let mut writer = WriteConnection::open(&path).unwrap();
+        let grow = "
+            create table t (a); create index i on t (a); insert into t values (0); analyze;
+            insert into t with recursive n (a) as (values (1) union all select a + 1 from n limit 10000) select a from n;
+        ";
+        writer.connection.execute_batch(grow).unwrap();
+        let rows = |connection: &Connection| -> i64 {
+            let count = "select count(*) from t where a > 5";
+            connection.query_row(count, [], |row| row.get(0)).unwrap()
+        };
+        assert_eq!(rows(&writer.connection), 9_995);
+        let other = open_for_writing(&path).unwrap();
+        other.execute_batch("begin immediate").unwrap();
+        let (done, result) = channel();
+        #[expect(clippy::disallowed_methods, reason = "stands for another process")]
+        std::thread::spawn(move || drop(done.send((optimize(&mut writer), writer))));
+        assert!(result.recv_timeout(Duration::from_millis(300)).is_err(), "it did not wait");
+        other.execute_batch("commit").unwrap();
+        let (optimized, writer) = result.recv().unwrap();
+        optimized.unwrap();
+        let known = "select stat from sqlite_stat1 where idx = 'i'";
+        let known: String = writer.connection.query_row(known, [], |row| row.get(0)).unwrap();
+        assert!(known.starts_with("100"), "{known}");
+    }
+}
