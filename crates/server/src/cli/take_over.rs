@@ -53,7 +53,7 @@ pub(super) async fn run(target: &Target, take_over: &mut TakeOver) -> Result<boo
             so_far.saturating_mul(100) / all.max(1)
         ),
         Progress::Counting => println!("counting  the figures of each device"),
-        Progress::Folding => println!("summing   by day and hour"),
+        Progress::Aggregating => println!("summing   by day and hour"),
     };
     // Whatever is dated after it counts in no streak.
     let now = Clock::system().check().map_err(|error| error.to_string())?;

@@ -1,7 +1,5 @@
 //! The audit log: who changed what, and when. Each line is written in the transaction of the change that it tells.
 
-use std::net::IpAddr;
-
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
 use serde_json::{Value, json};
@@ -15,52 +13,6 @@ pub trait AuditLog: Send + Sync {
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError>;
 }
 
-/// How whoever does something came in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Via {
-    /// With a key.
-    Key(i64),
-    /// Without one, from the same machine.
-    Local,
-    /// Without one, since nobody is asked (`AUTH=off`).
-    Open,
-    /// By the program's own commands.
-    CommandLine,
-}
-
-impl Via {
-    /// As it is stored and shown.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Key(_) => "key",
-            Self::Local => "local",
-            Self::Open => "open",
-            Self::CommandLine => "command line",
-        }
-    }
-
-    /// The key, if there was one.
-    #[must_use]
-    pub fn key_id(self) -> Option<i64> {
-        match self {
-            Self::Key(id) => Some(id),
-            Self::Local | Self::Open | Self::CommandLine => None,
-        }
-    }
-}
-
-/// Who does something, and when: goes into the audit log with every change.
-#[derive(Debug, Clone, Copy)]
-pub struct Actor {
-    /// How they came in.
-    pub via: Via,
-    /// From where.
-    pub address: Option<IpAddr>,
-    /// When.
-    pub at: Timestamp,
-}
-
 /// One line of the audit log.
 #[derive(Debug)]
 pub struct AuditEntry {
@@ -68,7 +20,7 @@ pub struct AuditEntry {
     pub id: i64,
     /// When it was done.
     pub at: Timestamp,
-    /// How whoever did it came in; [`Via::as_str`].
+    /// How whoever did it came in; [`super::Via::as_str`].
     pub via: String,
     /// Their key.
     pub key_id: Option<i64>,

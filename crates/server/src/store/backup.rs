@@ -2,16 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{StoreError, Target, apply_journal, migrations::Migrator, postgres, sqlite};
-
-/// What a backup holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BackedUp {
-    /// Registered devices.
-    pub devices: u64,
-    /// Events that are kept one by one.
-    pub events: u64,
-}
+use super::{BackedUp, StoreError, Target, apply_journal, migrations::Migrator, postgres, sqlite};
 
 /// What came of restoring.
 #[derive(Debug)]
@@ -83,7 +74,7 @@ pub async fn restore(
     }
     // What is replaced is kept, and shall be whole. It may be replaced because it is damaged.
     let applied = apply_journal(target);
-    let claim = sqlite::files::Claim::take(database)?;
+    let claim = sqlite::claim::Claim::take(database)?;
     if let Err(error) = applied {
         tracing::warn!(%error, "the last events cannot be brought into the database that is replaced");
     }

@@ -11,7 +11,7 @@ use pisync_core::{
     DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
 };
 
-use super::{ImportStep, StoreError, StoredEvent};
+use super::{ImportStep, OtherGroup, StoreError, StoredEvent};
 
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
@@ -39,14 +39,6 @@ pub struct GroupClaim {
     pub events: Range<usize>,
     /// The group.
     pub group: String,
-}
-
-/// Why nothing of a batch was stored: devices are not in the groups that they must be in.
-#[derive(Debug, thiserror::Error)]
-#[error("devices are not in the group that they must be in")]
-pub struct OtherGroup {
-    /// Where the events of the claims begin that were refused.
-    pub refused: Vec<usize>,
 }
 
 /// What became of a batch that was committed. It has no default: one without ids would answer for events that

@@ -1,8 +1,6 @@
 //! What can go wrong in a store, by what the caller can do about it. Both stores make these errors; callers retry, wait
 //! or answer by their kind and never look into their texts.
 
-use super::OtherGroup;
-
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -43,4 +41,12 @@ pub enum StoreError {
     /// Anything else: a bug, a foreign schema, a damaged file.
     #[error("{0}")]
     Failed(String),
+}
+
+/// Why nothing of a batch was stored: devices are not in the groups that they must be in.
+#[derive(Debug, thiserror::Error)]
+#[error("devices are not in the group that they must be in")]
+pub struct OtherGroup {
+    /// Where the events of the claims begin that were refused.
+    pub refused: Vec<usize>,
 }

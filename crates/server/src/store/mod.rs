@@ -5,6 +5,7 @@
 //! Dependencies go one way: what resources are (`model`, `devices`, `events`, ...), then the two stores, then what chooses
 //! between them (`open`, `migrations`, `copy`, `backup`, `journal`, `take_over`).
 
+mod actor;
 mod audit;
 mod backup;
 mod batch;
@@ -34,27 +35,24 @@ mod window;
 
 use async_trait::async_trait;
 
-pub use audit::{Actor, AuditEntry, AuditLog, Via};
-pub use backup::{BackedUp, Restored, backup, restore};
-pub use batch::{
-    Batch, Conflict, Duplicate, FailureStreak, GroupClaim, Observations, OtherGroup, Written,
-};
+pub use actor::{Actor, Via};
+pub use audit::{AuditEntry, AuditLog};
+pub use backup::{Restored, backup, restore};
+pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, Observations, Written};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use deletion::{DeletionStep, DeviceDeletions};
 pub use devices::{DeviceChange, DeviceQuery, DeviceSort, DeviceStore};
-pub use error::StoreError;
+pub use error::{OtherGroup, StoreError};
 pub use events::{EventStore, EventWriter};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportLog, ImportProgress, ImportStep};
-pub use journal::{
-    JournalFileReport, JournalReport, JournalSalvage, JournalStretch, inspect_journal,
-    salvage_journal,
-};
+pub use journal::{inspect_journal, salvage_journal};
 pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
 pub use model::{Device, DeviceWithJobs, Figures, Page, PoolUsage};
 pub use open::{Claim, apply_journal, check_output, claim, create_database, is_claimed, open};
 pub use retention::Retention;
+pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};
 pub use stats::{FailureQuery, FleetStats, StatsStore};
 pub use target::{PostgresTarget, SslMode, Target};
 pub(crate) use trusted_time::{LARGEST_STEP, NOTABLE_DIFFERENCE, Standing};

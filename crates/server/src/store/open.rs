@@ -33,7 +33,7 @@ pub async fn create_database(target: &Target) -> Result<bool, StoreError> {
 /// Keeps others from changing the same SQLite file under a running server, for as long as it lives.
 /// PostgreSQL looks after itself.
 #[derive(Debug)]
-pub struct Claim(Option<sqlite::files::Claim>);
+pub struct Claim(Option<sqlite::claim::Claim>);
 
 impl Claim {
     /// Checks that what was claimed is still what is opened by its name.
@@ -41,7 +41,7 @@ impl Claim {
     /// # Errors
     /// When it is not.
     pub fn check(&self) -> Result<(), StoreError> {
-        self.0.as_ref().map_or(Ok(()), sqlite::files::Claim::check)
+        self.0.as_ref().map_or(Ok(()), sqlite::claim::Claim::check)
     }
 }
 
@@ -51,7 +51,7 @@ impl Claim {
 /// When another process holds it.
 pub fn claim(target: &Target) -> Result<Claim, StoreError> {
     match target {
-        Target::Sqlite(path) => sqlite::files::Claim::take(path).map(Some).map(Claim),
+        Target::Sqlite(path) => sqlite::claim::Claim::take(path).map(Some).map(Claim),
         Target::Postgres(_) => Ok(Claim(None)),
     }
 }
@@ -60,7 +60,7 @@ pub fn claim(target: &Target) -> Result<Claim, StoreError> {
 #[must_use]
 pub fn is_claimed(target: &Target) -> bool {
     match target {
-        Target::Sqlite(path) => sqlite::files::is_claimed(path),
+        Target::Sqlite(path) => sqlite::claim::is_claimed(path),
         Target::Postgres(_) => false,
     }
 }
@@ -84,7 +84,7 @@ pub fn check_output(target: &Target, path: &Path) -> Result<(), StoreError> {
 /// When that is not possible.
 pub fn apply_journal(target: &Target) -> Result<(), StoreError> {
     match target {
-        Target::Sqlite(path) => sqlite::apply_journal(path),
+        Target::Sqlite(path) => sqlite::journal_commands::apply_journal(path),
         Target::Postgres(_) => Ok(()),
     }
 }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync::store::Target;
+use pisync::store::{Target, migrations::EMBEDDED};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -32,24 +32,6 @@ both_stores!(
     debug_tells_of_every_event,
     an_inner_error_is_in_the_log_alone,
 );
-
-/// The migration that is part of the program.
-const EMBEDDED: [&str; 14] = [
-    "2026-11-22-01-sync-events",
-    "2026-11-22-02-event-keys-and-roll-ups",
-    "2026-11-22-03-keys",
-    "2026-11-22-04-imports",
-    "2026-11-23-05-ingest-journal",
-    "2026-11-23-06-failed-events",
-    "2026-11-25-07-ingest-progress",
-    "2026-11-25-08-streaks-of-equal-dates",
-    "2026-11-25-08-trusted-time",
-    "2026-11-25-10-audit-log",
-    "2026-11-25-12-streaks-in-one-statement",
-    "2026-11-25-13-device-deletions",
-    "2026-11-25-14-journal-in-use",
-    "2026-11-25-15-set-aside-events",
-];
 
 /// What `migrate status` says of each migration, by name.
 fn status(program: &Program) -> Vec<(String, String)> {
@@ -87,7 +69,9 @@ async fn migrations_forth_and_back(installed: &Installed) {
     let again = program.run(&["migrate", "up"]);
     assert_eq!(again.success(), "nothing to do: every migration is applied\n");
 
-    let [first, second, third, fourth, others @ .., deletions, _, newest] = EMBEDDED;
+    let [first, second, third, fourth, others @ .., deletions, _, newest] = EMBEDDED else {
+        panic!("there are fewer migrations: {EMBEDDED:?}")
+    };
     program.run(&["migrate", "down"]).success();
     assert_eq!(status(program).last(), Some(&pair(newest, "pending")));
     program.run(&["migrate", "down"]).success();

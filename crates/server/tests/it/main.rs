@@ -41,6 +41,7 @@ mod ingest_journal;
 mod ingest_recovery;
 mod keys;
 mod kill_soak;
+mod layout;
 mod log_damage;
 mod migrations;
 mod node_wire;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use pisync::store::{
     self, HistoryQuery, Target,
-    migrations::{Migration, MigrationError, Migrator, Source, create_pair},
+    migrations::{EMBEDDED, Migration, MigrationError, Migrator, Source, create_pair},
 };
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -31,24 +31,6 @@ both_stores!(
     a_new_pair_of_files_runs,
     asking_while_another_server_migrates,
 );
-
-/// The migrations that are part of the program.
-const EMBEDDED: [&str; 14] = [
-    "2026-11-22-01-sync-events",
-    "2026-11-22-02-event-keys-and-roll-ups",
-    "2026-11-22-03-keys",
-    "2026-11-22-04-imports",
-    "2026-11-23-05-ingest-journal",
-    "2026-11-23-06-failed-events",
-    "2026-11-25-07-ingest-progress",
-    "2026-11-25-08-streaks-of-equal-dates",
-    "2026-11-25-08-trusted-time",
-    "2026-11-25-10-audit-log",
-    "2026-11-25-12-streaks-in-one-statement",
-    "2026-11-25-13-device-deletions",
-    "2026-11-25-14-journal-in-use",
-    "2026-11-25-15-set-aside-events",
-];
 
 fn no_folder() -> &'static Path {
     Path::new("/nonexistent")
@@ -80,14 +62,14 @@ async fn status(migrator: &mut Migrator) -> Vec<(String, &'static str)> {
 
 /// The program's own migrations in this `state`, before others.
 fn described(state: &'static str, others: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
-    let embedded = EMBEDDED.map(|name| (name, state));
-    let all = embedded.iter().chain(others);
-    all.map(|(name, state)| ((*name).to_owned(), *state)).collect()
+    let embedded = EMBEDDED.iter().map(|name| (*name, state));
+    let all = embedded.chain(others.iter().copied());
+    all.map(|(name, state)| (name.to_owned(), state)).collect()
 }
 
 /// The program's own migrations, and others after them.
 fn and_then(others: &[&'static str]) -> Vec<&'static str> {
-    [&EMBEDDED[..], others].concat()
+    [EMBEDDED, others].concat()
 }
 
 /// From the last to the first.
@@ -165,7 +147,7 @@ async fn status_lists_what_is_applied_then_what_is_pending(database: &TestDataba
     let found = with.status().await.unwrap();
     let found: Vec<_> = found.iter().map(|one| (one.source, one.applied_at)).collect();
     let (embedded, user) = ((Source::Embedded, Some(now())), (Source::User, Some(at(5))));
-    assert_eq!(found, [EMBEDDED.map(|_| embedded).to_vec(), vec![user, user]].concat());
+    assert_eq!(found, [vec![embedded; EMBEDDED.len()], vec![user, user]].concat());
 }
 
 async fn users_migrations_run_after_the_programs_own(database: &TestDatabase) {
@@ -420,7 +402,7 @@ async fn several_servers_migrate_at_once() {
         }
         let mut applied = servers.join_all().await.concat();
         applied.sort();
-        let expected = [&[SITES.0, RACKS.0], &EMBEDDED[..]].concat();
+        let expected = [&[SITES.0, RACKS.0], EMBEDDED].concat();
         assert_eq!(applied, expected, "each exactly once");
         let mut migrator = database.migrator(folder.path()).await;
         // Whoever applied which, they ran in this order.

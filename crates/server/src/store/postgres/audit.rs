@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use deadpool_postgres::Transaction;
 use tokio_postgres::Error;
 
-use super::{PostgresStore, connect::Object, rows::time};
+use super::{connect::Object, rows::time, store::PostgresStore};
 use crate::store::{
     Actor, AuditEntry, AuditLog, StoreError,
     audit::{NewAuditEntry, stored_details},

@@ -4,8 +4,6 @@
 //! anything is sent on it (see `session`). A host that is silent never keeps the others from being tried.
 
 use std::{
-    fmt,
-    future::poll_fn,
     net::IpAddr,
     ops::{Deref, DerefMut},
     sync::{
@@ -17,18 +15,15 @@ use std::{
 
 use deadpool::managed;
 use deadpool_postgres::{ClientWrapper, Metrics, Runtime, Timeouts};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_postgres::{
-    AsyncMessage, Client,
-    config::{SslMode as WireSslMode, TargetSessionAttrs},
-    error::SqlState,
-};
+use tokio_postgres::config::{SslMode as WireSslMode, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
+    connection::{Connection, Driver, confirm_change, drive},
     durability,
-    errors::{WriteError, describe, is_refusal, unavailable},
+    errors::{describe, unavailable},
     hosts::{Hosts, Place},
+    no_session::NoSession,
     session::{self, State},
     tls,
 };
@@ -49,9 +44,6 @@ const KEEPALIVES_IDLE: Duration = Duration::from_secs(30);
 /// How long to wait for one of the pool's connections while all are in use.
 const POOL_WAIT: Duration = Duration::from_secs(5);
 
-/// How long to wait for a session's end that has been asked for.
-const BACKEND_END_TIMEOUT: Duration = Duration::from_secs(4);
-
 /// Connections in the pool. Reads are short; a small pool keeps PostgreSQL's memory small, with
 /// several nodes before it.
 const POOL_SIZE: usize = 8;
@@ -71,33 +63,6 @@ pub(super) struct Connector {
     /// Marks this connector's sessions, and how many there have been.
     mark: Arc<(String, AtomicU64)>,
     tls: MakeRustlsConnect,
-}
-
-/// Why there is no session.
-pub(super) enum NoSession {
-    /// Whoever was asked said nothing in time.
-    Silent(Duration),
-    /// The driver or PostgreSQL said why.
-    Error(tokio_postgres::Error),
-    /// It could be had, but is of no use for now.
-    Unfit(String),
-    /// It could be had, but is not used until somebody has changed what is wrong.
-    Refused(String),
-}
-
-impl NoSession {
-    fn is_missing_database(&self) -> bool {
-        matches!(self, Self::Error(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME))
-    }
-
-    /// Whether PostgreSQL works, and something in it or in the settings must be changed.
-    fn is_refusal(&self) -> bool {
-        match self {
-            Self::Silent(_) | Self::Unfit(_) => false,
-            Self::Refused(_) => true,
-            Self::Error(error) => is_refusal(error) || session::advice(error).is_some(),
-        }
-    }
 }
 
 /// Every host, and why it gave no session.
@@ -152,102 +117,6 @@ impl Deref for Pooled {
 impl DerefMut for Pooled {
     fn deref_mut(&mut self) -> &mut ClientWrapper {
         &mut self.client
-    }
-}
-
-fn confirm_change(unreplicated: &AtomicBool) -> Result<(), StoreError> {
-    if unreplicated.load(Ordering::Acquire) { Err(StoreError::Unreplicated) } else { Ok(()) }
-}
-
-/// A connection of one's own. Dropping it closes it at once.
-pub(super) struct Connection {
-    pub(super) client: Client,
-    driver: Driver,
-    /// Whether PostgreSQL has warned of a commit that may not be replicated.
-    unreplicated: Arc<AtomicBool>,
-}
-
-/// The task that carries a connection's messages; it ends with its owner.
-struct Driver(Option<tokio::task::JoinHandle<()>>);
-
-impl Drop for Driver {
-    fn drop(&mut self) {
-        if let Some(task) = &self.0 {
-            task.abort();
-        }
-    }
-}
-
-impl Connection {
-    /// Fails when a commit in this session may not be replicated, although PostgreSQL has answered that it was
-    /// carried out. The warning comes before the answer.
-    pub(super) fn check_replicated(&self) -> Result<(), WriteError> {
-        if self.unreplicated.load(Ordering::Acquire) {
-            return Err(WriteError::Unreplicated);
-        }
-        Ok(())
-    }
-
-    /// The same for a change that somebody is told of, other than events. The session is of no more use when it
-    /// fails.
-    pub(super) fn confirm_change(&self) -> Result<(), StoreError> {
-        confirm_change(&self.unreplicated)
-    }
-
-    /// Ends it: whoever still waits for an answer hears that the connection is closed.
-    pub(super) fn close(&self) {
-        if let Some(task) = &self.driver.0 {
-            task.abort();
-        }
-    }
-
-    /// Waits for the other side to close it.
-    pub(super) async fn closed(&mut self) {
-        if let Some(task) = &mut self.driver.0 {
-            let _ = task.await;
-            self.driver.0 = None;
-        }
-    }
-}
-
-/// The process behind a session on PostgreSQL's side.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Backend {
-    pid: i32,
-    started: jiff::Timestamp,
-}
-
-impl Backend {
-    /// The one that serves `client`.
-    pub(super) async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        const SELECT: &str =
-            "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()";
-        let row = client.query_one(SELECT, &[]).await?;
-        Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)? })
-    }
-
-    /// Tells it to end, through the session of another, and does not wait until it has.
-    pub(super) async fn tell_to_end(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
-        const END: &str = "
-            select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2
-        ";
-        client.query_opt(END, &[&self.pid, &self.started]).await.map(drop)
-    }
-
-    /// Ends it, through the session of another, so that nothing that it was sent takes effect any more; false
-    /// when it is still there after some seconds. Another server, such as a standby that has taken over, does
-    /// not have it.
-    pub(super) async fn end(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
-        let end = format!(
-            "select pg_terminate_backend(pid, {})
-               from pg_stat_activity
-              where pid = $1 and backend_start = $2",
-            BACKEND_END_TIMEOUT.as_millis()
-        );
-        match client.query_opt(&end, &[&self.pid, &self.started]).await? {
-            None => Ok(true),
-            Some(row) => row.try_get(0),
-        }
     }
 }
 
@@ -459,30 +328,6 @@ fn common(given: &tokio_postgres::Config) -> tokio_postgres::Config {
     config
 }
 
-impl From<tokio_postgres::Error> for NoSession {
-    fn from(error: tokio_postgres::Error) -> Self {
-        Self::Error(error)
-    }
-}
-
-impl fmt::Display for NoSession {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Silent(timeout) => {
-                write!(formatter, "does not answer within {} s", timeout.as_secs_f64())
-            }
-            Self::Unfit(reason) | Self::Refused(reason) => formatter.write_str(reason),
-            Self::Error(error) => {
-                formatter.write_str(&describe(error))?;
-                match session::advice(error) {
-                    Some(advice) => write!(formatter, "; {advice}"),
-                    None => Ok(()),
-                }
-            }
-        }
-    }
-}
-
 impl managed::Manager for Sessions {
     type Type = Pooled;
     type Error = StoreError;
@@ -506,27 +351,5 @@ impl managed::Manager for Sessions {
             return Err(managed::RecycleError::message("its last commit may not be replicated"));
         }
         Ok(())
-    }
-}
-
-/// Carries a connection's messages until it ends, and notes a commit that may not be replicated.
-async fn drive<S, T>(
-    mut connection: tokio_postgres::Connection<S, T>,
-    unreplicated: Arc<AtomicBool>,
-) where
-    S: AsyncRead + AsyncWrite + Unpin,
-    T: AsyncRead + AsyncWrite + Unpin,
-{
-    while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
-        match message {
-            Ok(AsyncMessage::Notice(notice)) if durability::is_unreplicated(&notice) => {
-                unreplicated.store(true, Ordering::Release);
-            }
-            Ok(_) => {}
-            Err(error) => {
-                tracing::debug!(error = describe(&error), "database connection ended");
-                return;
-            }
-        }
     }
 }

@@ -17,7 +17,8 @@ use tokio_postgres::{
 };
 
 use super::{
-    connect::{Connection, Connector},
+    connect::Connector,
+    connection::Connection,
     errors::{is_connection_lost, store_error},
     partitions::{self, Partition},
     roll_ups,

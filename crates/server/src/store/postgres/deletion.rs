@@ -8,7 +8,7 @@ use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{PostgresStore, audit, connect::Object, misdated, roll_ups, verify};
+use super::{audit, connect::Object, misdated, roll_ups, store::PostgresStore, verify};
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
     audit::NewAuditEntry,

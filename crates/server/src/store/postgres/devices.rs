@@ -5,9 +5,10 @@ use pisync_core::DeviceId;
 use tokio_postgres::{Error, Row};
 
 use super::{
-    PostgresStore, audit,
+    audit,
     connect::Object,
     rows::{DEVICE_COLUMNS, SUMS, device_row, jobs, snapshot},
+    store::PostgresStore,
 };
 use crate::store::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use super::{PostgresStore, history, writer::PostgresEventWriter};
+use super::{history, store::PostgresStore, writer::PostgresEventWriter};
 use crate::store::{
     EventPage, EventStore, EventWriter, HistoryQuery, Observations, StoreError, SyncHistory,
 };

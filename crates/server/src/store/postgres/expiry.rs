@@ -6,7 +6,7 @@ use jiff::{ToSpan, civil::Date, tz::TimeZone};
 use pisync_core::Timestamp;
 use tokio_postgres::{Client, Error};
 
-use super::partitions::month_of;
+use super::{locks::EXPIRY_LOCK, partitions::month_of};
 use crate::store::Retention;
 
 /// How long before events go it is announced. Writers look every 10 s.
@@ -15,10 +15,6 @@ const NOTICE_MILLISECONDS: i64 = 5 * 60_000;
 /// How long to wait for a lock. Dropping a month takes one on `devices`, too, because of the foreign
 /// key, and ingest waits behind it: better to try again later.
 const LOCK_TIMEOUT: &str = "set lock_timeout = '300ms'";
-
-/// Held while a month is detached and dropped. Any number that nobody else uses for an advisory lock: "pisync" and
-/// a number for the purpose.
-pub(super) const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;
 
 /// Marks a table that is to be dropped, for whoever finds it detached: the server may have ended in
 /// between, and a table that somebody else has detached is none of ours.

@@ -15,7 +15,7 @@ use std::{
 
 use tokio_postgres::config::{Config, Host};
 
-use super::connect::NoSession;
+use super::no_session::NoSession;
 
 /// Each list of hosts that this process has connected to. A process has one or two.
 static KNOWN: Mutex<Vec<Arc<Hosts>>> = Mutex::new(Vec::new());

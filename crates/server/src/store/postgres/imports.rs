@@ -4,7 +4,8 @@ use async_trait::async_trait;
 use tokio_postgres::{Client, Error, Row};
 
 use super::{
-    PostgresStore, connect::Object, errors::WriteError, rows::time, statements::check_written,
+    connect::Object, errors::WriteError, rows::time, statements::check_written,
+    store::PostgresStore,
 };
 use crate::store::{Digest, ImportLog, ImportProgress, ImportStep, StoreError};
 

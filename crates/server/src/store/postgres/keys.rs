@@ -6,10 +6,10 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use super::{
-    PostgresStore,
     audit::record,
     connect::Object,
     rows::{optional_time, time},
+    store::PostgresStore,
 };
 use crate::store::{
     Actor, ApiKey, KeyStore, Keys, NewKey, Revocation, StoreError, audit::NewAuditEntry,

@@ -6,7 +6,9 @@ use async_trait::async_trait;
 use pisync_core::Timestamp;
 use tokio_postgres::Error;
 
-use super::{PostgresStore, connect::Object, errors::store_error, expiry, partitions, roll_ups};
+use super::{
+    connect::Object, errors::store_error, expiry, partitions, roll_ups, store::PostgresStore,
+};
 use crate::store::{Maintenance, Retention, RollUps, StoreError};
 
 /// Event ids that are forgotten in one statement.
@@ -16,11 +18,11 @@ const FORGOTTEN_AT_ONCE: i64 = 5_000;
 impl RollUps for PostgresStore {
     async fn aggregate_events(&self, now: Timestamp) -> Result<bool, StoreError> {
         let started = Instant::now();
-        let step = self.fold_step.get();
+        let step = self.aggregation_step.get();
         let work = async |connection: &mut Object| roll_ups::fold(connection, now, step).await;
         let more = self.call_within(roll_ups::FOLD_TIMEOUT, work).await?;
         if more {
-            self.fold_step.learn(started.elapsed());
+            self.aggregation_step.learn(started.elapsed());
         }
         Ok(more)
     }

@@ -5,16 +5,15 @@ use pisync_core::Timestamp;
 use tokio_postgres::{GenericClient, Transaction, error::SqlState};
 
 use super::{
-    connect::{Connection, Connector},
+    connect::Connector,
+    connection::Connection,
     errors::{describe, store_error},
+    locks::MIGRATION_LOCK,
 };
 use crate::store::{
     PostgresTarget, StoreError,
     migrations::{Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Ours, Source},
 };
-
-/// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
-const MIGRATION_LOCK: i64 = 0x7069_7379_6e63_0001;
 
 /// Of what was applied.
 pub(super) const CREATE_TABLE: &str = "

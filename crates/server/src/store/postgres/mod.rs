@@ -1,9 +1,10 @@
-//! The production store: PostgreSQL 14 or newer, through one connection that ingest owns and a pool
-//! for everything else.
+//! The production store. `store` opens it; each resource is read and changed in a file of its name. An event's way is
+//! `writer`, `transactions`, `statements`.
 
 mod audit;
 mod claims;
 mod connect;
+mod connection;
 pub(super) mod copy;
 mod deletion;
 mod devices;
@@ -16,204 +17,25 @@ mod history;
 mod hosts;
 mod imports;
 mod keys;
+mod locks;
 mod maintenance;
 mod migrations;
 mod misdated;
+mod no_session;
 mod partitions;
 mod roll_ups;
 mod rows;
 mod session;
 mod statements;
 mod stats;
-mod take_over;
+mod store;
+pub(super) mod take_over;
 mod tls;
 mod transactions;
 mod trusted_time;
 mod verify;
 mod writer;
 
-use std::{ops::RangeInclusive, time::Duration};
-
-use async_trait::async_trait;
-use deadpool::managed::PoolError;
-use tokio::sync::{Mutex, Semaphore};
-use tokio_postgres::error::SqlState;
-
 pub(super) use dump::{dump_instead, restore_instead};
 pub(super) use migrations::{PostgresMigrations, create_database};
-pub(super) use take_over::PostgresTakeOver;
-
-use self::{
-    connect::{Connection, Connector, Object, Pool},
-    errors::{describe, store_error, unavailable},
-};
-use super::{PoolUsage, PostgresTarget, Store, StoreError, step_size::StepSize};
-
-/// How long a sign of life may take.
-const PING_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Longest time that one read or change may take on our side. PostgreSQL gives up a little earlier
-/// (see `connect`); this is for when it does not answer at all.
-const CALL_TIMEOUT: Duration = Duration::from_secs(35);
-
-/// How many connections of the pool may do reads whose cost grows with a history. The others are kept for the
-/// rest, such as what the dashboard shows, or whether a key may report for a device.
-const LONG_READS: usize = 5;
-
-/// How long such a read waits for its turn, as for a connection.
-const LONG_READ_WAIT: Duration = Duration::from_secs(5);
-
-/// Bounds of the stretch of time whose events are folded at once. The largest passes over empty months
-/// quickly.
-const FOLD_MILLISECONDS: RangeInclusive<i64> = 1_000..=31 * 24 * 60 * 60 * 1000;
-
-/// How long that should take: long enough to be worth a commit, and short for whoever waits for it,
-/// such as the deletion of a device.
-const FOLD_TARGET: Duration = Duration::from_millis(200);
-
-/// Bounds of the number of events of a device that are deleted at once, and how long that should take: folding, and
-/// reports that come late, wait for it.
-const DELETE_EVENTS: RangeInclusive<i64> = 500..=20_000;
-const DELETE_TARGET: Duration = Duration::from_millis(100);
-
-const NO_ANSWER: &str = "PostgreSQL does not answer";
-
-/// See the module.
-pub(super) struct PostgresStore {
-    connector: Connector,
-    pool: Pool,
-    /// Reads whose cost grows with a history; some connections of the pool are kept for the rest.
-    long_reads: Semaphore,
-    /// A connection for signs of life alone, which must not wait for what others read.
-    pulse: Mutex<Option<Connection>>,
-    /// The stretch of time whose events are folded at once, in milliseconds.
-    fold_step: StepSize,
-    /// Events of a device to delete at a time.
-    delete_step: StepSize,
-}
-
-impl PostgresStore {
-    pub(super) async fn connect(target: &PostgresTarget) -> Result<Self, StoreError> {
-        let connector = Connector::new(target)?;
-        let pool = connector.pool()?;
-        let fold_step = StepSize::new(FOLD_MILLISECONDS, FOLD_TARGET);
-        let delete_step = StepSize::new(DELETE_EVENTS, DELETE_TARGET);
-        let store = Self {
-            connector,
-            pool,
-            long_reads: Semaphore::new(LONG_READS),
-            pulse: Mutex::new(None),
-            fold_step,
-            delete_step,
-        };
-        // Not within the time of a sign of life: a host that is silent may come before the one that answers.
-        drop(store.connection().await?);
-        store.ping().await?;
-        Ok(store)
-    }
-
-    async fn connection(&self) -> Result<Object, StoreError> {
-        self.pool.get().await.map_err(|error| match error {
-            PoolError::Backend(error) => error,
-            other => unavailable(&describe(&other)),
-        })
-    }
-
-    /// Runs `work` on a pooled connection, for a bounded time.
-    async fn call<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
-    ) -> Result<T, StoreError> {
-        self.call_within(CALL_TIMEOUT, work).await
-    }
-
-    /// Runs `work` whose cost grows with a history: so many at a time that others still find a connection.
-    async fn call_long<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
-    ) -> Result<T, StoreError> {
-        let turn = tokio::time::timeout(LONG_READ_WAIT, self.long_reads.acquire()).await;
-        let Ok(Ok(_turn)) = turn else {
-            return Err(StoreError::Busy("too many long reads are under way".into()));
-        };
-        let mut result = None;
-        let read = self.call(async |connection| {
-            result = Some(match work(connection).await {
-                Err(error) if error.code() == Some(&SqlState::QUERY_CANCELED) => {
-                    Err(StoreError::TooSlow(describe(&error)))
-                }
-                other => Ok(other?),
-            });
-            Ok(())
-        });
-        read.await?;
-        result.unwrap_or_else(|| Err(StoreError::Failed("a read ended without a result".into())))
-    }
-
-    async fn call_within<T>(
-        &self,
-        longest: Duration,
-        work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
-    ) -> Result<T, StoreError> {
-        let work =
-            async |connection: &mut Object| match tokio::time::timeout(longest, work(connection))
-                .await
-            {
-                Ok(result) => result.map_err(store_error),
-                Err(_) => Err(StoreError::Unavailable(NO_ANSWER.into())),
-            };
-        self.call_unbounded(work).await
-    }
-
-    /// Runs `work` on a pooled connection, for as long as it takes. Everything that is committed on the pool's
-    /// connections is committed in here, so nobody is told of a change that may not be replicated as if it were.
-    async fn call_unbounded<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut Object) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
-        let mut connection = self.connection().await?;
-        let result = work(&mut connection).await;
-        let confirmed = connection.confirm_change();
-        if confirmed.is_err() || matches!(&result, Err(StoreError::Unavailable(_))) {
-            // Whoever got it next would wait for the same silence, or hear of a change that is none of theirs.
-            drop(Object::take(connection));
-        }
-        confirmed.and(result)
-    }
-}
-
-#[async_trait]
-impl Store for PostgresStore {
-    async fn ping(&self) -> Result<(), StoreError> {
-        const SIGN_OF_LIFE: &str = "select exists (select from devices)";
-        let ping = async {
-            let mut pulse = self.pulse.lock().await;
-            // One that does not answer is dropped, and so closed.
-            let connection = match pulse.take().filter(|pulse| !pulse.client.is_closed()) {
-                Some(connection) => connection,
-                None => self.connector.connect().await?,
-            };
-            connection.client.query_one(SIGN_OF_LIFE, &[]).await.map_err(store_error)?;
-            *pulse = Some(connection);
-            Ok(())
-        };
-        match tokio::time::timeout(PING_TIMEOUT, ping).await {
-            Ok(result) => result,
-            Err(_) => Err(StoreError::Unavailable(NO_ANSWER.into())),
-        }
-    }
-
-    fn pool_usage(&self) -> PoolUsage {
-        let status = self.pool.status();
-        PoolUsage {
-            max: status.max_size,
-            in_use: status.size.saturating_sub(status.available),
-            waiting: status.waiting,
-        }
-    }
-
-    async fn close(&self) -> Result<(), StoreError> {
-        self.pool.close();
-        Ok(())
-    }
-}
+pub(super) use store::PostgresStore;

@@ -4,7 +4,10 @@ use jiff::{ToSpan, civil::Date, tz::TimeZone};
 use pisync_core::Timestamp;
 use tokio_postgres::Client;
 
-use super::{errors::store_error, expiry::EXPIRY_LOCK};
+use super::{
+    errors::store_error,
+    locks::{EXPIRY_LOCK, PARTITION_LOCK},
+};
 use crate::store::StoreError;
 
 /// Months beyond the present one to have ready: a server that nobody looks after for two months still
@@ -14,9 +17,6 @@ const MONTHS_AHEAD: i32 = 2;
 /// How long to wait for the locks that attaching needs. Ingest waits behind a waiting lock, so this is
 /// short, and the next round tries again.
 const LOCK_TIMEOUT: &str = "2s";
-
-/// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
-const PARTITION_LOCK: i64 = 0x7069_7379_6e63_0002;
 
 /// The first day of the month in which `instant` lies, in UTC.
 pub(super) fn month_of(instant: Timestamp) -> Date {

@@ -12,6 +12,7 @@ use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::{
     connect::Object,
+    locks::ROLL_UP_LOCK,
     rows::{DEVICE_COLUMNS, SUMS, device_row, snapshot},
 };
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
@@ -48,9 +49,6 @@ const STEP_TIMEOUT: &str = "set local statement_timeout = '10min'";
 
 /// The most that a step over the network may take, altogether.
 pub(super) const FOLD_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-
-/// Any number that nobody else uses for an advisory lock: "pisync" and a number for the purpose.
-const ROLL_UP_LOCK: i64 = 0x7069_7379_6e63_0003;
 
 /// What rows of `sync_events` add up to.
 const EVENT_SUMS: &str = "

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
 
-use super::connect::{Connection, NoSession};
+use super::{connection::Connection, no_session::NoSession};
 
 /// Settings of every session. Compiling queries to machine code costs more than ours take; a
 /// statement that takes half a minute has gone wrong; a transaction left open would hold its locks; without its warnings
@@ -57,27 +57,6 @@ pub(super) fn refuses_options(error: &tokio_postgres::Error) -> bool {
         *error.code() == SqlState::PROTOCOL_VIOLATION
             && error.message().contains("unsupported startup parameter")
     })
-}
-
-/// What to do about an error that keeps us from having a session.
-pub(super) fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
-    let Some(code) = error.code() else {
-        let missing = std::error::Error::source(error)
-            .is_some_and(|cause| cause.to_string() == "password missing");
-        return missing.then_some(
-            "PostgreSQL asks for a password: set DB_PASSWORD, or put it into DATABASE_URL",
-        );
-    };
-    if *code == SqlState::INVALID_CATALOG_NAME {
-        return Some("create it with `pisync db setup`, or set DB_NAME to another");
-    }
-    if *code == SqlState::INVALID_PASSWORD || *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION
-    {
-        return Some(
-            "check DB_USER and DB_PASSWORD, or those in DATABASE_URL, and the server's pg_hba.conf",
-        );
-    }
-    None
 }
 
 /// What a session says of itself.

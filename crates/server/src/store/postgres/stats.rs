@@ -5,10 +5,10 @@ use pisync_core::Timestamp;
 use tokio_postgres::Error;
 
 use super::{
-    PostgresStore,
     connect::Object,
     roll_ups,
     rows::{DEVICE_COLUMNS, SUMS, device_row, figures, snapshot},
+    store::PostgresStore,
 };
 use crate::store::{
     Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,

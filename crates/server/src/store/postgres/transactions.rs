@@ -16,7 +16,7 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::Row;
 
 use super::{
-    connect::{Backend, Connection},
+    connection::{Backend, Connection},
     durability,
     errors::WriteError,
     imports, roll_ups,

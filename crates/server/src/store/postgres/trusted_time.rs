@@ -7,7 +7,7 @@ use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
 use tokio_postgres::{Client, Error, Row};
 
-use super::{PostgresStore, connect::Object};
+use super::{connect::Object, store::PostgresStore};
 use crate::store::{
     StoreError, TrustedTime, TrustedTimeStore,
     trusted_time::{AGREEMENT_MILLISECONDS, WITNESSES, Witnesses},

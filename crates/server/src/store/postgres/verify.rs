@@ -10,12 +10,12 @@ use pisync_core::{JobFigures, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
 use super::{
-    PostgresStore,
     connect::Object,
     errors::store_error,
     expiry, misdated,
     roll_ups::{self, folded, sums},
     statements::unanswered_failures,
+    store::PostgresStore,
 };
 use crate::store::{
     StoreError, SumDifference, Verification, Verified,

@@ -21,7 +21,8 @@ use tokio::time::Instant;
 use tokio_postgres::{Error, error::SqlState};
 
 use super::{
-    connect::{Backend, Connector},
+    connect::Connector,
+    connection::Backend,
     durability,
     errors::{ErrorClass, WriteError, class_of, is_connection_lost, is_raised, store_error},
     expiry::{self, Horizon},

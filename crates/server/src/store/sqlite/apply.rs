@@ -1,70 +1,124 @@
-//! Applying the ingest journal: bringing acknowledged events into the tables.
+//! Applying the ingest journal: bringing acknowledged events into the tables. The writer thread calls it, before whatever
+//! looks for events in the tables and whenever enough of them wait; so does a command that finds a journal without a
+//! server.
 
-use std::{ops::Range, path::Path, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 use super::{
-    connection::{refuses_data, store_error},
-    ingest_buffer::{JournaledBatch, unusable},
-    journal::{self, Journal, Survey},
+    connection::refuses_data,
+    ids,
+    ingest_buffer::{IngestBuffer, JournaledBatch},
+    ingest_state::{self, IngestState, record_applied},
     quarantine::quarantine,
-    writer::{IngestState, Journaled, WriteConnection, record_applied},
+    write_connection::{Journaled, WriteConnection},
 };
-use crate::store::{Batch, Observations, StoreError};
+use crate::store::{Batch, Observations};
 
-/// Brings what a server has left in the journal of the database at `database` into its tables, and removes the
-/// journal. The server must not run.
-pub(super) fn recover(database: &Path) -> Result<(), StoreError> {
-    let mut connection = WriteConnection::open(database)?;
-    if !connection.has_current_ingest_state().map_err(store_error)? {
-        return Err(StoreError::Failed(format!(
-            "the last events that were acknowledged for {} are still in its ingest journal, and its tables are those of an older version; run `pisync migrate up` first",
-            database.display()
-        )));
+/// Ids that are reserved at a time, before they are given: those of a full ingest buffer and of the largest batch
+/// after it, twice. A crash loses what is left of them.
+pub(super) const RESERVED_IDS: i64 = 262_144;
+
+/// With fewer left, more are reserved.
+const FEWEST_RESERVED_IDS: i64 = RESERVED_IDS / 2;
+
+/// Applies everything that is in the journal by now; nothing when the connection is no server's.
+pub(super) fn apply_journal(writer: &mut WriteConnection) -> rusqlite::Result<()> {
+    let Some(buffer) = writer.buffer() else { return Ok(()) };
+    let wanted = buffer.state().last;
+    while let Some(batches) = buffer.next_apply_batch(wanted) {
+        let result = apply_batch(writer, &batches, |observations| buffer.tell(observations));
+        let result = result.map_err(|error| ids::explain(&writer.connection, error));
+        buffer.apply_ended(batches, result.as_ref().err());
+        result?;
     }
-    let state = connection.ingest_state().map_err(store_error)?;
-    let (_, records) = Journal::open(database, state.journal)?;
-    let apply_batch: Vec<_> =
-        records.into_iter().map(|record| Arc::new(JournaledBatch::from(record))).collect();
-    apply(&mut connection, &apply_batch, |_| ()).map_err(store_error)?;
-    connection.set_journal_in_use(false).map_err(store_error)?;
-    journal::remove(database).map_err(|error| unusable(database, &error))
+    let left = {
+        let state = buffer.state();
+        state.last_reserved_id - state.next_id + 1
+    };
+    if left < FEWEST_RESERVED_IDS { reserve_ids(&buffer, writer) } else { Ok(()) }
 }
 
-/// The number of the journal's last record. A server may be writing it.
-pub(super) fn last_record(
-    connection: &mut WriteConnection,
-    database: &Path,
-) -> Result<u64, StoreError> {
-    let journal = connection.ingest_state().map_err(store_error)?.journal;
-    let survey = Survey::read(database, journal).map_err(|error| unusable(database, &error))?;
-    Ok(survey.last_number().max(journal.applied))
+/// Up to which id events may be aggregated: all of those that are stored later have a higher one.
+pub(super) fn last_aggregatable_id(writer: &mut WriteConnection) -> rusqlite::Result<i64> {
+    let Some(buffer) = writer.buffer() else { return Ok(i64::MAX) };
+    pass_other_writers(&buffer, writer)?;
+    Ok(buffer.lowest_open_id() - 1)
+}
+
+/// Reserves more ids. They follow those that are left, unless somebody else has taken ids meanwhile.
+fn reserve_ids(buffer: &IngestBuffer, writer: &mut WriteConnection) -> rusqlite::Result<()> {
+    let Some((first, last)) = more_ids(buffer, writer)? else { return Ok(()) };
+    let mut state = buffer.state();
+    if first != state.last_reserved_id + 1 {
+        state.next_id = first;
+    }
+    state.last_reserved_id = last;
+    Ok(())
+}
+
+/// Gives the next event an id above all ids in the tables, so that everything in them can be aggregated.
+fn pass_other_writers(buffer: &IngestBuffer, writer: &mut WriteConnection) -> rusqlite::Result<()> {
+    let highest = writer.highest_id()?;
+    if highest < buffer.state().next_id {
+        return Ok(());
+    }
+    // Somebody else has taken ids above ours, or without asking from among them.
+    if let Some((first, last)) = more_ids(buffer, writer)? {
+        let mut state = buffer.state();
+        (state.next_id, state.last_reserved_id) = (first, last);
+    }
+    Ok(())
+}
+
+/// Reserves more ids; `None` when there are no more. Those that are left are then given, and no event is acknowledged
+/// after them.
+fn more_ids(
+    buffer: &IngestBuffer,
+    writer: &mut WriteConnection,
+) -> rusqlite::Result<Option<(i64, i64)>> {
+    let reserved = writer.reserve_ids(RESERVED_IDS, 0);
+    let why = reserved.as_ref().err().filter(|error| ids::are_used_up(error));
+    let why = why.map(ToString::to_string);
+    let mut state = buffer.state();
+    if let Some(error) = &why
+        && state.unreserved.is_none()
+    {
+        let left = state.last_reserved_id - state.next_id + 1;
+        tracing::error!(error, left, "events will be answered 503 once no ids are left");
+    }
+    state.unreserved = why;
+    if state.unreserved.is_some() {
+        return Ok(None);
+    }
+    drop(state);
+    reserved.map(|ids| Some(ids.into_inner()))
 }
 
 /// Applies a batch in one transaction, and passes on what is learnt. What the tables refuse is looked for among
 /// its events and left out: what they could refuse has been refused at the door, so this is for the
 /// unforeseen.
-pub(super) fn apply(
+pub(super) fn apply_batch(
     connection: &mut WriteConnection,
-    apply_batch: &[Arc<JournaledBatch>],
+    batches: &[Arc<JournaledBatch>],
     mut tell: impl FnMut(Observations),
 ) -> rusqlite::Result<()> {
     // What an attempt before this one has stored, which may have been interrupted anywhere.
-    let IngestState { journal, applied_events } = connection.ingest_state()?;
-    let done = apply_batch.iter().take_while(|accepted| accepted.number <= journal.applied).count();
-    let apply_batch = &apply_batch[done..];
-    let mut store = |connection: &mut WriteConnection, apply_batch: &[_], events| {
-        let observations = apply_in_one_transaction(connection, apply_batch, events)?;
+    let IngestState { journal, applied_events } = ingest_state::read(&connection.connection)?;
+    let done = batches.iter().take_while(|accepted| accepted.number <= journal.applied).count();
+    let batches = &batches[done..];
+    let mut store = |connection: &mut WriteConnection, batches: &[_], events| {
+        let observations = apply_in_one_transaction(connection, batches, events)?;
         if !observations.new_devices.is_empty() || !observations.streaks.is_empty() {
             tell(observations);
         }
         Ok(())
     };
-    match store(connection, apply_batch, applied_events..usize::MAX) {
+    match store(connection, batches, applied_events..usize::MAX) {
         Err(error) if refuses_data(&error) => {}
         other => return other,
     }
     let mut first = applied_events;
-    for accepted in apply_batch {
+    for accepted in batches {
         let one = std::slice::from_ref(accepted);
         match store(connection, one, first..usize::MAX) {
             Err(error) if refuses_data(&error) => {}
@@ -91,16 +145,16 @@ pub(super) fn apply(
 /// Applies a batch in one transaction; of its first record only the events with these indexes.
 fn apply_in_one_transaction(
     connection: &mut WriteConnection,
-    apply_batch: &[Arc<JournaledBatch>],
+    batches: &[Arc<JournaledBatch>],
     events: Range<usize>,
 ) -> rusqlite::Result<Observations> {
-    let (Some(first), Some(last)) = (apply_batch.first(), apply_batch.last()) else {
+    let (Some(first), Some(last)) = (batches.first(), batches.last()) else {
         return Ok(Observations::default());
     };
-    let count = apply_batch.iter().map(|accepted| accepted.positions.len()).sum();
+    let count = batches.iter().map(|accepted| accepted.positions.len()).sum();
     let mut batch = Batch::new(last.batch.received, Vec::with_capacity(count));
     let mut ids = Vec::with_capacity(count);
-    for accepted in apply_batch {
+    for accepted in batches {
         let is_first = Arc::ptr_eq(accepted, first);
         for (index, (position, id)) in accepted.positions.iter().zip(accepted.ids()).enumerate() {
             if !is_first || events.contains(&index) {
@@ -111,7 +165,7 @@ fn apply_in_one_transaction(
         }
     }
     let through =
-        if apply_batch.len() == 1 { last.through(events.end) } else { last.through(usize::MAX) };
+        if batches.len() == 1 { last.through(events.end) } else { last.through(usize::MAX) };
     let written = connection.store(&batch, Some(&Journaled { ids, through }))?;
     // Its event_id was free when it was acknowledged.
     for duplicate in &written.duplicates {

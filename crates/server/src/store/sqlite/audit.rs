@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use rusqlite::{Connection, Transaction, params};
 
-use super::{SqliteStore, connection::expect_row, rows::time};
+use super::{connection::expect_row, rows::time, store::SqliteStore};
 use crate::store::{
     Actor, AuditEntry, AuditLog, StoreError,
     audit::{NewAuditEntry, stored_details},

@@ -11,16 +11,24 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::{
     connection::open_existing,
-    files::{
-        LOG_INDEX, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside, holds_something, replaced_names,
-    },
+    files::{holds_something, replaced_names},
     journal,
+    paths::{LOG_INDEX, ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside},
 };
 use crate::{
     permissions::{self, folder_of},
-    store::{BackedUp, StoreError},
+    store::StoreError,
     temporary::TemporaryFile,
 };
+
+/// What a backup holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackedUp {
+    /// Registered devices.
+    pub devices: u64,
+    /// Events that are kept one by one.
+    pub events: u64,
+}
 
 /// How long to wait for somebody who is using the database that is to be replaced.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -10,12 +10,8 @@ use std::{
 };
 
 use rusqlite::Connection;
-use tokio::sync::mpsc::WeakSender;
 
-use super::{
-    connection::{CHECKPOINT_PAGES, open_for_checkpoints},
-    writer::{Call, WriteConnection},
-};
+use super::connection::{CHECKPOINT_PAGES, open_for_checkpoints};
 use crate::{store::StoreError, threads::Threads};
 
 /// A log that has grown to this many times [`CHECKPOINT_PAGES`] is copied by the writer itself, so that
@@ -34,12 +30,12 @@ const REST_PAGES: i64 = 500;
 /// what is left does not become less.
 const PASSES: usize = 8;
 
-/// Has `connection`, the writer's, report its log to a thread that copies it; `calls` is how that thread
-/// reaches the writer. The thread ends with the connection.
+/// Has `connection`, the writer's, report its log to a thread that copies it. `copy_rest` has the writer copy what is
+/// left, and answers false once there is no writer. The thread ends with the connection.
 pub(super) fn checkpoint_beside(
     connection: &mut Connection,
     path: &Path,
-    calls: WeakSender<Call>,
+    copy_rest: impl Fn() -> bool + Send + 'static,
     threads: &Threads,
 ) -> Result<(), StoreError> {
     let failed = |error: &dyn std::fmt::Display| {
@@ -48,7 +44,7 @@ pub(super) fn checkpoint_beside(
     let checkpoints = open_for_checkpoints(path).map_err(|error| failed(&error))?;
     let (filled, requests) = mpsc::sync_channel(1);
     threads
-        .start("sqlite-checkpoint", move || copy_when_filled(&checkpoints, &requests, &calls))
+        .start("sqlite-checkpoint", move || copy_when_filled(&checkpoints, &requests, &copy_rest))
         .map_err(|error| failed(&error))?;
     watch_log(connection, filled).map_err(|error| failed(&error))
 }
@@ -77,7 +73,11 @@ fn watch_log(connection: &mut Connection, filled: SyncSender<()>) -> rusqlite::R
     }))
 }
 
-fn copy_when_filled(connection: &Connection, requests: &Receiver<()>, calls: &WeakSender<Call>) {
+fn copy_when_filled(
+    connection: &Connection,
+    requests: &Receiver<()>,
+    copy_rest: &dyn Fn() -> bool,
+) {
     while requests.recv().is_ok() {
         for _ in 0..PASSES {
             match copy_log(connection).and_then(|()| pages_left(connection)) {
@@ -89,12 +89,7 @@ fn copy_when_filled(connection: &Connection, requests: &Receiver<()>, calls: &We
                 }
             }
         }
-        let Some(calls) = calls.upgrade() else { return };
-        let rest: Call = Box::new(|writer: &mut WriteConnection| {
-            // Reported above when there is something to report.
-            let _ = copy_log(&writer.connection);
-        });
-        if calls.blocking_send(rest).is_err() {
+        if !copy_rest() {
             return;
         }
     }
@@ -122,7 +117,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::store::sqlite::{connection::open_for_writing, writer::WriterThread};
+    use crate::store::sqlite::{connection::open_for_writing, writer_thread::WriterThread};
 
     /// A database with a table to fill.
     struct Database {

@@ -17,8 +17,9 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
     backup::Copy,
+    claim,
     connection::{open_existing, open_for_writing, store_error},
-    files, roll_ups,
+    roll_ups,
 };
 use crate::store::{
     StoreError,
@@ -43,7 +44,7 @@ type SharedConnection = Arc<Mutex<Connection>>;
 
 impl SqliteCopyReader {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        let path = files::find(path)?;
+        let path = claim::find(path)?;
         let open = || -> rusqlite::Result<Connection> {
             let connection = open_existing(&path)?;
             connection.pragma_update(None, "query_only", true)?;
@@ -77,7 +78,7 @@ impl CopyReader for SqliteCopyReader {
 
 /// Where a new database is going to stand; nobody else uses it meanwhile.
 pub(crate) struct Place {
-    claim: files::Claim,
+    claim: claim::Claim,
     new: Copy,
 }
 
@@ -86,7 +87,7 @@ impl Place {
         if database.is_dir() {
             return Err(StoreError::Failed("it is a folder; name a file".to_owned()));
         }
-        let claim = files::Claim::take(database)?;
+        let claim = claim::Claim::take(database)?;
         Ok(Self { new: Copy::empty(claim.database())?, claim })
     }
 

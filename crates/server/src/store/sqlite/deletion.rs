@@ -8,10 +8,12 @@ use pisync_core::{DeviceId, LONGEST_LEAD};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
-    SqliteStore, audit, roll_ups,
+    apply::apply_journal,
+    audit, roll_ups,
     rows::{device_number, time},
+    store::SqliteStore,
     verify,
-    writer::WriteConnection,
+    write_connection::WriteConnection,
 };
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
@@ -70,7 +72,7 @@ fn begin(writer: &mut WriteConnection, device_id: &DeviceId, by: &Actor) -> rusq
             on conflict (device_id) do nothing
     ";
     // What was acknowledged before goes with the device.
-    writer.apply_journal()?;
+    apply_journal(writer)?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let Some(number) = device_number(&transaction, device_id)? else { return Ok(false) };

@@ -6,10 +6,12 @@ use pisync_core::DeviceId;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, named_params, params};
 
 use super::{
-    SqliteStore, audit,
+    apply::apply_journal,
+    audit,
     connection::Cost,
     rows::{DEVICE_COLUMNS, SUMS, device_number, device_row, jobs},
-    writer::WriteConnection,
+    store::SqliteStore,
+    write_connection::WriteConnection,
 };
 use crate::store::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
@@ -147,7 +149,7 @@ fn update_device(
     change: &DeviceChange,
     by: &Actor,
 ) -> rusqlite::Result<bool> {
-    writer.apply_journal()?;
+    apply_journal(writer)?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let changed = transaction.execute(

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use super::{
-    SqliteStore, connection::Cost, history, ingest_buffer::IngestBuffer, watch::Watch,
-    writer::SqliteEventWriter,
+    connection::Cost, direct_writer::SqliteEventWriter, history, journal_writer,
+    store::SqliteStore, watch::Watch,
 };
 use crate::store::{
     EventPage, EventStore, EventWriter, HistoryQuery, Observations, StoreError, SyncHistory,
@@ -23,11 +23,11 @@ impl EventStore for SqliteStore {
         &self,
         observations: mpsc::UnboundedSender<Observations>,
     ) -> Result<Box<dyn EventWriter>, StoreError> {
-        let (buffer, writer) =
-            IngestBuffer::start(&self.path, self.writer.clone(), observations).await?;
+        let (scheduler, writer) =
+            journal_writer::start(&self.path, self.writer.clone(), observations).await?;
         let presence = Arc::clone(self.writer.presence());
         let watch = Watch::start(&self.path, self.identity, presence, self.writer.threads())?;
-        let is_first = self.watch.set(watch).is_ok() && self.buffer.set(buffer).is_ok();
+        let is_first = self.watch.set(watch).is_ok() && self.ingest.set(scheduler).is_ok();
         if !is_first {
             let twice = "the database has an ingest writer already";
             return Err(StoreError::Failed(twice.to_owned()));

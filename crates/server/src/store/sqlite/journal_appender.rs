@@ -1,28 +1,30 @@
 //! The thread that acknowledges events: it looks up their event ids, gives them ids, and appends them to the journal.
+//! Ingest reaches it through `journal_writer`.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{
         Arc, PoisonError,
-        mpsc::{Receiver, RecvTimeoutError, SyncSender},
+        mpsc::{Receiver, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
 
-use async_trait::async_trait;
 use pisync_core::DeviceId;
 use rusqlite::{Connection, OptionalExtension, params};
 use tokio::sync::oneshot;
 
 use super::{
+    apply_scheduler::ApplyScheduler,
     connection::store_error,
+    event_rows::FIND_KEY,
     history::kept_event,
-    ingest_buffer::{IngestBuffer, JournaledBatch, PendingEvent},
+    ingest_buffer::{JournaledBatch, PendingEvent},
     journal::Journal,
     rows::device_number,
-    writer::{FIND_KEY, REMEMBERED_DEVICES, WriteConnection},
+    write_connection::REMEMBERED_DEVICES,
 };
-use crate::store::{Batch, Duplicate, EventWriter, StoreError, StoredEvent, Written};
+use crate::store::{Batch, Duplicate, StoreError, StoredEvent, Written};
 
 /// Events that are applied together, unless somebody asks for them before: some 200 ms of work. With half as many, one
 /// event in ten fewer is stored where they have ids.
@@ -31,68 +33,15 @@ const APPLY_BATCH_EVENTS: usize = 32_768;
 /// How long events are left in the journal alone when there are fewer.
 const APPLY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Batches that may be in flight before the first of them is in the journal.
-pub(super) const BATCHES_IN_FLIGHT: usize = 2;
-
-/// How long to wait while the buffer is full; each batch that is applied makes room.
+/// How long to wait while the buffer is full.
 const FULL_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Reply = oneshot::Sender<Result<Written, StoreError>>;
-
-/// Ingest's way to the journal.
-pub(super) struct JournalWriter {
-    pub(super) buffer: Arc<IngestBuffer>,
-    pub(super) requests: SyncSender<(Arc<Batch>, Reply)>,
-    /// Of batches in flight, the oldest first.
-    pub(super) replies: VecDeque<oneshot::Receiver<Result<Written, StoreError>>>,
-}
-
-#[async_trait]
-impl EventWriter for JournalWriter {
-    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
-        self.buffer.writer.presence().check()?;
-        let (reply, result) = oneshot::channel();
-        // None is in flight, so there is room.
-        self.requests.send((Arc::clone(batch), reply)).map_err(|_| StoreError::Stopped)?;
-        result.await.map_err(|_| StoreError::Stopped)?
-    }
-
-    fn send(&mut self, batch: &Arc<Batch>) -> bool {
-        if self.buffer.writer.presence().is_lost() {
-            return false;
-        }
-        let (reply, result) = oneshot::channel();
-        let has_room = self.requests.try_send((Arc::clone(batch), reply)).is_ok();
-        if has_room {
-            self.replies.push_back(result);
-        }
-        has_room
-    }
-
-    async fn sent(&mut self) -> Option<Written> {
-        let result = self.replies.front_mut()?.await;
-        self.replies.pop_front();
-        result.ok()?.ok()
-    }
-
-    async fn probe(&mut self) -> Result<(), StoreError> {
-        self.buffer
-            .writer
-            .call(|connection| {
-                connection.apply_journal()?;
-                connection.probe()
-            })
-            .await
-    }
-
-    async fn finish(&mut self) -> Result<(), StoreError> {
-        self.buffer.writer.call(WriteConnection::apply_journal).await
-    }
-}
+/// Where the answer to a batch goes.
+pub(super) type Reply = oneshot::Sender<Result<Written, StoreError>>;
 
 /// The thread that acknowledges events.
 pub(super) struct JournalAppender {
-    pub(super) buffer: Arc<IngestBuffer>,
+    pub(super) scheduler: ApplyScheduler,
     pub(super) journal: Journal,
     /// For looking up event ids in the tables.
     pub(super) keys: Connection,
@@ -104,7 +53,7 @@ pub(super) struct JournalAppender {
 impl JournalAppender {
     pub(super) fn work(mut self, requests: &Receiver<(Arc<Batch>, Reply)>) {
         loop {
-            let since = self.buffer.state().since;
+            let since = self.scheduler.buffer.state().since;
             let request = match since {
                 None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(since) => {
@@ -119,10 +68,10 @@ impl JournalAppender {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            let mut state = self.buffer.state();
+            let mut state = self.scheduler.buffer.state();
             let is_due = state.since.is_some_and(|since| since.elapsed() >= APPLY_INTERVAL);
             if is_due || state.events >= APPLY_BATCH_EVENTS {
-                self.buffer.call_writer(&mut state);
+                self.scheduler.call_writer(&mut state);
                 if is_due {
                     // Not again before that may be over.
                     state.since = Some(Instant::now());
@@ -131,16 +80,16 @@ impl JournalAppender {
         }
     }
 
-    pub(super) fn accept(&mut self, batch: Arc<Batch>) -> Result<Written, StoreError> {
+    fn accept(&mut self, batch: Arc<Batch>) -> Result<Written, StoreError> {
         self.wait_until_not_full()?;
         let repeats = batch.repeats();
         let known = self.find_known(&batch, &repeats).map_err(store_error)?;
         let new = batch.events.len() - repeats.len() - known.len();
         let (first_id, applied) = {
-            let mut state = self.buffer.state();
+            let mut state = self.scheduler.buffer.state();
             let Some(first_id) = state.take_ids(new) else {
                 // More are reserved when events are brought into the tables.
-                self.buffer.call_writer(&mut state);
+                self.scheduler.call_writer(&mut state);
                 let why = state.unreserved.clone();
                 let why = why.unwrap_or_else(|| "no ids are reserved for events".into());
                 return Err(StoreError::Unavailable(why));
@@ -179,7 +128,7 @@ impl JournalAppender {
         } else {
             self.journal.append(first_id, batch.received, events, applied).map(Some)
         };
-        let mut state = self.buffer.state();
+        let mut state = self.scheduler.buffer.state();
         state.in_flight = None;
         match appended {
             Ok(None) => {}
@@ -199,9 +148,9 @@ impl JournalAppender {
     }
 
     /// Waits while too much is in the journal alone, and refuses while that cannot be brought further.
-    pub(super) fn wait_until_not_full(&self) -> Result<(), StoreError> {
+    fn wait_until_not_full(&self) -> Result<(), StoreError> {
         let began = Instant::now();
-        let mut state = self.buffer.state();
+        let mut state = self.scheduler.buffer.state();
         loop {
             if let Some(why) = &state.failed {
                 return Err(StoreError::Unavailable(why.clone()));
@@ -212,15 +161,16 @@ impl JournalAppender {
             if began.elapsed() > FULL_TIMEOUT {
                 return Err(StoreError::Unavailable("the database does not keep up".into()));
             }
-            self.buffer.call_writer(&mut state);
-            let waited = self.buffer.ended.wait_timeout(state, Duration::from_millis(100));
+            self.scheduler.call_writer(&mut state);
+            let waited =
+                self.scheduler.buffer.attempted.wait_timeout(state, Duration::from_millis(100));
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// The events that were reported before the batch, by position: the first one's id, and that one if it is
     /// still kept. Those that repeat an earlier one of the batch are left out.
-    pub(super) fn find_known(
+    fn find_known(
         &mut self,
         batch: &Batch,
         repeats: &HashMap<usize, usize>,
@@ -230,7 +180,7 @@ impl JournalAppender {
         // is found in the other.
         let mut unplaced = Vec::new();
         {
-            let state = self.buffer.state();
+            let state = self.scheduler.buffer.state();
             if state.devices_epoch != self.devices_epoch || self.devices.len() > REMEMBERED_DEVICES
             {
                 self.devices_epoch = state.devices_epoch;

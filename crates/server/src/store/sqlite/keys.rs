@@ -5,10 +5,10 @@ use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 
 use super::{
-    SqliteStore,
     audit::record,
     connection::expect_row,
     rows::{optional_time, time},
+    store::SqliteStore,
 };
 use crate::store::{
     Actor, ApiKey, KeyStore, Keys, NewKey, Revocation, StoreError, audit::NewAuditEntry,

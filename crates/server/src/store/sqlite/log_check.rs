@@ -1,6 +1,6 @@
 //! Whether SQLite's write-ahead log is whole, looked at before SQLite opens the database. A log ends for SQLite at the
 //! first frame whose checksum is wrong, which is right after a power cut and wrong when the disk has damaged a frame: what
-//! was committed behind it would be dropped in silence. `files::find` refuses such a database, and `pisync journal
+//! was committed behind it would be dropped in silence. `claim::find` refuses such a database, and `pisync journal
 //! salvage` goes on without what is lost.
 //!
 //! The format: <https://www.sqlite.org/fileformat2.html#the_write_ahead_log>.
@@ -16,10 +16,7 @@ use std::{
 
 use tempfile::NamedTempFile;
 
-use super::{
-    files::{Identity, WRITE_AHEAD_LOG, beside},
-    journal::{second_name, sync_folder},
-};
+use super::paths::{Identity, WRITE_AHEAD_LOG, beside, second_name, sync_folder};
 use crate::{
     permissions::{self, folder_of},
     store::StoreError,

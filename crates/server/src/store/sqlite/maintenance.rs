@@ -6,7 +6,10 @@ use async_trait::async_trait;
 use pisync_core::Timestamp;
 use rusqlite::{TransactionBehavior, params};
 
-use super::{SqliteStore, expiry, roll_ups, writer::WriteConnection};
+use super::{
+    apply::last_aggregatable_id, expiry, roll_ups, store::SqliteStore,
+    write_connection::WriteConnection,
+};
 use crate::store::{Maintenance, Retention, RollUps, StoreError};
 
 /// Event ids that are forgotten in one transaction, some 10 ms of work.
@@ -15,16 +18,16 @@ const FORGOTTEN_AT_ONCE: u16 = 1_000;
 #[async_trait]
 impl RollUps for SqliteStore {
     async fn aggregate_events(&self, _now: Timestamp) -> Result<bool, StoreError> {
-        let most = self.fold_step.get();
+        let most = self.aggregation_step.get();
         let fold = move |connection: &mut WriteConnection| {
             let started = Instant::now();
-            let last = connection.last_foldable_id()?;
+            let last = last_aggregatable_id(connection)?;
             let more = roll_ups::fold(&mut connection.connection, most, last)?;
             Ok((more, started.elapsed()))
         };
         let (more, took) = self.writer.call(fold).await?;
         if more {
-            self.fold_step.learn(took);
+            self.aggregation_step.learn(took);
         }
         Ok(more)
     }

@@ -7,8 +7,10 @@ use pisync_core::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
+    claim,
     connection::{open_existing, open_for_writing, store_error},
     files,
+    journal_commands::check_journal,
     rows::time,
 };
 use crate::store::{
@@ -32,7 +34,7 @@ impl SqliteMigrations {
         &self,
         change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<bool>,
     ) -> Result<bool, StoreError> {
-        let mut connection = open_for_writing(&files::find(&self.path)?)?;
+        let mut connection = open_for_writing(&claim::find(&self.path)?)?;
         let run = || {
             // Off while tables are rebuilt; what refers to what is checked before the commit.
             connection.pragma_update(None, "foreign_keys", false)?;
@@ -56,7 +58,7 @@ impl SqliteMigrations {
 #[async_trait]
 impl MigrationDatabase for SqliteMigrations {
     async fn contents(&mut self) -> Result<Contents, StoreError> {
-        let path = files::find(&self.path)?;
+        let path = claim::find(&self.path)?;
         if !path.exists() {
             return Ok(Contents::Ours(Ours::default()));
         }
@@ -80,7 +82,7 @@ impl MigrationDatabase for SqliteMigrations {
     }
 
     fn may_change(&self) -> Result<(), StoreError> {
-        super::check_journal(&files::find(&self.path)?)
+        check_journal(&claim::find(&self.path)?)
     }
 
     async fn apply(

@@ -5,7 +5,7 @@
 use pisync_core::Timestamp;
 use rusqlite::{Transaction, TransactionBehavior, params};
 
-use super::writer::WriteConnection;
+use super::{apply::apply_journal, write_connection::WriteConnection};
 
 /// Devices at a time: all of a device's events are read, while ingest waits.
 const DEVICES: u32 = 4;
@@ -79,7 +79,7 @@ pub(super) fn recount_some(
                        dates.set_aside_until)
     "
     );
-    writer.apply_journal()?;
+    apply_journal(writer)?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let latest = latest.as_millisecond();

@@ -9,7 +9,7 @@ use std::{
 use pisync_core::{EventId, JobName, Metadata, SyncEvent, Timestamp};
 use serde_json::{Value, json};
 
-use super::files::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside};
+use super::paths::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside};
 use crate::{
     permissions::{self, PRIVATE},
     store::{Batch, StoreError},

@@ -5,10 +5,10 @@ use pisync_core::Timestamp;
 use rusqlite::{Connection, params};
 
 use super::{
-    SqliteStore,
     connection::Cost,
     roll_ups,
     rows::{DEVICE_COLUMNS, SUMS, device_row, figures},
+    store::SqliteStore,
 };
 use crate::store::{
     Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,

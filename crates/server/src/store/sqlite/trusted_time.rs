@@ -7,8 +7,8 @@ use pisync_core::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 
 use super::{
-    SqliteStore,
     rows::{optional_time, time},
+    store::SqliteStore,
 };
 use crate::store::{
     StoreError, TrustedTime, TrustedTimeStore,

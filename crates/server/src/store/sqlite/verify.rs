@@ -8,12 +8,14 @@ use pisync_core::{JobFigures, LONGEST_LEAD, Timestamp, later_until};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
-    SqliteStore,
     connection::Cost,
-    expiry, misdated,
+    expiry,
+    job_figures::{JobStatements, job_figures},
+    misdated,
     roll_ups::{self, sums},
     rows::time,
-    writer::{JobStatements, WriteConnection, job_figures},
+    store::SqliteStore,
+    write_connection::WriteConnection,
 };
 use crate::store::{
     StoreError, SumDifference, Sums, Verification, Verified,

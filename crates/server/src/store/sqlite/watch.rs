@@ -15,10 +15,7 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    files::{Identity, LOG_INDEX, WRITE_AHEAD_LOG, beside},
-    journal,
-};
+use super::paths::{INGEST_JOURNAL, Identity, LOG_INDEX, WRITE_AHEAD_LOG, beside};
 use crate::{store::StoreError, threads::Threads};
 
 /// How often to look. Events that are acknowledged in between may be lost with the files.
@@ -114,7 +111,7 @@ struct Files {
 
 impl Files {
     fn new(database: &Path, identity: Identity) -> Self {
-        let others = [WRITE_AHEAD_LOG, LOG_INDEX].into_iter().chain(journal::ENDINGS);
+        let others = [WRITE_AHEAD_LOG, LOG_INDEX].into_iter().chain(INGEST_JOURNAL);
         let mut known: Vec<_> = others.map(|ending| (beside(database, ending), None)).collect();
         known.push((database.to_owned(), Some(identity)));
         Self { database: database.to_owned(), known, stopped: false, warned_of_names: false }

@@ -6,6 +6,10 @@ use jiff::civil::Date;
 use pisync_core::{LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, Transaction};
 
+use super::{
+    report::Progress,
+    survey::{TAKE_OVER_TABLE, column},
+};
 use crate::store::{
     migrations::embedded_for_postgres,
     postgres::{
@@ -14,12 +18,7 @@ use crate::store::{
         roll_ups,
         verify::{JOB_COLUMNS, recounted},
     },
-    take_over::Progress,
 };
-
-/// What remembers that the database was the Node service's, and in which time zone its times are to be
-/// given back.
-pub(super) const TAKE_OVER_TABLE: &str = "pisync_take_over";
 
 /// An event's columns in ours, and what they are read from in the Node service's. $1 is the time zone.
 const EVENT: &str = "
@@ -74,7 +73,7 @@ pub(super) async fn make_tables(
                    to_regclass('devices_id_seq'), to_regclass('sync_events_id_seq'))
            and grantee <> relowner
     ";
-    let grants = super::survey::column(&transaction.query(GRANTS, &[]).await?)?;
+    let grants = column(&transaction.query(GRANTS, &[]).await?)?;
     transaction.batch_execute(PUT_ASIDE).await?;
     transaction.batch_execute(CREATE_TABLE).await?;
     for migration in embedded_for_postgres() {
@@ -175,7 +174,7 @@ pub(super) async fn count_figures(
     );
     let latest = now.saturating_add_milliseconds(LONGEST_LEAD).to_jiff();
     transaction.execute(&count, &[&latest]).await?;
-    report(&Progress::Folding);
+    report(&Progress::Aggregating);
     roll_ups::fold_between(transaction, Timestamp::MIN, roll_ups::final_until(now)).await?;
     transaction.batch_execute("analyze device_jobs, device_days, fleet_hours").await
 }

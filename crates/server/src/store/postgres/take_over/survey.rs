@@ -3,8 +3,12 @@
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, GenericClient, Row, types::ToSql};
 
-use super::embedded_names;
-use crate::store::take_over::Survey;
+use super::report::Survey;
+use crate::store::migrations::embedded_for_postgres;
+
+/// What remembers that the database was the Node service's, and in which time zone its times are to be
+/// given back.
+pub(super) const TAKE_OVER_TABLE: &str = "pisync_take_over";
 
 /// Events that the store cannot hold: what is taken for a time must be one in every time zone.
 const OUT_OF_RANGE: &str = "
@@ -163,7 +167,7 @@ const OWN_INDEXES: &str = "
 
 /// What is in the way, in words, as far as it can be told without reading the tables.
 pub(super) async fn obstacles(client: &impl GenericClient) -> Result<Vec<String>, Error> {
-    column(&client.query(OBSTACLES, &[&embedded_names(), &&COLUMNS[..]]).await?)
+    column(&client.query(OBSTACLES, &[&embedded_relations(), &&COLUMNS[..]]).await?)
 }
 
 /// Looks through the tables. What is in the way ends it early: nothing is known of other columns then.
@@ -248,4 +252,31 @@ fn range(row: &Row, first: usize) -> Result<Option<(Timestamp, Timestamp)>, Erro
 
 pub(super) fn column(rows: &[Row]) -> Result<Vec<String>, Error> {
     rows.iter().map(|row| row.try_get(0)).collect()
+}
+
+/// The names of the tables and sequences that our migrations make, but for those that the Node service has.
+fn embedded_relations() -> Vec<String> {
+    let migrations = embedded_for_postgres();
+    let statements = migrations.iter().flat_map(|migration| migration.up.lines());
+    let names = statements.filter_map(|line| {
+        let made = line.strip_prefix("create table ").or(line.strip_prefix("create sequence "))?;
+        made.split([' ', '(']).next().map(str::to_owned)
+    });
+    let node = ["devices", "sync_events", "devices_id_seq", "sync_events_id_seq"];
+    let ours = names.filter(|name| !node.contains(&name.as_str()));
+    ours.chain([TAKE_OVER_TABLE.to_owned()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_in_the_migrations() {
+        let names = embedded_relations();
+        for name in ["device_jobs", "event_keys", "api_keys", "audit_log", "pisync_take_over"] {
+            assert!(names.iter().any(|found| found == name), "{name}: {names:?}");
+        }
+        assert!(!names.iter().any(|name| name == "devices" || name == "sync_events_id_seq"));
+    }
 }

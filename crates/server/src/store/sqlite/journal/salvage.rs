@@ -11,11 +11,10 @@ use pisync_core::SyncEvent;
 use tempfile::NamedTempFile;
 
 use super::{
-    GROWTH_BYTES, JournalState, paths,
+    super::paths::{second_name, sync_folder},
+    place::{GROWTH_BYTES, JournalState, paths},
     record::{self, Record},
-    second_name,
     survey::Survey,
-    sync_folder,
 };
 use crate::{
     permissions::{self, folder_of},

@@ -10,7 +10,7 @@ use std::{
 use pisync_core::SyncEvent;
 
 use super::{
-    GROWTH_BYTES, JournalState, paths,
+    place::{GROWTH_BYTES, JournalState, paths},
     record::{self, Found, Record},
 };
 use crate::store::{JournalFileReport, JournalReport, JournalStretch, StoreError};

@@ -1,9 +1,20 @@
 //! What the journal gives back, whatever has become of its files.
 
-use pisync_core::{DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration};
+use std::{
+    fs::{self, File},
+    io,
+    path::PathBuf,
+};
+
+use pisync_core::{DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
 use tempfile::TempDir;
 
-use super::{salvage::Salvaged, *};
+use super::{
+    place::{GROWTH_BYTES, paths},
+    salvage::Salvaged,
+    writer::FILE_BYTES,
+    *,
+};
 
 const IDENTITY: i64 = -7;
 

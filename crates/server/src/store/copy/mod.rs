@@ -1,0 +1,14 @@
+//! A whole database copied into another, whichever store each is in. `tables` says what there is to copy, in a form of rows
+//! that is the same for both stores; `sides` says what each store does of it; `run` copies and compares.
+//!
+//! The source is read as of one moment, beside its servers. The destination is filled where nobody sees it and appears as
+//! a whole, or not at all.
+
+mod checksum;
+mod run;
+mod sides;
+mod tables;
+
+pub use run::{Copied, CopyError, CopyProgress, copy};
+pub(super) use sides::{BATCH_ROWS, CopyReader, CopyWriter, RowStream, Selection, Sums};
+pub(super) use tables::{Column, Kind, Row, Rows, SYNC_EVENTS, TABLES, Table, Value};

@@ -1,0 +1,236 @@
+//! What there is to copy: the tables and columns that both stores have, and the form of their rows on the way.
+
+/// How a column's values look in a [`Row`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Kind {
+    /// An integer.
+    Integer,
+    /// An integer that PostgreSQL keeps in 32 bits.
+    Integer32,
+    /// A text.
+    Text,
+    /// Bytes.
+    Bytes,
+    /// Microseconds since 2000-01-01T00:00Z, as PostgreSQL counts them.
+    Time,
+    /// Days since 1970-01-01.
+    Day,
+    /// A decimal fraction, in units of this many decimals.
+    Decimal(u32),
+    /// 1 for yes, 0 for no.
+    Boolean,
+}
+
+/// A column, by its name on PostgreSQL.
+#[derive(Debug)]
+pub(in crate::store) struct Column {
+    pub(in crate::store) name: &'static str,
+    pub(in crate::store) kind: Kind,
+}
+
+/// A table, which has the same name in both stores.
+#[derive(Debug)]
+pub(in crate::store) struct Table {
+    pub(in crate::store) name: &'static str,
+    pub(in crate::store) columns: &'static [Column],
+    pub(in crate::store) rows: Rows,
+}
+
+/// What kind of rows a table has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Rows {
+    /// Nothing special.
+    Plain,
+    /// Their first column is an id that is never given twice.
+    Numbered,
+    /// Sums of events, which are to be in step with what is folded.
+    Sums,
+    /// There is one, which migrations have made.
+    Single,
+}
+
+const fn table(name: &'static str, rows: Rows, columns: &'static [Column]) -> Table {
+    Table { name, columns, rows }
+}
+
+pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
+    Column { name, kind }
+}
+
+/// Everything that is copied, in an order in which each row finds what it refers to.
+///
+/// Left out are `pisync_migrations`, which the destination has of its own; `pisync_take_over`, for the copy
+/// was never the Node service's; how far events are folded,
+/// which the stores count differently (see [`super::Sums`]); and when the end of old events was announced, which
+/// only concerns servers that are running.
+pub(in crate::store) const TABLES: &[Table] = &[
+    table(
+        "devices",
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("device_id", Kind::Text),
+            column("created_at", Kind::Time),
+            column("updated_at", Kind::Time),
+            column("name", Kind::Text),
+            column("group", Kind::Text),
+        ],
+    ),
+    table(
+        "device_jobs",
+        Rows::Plain,
+        &[
+            column("device_id", Kind::Text),
+            column("job", Kind::Text),
+            column("total_syncs", Kind::Integer),
+            column("failed_syncs", Kind::Integer),
+            column("total_files_synced", Kind::Integer),
+            column("total_errors", Kind::Integer),
+            column("speed_sum", Kind::Integer),
+            column("speed_count", Kind::Integer),
+            column("first_sync", Kind::Time),
+            column("last_sync", Kind::Time),
+            column("last_success", Kind::Time),
+            column("last_failure", Kind::Time),
+            column("consecutive_failures", Kind::Integer),
+            column("last_received", Kind::Time),
+            column("set_aside_until", Kind::Time),
+        ],
+    ),
+    table(
+        SYNC_EVENTS,
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("device_id", Kind::Text),
+            column("timestamp", Kind::Time),
+            column("total_files_synced", Kind::Integer32),
+            column("total_errors", Kind::Integer32),
+            column("internet_speed", Kind::Decimal(2)),
+            column("created_at", Kind::Time),
+            column("updated_at", Kind::Time),
+            column("job", Kind::Text),
+            column("duration_seconds", Kind::Decimal(3)),
+            column("bytes_synced", Kind::Integer),
+            column("metadata", Kind::Text),
+            column("event_id", Kind::Text),
+        ],
+    ),
+    table(
+        "device_days",
+        Rows::Sums,
+        &[
+            column("device_id", Kind::Text),
+            column("day", Kind::Day),
+            column("total_syncs", Kind::Integer),
+            column("failed_syncs", Kind::Integer),
+            column("total_files_synced", Kind::Integer),
+            column("total_errors", Kind::Integer),
+            column("speed_sum", Kind::Integer),
+            column("speed_count", Kind::Integer),
+        ],
+    ),
+    table(
+        "fleet_hours",
+        Rows::Sums,
+        &[
+            column("hour", Kind::Time),
+            column("total_syncs", Kind::Integer),
+            column("failed_syncs", Kind::Integer),
+            column("total_files_synced", Kind::Integer),
+            column("total_errors", Kind::Integer),
+            column("speed_sum", Kind::Integer),
+            column("speed_count", Kind::Integer),
+        ],
+    ),
+    table(
+        "roll_up_state",
+        Rows::Single,
+        &[column("raw_since", Kind::Time), column("streaks_since", Kind::Time)],
+    ),
+    table(
+        "event_keys",
+        Rows::Plain,
+        &[
+            column("device_id", Kind::Text),
+            column("event_id", Kind::Text),
+            column("id", Kind::Integer),
+            column("timestamp", Kind::Time),
+            column("created_at", Kind::Time),
+        ],
+    ),
+    table(
+        "api_keys",
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("hash", Kind::Bytes),
+            column("hint", Kind::Text),
+            column("name", Kind::Text),
+            column("scope", Kind::Text),
+            column("device_id", Kind::Text),
+            column("group", Kind::Text),
+            column("created_at", Kind::Time),
+            column("expires_at", Kind::Time),
+            column("revoked_at", Kind::Time),
+            column("last_used", Kind::Time),
+        ],
+    ),
+    table(
+        "device_deletions",
+        Rows::Plain,
+        &[
+            column("device_id", Kind::Text),
+            column("received_until", Kind::Time),
+            column("requested_at", Kind::Time),
+            column("via", Kind::Text),
+            column("key_id", Kind::Integer),
+            column("address", Kind::Text),
+            column("deleted_events", Kind::Integer),
+        ],
+    ),
+    table("api_key_changes", Rows::Single, &[column("version", Kind::Integer)]),
+    table(
+        "audit_log",
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("at", Kind::Time),
+            column("via", Kind::Text),
+            column("key_id", Kind::Integer),
+            column("address", Kind::Text),
+            column("action", Kind::Text),
+            column("subject", Kind::Text),
+            column("details", Kind::Text),
+        ],
+    ),
+    table(
+        "imports",
+        Rows::Plain,
+        &[
+            column("id", Kind::Bytes),
+            column("name", Kind::Text),
+            column("head", Kind::Bytes),
+            column("records", Kind::Integer),
+            column("digest", Kind::Bytes),
+            column("rejected", Kind::Integer),
+            column("finished", Kind::Boolean),
+            column("updated_at", Kind::Time),
+        ],
+    ),
+];
+
+pub(in crate::store) const SYNC_EVENTS: &str = "sync_events";
+
+/// What stands in a column.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::store) enum Value {
+    Null,
+    /// A number, or whatever [`Kind`] says it counts.
+    Integer(i64),
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+/// A row's values, in the order of the columns that were asked for.
+pub(in crate::store) type Row = Vec<Value>;

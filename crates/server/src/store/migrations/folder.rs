@@ -1,0 +1,125 @@
+//! The users' own migrations: a folder of pairs of files.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+};
+
+use pisync_core::Timestamp;
+
+use super::migration::{Migration, MigrationError, Source};
+
+/// Makes an empty pair of files for a migration of the user's own and returns their paths.
+///
+/// # Errors
+/// When the name has other characters than letters, digits and hyphens, or a file cannot be made.
+pub fn create_pair(
+    folder: &Path,
+    name: &str,
+    now: Timestamp,
+) -> Result<[PathBuf; 2], MigrationError> {
+    let plain = |character: char| character.is_ascii_alphanumeric() || character == '-';
+    if name.is_empty() || !name.chars().all(plain) {
+        return Err(MigrationError::BadFile(format!(
+            "{name:?} is no name for a migration: use letters, digits and hyphens, for instance add-site-column"
+        )));
+    }
+    let date = &now.to_string()[..10];
+    let taken = read_folder(folder)?;
+    let number = (1..100)
+        .map(|number| format!("{date}-{number:02}-"))
+        .find(|prefix| !taken.iter().any(|migration| migration.name.starts_with(prefix)))
+        .ok_or_else(|| MigrationError::BadFile(format!("99 migrations on {date} are enough")))?;
+    let cannot = |path: &Path, error: std::io::Error| {
+        MigrationError::BadFile(format!("cannot create {}: {error}", path.display()))
+    };
+    std::fs::create_dir_all(folder).map_err(|error| cannot(folder, error))?;
+    let files = [
+        (format!("{number}{name}.up.sql"), "-- What this migration changes.\n"),
+        (
+            format!("{number}{name}.down.sql"),
+            "-- Rolls it back. If that loses data, say what, in a line of this form:\n-- loses: nothing\n",
+        ),
+    ];
+    let mut paths = [PathBuf::new(), PathBuf::new()];
+    for (path, (file, text)) in paths.iter_mut().zip(files) {
+        *path = folder.join(file);
+        // Only where there is nothing yet, not even a link.
+        std::fs::File::create_new(&*path)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
+            .map_err(|error| cannot(path, error))?;
+    }
+    Ok(paths)
+}
+
+/// The users' migrations in `folder`, by name; none when there is no such folder.
+pub(super) fn read_folder(folder: &Path) -> Result<Vec<Migration>, MigrationError> {
+    let bad = |path: &Path, why: &dyn std::fmt::Display| {
+        MigrationError::BadFile(format!("{}: {why}", path.display()))
+    };
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(bad(folder, &error)),
+    };
+    // By name, each direction's text.
+    let mut texts: BTreeMap<String, HashMap<&'static str, String>> = BTreeMap::new();
+    for entry in entries {
+        let path = entry.map_err(|error| bad(folder, &error))?.path();
+        let Some(file) = path.file_name().and_then(|file| file.to_str()) else { continue };
+        // Other files, such as a README, may stand beside.
+        if !file.ends_with(".sql") {
+            continue;
+        }
+        let Some((name, direction)) = parse_file_name(file) else {
+            return Err(bad(
+                &path,
+                &"not named like a migration: YYYY-MM-DD-NN-name.up.sql or .down.sql",
+            ));
+        };
+        let text = std::fs::read_to_string(&path).map_err(|error| bad(&path, &error))?;
+        texts.entry(name.to_owned()).or_default().insert(direction, text);
+    }
+    texts
+        .into_iter()
+        .map(|(name, mut directions)| {
+            let mut take = |direction: &str| {
+                directions.remove(direction).ok_or_else(|| {
+                    bad(&folder.join(&name), &format!("{name}.{direction}.sql is missing"))
+                })
+            };
+            let (up, down) = (take("up")?, take("down")?);
+            Ok(Migration { name, source: Source::User, up, down })
+        })
+        .collect()
+}
+
+/// Splits `YYYY-MM-DD-NN-name.up.sql` into name and direction.
+fn parse_file_name(file: &str) -> Option<(&str, &'static str)> {
+    let (name, direction) = match file.strip_suffix(".up.sql") {
+        Some(name) => (name, "up"),
+        None => (file.strip_suffix(".down.sql")?, "down"),
+    };
+    let form = "0000-00-00-00-";
+    let fits = name.len() > form.len()
+        && form.bytes().zip(name.bytes()).all(|(form, byte)| match form {
+            b'0' => byte.is_ascii_digit(),
+            other => byte == other,
+        });
+    fits.then_some((name, direction))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_names() {
+        assert_eq!(parse_file_name("2026-11-22-01-a-b.up.sql"), Some(("2026-11-22-01-a-b", "up")));
+        for file in
+            ["x.up.sql", "2026-11-22-01-.up.sql", "2026-11-22-x1-a.up.sql", "2026-11-22-01-a.sql"]
+        {
+            assert_eq!(parse_file_name(file), None, "{file}");
+        }
+    }
+}

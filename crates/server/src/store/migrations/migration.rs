@@ -1,0 +1,167 @@
+//! What a migration is, and what the migrator needs of a store. Both stores implement [`MigrationDatabase`].
+
+use async_trait::async_trait;
+use pisync_core::Timestamp;
+use sha2::{Digest, Sha256};
+
+use crate::store::StoreError;
+
+/// The file name that the Node service's own migration left in its table `migrations`.
+pub(in crate::store) const NODE_MIGRATION: &str = "001_create_devices_and_sync_events_tables.js";
+
+/// Where a migration comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Part of the program.
+    Embedded,
+    /// A pair of files in `MIGRATIONS_DIR`.
+    User,
+}
+
+impl Source {
+    /// Reads what [`Self::as_str`] wrote.
+    pub(in crate::store) fn parse(text: &str) -> Self {
+        if text == Self::User.as_str() { Self::User } else { Self::Embedded }
+    }
+
+    /// As it is stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::User => "user",
+        }
+    }
+}
+
+/// One change of the schema.
+#[derive(Debug, Clone)]
+pub struct Migration {
+    /// `YYYY-MM-DD-NN-name`.
+    pub name: String,
+    /// Where it comes from.
+    pub source: Source,
+    /// The SQL that makes the change.
+    pub up: String,
+    /// The SQL that rolls it back.
+    pub down: String,
+}
+
+impl Migration {
+    /// SHA-256 of both directions, in hexadecimal.
+    #[must_use]
+    pub fn checksum(&self) -> String {
+        let mut hasher = Sha256::new();
+        hasher.update(&self.up);
+        hasher.update([0]);
+        hasher.update(&self.down);
+        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// What rolling it back loses for good, as its `down` file says in lines `-- loses: …`.
+    pub fn losses(&self) -> impl Iterator<Item = &str> {
+        self.down.lines().filter_map(|line| line.strip_prefix("-- loses:")).map(str::trim)
+    }
+}
+
+/// A migration that the database has seen.
+#[derive(Debug, Clone)]
+pub struct Applied {
+    /// Its name.
+    pub name: String,
+    /// Where it came from.
+    pub source: Source,
+    /// Its checksum when it was applied.
+    pub checksum: String,
+    /// Migrations that one command applied share a number.
+    pub batch: i64,
+    /// When.
+    pub applied_at: Timestamp,
+}
+
+/// What a database holds before anything is done to it.
+#[derive(Debug)]
+pub(in crate::store) enum Contents {
+    /// Ours, or nothing yet.
+    Ours(Ours),
+    /// The Node service's tables.
+    NodeService,
+    /// Somebody else's table of one of our names.
+    Foreign(&'static str),
+}
+
+/// What is known of a database of ours.
+#[derive(Debug, Default)]
+pub(in crate::store) struct Ours {
+    /// The migrations applied so far, in that order.
+    pub applied: Vec<Applied>,
+    /// Whether its first rows were the Node service's, whose tables the first migration then gives back.
+    pub taken_over: bool,
+}
+
+/// What the runner needs of a store.
+#[async_trait]
+pub(in crate::store) trait MigrationDatabase: Send {
+    /// Looks without changing anything.
+    async fn contents(&mut self) -> Result<Contents, StoreError>;
+
+    /// Whether the schema may be changed: what was acknowledged and is not in the tables yet must be known to
+    /// find its way into those of this version.
+    fn may_change(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Runs a migration's `up` and records it, in one transaction under the lock; false when another
+    /// process has applied it meanwhile.
+    async fn apply(
+        &mut self,
+        migration: &Migration,
+        batch: i64,
+        now: Timestamp,
+    ) -> Result<bool, StoreError>;
+
+    /// Runs a migration's `down` and forgets it, likewise; false when it is no longer applied.
+    async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError>;
+}
+
+/// Why migrations do not run.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// See [`NODE_MIGRATION`].
+    #[error(
+        "this database was made by the Node PiSync and is left untouched: take it over with `pisync migrate up`, after a backup and a rehearsal with `pisync migrate up --dry-run` (see docs/coming-from-node.md)"
+    )]
+    NodeService,
+    /// Not a database of ours.
+    #[error(
+        "the table {0} exists, but PiSync did not make it; use a database of its own, for instance another DB_NAME"
+    )]
+    Foreign(&'static str),
+    /// Made by a later version.
+    #[error(
+        "the database is newer than this program: it has the migrations {}; run the newer version, or roll them back with it", .0.join(", ")
+    )]
+    Newer(Vec<String>),
+    /// An applied migration's text has changed since.
+    #[error(
+        "the migration {0} was edited after it was applied; put its files back as they were and write a new migration instead"
+    )]
+    Edited(String),
+    /// A user's migration cannot be rolled back without its file.
+    #[error("the files of the applied migration {0} are missing from the migrations folder")]
+    Missing(String),
+    /// A file in the folder is not what it should be.
+    #[error("{0}")]
+    BadFile(String),
+    /// Running one failed; it left nothing behind.
+    #[error("migration {name} failed and was undone: {error}")]
+    Run {
+        /// Which.
+        name: String,
+        /// What the database said.
+        error: StoreError,
+    },
+    /// The database cannot be reached or opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}

@@ -1,0 +1,142 @@
+//! One connection to PostgreSQL, and the process that serves it there. `connect` makes connections; the writer, the pool
+//! and commands own them.
+
+use std::{
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_postgres::{AsyncMessage, Client};
+
+use super::{
+    durability,
+    errors::{WriteError, describe},
+};
+use crate::store::StoreError;
+
+/// How long to wait for a session's end that has been asked for.
+const BACKEND_END_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Fails when PostgreSQL has warned of a commit that may not be replicated.
+pub(super) fn confirm_change(unreplicated: &AtomicBool) -> Result<(), StoreError> {
+    if unreplicated.load(Ordering::Acquire) { Err(StoreError::Unreplicated) } else { Ok(()) }
+}
+
+/// A connection of one's own. Dropping it closes it at once.
+pub(super) struct Connection {
+    pub(super) client: Client,
+    pub(super) driver: Driver,
+    /// Whether PostgreSQL has warned of a commit that may not be replicated.
+    pub(super) unreplicated: Arc<AtomicBool>,
+}
+
+/// The task that carries a connection's messages; it ends with its owner.
+pub(super) struct Driver(pub(super) Option<tokio::task::JoinHandle<()>>);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl Connection {
+    /// Fails when a commit in this session may not be replicated, although PostgreSQL has answered that it was
+    /// carried out. The warning comes before the answer.
+    pub(super) fn check_replicated(&self) -> Result<(), WriteError> {
+        if self.unreplicated.load(Ordering::Acquire) {
+            return Err(WriteError::Unreplicated);
+        }
+        Ok(())
+    }
+
+    /// The same for a change that somebody is told of, other than events. The session is of no more use when it
+    /// fails.
+    pub(super) fn confirm_change(&self) -> Result<(), StoreError> {
+        confirm_change(&self.unreplicated)
+    }
+
+    /// Ends it: whoever still waits for an answer hears that the connection is closed.
+    pub(super) fn close(&self) {
+        if let Some(task) = &self.driver.0 {
+            task.abort();
+        }
+    }
+
+    /// Waits for the other side to close it.
+    pub(super) async fn closed(&mut self) {
+        if let Some(task) = &mut self.driver.0 {
+            let _ = task.await;
+            self.driver.0 = None;
+        }
+    }
+}
+
+/// The process behind a session on PostgreSQL's side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Backend {
+    pid: i32,
+    started: jiff::Timestamp,
+}
+
+impl Backend {
+    /// The one that serves `client`.
+    pub(super) async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        const SELECT: &str =
+            "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()";
+        let row = client.query_one(SELECT, &[]).await?;
+        Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)? })
+    }
+
+    /// Tells it to end, through the session of another, and does not wait until it has.
+    pub(super) async fn tell_to_end(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
+        const END: &str = "
+            select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2
+        ";
+        client.query_opt(END, &[&self.pid, &self.started]).await.map(drop)
+    }
+
+    /// Ends it, through the session of another, so that nothing that it was sent takes effect any more; false
+    /// when it is still there after some seconds. Another server, such as a standby that has taken over, does
+    /// not have it.
+    pub(super) async fn end(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
+        let end = format!(
+            "select pg_terminate_backend(pid, {})
+               from pg_stat_activity
+              where pid = $1 and backend_start = $2",
+            BACKEND_END_TIMEOUT.as_millis()
+        );
+        match client.query_opt(&end, &[&self.pid, &self.started]).await? {
+            None => Ok(true),
+            Some(row) => row.try_get(0),
+        }
+    }
+}
+
+/// Carries a connection's messages until it ends, and notes a commit that may not be replicated.
+pub(super) async fn drive<S, T>(
+    mut connection: tokio_postgres::Connection<S, T>,
+    unreplicated: Arc<AtomicBool>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
+        match message {
+            Ok(AsyncMessage::Notice(notice)) if durability::is_unreplicated(&notice) => {
+                unreplicated.store(true, Ordering::Release);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(error = describe(&error), "database connection ended");
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The numbers of PiSync's advisory locks: "pisync" and a number for the purpose, which nobody else is likely to use.
+
+/// Held while migrations run.
+pub(super) const MIGRATION_LOCK: i64 = 0x7069_7379_6e63_0001;
+
+/// Held while a partition is made.
+pub(super) const PARTITION_LOCK: i64 = 0x7069_7379_6e63_0002;
+
+/// Held while events are aggregated.
+pub(super) const ROLL_UP_LOCK: i64 = 0x7069_7379_6e63_0003;
+
+/// Held while a month is detached and dropped.
+pub(super) const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;

@@ -1,0 +1,79 @@
+//! Why there is no session, in words for whoever looks after the server.
+
+use std::{fmt, time::Duration};
+
+use tokio_postgres::error::SqlState;
+
+use super::errors::{describe, is_refusal};
+
+/// Why there is no session.
+pub(super) enum NoSession {
+    /// Whoever was asked said nothing in time.
+    Silent(Duration),
+    /// The driver or PostgreSQL said why.
+    Error(tokio_postgres::Error),
+    /// It could be had, but is of no use for now.
+    Unfit(String),
+    /// It could be had, but is not used until somebody has changed what is wrong.
+    Refused(String),
+}
+
+impl NoSession {
+    pub(super) fn is_missing_database(&self) -> bool {
+        matches!(self, Self::Error(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME))
+    }
+
+    /// Whether PostgreSQL works, and something in it or in the settings must be changed.
+    pub(super) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Silent(_) | Self::Unfit(_) => false,
+            Self::Refused(_) => true,
+            Self::Error(error) => is_refusal(error) || advice(error).is_some(),
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for NoSession {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl fmt::Display for NoSession {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silent(timeout) => {
+                write!(formatter, "does not answer within {} s", timeout.as_secs_f64())
+            }
+            Self::Unfit(reason) | Self::Refused(reason) => formatter.write_str(reason),
+            Self::Error(error) => {
+                formatter.write_str(&describe(error))?;
+                match advice(error) {
+                    Some(advice) => write!(formatter, "; {advice}"),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// What to do about an error that keeps us from having a session.
+fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
+    let Some(code) = error.code() else {
+        let missing = std::error::Error::source(error)
+            .is_some_and(|cause| cause.to_string() == "password missing");
+        return missing.then_some(
+            "PostgreSQL asks for a password: set DB_PASSWORD, or put it into DATABASE_URL",
+        );
+    };
+    if *code == SqlState::INVALID_CATALOG_NAME {
+        return Some("create it with `pisync db setup`, or set DB_NAME to another");
+    }
+    if *code == SqlState::INVALID_PASSWORD || *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION
+    {
+        return Some(
+            "check DB_USER and DB_PASSWORD, or those in DATABASE_URL, and the server's pg_hba.conf",
+        );
+    }
+    None
+}

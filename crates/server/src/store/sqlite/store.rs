@@ -1,0 +1,142 @@
+//! The embedded store: one file, one thread that owns the only connection for writing, and a few connections for reading
+//! that the write-ahead log keeps out of its way. What is done with each resource is beside its SQL.
+
+use std::{
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use rusqlite::Connection;
+
+use super::{
+    apply::apply_journal,
+    apply_scheduler::ApplyScheduler,
+    claim,
+    connection::{self, Cost, Readers},
+    files,
+    ingest_state::set_journal_in_use,
+    paths::Identity,
+    watch::Watch,
+    writer_thread::WriterThread,
+};
+use crate::store::{PoolUsage, Store, StoreError, step_size::StepSize};
+
+/// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
+/// the 50 ms that nobody would notice.
+const STEP_TARGET: Duration = Duration::from_millis(15);
+
+/// Bounds of the number of events that are aggregated, dropped or deleted at a time.
+const STEP_EVENTS: RangeInclusive<i64> = 250..=16_000;
+
+/// A database of SQLite's that is open.
+pub(in crate::store) struct SqliteStore {
+    pub(super) path: PathBuf,
+    /// The file that was opened.
+    pub(super) identity: Identity,
+    /// Looks at the files; empty when this is no server's.
+    pub(super) watch: OnceLock<Watch>,
+    pub(super) writer: WriterThread,
+    /// What is acknowledged and not yet applied; empty when this is no server's.
+    pub(super) ingest: OnceLock<ApplyScheduler>,
+    pub(super) readers: Arc<Readers>,
+    /// Events to aggregate at a time.
+    pub(super) aggregation_step: StepSize,
+    /// Events to drop at a time.
+    pub(super) drop_step: StepSize,
+    /// Events of a device to delete at a time.
+    pub(super) delete_step: StepSize,
+}
+
+impl SqliteStore {
+    pub(in crate::store) fn open(path: &Path) -> Result<Self, StoreError> {
+        let path = claim::find(path)?;
+        let connection = connection::open_for_writing(&path)?;
+        let identity = Identity::at(&path).map_err(|error| files::cannot_open(&path, &error))?;
+        Ok(Self {
+            identity,
+            watch: OnceLock::new(),
+            writer: WriterThread::start(connection, &path)?,
+            ingest: OnceLock::new(),
+            readers: Arc::new(Readers::new(&path)),
+            path,
+            aggregation_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
+            drop_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
+            delete_step: StepSize::new(STEP_EVENTS, STEP_TARGET),
+        })
+    }
+
+    /// Runs `read` on a connection for reading, off the async threads, once every event that is acknowledged
+    /// by now is in the tables.
+    pub(super) async fn read_events<T: Send + 'static>(
+        &self,
+        cost: Cost,
+        read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        if let Some(ingest) = self.ingest.get() {
+            ingest.wait_until_applied().await;
+        }
+        // A connection that is opened now would be to another file.
+        self.writer.presence().check()?;
+        Arc::clone(&self.readers).run(cost, read).await
+    }
+
+    /// Runs `read`, which has nothing to do with events, on a connection for reading.
+    pub(super) async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        // A connection that is opened now would be to another file.
+        self.writer.presence().check()?;
+        Arc::clone(&self.readers).run(Cost::Short, read).await
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn ping(&self) -> Result<(), StoreError> {
+        self.writer.presence().check()?;
+        // Commands have no thread that watches the files.
+        if Identity::at(&self.path).ok() != Some(self.identity) {
+            return Err(StoreError::Unavailable(format!(
+                "{} is not the file any more that was opened: it was moved, removed or replaced, and what was written since may be gone with it",
+                self.path.display()
+            )));
+        }
+        Arc::clone(&self.readers).ping().await
+    }
+
+    fn pool_usage(&self) -> PoolUsage {
+        self.readers.usage()
+    }
+
+    async fn thread_end(&self) -> String {
+        self.writer.threads().first_end().await
+    }
+
+    #[cfg(test)]
+    fn break_writer(&self) {
+        assert!(self.writer.try_send(Box::new(|_| panic!("broken by a test"))));
+    }
+
+    /// Brings everything from the journal and the log into the file, which can then be copied by itself.
+    async fn close(&self) -> Result<(), StoreError> {
+        if let Some(watch) = self.watch.get() {
+            watch.stop();
+        }
+        // Also when the files are away: they may only have been renamed.
+        self.writer
+            .call_anyway(|writer| {
+                apply_journal(writer)?;
+                writer.return_unused_ids()?;
+                set_journal_in_use(&writer.connection, false)?;
+                writer.checkpoint()
+            })
+            .await?;
+        // The journal that is there now may be another database's.
+        self.writer.presence().check()?;
+        self.ingest.get().map_or(Ok(()), ApplyScheduler::remove_journal)
+    }
+}
