@@ -69,7 +69,7 @@ impl Parameters {
             sort: query.choice("sort", &SORTS),
             consecutive: query.boolean("consecutive"),
         };
-        (parameters, query.finish())
+        (parameters, query.finish_ignoring_others())
     }
 
     fn check_bounds(&self) {

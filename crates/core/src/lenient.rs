@@ -27,7 +27,7 @@ pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent
         .map_err(|error| ParseError::Malformed(error.to_string()))?;
     let Ok(fields) = serde_json::from_str::<Fields<'_>>(whole.get()) else {
         let violation =
-            Violation::of_whole("must be of type object", echo(whole)).coded(ViolationCode::Type);
+            Violation::of_whole(ViolationCode::Type, "must be of type object", echo(whole));
         return Err(ParseError::Invalid(vec![violation]));
     };
 
@@ -117,10 +117,10 @@ impl Reader<'_> {
     ) -> Option<T> {
         let violation = match result {
             Ok(value) => return Some(value),
-            Err(Refusal::Rule(code, rule)) => Violation::of(field, &rule, echo(raw)).coded(code),
+            Err(Refusal::Rule(code, rule)) => Violation::of(field, code, &rule, echo(raw)),
             Err(Refusal::Future) => {
-                Violation::worded(field, "Timestamp cannot be in the future", echo(raw))
-                    .coded(ViolationCode::Future)
+                let message = "Timestamp cannot be in the future";
+                Violation::worded(field, ViolationCode::Future, message, echo(raw))
             }
         };
         self.violations.push(violation);

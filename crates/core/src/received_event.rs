@@ -100,7 +100,7 @@ fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violat
         }
         Some(Ok(at)) => return Ok(Some(at)),
     };
-    Err(Violation::of(FIELD, &rule, Some(value)).coded(code))
+    Err(Violation::of(FIELD, code, &rule, Some(value)))
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@ use serde_json::Value;
 const ECHO_LIMIT: usize = 256;
 
 /// What kind of rule was broken: the stable word for programs and metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ViolationCode {
     /// A field is not there.
     Required,
@@ -24,11 +25,28 @@ pub enum ViolationCode {
     Length,
     /// A time that has not come.
     Future,
+    /// A field or a parameter that nobody reads: a misspelt one must not look obeyed.
+    UnknownField,
+    /// Right by itself, and contradicts another field or another value of the same one.
+    Conflict,
     /// Not JSON at all: a line of a batch.
     MalformedJson,
 }
 
 impl ViolationCode {
+    /// All of them, in the order in which they are documented.
+    pub const ALL: [Self; 9] = [
+        Self::Required,
+        Self::Type,
+        Self::Range,
+        Self::Format,
+        Self::Length,
+        Self::Future,
+        Self::UnknownField,
+        Self::Conflict,
+        Self::MalformedJson,
+    ];
+
     /// The word.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -39,6 +57,8 @@ impl ViolationCode {
             Self::Format => "format",
             Self::Length => "length",
             Self::Future => "future",
+            Self::UnknownField => "unknown_field",
+            Self::Conflict => "conflict",
             Self::MalformedJson => "malformed_json",
         }
     }
@@ -55,50 +75,44 @@ pub struct Violation {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<Value>,
     /// Which kind of rule it breaks.
-    #[serde(skip)]
     pub code: ViolationCode,
 }
 
 impl Violation {
     /// A violation of `field` whose message reads `"field" <rule>`.
     #[must_use]
-    pub fn of(field: impl Into<Cow<'static, str>>, rule: &str, value: Option<Value>) -> Self {
+    pub fn of(
+        field: impl Into<Cow<'static, str>>,
+        code: ViolationCode,
+        rule: &str,
+        value: Option<Value>,
+    ) -> Self {
         let field = field.into();
         let message = format!("\"{field}\" {rule}");
-        Self::worded(field, message, value)
+        Self::worded(field, code, message, value)
     }
 
     /// A violation of the whole body, or of a whole event in it, whose message reads `"value" <rule>`.
     #[must_use]
-    pub fn of_whole(rule: &str, value: Option<Value>) -> Self {
-        Self::worded("", format!("\"value\" {rule}"), value)
+    pub fn of_whole(code: ViolationCode, rule: &str, value: Option<Value>) -> Self {
+        Self::worded("", code, format!("\"value\" {rule}"), value)
     }
 
-    /// A violation with a message of its own. It is one of form until [`Self::coded`] says otherwise.
+    /// A violation with a message of its own.
     #[must_use]
     pub fn worded(
         field: impl Into<Cow<'static, str>>,
+        code: ViolationCode,
         message: impl Into<String>,
         value: Option<Value>,
     ) -> Self {
-        Self {
-            field: field.into(),
-            message: message.into(),
-            value: value.map(shorten),
-            code: ViolationCode::Format,
-        }
-    }
-
-    /// The same violation, of another kind of rule.
-    #[must_use]
-    pub fn coded(self, code: ViolationCode) -> Self {
-        Self { code, ..self }
+        Self { field: field.into(), message: message.into(), value: value.map(shorten), code }
     }
 
     /// The field is required and was not sent.
     #[must_use]
     pub fn required(field: &'static str) -> Self {
-        Self::of(field, "is required", None).coded(ViolationCode::Required)
+        Self::of(field, ViolationCode::Required, "is required", None)
     }
 }
 

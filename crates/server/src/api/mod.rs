@@ -20,15 +20,18 @@ use pisync_core::Timestamp;
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 use tower_http::{compression::CompressionLayer, cors::CorsLayer};
-use utoipa_axum::router::OpenApiRouter;
+use utoipa::openapi::OpenApi as Document;
 
 use self::{
     access::{audit, keys},
-    devices::{history, one as device, repeated_failures},
+    devices::{history, list, one as device, repeated_failures},
     events::{many, one},
     fleet::stats,
     server::{docs, health, metrics, welcome},
-    wire::large::{self, LargeAnswers},
+    wire::{
+        large::{self, LargeAnswers},
+        routes::Routes,
+    },
 };
 use crate::{
     clock::Clock,
@@ -43,6 +46,7 @@ use crate::{
         node_paths,
         observe::{self, ObserveLayer, RequestIds, SeldomLogged},
         rate_limit::RateLimits,
+        route_policy::Policies,
     },
     random::Randomness,
     store::Store,
@@ -55,6 +59,8 @@ pub struct ApiState {
     pub(crate) clock: Clock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Gate,
+    /// What each route needs.
+    pub(crate) policies: Policies,
     pub(crate) limits: RateLimits,
     pub(crate) slots: Slots,
     pub(crate) large_answers: LargeAnswers,
@@ -101,26 +107,29 @@ pub struct ApiParts {
     pub address: SocketAddr,
 }
 
-/// Routes and document of all resources.
-fn resources(large_answers: &LargeAnswers) -> OpenApiRouter<SharedState> {
+/// Routes, document and policies of all resources.
+fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Policies) {
     // Answers that can be long are compressed; the hot path's answer is not worth the work.
-    let compressed = OpenApiRouter::new()
-        .merge(history::router())
-        .merge(repeated_failures::router())
-        .merge(stats::router())
-        .merge(device::router())
-        .merge(welcome::router())
-        .merge(keys::router())
-        .merge(audit::router())
-        .merge(metrics::router())
+    let compressed = history::routes()
+        .merge(repeated_failures::routes())
+        .merge(stats::routes())
+        .merge(list::routes())
+        .merge(device::routes())
+        .merge(welcome::routes())
+        .merge(keys::routes())
+        .merge(audit::routes())
+        .merge(metrics::routes())
         .layer(map_response_with_state(large_answers.clone(), large::count))
         // Brotli's encoder holds some 10 MiB for as long as a client takes its answer, gzip's 0.3.
         .layer(CompressionLayer::new().no_br());
-    OpenApiRouter::with_openapi(docs::outline())
-        .merge(one::router())
-        .merge(many::router())
+    let (router, mut document, policies) = Routes::within(docs::outline())
+        .merge(one::routes())
+        .merge(many::routes())
         .merge(compressed)
-        .merge(health::router())
+        .merge(health::routes())
+        .into_parts();
+    docs::declare_headers(&mut document, &policies);
+    (router, document, policies)
 }
 
 /// The OpenAPI document, as JSON.
@@ -128,7 +137,8 @@ fn resources(large_answers: &LargeAnswers) -> OpenApiRouter<SharedState> {
 /// # Errors
 /// When it cannot be written, which no input can cause.
 pub fn openapi_json() -> Result<String, serde_json::Error> {
-    let mut text = resources(&LargeAnswers::new(ANSWER_BYTES)).into_openapi().to_pretty_json()?;
+    let (_, document, _) = resources(&LargeAnswers::new(ANSWER_BYTES));
+    let mut text = document.to_pretty_json()?;
     text.push('\n');
     Ok(text)
 }
@@ -136,20 +146,22 @@ pub fn openapi_json() -> Result<String, serde_json::Error> {
 /// The whole API.
 ///
 /// # Errors
-/// When its document cannot be written, which no input can cause.
-pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, serde_json::Error> {
+/// When its document cannot be written, or a page's file is missing, which no input can cause.
+pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::io::Error> {
     let large_answers = LargeAnswers::new(settings.answer_bytes);
-    let (routes, document) = resources(&large_answers).split_for_parts();
+    let (routes, document, mut policies) = resources(&large_answers);
+    let (pages, _, policies_of_pages) = docs::routes(&document)?.into_parts();
+    policies.merge(policies_of_pages);
     let gate = Gate::new(
         settings.auth,
         parts.address.ip(),
         parts.keyring,
         parts.clock.clone(),
         settings.cors_origins.clone(),
-        &document,
     );
     let state = Arc::new(ApiState {
         gate,
+        policies,
         slots: Slots::new(settings.max_requests),
         large_answers,
         decoders: Semaphore::new(many::DECODERS),
@@ -173,8 +185,8 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, serde_
         endpoints: docs::endpoints(&document),
     });
     let mut router = routes
+        .merge(pages)
         .with_state(Arc::clone(&state))
-        .merge(docs::router(&document)?)
         .fallback(health::unknown_route)
         .method_not_allowed_fallback(health::other_method);
     // Each layer costs every request some allocations: there are as few as can be.

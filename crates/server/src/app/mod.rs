@@ -90,8 +90,8 @@ pub enum AppError {
     #[error("{0}")]
     Tls(String),
     /// The API's document cannot be written: a mistake of ours.
-    #[error("cannot write the API's document: {0}")]
-    Document(serde_json::Error),
+    #[error("cannot write the API's documentation: {0}")]
+    Document(std::io::Error),
     /// Everything is stored, but not all of it in the database's own file.
     #[error(
         "the database cannot be closed: {0}; what was acknowledged is safe in the files beside it, and the next start goes on from them: leave them where they are"

@@ -74,8 +74,11 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             let wish = wish(*scope, device.as_deref(), group.as_deref(), name.as_deref())?;
             let expires_at = expires.as_deref().map(|when| end(when, now)).transpose()?;
             let wish = KeyWish { expires_at, ..wish };
-            let problems: Vec<_> =
-                wish.problems(now).iter().map(|(field, why)| format!("{field} {why}")).collect();
+            let problems: Vec<_> = wish
+                .problems(now)
+                .iter()
+                .map(|found| format!("{} {}", found.field, found.rule))
+                .collect();
             if !problems.is_empty() {
                 return Err(problems.join("; "));
             }

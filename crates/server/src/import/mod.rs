@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync_core::{Arrival, ParseError, ReceivedEvent, Timestamp, Violation};
+use pisync_core::{Arrival, ParseError, ReceivedEvent, Timestamp, Violation, ViolationCode};
 use tokio::sync::mpsc;
 
 pub use self::{csv::ColumnNames, input::Source, records::Format};
@@ -391,12 +391,14 @@ fn read_ahead(
 /// The event that a record is, or what is wrong with it.
 fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violation>> {
     if let Some(problem) = &record.problem {
-        return Err(vec![Violation::worded("", format!("the record {problem}"), None)]);
+        let message = format!("the record {problem}");
+        return Err(vec![Violation::worded("", ViolationCode::Format, message, None)]);
     }
     ReceivedEvent::from_json(&record.text, arrival).map_err(|error| match error {
         ParseError::Invalid(violations) => violations,
         ParseError::Malformed(where_) => {
-            vec![Violation::worded("", format!("Malformed JSON: {where_}"), None)]
+            let message = format!("Malformed JSON: {where_}");
+            vec![Violation::worded("", ViolationCode::MalformedJson, message, None)]
         }
     })
 }

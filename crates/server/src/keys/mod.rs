@@ -4,7 +4,7 @@
 mod keyring;
 mod secret;
 
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, Timestamp, ViolationCode};
 
 pub use keyring::{Key, Keyring, REFRESH_INTERVAL, follow};
 pub use secret::{Secret, WrongSecret, hash};
@@ -33,25 +33,37 @@ pub struct KeyWish {
 }
 
 impl KeyWish {
-    /// What is wrong with the wish: fields, each with the words that follow its name.
+    /// What is wrong with the wish.
     #[must_use]
-    pub fn problems(&self, now: Timestamp) -> Vec<(&'static str, &'static str)> {
+    pub fn problems(&self, now: Timestamp) -> Vec<Problem> {
         let mut problems = Vec::new();
+        let mut refuse = |field, code, rule| problems.push(Problem { field, code, rule });
         let narrowed_by =
             [("device_id", self.device_id.is_some()), ("group", self.group.is_some())];
         for (field, _) in narrowed_by.iter().filter(|(_, is_set)| *is_set) {
             if self.scope != Scope::Ingest {
-                problems.push((*field, "is only for keys of the scope ingest"));
+                refuse(*field, ViolationCode::Conflict, "is only for keys of the scope ingest");
             }
         }
         if self.device_id.is_some() && self.group.is_some() {
-            problems.push(("group", "cannot stand beside \"device_id\""));
+            refuse("group", ViolationCode::Conflict, "cannot stand beside \"device_id\"");
         }
         if self.expires_at.is_some_and(|expires_at| expires_at <= now) {
-            problems.push(("expires_at", "must be in the future"));
+            refuse("expires_at", ViolationCode::Range, "must be in the future");
         }
         problems
     }
+}
+
+/// What is wrong with a field of a wish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Problem {
+    /// The field.
+    pub field: &'static str,
+    /// The kind of rule that it breaks.
+    pub code: ViolationCode,
+    /// The words that follow its name.
+    pub rule: &'static str,
 }
 
 /// Why a key was not made.

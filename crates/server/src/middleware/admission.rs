@@ -18,12 +18,16 @@ use axum::{
 use crate::{
     api::{
         SharedState,
-        wire::{error::ApiError, large},
+        wire::{
+            error::{ApiError, KeyFault},
+            large,
+        },
     },
     middleware::{
         auth::Verdict,
         client_address::Client,
-        rate_limit::{self, Rate},
+        rate_limit::Rate,
+        route_policy::{RateClass, RoutePolicy},
     },
 };
 
@@ -35,7 +39,12 @@ pub(crate) async fn layer(
 ) -> Response {
     let matched = request.extensions().get::<MatchedPath>().cloned();
     let route = matched.as_ref().map_or("", MatchedPath::as_str);
-    let Admission { rate, entry, is_foreign } = admit(&state, route, &mut request);
+    let policy = state.policies.of(route, request.method());
+    let mut admission = admit(&state, &policy, &mut request);
+    if admission.is_of_unknown_key() {
+        admission = admit_new_key(&state, &policy, &mut request, admission).await;
+    }
+    let Admission { rate, entry, is_foreign } = admission;
     let mut response = match entry {
         Ok(slot) => large::hold(next.run(request).await, slot),
         Err(error) => error.into_response(),
@@ -59,23 +68,61 @@ pub(crate) struct Admission {
     pub(crate) is_foreign: bool,
 }
 
+impl Admission {
+    /// Whether all that speaks against the request is that nobody knows its key.
+    pub(crate) fn is_of_unknown_key(&self) -> bool {
+        matches!(self.entry, Err(ApiError::WrongKey(KeyFault::Unknown)))
+    }
+}
+
 /// On an answer: others had this machine's own user send the request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Foreign;
 
-/// Looks at a request for `route`, which is empty when there is none such. The request then carries its key.
-pub(crate) fn admit(state: &SharedState, route: &str, request: &mut Request) -> Admission {
-    let Verdict { key, result, is_foreign } = state.gate.check(request, route);
-    let method = request.method();
+/// Looks at a request for a route with this policy. The request then carries its key.
+pub(crate) fn admit(state: &SharedState, policy: &RoutePolicy, request: &mut Request) -> Admission {
+    let verdict = state.gate.check(request, policy);
+    conclude(state, policy, request, verdict)
+}
+
+/// Looks again at a request that was refused because nobody knows its key: that may have been made a moment ago, beside
+/// this server. Meanwhile the request counts as one that is being answered.
+pub(crate) async fn admit_new_key(
+    state: &SharedState,
+    policy: &RoutePolicy,
+    request: &mut Request,
+    refused: Admission,
+) -> Admission {
+    let Some(_slot) = state.slots.take() else {
+        return Admission { entry: Err(ApiError::Overloaded), ..refused };
+    };
+    if let Err(error) = state.gate.look_up_keys(&*state.store).await {
+        return Admission { entry: Err(error.into()), ..refused };
+    }
+    match state.gate.check(request, policy) {
+        // It was counted before; now it may say that the key is revoked.
+        Verdict { key: None, result: Err(error), .. } => Admission { entry: Err(error), ..refused },
+        verdict => conclude(state, policy, request, verdict),
+    }
+}
+
+fn conclude(
+    state: &SharedState,
+    policy: &RoutePolicy,
+    request: &mut Request,
+    verdict: Verdict,
+) -> Admission {
+    let Verdict { key, result, is_foreign } = verdict;
     // How load balancers ask whether a server is there.
-    let is_options = *method == Method::OPTIONS;
+    let is_options = *request.method() == Method::OPTIONS;
     // Who is refused is counted, too: keys cannot be guessed at leisure. But nobody else uses up what the user has.
     let (rate, whom) = match &key {
+        _ if is_options => (None, ""),
         None if is_foreign => (None, ""),
-        Some(key) => (state.limits.check_key(method, route, key.id), "with this key"),
+        Some(key) => (state.limits.check_key(policy.rate, key.id), "with this key"),
         None => {
             let client = request.extensions().get::<Client>();
-            let rate = client.and_then(|client| state.limits.check(method, route, client.0));
+            let rate = client.and_then(|client| state.limits.check(policy.rate, client.0));
             (rate, "from this IP")
         }
     };
@@ -87,7 +134,7 @@ pub(crate) fn admit(state: &SharedState, route: &str, request: &mut Request) -> 
         (Some(seconds), _) => Err(ApiError::TooManyRequests { seconds, whom }),
         (None, Err(error)) => Err(error),
         // What says how the server is must be heard when it is overloaded, too.
-        (None, Ok(())) if rate_limit::is_free(route) || is_options => Ok(None),
+        (None, Ok(())) if policy.rate == RateClass::Uncounted || is_options => Ok(None),
         (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
     Admission { rate, entry, is_foreign }

@@ -1,29 +1,29 @@
-//! Who may ask for what. What a route needs is read from the OpenAPI document, where each operation
-//! declares its scope: a route that declares none is open to admins alone. Keys are checked against the
-//! server's memory, never against the database.
+//! Who may ask for what: the route's policy names the scope, the request brings the key. Keys are checked against the
+//! server's memory. The database is asked only about a key that may just have been made.
 
-use std::{collections::HashMap, convert::Infallible, net::IpAddr, sync::Arc};
+use std::{convert::Infallible, net::IpAddr, sync::Arc};
 
 use axum::{
     extract::{FromRequestParts, Request},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts},
+    http::{HeaderMap, HeaderName, HeaderValue, Uri, Version, header, request::Parts},
 };
 use pisync_core::{DeviceId, Timestamp};
-use serde_json::Value;
-use utoipa::openapi::OpenApi as Document;
 
 use crate::{
-    api::{SharedState, server::docs, wire::error::ApiError},
+    api::{
+        SharedState,
+        wire::error::{ApiError, KeyFault},
+    },
     clock::Clock,
     config::http::AuthMode,
     keys::{self, Key, Keyring, WrongSecret},
-    middleware::client_address::Peer,
-    middleware::{client_address::Client, rate_limit, sender::Sender},
+    middleware::{
+        client_address::{Client, Peer},
+        route_policy::{Access, RoutePolicy},
+        sender::Sender,
+    },
     store::{Actor, Scope, Store, StoreError, Via},
 };
-
-/// The name under which the OpenAPI document knows keys.
-pub(crate) const SECURITY_SCHEME: &str = "key";
 
 /// Who gets in without a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,13 +32,6 @@ enum Keyless {
     /// Who asks from this machine, without anybody between.
     Local,
     Everybody,
-}
-
-/// What a route needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Need {
-    Nothing,
-    Scope(Scope),
 }
 
 /// What is to be done with a request.
@@ -63,7 +56,6 @@ pub(crate) struct Gate {
     clock: Clock,
     /// Origins whose pages may call the API.
     origins: Vec<HeaderValue>,
-    needs: HashMap<String, Vec<(Method, Need)>>,
 }
 
 impl Gate {
@@ -73,14 +65,13 @@ impl Gate {
         keyring: Arc<Keyring>,
         clock: Clock,
         origins: Vec<HeaderValue>,
-        document: &Document,
     ) -> Self {
         let keyless = match mode {
             AuthMode::Off => Keyless::Everybody,
             AuthMode::Auto if listens_to.to_canonical().is_loopback() => Keyless::Local,
             AuthMode::Auto | AuthMode::Required => Keyless::Nobody,
         };
-        Self { keyless, keyring, clock, origins, needs: needs(document) }
+        Self { keyless, keyring, clock, origins }
     }
 
     /// Takes over what has changed of the keys.
@@ -88,22 +79,27 @@ impl Gate {
         self.keyring.refresh(store).await
     }
 
+    /// Takes over what has changed of the keys by now, for a request with a key that nobody knows yet. It waits so that
+    /// made-up keys cannot load the database: see [`Keyring::look_up`].
+    pub(crate) async fn look_up_keys(&self, store: &dyn Store) -> Result<(), StoreError> {
+        self.keyring.look_up(store).await
+    }
+
     /// How somebody without a key came in.
     fn keyless_via(&self) -> Via {
         if self.keyless == Keyless::Local { Via::Local } else { Via::Open }
     }
 
-    /// Looks at a request for `route`, which is empty when there is none such.
-    pub(crate) fn check(&self, request: &Request, route: &str) -> Verdict {
+    /// Looks at a request for a route with this policy.
+    pub(crate) fn check(&self, request: &Request, policy: &RoutePolicy) -> Verdict {
         if self.keyless == Keyless::Everybody {
             return Verdict::without_key(Ok(()));
         }
-        let need = self.need(request.method(), route);
         let headers = request.headers();
         if !headers.contains_key(header::AUTHORIZATION) {
-            return self.check_keyless(request, route, need);
+            return self.check_keyless(request, policy);
         }
-        let Need::Scope(scope) = need else {
+        let Access::Scope(scope) = policy.access else {
             return Verdict::without_key(Ok(()));
         };
         let now = self.clock.now();
@@ -114,13 +110,13 @@ impl Gate {
                 let result = if opens { Ok(()) } else { Err(ApiError::WrongScope(scope)) };
                 Verdict { key: Some(key), result, is_foreign: false }
             }
-            Err(why) => Verdict::without_key(Err(ApiError::WrongKey(why))),
+            Err(fault) => Verdict::without_key(Err(ApiError::WrongKey(fault))),
         }
     }
 
     /// Looks at a request without a key.
-    fn check_keyless(&self, request: &Request, route: &str, need: Need) -> Verdict {
-        if need == Need::Nothing && rate_limit::is_free(route) {
+    fn check_keyless(&self, request: &Request, policy: &RoutePolicy) -> Verdict {
+        if policy.is_open() {
             return Verdict::without_key(Ok(()));
         }
         let sender = Sender::of(request, &self.origins);
@@ -128,11 +124,11 @@ impl Gate {
         let refusal = if is_local { why_not_local(request) } else { Some(ASK) };
         // What a proxy passes on, or a name elsewhere that leads here, comes from the same address as the user.
         let is_foreign = sender != Sender::Welcome || is_local && refusal.is_some();
-        let result = match (need, refusal, sender) {
-            (Need::Nothing, ..) => Ok(()),
+        let result = match (policy.access, refusal, sender) {
+            (Access::Anyone, ..) => Ok(()),
             (_, Some(why), _) => Err(why),
             (_, None, Sender::Welcome) => Ok(()),
-            (_, None, Sender::Link) if is_page(route) => Ok(()),
+            (_, None, Sender::Link) if policy.opens_from_links => Ok(()),
             (_, None, Sender::Link) => Err(
                 "A key is needed: a link on a page elsewhere leads here. Open this address by hand, or send Authorization: Bearer psk_\u{2026}",
             ),
@@ -143,38 +139,15 @@ impl Gate {
         Verdict { key: None, result: result.map_err(ApiError::KeyNeeded), is_foreign }
     }
 
-    fn need(&self, method: &Method, route: &str) -> Need {
-        // Unknown routes tell nothing, and neither does the documentation, which everybody can download.
-        if route.is_empty() || route.starts_with("/api-docs") {
-            return Need::Nothing;
-        }
-        let Some(methods) = self.needs.get(route) else {
-            return Need::Scope(Scope::Admin);
-        };
-        let method = if *method == Method::HEAD { &Method::GET } else { method };
-        // Other methods are answered that they are not allowed.
-        methods.iter().find(|(known, _)| known == method).map_or(Need::Nothing, |(_, need)| *need)
-    }
-
     /// The key in the request's header, if it opens anything at all.
-    fn identify(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Key>, &'static str> {
-        let mut values = headers.get_all(header::AUTHORIZATION).iter();
-        let (Some(value), None) = (values.next(), values.next()) else {
-            return Err("There is more than one Authorization header");
-        };
-        let bytes = value.as_bytes();
-        let (scheme, rest) = bytes.split_at_checked(BEARER.len()).unwrap_or((bytes, b""));
-        if !scheme.eq_ignore_ascii_case(BEARER) {
-            return Err("Keys are sent as Authorization: Bearer psk_\u{2026}");
-        }
-        let secret = rest.trim_ascii();
-        let Some(key) = self.keyring.find(&keys::hash(secret)) else {
-            return Err(match WrongSecret::of(secret) {
-                Some(WrongSecret::NotAKey) => "This is no key: keys begin with psk_",
-                Some(WrongSecret::Mistyped) => "This key is mistyped: its checksum does not fit",
-                None => UNKNOWN_KEY,
-            });
-        };
+    fn identify(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Key>, KeyFault> {
+        let secret = secret(headers)?;
+        let key = self.keyring.find(&keys::hash(secret));
+        let key = key.ok_or_else(|| match WrongSecret::of(secret) {
+            Some(WrongSecret::NotAKey) => KeyFault::NotAKey,
+            Some(WrongSecret::Mistyped) => KeyFault::Mistyped,
+            None => KeyFault::Unknown,
+        })?;
         check_valid(&key, now)?;
         Ok(key)
     }
@@ -187,57 +160,42 @@ impl Gate {
         scope: Scope,
     ) -> Result<Option<Arc<Key>>, ApiError> {
         let Some(key) = key else { return Ok(None) };
-        let key = self.keyring.current(key).ok_or(ApiError::WrongKey(UNKNOWN_KEY))?;
+        let key = self.keyring.current(key).ok_or(ApiError::WrongKey(KeyFault::Unknown))?;
         check_valid(&key, self.clock.now()).map_err(ApiError::WrongKey)?;
         if key.scope.opens(scope) { Ok(Some(key)) } else { Err(ApiError::WrongScope(scope)) }
     }
 }
 
-const UNKNOWN_KEY: &str = "This key is not known here";
-
 /// Whether a key opens anything at `now`.
-fn check_valid(key: &Key, now: Timestamp) -> Result<(), &'static str> {
+fn check_valid(key: &Key, now: Timestamp) -> Result<(), KeyFault> {
     if key.is_revoked() {
-        return Err("This key was revoked");
+        return Err(KeyFault::Revoked);
     }
     if key.has_expired(now) {
-        return Err("This key has expired");
+        return Err(KeyFault::Expired);
     }
     Ok(())
+}
+
+/// What the request's header says is a key.
+fn secret(headers: &HeaderMap) -> Result<&[u8], KeyFault> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else {
+        return Err(KeyFault::SeveralHeaders);
+    };
+    let bytes = value.as_bytes();
+    let (scheme, rest) = bytes.split_at_checked(BEARER.len()).unwrap_or((bytes, b""));
+    if scheme.eq_ignore_ascii_case(BEARER) {
+        Ok(rest.trim_ascii())
+    } else {
+        Err(KeyFault::NotBearer)
+    }
 }
 
 const BEARER: &[u8] = b"Bearer ";
 
 /// What is answered who brings no key.
 const ASK: &str = "A key is needed: send it as Authorization: Bearer psk_\u{2026}";
-
-/// Each operation's need, by route.
-fn needs(document: &Document) -> HashMap<String, Vec<(Method, Need)>> {
-    let mut needs = HashMap::new();
-    for (path, item) in &document.paths.paths {
-        let declared = docs::operations(item).filter_map(|(method, operation)| {
-            let security = serde_json::to_value(&operation.security).unwrap_or_default();
-            Some((Method::from_bytes(method.as_bytes()).ok()?, declared_need(&security)))
-        });
-        needs.insert(path.clone(), declared.collect());
-    }
-    needs
-}
-
-/// What an operation declares: `[{}]` is nothing, `[{"key": ["read"]}]` a scope. Whatever else stands there
-/// is for admins.
-fn declared_need(security: &Value) -> Need {
-    if *security == serde_json::json!([{}]) {
-        return Need::Nothing;
-    }
-    let scope = security[0][SECURITY_SCHEME][0].as_str().and_then(|scope| scope.parse().ok());
-    Need::Scope(scope.unwrap_or(Scope::Admin))
-}
-
-/// Pages that a link elsewhere may open: they tell nothing of the fleet by themselves.
-fn is_page(route: &str) -> bool {
-    route == "/"
-}
 
 /// Why a request without a key does not come from this machine. Everything that a proxy in front, or a name
 /// elsewhere that leads here, would leave on it speaks against that.
@@ -394,16 +352,6 @@ mod tests {
             "\u{7f}",
         ] {
             assert!(!is_local(host.as_bytes()), "{host}");
-        }
-    }
-
-    #[test]
-    fn what_declares_no_scope_is_for_admins() {
-        use serde_json::json;
-        assert_eq!(declared_need(&json!([{}])), Need::Nothing);
-        assert_eq!(declared_need(&json!([{"key": ["read"]}])), Need::Scope(Scope::Read));
-        for odd in [json!(null), json!([]), json!([{"key": []}]), json!([{"other": ["read"]}])] {
-            assert_eq!(declared_need(&odd), Need::Scope(Scope::Admin), "{odd}");
         }
     }
 }

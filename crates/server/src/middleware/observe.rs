@@ -22,7 +22,7 @@ use futures_util::{
     FutureExt,
     future::{self, BoxFuture},
 };
-use tower::{Layer, Service};
+use tower::{Layer, Service, ServiceExt as _};
 
 use crate::{
     api::{
@@ -33,11 +33,11 @@ use crate::{
         },
     },
     clock::Clock,
-    middleware::client_address::Peer,
     middleware::{
         admission::{self, Admission, Foreign},
-        client_address::{self, Client},
+        client_address::{self, Client, Peer},
         rate_limit::Rate,
+        route_policy::RoutePolicy,
         security_headers,
     },
     seldom::{FewPerInterval, OfFew, Seldom},
@@ -162,7 +162,7 @@ pub(crate) struct Observe<S> {
 
 impl<S> Service<Request> for Observe<S>
 where
-    S: Service<Request, Response = Response, Error = Infallible>,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
     type Response = Response;
@@ -179,9 +179,12 @@ where
         let admission = if state.admits_within_cors {
             Admission { rate: None, entry: Ok(None), is_foreign: false }
         } else {
-            let route = seen.matched.as_ref().map_or("", MatchedPath::as_str);
-            admission::admit(&state, route, &mut request)
+            admission::admit(&state, &seen.policy, &mut request)
         };
+        if admission.is_of_unknown_key() {
+            let answering = answer_new_key(state, self.inner.clone(), seen, request, admission);
+            return Box::pin(answering.map(Ok));
+        }
         let Admission { rate, entry, is_foreign } = admission;
         match entry {
             Ok(slot) => {
@@ -205,6 +208,31 @@ where
     }
 }
 
+/// Answers a request whose key may have been made a moment ago.
+async fn answer_new_key<S>(
+    state: SharedState,
+    inner: S,
+    seen: Seen,
+    mut request: Request,
+    refused: Admission,
+) -> Response
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+{
+    let admission = admission::admit_new_key(&state, &seen.policy, &mut request, refused).await;
+    let Admission { rate, entry, is_foreign } = admission;
+    match entry {
+        Ok(slot) => {
+            let answering = AssertUnwindSafe(inner.oneshot(request)).catch_unwind();
+            let Ok(response) = answering
+                .await
+                .unwrap_or_else(|panic| Ok(panicked(panic.as_ref()).into_response()));
+            large::hold(seen.complete(&state, response, rate, is_foreign), slot)
+        }
+        Err(error) => seen.complete(&state, error.into_response(), rate, is_foreign),
+    }
+}
+
 /// What is remembered of a request.
 struct Seen {
     started: Instant,
@@ -213,6 +241,7 @@ struct Seen {
     version: Version,
     path: Box<str>,
     matched: Option<MatchedPath>,
+    policy: RoutePolicy,
     client: Option<IpAddr>,
 }
 
@@ -223,6 +252,8 @@ impl Seen {
         let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
         let client =
             peer.map(|peer| client_address::resolve(peer, headers, &state.trusted_proxies));
+        let matched = request.extensions().get::<MatchedPath>().cloned();
+        let route = matched.as_ref().map_or("", MatchedPath::as_str);
         let seen = Self {
             started: Instant::now(),
             request_id: state.request_ids.of(headers),
@@ -230,7 +261,8 @@ impl Seen {
             version: request.version(),
             // A copy: the URI itself would keep all that was read with it.
             path: request.uri().path().into(),
-            matched: request.extensions().get::<MatchedPath>().cloned(),
+            policy: state.policies.of(route, request.method()),
+            matched,
             client,
         };
         if let Some(client) = client {
@@ -271,7 +303,7 @@ impl Seen {
             // A page elsewhere holds no connections.
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        security_headers::write(headers, route);
+        security_headers::write(headers, self.policy.content_policy);
         if let Some(rate) = rate {
             rate.write(headers);
         }

@@ -8,13 +8,15 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use governor::{
     Quota, RateLimiter,
     clock::{Clock, DefaultClock},
     middleware::StateInformationMiddleware,
     state::keyed::DashMapStateStore,
 };
+
+use crate::middleware::route_policy::RateClass;
 
 /// Addresses that are counted one by one, some 10 MiB of them. While there are more, newcomers share
 /// [`BUCKETS`] accounts: memory stays bounded whatever addresses are made up.
@@ -40,28 +42,20 @@ impl RateLimits {
 
     /// Counts a request with a key, whatever its address: a whole fleet may report with one, and a school
     /// through one router.
-    pub(crate) fn check_key(&self, method: &Method, route: &str, key_id: i64) -> Option<Rate> {
-        if is_free(route) || *method == Method::OPTIONS {
-            return None;
-        }
-        self.key.as_ref().map(|limit| limit.check_account(u128::from(key_id.cast_unsigned())))
+    pub(crate) fn check_key(&self, class: RateClass, key_id: i64) -> Option<Rate> {
+        let limit = self.key.as_ref().filter(|_| class != RateClass::Uncounted);
+        limit.map(|limit| limit.check_account(u128::from(key_id.cast_unsigned())))
     }
 
     /// Counts a request; `None` when it is not limited.
-    pub(crate) fn check(&self, method: &Method, route: &str, client: IpAddr) -> Option<Rate> {
-        let limit = match route {
-            route if is_free(route) || *method == Method::OPTIONS => return None,
-            "/api/sync-event" | "/api/sync-events" if *method == Method::POST => &self.sync,
-            _ => &self.api,
+    pub(crate) fn check(&self, class: RateClass, client: IpAddr) -> Option<Rate> {
+        let limit = match class {
+            RateClass::Uncounted => return None,
+            RateClass::Sync => &self.sync,
+            RateClass::General => &self.api,
         };
         limit.as_ref().map(|limit| limit.check(client))
     }
-}
-
-/// Whether a route is not counted: what is asked often and costs little, and what a browser loads in one go.
-pub(crate) fn is_free(route: &str) -> bool {
-    matches!(route, "/health" | "/health/live" | "/health/ready" | "/metrics")
-        || route.starts_with("/api-docs")
 }
 
 type Limiter = RateLimiter<u128, DashMapStateStore<u128>, DefaultClock, StateInformationMiddleware>;
@@ -164,30 +158,28 @@ mod tests {
     fn counts_by_address_and_by_kind() {
         let limits = RateLimits::new(2, 1, 3);
         let client = address("192.0.2.1");
-        let post = |client| limits.check(&Method::POST, "/api/sync-event", client).unwrap();
+        let post = |client| limits.check(RateClass::Sync, client).unwrap();
         assert_eq!(post(client).remaining, 1);
         assert_eq!(post(client).remaining, 0);
         assert!(post(client).retry_after.is_some_and(|seconds| (1..=30).contains(&seconds)));
         assert!(post(address("192.0.2.2")).retry_after.is_none());
-        let get = |route| limits.check(&Method::GET, route, client);
-        assert!(get("/api/stats").unwrap().retry_after.is_none());
-        assert!(get("unmatched").unwrap().retry_after.is_some());
-        for route in ["/health", "/metrics", "/api-docs/{*rest}"] {
-            assert!(get(route).is_none(), "{route}");
-        }
-        assert!(RateLimits::new(0, 0, 0).check(&Method::GET, "/api/stats", client).is_none());
+        let get = |class| limits.check(class, client);
+        assert!(get(RateClass::General).unwrap().retry_after.is_none());
+        assert!(get(RateClass::General).unwrap().retry_after.is_some());
+        assert!(get(RateClass::Uncounted).is_none());
+        assert!(RateLimits::new(0, 0, 0).check(RateClass::General, client).is_none());
     }
 
     #[test]
     fn counts_by_key() {
         let limits = RateLimits::new(1, 1, 3);
-        let count = |route, id| limits.check_key(&Method::GET, route, id);
+        let count = |class, id| limits.check_key(class, id);
         for remaining in [2, 1, 0] {
-            assert_eq!(count("/api/stats", 1).unwrap().remaining, remaining);
+            assert_eq!(count(RateClass::General, 1).unwrap().remaining, remaining);
         }
-        assert!(count("/api/devices", 1).unwrap().retry_after.is_some());
-        assert!(count("/api/stats", 2).unwrap().retry_after.is_none());
-        assert!(count("/metrics", 1).is_none());
+        assert!(count(RateClass::Sync, 1).unwrap().retry_after.is_some());
+        assert!(count(RateClass::General, 2).unwrap().retry_after.is_none());
+        assert!(count(RateClass::Uncounted, 1).is_none());
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! The API held to its own document: schemathesis makes requests from it, right ones and wrong ones, and
 //! checks that nothing is answered that the document does not say.
 
-use std::{path::Path, process::Stdio};
+use std::{collections::BTreeSet, path::Path, process::Stdio};
 
 use pisync::{config::http::AuthMode, store::Scope};
-use serde_json::Value;
+use reqwest::Method;
+use serde_json::{Value, json};
 use tokio::process::Command;
 
 use crate::support::{
+    http::{event, send},
     server::TestServer,
     store::{TestDatabase, wish},
 };
@@ -58,7 +60,126 @@ async fn schemathesis_finds_nothing(database: &TestDatabase) {
 
 /// How many there are in the document.
 fn operations() -> usize {
-    let document: Value = serde_json::from_str(&pisync::api::openapi_json().unwrap()).unwrap();
+    let document = document();
     let paths = document["paths"].as_object().unwrap().values();
     paths.map(|path| path.as_object().unwrap().len()).sum()
+}
+
+fn document() -> Value {
+    serde_json::from_str(&pisync::api::openapi_json().unwrap()).unwrap()
+}
+
+/// A misspelt parameter must not look obeyed, but for the Node service's endpoints, whose clients may send anything, and
+/// health checks, to which load balancers add what they like.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn parameters_that_nobody_reads_are_refused() {
+    const IGNORED: [&str; 9] = [
+        "/",
+        "/api",
+        "/api/sync-event",
+        "/api/device/{device_id}/sync-history",
+        "/api/devices/repeated-failures",
+        "/api/stats",
+        "/health",
+        "/health/live",
+        "/health/ready",
+    ];
+    let server = TestServer::on_sqlite(|_| {}).await;
+    server.store(&event("pi")).await;
+    let mut refused = 0;
+    for (path, item) in document()["paths"].as_object().unwrap() {
+        for method in item.as_object().unwrap().keys() {
+            let target = path.replace("{device_id}", "pi").replace("{key_id}", "1");
+            let method: Method = method.to_uppercase().parse().unwrap();
+            let body = if path == "/api/sync-event" { event("pi") } else { json!([]) };
+            let request = server.request(method.clone(), &format!("{target}?limti=5&a=%00"));
+            let request = if method == Method::GET { request } else { request.json(&body) };
+            let answer = send(request).await;
+            if IGNORED.contains(&path.as_str()) {
+                assert!(answer.status < 300, "{method} {path}: {}", answer.text());
+            } else {
+                let expected = [("limti", "unknown_field"), ("a", "unknown_field")];
+                let expected = expected.map(|(field, code)| (field.to_owned(), code.to_owned()));
+                assert_eq!(answer.wrong_fields(), expected, "{method} {path}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused >= 9, "{refused}");
+    // Nothing came of the changes among them.
+    assert_eq!(server.get("/api/devices").await.data(200)["pagination"]["total"], 1);
+    server.stop().await;
+}
+
+/// Answers have the headers that the document says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headers_are_declared() {
+    let document = document();
+    let declared = |path: &str, status: &str| -> BTreeSet<String> {
+        let headers = &document["paths"][path]["get"]["responses"][status]["headers"];
+        let headers = headers.as_object().unwrap_or_else(|| panic!("{path} {status}"));
+        for reference in headers.values() {
+            let name = reference["$ref"].as_str().unwrap().rsplit_once('/').unwrap().1;
+            assert!(
+                document["components"]["headers"][name]["schema"]["type"].is_string(),
+                "{name}"
+            );
+        }
+        headers.keys().map(|name| name.to_ascii_lowercase()).collect()
+    };
+    let server = TestServer::on_sqlite(|settings| {
+        settings.api_per_minute = 3;
+    })
+    .await;
+    let mut seen = BTreeSet::new();
+    let told = [
+        "x-request-id",
+        "ratelimit-limit",
+        "ratelimit-remaining",
+        "ratelimit-reset",
+        "ratelimit-policy",
+        "retry-after",
+        "www-authenticate",
+    ];
+    let foreign = |path| server.request(Method::GET, path).header("forwarded", "for=192.0.2.1");
+    for (path, request) in [
+        ("/health", server.request(Method::GET, "/health")),
+        ("/api/stats", server.request(Method::GET, "/api/stats")),
+        ("/api/stats", server.request(Method::GET, "/api/stats?window=x")),
+        ("/api/stats", foreign("/api/stats")),
+        ("/api/devices", server.request(Method::GET, "/api/devices")),
+        ("/api/devices", server.request(Method::GET, "/api/devices")),
+    ] {
+        let answer = send(request).await;
+        let sent: BTreeSet<_> = told
+            .iter()
+            .filter(|name| answer.headers.contains_key(**name))
+            .map(|name| (*name).to_owned())
+            .collect();
+        let declared = declared(path, &answer.status.to_string());
+        assert!(sent.is_subset(&declared), "{path} {}: {sent:?}, {declared:?}", answer.status);
+        assert!(sent.contains("x-request-id"));
+        seen.insert(answer.status);
+    }
+    assert_eq!(seen, BTreeSet::from([200, 400, 401, 429]));
+    for status in ["429", "503"] {
+        assert!(declared("/api/devices", status).contains("retry-after"), "{status}");
+    }
+    assert!(!declared("/health", "200").contains("ratelimit-limit"));
+    server.stop().await;
+}
+
+/// The codes that errors have are the ones that are documented.
+#[test]
+fn codes_are_documented() {
+    let document = document();
+    let page = include_str!("../../../../docs/api-design.md");
+    for schema in ["ErrorCode", "DetailCode"] {
+        let codes = document["components"]["schemas"][schema]["enum"].as_array().unwrap();
+        assert!(codes.len() >= 9, "{schema}");
+        for code in codes {
+            let row = format!("| `{}` |", code.as_str().unwrap());
+            assert!(page.contains(&row), "docs/api-design.md has no row {row}");
+        }
+    }
 }

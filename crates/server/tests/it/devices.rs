@@ -23,7 +23,7 @@ both_stores!(
 );
 
 /// The names of a device's fields in a list.
-const FIELDS: [&str; 16] = [
+const FIELDS: [&str; 17] = [
     "avg_internet_speed",
     "consecutive_failures",
     "device_id",
@@ -31,6 +31,7 @@ const FIELDS: [&str; 16] = [
     "failed_syncs",
     "first_sync",
     "group",
+    "last_failed_sync",
     "last_seen",
     "last_success",
     "last_sync",
@@ -66,6 +67,7 @@ async fn a_device_and_its_jobs(server: &TestServer) {
         "first_sync": at(-30),
         "last_sync": at(-30),
         "last_success": at(-30),
+        "last_failed_sync": null,
         "failed_syncs": 0,
         "successful_syncs": 1,
         "success_rate": 100.0,
@@ -79,6 +81,7 @@ async fn a_device_and_its_jobs(server: &TestServer) {
         "first_sync": at(-20),
         "last_sync": at(-20),
         "last_success": null,
+        "last_failed_sync": at(-20),
         "failed_syncs": 1,
         "successful_syncs": 0,
         "success_rate": 0.0,
@@ -99,6 +102,7 @@ async fn a_device_and_its_jobs(server: &TestServer) {
             "first_sync": at(-30),
             "last_sync": at(-20),
             "last_success": at(-30),
+            "last_failed_sync": at(-20),
             "failed_syncs": 1,
             "successful_syncs": 1,
             "success_rate": 50.0,
@@ -203,7 +207,10 @@ async fn searching(server: &TestServer) {
         assert_eq!(listed(server, &format!("q={query}")).await, expected, "{query}");
     }
     let data = server.get("/api/devices?q=cam&limit=1").await.data(200);
-    assert_eq!(data["pagination"], json!({"limit": 1, "offset": 0, "total_devices": 2}));
+    assert_eq!(
+        data["pagination"],
+        json!({"limit": 1, "offset": 0, "total": 2, "total_devices": 2})
+    );
 }
 
 async fn groups(server: &TestServer) {
@@ -219,7 +226,10 @@ async fn groups(server: &TestServer) {
     assert_eq!(listed(server, "group=north&q=c").await, ["c"]);
     let data = server.get("/api/devices?group=north&offset=1").await.data(200);
     assert_eq!(column(&data["devices"], "device_id"), ["c"]);
-    assert_eq!(data["pagination"], json!({"limit": 50, "offset": 1, "total_devices": 2}));
+    assert_eq!(
+        data["pagination"],
+        json!({"limit": 50, "offset": 1, "total": 2, "total_devices": 2})
+    );
 }
 
 async fn every_order(server: &TestServer) {
@@ -281,7 +291,10 @@ async fn pages(server: &TestServer) {
     assert_eq!(listed(server, "limit=7&offset=55").await, names[55..]);
     assert!(listed(server, "offset=60").await.is_empty());
     let data = server.get("/api/devices?limit=7&offset=55").await.data(200);
-    assert_eq!(data["pagination"], json!({"limit": 7, "offset": 55, "total_devices": 60}));
+    assert_eq!(
+        data["pagination"],
+        json!({"limit": 7, "offset": 55, "total": 60, "total_devices": 60})
+    );
 }
 
 async fn wrong_parameters(server: &TestServer) {

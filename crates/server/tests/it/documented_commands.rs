@@ -38,12 +38,6 @@ const DOCUMENTED_SERVER: &str = "http://localhost:3000";
 /// The PostgreSQL database of the pages.
 const DOCUMENTED_DATABASE: &str = "postgres://pisync:PASSWORD@localhost/pisync";
 
-/// What a server answers that has not heard of a key yet.
-const UNKNOWN_KEY: &str = "This key is not known";
-
-/// How long it may take.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A block of code.
 struct Block {
     /// What stands behind the backticks.
@@ -129,12 +123,7 @@ impl Reader {
                 continue;
             }
             let place = format!("{page}:{}", block.line);
-            let mut said = self.run(block, &place);
-            let until = Instant::now() + PATIENCE;
-            // On a busy machine a server learns of a new key later than the page promises.
-            while said.contains(UNKNOWN_KEY) && Instant::now() < until {
-                said = self.run(block, &place);
-            }
+            let said = self.run(block, &place);
             match next.filter(|next| next.kind == "json") {
                 Some(expected) => {
                     let answer = said.lines().find(|line| line.starts_with('{')).expect(&place);

@@ -126,15 +126,18 @@ async fn wrong_counts(server: &TestServer) {
         json!({
             "success": false,
             "error": "Validation failed",
+            "code": "validation_failed",
             "details": [
                 {
                     "field": "total_files_synced",
                     "message": "\"total_files_synced\" must be an integer",
+                    "code": "type",
                     "value": 1.5,
                 },
                 {
                     "field": "total_errors",
                     "message": "\"total_errors\" must be greater than or equal to 0",
+                    "code": "range",
                     "value": -1,
                 },
             ],
@@ -188,6 +191,7 @@ async fn history(server: &TestServer) {
                     "first_sync": "2025-06-17T10:30:00.000Z",
                     "last_sync": "2025-06-17T10:30:00.000Z",
                     "last_success": null,
+                    "last_failed_sync": "2025-06-17T10:30:00.000Z",
                     "failed_syncs": 1,
                     "successful_syncs": 0,
                     "success_rate": 0.0,
@@ -203,7 +207,9 @@ async fn history(server: &TestServer) {
                     "created_at": "2026-11-22T12:00:00.000Z",
                     "updated_at": "2026-11-22T12:00:00.000Z",
                 }],
-                "pagination": {"limit": 10, "offset": 0, "total_events": 1, "next_cursor": null},
+                "pagination": {
+                    "limit": 10, "offset": 0, "total": 1, "total_events": 1, "next_cursor": null,
+                },
             },
         })
     );
@@ -252,11 +258,16 @@ async fn repeated_failures(server: &TestServer) {
                     "device_registered": "2026-11-22T12:00:00.000Z",
                     "last_seen": "2026-11-22T12:00:00.000Z",
                 }],
+                "pagination": {"limit": null, "offset": 0, "total": 1},
             },
         })
     );
     let data = server.get("/api/devices/repeated-failures").await.data(200);
-    assert_eq!(data, json!({"threshold": 3, "total_devices": 0, "devices": []}));
+    let pagination = json!({"limit": null, "offset": 0, "total": 0});
+    assert_eq!(
+        data,
+        json!({"threshold": 3, "total_devices": 0, "devices": [], "pagination": pagination})
+    );
 }
 
 async fn repeated_failures_with_a_wrong_threshold(server: &TestServer) {
@@ -288,6 +299,7 @@ async fn stats(server: &TestServer) {
                     "total_errors": 2,
                     "failed_syncs": 1,
                     "last_sync": "2025-06-17T10:30:00.000Z",
+                    "last_failed_sync": "2025-06-17T10:30:00.000Z",
                 }],
             },
         })

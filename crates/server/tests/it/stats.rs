@@ -101,6 +101,7 @@ async fn the_ten_most_recent_devices(server: &TestServer) {
             "total_errors": 1,
             "failed_syncs": 1,
             "last_sync": at(-95),
+            "last_failed_sync": at(-99),
         })
     );
 }

@@ -150,7 +150,10 @@ async fn lines_are_events(server: &TestServer) {
     let data = deliver(server, LINES, long).await.data(200);
     assert_eq!(statuses(&data), ["rejected", "created"]);
     let message = "\"value\" must be at most 65536 bytes of JSON text";
-    assert_eq!(data["results"][0]["details"], json!([{"field": "", "message": message}]));
+    assert_eq!(
+        data["results"][0]["details"],
+        json!([{"field": "", "message": message, "code": "length"}])
+    );
     for empty in ["", "\n\n", " \r\n"] {
         assert_eq!(counts(&deliver(server, LINES, empty).await.data(200)), [0, 0, 0]);
     }

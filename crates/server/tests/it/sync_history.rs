@@ -66,7 +66,7 @@ async fn pages_follow_one_another(server: &TestServer) {
     let cursor = all["pagination"]["next_cursor"].as_str().unwrap();
     assert_eq!(
         all["pagination"],
-        json!({"limit": 50, "offset": 0, "total_events": 60, "next_cursor": cursor})
+        json!({"limit": 50, "offset": 0, "total": 60, "total_events": 60, "next_cursor": cursor})
     );
     assert_eq!(found(server, "limit=1000").await, newest_first);
     let mut paged = Vec::new();
@@ -158,7 +158,7 @@ async fn only_one_jobs_events(server: &TestServer) {
     assert_eq!(column(&page["sync_history"], "id"), ids[..1]);
     assert_eq!(
         page["pagination"],
-        json!({"limit": 1, "offset": 1, "total_events": 2, "next_cursor": null})
+        json!({"limit": 1, "offset": 1, "total": 2, "total_events": 2, "next_cursor": null})
     );
     let late = "job=nightly&startDate=2026-11-22T11:59:58Z";
     assert_eq!(found(server, late).await, ids[3..]);
@@ -181,6 +181,7 @@ async fn figures_are_over_all_events_whatever_the_query(server: &TestServer) {
         "first_sync": at(-40),
         "last_sync": at(-5),
         "last_success": at(-10),
+        "last_failed_sync": at(-5),
         "failed_syncs": 2,
         "successful_syncs": 3,
         "success_rate": 60.0,

@@ -6,7 +6,7 @@ use pisync_core::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -15,18 +15,19 @@ use crate::{
             envelope::Success,
             error::{AnyTime, ApiError, WithQuery},
             extract::Query,
+            page::{DEFAULT_LIMIT, Pagination},
+            routes::Routes,
         },
     },
+    middleware::route_policy::RoutePolicy,
     store::AuditEntry,
 };
-
-const DEFAULT_LIMIT: u32 = 50;
 
 /// The largest number of a line that JSON holds exactly.
 const MAX_LINE: u64 = (1 << 53) - 1;
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(list_audit))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(list_audit), RoutePolicy::API)
 }
 
 /// The query as the document describes it; [`Query`] reads it.
@@ -37,7 +38,10 @@ struct AuditParameters {
     /// The most lines to list.
     #[param(minimum = 1, maximum = 1000, default = 50)]
     limit: Option<u32>,
-    /// Only lines before this one: `next_before` of the page before.
+    /// Go on after this line: the `next_cursor` of the page before.
+    #[param(pattern = "^[1-9][0-9]*$", example = "4711")]
+    cursor: Option<String>,
+    /// Only lines before this one: `next_before` of the page before. The same as `cursor`.
     #[param(minimum = 1, maximum = 9_007_199_254_740_991_u64)]
     before: Option<u64>,
 }
@@ -47,9 +51,10 @@ struct AuditParameters {
 struct AuditPage {
     /// Newest first.
     entries: Vec<AuditData>,
-    /// Where the next page begins; null on the last.
+    /// The same as `next_cursor`, as a number.
     #[schema(example = 4711)]
     next_before: Option<i64>,
+    pagination: Pagination,
 }
 
 /// What somebody did.
@@ -116,11 +121,16 @@ async fn list_audit(
 ) -> Result<Success<AuditPage>, ApiError> {
     let limit = query.limit().unwrap_or(DEFAULT_LIMIT);
     let before = query.integer("before", 1..=MAX_LINE).map(u64::cast_signed);
+    let cursor = query.id_cursor();
     query.finish()?;
-    let entries = state.store.audit(before, limit).await?;
-    let is_full = entries.len() == limit as usize;
-    let next_before = entries.last().map(|entry| entry.id).filter(|_| is_full);
+    // One line more tells whether there is another page.
+    let before = before.into_iter().chain(cursor).min();
+    let mut entries = state.store.audit(before, limit + 1).await?;
+    let has_more = entries.len() > limit as usize;
+    entries.truncate(limit as usize);
+    let next_before = entries.last().map(|entry| entry.id).filter(|_| has_more);
+    let pagination = Pagination::uncounted(limit).with_next(next_before.map(|id| id.to_string()));
     let entries = entries.into_iter().map(AuditData::from).collect();
-    let data = AuditPage { entries, next_before };
+    let data = AuditPage { entries, next_before, pagination };
     Ok(Success::new("Audit log retrieved successfully", data))
 }

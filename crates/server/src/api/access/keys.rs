@@ -5,11 +5,11 @@ use axum::{
     http::{HeaderValue, StatusCode, header, request::Parts},
     response::Response,
 };
-use pisync_core::{DeviceId, Timestamp, Violation, text::check_text};
+use pisync_core::{DeviceId, Timestamp, Violation, ViolationCode, text::check_text};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -17,21 +17,27 @@ use crate::{
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, WithBody, WithQuery},
-            extract::{JsonBody, Query, read_object},
+            extract::{JsonBody, NoQuery, Query},
+            fields::Fields,
+            page::{DEFAULT_LIMIT, Pagination},
+            routes::Routes,
         },
     },
-    keys::{self, CreateError, KeyWish, MAX_NAME},
+    keys::{self, CreateError, KeyWish, MAX_NAME, Problem},
     maintenance::present,
-    middleware::auth::{self, By},
+    middleware::{
+        auth::{self, By},
+        route_policy::RoutePolicy,
+    },
     store::{ApiKey, Revocation, Scope},
 };
 
-const DEFAULT_LIMIT: u32 = 50;
 const BODY_LIMIT: usize = 64 << 10;
 const MAX_GROUP: usize = 100;
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(list_keys, create_key)).routes(routes!(revoke_key))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(list_keys, create_key), RoutePolicy::API)
+        .and(routes!(revoke_key), RoutePolicy::API)
 }
 
 /// The query as the document describes it; [`Query`] reads it.
@@ -45,6 +51,9 @@ struct KeyParameters {
     /// How many to pass over.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
+    /// Go on after this key: the `next_cursor` of the page before. `offset` then counts from there.
+    #[param(pattern = "^[1-9][0-9]*$", example = "50")]
+    cursor: Option<String>,
 }
 
 /// What a key opens: `ingest` reporting, `read` everything but keys and the audit log, `admin` everything.
@@ -64,14 +73,11 @@ struct KeyList {
     pagination: KeyPagination,
 }
 
-/// Where the page stands.
 #[derive(Serialize, ToSchema)]
 struct KeyPagination {
-    #[schema(example = 50)]
-    limit: u32,
-    #[schema(example = 0)]
-    offset: u64,
-    /// How many keys there are on all pages.
+    #[serde(flatten)]
+    page: Pagination,
+    /// The same as `total`.
     #[schema(example = 3)]
     total_keys: u64,
 }
@@ -181,8 +187,12 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
         let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
         let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
         id.map(Self).ok_or_else(|| {
-            let violation =
-                Violation::of("key_id", "must be a positive number", text.map(Value::from));
+            let violation = Violation::of(
+                "key_id",
+                ViolationCode::Format,
+                "must be a positive number",
+                text.map(Value::from),
+            );
             ApiError::Validation(vec![violation])
         })
     }
@@ -209,15 +219,19 @@ async fn list_keys(
 ) -> Result<Success<KeyList>, ApiError> {
     let limit = query.limit().unwrap_or(DEFAULT_LIMIT);
     let offset = query.offset();
+    let after = query.id_cursor().unwrap_or(0);
     query.finish()?;
     // The table is small, and people ask rarely: a page is cut from all of it.
     let keys = state.store.keys().await?.keys;
     let total_keys = keys.len() as u64;
-    let page = keys.into_iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
-    let data = KeyList {
-        keys: page.take(limit as usize).map(KeyData::from).collect(),
-        pagination: KeyPagination { limit, offset, total_keys },
-    };
+    let mut rest = keys
+        .into_iter()
+        .filter(|key| key.id > after)
+        .skip(usize::try_from(offset).unwrap_or(usize::MAX));
+    let keys: Vec<_> = rest.by_ref().take(limit as usize).map(KeyData::from).collect();
+    let next = keys.last().map(|key| key.id.to_string()).filter(|_| rest.next().is_some());
+    let page = Pagination::by_offset(Some(limit), offset, total_keys).with_next(next);
+    let data = KeyList { keys, pagination: KeyPagination { page, total_keys } };
     Ok(Success::new("Keys retrieved successfully", data))
 }
 
@@ -238,6 +252,7 @@ async fn list_keys(
 )]
 async fn create_key(
     State(state): State<SharedState>,
+    _: NoQuery,
     By(actor): By,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -272,13 +287,14 @@ async fn create_key(
     params(KeyPathParameter),
     responses(
         (status = 200, description = "Revoked, now or before.", body = Success<RevokedKey>),
-        (status = 400, description = "Not a possible number.", body = ErrorBody),
+        (status = 400, description = "Not a possible number, or a query parameter.", body = ErrorBody),
         (status = 404, description = "No such key.", body = ErrorBody),
         AnyTime,
     ),
 )]
 async fn revoke_key(
     State(state): State<SharedState>,
+    _: NoQuery,
     KeyPath(id): KeyPath,
     By(actor): By,
 ) -> Result<Success<RevokedKey>, ApiError> {
@@ -294,74 +310,20 @@ async fn revoke_key(
 }
 
 fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
-    let fields = read_object(body)?;
-    let mut reader = Reader { fields, violations: Vec::new() };
-    let scope = reader.required("scope", str::parse::<Scope>);
+    let short = |text: &str, most| check_text(text, most).map(|()| text.to_owned());
+    let mut fields = Fields::of(body)?;
+    let scope = fields.required("scope", str::parse::<Scope>);
     let wish = KeyWish {
         // One that is missing or wrong is told of by itself; nothing else is wrong because of it.
         scope: scope.unwrap_or(Scope::Ingest),
-        name: reader.optional("name", |text| short(text, MAX_NAME)),
-        device_id: reader
-            .optional("device_id", |text| DeviceId::new(text).map_err(|error| error.to_string())),
-        group: reader.optional("group", |text| short(text, MAX_GROUP)),
-        expires_at: reader.optional("expires_at", |text| {
-            Timestamp::from_iso8601(text).map_err(|error| error.to_string())
-        }),
+        name: fields.optional("name", |text| short(text, MAX_NAME)),
+        device_id: fields.optional("device_id", DeviceId::new),
+        group: fields.optional("group", |text| short(text, MAX_GROUP)),
+        expires_at: fields.optional("expires_at", Timestamp::from_iso8601),
     };
-    let Reader { fields, mut violations } = reader;
-    for (field, problem) in wish.problems(now) {
-        violations.push(Violation::of(field, problem, None));
+    for Problem { field, code, rule } in wish.problems(now) {
+        fields.refuse(field, code, rule, None);
     }
-    // A misspelt field must not make a key that opens more than was meant.
-    for (field, value) in fields {
-        violations.push(Violation::of(field, "is not allowed", Some(value)));
-    }
-    if violations.is_empty() { Ok(wish) } else { Err(ApiError::Validation(violations)) }
-}
-
-fn short(text: &str, most: usize) -> Result<String, String> {
-    check_text(text, most).map(|()| text.to_owned()).map_err(|error| error.to_string())
-}
-
-/// Takes fields out of an object, and remembers what is wrong with them.
-struct Reader {
-    fields: Map<String, Value>,
-    violations: Vec<Violation>,
-}
-
-impl Reader {
-    fn required<T>(
-        &mut self,
-        field: &'static str,
-        read: impl FnOnce(&str) -> Result<T, String>,
-    ) -> Option<T> {
-        if !self.fields.contains_key(field) {
-            self.violations.push(Violation::required(field));
-            return None;
-        }
-        let is_null = self.fields[field].is_null();
-        let value = self.optional(field, read);
-        if is_null {
-            self.violations.push(Violation::of(field, "must be a string", Some(Value::Null)));
-        }
-        value
-    }
-
-    /// A text; null is as good as none.
-    fn optional<T>(
-        &mut self,
-        field: &'static str,
-        read: impl FnOnce(&str) -> Result<T, String>,
-    ) -> Option<T> {
-        let value = self.fields.remove(field).filter(|value| !value.is_null())?;
-        let rule = match &value {
-            Value::String(text) => match read(text) {
-                Ok(read) => return Some(read),
-                Err(rule) => rule,
-            },
-            _ => "must be a string".to_owned(),
-        };
-        self.violations.push(Violation::of(field, &rule, Some(value)));
-        None
-    }
+    fields.finish()?;
+    Ok(wish)
 }

@@ -8,7 +8,7 @@ use axum::{
 use pisync_core::Timestamp;
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -19,22 +19,22 @@ use crate::{
             error::{AnyTime, ApiError, OfDevice, WithQuery},
             extract::{DevicePath, DevicePathParameter, Query},
             figures::DeviceFigures,
+            page::{DEFAULT_LIMIT, Pagination},
             query::cursor_text,
+            routes::Routes,
         },
     },
     event_format::HistoryEvent,
-    middleware::auth::WithKey,
+    middleware::{auth::WithKey, route_policy::RoutePolicy},
     store::{HistoryQuery, SyncHistory},
 };
-
-const DEFAULT_LIMIT: u32 = 50;
 
 const CSV_EXAMPLE: &str = "id,device_id,event_id,timestamp,total_files_synced,total_errors,internet_speed,job,duration_seconds,bytes_synced,metadata,created_at,updated_at\r\n412,pi-device-001,run-412,2025-06-17T10:30:00.000Z,150,2,45.6,nightly-backup,73.25,104857600,\"{\"\"tool\"\":\"\"restic\"\"}\",2025-06-17T10:30:02.417Z,2025-06-17T10:30:02.417Z\r\n";
 
 const NDJSON_EXAMPLE: &str = "{\"id\":412,\"device_id\":\"pi-device-001\",\"timestamp\":\"2025-06-17T10:30:00.000Z\",\"total_files_synced\":150,\"total_errors\":2,\"internet_speed\":45.6,\"created_at\":\"2025-06-17T10:30:02.417Z\",\"updated_at\":\"2025-06-17T10:30:02.417Z\"}\n";
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(get_sync_history))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_sync_history), RoutePolicy::API)
 }
 
 /// The query as the document describes it; [`Query`] reads it.
@@ -81,19 +81,13 @@ struct HistoryData {
     pagination: HistoryPagination,
 }
 
-/// Where the page stands.
 #[derive(Serialize, ToSchema)]
 struct HistoryPagination {
-    #[schema(example = 50)]
-    limit: u32,
-    #[schema(example = 0)]
-    offset: u64,
-    /// How many events the query can page to, wherever it begins.
+    #[serde(flatten)]
+    page: Pagination,
+    /// The same as `total`: how many events the query can page to, wherever it begins.
     #[schema(example = 412)]
     total_events: u64,
-    /// The `cursor` of the next page; null on the last.
-    #[schema(example = "000637c1a3aa9e00000000000000019c")]
-    next_cursor: Option<String>,
 }
 
 /// A device's sync history
@@ -146,7 +140,7 @@ async fn get_sync_history(
         job: query.job(),
         oldest_first: false,
     };
-    query.finish()?;
+    query.finish_ignoring_others()?;
     let mut response = match history_stream::wanted(&headers) {
         None => one_page(&state, &history_query).await?.into_response(),
         Some(format) => {
@@ -172,10 +166,9 @@ async fn one_page(
         raw_since,
         sync_history: events.into_iter().map(|event| HistoryEvent::new(device_id, event)).collect(),
         pagination: HistoryPagination {
-            limit: query.limit,
-            offset: query.offset,
+            page: Pagination::by_offset(Some(query.limit), query.offset, total_events)
+                .with_next(next.map(cursor_text)),
             total_events,
-            next_cursor: next.map(cursor_text),
         },
     };
     Ok(Success::new("Sync history retrieved successfully", data))

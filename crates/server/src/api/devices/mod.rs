@@ -2,5 +2,6 @@
 
 pub(super) mod history;
 mod history_stream;
+pub(super) mod list;
 pub(super) mod one;
 pub(super) mod repeated_failures;

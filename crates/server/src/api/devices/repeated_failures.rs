@@ -4,7 +4,7 @@ use axum::extract::State;
 use pisync_core::Timestamp;
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -13,16 +13,19 @@ use crate::{
             envelope::Success,
             error::{AnyTime, ApiError, WithQuery},
             extract::Query,
+            page::Pagination,
+            routes::Routes,
             window::WindowName,
         },
     },
+    middleware::route_policy::RoutePolicy,
     store::{Device, FailureQuery},
 };
 
 const DEFAULT_THRESHOLD: u32 = 3;
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(get_repeated_failures))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_repeated_failures), RoutePolicy::API)
 }
 
 /// The query as the document describes it; [`Query`] reads it.
@@ -68,6 +71,7 @@ struct FailureData {
     total_devices: u64,
     /// Most failures first, then the latest failure, then by `device_id`.
     devices: Vec<FailingDevice>,
+    pagination: Pagination,
 }
 
 /// A device that keeps failing.
@@ -136,7 +140,7 @@ async fn get_repeated_failures(
         limit: query.limit(),
         offset: query.offset(),
     };
-    query.finish()?;
+    query.finish_ignoring_others()?;
     let page = state.store.repeated_failures(&failure_query).await?;
     let data = FailureData {
         threshold: failure_query.threshold,
@@ -144,6 +148,7 @@ async fn get_repeated_failures(
         window_start: window.map(|(_, window)| window.from()),
         total_devices: page.total,
         devices: page.items.into_iter().map(FailingDevice::from).collect(),
+        pagination: Pagination::by_offset(failure_query.limit, failure_query.offset, page.total),
     };
     Ok(Success::new("Devices with repeated failures retrieved successfully", data))
 }

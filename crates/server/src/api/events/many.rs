@@ -15,7 +15,7 @@ use pisync_core::{
 };
 use serde::Serialize;
 use utoipa::ToSchema;
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -26,11 +26,12 @@ use crate::{
             decompress::{Compression, Decompressor},
             envelope::Success,
             error::{AnyTime, ApiError, FieldError, WithBody, in_short},
-            extract::Arriving,
+            extract::{Arriving, NoQuery},
+            routes::Routes,
         },
     },
     ingest::{Ingest, Permit, Receipt},
-    middleware::{auth, observe::RejectedEvents},
+    middleware::{auth, observe::RejectedEvents, route_policy::RoutePolicy},
     store::Scope,
 };
 
@@ -64,8 +65,8 @@ const RESULT_BYTES: usize = 80;
 /// Rejected events whose reasons the log gets.
 const REASONS_LOGGED: usize = 3;
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(create_sync_events))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(create_sync_events), RoutePolicy::SYNC)
 }
 
 /// What became of a batch.
@@ -140,13 +141,15 @@ enum EventResult {
 )]
 async fn create_sync_events(
     State(state): State<SharedState>,
+    _: NoQuery,
     request: Request,
 ) -> Result<Response, ApiError> {
     let headers = request.headers();
     if let Some(key) = headers.get(IDEMPOTENCY_KEY) {
         let rule = "is for single events: give each event an \"event_id\"";
         let value = Some(String::from_utf8_lossy(key.as_bytes()).into());
-        return Err(ApiError::Validation(vec![Violation::of("Idempotency-Key", rule, value)]));
+        let code = ViolationCode::UnknownField;
+        return Err(vec![Violation::of("Idempotency-Key", code, rule, value)].into());
     }
     let key = auth::key_of(&request);
     let format = format(headers)?;
@@ -378,7 +381,7 @@ impl Reading {
         let mut violations = match piece {
             Piece::TooLong(_) => {
                 let rule = format!("must be at most {MAX_EVENT_BYTES} bytes of JSON text");
-                vec![Violation::of_whole(&rule, None).coded(ViolationCode::Length)]
+                vec![Violation::of_whole(ViolationCode::Length, &rule, None)]
             }
             Piece::Event(text) => match SyncEvent::from_json(text, self.arrival) {
                 Ok(event) => {
@@ -389,8 +392,7 @@ impl Reading {
                 Err(ParseError::Invalid(violations)) => violations,
                 Err(ParseError::Malformed(where_)) if self.format == Format::Lines => {
                     let message = format!("Malformed JSON: {where_}");
-                    let violation = Violation::worded("", message, None);
-                    vec![violation.coded(ViolationCode::MalformedJson)]
+                    vec![Violation::worded("", ViolationCode::MalformedJson, message, None)]
                 }
                 Err(ParseError::Malformed(where_)) => {
                     return Err(ApiError::Malformed(format!("event {index}: {where_}")));
@@ -413,8 +415,7 @@ impl From<StreamError> for ApiError {
         match error {
             StreamError::NotAnArray => {
                 let rule = "must be an array; send one event per line as application/x-ndjson";
-                let violation = Violation::of_whole(rule, None).coded(ViolationCode::Type);
-                Self::Validation(vec![violation])
+                Self::Validation(vec![Violation::of_whole(ViolationCode::Type, rule, None)])
             }
             StreamError::Broken { .. } => Self::Malformed(error.to_string()),
         }

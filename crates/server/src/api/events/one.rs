@@ -7,12 +7,12 @@ use axum::{
 };
 use pisync_core::{
     Arrival, DeviceId, EventId, JobName, Metadata, ParseError, SyncEvent, Timestamp, Violation,
-    event_stream::MAX_EVENT_BYTES,
+    ViolationCode, event_stream::MAX_EVENT_BYTES,
 };
 use serde::Serialize;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -21,11 +21,12 @@ use crate::{
             envelope::Success,
             error::{AnyTime, ApiError, WithBody},
             extract::JsonBody,
+            routes::Routes,
         },
     },
     event_format::{in_mbps, in_seconds},
     ingest::Receipt,
-    middleware::auth,
+    middleware::{auth, route_policy::RoutePolicy},
     store::{Scope, StoredEvent},
 };
 
@@ -35,8 +36,8 @@ const BODY_LIMIT: usize = MAX_EVENT_BYTES;
 /// Does the same as `event_id`, for clients that send it with every request.
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(create_sync_event))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(create_sync_event), RoutePolicy::SYNC)
 }
 
 // Describes the body; `pisync_core` reads it.
@@ -301,17 +302,19 @@ fn read_idempotency_key(
     event_id: Option<&EventId>,
 ) -> Result<EventId, ApiError> {
     let lossy = String::from_utf8_lossy(key.as_bytes());
-    let refuse = |rule: &str| {
-        let violation = Violation::of("Idempotency-Key", rule, Some(lossy.as_ref().into()));
-        ApiError::Validation(vec![violation])
+    let refuse = |code, rule: &str| {
+        let value = Some(lossy.as_ref().into());
+        ApiError::Validation(vec![Violation::of("Idempotency-Key", code, rule, value)])
     };
     if is_ambiguous {
-        return Err(refuse("must be given only once"));
+        return Err(refuse(ViolationCode::Conflict, "must be given only once"));
     }
-    let text = key.to_str().map_err(|_| refuse("must be ASCII text"))?;
-    let key = EventId::new(text).map_err(|error| refuse(&error.to_string()))?;
+    let text = key.to_str().map_err(|_| refuse(ViolationCode::Format, "must be ASCII text"))?;
+    let key = EventId::new(text).map_err(|error| refuse(error.code(), &error.to_string()))?;
     match event_id {
-        Some(event_id) if *event_id != key => Err(refuse("must be the same as \"event_id\"")),
+        Some(event_id) if *event_id != key => {
+            Err(refuse(ViolationCode::Conflict, "must be the same as \"event_id\""))
+        }
         _ => Ok(key),
     }
 }

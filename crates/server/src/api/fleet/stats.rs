@@ -4,7 +4,7 @@ use axum::extract::State;
 use pisync_core::Timestamp;
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
 use crate::{
     api::{
@@ -14,17 +14,19 @@ use crate::{
             error::{AnyTime, ApiError, WithQuery},
             extract::Query,
             figures::success_rate,
+            routes::Routes,
             window::WindowName,
         },
     },
+    middleware::route_policy::RoutePolicy,
     store::{Device, FleetStats},
 };
 
 /// A device is active when it was heard from within so many milliseconds: 24 hours.
 pub(crate) const ACTIVE_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(get_stats))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_stats), RoutePolicy::API)
 }
 
 /// The query as the document describes it; [`Query`] reads it.
@@ -91,6 +93,9 @@ struct RecentDevice {
     /// By its own date.
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_sync: Option<Timestamp>,
+    /// The latest sync with errors.
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]
+    last_failed_sync: Option<Timestamp>,
 }
 
 impl From<Device> for RecentDevice {
@@ -102,6 +107,7 @@ impl From<Device> for RecentDevice {
             total_errors: device.figures.total_errors,
             failed_syncs: device.figures.failed_syncs,
             last_sync: device.figures.last_sync,
+            last_failed_sync: device.figures.last_failure,
         }
     }
 }
@@ -142,7 +148,7 @@ async fn get_stats(
     Query(mut query): Query,
 ) -> Result<Success<StatsData>, ApiError> {
     let window = query.window(state.clock.now());
-    query.finish()?;
+    query.finish_ignoring_others()?;
     let mut stats = state.store.fleet_stats(state.active_since()).await?;
     if let Some((_, window)) = &window {
         stats.figures = state.store.window_figures(window).await?;

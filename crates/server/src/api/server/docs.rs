@@ -1,27 +1,72 @@
 //! The OpenAPI document's frame and Swagger UI at `/api-docs`, from files inside the program: it works
-//! without the internet.
+//! without the internet. `api` puts the resources' documentation into the frame.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io, sync::Arc};
 
 use axum::{
-    Router,
-    body::Bytes,
-    http::header,
-    middleware::map_response,
-    response::{IntoResponse, Response},
+    extract::{Path, State},
+    http::{HeaderMap, HeaderValue},
+    response::{IntoResponse, Redirect, Response},
     routing::get,
 };
 use utoipa::{
     OpenApi,
     openapi::{
-        OpenApi as Document, PathItem,
-        path::Operation,
+        Header, ObjectBuilder, OpenApi as Document, Ref, RefOr, Type,
         security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
     },
 };
-use utoipa_swagger_ui::{Config, SwaggerUi};
+use utoipa_swagger_ui::{Config, SwaggerFile};
 
-use crate::{api::wire::error::ApiError, middleware::auth::SECURITY_SCHEME};
+use crate::{
+    api::{
+        SharedState,
+        wire::{
+            error::ApiError,
+            routes::{Routes, SECURITY_SCHEME, operations, operations_mut},
+        },
+    },
+    middleware::{
+        assets::Assets,
+        route_policy::{Access, Policies, RateClass, RoutePolicy},
+    },
+};
+
+/// Swagger UI: our own scripts and styles, the pictures in its style sheet, and the one inline style that
+/// its bundle makes, by its hash (a browser names the hash when a new bundle makes another).
+static CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
+    "default-src 'none'; script-src 'self'; \
+     style-src 'self' 'sha256-RL3ie0nH+Lzz2YNqQN83mnU0J1ot4QL7b99vMdIX99w='; \
+     img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+     frame-ancestors 'none'",
+);
+
+/// Everybody can download the documentation. It tells nothing of the fleet.
+const POLICY: RoutePolicy = RoutePolicy {
+    access: Access::Anyone,
+    content_policy: &CONTENT_POLICY,
+    ..RoutePolicy::UNCOUNTED
+};
+
+/// Where the document is.
+const DOCUMENT: &str = "/api-docs/openapi.json";
+
+/// The document's name among the files.
+const DOCUMENT_FILE: &str = "openapi.json";
+
+/// The page that loads the other files.
+const PAGE: &str = "index.html";
+
+/// The files that the page loads. Swagger UI's others are for other pages.
+const FILES: [&str; 7] = [
+    "favicon-16x16.png",
+    "favicon-32x32.png",
+    "index.css",
+    "swagger-initializer.js",
+    "swagger-ui-bundle.js",
+    "swagger-ui-standalone-preset.js",
+    "swagger-ui.css",
+];
 
 #[derive(OpenApi)]
 #[openapi(
@@ -31,7 +76,8 @@ use crate::{api::wire::error::ApiError, middleware::auth::SECURITY_SCHEME};
             Devices report each file-sync run with `POST /api/sync-event`; the other endpoints tell \
             what became of the fleet. Every answer is JSON. Successful ones are wrapped in \
             `{\"success\": true, \"message\": …, \"data\": …}`, errors in \
-            `{\"success\": false, \"error\": …}`, with `details` for each wrong field. Times are \
+            `{\"success\": false, \"error\": …, \"code\": …}`, with `details` for each wrong field. Programs go by \
+            `code`; the words beside it may change. Times are \
             RFC 3339 in UTC with milliseconds. Every answer carries `X-Request-Id`, which is found \
             again in the server's log; requests that are counted carry `RateLimit-*`. A key is sent as \
             `Authorization: Bearer psk_\u{2026}`.",
@@ -81,39 +127,132 @@ pub(crate) fn endpoints(document: &Document) -> BTreeMap<String, String> {
     endpoints
 }
 
-pub(crate) fn operations(item: &PathItem) -> impl Iterator<Item = (&'static str, &Operation)> {
-    [
-        ("GET", &item.get),
-        ("POST", &item.post),
-        ("PUT", &item.put),
-        ("PATCH", &item.patch),
-        ("DELETE", &item.delete),
-    ]
-    .into_iter()
-    .filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
+/// The headers that answers carry: the name under which the document knows each, its own name, its type, and what it says.
+const HEADERS: [(&str, &str, Type, &str); 7] = [
+    (
+        "RequestId",
+        "X-Request-Id",
+        Type::String,
+        "Names the request in the server's log; the client's own, when it sent one.",
+    ),
+    (
+        "RateLimitLimit",
+        "RateLimit-Limit",
+        Type::Integer,
+        "Requests a minute from this address, or with this key. Absent where there is no limit.",
+    ),
+    ("RateLimitRemaining", "RateLimit-Remaining", Type::Integer, "How many of them are left."),
+    ("RateLimitReset", "RateLimit-Reset", Type::Integer, "Seconds until all of them are."),
+    (
+        "RateLimitPolicy",
+        "RateLimit-Policy",
+        Type::String,
+        "The limit and its window, such as `50;w=60`.",
+    ),
+    ("RetryAfter", "Retry-After", Type::Integer, "Seconds after which to try again."),
+    (
+        "WwwAuthenticate",
+        "WWW-Authenticate",
+        Type::String,
+        "How to send a key, and what is wrong with the one that was sent (RFC 6750).",
+    ),
+];
+
+/// Declares in the document which headers each answer carries.
+pub(crate) fn declare_headers(document: &mut Document, policies: &Policies) {
+    let components = document.components.get_or_insert_default();
+    for (component, _, of_type, description) in HEADERS {
+        let mut header = Header::new(ObjectBuilder::new().schema_type(of_type));
+        header.description = Some(description.to_owned());
+        components.headers.insert(component.to_owned(), header.into());
+    }
+    for (path, item) in &mut document.paths.paths {
+        for (method, operation) in operations_mut(item) {
+            let is_counted = policies.of(path, &method).rate != RateClass::Uncounted;
+            for (status, response) in &mut operation.responses.responses {
+                let RefOr::T(response) = response else { continue };
+                for (component, name, ..) in HEADERS {
+                    let is_carried = match component {
+                        "RequestId" => true,
+                        "RetryAfter" => matches!(status.as_str(), "429" | "503"),
+                        "WwwAuthenticate" => matches!(status.as_str(), "401" | "403"),
+                        _ => is_counted,
+                    };
+                    if is_carried {
+                        let header = Ref::new(format!("#/components/headers/{component}"));
+                        response.headers.insert(name.to_owned(), RefOr::Ref(header));
+                    }
+                }
+            }
+        }
+    }
 }
 
-/// Where the document is.
-const DOCUMENT: &str = "/api-docs/openapi.json";
-
-/// Swagger UI and the document it shows.
+/// Swagger UI and the document that it shows.
 ///
 /// # Errors
-/// When the document cannot be written, which no input can cause.
-pub(crate) fn router(document: &Document) -> Result<Router, serde_json::Error> {
-    // Written once, and shared by all answers: whoever asks for it needs no key, and may ask often.
-    let text = Bytes::from(serde_json::to_vec(document)?);
-    let json = [(header::CONTENT_TYPE, "application/json")];
-    let pages: Router = SwaggerUi::new("/api-docs").config(Config::from(DOCUMENT)).into();
-    let document = get(move || std::future::ready((json, text.clone())));
-    Ok(pages.route(DOCUMENT, document).layer(map_response(json_when_missing)))
+/// When a file of Swagger UI is missing, or the document cannot be written: mistakes of ours.
+pub(crate) fn routes(document: &Document) -> Result<Routes, io::Error> {
+    let assets = Arc::new(files(document)?);
+    let file = |name: Option<&'static str>| {
+        let assets = Arc::clone(&assets);
+        get(move |path: Option<Path<String>>, headers: HeaderMap, State(_): State<SharedState>| {
+            let name =
+                name.map_or_else(|| path.map(|path| path.0).unwrap_or_default(), str::to_owned);
+            let answer = assets.respond(&name, &headers);
+            std::future::ready(
+                answer.unwrap_or_else(|| ApiError::NotFound("Route").into_response()),
+            )
+        })
+    };
+    Ok(Routes::default()
+        .and_undocumented("/api-docs", get(to_page), POLICY)
+        .and_undocumented("/api-docs/", file(Some(PAGE)), POLICY)
+        .and_undocumented(DOCUMENT, file(Some(DOCUMENT_FILE)), POLICY)
+        .and_undocumented("/api-docs/{*rest}", file(None), POLICY))
 }
 
-/// A file that Swagger UI does not have is answered like every unknown route.
-async fn json_when_missing(response: Response) -> Response {
-    if response.status().is_success() || response.status().is_redirection() {
-        response
+/// The page's links are relative to a folder.
+async fn to_page() -> Response {
+    Redirect::to("/api-docs/").into_response()
+}
+
+/// The page, what it loads, and the document.
+fn files(document: &Document) -> Result<Assets, io::Error> {
+    let config = Arc::new(Config::from(DOCUMENT));
+    let find = |name: &str| -> Result<SwaggerFile<'static>, io::Error> {
+        let file = utoipa_swagger_ui::serve(name, Arc::clone(&config));
+        let file = file.map_err(|error| io::Error::other(error.to_string()))?;
+        file.ok_or_else(|| io::Error::other(format!("Swagger UI has no {name}")))
+    };
+    let mut assets = Assets::default();
+    for name in FILES {
+        let SwaggerFile { bytes, content_type, gzpipped: is_gzipped, .. } = find(name)?;
+        let bytes = bytes.into_owned().into();
+        if is_gzipped {
+            assets.add_gzipped(name, &content_type, bytes)?;
+        } else {
+            assets.add(name, &content_type, bytes)?;
+        }
+    }
+    let json = serde_json::to_vec(document)?;
+    assets.add(DOCUMENT_FILE, "application/json", json.into())?;
+    let page = find(PAGE)?;
+    let mut html = plain(&page)?;
+    for (name, hashed) in assets.names() {
+        for prefix in ["\"./", "\""] {
+            html = html.replace(&format!("{prefix}{name}\""), &format!("\"./{hashed}\""));
+        }
+    }
+    assets.add(PAGE, &page.content_type, html.into())?;
+    Ok(assets)
+}
+
+/// The text of a file.
+fn plain(file: &SwaggerFile<'_>) -> Result<String, io::Error> {
+    if file.gzpipped {
+        io::read_to_string(flate2::read::GzDecoder::new(&*file.bytes))
     } else {
-        ApiError::NotFound("Route").into_response()
+        String::from_utf8(file.bytes.to_vec()).map_err(io::Error::other)
     }
 }

@@ -10,15 +10,20 @@ use axum::{
 use pisync_core::Timestamp;
 use serde::Serialize;
 use utoipa::ToSchema;
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
-use crate::api::{SharedState, wire::error::ApiError};
+use crate::{
+    api::{
+        SharedState,
+        wire::{error::ApiError, routes::Routes},
+    },
+    middleware::route_policy::RoutePolicy,
+};
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new()
-        .routes(routes!(get_health))
-        .routes(routes!(get_liveness))
-        .routes(routes!(get_readiness))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_health), RoutePolicy::UNCOUNTED)
+        .and(routes!(get_liveness), RoutePolicy::UNCOUNTED)
+        .and(routes!(get_readiness), RoutePolicy::UNCOUNTED)
 }
 
 /// The methods that the server as a whole knows, for `OPTIONS *`.

@@ -3,19 +3,26 @@
 use std::time::Duration;
 
 use axum::{extract::State, http::header, response::IntoResponse};
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
-use crate::api::{
-    SharedState,
-    wire::error::{AnyTime, ApiError},
+use crate::{
+    api::{
+        SharedState,
+        wire::{
+            error::{AnyTime, ApiError, WithQuery},
+            extract::NoQuery,
+            routes::Routes,
+        },
+    },
+    middleware::route_policy::RoutePolicy,
 };
 
 /// The fleet's figures are left out of a scrape when the database takes longer than this: the process's
 /// own figures matter most when it is slow.
 const FLEET_TIMEOUT: Duration = Duration::from_secs(2);
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(get_metrics))
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_metrics), RoutePolicy::UNCOUNTED)
 }
 
 /// Measurements
@@ -29,10 +36,14 @@ pub(crate) fn router() -> OpenApiRouter<SharedState> {
     security(("key" = ["read"])),
     responses(
         (status = 200, description = "The measurements.", body = String, content_type = "text/plain"),
+        WithQuery,
         AnyTime,
     ),
 )]
-async fn get_metrics(State(state): State<SharedState>) -> Result<impl IntoResponse, ApiError> {
+async fn get_metrics(
+    State(state): State<SharedState>,
+    _: NoQuery,
+) -> Result<impl IntoResponse, ApiError> {
     state.metrics.set_pool(state.store.pool_usage());
     let stats = state.store.fleet_stats(state.active_since());
     if let Ok(Ok(stats)) = tokio::time::timeout(FLEET_TIMEOUT, stats).await {

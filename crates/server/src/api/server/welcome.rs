@@ -5,12 +5,21 @@ use std::collections::BTreeMap;
 use axum::{Json, extract::State, response::IntoResponse};
 use serde::Serialize;
 use utoipa::ToSchema;
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::routes;
 
-use crate::api::{SharedState, wire::error::AnyTime};
+use crate::{
+    api::{
+        SharedState,
+        wire::{error::AnyTime, routes::Routes},
+    },
+    middleware::route_policy::RoutePolicy,
+};
 
-pub(crate) fn router() -> OpenApiRouter<SharedState> {
-    OpenApiRouter::new().routes(routes!(get_root)).routes(routes!(get_api))
+/// It tells nothing of the fleet: a link on a page elsewhere may open it.
+const ROOT: RoutePolicy = RoutePolicy { opens_from_links: true, ..RoutePolicy::API };
+
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_root), ROOT).and(routes!(get_api), RoutePolicy::API)
 }
 
 /// What this server is.

@@ -7,10 +7,10 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use pisync_core::Violation;
+use pisync_core::{Violation, ViolationCode};
 use serde::Serialize;
 use serde_json::Value;
-use utoipa::{IntoResponses, ToSchema};
+use utoipa::{IntoResponses, PartialSchema, ToSchema, openapi};
 
 use crate::{
     ingest::IngestError,
@@ -38,7 +38,7 @@ pub(crate) enum ApiError {
     /// 401: no key; says what to send.
     KeyNeeded(&'static str),
     /// 401: a key that opens nothing; says why.
-    WrongKey(&'static str),
+    WrongKey(KeyFault),
     /// 403: the key opens other things than this scope.
     WrongScope(Scope),
     /// 403: the key is for other devices.
@@ -75,6 +75,71 @@ pub(crate) enum ApiError {
     Internal(String),
 }
 
+/// Why a key opens nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KeyFault {
+    SeveralHeaders,
+    NotBearer,
+    NotAKey,
+    Mistyped,
+    Unknown,
+    Revoked,
+    Expired,
+}
+
+impl KeyFault {
+    fn code(self) -> ErrorCode {
+        match self {
+            Self::SeveralHeaders | Self::NotBearer | Self::NotAKey | Self::Mistyped => {
+                ErrorCode::KeyMalformed
+            }
+            Self::Unknown => ErrorCode::KeyUnknown,
+            Self::Revoked => ErrorCode::KeyRevoked,
+            Self::Expired => ErrorCode::KeyExpired,
+        }
+    }
+
+    fn message(self) -> &'static str {
+        match self {
+            Self::SeveralHeaders => "There is more than one Authorization header",
+            Self::NotBearer => "Keys are sent as Authorization: Bearer psk_\u{2026}",
+            Self::NotAKey => "This is no key: keys begin with psk_",
+            Self::Mistyped => "This key is mistyped: its checksum does not fit",
+            Self::Unknown => "This key is not known here",
+            Self::Revoked => "This key was revoked",
+            Self::Expired => "This key has expired",
+        }
+    }
+}
+
+/// What went wrong, in one stable word for programs. The message beside it is for people and may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ErrorCode {
+    ValidationFailed,
+    MalformedJson,
+    UnreadableBody,
+    KeyRequired,
+    KeyMalformed,
+    KeyUnknown,
+    KeyRevoked,
+    KeyExpired,
+    ScopeMissing,
+    OtherDevice,
+    NotFound,
+    MethodNotAllowed,
+    BodyTimeout,
+    TooLarge,
+    UnsupportedMediaType,
+    RateLimited,
+    Overloaded,
+    TooSlow,
+    DatabaseAway,
+    NotReplicated,
+    ClockNotSet,
+    Internal,
+}
+
 /// What the log is to say of an error: a 500's text, or what was wrong with a request.
 #[derive(Debug, Clone)]
 pub(crate) struct ErrorDetail(pub(crate) String);
@@ -84,13 +149,20 @@ pub(crate) struct ErrorDetail(pub(crate) String);
 #[schema(example = json!({
     "success": false,
     "error": "Validation failed",
-    "details": [{"field": "total_errors", "message": "\"total_errors\" must be an integer", "value": 1.5}],
+    "code": "validation_failed",
+    "details": [{
+        "field": "total_errors",
+        "message": "\"total_errors\" must be an integer",
+        "value": 1.5,
+        "code": "type",
+    }],
 }))]
 pub(crate) struct ErrorBody {
     /// Always false.
     success: bool,
     /// What is wrong, for a person to read.
     error: String,
+    code: ErrorCode,
     /// Every wrong field at once; only when fields are wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     details: Vec<FieldError>,
@@ -107,7 +179,26 @@ pub(crate) struct FieldError {
     /// What was sent, shortened; absent when nothing was.
     #[serde(skip_serializing_if = "Option::is_none")]
     value: Option<Value>,
+    #[schema(value_type = DetailCode)]
+    code: ViolationCode,
 }
+
+/// What kind of rule a field breaks, in one stable word for programs.
+struct DetailCode;
+
+impl PartialSchema for DetailCode {
+    fn schema() -> openapi::RefOr<openapi::schema::Schema> {
+        openapi::ObjectBuilder::new()
+            .schema_type(openapi::schema::Type::String)
+            .description(Some(
+                "What kind of rule the field breaks, in one stable word for programs.",
+            ))
+            .enum_values(Some(ViolationCode::ALL.map(ViolationCode::as_str)))
+            .into()
+    }
+}
+
+impl ToSchema for DetailCode {}
 
 /// Longest text of a refused request's fault in the log, in characters.
 const LOGGED_LENGTH: usize = 300;
@@ -128,7 +219,8 @@ fn cut(text: &str) -> String {
 
 impl From<Violation> for FieldError {
     fn from(violation: Violation) -> Self {
-        Self { field: violation.field, message: violation.message, value: violation.value }
+        let Violation { field, message, value, code } = violation;
+        Self { field, message, value, code }
     }
 }
 
@@ -212,6 +304,30 @@ impl ApiError {
         }
     }
 
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Validation(_) => ErrorCode::ValidationFailed,
+            Self::Malformed(_) => ErrorCode::MalformedJson,
+            Self::Unreadable(_) => ErrorCode::UnreadableBody,
+            Self::KeyNeeded(_) => ErrorCode::KeyRequired,
+            Self::WrongKey(fault) => fault.code(),
+            Self::WrongScope(_) => ErrorCode::ScopeMissing,
+            Self::OtherDevice => ErrorCode::OtherDevice,
+            Self::NotFound(_) => ErrorCode::NotFound,
+            Self::MethodNotAllowed => ErrorCode::MethodNotAllowed,
+            Self::BodyTimeout => ErrorCode::BodyTimeout,
+            Self::BodyTooLarge(_) | Self::TooManyEvents(_) => ErrorCode::TooLarge,
+            Self::UnsupportedMediaType(_) => ErrorCode::UnsupportedMediaType,
+            Self::TooManyRequests { .. } => ErrorCode::RateLimited,
+            Self::Overloaded => ErrorCode::Overloaded,
+            Self::TooSlow => ErrorCode::TooSlow,
+            Self::DatabaseAway => ErrorCode::DatabaseAway,
+            Self::Unreplicated => ErrorCode::NotReplicated,
+            Self::ClockNotSet => ErrorCode::ClockNotSet,
+            Self::Internal(_) => ErrorCode::Internal,
+        }
+    }
+
     /// What RFC 6750 has a server say of keys.
     fn challenge(&self) -> Option<HeaderValue> {
         let challenge = match self {
@@ -239,6 +355,7 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = self.status();
+        let code = self.code();
         let retry_after = self.retry_after();
         let challenge = self.challenge();
         let closes =
@@ -259,7 +376,8 @@ impl IntoResponse for ApiError {
                 log = Some(ErrorDetail(cut(&why)));
                 format!("The request's body cannot be read: {why}")
             }
-            Self::KeyNeeded(what) | Self::WrongKey(what) => what.to_owned(),
+            Self::KeyNeeded(what) => what.to_owned(),
+            Self::WrongKey(fault) => fault.message().to_owned(),
             Self::WrongScope(scope) => {
                 format!("This key does not open this: a key of the scope {} does", scope.as_str())
             }
@@ -297,7 +415,7 @@ impl IntoResponse for ApiError {
                 "Internal server error".to_owned()
             }
         };
-        let body = ErrorBody { success: false, error, details };
+        let body = ErrorBody { success: false, error, code, details };
         let mut response = (status, Json(body)).into_response();
         if let Some(retry_after) = retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, retry_after);

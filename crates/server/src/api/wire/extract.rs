@@ -11,7 +11,9 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
-use pisync_core::{DeviceId, Violation, sync_event::HALF_SURROGATE, text::json_text};
+use pisync_core::{
+    DeviceId, Violation, ViolationCode, sync_event::HALF_SURROGATE, text::json_text,
+};
 use serde_json::{Map, Value, value::RawValue};
 use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;
@@ -177,8 +179,8 @@ pub(crate) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     match serde_json::from_str(text) {
         Ok(Value::Object(fields)) => Ok(fields),
         Ok(value) => {
-            let violation = Violation::of_whole("must be of type object", Some(value));
-            Err(ApiError::Validation(vec![violation]))
+            let rule = "must be of type object";
+            Err(vec![Violation::of_whole(ViolationCode::Type, rule, Some(value))].into())
         }
         Err(error) => Err(undecodable_fields(text)
             .map_or_else(|| ApiError::Malformed(error.to_string()), ApiError::Validation)),
@@ -192,8 +194,9 @@ fn undecodable_fields(text: &str) -> Option<Vec<Violation>> {
     let wrong = fields.into_iter().filter(|(_, value)| {
         value.get().contains("\\u") && serde_json::from_str::<Value>(value.get()).is_err()
     });
-    let wrong: Vec<_> =
-        wrong.map(|(field, _)| Violation::of(field, HALF_SURROGATE, None)).collect();
+    let wrong: Vec<_> = wrong
+        .map(|(field, _)| Violation::of(field, ViolationCode::Format, HALF_SURROGATE, None))
+        .collect();
     (!wrong.is_empty()).then_some(wrong)
 }
 
@@ -245,15 +248,15 @@ impl<S: Send + Sync> FromRequestParts<S> for DevicePath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let refuse = |rule: &str, value: Option<Value>| {
-            ApiError::Validation(vec![Violation::of("device_id", rule, value)])
+        let refuse = |code, rule: &str, value: Option<Value>| {
+            ApiError::Validation(vec![Violation::of("device_id", code, rule, value)])
         };
         let Ok(Path(text)) = Path::<String>::from_request_parts(parts, state).await else {
-            return Err(refuse("must be valid UTF-8", None));
+            return Err(refuse(ViolationCode::Format, "must be valid UTF-8", None));
         };
         DeviceId::new(&text)
             .map(Self)
-            .map_err(|error| refuse(&error.to_string(), Some(Value::from(text))))
+            .map_err(|error| refuse(error.code(), &error.to_string(), Some(Value::from(text))))
     }
 }
 
@@ -265,6 +268,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
         Ok(Self(QueryString::parse(parts.uri.query().unwrap_or_default())))
+    }
+}
+
+/// A request without query parameters, to an endpoint that the Node service never had: a parameter that nobody reads is
+/// refused.
+pub(crate) struct NoQuery;
+
+impl<S: Send + Sync> FromRequestParts<S> for NoQuery {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        let query = QueryString::parse(parts.uri.query().unwrap_or_default());
+        query.finish().map(|()| Self).map_err(ApiError::from)
     }
 }
 

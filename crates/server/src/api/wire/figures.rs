@@ -27,6 +27,9 @@ pub(crate) struct DeviceFigures {
     /// The latest sync without errors.
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_success: Option<Timestamp>,
+    /// The latest sync with errors.
+    #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]
+    last_failed_sync: Option<Timestamp>,
     /// Syncs with errors.
     #[schema(example = 3)]
     failed_syncs: i64,
@@ -53,6 +56,7 @@ impl From<Figures> for DeviceFigures {
             first_sync: figures.first_sync,
             last_sync: figures.last_sync,
             last_success: figures.last_success,
+            last_failed_sync: figures.last_failure,
             failed_syncs: figures.failed_syncs,
             successful_syncs: figures.successful_syncs(),
             success_rate: success_rate(&figures),

@@ -5,7 +5,8 @@ use std::ops::RangeInclusive;
 
 use percent_encoding::percent_decode_str;
 use pisync_core::{
-    JobName, Timestamp, TimestampError, Violation, decimal::parse_scaled, text::check_text,
+    JobName, Timestamp, TimestampError, Violation, ViolationCode, decimal::parse_scaled,
+    text::check_text,
 };
 use serde_json::Value;
 
@@ -19,6 +20,8 @@ pub const MAX_OFFSET: u64 = (1 << 53) - 1;
 #[derive(Debug)]
 pub struct QueryString {
     pairs: Vec<Pair>,
+    /// The names of the parameters that were read, whether they were there or not.
+    known: Vec<&'static str>,
     violations: Vec<Violation>,
 }
 
@@ -51,32 +54,64 @@ impl QueryString {
     #[must_use]
     pub fn parse(query: &str) -> Self {
         let pairs = query.split('&').filter(|pair| !pair.is_empty()).map(Pair::read).collect();
-        Self { pairs, violations: Vec::new() }
+        Self { pairs, known: Vec::new(), violations: Vec::new() }
     }
 
-    /// Says whether all that was read was right.
+    /// Says whether all that was read was right, and nothing else was sent: a parameter that is misspelt must not look
+    /// obeyed.
     ///
     /// # Errors
     /// Everything that was wrong.
-    pub fn finish(self) -> Result<(), Vec<Violation>> {
+    pub fn finish(mut self) -> Result<(), Vec<Violation>> {
+        for Pair { name, value, .. } in &self.pairs {
+            if self.violations.len() >= MAX_NAMED {
+                break;
+            }
+            let is_told = |violation: &Violation| violation.field == name.as_str();
+            if !self.known.contains(&name.as_str()) && !self.violations.iter().any(is_told) {
+                let violation = Violation::of(
+                    in_short(name),
+                    ViolationCode::UnknownField,
+                    "is not allowed",
+                    Some(value.as_str().into()),
+                );
+                self.violations.push(violation);
+            }
+        }
+        self.finish_ignoring_others()
+    }
+
+    /// Says whether all that was read was right, as [`Self::finish`] does, but for what else was sent: the Node service
+    /// ignored that, and its clients may send it.
+    ///
+    /// # Errors
+    /// Everything that was wrong.
+    pub fn finish_ignoring_others(self) -> Result<(), Vec<Violation>> {
         if self.violations.is_empty() { Ok(()) } else { Err(self.violations) }
     }
 
-    fn refuse<T>(&mut self, name: &'static str, rule: &str, value: impl Into<Value>) -> Option<T> {
-        self.violations.push(Violation::of(name, rule, Some(value.into())));
+    fn refuse<T>(
+        &mut self,
+        name: &'static str,
+        code: ViolationCode,
+        rule: &str,
+        value: impl Into<Value>,
+    ) -> Option<T> {
+        self.violations.push(Violation::of(name, code, rule, Some(value.into())));
         None
     }
 
     /// The parameter's text, when it is there.
     fn get(&mut self, name: &'static str) -> Option<String> {
+        self.known.push(name);
         let mut given = self.pairs.iter().filter(|pair| pair.name == name);
         let first = given.next()?;
         let (value, is_text, again) = (first.value.clone(), first.is_text, given.next().is_some());
         if again {
-            return self.refuse(name, "must be given only once", value);
+            return self.refuse(name, ViolationCode::Conflict, "must be given only once", value);
         }
         if !is_text {
-            return self.refuse(name, "must be valid UTF-8", value);
+            return self.refuse(name, ViolationCode::Format, "must be valid UTF-8", value);
         }
         Some(value)
     }
@@ -85,20 +120,20 @@ impl QueryString {
     pub fn integer(&mut self, name: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
         let text = self.get(name)?;
         let Some(scaled) = parse_scaled(text.trim(), 0) else {
-            return self.refuse(name, "must be a number", text);
+            return self.refuse(name, ViolationCode::Type, "must be a number", text);
         };
         if scaled.is_fraction() {
-            return self.refuse(name, "must be an integer", text);
+            return self.refuse(name, ViolationCode::Type, "must be an integer", text);
         }
         match u64::try_from(scaled.value) {
             Ok(value) if range.contains(&value) => Some(value),
             Ok(value) if value > *range.end() => {
                 let rule = format!("must be less than or equal to {}", range.end());
-                self.refuse(name, &rule, as_sent(&text))
+                self.refuse(name, ViolationCode::Range, &rule, as_sent(&text))
             }
             _ => {
                 let rule = format!("must be greater than or equal to {}", range.start());
-                self.refuse(name, &rule, as_sent(&text))
+                self.refuse(name, ViolationCode::Range, &rule, as_sent(&text))
             }
         }
     }
@@ -125,7 +160,7 @@ impl QueryString {
         };
         match parsed {
             Ok(timestamp) => Some(timestamp),
-            Err(error) => self.refuse(name, &error.to_string(), text),
+            Err(error) => self.refuse(name, error.code(), &error.to_string(), text),
         }
     }
 
@@ -136,7 +171,9 @@ impl QueryString {
             Some(text) => match text.as_str() {
                 "true" => true,
                 "false" => false,
-                _ => self.refuse(name, "must be a boolean", text).unwrap_or(false),
+                _ => self
+                    .refuse(name, ViolationCode::Type, "must be a boolean", text)
+                    .unwrap_or(false),
             },
         }
     }
@@ -146,16 +183,26 @@ impl QueryString {
         let text = self.get(name)?;
         match check_text(&text, most) {
             Ok(()) => Some(text),
-            Err(error) => self.refuse(name, &error.to_string(), text),
+            Err(error) => self.refuse(name, error.code(), &error.to_string(), text),
         }
     }
 
     /// Where to go on in a history.
     pub fn cursor(&mut self) -> Option<HistoryPosition> {
+        self.cursor_of(read_cursor)
+    }
+
+    /// Where to go on in a list by its rows' numbers: the number of the last row of the page before.
+    pub fn id_cursor(&mut self) -> Option<i64> {
+        self.cursor_of(|text| text.parse().ok().filter(|id| *id > 0))
+    }
+
+    fn cursor_of<T>(&mut self, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+        const RULE: &str = "must be a next_cursor of this list";
         let text = self.get("cursor")?;
-        match read_cursor(&text) {
+        match read(&text) {
             Some(position) => Some(position),
-            None => self.refuse("cursor", "must be a next_cursor of this list", text),
+            None => self.refuse("cursor", ViolationCode::Format, RULE, text),
         }
     }
 
@@ -182,8 +229,20 @@ impl QueryString {
             return Some(*value);
         }
         let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
-        self.refuse(name, &format!("must be one of [{}]", names.join(", ")), text)
+        let rule = format!("must be one of [{}]", names.join(", "));
+        self.refuse(name, ViolationCode::Format, &rule, text)
     }
+}
+
+/// Wrong parameters that are named. Nobody has more right ones, and each is compared with all others.
+const MAX_NAMED: usize = 64;
+
+/// Longest name of a parameter that is echoed, in characters.
+const ECHOED_NAME: usize = 64;
+
+/// The beginning of a name that a client has made up: an answer must not grow with what was sent.
+fn in_short(name: &str) -> String {
+    name.chars().take(ECHOED_NAME).collect()
 }
 
 /// A number, of any size, as it was sent.
@@ -255,6 +314,27 @@ mod tests {
             assert!(query.timestamp("endDate").is_some(), "{text}");
             assert_eq!(query.finish(), Ok(()));
         }
+    }
+
+    #[test]
+    fn what_nobody_reads_is_refused_once_by_name() {
+        let read = || {
+            let mut query = QueryString::parse("limit=5&limti=6&limti=7&=&a%ff=1");
+            assert_eq!(query.limit(), Some(5));
+            query
+        };
+        let violations = read().finish().unwrap_err();
+        let fields: Vec<_> = violations.iter().map(|violation| &*violation.field).collect();
+        assert_eq!(fields, ["limti", "", "a\u{fffd}"]);
+        for violation in violations {
+            assert_eq!(violation.code, ViolationCode::UnknownField);
+        }
+        assert_eq!(read().finish_ignoring_others(), Ok(()));
+        // However many there are, and however long they are.
+        let many: String = (0..2_000).map(|number| format!("{number:0>500}=x&")).collect();
+        let violations = QueryString::parse(&many).finish().unwrap_err();
+        assert_eq!(violations.len(), MAX_NAMED);
+        assert!(violations.iter().all(|violation| violation.field.len() <= ECHOED_NAME));
     }
 
     #[test]

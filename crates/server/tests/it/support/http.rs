@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
-use pisync_core::Timestamp;
+use pisync_core::{Timestamp, ViolationCode};
 use reqwest::{Method, RequestBuilder, header::HeaderMap};
 use serde_json::{Value, json};
 use tokio::{
@@ -156,19 +156,51 @@ impl Answer {
     #[track_caller]
     pub(crate) fn error(&self, status: u16) -> String {
         let body = self.json(status);
-        assert_eq!(keys(&body), ["error", "success"], "{body}");
+        assert_eq!(keys(&body), ["code", "error", "success"], "{body}");
         assert_eq!(body["success"], false);
+        let codes = codes_of(status);
+        assert!(codes.iter().any(|code| body["code"] == *code), "{body} is none of {codes:?}");
         body["error"].as_str().unwrap().to_owned()
+    }
+
+    /// The code of an error answer with this status.
+    #[track_caller]
+    pub(crate) fn code(&self, status: u16) -> String {
+        self.json(status)["code"].as_str().expect("a code").to_owned()
+    }
+
+    /// The details of an answer to wrong fields, without their codes.
+    #[track_caller]
+    pub(crate) fn details(&self) -> Value {
+        let mut details = self.coded_details();
+        for detail in details.as_array_mut().unwrap() {
+            detail.as_object_mut().unwrap().remove("code");
+        }
+        details
     }
 
     /// The details of an answer to wrong fields.
     #[track_caller]
-    pub(crate) fn details(&self) -> Value {
+    pub(crate) fn coded_details(&self) -> Value {
         let mut body = self.json(400);
-        assert_eq!(keys(&body), ["details", "error", "success"], "{body}");
+        assert_eq!(keys(&body), ["code", "details", "error", "success"], "{body}");
         assert_eq!(body["success"], false);
         assert_eq!(body["error"], "Validation failed");
+        assert_eq!(body["code"], "validation_failed");
+        for detail in body["details"].as_array().unwrap() {
+            let code = detail["code"].as_str().expect("a code");
+            assert!(ViolationCode::ALL.iter().any(|known| known.as_str() == code), "{detail}");
+        }
         body["details"].take()
+    }
+
+    /// Each wrong field with the code of what is wrong with it.
+    #[track_caller]
+    pub(crate) fn wrong_fields(&self) -> Vec<(String, String)> {
+        let details = self.coded_details();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let pair = |detail: &Value| (text(&detail["field"]), text(&detail["code"]));
+        details.as_array().unwrap().iter().map(pair).collect()
     }
 
     /// The messages in the details, one for each wrong field.
@@ -177,6 +209,24 @@ impl Answer {
         let details = self.details();
         let message = |detail: &Value| detail["message"].as_str().unwrap().to_owned();
         details.as_array().unwrap().iter().map(message).collect()
+    }
+}
+
+/// The codes that errors of a status have.
+fn codes_of(status: u16) -> &'static [&'static str] {
+    match status {
+        400 => &["malformed_json", "unreadable_body"],
+        401 => &["key_required", "key_malformed", "key_unknown", "key_revoked", "key_expired"],
+        403 => &["scope_missing", "other_device"],
+        404 => &["not_found"],
+        405 => &["method_not_allowed"],
+        408 => &["body_timeout"],
+        413 => &["too_large"],
+        415 => &["unsupported_media_type"],
+        429 => &["rate_limited"],
+        500 => &["internal"],
+        503 => &["overloaded", "too_slow", "database_away", "not_replicated", "clock_not_set"],
+        _ => &[],
     }
 }
 

@@ -1,0 +1,144 @@
+//! `GET /api/devices`: the fleet's devices, page by page.
+
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::routes;
+
+use crate::{
+    api::{
+        SharedState,
+        devices::one::{DeviceData, MAX_GROUP},
+        wire::{
+            envelope::Success,
+            error::{AnyTime, ApiError, WithQuery},
+            extract::Query,
+            page::{DEFAULT_LIMIT, Pagination},
+            routes::Routes,
+        },
+    },
+    middleware::route_policy::RoutePolicy,
+    store::{DeviceQuery, DeviceSort},
+};
+
+const MAX_SEARCH: usize = 255;
+
+/// What a list can be sorted by; a minus sign before it turns it round.
+const SORTS: [(&str, (DeviceSort, bool)); 18] = [
+    ("device_id", (DeviceSort::DeviceId, false)),
+    ("-device_id", (DeviceSort::DeviceId, true)),
+    ("name", (DeviceSort::Name, false)),
+    ("-name", (DeviceSort::Name, true)),
+    ("device_registered", (DeviceSort::CreatedAt, false)),
+    ("-device_registered", (DeviceSort::CreatedAt, true)),
+    ("last_seen", (DeviceSort::LastSeen, false)),
+    ("-last_seen", (DeviceSort::LastSeen, true)),
+    ("last_sync", (DeviceSort::LastSync, false)),
+    ("-last_sync", (DeviceSort::LastSync, true)),
+    ("last_success", (DeviceSort::LastSuccess, false)),
+    ("-last_success", (DeviceSort::LastSuccess, true)),
+    ("total_syncs", (DeviceSort::TotalSyncs, false)),
+    ("-total_syncs", (DeviceSort::TotalSyncs, true)),
+    ("failed_syncs", (DeviceSort::FailedSyncs, false)),
+    ("-failed_syncs", (DeviceSort::FailedSyncs, true)),
+    ("consecutive_failures", (DeviceSort::ConsecutiveFailures, false)),
+    ("-consecutive_failures", (DeviceSort::ConsecutiveFailures, true)),
+];
+
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(list_devices), RoutePolicy::API)
+}
+
+/// The query as the document describes it; [`Query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes the query, is never made")]
+struct DeviceParameters {
+    /// Part of the device's id or name; upper and lower case of a to z are the same.
+    #[param(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    q: Option<String>,
+    /// Only devices of this group.
+    #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    group: Option<String>,
+    /// By what to sort; with a minus sign before it, largest or latest first. What is missing comes
+    /// last, ties go by `device_id`.
+    #[param(inline)]
+    sort: Option<SortName>,
+    /// The most devices to list.
+    #[param(minimum = 1, maximum = 1000, default = 50)]
+    limit: Option<u32>,
+    /// How many to pass over.
+    #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
+    offset: Option<u64>,
+}
+
+/// The names in [`SORTS`], for the document.
+struct SortName;
+
+impl utoipa::PartialSchema for SortName {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .enum_values(Some(SORTS.map(|(name, _)| name)))
+            .default(Some(SORTS[0].0.into()))
+            .into()
+    }
+}
+
+impl ToSchema for SortName {}
+
+/// One page of devices.
+#[derive(Serialize, ToSchema)]
+struct DeviceList {
+    devices: Vec<DeviceData>,
+    pagination: DevicePagination,
+}
+
+#[derive(Serialize, ToSchema)]
+struct DevicePagination {
+    #[serde(flatten)]
+    page: Pagination,
+    /// The same as `total`.
+    #[schema(example = 5000)]
+    total_devices: u64,
+}
+
+/// List devices
+///
+/// Each with its figures over all its jobs.
+#[utoipa::path(
+    get,
+    path = "/api/devices",
+    tag = "Devices",
+    security(("key" = ["read"])),
+    params(DeviceParameters),
+    responses(
+        (status = 200, description = "One page of devices.", body = Success<DeviceList>),
+        WithQuery,
+        AnyTime,
+    ),
+)]
+async fn list_devices(
+    State(state): State<SharedState>,
+    Query(mut query): Query,
+) -> Result<Success<DeviceList>, ApiError> {
+    let (sort, descending) = query.choice("sort", &SORTS).unwrap_or((DeviceSort::DeviceId, false));
+    let device_query = DeviceQuery {
+        search: query.text("q", MAX_SEARCH),
+        group: query.text("group", MAX_GROUP),
+        sort,
+        descending,
+        limit: query.limit().unwrap_or(DEFAULT_LIMIT),
+        offset: query.offset(),
+    };
+    query.finish()?;
+    let page = state.store.devices(&device_query).await?;
+    let data = DeviceList {
+        devices: page.items.into_iter().map(DeviceData::from).collect(),
+        pagination: DevicePagination {
+            page: Pagination::by_offset(Some(device_query.limit), device_query.offset, page.total),
+            total_devices: page.total,
+        },
+    };
+    Ok(Success::new("Devices retrieved successfully", data))
+}

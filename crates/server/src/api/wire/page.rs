@@ -1,0 +1,43 @@
+//! Where a page of a list stands: one object for every list, beside the older names that clients know.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+/// The most items on a page when the client does not say.
+pub(crate) const DEFAULT_LIMIT: u32 = 50;
+
+/// Where the page stands.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Pagination {
+    /// The most items on the page; null when there is no such bound.
+    #[schema(example = 50)]
+    pub(crate) limit: Option<u32>,
+    /// How many items were passed over.
+    #[schema(example = 0)]
+    pub(crate) offset: u64,
+    /// How many there are on all pages. Absent where counting them would take longer with every line that is added.
+    #[schema(example = 5000)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) total: Option<u64>,
+    /// The `cursor` of the next page; null on the last. Absent where a list has no cursors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub(crate) next_cursor: Option<Option<String>>,
+}
+
+impl Pagination {
+    /// A page of a list without cursors.
+    pub(crate) fn by_offset(limit: Option<u32>, offset: u64, total: u64) -> Self {
+        Self { limit, offset, total: Some(total), next_cursor: None }
+    }
+
+    /// A page of a list that only grows, and is not counted.
+    pub(crate) fn uncounted(limit: u32) -> Self {
+        Self { limit: Some(limit), offset: 0, total: None, next_cursor: None }
+    }
+
+    /// The same of a list with cursors.
+    pub(crate) fn with_next(self, next_cursor: Option<String>) -> Self {
+        Self { next_cursor: Some(next_cursor), ..self }
+    }
+}
