@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::{database, exit::Failure};
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
     store,
@@ -48,10 +49,9 @@ pub(super) struct RestoreCommand {
     migrations: MigrationArgs,
 }
 
-pub(super) fn backup(command: &BackupCommand) -> Result<(), String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
-    let held =
-        store::backup(&target, &command.file, command.force).map_err(|error| error.to_string())?;
+pub(super) fn backup(command: &BackupCommand) -> Result<(), Failure> {
+    let target = database::existing(&command.database)?;
+    let held = store::backup(&target, &command.file, command.force)?;
     println!(
         "backed up {target} to {}: devices: {}, events: {}",
         command.file.display(),
@@ -61,12 +61,10 @@ pub(super) fn backup(command: &BackupCommand) -> Result<(), String> {
     Ok(())
 }
 
-pub(super) async fn restore(command: &RestoreCommand) -> Result<(), String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
+pub(super) async fn restore(command: &RestoreCommand) -> Result<(), Failure> {
+    let target = command.database.target()?;
     let folder = &command.migrations.migrations_dir;
-    let restored = store::restore(&target, &command.file, command.force, folder)
-        .await
-        .map_err(|error| error.to_string())?;
+    let restored = store::restore(&target, &command.file, command.force, folder).await?;
     println!(
         "restored {target} from {}: devices: {}, events: {}",
         command.file.display(),

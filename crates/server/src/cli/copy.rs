@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{database, progress::Progress};
+use super::{database, exit::Failure, progress::Progress};
 use crate::{
     clock::Clock,
     config::CopyArgs,
@@ -28,11 +28,11 @@ pub(super) struct CopyCommand {
     databases: CopyArgs,
 }
 
-pub(super) async fn run(command: &CopyCommand) -> Result<(), String> {
-    let (from, to) = command.databases.targets().map_err(|error| error.to_string())?;
+pub(super) async fn run(command: &CopyCommand) -> Result<(), Failure> {
+    let (from, to) = command.databases.targets()?;
     // The copy goes by it which events the other side regards as received already.
     let clock = Clock::system();
-    let now = clock.check().map_err(|error| error.to_string())?;
+    let now = clock.check()?;
     let mut table = None;
     let mut report = |progress| show(&mut table, progress);
     let copied = store::copy(&from, &to, now, &mut report).await;
@@ -41,7 +41,7 @@ pub(super) async fn run(command: &CopyCommand) -> Result<(), String> {
     {
         table.progress.finish();
     }
-    say(&from, &to, &copied.map_err(|error| error.to_string())?);
+    say(&from, &to, &copied?);
     // Only now is it known that the source can be opened. A copy that is there must not fail for that.
     if let Ok(store) = store::open(&from).await {
         let _ = database::warn_of_clock(&*store, &clock).await;

@@ -2,12 +2,20 @@
 
 use std::sync::Arc;
 
+use super::exit::Failure;
 use crate::{
     clock::Clock,
-    config::MigrationArgs,
+    config::{DatabaseArgs, MigrationArgs},
     maintenance,
     store::{self, Store, Target, migrations::Migrator},
 };
+
+/// The database of a command that makes none.
+pub(super) fn existing(database: &DatabaseArgs) -> Result<Target, Failure> {
+    let target = database.target()?;
+    store::check_exists(&target)?;
+    Ok(target)
+}
 
 /// Opens the store, with the schema that it needs: SQLite's is brought up to date, as a server does it. Warns of a
 /// clock that is not to be trusted.
@@ -15,7 +23,7 @@ pub(super) async fn open(
     target: &Target,
     migrations: &MigrationArgs,
     clock: &Clock,
-) -> Result<Arc<dyn Store>, String> {
+) -> Result<Arc<dyn Store>, Failure> {
     let store = open_unwarned(target, migrations, clock).await?;
     warn_of_clock(&*store, clock).await?;
     Ok(store)
@@ -26,16 +34,17 @@ pub(super) async fn open_unwarned(
     target: &Target,
     migrations: &MigrationArgs,
     clock: &Clock,
-) -> Result<Arc<dyn Store>, String> {
+) -> Result<Arc<dyn Store>, Failure> {
     let (mut migrator, pending) = pending(target, migrations).await?;
     if !pending.is_empty() {
         if matches!(target, Target::Postgres(_)) {
             let pending = pending.join(", ");
-            return Err(format!("pending migrations: {pending}; run `pisync migrate up` first"));
+            let message = format!("pending migrations: {pending}; run `pisync migrate up` first");
+            return Err(message.into());
         }
         // Not under a running server of an older version.
-        let _claim = store::claim(target).map_err(|error| error.to_string())?;
-        migrator.up(clock.now()).await.map_err(|error| error.to_string())?;
+        let _claim = store::claim(target)?;
+        migrator.up(clock.now()).await?;
     }
     open_applied(target).await
 }
@@ -44,27 +53,27 @@ pub(super) async fn open_unwarned(
 pub(super) async fn open_current(
     target: &Target,
     migrations: &MigrationArgs,
-) -> Result<Arc<dyn Store>, String> {
+) -> Result<Arc<dyn Store>, Failure> {
     let (_, pending) = pending(target, migrations).await?;
     if !pending.is_empty() {
-        // Opening an SQLite file that is not there would make it.
-        return Err(format!(
+        let message = format!(
             "{target} has pending migrations: {}; run `pisync migrate up` first",
             pending.join(", ")
-        ));
+        );
+        return Err(message.into());
     }
     open_applied(target).await
 }
 
 /// Opens the store once everything is in it that a server has acknowledged.
-async fn open_applied(target: &Target) -> Result<Arc<dyn Store>, String> {
-    store::apply_journal(target).map_err(|error| error.to_string())?;
-    store::open(target).await.map_err(|error| error.to_string())
+async fn open_applied(target: &Target) -> Result<Arc<dyn Store>, Failure> {
+    store::apply_journal(target)?;
+    Ok(store::open(target).await?)
 }
 
 /// Says on standard error what speaks against this machine's clock, for commands that date or compare by it.
-pub(super) async fn warn_of_clock(store: &dyn Store, clock: &Clock) -> Result<(), String> {
-    let doubt = maintenance::doubt(store, clock).await.map_err(|error| error.to_string())?;
+pub(super) async fn warn_of_clock(store: &dyn Store, clock: &Clock) -> Result<(), Failure> {
+    let doubt = maintenance::doubt(store, clock).await?;
     if let Some(doubt) = doubt {
         eprintln!("pisync: {doubt}");
     }
@@ -74,9 +83,8 @@ pub(super) async fn warn_of_clock(store: &dyn Store, clock: &Clock) -> Result<()
 async fn pending(
     target: &Target,
     migrations: &MigrationArgs,
-) -> Result<(Migrator, Vec<String>), String> {
-    let migrator = Migrator::new(target, &migrations.migrations_dir).await;
-    let mut migrator = migrator.map_err(|error| error.to_string())?;
-    let pending = migrator.check().await.map_err(|error| error.to_string())?;
+) -> Result<(Migrator, Vec<String>), Failure> {
+    let mut migrator = Migrator::new(target, &migrations.migrations_dir).await?;
+    let pending = migrator.check().await?;
     Ok((migrator, pending))
 }

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-use super::migrate;
+use super::{exit::Failure, migrate};
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
     store,
@@ -24,10 +24,10 @@ enum Action {
     Setup,
 }
 
-pub(super) async fn run(command: &DbCommand) -> Result<(), String> {
+pub(super) async fn run(command: &DbCommand) -> Result<(), Failure> {
     let Action::Setup = command.action;
-    let target = command.database.target().map_err(|error| error.to_string())?;
-    if store::create_database(&target).await.map_err(|error| error.to_string())? {
+    let target = command.database.target()?;
+    if store::create_database(&target).await? {
         println!("created {target}");
     }
     migrate::up(&target, &command.migrations.migrations_dir).await?;

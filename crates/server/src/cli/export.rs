@@ -10,7 +10,7 @@ use clap::Args;
 use flate2::{Compression, write::GzEncoder};
 use pisync_core::{DeviceId, Timestamp};
 
-use super::{database, progress::Progress};
+use super::{database, exit::Failure, key::group_name, progress::Progress};
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
     event_format::Format,
@@ -102,24 +102,24 @@ impl ExportCommand {
     }
 }
 
-pub(super) async fn run(command: &ExportCommand) -> Result<(), String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
+pub(super) async fn run(command: &ExportCommand) -> Result<(), Failure> {
     let device = command.device.as_deref().map(DeviceId::new).transpose();
     let export = Export {
         format: command.format(),
-        device: device.map_err(|error| format!("--device {error}"))?,
-        group: command.group.clone(),
+        device: device.map_err(|error| Failure::usage(format!("--device {error}")))?,
+        group: command.group.as_deref().map(group_name).transpose()?,
         from: command.from,
         until: command.until,
     };
-    store::check_output(&target, &command.output).map_err(|error| error.to_string())?;
+    let target = database::existing(&command.database)?;
+    store::check_output(&target, &command.output)?;
     let store = database::open_current(&target, &command.migrations).await?;
     if command.output.as_os_str() == "-" {
         let written = write(&export, &*store, io::stdout(), command.packing(), |_| {}).await;
         return match written {
             // Whoever reads has seen enough.
             Err(ExportError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(error.into()),
             Ok(_) => Ok(()),
         };
     }
@@ -140,15 +140,15 @@ async fn to_file(
     path: &Path,
     packing: Packing,
     watch: impl FnMut(u64),
-) -> Result<u64, String> {
+) -> Result<u64, Failure> {
     let failed =
         |error: &dyn std::fmt::Display| format!("cannot write {}: {error}", path.display());
     let explain = |error: ExportError| match error {
-        ExportError::Write(error) => failed(&error),
-        error => error.to_string(),
+        ExportError::Write(error) => failed(&error).into(),
+        error => Failure::from(error),
     };
     if path.is_dir() || path.file_name().is_none() {
-        return Err(failed(&"it is a directory"));
+        return Err(failed(&"it is a directory").into());
     }
     if path.metadata().is_ok_and(|there| !there.is_file()) {
         let device = File::options().write(true).open(path).map_err(|error| failed(&error))?;

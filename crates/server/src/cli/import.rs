@@ -2,7 +2,6 @@
 
 use std::{
     path::PathBuf,
-    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -10,6 +9,7 @@ use clap::Args;
 
 use super::{
     database,
+    exit::Failure,
     progress::{Progress, rate},
 };
 use crate::{
@@ -22,9 +22,6 @@ use crate::{
 
 /// How often to look for a server that uses the same SQLite file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Some records were no events.
-const PARTLY: u8 = 3;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -89,12 +86,12 @@ impl ImportCommand {
     }
 }
 
-pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
+pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
+    let target = database::existing(&command.database)?;
     let clock = Clock::system();
     let store = database::open_unwarned(&target, &command.migrations, &clock).await?;
     // What keeps the import from being begun is not said twice.
-    import::check_clock(&*store, &clock).await.map_err(|error| error.to_string())?;
+    import::check_clock(&*store, &clock).await?;
     database::warn_of_clock(&*store, &clock).await?;
     let source = command.source();
     let name = source.name();
@@ -117,8 +114,8 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
     let mut neighbour = Neighbour { target: &target, looked: None };
     let result = import.run(&*store, &clock, || neighbour.is_there(), watch).await;
     let took = progress.finish();
-    let status = result.map_err(|error| error.to_string())?;
-    store.ping().await.map_err(|error| error.to_string())?;
+    let status = result?;
+    store.ping().await?;
     // A server that goes on would be kept waiting, and sees to it itself.
     if !neighbour.is_there()
         && let Err(error) = store.close().await
@@ -134,7 +131,7 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
             "{name} was imported already, at {}, and nothing was done; import it once more with --again",
             before.at
         );
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     println!(
         "imported {stored} events into {target}, {}/s, of {} records; {duplicates} were there already, {rejected} were rejected",
@@ -153,15 +150,14 @@ pub(super) async fn run(command: &ImportCommand) -> Result<ExitCode, String> {
         );
     }
     if rejected == 0 {
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     let file = command.rejected();
     let file = file.display();
     if stored + duplicates + status.passed == 0 {
-        return Err(format!("no record is an event; {file} says why"));
+        return Err(format!("no record is an event; {file} says why").into());
     }
-    eprintln!("pisync: {rejected} records were rejected; {file} says why");
-    Ok(ExitCode::from(PARTLY))
+    Err(Failure::partly(format!("{rejected} records were rejected; {file} says why")))
 }
 
 /// A server that may be using the same SQLite file.

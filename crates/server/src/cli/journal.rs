@@ -2,6 +2,7 @@
 
 use clap::{Args, Subcommand};
 
+use super::{database, exit::Failure};
 use crate::{
     config::DatabaseArgs,
     store::{self, JournalFileReport, JournalReport, Target},
@@ -27,7 +28,8 @@ enum Action {
     #[command(after_help = "\
 Beside a running server it shows one moment of files that change.
 
-Exit status: 0 when all that was acknowledged can be read, 1 when not.")]
+Exit status: 0 when all that was acknowledged can be read, 1 when some of it is
+lost, 2 on wrong usage, 4 when that could not be found out.")]
     Inspect,
     /// Keep what can be read, mark what is lost, and keep the damaged files
     #[command(after_help = "\
@@ -38,16 +40,20 @@ written to pisync.db.doubtful.ndjson: look through them before you import them."
     Salvage,
 }
 
-pub(super) fn run(command: &JournalCommand) -> Result<(), String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
+pub(super) fn run(command: &JournalCommand) -> Result<(), Failure> {
     match command.action {
-        Action::Inspect => inspect(&target),
-        Action::Salvage => salvage(&target),
+        Action::Inspect => inspect(&command.database),
+        Action::Salvage => salvage(&database::existing(&command.database)?),
     }
 }
 
-fn inspect(target: &Target) -> Result<(), String> {
-    let report = store::inspect_journal(target).map_err(|error| error.to_string())?;
+fn inspect(database: &DatabaseArgs) -> Result<(), Failure> {
+    let read = || -> Result<_, Failure> {
+        let target = database::existing(database)?;
+        let report = store::inspect_journal(&target)?;
+        Ok((target, report))
+    };
+    let (target, report) = read().map_err(Failure::unanswered)?;
     let JournalReport { applied, files, unapplied_events, damage, newer_version } = report;
     println!("{target}: the tables have all records up to {applied}");
     if files.is_empty() && damage.is_none() {
@@ -59,13 +65,16 @@ fn inspect(target: &Target) -> Result<(), String> {
     }
     println!("events in the journal alone: {unapplied_events}");
     if let Some(version) = newer_version {
-        return Err(format!(
+        let message = format!(
             "there are records in format {version}, which this version of PiSync cannot read"
-        ));
+        );
+        return Err(Failure::from(message).unanswered());
     }
     match damage {
         None => Ok(()),
-        Some(damage) => Err(format!("{damage}; `pisync journal salvage` goes on without them")),
+        Some(damage) => {
+            Err(format!("{damage}; `pisync journal salvage` goes on without them").into())
+        }
     }
 }
 
@@ -92,9 +101,9 @@ fn print_file(file: &JournalFileReport) {
     }
 }
 
-fn salvage(target: &Target) -> Result<(), String> {
-    let _claim = store::claim(target).map_err(|error| error.to_string())?;
-    let salvaged = store::salvage_journal(target).map_err(|error| error.to_string())?;
+fn salvage(target: &Target) -> Result<(), Failure> {
+    let _claim = store::claim(target)?;
+    let salvaged = store::salvage_journal(target)?;
     let Some(damage) = salvaged.damage else {
         println!(
             "nothing is damaged, and nothing was changed; events in the journal alone: {}",

@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, Timestamp, text::check_text};
 
-use super::database;
+use super::{database, exit::Failure};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -64,8 +64,7 @@ enum Action {
     },
 }
 
-pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
+pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
     let clock = Clock::system();
     let now = clock.now();
     let by = Actor { via: Via::CommandLine, address: None, at: now };
@@ -80,34 +79,36 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
                 .map(|found| format!("{} {}", found.field, found.rule))
                 .collect();
             if !problems.is_empty() {
-                return Err(problems.join("; "));
+                return Err(Failure::usage(problems.join("; ")));
             }
+            let target = database::existing(&command.database)?;
             let store = database::open(&target, &command.migrations, &clock).await?;
-            let present = present(&*store, &clock).await.map_err(|error| error.to_string())?;
+            let present = present(&*store, &clock).await?;
             if let Some(end) = expires_at.filter(|end| *end <= present) {
-                return Err(format!(
+                let message = format!(
                     "the key would end at {end}, and the present is {present} or later; set this machine's clock, or name a later time with --expires"
-                ));
+                );
+                return Err(message.into());
             }
-            let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by)
-                .await
-                .map_err(|error| error.to_string())?;
+            let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by).await?;
             println!("made key {id} in {target}; it is shown this once:\n{}", secret.as_str());
             Ok(())
         }
         Action::List => {
+            let target = database::existing(&command.database)?;
             let store = database::open(&target, &command.migrations, &clock).await?;
-            let keys = store.keys().await.map_err(|error| error.to_string())?.keys;
+            let keys = store.keys().await?.keys;
             for line in table(&keys, now) {
                 println!("{line}");
             }
             Ok(())
         }
         Action::Revoke { ids } => {
+            let target = database::existing(&command.database)?;
             let store = database::open(&target, &command.migrations, &clock).await?;
             let mut unknown = Vec::new();
             for id in ids {
-                match store.revoke_key(*id, &by).await.map_err(|error| error.to_string())? {
+                match store.revoke_key(*id, &by).await? {
                     Revocation::Revoked => println!("revoked key {id}"),
                     Revocation::Already => println!("key {id} was revoked before"),
                     Revocation::Unknown => unknown.push(id.to_string()),
@@ -116,9 +117,16 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), String> {
             if unknown.is_empty() {
                 return Ok(());
             }
-            Err(format!("no such key: {}; `pisync key list` lists them", unknown.join(", ")))
+            let unknown = unknown.join(", ");
+            Err(format!("no such key: {unknown}; `pisync key list` lists them").into())
         }
     }
+}
+
+/// The name of a group that was typed.
+pub(super) fn group_name(text: &str) -> Result<String, Failure> {
+    check_text(text, MAX_GROUP).map_err(|error| Failure::usage(format!("--group {error}")))?;
+    Ok(text.to_owned())
 }
 
 fn wish(
@@ -126,24 +134,22 @@ fn wish(
     device: Option<&str>,
     group: Option<&str>,
     name: Option<&str>,
-) -> Result<KeyWish, String> {
-    for (option, text, most) in [("--group", group, MAX_GROUP), ("--name", name, MAX_NAME)] {
-        if let Some(text) = text {
-            check_text(text, most).map_err(|error| format!("{option} {error}"))?;
-        }
+) -> Result<KeyWish, Failure> {
+    if let Some(name) = name {
+        check_text(name, MAX_NAME).map_err(|error| Failure::usage(format!("--name {error}")))?;
     }
     let device_id = device.map(DeviceId::new).transpose();
     Ok(KeyWish {
         name: name.map(str::to_owned),
         scope,
-        device_id: device_id.map_err(|error| format!("--device {error}"))?,
-        group: group.map(str::to_owned),
+        device_id: device_id.map_err(|error| Failure::usage(format!("--device {error}")))?,
+        group: group.map(group_name).transpose()?,
         expires_at: None,
     })
 }
 
 /// The end that was typed: so long from `now`, or a time.
-fn end(when: &str, now: Timestamp) -> Result<Timestamp, String> {
+fn end(when: &str, now: Timestamp) -> Result<Timestamp, Failure> {
     const HOUR: i64 = 60 * 60 * 1000;
     let units = [('h', HOUR), ('d', 24 * HOUR), ('w', 7 * 24 * HOUR)];
     let so_long = units.into_iter().find_map(|(unit, milliseconds)| {
@@ -151,7 +157,9 @@ fn end(when: &str, now: Timestamp) -> Result<Timestamp, String> {
         Some(now.saturating_add_milliseconds(i64::from(count).saturating_mul(milliseconds)))
     });
     so_long.or_else(|| Timestamp::parse_iso8601(when)).ok_or_else(|| {
-        format!("--expires {when}: expected so many hours, days or weeks (12h, 90d, 4w), or a time such as 2027-01-01")
+        Failure::usage(format!(
+            "--expires {when}: expected so many hours, days or weeks (12h, 90d, 4w), or a time such as 2027-01-01"
+        ))
     })
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::{Args, Subcommand};
 
-use super::{database, take_over};
+use super::{database, exit::Failure, take_over};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -72,25 +72,26 @@ struct UpArgs {
     source_timezone: Option<String>,
 }
 
-pub(super) async fn run(command: &MigrateCommand) -> Result<(), String> {
+pub(super) async fn run(command: &MigrateCommand) -> Result<(), Failure> {
     let folder = &command.migrations.migrations_dir;
-    let target = command.database.target().map_err(|error| error.to_string())?;
+    let database = &command.database;
     match &command.action {
-        Action::Up(arguments) => take_over_or_up(&target, folder, arguments).await,
+        Action::Up(arguments) => take_over_or_up(&database.target()?, folder, arguments).await,
         Action::Down { count, yes } => {
+            let target = database::existing(database)?;
             let mut migrator = open(&target, folder).await?;
-            let last = migrator.last(*count).await.map_err(|error| error.to_string())?;
+            let last = migrator.last(*count).await?;
             down(&target, &mut migrator, &last, *yes).await
         }
         Action::Rollback { yes } => {
+            let target = database::existing(database)?;
             let mut migrator = open(&target, folder).await?;
-            let last = migrator.last_batch().await.map_err(|error| error.to_string())?;
+            let last = migrator.last_batch().await?;
             down(&target, &mut migrator, &last, *yes).await
         }
-        Action::Status => status(&target, folder).await,
+        Action::Status => status(&database::existing(database)?, folder).await,
         Action::New { name } => {
-            let files = migrations::create_pair(folder, name, Clock::system().now())
-                .map_err(|error| error.to_string())?;
+            let files = migrations::create_pair(folder, name, Clock::system().now())?;
             for file in files {
                 println!("{}", file.display());
             }
@@ -99,14 +100,17 @@ pub(super) async fn run(command: &MigrateCommand) -> Result<(), String> {
     }
 }
 
-async fn open(target: &Target, folder: &Path) -> Result<Migrator, String> {
-    Migrator::new(target, folder).await.map_err(|error| error.to_string())
+async fn open(target: &Target, folder: &Path) -> Result<Migrator, Failure> {
+    Ok(Migrator::new(target, folder).await?)
 }
 
-async fn take_over_or_up(target: &Target, folder: &Path, arguments: &UpArgs) -> Result<(), String> {
+async fn take_over_or_up(
+    target: &Target,
+    folder: &Path,
+    arguments: &UpArgs,
+) -> Result<(), Failure> {
     let time_zone = arguments.source_timezone.as_deref();
-    let take_over = TakeOver::open(target, time_zone.unwrap_or("UTC")).await;
-    let take_over = take_over.map_err(|error| error.to_string())?;
+    let take_over = TakeOver::open(target, time_zone.unwrap_or("UTC")).await?;
     if take_over.is_none() && time_zone.is_some() {
         // No error: the same command is run again after it was interrupted at the very end.
         println!(
@@ -129,8 +133,8 @@ async fn take_over_or_up(target: &Target, folder: &Path, arguments: &UpArgs) -> 
     Ok(())
 }
 
-async fn dry_run(target: &Target, folder: &Path) -> Result<(), String> {
-    let pending = open(target, folder).await?.check().await.map_err(|error| error.to_string())?;
+async fn dry_run(target: &Target, folder: &Path) -> Result<(), Failure> {
+    let pending = open(target, folder).await?.check().await?;
     for name in &pending {
         println!("pending   {name}");
     }
@@ -147,18 +151,18 @@ fn count(migrations: usize) -> String {
 }
 
 /// Applies what is pending, says so, and tells how many that were.
-pub(super) async fn up(target: &Target, folder: &Path) -> Result<usize, String> {
+pub(super) async fn up(target: &Target, folder: &Path) -> Result<usize, Failure> {
     let clock = Clock::system();
     let now = clock.now();
-    let applied = open(target, folder).await?.up(now).await.map_err(|error| error.to_string())?;
+    let applied = open(target, folder).await?.up(now).await?;
     for name in &applied {
         println!("applied   {name}");
     }
-    let store = store::open(target).await.map_err(|error| error.to_string())?;
+    let store = store::open(target).await?;
     database::warn_of_clock(&*store, &clock).await?;
     // So that events find their partitions, whoever writes them. A clock that is not set would make old ones.
     if clock.check().is_ok() {
-        store.maintain(now).await.map_err(|error| error.to_string())?;
+        store.maintain(now).await?;
     }
     Ok(applied.len())
 }
@@ -168,10 +172,10 @@ async fn down(
     migrator: &mut Migrator,
     migrations: &[Migration],
     yes: bool,
-) -> Result<(), String> {
-    store::apply_journal(target).map_err(|error| error.to_string())?;
+) -> Result<(), Failure> {
+    store::apply_journal(target)?;
     // Not under a running server.
-    let _claim = store::claim(target).map_err(|error| error.to_string())?;
+    let _claim = store::claim(target)?;
     if migrations.is_empty() {
         println!("nothing to do: no migration is applied");
         return Ok(());
@@ -184,20 +188,21 @@ async fn down(
         })
         .collect();
     if !losses.is_empty() && !yes {
-        return Err(format!(
+        let message = format!(
             "this would lose for good, in {target}:\n{}\nnothing was done; go on with --yes",
             losses.join("\n")
-        ));
+        );
+        return Err(message.into());
     }
-    for name in migrator.down(migrations).await.map_err(|error| error.to_string())? {
+    for name in migrator.down(migrations).await? {
         println!("taken back {name}");
     }
     Ok(())
 }
 
-async fn status(target: &Target, folder: &Path) -> Result<(), String> {
+async fn status(target: &Target, folder: &Path) -> Result<(), Failure> {
     println!("{target}");
-    for line in open(target, folder).await?.status().await.map_err(|error| error.to_string())? {
+    for line in open(target, folder).await?.status().await? {
         let state = line.applied_at.map_or("pending".to_owned(), |at| format!("applied {at}"));
         let problem = line.problem.map_or(String::new(), |problem| format!("  ({problem})"));
         println!("  {state:<33} {:<9} {}{problem}", line.source.as_str(), line.name);

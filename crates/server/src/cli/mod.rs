@@ -19,6 +19,7 @@ mod backup;
 mod copy;
 mod database;
 mod db;
+mod exit;
 mod export;
 mod import;
 mod interrupt;
@@ -35,11 +36,12 @@ mod settings;
 mod take_over;
 mod verify;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 
 use self::{
+    exit::{EXIT_STATUS, ExitStatus, Failure},
     masked::Masks,
     settings::{SettingsFile, without_environment},
 };
@@ -53,7 +55,7 @@ use crate::{
 /// Without a command it serves. Every option can also be set by the environment variable named with
 /// it, or in a file .env in the working directory; the command line goes first, the file last.
 #[derive(Debug, Parser)]
-#[command(name = "pisync", version, after_help = EXAMPLES, arg_required_else_help = false)]
+#[command(name = "pisync", version, after_help = after_help(), arg_required_else_help = false)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -73,10 +75,11 @@ Examples:
                                            move from SQLite to PostgreSQL
   pisync key create --scope admin          a key that opens everything, shown this once
   pisync import events.csv.gz              events from elsewhere
-  pisync export --output events.ndjson.gz  and out again
+  pisync export --output events.ndjson.gz  and out again";
 
-Exit status: 0 success, 1 failure, 2 wrong usage, 3 done in part (import), 129, 130
-or 143 ended by SIGHUP, SIGINT or SIGTERM.";
+fn after_help() -> String {
+    format!("{EXAMPLES}\n\n{EXIT_STATUS}")
+}
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -139,17 +142,17 @@ pub fn main() -> ExitCode {
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&format!("cannot start: {error}")),
+        Err(error) => return fail(&format!("cannot start: {error}").into()),
     };
     if let Some(remains) = cli.command.as_ref().and_then(Command::remains)
         && let Err(message) = interrupt::end_at_signals(runtime.handle(), remains)
     {
-        return fail(&message);
+        return fail(&message.into());
     }
     if !matches!(cli.command, Some(Command::Serve(_))) {
         let level = cli.log.log_level.unwrap_or(LogLevel::WARN);
         if let Err(message) = logs::init_for_command(level, || progress::AboveBar) {
-            return fail(&message);
+            return fail(&message.into());
         }
     }
     let result = runtime.block_on(async {
@@ -160,8 +163,7 @@ pub fn main() -> ExitCode {
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
             Some(Command::Verify(command)) => verify::run(&command).await,
-            // The one command that may also end halfway.
-            Some(Command::Import(command)) => return import::run(&command).await,
+            Some(Command::Import(command)) => import::run(&command).await,
             Some(Command::Export(command)) => export::run(&command).await,
             Some(Command::Backup(command)) => backup::backup(&command),
             Some(Command::Restore(command)) => backup::restore(&command).await,
@@ -169,15 +171,16 @@ pub fn main() -> ExitCode {
             Some(Command::Journal(command)) => journal::run(&command),
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
-            // `with_default_command` has seen to it.
-            None => Err("no command".to_owned()),
+            // `with_command_first` has seen to it.
+            None => Err(Failure::usage("no command")),
         }
-        .map(|()| ExitCode::SUCCESS)
     });
     match result {
-        Ok(_) if output::is_incomplete() => fail("cannot write to standard output"),
-        Ok(code) => code,
-        Err(message) => fail(&masks.mask(&message)),
+        Ok(()) | Err(Failure { status: ExitStatus::Partly, .. }) if output::is_incomplete() => {
+            fail(&"cannot write to standard output".to_owned().into())
+        }
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => fail(&Failure { message: masks.mask(&failure.message), ..failure }),
     }
 }
 
@@ -189,23 +192,40 @@ fn http_threads() -> usize {
     cores.saturating_sub(1).max(1)
 }
 
-fn fail(message: &str) -> ExitCode {
-    eprintln!("pisync: {message}");
-    ExitCode::FAILURE
+fn fail(failure: &Failure) -> ExitCode {
+    eprintln!("pisync: {}", failure.message);
+    failure.status.into()
 }
 
-/// `pisync` and `pisync --port 80` mean `pisync serve …`.
-fn with_default_command(mut arguments: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
-    let serve = match arguments.get(1).map(|argument| argument.to_string_lossy()) {
-        None => true,
-        Some(first) => {
-            first.starts_with('-') && !["-h", "--help", "-V", "--version"].contains(&&*first)
+/// Puts the command's name first: options may also stand before it, `pisync --data-dir d key list`. Without a name,
+/// `pisync` and `pisync --port 80`, it is `serve`.
+fn with_command_first(mut words: Vec<OsString>, definition: &clap::Command) -> Vec<OsString> {
+    let mut place = 1;
+    while let Some(word) = words.get(place).map(|word| word.to_string_lossy()) {
+        if place == 1 && ["-h", "--help", "-V", "--version"].contains(&&*word) {
+            return words;
         }
-    };
-    if serve {
-        arguments.insert(arguments.len().min(1), "serve".into());
+        let Some(option) = word.strip_prefix('-') else { break };
+        let name = option.strip_prefix('-').unwrap_or_default();
+        place += if takes_next_word(definition, name) { 2 } else { 1 };
     }
-    arguments
+    let is_command = words
+        .get(place)
+        .is_some_and(|word| definition.find_subcommand(word).is_some() || word == "help");
+    if is_command || place == 1 && words.len() > 1 {
+        words[1..=place].rotate_right(1);
+    } else {
+        words.insert(words.len().min(1), "serve".into());
+    }
+    words
+}
+
+/// Whether the word behind an option, given without its hyphens, is its value.
+fn takes_next_word(command: &clap::Command, option: &str) -> bool {
+    command
+        .get_arguments()
+        .any(|argument| argument.get_long() == Some(option) && argument.get_action().takes_values())
+        || command.get_subcommands().any(|inner| takes_next_word(inner, option))
 }
 
 /// What was typed, with the settings of the environment and of `.env`.
@@ -219,9 +239,11 @@ struct Typed {
 /// the code.
 fn typed() -> Result<Typed, ExitCode> {
     let settings_file = SettingsFile::read(&known_variables());
-    let typed = with_default_command(std::env::args_os().collect());
+    let typed = with_command_first(std::env::args_os().collect(), &definition());
     let completed = settings_file.complete(definition(), typed.clone());
-    let completed = completed.map_err(|message| fail(&Masks::of(&typed).mask(&message)))?;
+    let completed = completed.map_err(|failure| {
+        fail(&Failure { message: Masks::of(&typed).mask(&failure.message), ..failure })
+    })?;
     let (mut command, words) = match completed {
         Some(completed) => (without_environment(definition(), false), completed),
         // The command as it is written shows the help that was asked for, which names the variables, or says what is
@@ -254,7 +276,7 @@ fn say(error: &clap::Error, masks: &Masks) -> ExitCode {
         eprintln!("{}", masked.trim_end());
         eprintln!("\nA database's URL is typed behind --database-url, or set as DATABASE_URL.");
     }
-    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
+    if error.use_stderr() { ExitStatus::Usage.into() } else { ExitCode::SUCCESS }
 }
 
 /// The commands and their settings. Help names variables and never shows what they are set to: a password may stand in
@@ -312,7 +334,7 @@ fn known_variables() -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{settings::LOG_LEVEL, *};
 
     #[test]
     fn the_definition_is_sound() {
@@ -321,16 +343,82 @@ mod tests {
 
     #[test]
     fn serving_is_the_default() {
-        let typed = |arguments: &[&str]| -> Vec<String> {
-            let arguments = arguments.iter().map(std::ffi::OsString::from).collect();
-            with_default_command(arguments)
-                .into_iter()
-                .map(|argument| argument.into_string().unwrap())
-                .collect()
-        };
-        assert_eq!(typed(&["pisync"]), ["pisync", "serve"]);
-        assert_eq!(typed(&["pisync", "--port", "1"]), ["pisync", "serve", "--port", "1"]);
-        assert_eq!(typed(&["pisync", "--help"]), ["pisync", "--help"]);
-        assert_eq!(typed(&["pisync", "migrate", "up"]), ["pisync", "migrate", "up"]);
+        for (typed, expected) in [
+            ("pisync", "pisync serve"),
+            ("pisync --port 1", "pisync serve --port 1"),
+            ("pisync --port=1", "pisync serve --port=1"),
+            ("pisync --port", "pisync serve --port"),
+            ("pisync --port 1 key", "pisync key --port 1"),
+            ("pisync --data-dir key", "pisync serve --data-dir key"),
+            ("pisync --data-dir=d key list", "pisync key --data-dir=d list"),
+            ("pisync --data-dir d nonsense", "pisync serve --data-dir d nonsense"),
+            ("pisync --yes migrate down", "pisync migrate --yes down"),
+            ("pisync --help", "pisync --help"),
+            ("pisync help key", "pisync help key"),
+            ("pisync nonsense", "pisync nonsense"),
+            ("pisync migrate up", "pisync migrate up"),
+        ] {
+            let words = typed.split(' ').map(OsString::from).collect();
+            let words = with_command_first(words, &definition());
+            let words: Vec<_> = words.iter().map(|word| word.to_str().unwrap()).collect();
+            assert_eq!(words.join(" "), expected);
+        }
+    }
+
+    /// Every command that can be run, by the names that lead to it.
+    fn runnable<'a>(
+        command: &'a clap::Command,
+        path: &[&'a str],
+        found: &mut Vec<(Vec<&'a str>, &'a clap::Command)>,
+    ) {
+        let mut inner = command.get_subcommands().filter(|inner| inner.get_name() != "help");
+        if let Some(first) = inner.next() {
+            for inner in std::iter::once(first).chain(inner) {
+                runnable(inner, &[path, &[inner.get_name()]].concat(), found);
+            }
+        } else {
+            found.push((path.to_vec(), command));
+        }
+    }
+
+    #[test]
+    fn shared_options_stand_before_and_after_every_commands_name() {
+        let mut all = definition();
+        all.build();
+        let mut commands = Vec::new();
+        runnable(&all, &[], &mut commands);
+        let mut checked = 0;
+        for (path, command) in &commands {
+            let operands = command.get_positionals().filter(|operand| operand.is_required_set());
+            let operands = vec!["1"; operands.count()];
+            for option in command.get_arguments() {
+                if !matches!(option.get_help_heading(), Some("Database" | "Logs")) {
+                    continue;
+                }
+                let value = match option.get_id().as_str() {
+                    LOG_LEVEL => "warn",
+                    "auto_migrate" => "true",
+                    _ => "7",
+                };
+                let flag = format!("--{}", option.get_long().unwrap());
+                for place in 0..=path.len() {
+                    let (before, after) = path.split_at(place);
+                    let words = [&["pisync"], before, &[&flag, value], after, &operands].concat();
+                    let words = words.iter().map(OsString::from).collect();
+                    let words = with_command_first(words, &definition());
+                    let words = SettingsFile::default().complete(definition(), words).unwrap();
+                    let words = words.unwrap_or_else(|| panic!("{path:?} {flag} at {place}"));
+                    let mut lenient = without_environment(definition(), true);
+                    let found = lenient.try_get_matches_from_mut(words).unwrap();
+                    let found = path.iter().fold(&found, |found, name| {
+                        found.subcommand_matches(name).unwrap_or_else(|| panic!("{path:?}"))
+                    });
+                    let mut given = found.get_raw(option.get_id().as_str()).unwrap();
+                    assert_eq!(given.next().unwrap(), value, "{path:?} {flag} at {place}");
+                    checked += 1;
+                }
+            }
+        }
+        assert!(checked > 200, "only {checked} were found");
     }
 }

@@ -63,6 +63,26 @@ pub fn settings() -> Vec<Setting> {
     settings
 }
 
+/// The options with a value that no variable sets, each as the words of its command and then itself.
+#[must_use]
+pub fn options() -> Vec<Vec<String>> {
+    fn collect(command: &Command, path: &[String], found: &mut Vec<Vec<String>>) {
+        let is_setting = |option: &&Arg| option.get_env().is_some();
+        for option in command.get_arguments().filter(|option| !is_setting(option)) {
+            let Some(long) = option.get_long() else { continue };
+            if option.get_action().takes_values() {
+                found.push([path, &[format!("--{long}")]].concat());
+            }
+        }
+        for inner in command.get_subcommands() {
+            collect(inner, &[path, &[inner.get_name().to_owned()]].concat(), found);
+        }
+    }
+    let mut found = Vec::new();
+    collect(&super::definition(), &[], &mut found);
+    found
+}
+
 /// The commands that people type.
 fn commands(definition: &Command) -> impl Iterator<Item = &Command> {
     definition.get_subcommands().filter(|command| command.get_name() != "help")

@@ -7,7 +7,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
-use super::settings::SettingsFile;
+use super::{exit::Failure, settings::SettingsFile};
 use crate::{
     app,
     clock::Clock,
@@ -30,8 +30,8 @@ pub(super) async fn run(
     arguments: &ServeArgs,
     level: &LogLevelArgs,
     settings_file: &SettingsFile,
-) -> Result<(), String> {
-    let mut settings = arguments.settings().map_err(|error| error.to_string())?;
+) -> Result<(), Failure> {
+    let mut settings = arguments.settings()?;
     let log = logs::init(&arguments.log_settings(level))?;
     let mut hang_ups = listen_for(SignalKind::hangup())?;
     for warning in &settings_file.warnings {
@@ -51,7 +51,7 @@ pub(super) async fn run(
         Ok(()) => tracing::info!("stopped; everything that was accepted is stored"),
         Err(error) => tracing::error!(%error, "stopped"),
     }
-    result.map_err(|error| error.to_string())
+    result.map_err(|error| error.to_string().into())
 }
 
 /// Listens on every address that the host name stands for, at one port.

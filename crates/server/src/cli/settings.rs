@@ -11,10 +11,14 @@ use std::{
 
 use clap::{Arg, ArgMatches, Command, builder::Resettable, parser::ValueSource};
 
+use super::exit::Failure;
 use crate::config::{
     DatabaseArgs, Secret,
     env_file::{EnvFile, Setting},
 };
+
+/// The setting that all commands have.
+pub(super) const LOG_LEVEL: &str = "log_level";
 
 /// The file of settings in the working directory, and what is odd about it.
 #[derive(Debug, Default)]
@@ -78,19 +82,25 @@ impl SettingsFile {
         &self,
         mut command: Command,
         mut typed: Vec<OsString>,
-    ) -> Result<Option<Vec<OsString>>, String> {
+    ) -> Result<Option<Vec<OsString>>, Failure> {
         let mut lenient = without_environment(command.clone(), true);
         let Ok(found) = lenient.try_get_matches_from_mut(&typed) else {
             return Ok(None);
         };
-        if let Some(error) = &self.unreadable {
-            return Err(error.clone());
-        }
         command.build();
         let (mut command, mut found) = (&command, &found);
         while let Some((name, inner)) = found.subcommand() {
             let Some(of_name) = command.find_subcommand(name) else { break };
             (command, found) = (of_name, inner);
+        }
+        if !reads_settings(command) {
+            if let Some(error) = &self.unreadable {
+                eprintln!("pisync: {error}; it is ignored");
+            }
+            return Ok(Some(typed));
+        }
+        if let Some(error) = &self.unreadable {
+            return Err(error.clone().into());
         }
         let names_url = self.names_database_url(command, found);
         let mut settings = Vec::new();
@@ -130,10 +140,11 @@ impl SettingsFile {
     }
 
     /// The value of an argument that was not typed; `None` when it is not set, or to nothing.
-    fn value(&self, argument: &Arg, name: &str) -> Result<Option<OsString>, String> {
+    fn value(&self, argument: &Arg, name: &str) -> Result<Option<OsString>, Failure> {
         if let Some(value) = std::env::var_os(name) {
             if value.to_str().is_none() && !is_path(argument) {
-                return Err(format!("the environment variable {name} is not valid UTF-8 text"));
+                let message = format!("the environment variable {name} is not valid UTF-8 text");
+                return Err(Failure::usage(message));
             }
             return Ok(Some(value).filter(|value| !value.is_empty()));
         }
@@ -151,7 +162,8 @@ impl SettingsFile {
         } else {
             return Ok(Some(value.into()));
         };
-        Err(format!("the value of {name} in line {} of .env {problem}", setting.line))
+        let line = setting.line;
+        Err(Failure::usage(format!("the value of {name} in line {line} of .env {problem}")))
     }
 }
 
@@ -174,6 +186,12 @@ fn quotation_warning(setting: &Setting, known: &[String]) -> Option<String> {
             "the value of {name} in line {line} of .env goes on to line {last_line}; is a quotation mark not closed?"
         )
     })
+}
+
+/// Whether a command reads a setting of its own. How much to log means nothing to the others, such as `openapi`.
+fn reads_settings(command: &Command) -> bool {
+    let mut settings = command.get_arguments().filter(|argument| argument.get_env().is_some());
+    settings.any(|argument| argument.get_id() != LOG_LEVEL)
 }
 
 /// Whether an argument's value is the path of a file or a folder.

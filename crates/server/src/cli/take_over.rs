@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::exit::Failure;
 use crate::{
     clock::Clock,
     store::{
@@ -11,16 +12,16 @@ use crate::{
 };
 
 /// Says what is there and what to expect, and changes nothing.
-pub(super) async fn rehearse(target: &Target, take_over: &mut TakeOver) -> Result<(), String> {
-    let now = Clock::system().check().map_err(|error| error.to_string())?;
+pub(super) async fn rehearse(target: &Target, take_over: &mut TakeOver) -> Result<(), Failure> {
+    let now = Clock::system().check()?;
     let rehearsal = take_over.rehearse(now).await;
-    let rehearsal = rehearsal.map_err(|error| error.to_string())?;
+    let rehearsal = rehearsal?;
     println!("{target} was made by the Node PiSync; this is a rehearsal, nothing is changed");
     let Some(estimate) = rehearsal.estimate else {
-        return Err(format!(
-            "the Node service's database cannot be taken over as it is: {}",
-            rehearsal.survey.obstacles.join("; ")
-        ));
+        let obstacles = rehearsal.survey.obstacles.join("; ");
+        let message =
+            format!("the Node service's database cannot be taken over as it is: {obstacles}");
+        return Err(message.into());
     };
     print_survey(&rehearsal.survey);
     print_plan(&rehearsal.survey, estimate, take_over.time_zone());
@@ -34,7 +35,7 @@ pub(super) async fn rehearse(target: &Target, take_over: &mut TakeOver) -> Resul
 }
 
 /// Takes the database over and tells how far it is; false when another process has done it meanwhile.
-pub(super) async fn run(target: &Target, take_over: &mut TakeOver) -> Result<bool, String> {
+pub(super) async fn run(target: &Target, take_over: &mut TakeOver) -> Result<bool, Failure> {
     println!(
         "{target} was made by the Node PiSync; taking it over, with times read as {}",
         take_over.time_zone()
@@ -56,13 +57,13 @@ pub(super) async fn run(target: &Target, take_over: &mut TakeOver) -> Result<boo
         Progress::Aggregating => println!("summing   by day and hour"),
     };
     // Whatever is dated after it counts in no streak.
-    let now = Clock::system().check().map_err(|error| error.to_string())?;
+    let now = Clock::system().check()?;
     let done = take_over.run(now, &mut report).await;
-    if !done.map_err(|error| error.to_string())? {
+    if !done? {
         return Ok(false);
     }
     println!("taken over in {}; `pisync verify` recounts it", time(started.elapsed()));
-    let others = take_over.others().await.map_err(|error| error.to_string())?;
+    let others = take_over.others().await?;
     if !others.is_empty() {
         // They came too late to be refused.
         eprintln!(

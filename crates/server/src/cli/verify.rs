@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::database;
+use super::{database, exit::Failure};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -19,7 +19,7 @@ Works beside running servers. Events that other programs wrote into the
 database count after --repair.
 
 Exit status: 0 when all figures are right or were repaired, 1 when some are
-not.")]
+not, 2 on wrong usage, 4 when that could not be found out.")]
 pub(super) struct VerifyCommand {
     /// Write what the events add up to wherever figures differ
     #[arg(long)]
@@ -30,20 +30,26 @@ pub(super) struct VerifyCommand {
     migrations: MigrationArgs,
 }
 
-pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
-    let target = command.database.target().map_err(|error| error.to_string())?;
+pub(super) async fn run(command: &VerifyCommand) -> Result<(), Failure> {
+    let problem = recount(command).await.map_err(Failure::unanswered)?;
+    problem.map_or(Ok(()), |problem| Err(problem.into()))
+}
+
+/// Recounts everything and says what differs; gives what is wrong and stays so, if anything does.
+async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
+    let target = database::existing(&command.database)?;
     let store = database::open_current(&target, &command.migrations).await?;
 
     let clock = Clock::system();
-    clock.check().map_err(|error| error.to_string())?;
+    clock.check()?;
     database::warn_of_clock(&*store, &clock).await?;
     // By a clock that is behind, right dates would be taken for dates to come.
-    let now = present(&*store, &clock).await.map_err(|error| error.to_string())?;
+    let now = present(&*store, &clock).await?;
     let mut sum = Verified::default();
     let (mut jobs, mut days, mut after) = (0, 0, None);
     loop {
         let page = store.verify(after.as_deref(), now, command.repair).await;
-        let page = page.map_err(|error| error.to_string())?;
+        let page = page?;
         sum.devices += page.devices;
         sum.events += page.events;
         sum.nameless_devices += page.nameless_devices;
@@ -78,25 +84,26 @@ pub(super) async fn run(command: &VerifyCommand) -> Result<(), String> {
         );
     }
     if sum.nameless_devices > 0 {
-        return Err(format!(
+        return Ok(Some(format!(
             "there are events or figures of {} devices that are not registered; delete those rows, or insert the devices",
             sum.nameless_devices
-        ));
+        )));
     }
     if let (Some(raw_since), true) = (sum.raw_since, wrong) {
-        return Err(format!(
+        return Ok(Some(format!(
             "some figures are too small, and cannot be counted again: events received before {raw_since} are no longer kept"
-        ));
+        )));
     }
     if wrong && !command.repair {
-        return Err("some figures are wrong; repair them with `pisync verify --repair`".to_owned());
+        let problem = "some figures are wrong; repair them with `pisync verify --repair`";
+        return Ok(Some(problem.to_owned()));
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Recounts the fleet's hours and gives those that differed.
-async fn hours(store: &dyn Store, repair: bool) -> Result<Vec<SumDifference>, String> {
-    let found = store.verify_hours().await.map_err(|error| error.to_string())?;
+async fn hours(store: &dyn Store, repair: bool) -> Result<Vec<SumDifference>, Failure> {
+    let found = store.verify_hours().await?;
     let mut wrong = found.clone();
     for _ in 0..ATTEMPTS {
         if !repair || wrong.is_empty() {
@@ -104,14 +111,15 @@ async fn hours(store: &dyn Store, repair: bool) -> Result<Vec<SumDifference>, St
         }
         let mut changed = false;
         for hour in &wrong {
-            changed |= !store.repair_hour(hour).await.map_err(|error| error.to_string())?;
+            changed |= !store.repair_hour(hour).await?;
         }
         if !changed {
             return Ok(found);
         }
-        wrong = store.verify_hours().await.map_err(|error| error.to_string())?;
+        wrong = store.verify_hours().await?;
     }
-    Err("some hours changed again and again while they were repaired; run it once more".to_owned())
+    let problem = "some hours changed again and again while they were repaired; run it once more";
+    Err(problem.to_owned().into())
 }
 
 fn print_sums(difference: &SumDifference) {

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
 use super::{
-    ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, given,
+    ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, database_url, given,
     http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts, TlsFiles},
     items, wrong,
 };
@@ -187,6 +187,9 @@ impl ServeArgs {
     /// # Errors
     /// When a setting makes no sense.
     pub fn settings(&self) -> Result<app::Settings, ConfigError> {
+        if !database_url::is_host(&self.host) {
+            return wrong("HOST is neither an address nor the name of a host");
+        }
         let auth = match self.auth.as_str() {
             "" | "auto" => AuthMode::Auto,
             "off" => AuthMode::Off,

@@ -34,10 +34,7 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
     if file.exists() && !overwrite {
         return Err(sqlite::backup::exists(file));
     }
-    if !database.is_file() {
-        let database = database.display();
-        return Err(StoreError::Failed(format!("there is no database file {database}")));
-    }
+    sqlite::files::check_exists(database)?;
     apply_journal(target)?;
     let copy = sqlite::backup::Copy::make(&sqlite::files::resolve(database)?, file)?;
     let holds = copy.holds;

@@ -50,7 +50,9 @@ pub use journal::{inspect_journal, salvage_journal};
 pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
 pub use model::{Device, DeviceWithJobs, Figures, Page, PoolUsage};
-pub use open::{Claim, apply_journal, check_output, claim, create_database, is_claimed, open};
+pub use open::{
+    Claim, apply_journal, check_exists, check_output, claim, create_database, is_claimed, open,
+};
 pub use retention::Retention;
 pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};
 pub use stats::{FailureQuery, FleetStats, StatsStore};

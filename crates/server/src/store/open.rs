@@ -18,6 +18,18 @@ pub async fn open(target: &Target) -> Result<Arc<dyn Store>, StoreError> {
     }
 }
 
+/// Checks that there is a database at `target`, for whoever must not make an empty one in the place of one that was
+/// misnamed. PostgreSQL makes none, and says so when it is asked for one.
+///
+/// # Errors
+/// When there is none.
+pub fn check_exists(target: &Target) -> Result<(), StoreError> {
+    match target {
+        Target::Sqlite(path) => sqlite::files::check_exists(path),
+        Target::Postgres(_) => Ok(()),
+    }
+}
+
 /// Creates the PostgreSQL database that `target` names; false when there was nothing to create. An
 /// SQLite file is made by the first migration.
 ///

@@ -245,7 +245,8 @@ async fn what_is_no_backup_is_refused() {
     let refused = program.run(&["backup", DATABASE, "--force"]);
     assert!(refused.failure().starts_with("data/pisync.db is the database itself"), "{refused:?}");
     let nothing = Program::new().run(&["backup", "backup.db"]);
-    assert_eq!(nothing.failure(), "there is no database file data/pisync.db");
+    let expected = "no database at data/pisync.db; set DATA_DIR or run pisync serve once";
+    assert_eq!(nothing.failure(), expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

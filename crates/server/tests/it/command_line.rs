@@ -62,7 +62,9 @@ fn all_applied() -> String {
 
 async fn migrations_forth_and_back(installed: &Installed) {
     let Installed { program, database } = installed;
-    assert_eq!(status(program), embedded("pending"));
+    if installed.is_postgres() {
+        assert_eq!(status(program), embedded("pending"));
+    }
     let up = program.run(&["migrate", "up"]);
     assert_eq!(up.success(), all_applied());
     assert_eq!(status(program), embedded("applied"));
@@ -151,7 +153,7 @@ async fn a_rollback_takes_back_what_the_last_up_applied(installed: &Installed) {
 
     for bad in ["", "two words", "../up", "größe"] {
         let failure = program.run(&["migrate", "new", bad]);
-        assert!(failure.failure().contains("is no name for a migration"), "{failure:?}");
+        assert!(failure.wrong_usage().contains("is no name for a migration"), "{failure:?}");
     }
     assert_eq!(program.names_in("migrations").len(), 4);
     // A statement that is wrong is told with the name of its migration, and leaves nothing behind.
@@ -444,7 +446,15 @@ fn wrong_settings_are_told_in_one_line() {
         ("DATABASE_URL", "sqlite:", "DATABASE_URL: sqlite: needs a path"),
         ("DB_PORT", "five", "DB_PORT: \"five\" is no port"),
         ("AUTH", "maybe", "AUTH=maybe: expected auto, off or required"),
-        ("HOST", "no such host", "cannot listen on no such host:"),
+        ("HOST", "no such host", "HOST is neither an address nor the name of a host"),
+    ] {
+        let program = Program::new().with("PORT", 0).with(name, value);
+        let ended = program.run(&[]);
+        assert!(ended.wrong_usage().starts_with(expected), "{name}={value}: {ended:?}");
+    }
+    // What makes sense, and cannot be had.
+    for (name, value, expected) in [
+        ("HOST", "nowhere.invalid", "cannot listen on nowhere.invalid:0: "),
         ("LOG_DIR", "file/logs", "cannot write file/logs/combined.log: "),
         ("DATA_DIR", "file/data", "cannot create file/data: "),
     ] {
@@ -624,7 +634,7 @@ async fn passwords_appear_nowhere() {
         let program = program.with("DB_HOST", "127.0.0.1").with("DB_PORT", closed.port());
         for arguments in [&["serve"][..], &["db", "setup"], &["migrate", "status"]] {
             let ended = program.run(arguments);
-            ended.failure();
+            assert!([1, 2].contains(&ended.code()) && ended.stderr.lines().count() == 1);
             let said = format!("{ended:?}{}", all_text(program.path("").as_path()));
             assert!(!said.contains(secret), "{value} {arguments:?}: {said}");
         }

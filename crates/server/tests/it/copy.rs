@@ -504,15 +504,22 @@ async fn what_cannot_be_copied_is_refused_in_one_line() {
     let serving = program.serve(&[]);
     serving.client.store(&event("pi")).await;
     serving.stop();
-    program.run(&["migrate", "down", "1", "--database-url", "sqlite:older.db"]).success();
     program.run(&["migrate", "up", "--database-url", "sqlite:older.db"]).success();
     program.run(&["migrate", "down", "1", "--yes", "--database-url", "sqlite:older.db"]).success();
     fs::create_dir(program.path("folder")).unwrap();
     fs::write(program.path("file"), "").unwrap();
     let before = program.names_in(".");
     for (from, to, problem) in [
-        ("sqlite:missing.db", "sqlite:new.db", "there is no database file missing.db"),
-        ("sqlite:folder", "sqlite:new.db", "there is no database file folder"),
+        (
+            "sqlite:missing.db",
+            "sqlite:new.db",
+            "no database at missing.db; name the file of one behind --from",
+        ),
+        (
+            "sqlite:folder",
+            "sqlite:new.db",
+            "no database at folder; name the file of one behind --from",
+        ),
         ("sqlite:notes.txt", "sqlite:new.db", "SQLite notes.txt: cannot open notes.txt: "),
         ("sqlite:empty.db", "sqlite:new.db", "SQLite empty.db is not a PiSync database"),
         ("sqlite:older.db", "sqlite:new.db", "SQLite older.db has pending migrations: "),
@@ -537,7 +544,9 @@ async fn what_cannot_be_copied_is_refused_in_one_line() {
         ),
     ] {
         let refused = program.run(&["copy", "--from", from, "--to", to]);
-        assert!(refused.failure().starts_with(problem), "{from} {to}: {refused:?}");
+        let is_wrong = problem.contains("must begin with");
+        let said = if is_wrong { refused.wrong_usage() } else { refused.failure() };
+        assert!(said.starts_with(problem), "{from} {to}: {refused:?}");
         assert!(!refused.stderr.contains("secret"), "{refused:?}");
     }
     assert_eq!(program.names_in("."), before);

@@ -129,7 +129,7 @@ async fn a_file_with_two_names_is_refused() {
     for arguments in [&["serve"][..], &["verify"], &["backup", "copy.db"]] {
         let refused = program.run(&[arguments, &other].concat());
         let expected = "data/other.db has 2 names (hard links)";
-        assert!(refused.failure().contains(expected), "{refused:?}");
+        assert!(refused.refusal().contains(expected), "{refused:?}");
     }
     report(&serving.client, 1).await;
     serving.stop();

@@ -195,7 +195,7 @@ async fn a_damaged_journal_stops_everybody_until_it_is_salvaged() {
         [&["serve"][..], &["verify"], &["export"], &["backup", "copy.db"], &["migrate", "down"]]
     {
         let said = program.run(command);
-        let said = said.failure();
+        let said = said.refusal();
         assert!(said.contains("are missing") && said.contains("journal salvage"), "{said}");
         assert_eq!(number(&open(&program), events), 1);
         assert_eq!(fs::read(journal_file(&program)).unwrap(), journal);
@@ -233,7 +233,7 @@ async fn a_journal_that_is_gone_after_a_kill_is_missed() {
             [&["serve"][..], &["verify"], &["journal", "inspect"], &["backup", "copy.db"]]
         {
             let said = program.run(command);
-            let said = said.failure();
+            let said = said.refusal();
             for ending in gone {
                 assert!(said.contains(&format!("pisync.db.{ending} is gone")), "{said}");
             }
@@ -263,7 +263,7 @@ async fn the_databases_file_alone_is_no_copy_of_a_killed_servers_database() {
     fs::copy(program.path(DATABASE), program.path("alone/pisync.db")).unwrap();
     for command in [&["serve"][..], &["verify"], &["backup", "copy.db"]] {
         let said = program.run(&[command, &["--data-dir", "alone"]].concat());
-        assert!(said.failure().contains("pisync.db.ingest-1 is gone"), "{said:?}");
+        assert!(said.refusal().contains("pisync.db.ingest-1 is gone"), "{said:?}");
     }
 }
 
@@ -310,7 +310,7 @@ async fn a_journal_that_was_emptied_after_a_kill_is_missed() {
         for command in [&["serve"][..], &["verify"], &["journal", "inspect"]] {
             let said = program.run(command);
             assert!(
-                said.failure().contains("pisync.db.ingest-1 was emptied or replaced"),
+                said.refusal().contains("pisync.db.ingest-1 was emptied or replaced"),
                 "{said:?}"
             );
             assert_eq!(fs::read(journal_file(&program)).unwrap(), contents);

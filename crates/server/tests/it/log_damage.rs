@@ -57,7 +57,7 @@ fn a_damaged_log_stops_every_command_and_the_start() {
         &["copy", "--from", "sqlite:data/pisync.db", "--to", "sqlite:copy.db"],
     ] {
         let ended = program.run(command);
-        let said = ended.failure();
+        let said = ended.refusal();
         assert!(said.contains("pisync.db-wal is damaged at byte"), "{command:?}: {ended:?}");
         assert!(said.contains("`pisync journal salvage`"), "{command:?}: {ended:?}");
     }
@@ -79,6 +79,7 @@ fn a_damaged_log_stops_every_command_and_the_start() {
 #[test]
 fn a_backup_takes_the_place_of_a_damaged_log() {
     let program = program().with_file("record.ndjson", &(event("pi").to_string() + "\n"));
+    program.run(&["db", "setup"]).success();
     program.run(&["import", "record.ndjson"]).success();
     program.run(&["backup", "backup.db"]).success();
     let killed = killed_after_an_import();

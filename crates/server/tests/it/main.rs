@@ -27,6 +27,7 @@ mod database_files;
 mod devices;
 mod documentation;
 mod documented_commands;
+mod exit_codes;
 mod export;
 mod express;
 mod faults;

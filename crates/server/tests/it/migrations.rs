@@ -335,7 +335,7 @@ async fn a_new_pair_of_files_runs(database: &TestDatabase) {
     }
     for name in ["", "two words", "../up", "ä", "a.b"] {
         let error = create_pair(&folder, name, now()).unwrap_err();
-        assert!(matches!(error, MigrationError::BadFile(_)), "{error:?}");
+        assert!(matches!(error, MigrationError::BadName(_)), "{error:?}");
     }
     // Also as they are, before anything is filled in.
     let mut migrator = database.migrator(&folder).await;

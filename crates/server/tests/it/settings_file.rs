@@ -127,19 +127,18 @@ fn values_that_no_setting_can_have() {
             b"LOG_LEVEL=\"info\\ns3cret-word\"",
             "the value of LOG_LEVEL in line 1 of .env has several lines",
         ),
-        (b"\xff\xfeP\0=\0s3cret-word", "cannot read .env: it is UTF-16 text; save it as UTF-8"),
     ] {
         let program = Program::new();
         std::fs::write(program.path(".env"), text).unwrap();
         let ended = program.run(&[]);
-        assert!(ended.failure().starts_with(expected), "{ended:?}");
+        assert!(ended.wrong_usage().starts_with(expected), "{ended:?}");
         assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
         assert_eq!(program.names_in("."), [".env"]);
     }
     for name in ["DB_PASSWORD", "DATABASE_URL", "PORT", "HOST", "AUTH"] {
         let ended = Program::new().with_bytes(name, b"s3cret-word\xff").run(&[]);
         let expected = format!("the environment variable {name} is not valid UTF-8 text");
-        assert_eq!(ended.failure(), expected);
+        assert_eq!(ended.wrong_usage(), expected);
     }
     // A path is whatever the file system takes.
     let program = Program::new().with_bytes("MIGRATIONS_DIR", b"dir-\xff");
@@ -200,7 +199,7 @@ fn settings_that_a_command_does_not_read_end_nothing() {
     // The one that is read is named.
     let program = Program::new().with_bytes("DATABASE_URL", b"postgres://u:s3cret-word\xff@h/db");
     assert_eq!(
-        program.run(&["verify"]).failure(),
+        program.run(&["verify"]).wrong_usage(),
         "the environment variable DATABASE_URL is not valid UTF-8 text"
     );
 }
@@ -247,55 +246,51 @@ fn a_url_in_the_wrong_place_keeps_its_password() {
     let set =
         |name: &str, value: &str| (Program::new().with(name, value), vec!["serve".to_owned()]);
     let in_file = |text: &str| (Program::new().with_file(".env", text), vec!["serve".to_owned()]);
-    for ((program, words), code, expected) in [
-        (typed(&["serve", URL]), 2, "unexpected argument 'postgres://[hidden]' found"),
-        (typed(&[URL]), 2, "unrecognized subcommand 'postgres://[hidden]'"),
-        (typed(&["verify", "u:s3cret-word@h/db"]), 2, "unexpected argument '[hidden]' found"),
+    for ((program, words), expected) in [
+        (typed(&["serve", URL]), "unexpected argument 'postgres://[hidden]' found"),
+        (typed(&[URL]), "unrecognized subcommand 'postgres://[hidden]'"),
+        (typed(&["verify", "u:s3cret-word@h/db"]), "unexpected argument '[hidden]' found"),
         (
             typed(&["serve", "DB_PASSWORD=s3cret-word"]),
-            2,
             "unexpected argument 'DB_PASSWORD=[hidden]' found",
         ),
         (
             typed(&["serve", "--port", URL]),
-            2,
             "invalid value 'postgres://[hidden]' for '--port <PORT>'",
         ),
-        (typed(&["serve", "--postgres://u:s3cret-word=x@h"]), 2, "'--postgres://[hidden]'"),
-        (typed(&["migrate", "status", URL]), 2, "unexpected argument 'postgres://[hidden]' found"),
-        (typed(&["import", URL]), 2, "<FILE> is not for the URL of a database"),
-        (typed(&["import", "-", "--rejected", URL]), 2, "--rejected <FILE> is not for"),
-        (typed(&["backup", URL]), 2, "is not for the URL of a database"),
-        (typed(&["restore", URL]), 2, "is not for the URL of a database"),
-        (typed(&["export", "--output", URL]), 2, "is not for the URL of a database"),
+        (typed(&["serve", "--postgres://u:s3cret-word=x@h"]), "'--postgres://[hidden]'"),
+        (typed(&["migrate", "status", URL]), "unexpected argument 'postgres://[hidden]' found"),
+        (typed(&["import", URL]), "<FILE> is not for the URL of a database"),
+        (typed(&["import", "-", "--rejected", URL]), "--rejected <FILE> is not for"),
+        (typed(&["backup", URL]), "is not for the URL of a database"),
+        (typed(&["restore", URL]), "is not for the URL of a database"),
+        (typed(&["export", "--output", URL]), "is not for the URL of a database"),
         (
             typed(&["verify", "--database-url", "postgres://u:s3cret-word"]),
-            1,
             "a user and a password must be followed by @HOST",
         ),
-        (set("LOG_DIR", URL), 2, "is not for the URL of a database"),
-        (set("DB_USER", URL), 2, "is not for the URL of a database"),
-        (set("DB_NAME", URL), 2, "is not for the URL of a database"),
-        (set("TLS_CERT", URL), 2, "is not for the URL of a database"),
-        (set("DATA_DIR", URL), 2, "--data-dir <DATA_DIR> is not for"),
-        (set("PORT", URL), 2, "invalid value 'postgres://[hidden]'"),
-        (set("AUTH", URL), 2, "is not for the URL of a database"),
-        (set("HOST", URL), 2, "is not for the URL of a database"),
-        (set("DB_HOST", URL), 2, "is not for the URL of a database"),
-        (set("DB_PORT", "postgres://u:s3cret-word,x@h"), 2, "is not for the URL of a database"),
-        (set("DB_HOST", "mysql://u:s3cret-word@h"), 1, "DB_HOST: a host is neither a name"),
-        (set("DATABASE_URL", "sqlite:postgres://u:s3cret-word@h"), 1, "stands a path"),
+        (set("LOG_DIR", URL), "is not for the URL of a database"),
+        (set("DB_USER", URL), "is not for the URL of a database"),
+        (set("DB_NAME", URL), "is not for the URL of a database"),
+        (set("TLS_CERT", URL), "is not for the URL of a database"),
+        (set("DATA_DIR", URL), "--data-dir <DATA_DIR> is not for"),
+        (set("PORT", URL), "invalid value 'postgres://[hidden]'"),
+        (set("AUTH", URL), "is not for the URL of a database"),
+        (set("HOST", URL), "is not for the URL of a database"),
+        (set("DB_HOST", URL), "is not for the URL of a database"),
+        (set("DB_PORT", "postgres://u:s3cret-word,x@h"), "is not for the URL of a database"),
+        (set("DB_HOST", "mysql://u:s3cret-word@h"), "DB_HOST: a host is neither a name"),
+        (set("DATABASE_URL", "sqlite:postgres://u:s3cret-word@h"), "stands a path"),
         (
             set("DATABASE_URL", "postgres://u:s3cret-word"),
-            1,
             "DATABASE_URL: there is no @: a user and a password must be followed by @HOST",
         ),
-        (in_file(&format!("PORT={URL}\n")), 2, "invalid value 'postgres://[hidden]'"),
-        (in_file(&format!("TRUSTED_PROXIES={URL}\n")), 2, "is not for the URL of a database"),
+        (in_file(&format!("PORT={URL}\n")), "invalid value 'postgres://[hidden]'"),
+        (in_file(&format!("TRUSTED_PROXIES={URL}\n")), "is not for the URL of a database"),
     ] {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let ended = program.run(&words);
-        assert_eq!(ended.code(), code, "{ended:?}");
+        assert_eq!(ended.code(), 2, "{ended:?}");
         assert!(ended.stderr.contains(expected), "{expected}: {ended:?}");
         assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
         let made =
@@ -312,11 +307,27 @@ fn a_url_in_the_wrong_place_keeps_its_password() {
 
 /// A file that cannot be read ends whatever would read it, and nothing else.
 #[test]
-fn help_needs_no_settings() {
-    let program = Program::new();
-    std::fs::write(program.path(".env"), b"\xff\xfeP\0=\x000\0").unwrap();
-    program.run(&["--help"]).success();
-    program.run(&["serve", "--help"]).success();
-    program.run(&["--version"]).success();
-    assert!(program.run(&["verify"]).failure().contains("cannot read .env: it is UTF-16 text"));
+fn a_broken_file_keeps_nobody_from_help() {
+    const PROBLEM: &str = "cannot read .env: it is UTF-16 text; save it as UTF-8";
+    let broken = [&b"\xff\xfeP\0=\x000\0"[..], b"\xff\xfeP\0=\0s3cret-word"];
+    for text in broken {
+        let program = Program::new();
+        std::fs::write(program.path(".env"), text).unwrap();
+        for words in [&["--help"][..], &["serve", "--help"], &["help", "key"], &["--version"]] {
+            program.run(words).success();
+        }
+        // It reads no setting.
+        let document = program.run(&["openapi"]);
+        assert_eq!(document.code(), 0, "{document:?}");
+        assert_eq!(document.stderr, format!("pisync: {PROBLEM}; it is ignored\n"));
+        for words in [&["serve"][..], &["verify"], &["key", "list"], &["db", "setup"]] {
+            assert_eq!(program.run(words).failure(), PROBLEM);
+        }
+        assert_eq!(program.names_in("."), [".env"]);
+    }
+    // Nor does a value that nothing can be made of.
+    let program = Program::new().with_file(".env", "LOG_LEVEL=loud\nDATABASE_URL=mysql://x\n");
+    for words in [&["--help"][..], &["migrate", "--help"], &["--version"], &["openapi"]] {
+        program.run(words).success();
+    }
 }

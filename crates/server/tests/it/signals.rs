@@ -25,6 +25,7 @@ const ALL_SIGNALS: [&str; 2] = ["env", "--default-signal"];
 fn with_events(count: i64) -> Program {
     let program = Program::new().run_by(&ALL_SIGNALS);
     fs::write(program.path("input"), lines(&events(count, false))).unwrap();
+    program.run(&["db", "setup"]).success();
     program.run(&["import", "input"]).success();
     fs::create_dir(program.path("out")).unwrap();
     program

@@ -364,7 +364,7 @@ async fn a_rehearsal_tells_everything_and_changes_nothing() {
     }
     for unknown in ["Mars/Olympus", "", "EST5EDT,M3", "UTC+2", "+02:00"] {
         let ended = up(&program, unknown);
-        assert!(ended.failure().starts_with("unknown time zone "), "{ended:?}");
+        assert!(ended.wrong_usage().starts_with("unknown time zone "), "{ended:?}");
     }
     drop(client);
     database.remove().await;

@@ -20,9 +20,7 @@ pub fn create_pair(
 ) -> Result<[PathBuf; 2], MigrationError> {
     let plain = |character: char| character.is_ascii_alphanumeric() || character == '-';
     if name.is_empty() || !name.chars().all(plain) {
-        return Err(MigrationError::BadFile(format!(
-            "{name:?} is no name for a migration: use letters, digits and hyphens, for instance add-site-column"
-        )));
+        return Err(MigrationError::BadName(name.to_owned()));
     }
     let date = &now.to_string()[..10];
     let taken = read_folder(folder)?;

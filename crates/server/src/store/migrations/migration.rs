@@ -150,6 +150,11 @@ pub enum MigrationError {
     /// A user's migration cannot be rolled back without its file.
     #[error("the files of the applied migration {0} are missing from the migrations folder")]
     Missing(String),
+    /// A new migration cannot have this name.
+    #[error(
+        "{0:?} is no name for a migration: use letters, digits and hyphens, for instance add-site-column"
+    )]
+    BadName(String),
     /// A file in the folder is not what it should be.
     #[error("{0}")]
     BadFile(String),

@@ -185,3 +185,19 @@ pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreE
 pub(in crate::store) fn holds_something(database: &Path) -> bool {
     fs::metadata(database).is_ok_and(|there| there.len() > 0)
 }
+
+/// See [`store::check_exists`](crate::store::check_exists). What cannot be looked at is left to whoever opens it.
+pub(in crate::store) fn check_exists(path: &Path) -> Result<(), StoreError> {
+    let database = resolve(path)?;
+    let is_missing = match fs::metadata(&database) {
+        Ok(there) => there.is_file() && there.len() == 0,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    if is_missing {
+        let path = path.display();
+        return Err(StoreError::Failed(format!(
+            "no database at {path}; set DATA_DIR or run pisync serve once"
+        )));
+    }
+    Ok(())
+}

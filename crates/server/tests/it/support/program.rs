@@ -444,7 +444,31 @@ impl Ended {
     /// The one line with which a command failed.
     #[track_caller]
     pub(crate) fn failure(&self) -> &str {
-        assert_eq!(self.code(), 1, "{self:?}");
+        self.only_line(1)
+    }
+
+    /// The one line that says which setting, or which word, makes no sense.
+    #[track_caller]
+    pub(crate) fn wrong_usage(&self) -> &str {
+        self.only_line(2)
+    }
+
+    /// The one line with which a command ended that could not answer its question.
+    #[track_caller]
+    pub(crate) fn unanswered(&self) -> &str {
+        self.only_line(4)
+    }
+
+    /// The one line with which any command refuses to work on a database: those that answer a question end with 4,
+    /// others with 1.
+    #[track_caller]
+    pub(crate) fn refusal(&self) -> &str {
+        self.only_line(if self.code() == 4 { 4 } else { 1 })
+    }
+
+    #[track_caller]
+    fn only_line(&self, code: i32) -> &str {
+        assert_eq!(self.code(), code, "{self:?}");
         assert_eq!(self.stderr.lines().count(), 1, "{self:?}");
         self.stderr.trim_end().strip_prefix("pisync: ").expect("the program's name")
     }
