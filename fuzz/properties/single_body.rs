@@ -6,7 +6,8 @@ use std::{collections::HashMap, fmt::Write as _};
 use pisync_core::{
     Arrival, DeviceId, EventId, JobName, Metadata, ParseError, SyncEvent, Timestamp,
     decimal::parse_scaled,
-    sync_event::{MAX_BYTES_SYNCED, MAX_COUNT, MAX_METADATA_BYTES},
+    metadata::MAX_METADATA_BYTES,
+    sync_event::{MAX_BYTES_SYNCED, MAX_COUNT},
 };
 use serde_json::value::RawValue;
 

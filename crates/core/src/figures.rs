@@ -188,7 +188,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{DeviceId, sync_event::Mbps};
+    use crate::{DeviceId, Mbps};
 
     fn event(second: i64, total_errors: u32) -> SyncEvent {
         SyncEvent {

@@ -10,13 +10,13 @@ use serde::{
 use serde_json::{Value, value::RawValue};
 
 use crate::{
-    Arrival, DeviceId, EventId, JobName, ParseError, SyncEvent, Timestamp, Violation,
-    ViolationCode,
+    Arrival, DeviceClock, DeviceId, EventId, JobName, Mbps, Metadata, ParseError, SyncDuration,
+    SyncEvent, Timestamp, Violation, ViolationCode,
     decimal::parse_scaled,
-    sync_event::{
-        DeviceClock, HALF_SURROGATE, MAX_BYTES_SYNCED, MAX_COUNT, Mbps, Metadata, MetadataError,
-        NumberError, SyncDuration, parse_bounded,
-    },
+    event_fields::EVENT_FIELDS,
+    metadata::{HALF_SURROGATE, MetadataError},
+    quantity::{NumberError, parse_bounded},
+    sync_event::{MAX_BYTES_SYNCED, MAX_COUNT},
     text::{TextError, json_text},
 };
 
@@ -203,20 +203,6 @@ fn byte_count(raw: &RawValue) -> Result<u64, Refusal> {
 /// An object's known fields, unread. Of a repeated field the last counts, as in JavaScript.
 struct Fields<'a>(Vec<(&'static str, &'a RawValue)>);
 
-const FIELDS: [&str; 11] = [
-    "device_id",
-    "event_id",
-    "timestamp",
-    "clock",
-    "total_files_synced",
-    "total_errors",
-    "internet_speed",
-    "job",
-    "duration_seconds",
-    "bytes_synced",
-    "metadata",
-];
-
 impl Fields<'_> {
     fn get(&self, field: &str) -> Option<&RawValue> {
         self.0.iter().rev().find(|(name, _)| *name == field).map(|(_, raw)| *raw)
@@ -235,7 +221,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut fields: Self::Value = Vec::with_capacity(FIELDS.len());
+                let mut fields: Self::Value = Vec::with_capacity(EVENT_FIELDS.len());
                 while let Some((key, raw)) = map.next_entry::<Key, &'de RawValue>()? {
                     if let Some(name) = key.0 {
                         fields.retain(|(known, _)| *known != name);
@@ -265,7 +251,8 @@ impl<'de> Deserialize<'de> for Key {
             }
 
             fn visit_bytes<E>(self, name: &[u8]) -> Result<Key, E> {
-                Ok(Key(FIELDS.iter().copied().find(|field| field.as_bytes() == name)))
+                let known = EVENT_FIELDS.iter().find(|field| field.name.as_bytes() == name);
+                Ok(Key(known.map(|field| field.name)))
             }
         }
 

@@ -2,8 +2,11 @@
 //! the pure rules about streaks. Nothing here does I/O, is async, or reads a clock.
 
 pub mod decimal;
+pub mod event_fields;
 pub mod event_stream;
 pub mod figures;
+pub mod metadata;
+pub mod quantity;
 pub mod received_event;
 pub mod sync_event;
 pub mod text;
@@ -13,8 +16,10 @@ pub mod violation;
 mod lenient;
 
 pub use figures::{JobFigures, LONGEST_LEAD, StreakCount, later_until};
+pub use metadata::Metadata;
+pub use quantity::{Mbps, SyncDuration};
 pub use received_event::ReceivedEvent;
-pub use sync_event::{Arrival, Mbps, Metadata, ParseError, SyncDuration, SyncEvent};
+pub use sync_event::{Arrival, DeviceClock, ParseError, SyncEvent};
 pub use text::{DeviceId, EventId, JobName};
 pub use timestamp::{Timestamp, TimestampError};
 pub use violation::{Violation, ViolationCode};

@@ -106,7 +106,7 @@ fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violat
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync_event::MAX_METADATA_BYTES;
+    use crate::metadata::MAX_METADATA_BYTES;
 
     fn time(text: &str) -> Timestamp {
         Timestamp::parse_iso8601(text).unwrap()

@@ -1,33 +1,21 @@
-//! A device's report of one sync run, and how it is read from JSON.
+//! A device's report of one sync run, and how it is read from JSON and written as JSON. The server reads, the agent on the
+//! device writes.
 //!
 //! The fast path is a single strict pass of serde over the body, borrowing from it. Only a body that
 //! fails it is read again by the lenient reader, which accepts what the Node service accepted (numeric
 //! strings, other date forms) and otherwise names every wrong field at once.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::{
-    DeviceId, EventId, JobName, Timestamp, Violation, ViolationCode,
-    decimal::{self, Scaled},
-    lenient,
+    DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration, Timestamp, Violation, lenient,
 };
 
 /// The largest count that a report may hold, 2³¹ − 1: what the Node service's integer columns take.
 pub const MAX_COUNT: u32 = i32::MAX.unsigned_abs();
 /// The most bytes that a report may say it moved, 2⁵³ − 1: what a JSON number holds exactly.
 pub const MAX_BYTES_SYNCED: u64 = (1 << 53) - 1;
-/// The longest metadata, in bytes of its JSON text.
-pub const MAX_METADATA_BYTES: usize = 4096;
-
-/// Where metadata has the date that a device without a trustworthy clock gave.
-const DEVICE_TIMESTAMP: &str = "device_timestamp";
-/// How metadata begins into which that was put.
-const DATED: &str = "{\"device_timestamp\":\"";
-/// By how much that makes it longer: the beginning but for its brace, the date, and `",`.
-const DATED_BYTES: usize = DATED.len() - 1 + "2025-06-17T10:30:00.000Z\",".len();
 
 /// One validated sync report.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,9 +59,37 @@ impl SyncEvent {
             .ok()
             // A derived reader would also take an array for a struct.
             .filter(|text| text.trim_ascii_start().starts_with('{'))
-            .and_then(|text| serde_json::from_str::<StrictWire>(text).ok())
+            .and_then(|text| serde_json::from_str::<Wire<'_>>(text).ok())
             .and_then(|wire| wire.validate(arrival))
             .map_or_else(|| lenient::read_sync_event(body, arrival), Ok)
+    }
+
+    /// Writes the event as a device sends it, on one line. With [`DeviceClock::Unsynced`] the server will date it by its
+    /// arrival.
+    ///
+    /// # Errors
+    /// When JSON cannot hold it, which no event that can be made causes.
+    pub fn to_json(&self, clock: DeviceClock) -> Result<String, serde_json::Error> {
+        let raw = |number: Option<String>| number.map(RawValue::from_string).transpose();
+        let timestamp = self.timestamp.to_string();
+        let internet_speed = raw(self.internet_speed.map(|speed| speed.to_string()))?;
+        let duration_seconds = raw(self.duration.map(|duration| duration.to_string()))?;
+        // Metadata is kept as it was sent, perhaps on several lines. Within strings JSON has no line breaks.
+        let metadata = self.metadata.as_ref().map(|sent| sent.as_str().replace(['\n', '\r'], " "));
+        let metadata = raw(metadata)?;
+        serde_json::to_string(&Wire {
+            device_id: self.device_id.as_str(),
+            event_id: self.event_id.as_ref().map(EventId::as_str),
+            timestamp: &timestamp,
+            clock: (clock == DeviceClock::Unsynced).then_some(clock.as_str()),
+            total_files_synced: self.total_files_synced,
+            total_errors: self.total_errors,
+            internet_speed: internet_speed.as_deref(),
+            job: self.job.as_ref().map(JobName::as_str),
+            duration_seconds: duration_seconds.as_deref(),
+            bytes_synced: self.bytes_synced,
+            metadata: metadata.as_deref(),
+        })
     }
 
     /// What a device without a trustworthy clock reports is dated by its arrival; the device's own
@@ -96,18 +112,25 @@ pub struct Arrival {
 
 /// Whether a device trusts its clock. Raspberry Pis have no battery for theirs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum DeviceClock {
+pub enum DeviceClock {
+    /// It does: an event is dated by its own `timestamp`.
     Synced,
+    /// It does not: an event is dated by its arrival.
     Unsynced,
 }
 
 impl DeviceClock {
-    pub(crate) fn parse(text: &str) -> Option<Self> {
-        match text {
-            "synced" => Some(Self::Synced),
-            "unsynced" => Some(Self::Unsynced),
-            _ => None,
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Synced => "synced",
+            Self::Unsynced => "unsynced",
         }
+    }
+
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        [Self::Synced, Self::Unsynced].into_iter().find(|clock| clock.as_str() == text)
     }
 }
 
@@ -121,25 +144,29 @@ pub enum ParseError {
 }
 
 /// The wire format as agents and scripts send it when they send it right.
-#[derive(Deserialize)]
-struct StrictWire<'a> {
+#[derive(Deserialize, Serialize)]
+struct Wire<'a> {
     device_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
     event_id: Option<&'a str>,
     timestamp: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
     clock: Option<&'a str>,
     total_files_synced: u32,
     total_errors: u32,
-    #[serde(borrow)]
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
     internet_speed: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     job: Option<&'a str>,
-    #[serde(borrow)]
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
     duration_seconds: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     bytes_synced: Option<u64>,
-    #[serde(borrow)]
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
     metadata: Option<&'a RawValue>,
 }
 
-impl StrictWire<'_> {
+impl Wire<'_> {
     /// `None` sends the body to the lenient reader, which knows the words.
     fn validate(self, arrival: Arrival) -> Option<SyncEvent> {
         fn number<T>(
@@ -175,274 +202,101 @@ impl StrictWire<'_> {
     }
 }
 
-/// Why a number is refused. [`fmt::Display`] gives the words that follow the quoted field name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NumberError {
-    /// Not a number.
-    NotANumber,
-    /// A fraction where a whole number is due.
-    NotAnInteger,
-    /// Below zero.
-    Negative,
-    /// Above this, as it reads in decimal.
-    TooLarge(&'static str),
-}
+#[cfg(test)]
+mod tests {
+    use proptest::{option, prelude::*};
 
-impl fmt::Display for NumberError {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotANumber => formatter.write_str("must be a number"),
-            Self::NotAnInteger => formatter.write_str("must be an integer"),
-            Self::Negative => formatter.write_str("must be greater than or equal to 0"),
-            Self::TooLarge(most) => write!(formatter, "must be less than or equal to {most}"),
-        }
-    }
-}
+    use super::*;
+    use crate::event_fields::EVENT_FIELDS;
 
-impl NumberError {
-    /// Which kind of rule is broken.
-    #[must_use]
-    pub fn code(self) -> ViolationCode {
-        match self {
-            Self::NotANumber | Self::NotAnInteger => ViolationCode::Type,
-            Self::Negative | Self::TooLarge(_) => ViolationCode::Range,
-        }
-    }
-}
-
-/// Reads `text` scaled by `10^scale` into `0..=most`; `most_text` is that bound as it reads unscaled.
-pub(crate) fn parse_bounded(
-    text: &str,
-    scale: u32,
-    most: i64,
-    most_text: &'static str,
-) -> Result<Scaled, NumberError> {
-    let scaled = decimal::parse_scaled(text, scale).ok_or(NumberError::NotANumber)?;
-    if scaled.value < 0 {
-        return Err(NumberError::Negative);
-    }
-    if scaled.value > most {
-        return Err(NumberError::TooLarge(most_text));
-    }
-    Ok(scaled)
-}
-
-/// A speed from 0 to 99,999,999.99 Mbps in hundredths, the Node service's `numeric(10,2)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Mbps(i64);
-
-impl Mbps {
-    const MAX_HUNDREDTHS: i64 = 9_999_999_999;
-
-    /// Reads decimal text, rounding to two decimals half away from zero, then checks the range.
-    ///
-    /// # Errors
-    /// When it is no number, or outside the range once rounded.
-    pub fn parse(text: &str) -> Result<Self, NumberError> {
-        parse_bounded(text, 2, Self::MAX_HUNDREDTHS, "99999999.99").map(|scaled| Self(scaled.value))
+    fn text(most: usize) -> impl Strategy<Value = String> {
+        proptest::string::string_regex(&format!("[^\\p{{Cc}}]{{1,{most}}}")).unwrap()
     }
 
-    /// A stored value; `None` outside the range.
-    #[must_use]
-    pub fn from_hundredths(hundredths: i64) -> Option<Self> {
-        (0..=Self::MAX_HUNDREDTHS).contains(&hundredths).then_some(Self(hundredths))
-    }
-
-    /// The speed in hundredths of Mbps.
-    #[must_use]
-    pub fn hundredths(self) -> i64 {
-        self.0
-    }
-}
-
-/// Ten integer digits fit a double exactly enough that two decimals come out as they went in.
-#[expect(clippy::cast_precision_loss, reason = "at most 34 bits")]
-impl From<Mbps> for f64 {
-    fn from(speed: Mbps) -> Self {
-        speed.0 as Self / 100.0
-    }
-}
-
-/// How long a sync took: 0 to 31,536,000 seconds (a year) in milliseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SyncDuration(i64);
-
-impl SyncDuration {
-    const MAX_MILLISECONDS: i64 = 31_536_000_000;
-
-    /// Reads decimal seconds, rounding to three decimals half away from zero, then checks the range.
-    ///
-    /// # Errors
-    /// When it is no number, or outside the range once rounded.
-    pub fn parse(text: &str) -> Result<Self, NumberError> {
-        parse_bounded(text, 3, Self::MAX_MILLISECONDS, "31536000").map(|scaled| Self(scaled.value))
-    }
-
-    /// A stored value; `None` outside the range.
-    #[must_use]
-    pub fn from_milliseconds(milliseconds: i64) -> Option<Self> {
-        (0..=Self::MAX_MILLISECONDS).contains(&milliseconds).then_some(Self(milliseconds))
-    }
-
-    /// The duration in milliseconds.
-    #[must_use]
-    pub fn milliseconds(self) -> i64 {
-        self.0
-    }
-}
-
-/// Seconds.
-#[expect(clippy::cast_precision_loss, reason = "at most 35 bits")]
-impl From<SyncDuration> for f64 {
-    fn from(duration: SyncDuration) -> Self {
-        duration.0 as Self / 1000.0
-    }
-}
-
-/// A JSON object of at most [`MAX_METADATA_BYTES`], kept as the text that was sent.
-#[derive(Debug, Clone, Serialize)]
-#[serde(transparent)]
-pub struct Metadata(Box<RawValue>);
-
-/// What is said of text with half a surrogate pair in it, such as `\ud800` alone: no encoding can hold that.
-pub const HALF_SURROGATE: &str = "must be valid Unicode text";
-
-/// Why metadata is refused. [`fmt::Display`] gives the words that follow the quoted field name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MetadataError {
-    /// JSON, but no object.
-    NotAnObject,
-    /// More text than is kept.
-    TooLong,
-    /// Half a surrogate pair, which no JSON reader gives back.
-    HalfSurrogate,
-    /// A number that no double holds.
-    HugeNumber,
-    /// Deeper than JSON readers go.
-    TooDeep,
-    /// Something else that cannot be read back.
-    Unreadable,
-}
-
-impl fmt::Display for MetadataError {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::NotAnObject => "must be of type object",
-            Self::TooLong => {
-                return write!(
-                    formatter,
-                    "must be at most {MAX_METADATA_BYTES} bytes of JSON text"
-                );
+    prop_compose! {
+        fn events()(
+            device_id in text(255),
+            event_id in option::of(text(64)),
+            job in option::of(text(100)),
+            milliseconds in 0..2_000_000_000_000_i64,
+            counts in (0..=MAX_COUNT, 0..=MAX_COUNT),
+            speed in option::of(0..=Mbps::MAX_HUNDREDTHS),
+            duration in option::of(0..=SyncDuration::MAX_MILLISECONDS),
+            bytes_synced in option::of(0..=MAX_BYTES_SYNCED),
+            metadata in option::of(prop_oneof![
+                Just("{}".to_owned()), Just("{\n  \"a\":\r\n [1.50, \"\\n\"]}".to_owned()),
+            ]),
+        ) -> SyncEvent {
+            SyncEvent {
+                device_id: DeviceId::new(&device_id).unwrap(),
+                event_id: event_id.map(|id| EventId::new(&id).unwrap()),
+                timestamp: Timestamp::from_millisecond(milliseconds).unwrap(),
+                total_files_synced: counts.0,
+                total_errors: counts.1,
+                internet_speed: speed.and_then(Mbps::from_hundredths),
+                job: job.map(|job| JobName::new(&job).unwrap()),
+                duration: duration.and_then(SyncDuration::from_milliseconds),
+                bytes_synced,
+                metadata: metadata.map(|text| Metadata::new(&text).unwrap()),
             }
-            Self::HalfSurrogate => HALF_SURROGATE,
-            Self::HugeNumber => "must not hold numbers beyond 1.8e308",
-            Self::TooDeep => "must not be nested more than 127 levels deep",
-            Self::Unreadable => "must be JSON that can be read back",
-        })
-    }
-}
-
-impl MetadataError {
-    /// Which kind of rule is broken.
-    #[must_use]
-    pub fn code(self) -> ViolationCode {
-        match self {
-            Self::NotAnObject => ViolationCode::Type,
-            Self::TooLong => ViolationCode::Length,
-            Self::HugeNumber => ViolationCode::Range,
-            Self::HalfSurrogate | Self::TooDeep | Self::Unreadable => ViolationCode::Format,
         }
     }
 
-    /// What keeps `text`, which is JSON, from being read in full as an object. The reader tells only in words,
-    /// which a test holds against these.
-    fn of(text: &str, error: &serde_json::Error) -> Self {
-        let words = error.to_string();
-        let says = |part| words.contains(part);
-        match () {
-            () if !text.trim_ascii_start().starts_with('{') => Self::NotAnObject,
-            () if says("surrogate") || says("hex escape") => Self::HalfSurrogate,
-            () if says("number out of range") => Self::HugeNumber,
-            () if says("recursion limit") => Self::TooDeep,
-            () => Self::Unreadable,
+    proptest! {
+        #[test]
+        fn an_event_reads_as_it_was_written(event in events()) {
+            let received = Timestamp::from_millisecond(2_000_000_000_000).unwrap();
+            let arrival = Arrival { received, latest: received };
+            let json = event.to_json(DeviceClock::Synced).unwrap();
+            prop_assert_eq!(json.lines().count(), 1, "{}", json);
+            let mut read = SyncEvent::from_json(json.as_bytes(), arrival).unwrap();
+            let on_one_line = |metadata: Metadata| metadata.as_str().replace(['\n', '\r'], " ");
+            let kept = read.metadata.take().map(on_one_line);
+            let mut sent = event.clone();
+            prop_assert_eq!(kept, sent.metadata.take().map(on_one_line));
+            prop_assert_eq!(read, sent);
+            let json = event.to_json(DeviceClock::Unsynced).unwrap();
+            let dated = SyncEvent::from_json(json.as_bytes(), arrival).unwrap();
+            prop_assert_eq!(dated.timestamp, received);
+            let timestamp = event.timestamp.to_string();
+            prop_assert!(dated.metadata.unwrap().as_str().contains(&timestamp));
         }
     }
-}
 
-impl Metadata {
-    /// Checks and keeps `text`.
-    ///
-    /// # Errors
-    /// When it is too long or not a JSON object. An empty array is taken for an empty object.
-    pub fn new(text: &str) -> Result<Self, MetadataError> {
-        if text.len() > MAX_METADATA_BYTES {
-            return Err(MetadataError::TooLong);
-        }
-        // PHP writes an empty object so: it has one kind of array for both.
-        if text.strip_prefix('[').is_some_and(|rest| rest.trim_ascii_start() == "]") {
-            return Ok(Self::empty());
-        }
-        Self::object(text)
-    }
-
-    /// Checks and keeps what a server has kept before, dated or as it was sent.
-    ///
-    /// # Errors
-    /// When it is longer than either may be, or not a JSON object.
-    pub fn kept(text: &str) -> Result<Self, MetadataError> {
-        Self::dated(text).or_else(|_| Self::new(text))
-    }
-
-    /// Checks and keeps what a server has dated by an event's arrival: it may be longer by that than what
-    /// devices send.
-    pub(crate) fn dated(text: &str) -> Result<Self, MetadataError> {
-        if !text.starts_with(DATED) || text.len() > MAX_METADATA_BYTES + DATED_BYTES {
-            return Err(MetadataError::TooLong);
-        }
-        Self::object(text)
-    }
-
-    fn object(text: &str) -> Result<Self, MetadataError> {
-        // Read in full, so that what history gives back can be read by whoever asks for it.
-        serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text)
-            .and_then(|_| RawValue::from_string(text.to_owned()))
-            .map(Self)
-            .map_err(|error| MetadataError::of(text, &error))
-    }
-
-    /// `metadata` with the date that the device gave as `device_timestamp`, unless the device has put
-    /// something there itself.
-    fn with_device_timestamp(metadata: Option<Self>, timestamp: Timestamp) -> Self {
-        let sent = metadata.as_ref().map_or("{}", Self::as_str);
-        let fields = serde_json::from_str::<serde_json::Map<_, _>>(sent).unwrap_or_default();
-        let (Some(rest), false) = (sent.strip_prefix('{'), fields.contains_key(DEVICE_TIMESTAMP))
-        else {
-            return metadata.unwrap_or_else(Self::empty);
+    #[test]
+    fn every_field_is_written_under_its_name() {
+        let metadata = RawValue::from_string("{}".to_owned()).unwrap();
+        let number = RawValue::from_string("1".to_owned()).unwrap();
+        let wire = Wire {
+            device_id: "pi",
+            event_id: Some("1"),
+            timestamp: "2025-06-17T10:30:00Z",
+            clock: Some("synced"),
+            total_files_synced: 1,
+            total_errors: 0,
+            internet_speed: Some(&number),
+            job: Some("nightly"),
+            duration_seconds: Some(&number),
+            bytes_synced: Some(1),
+            metadata: Some(&metadata),
         };
-        let comma = if fields.is_empty() { "" } else { "," };
-        let text = format!("{DATED}{timestamp}\"{comma}{rest}");
-        RawValue::from_string(text).map_or_else(|_| metadata.unwrap_or_else(Self::empty), Self)
-    }
-
-    fn empty() -> Self {
-        Self(serde_json::value::to_raw_value(&serde_json::Map::new()).unwrap_or_default())
-    }
-
-    /// A copy as raw JSON.
-    #[must_use]
-    pub fn to_raw_value(&self) -> Box<RawValue> {
-        self.0.clone()
-    }
-
-    /// The JSON text as it was sent.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        self.0.get()
-    }
-}
-
-impl PartialEq for Metadata {
-    fn eq(&self, other: &Self) -> bool {
-        self.as_str() == other.as_str()
+        let json = serde_json::to_string(&wire).unwrap();
+        let places = EVENT_FIELDS.map(|field| json.find(&format!("\"{}\":", field.name)));
+        assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{json}: {places:?}");
+        // The first, strict pass takes it.
+        let received = Timestamp::from_millisecond(2_000_000_000_000).unwrap();
+        let arrival = Arrival { received, latest: received };
+        assert!(wire.validate(arrival).is_some());
+        let object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&json).unwrap();
+        assert_eq!(object.len(), EVENT_FIELDS.len());
+        // Without any of the required ones, and only those, it is refused.
+        for field in EVENT_FIELDS {
+            let mut rest = object.clone();
+            rest.remove(field.name);
+            let text = serde_json::to_string(&rest).unwrap();
+            let read = SyncEvent::from_json(text.as_bytes(), arrival);
+            assert_eq!(read.is_err(), field.is_required, "{}", field.name);
+        }
     }
 }

@@ -4,12 +4,13 @@
 use std::{collections::BTreeSet, path::Path, process::Stdio};
 
 use pisync::{config::http::AuthMode, store::Scope};
+use pisync_core::event_fields::EVENT_FIELDS;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
 use crate::support::{
-    http::{event, send},
+    http::{event, keys, send},
     server::TestServer,
     store::{TestDatabase, wish},
 };
@@ -182,4 +183,33 @@ fn codes_are_documented() {
             assert!(page.contains(&row), "docs/api-design.md has no row {row}");
         }
     }
+}
+
+/// The event's fields in the document are those that are read.
+#[test]
+fn the_fields_of_an_event_are_documented() {
+    let document = document();
+    let schema = &document["components"]["schemas"]["SyncEvent"];
+    let documented: BTreeSet<_> = keys(&schema["properties"]).into_iter().collect();
+    assert_eq!(documented, EVENT_FIELDS.map(|field| field.name).into());
+    let required: BTreeSet<_> =
+        schema["required"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+    let is_required = EVENT_FIELDS.iter().filter(|field| field.is_required);
+    assert_eq!(required, is_required.map(|field| field.name).collect());
+    // What is stored is given back: all of it but the clock, of which the dates tell.
+    let kept = EVENT_FIELDS.map(|field| field.name).into_iter().filter(|name| *name != "clock");
+    let kept: BTreeSet<_> = kept.chain(["id", "created_at"]).collect();
+    let created = &document["components"]["schemas"]["CreatedSyncEvent"]["properties"];
+    assert_eq!(keys(created).into_iter().collect::<BTreeSet<_>>(), kept);
+    let history = &document["components"]["schemas"]["HistoryEvent"]["properties"];
+    let kept: BTreeSet<_> = kept.into_iter().chain(["updated_at"]).collect();
+    assert_eq!(keys(history).into_iter().collect::<BTreeSet<_>>(), kept);
+    let columns = pisync::event_format::Format::Csv.heading().trim().split(',');
+    assert_eq!(columns.collect::<BTreeSet<_>>(), kept);
+    let page = include_str!("../../../../docs/reporting.md");
+    let rows = page.lines().skip_while(|line| !line.starts_with("| field |")).skip(2);
+    let rows = rows.take_while(|line| line.starts_with("| `"));
+    let rows: Vec<_> = rows.map(|row| row.split('`').nth(1).unwrap()).collect();
+    assert_eq!(rows.len(), EVENT_FIELDS.len(), "{rows:?}");
+    assert_eq!(rows.into_iter().collect::<BTreeSet<_>>(), documented);
 }

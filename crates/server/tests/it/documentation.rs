@@ -7,7 +7,8 @@ use pisync::{cli::reference, config::http::Timeouts};
 use pisync_core::{
     DeviceId, EventId, JobName,
     event_stream::MAX_EVENT_BYTES,
-    sync_event::{MAX_BYTES_SYNCED, MAX_COUNT, MAX_METADATA_BYTES},
+    metadata::MAX_METADATA_BYTES,
+    sync_event::{MAX_BYTES_SYNCED, MAX_COUNT},
 };
 
 use crate::support::{

@@ -11,9 +11,7 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
-use pisync_core::{
-    DeviceId, Violation, ViolationCode, sync_event::HALF_SURROGATE, text::json_text,
-};
+use pisync_core::{DeviceId, Violation, ViolationCode, metadata::HALF_SURROGATE, text::json_text};
 use serde_json::{Map, Value, value::RawValue};
 use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;

@@ -220,7 +220,10 @@ async fn check_source(from: &Target) -> Result<(), CopyError> {
     if let Target::Sqlite(path) = from
         && !path.is_file()
     {
-        return Err(CopyError::Source(format!("no database at {}; name the file of one behind --from", path.display())));
+        return Err(CopyError::Source(format!(
+            "no database at {}; name the file of one behind --from",
+            path.display()
+        )));
     }
     let mut migrator = migrator(from).await?;
     let wrong = |error| CopyError::Migration { database: from.to_string(), error };
