@@ -113,19 +113,23 @@ async fn sql_is_text(server: &TestServer) {
         assert_eq!(history["sync_history"][0]["metadata"]["note"], *sql);
         for query in ["q", "group"] {
             let found = server.get(&format!("/api/devices?{query}={encoded}")).await.data(200);
-            assert!(column(&found["devices"], "device_id").contains(&json!(sql)), "{found}");
+            assert_eq!(column(&found["devices"], "device_id"), [json!(sql)], "{query}={sql}");
         }
-        for path in [
-            "/api/devices?sort=",
-            "/api/devices?limit=",
-            "/api/devices?offset=",
-            "/api/devices/repeated-failures?threshold=",
-            "/api/devices/repeated-failures?consecutive=",
-            "/api/device/x/sync-history?startDate=",
+        for (path, parameter) in [
+            ("/api/devices", "sort"),
+            ("/api/devices", "limit"),
+            ("/api/devices", "offset"),
+            ("/api/devices/repeated-failures", "threshold"),
+            ("/api/devices/repeated-failures", "consecutive"),
+            ("/api/device/x/sync-history", "startDate"),
+            ("/api/audit", "before"),
+            ("/api/audit", "cursor"),
+            ("/api/keys", "cursor"),
         ] {
-            server.get(&format!("{path}{encoded}")).await.details();
+            let details = server.get(&format!("{path}?{parameter}={encoded}")).await.details();
+            assert_eq!(column(&details, "field"), [parameter], "{path}: {details}");
+            assert_eq!(column(&details, "value"), [*sql], "{path}: {details}");
         }
-        server.get(&format!("/api/audit?before={encoded}")).await.details();
         let key =
             server.post("/api/keys", &json!({"scope": "ingest", "name": sql, "group": sql})).await;
         key.data(201);

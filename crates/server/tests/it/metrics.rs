@@ -1,0 +1,120 @@
+//! `GET /metrics`: what is measured, and that Prometheus can read it.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::process::Stdio;
+
+use serde_json::json;
+
+use crate::support::events::at;
+use crate::support::http::{event, failure, send, with};
+use crate::support::server::TestServer;
+
+/// The value of a sample in Prometheus' text.
+#[track_caller]
+fn sample(metrics: &str, name: &str) -> f64 {
+    let lines: Vec<_> =
+        metrics.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' ')).collect();
+    assert_eq!(lines.len(), 1, "{name} in\n{metrics}");
+    lines[0].parse().unwrap()
+}
+
+/// A server that has seen a bit of everything, and what it measured.
+async fn measured() -> (TestServer, String) {
+    let server = TestServer::on_sqlite(|_| {}).await;
+    for second in [-3, -2] {
+        server.store(&with(event("ok"), &json!({"timestamp": at(second)}))).await;
+    }
+    server.store(&event("also-ok")).await;
+    server.store(&failure("failing", at(-1))).await;
+    server.report(&json!({})).await.details();
+    for device in ["ok", "failing", "nobody", "%00"] {
+        server.get(&format!("/api/device/{device}")).await;
+    }
+    for number in 0..20 {
+        server.get(&format!("/{number}")).await.error(404);
+        let method = format!("METHOD{number}").parse().unwrap();
+        send(server.request(method, "/api/stats")).await.error(405);
+    }
+    let answer = server.get("/metrics").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("content-type"), "text/plain; version=0.0.4; charset=utf-8");
+    (server, answer.text().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn measurements_add_up() {
+    let (server, metrics) = measured().await;
+    let requests = |method: &str, route: &str, status: u16| {
+        let name = "http_requests_total";
+        sample(
+            &metrics,
+            &format!("{name}{{method=\"{method}\",route=\"{route}\",status=\"{status}\"}}"),
+        )
+    };
+    assert_eq!(requests("POST", "/api/sync-event", 201), 4.0);
+    assert_eq!(requests("POST", "/api/sync-event", 400), 1.0);
+    assert_eq!(requests("GET", "/api/device/{device_id}", 200), 2.0);
+    assert_eq!(requests("GET", "/api/device/{device_id}", 404), 1.0);
+    assert_eq!(requests("GET", "/api/device/{device_id}", 400), 1.0);
+    assert_eq!(requests("GET", "unmatched", 404), 20.0);
+    assert_eq!(requests("OTHER", "/api/stats", 405), 20.0);
+    for (name, expected) in [
+        ("http_request_duration_seconds_count{method=\"POST\",route=\"/api/sync-event\"}", 5.0),
+        (
+            "http_request_duration_seconds_bucket{method=\"POST\",route=\"/api/sync-event\",le=\"+Inf\"}",
+            5.0,
+        ),
+        ("pisync_sync_events_total{result=\"ok\"}", 3.0),
+        ("pisync_sync_events_total{result=\"failed\"}", 1.0),
+        ("pisync_ingest_batch_events_count", 4.0),
+        ("pisync_ingest_batch_events_sum", 4.0),
+        ("pisync_ingest_batch_duration_seconds_count", 4.0),
+        ("pisync_ingest_queue_events", 0.0),
+        ("pisync_devices", 3.0),
+        ("pisync_active_devices", 3.0),
+        ("pisync_sync_success_ratio", 0.75),
+        ("pisync_database_connections{state=\"waiting\"}", 0.0),
+    ] {
+        assert_eq!(sample(&metrics, name), expected, "{name}");
+    }
+    let version = format!("pisync_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
+    assert_eq!(sample(&metrics, &version), 1.0);
+    for name in [
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_start_time_seconds",
+        "pisync_database_connections{state=\"max\"}",
+    ] {
+        assert!(sample(&metrics, name) >= 1.0, "{name}");
+    }
+    // Whatever is asked for, there are only so many labels.
+    for label in ["/0", "/19", "METHOD", "nobody"] {
+        assert!(!metrics.contains(label), "{label}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prometheus_has_nothing_to_find_fault_with() {
+    let program = Path::new("/usr/bin/promtool");
+    assert!(
+        program.exists(),
+        "{} is missing: run ./scripts/test, which sees to it",
+        program.display()
+    );
+    let (server, metrics) = measured().await;
+    let mut promtool = Command::new(program)
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    promtool.stdin.take().unwrap().write_all(metrics.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+    assert!(output.status.success() && said.is_empty(), "{said}");
+    server.stop().await;
+}
