@@ -1,25 +1,24 @@
-//! Exact decimal arithmetic on a number's text. `1.005` rounds to `1.01` here, as a person expects;
-//! through a binary float it would round to `1.00`.
+//! Exact decimal arithmetic on a number's text. The numeric types of events call it; it never goes through a binary
+//! float. `1.005` rounds to `1.01` here, as a person expects. A float would round it to `1.00`.
 
-/// A decimal number scaled by a power of ten and rounded to a whole.
+/// A decimal number, scaled by a power of ten and rounded to an integer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scaled {
-    /// The value times `10^scale`, rounded half away from zero; saturates at the bounds of `i64`.
+    /// The value times `10^scale`, rounded half away from zero. It saturates at the bounds of `i64`.
     pub value: i64,
-    /// Whether nothing was lost by rounding or saturation.
+    /// True if neither rounding nor saturation lost anything.
     pub exact: bool,
 }
 
 impl Scaled {
-    /// Whether the text's number is no whole one at this scale. Of one that saturates it is not said: its
-    /// fault is its size.
+    /// True if the number has a fraction at this scale. A saturated value answers false, because its error is its size.
     #[must_use]
     pub fn is_fraction(self) -> bool {
         !self.exact && !matches!(self.value, i64::MIN | i64::MAX)
     }
 }
 
-/// Digits after which a value saturates: 19 digits always exceed every range PiSync knows.
+/// A value with more digits saturates. A number of 19 digits exceeds every range that PiSync uses.
 const MAX_DIGITS: i64 = 18;
 
 /// Reads `text` as a decimal number (`[+-]digits[.digits][e[+-]digits]`) and scales it by
@@ -43,7 +42,7 @@ pub fn parse_scaled(text: &str, scale: u32) -> Option<Scaled> {
 
     let mut digits = whole.bytes().chain(fraction.bytes()).map(|byte| byte - b'0');
     let length = whole.len() + fraction.len();
-    // How many of the digits stand before the decimal point once scaled; may be negative.
+    // The number of digits before the decimal point after scaling. It may be negative.
     let kept =
         saturating_i64(whole.len()).saturating_add(exponent).saturating_add(i64::from(scale));
 
@@ -72,13 +71,13 @@ pub fn parse_scaled(text: &str, scale: u32) -> Option<Scaled> {
     Some(Scaled { value: if negative { -value } else { value }, exact })
 }
 
-/// Reads an exponent; one beyond all bounds saturates.
+/// Reads an exponent. An exponent that does not fit saturates.
 fn parse_exponent(text: &str) -> Option<i64> {
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    // The text has the form of an integer, so the only way to fail is to be too large.
+    // The text has the form of an integer, so parsing fails only when it is too large.
     let magnitude = digits.parse::<i64>().unwrap_or(i64::MAX / 4).min(i64::MAX / 4);
     Some(if text.starts_with('-') { -magnitude } else { magnitude })
 }

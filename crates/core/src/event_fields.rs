@@ -1,7 +1,7 @@
-//! The fields of a sync event on the wire, in the order in which they are written and documented. Whatever else lists
-//! them, such as the OpenAPI document, the columns of CSV and the docs, is derived from this list or tested against it.
+//! The fields of a sync event on the wire, in the order in which they are written and documented. Every other list of
+//! them is derived from this one or tested against it: the OpenAPI document, the CSV columns, the docs.
 
-/// What a field holds in JSON.
+/// The JSON type of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FieldKind {
     /// A string.
@@ -15,11 +15,11 @@ pub enum FieldKind {
 /// A field of a sync event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EventField {
-    /// Its name.
+    /// The field's name on the wire.
     pub name: &'static str,
-    /// What it holds.
+    /// The JSON type of its value.
     pub kind: FieldKind,
-    /// Whether an event without it is refused.
+    /// True if an event without the field is refused.
     pub is_required: bool,
 }
 
@@ -31,7 +31,7 @@ const fn optional(name: &'static str, kind: FieldKind) -> EventField {
     EventField { name, kind, is_required: false }
 }
 
-/// All of them.
+/// All fields.
 pub const EVENT_FIELDS: [EventField; 11] = [
     required("device_id", FieldKind::Text),
     optional("event_id", FieldKind::Text),
@@ -46,7 +46,7 @@ pub const EVENT_FIELDS: [EventField; 11] = [
     optional("metadata", FieldKind::Object),
 ];
 
-/// The field of this name, which is told apart by capital letters, too.
+/// Finds a field by its exact name; upper and lower case are different.
 #[must_use]
 pub fn event_field(name: &str) -> Option<&'static EventField> {
     EVENT_FIELDS.iter().find(|field| field.name == name)

@@ -1,48 +1,49 @@
-//! Cutting a stream of many events into single ones while it arrives: a JSON array, or one JSON value
-//! per line (NDJSON). Memory stays bounded by one event, whatever is sent.
+//! Splits a stream of many events into single events while it arrives. The stream is a JSON array, or one JSON value
+//! per line (NDJSON). The batch endpoint and the import call it. It never buffers more than one event, whatever is
+//! sent.
 //!
-//! What lies between commas is found by counting brackets outside strings, not by reading values: an
-//! event that is no JSON shows when it is read by [`crate::SyncEvent::from_json`].
+//! The splitter finds the ends of values by counting brackets outside strings; it does not parse values. An event that
+//! is not JSON is refused later, by [`crate::SyncEvent::from_json`].
 
 use std::fmt;
 
-/// The largest single event, in bytes of its JSON text: as large as a body with one event may be.
+/// The largest single event, in bytes of its JSON text. The limit of a body with one event is the same.
 pub const MAX_EVENT_BYTES: usize = 64 << 10;
 
-/// How much is kept of a longer one.
+/// The number of bytes kept from a longer event.
 pub const MAX_BEGINNING_BYTES: usize = 1 << 10;
 
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// How events follow each other.
+/// How events are separated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `[{…}, {…}]`
     Array,
-    /// One per line; blank lines are passed over.
+    /// One per line. Blank lines are skipped.
     Lines,
 }
 
-/// What was found in the stream.
+/// A value found in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece<'a> {
     /// The text of one value.
     Event(&'a [u8]),
-    /// The beginning of one that is longer than [`MAX_EVENT_BYTES`], for whoever must find it: at most
-    /// [`MAX_BEGINNING_BYTES`]. The rest was not kept.
+    /// The first bytes of a value longer than [`MAX_EVENT_BYTES`], so that a person can find it in the input. It holds
+    /// at most [`MAX_BEGINNING_BYTES`]; the rest is dropped.
     TooLong(&'a [u8]),
 }
 
-/// Why a stream is no array.
+/// Why a stream is not an array.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StreamError {
-    /// It begins with something else.
+    /// It does not begin with `[`.
     NotAnArray,
-    /// It is broken after so many bytes.
+    /// The array is malformed at this offset.
     Broken {
         /// What was expected instead.
         expected: &'static str,
-        /// Bytes read before.
+        /// Bytes read before the error.
         offset: u64,
     },
 }
@@ -58,12 +59,12 @@ impl fmt::Display for StreamError {
     }
 }
 
-/// Where the reading stands.
+/// The position of the splitter between or inside values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Nothing has been read but so many bytes of the byte order mark.
+    /// Only this many bytes of the byte order mark have been read.
     Mark { read: usize },
-    /// After the mark, if there is one, and perhaps white space.
+    /// After the byte order mark (if any) and white space.
     Start,
     /// After `[`.
     First,
@@ -77,32 +78,32 @@ enum State {
     End,
 }
 
-/// How a value ends.
+/// What ends a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Value {
-    /// Where the brackets are closed.
+    /// The closing of its outermost bracket.
     Brackets { depth: u32, in_string: bool, escaped: bool },
-    /// At the quotation mark.
+    /// The closing quotation mark.
     String { escaped: bool },
-    /// Before a comma, a bracket or white space.
+    /// The next comma, bracket or white space, which is not part of the value.
     Word,
-    /// At the end of the line.
+    /// The end of the line.
     Line,
 }
 
-/// See the module.
+/// Splits one stream. See the module's documentation.
 #[derive(Debug)]
 pub struct EventSplitter {
     format: Format,
     state: State,
-    /// The beginning of a value whose end has not arrived.
+    /// The first part of a value whose end has not arrived.
     pending: Vec<u8>,
     too_long: bool,
     offset: u64,
 }
 
 impl EventSplitter {
-    /// At the beginning of a stream.
+    /// Creates a splitter at the beginning of a stream.
     #[must_use]
     pub fn new(format: Format) -> Self {
         Self {
@@ -114,17 +115,17 @@ impl EventSplitter {
         }
     }
 
-    /// How many bytes of an unfinished value are kept: at most [`MAX_EVENT_BYTES`].
+    /// The number of buffered bytes of an unfinished value, at most [`MAX_EVENT_BYTES`].
     #[must_use]
     pub fn pending_bytes(&self) -> usize {
         self.pending.len()
     }
 
-    /// Takes the next bytes and hands every value that is complete with them to `each`, until that
-    /// fails.
+    /// Reads the next bytes and calls `each` with every value that they complete. It stops at the first error of
+    /// `each`.
     ///
     /// # Errors
-    /// What is wrong with the stream, or what `each` says.
+    /// A malformed stream, or the error of `each`.
     pub fn push<E: From<StreamError>>(
         &mut self,
         mut bytes: &[u8],
@@ -163,10 +164,10 @@ impl EventSplitter {
         Ok(())
     }
 
-    /// Says that nothing follows.
+    /// Ends the stream: nothing follows.
     ///
     /// # Errors
-    /// When an array is not closed, or what `each` says of the last line.
+    /// An array that is not closed, or the error of `each` for the last line.
     pub fn finish<E: From<StreamError>>(
         mut self,
         each: &mut impl FnMut(Piece<'_>) -> Result<(), E>,
@@ -182,8 +183,8 @@ impl EventSplitter {
         }
     }
 
-    /// The state after so many bytes of the byte order mark and none that continues it. A part of a mark
-    /// is no mark: it belongs to the first line, which is then no JSON.
+    /// The state after `read` bytes of the byte order mark when the next byte does not continue it. An incomplete mark
+    /// is not a mark. Its bytes belong to the first line, which is then not JSON.
     fn after_mark(&mut self, read: usize) -> Result<State, StreamError> {
         let part = &BYTE_ORDER_MARK[..read];
         Ok(match self.format {
@@ -196,8 +197,7 @@ impl EventSplitter {
         })
     }
 
-    /// The state after a byte outside values. When it becomes [`State::Value`], the byte is the
-    /// value's first.
+    /// The state after a byte outside values. If it is [`State::Value`], the byte is the first of that value.
     fn between_values(&self, state: State, byte: u8) -> Result<State, StreamError> {
         let is_space = matches!(byte, b' ' | b'\t' | b'\n' | b'\r');
         Ok(match (state, byte) {
@@ -218,7 +218,7 @@ impl EventSplitter {
         })
     }
 
-    /// Goes on through a value: how many of `bytes` belong to it, and the state after them.
+    /// Continues inside a value. Returns how many of `bytes` belong to it, and the state after them.
     fn continue_value(&self, mut value: Value, bytes: &[u8]) -> (usize, State) {
         for (position, &byte) in bytes.iter().enumerate() {
             match &mut value {
@@ -230,7 +230,7 @@ impl EventSplitter {
                     return (position, State::After);
                 }
                 Value::Word => {}
-                // The opening quotation mark counts as escaped: it does not end the string.
+                // The opening quotation mark counts as escaped, so it does not end the string.
                 Value::String { escaped } => match byte {
                     _ if *escaped => *escaped = false,
                     b'\\' => *escaped = true,
@@ -256,7 +256,7 @@ impl EventSplitter {
         (bytes.len(), State::Value(value))
     }
 
-    /// Remembers a part of a value.
+    /// Buffers a part of a value.
     fn keep(&mut self, part: &[u8]) {
         if self.too_long {
             return;
@@ -270,7 +270,7 @@ impl EventSplitter {
         }
     }
 
-    /// Hands over a value whose last part is `part`.
+    /// Passes a value to `each`. `part` is the last part of it.
     fn complete<E>(
         &mut self,
         part: &[u8],
@@ -302,7 +302,7 @@ mod tests {
 
     use super::*;
 
-    /// The pieces of `text`, which arrives in chunks of `size` bytes.
+    /// The pieces of `text` when it arrives in chunks of `size` bytes.
     fn split(format: Format, text: &[u8], size: usize) -> Result<Vec<String>, StreamError> {
         let mut pieces = Vec::new();
         let mut each = |piece: Piece<'_>| {
@@ -437,7 +437,7 @@ mod tests {
             prop_assert_eq!(split(Format::Lines, lines.as_bytes(), size), Ok(expected));
         }
 
-        /// Whatever arrives: no panic, and the chunks make no difference.
+        /// No input panics, and the size of the chunks does not change the result.
         #[test]
         fn chunks_make_no_difference(text in r#"[\[\]{}",\\ a1\n]{0,24}"#, size in 1usize..8) {
             for format in [Format::Array, Format::Lines] {

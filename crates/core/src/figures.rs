@@ -1,22 +1,22 @@
-//! What a device's job adds up to, and the rule for its streak of failures, whatever order its events
-//! arrive in.
+//! The figures of one device's job, and the rule for its streak of failures in whatever order its events arrive. A
+//! batch is aggregated into one [`JobFigures`] per device and job; the stores add it to the stored figures. The
+//! PostgreSQL store states the same rule in SQL. One property test compares both with a naive recount.
 //!
-//! A streak is the number of failures after the job's last success, in the order in which a history
-//! shows them: by date, and by id where dates are equal. Ids of one batch rise in its order. Ids of
-//! different batches need not rise in the order of their commits, so figures alone never decide between
-//! a stored event and a new one of the same date: those are counted again. Events dated before what is
-//! still kept in full come too late for that: what they would have to be compared with may be gone, so
-//! they count in everything but the streak.
+//! A streak is the number of failures after the job's last success. The order is that of the history: by date, then by
+//! id. Ids within a batch rise in the order of its events. Ids of different batches may not rise in the order of their
+//! commits. Figures alone therefore never decide between a stored event and a new one of the same date: the stored
+//! events are counted again.
 //!
-//! Nor can anything be dated far ahead of the server's clock, unless a clock was wrong when it came. Such an event
-//! would be a job's last for good, and hide all that is reported later. Maintenance finds the jobs that have one and
-//! counts them again without it; until its date has come it counts in sums alone. A batch is folded into one [`JobFigures`] per device and job,
-//! and the stores add that to the stored ones. The PostgreSQL store states the same rule in SQL; one
-//! property test holds both against a naive recount.
+//! Events older than the period that is fully kept do not change the streak. The events to compare them with may have
+//! been deleted. They count in all other figures.
+//!
+//! An event dated far ahead of the server's clock means that some clock was wrong when it came. It would stay the job's
+//! last event for good and hide every later report. Maintenance finds the jobs with such an event and counts them again
+//! without it. Until its date has come, the event counts only in the sums.
 
 use crate::{SyncEvent, Timestamp};
 
-/// The figures of one device's job: over one batch, or over everything it ever reported.
+/// The figures of one device's job, over one batch or over all its events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JobFigures {
     /// Syncs reported.
@@ -45,31 +45,31 @@ pub struct JobFigures {
     pub last_received: Timestamp,
 }
 
-/// How far ahead of the server's clock an event may be dated without a clock having been wrong, in milliseconds:
-/// twice the largest clock skew that can be allowed, for what is imported may have been received by one, too.
+/// How far ahead of the server's clock a correct event may be dated, in milliseconds. It is twice the largest clock
+/// skew that can be allowed: an imported event may come from a server whose own clock was ahead.
 pub const LONGEST_LEAD: i64 = 2 * 24 * 60 * 60 * 1000;
 
-/// The later of two dates, of which one after `latest` yields to one that is not.
+/// The later of two dates. A date after `latest` wins only if the other one is after `latest` too.
 #[must_use]
 pub fn later_until(latest: Timestamp, left: Timestamp, right: Timestamp) -> Timestamp {
     let (earlier, later) = (left.min(right), left.max(right));
     if later > latest && earlier <= latest { earlier } else { later }
 }
 
-/// Whether the streak is known after a batch was added.
+/// Whether the figures alone give the streak after a batch was added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreakCount {
-    /// `consecutive_failures` is right.
+    /// `consecutive_failures` is correct.
     Known,
-    /// Events arrived out of order, or with the dates of others: the failures after the last success
-    /// must be counted among the stored events, by date and then by id. What is dated after `last_failure` does
-    /// not count: its date is wrong.
+    /// Events arrived out of order, or share a date with others. The caller must count the stored failures after the
+    /// last success, by date and then by id. It must skip events dated after `last_failure`, because their date is
+    /// wrong.
     Recount,
 }
 
 impl JobFigures {
-    /// Folds the events of one device's job, received at `received`, in the order of their ids. `None` when
-    /// there are none. Those dated before `streaks_since` change no streak.
+    /// Aggregates the events of one device's job, which were received at `received` and come in the order of their ids.
+    /// Returns `None` when there are none. Events dated before `streaks_since` change no streak.
     pub fn fold<'a>(
         events: impl Iterator<Item = &'a SyncEvent> + Clone,
         received: Timestamp,
@@ -90,7 +90,7 @@ impl JobFigures {
             consecutive_failures: 0,
             last_received: received,
         };
-        // Where the last success stands among the events.
+        // The index of the last success among the events.
         let mut last_success_at = 0;
         for (index, event) in events.clone().enumerate() {
             figures.total_syncs += 1;
@@ -122,10 +122,9 @@ impl JobFigures {
         Some(figures)
     }
 
-    /// Adds what a batch brought that was folded with the same `streaks_since`. When the answer is
-    /// [`StreakCount::Recount`], the caller counts the stored failures after the last success and sets
-    /// `consecutive_failures` to that; then `last_success` is not before `streaks_since`, so they are all
-    /// there.
+    /// Adds the figures of a batch that was aggregated with the same `streaks_since`. After [`StreakCount::Recount`]
+    /// the caller counts the stored failures after the last success and stores that number as `consecutive_failures`.
+    /// All those failures are still stored, because `last_success` is then not before `streaks_since`.
     pub fn add(&mut self, batch: &Self, streaks_since: Timestamp) -> StreakCount {
         let streak = self.streak_with(batch, streaks_since);
         self.total_syncs += batch.total_syncs;
@@ -151,20 +150,20 @@ impl JobFigures {
         }
     }
 
-    /// Whether all events so far are from a clock that was ahead, and have been left out of streaks: each is a success
-    /// or a failure, but there is a date of neither. Those it shows are then the wrong ones.
+    /// True if every event so far came from a clock that was ahead. Such events are excluded from streaks, so there is
+    /// neither a date of a success nor one of a failure. The dates in these figures are then wrong.
     fn is_all_misdated(&self) -> bool {
         self.last_success.is_none() && self.last_failure.is_none()
     }
 
-    /// The streak once `batch` is added, when it can be told from the figures alone.
+    /// The streak after `batch` is added; `None` if the figures alone do not tell.
     fn streak_with(&self, batch: &Self, streaks_since: Timestamp) -> Option<i64> {
         let since = Some(streaks_since);
         if batch.last_success >= self.last_success && batch.last_success >= since {
-            // A newer success ends the old streak, unless a failure that came earlier may stand after it.
-            // Of two successes of one instant either may be the last, which matters if there are failures.
+            // A newer success ends the old streak, unless a failure that arrived earlier is dated after it. If two
+            // successes have one date, either may be the last. That matters only if there are failures.
             let is_newer = batch.last_success > self.last_success;
-            // The old streak's only failure is dated after the new success: it is the first one of the new streak.
+            // The only failure of the old streak is dated after the new success, so it is the first of the new streak.
             if is_newer && self.consecutive_failures == 1 && self.last_failure > batch.last_success
             {
                 return Some(1 + batch.consecutive_failures);
@@ -174,10 +173,10 @@ impl JobFigures {
             return is_known.then_some(batch.consecutive_failures);
         }
         if batch.last_failure < self.last_success || batch.last_failure < since {
-            // Nothing here is dated after the last success, or all of it comes too late.
+            // No failure of the batch is dated after the last success, or all of the batch is too old to count.
             return Some(self.consecutive_failures);
         }
-        // Known when all that counts of the batch lies after the stored success, not only a part of it.
+        // The sum is right only if every event of the batch that counts is dated after the stored success.
         (Some(batch.first_sync.max(streaks_since)) > self.last_success)
             .then_some(self.consecutive_failures + batch.consecutive_failures)
     }
@@ -205,11 +204,11 @@ mod tests {
         }
     }
 
-    /// An event with the number of its batch among ids, which need not rise in the order of arrival, then
-    /// that of arrival, and its place in the batch. The three together are the event's id.
+    /// An event with three numbers, which together are its id: its batch's number among ids, the batch's number in the
+    /// order of arrival, its place in the batch. The first need not rise in the order of arrival.
     type Stored = ((u8, usize, usize), SyncEvent);
 
-    /// The events of a batch that arrives as number `arrival`, under ids that begin with `block`.
+    /// The events of the batch that arrives as number `arrival`. Their ids begin with `block`.
     fn batch(block: u8, arrival: usize, reports: &[(i64, u32)]) -> Vec<Stored> {
         let events = reports.iter().map(|(second, errors)| event(*second, *errors));
         events.enumerate().map(|(index, event)| ((block, arrival, index), event)).collect()
@@ -259,8 +258,8 @@ mod tests {
     }
 
     proptest! {
-        /// What is kept begins later and later. The truth is the streak of all events that did not come
-        /// too late; counting again sees only what is still kept.
+        /// The kept period begins later and later. The expected streak includes all events that did not come too late;
+        /// a recount sees only those still kept.
         #[test]
         fn events_that_come_too_late_change_no_streak(
             batches in prop::collection::vec(
@@ -294,7 +293,7 @@ mod tests {
         }
     }
 
-    /// Devices that do not know the time: the server dates all events of a batch alike.
+    /// Devices without a trustworthy clock: the server gives all events of a batch one date.
     #[test]
     fn events_of_one_instant_follow_each_other_as_they_came() {
         let streak = |errors: &[u32]| {

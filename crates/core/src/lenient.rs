@@ -1,5 +1,5 @@
-//! The second reading of a body that the strict pass refused. It accepts what the Node service
-//! accepted and else names every wrong field, in the Node service's words (its validator was Joi).
+//! Reads a body again that the strict pass refused. [`SyncEvent::from_json`] calls it. It accepts what the Node service
+//! accepted; otherwise it names every wrong field in that service's words (its validator was Joi).
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ use crate::{
     text::{TextError, json_text},
 };
 
-/// See [`SyncEvent::from_json`].
+/// Reads one event; see [`SyncEvent::from_json`].
 pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent, ParseError> {
     let text = json_text(body).map_err(ParseError::Malformed)?;
     let whole = serde_json::from_str::<&RawValue>(text)
@@ -47,7 +47,7 @@ pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent
             .map_err(|error: MetadataError| Refusal::Rule(error.code(), error.to_string()))
     });
 
-    // The required fields are absent only when a violation says so.
+    // A required field is absent only if there is a violation for it.
     let (Some(device_id), Some(timestamp), Some(total_files_synced), Some(total_errors), true) =
         (device_id, timestamp, total_files_synced, total_errors, reader.violations.is_empty())
     else {
@@ -73,9 +73,9 @@ pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent
 
 /// Why a field's value is refused.
 enum Refusal {
-    /// Words that follow the quoted field name.
+    /// The words that follow the quoted field name.
     Rule(ViolationCode, String),
-    /// A time that has not come.
+    /// The time is in the future.
     Future,
 }
 
@@ -128,7 +128,7 @@ impl Reader<'_> {
     }
 }
 
-/// What was sent, to be echoed; `None` when it cannot be held, such as `1e999`.
+/// The sent value, to be echoed. `None` when no JSON value can hold it, such as `1e999`.
 fn echo(raw: &RawValue) -> Option<Value> {
     serde_json::from_str(raw.get()).ok()
 }
@@ -144,7 +144,7 @@ fn name<T>(raw: &RawValue, new: fn(&str) -> Result<T, TextError>) -> Result<T, R
     new(&unicode(raw)?).map_err(|error| Refusal::Rule(error.code(), error.to_string()))
 }
 
-/// The text of a JSON string. One that cannot be decoded holds half a surrogate pair.
+/// The text of a JSON string. Decoding fails only on half a surrogate pair.
 fn unicode(raw: &RawValue) -> Result<String, Refusal> {
     serde_json::from_str(raw.get())
         .map_err(|_| Refusal::Rule(ViolationCode::Format, HALF_SURROGATE.into()))
@@ -179,7 +179,7 @@ fn number<T>(
 }
 
 fn integer(text: &str, most: i64, most_text: &'static str) -> Result<i64, NumberError> {
-    // First the fraction, as the Node service did: -1.5 "must be an integer".
+    // The fraction is checked first, as the Node service did: -1.5 "must be an integer".
     match parse_scaled(text, 0) {
         Some(scaled) if scaled.is_fraction() => Err(NumberError::NotAnInteger),
         _ => parse_bounded(text, 0, most, most_text).map(|scaled| scaled.value),
@@ -200,7 +200,7 @@ fn byte_count(raw: &RawValue) -> Result<u64, Refusal> {
     })
 }
 
-/// An object's known fields, unread. Of a repeated field the last counts, as in JavaScript.
+/// The known fields of an object, not yet parsed. The last of a repeated field counts, as in JavaScript.
 struct Fields<'a>(Vec<(&'static str, &'a RawValue)>);
 
 impl Fields<'_> {
@@ -236,7 +236,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
     }
 }
 
-/// A key that means something to us, or not.
+/// The name of a known field; `None` for every other key.
 struct Key(Option<&'static str>);
 
 impl<'de> Deserialize<'de> for Key {
@@ -256,7 +256,7 @@ impl<'de> Deserialize<'de> for Key {
             }
         }
 
-        // As bytes, because a key with half a surrogate pair is no text, yet none of our business.
+        // As bytes: a key with half a surrogate pair is not valid text, but unknown keys must not fail.
         deserializer.deserialize_bytes(KeyVisitor)
     }
 }

@@ -1,4 +1,5 @@
-//! What a device sends along with a sync event: a JSON object of its own, kept as its text.
+//! The metadata of a sync event: a JSON object that the device sends for its own purposes. It is kept as the text that
+//! was sent and never rewritten, except for the date of a device without a trustworthy clock.
 
 use std::fmt;
 
@@ -10,11 +11,11 @@ use crate::{Timestamp, ViolationCode};
 /// The longest metadata, in bytes of its JSON text.
 pub const MAX_METADATA_BYTES: usize = 4096;
 
-/// Where metadata has the date that a device without a trustworthy clock gave.
+/// The field of metadata that keeps the date given by a device without a trustworthy clock.
 const DEVICE_TIMESTAMP: &str = "device_timestamp";
-/// How metadata begins into which that was put.
+/// The beginning of metadata to which that date was added.
 const DATED: &str = "{\"device_timestamp\":\"";
-/// By how much that makes it longer: the beginning but for its brace, the date, and `",`.
+/// The added length: the beginning without its brace, the date, and `",`.
 const DATED_BYTES: usize = DATED.len() - 1 + "2025-06-17T10:30:00.000Z\",".len();
 
 /// A JSON object of at most [`MAX_METADATA_BYTES`], kept as the text that was sent.
@@ -22,23 +23,23 @@ const DATED_BYTES: usize = DATED.len() - 1 + "2025-06-17T10:30:00.000Z\",".len()
 #[serde(transparent)]
 pub struct Metadata(Box<RawValue>);
 
-/// What is said of text with half a surrogate pair in it, such as `\ud800` alone: no encoding can hold that.
+/// The rule that is broken by half a surrogate pair, such as `\ud800` alone. No Unicode encoding can hold it.
 pub const HALF_SURROGATE: &str = "must be valid Unicode text";
 
 /// Why metadata is refused. [`fmt::Display`] gives the words that follow the quoted field name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MetadataError {
-    /// JSON, but no object.
+    /// JSON, but not an object.
     NotAnObject,
-    /// More text than is kept.
+    /// Longer than [`MAX_METADATA_BYTES`].
     TooLong,
-    /// Half a surrogate pair, which no JSON reader gives back.
+    /// Half a surrogate pair, which JSON readers refuse.
     HalfSurrogate,
-    /// A number that no double holds.
+    /// A number that does not fit a double.
     HugeNumber,
-    /// Deeper than JSON readers go.
+    /// Nested deeper than JSON readers allow.
     TooDeep,
-    /// Something else that cannot be read back.
+    /// Anything else that cannot be read back.
     Unreadable,
 }
 
@@ -72,8 +73,8 @@ impl MetadataError {
         }
     }
 
-    /// What keeps `text`, which is JSON, from being read in full as an object. The reader tells only in words,
-    /// which a test holds against these.
+    /// Classifies the error of reading `text`, which is JSON, as an object. The reader reports the cause only in words;
+    /// a test compares its words with these.
     fn of(text: &str, error: &serde_json::Error) -> Self {
         let words = error.to_string();
         let says = |part| words.contains(part);
@@ -91,28 +92,28 @@ impl Metadata {
     /// Checks and keeps `text`.
     ///
     /// # Errors
-    /// When it is too long or not a JSON object. An empty array is taken for an empty object.
+    /// When it is too long or not a JSON object. An empty array is accepted as an empty object.
     pub fn new(text: &str) -> Result<Self, MetadataError> {
         if text.len() > MAX_METADATA_BYTES {
             return Err(MetadataError::TooLong);
         }
-        // PHP writes an empty object so: it has one kind of array for both.
+        // PHP has one kind of array, so it writes an empty object as `[]`.
         if text.strip_prefix('[').is_some_and(|rest| rest.trim_ascii_start() == "]") {
             return Ok(Self::empty());
         }
         Self::object(text)
     }
 
-    /// Checks and keeps what a server has kept before, dated or as it was sent.
+    /// Checks and keeps metadata that a server stored before, with or without an added date.
     ///
     /// # Errors
-    /// When it is longer than either may be, or not a JSON object.
+    /// When it is longer than its kind may be, or not a JSON object.
     pub fn kept(text: &str) -> Result<Self, MetadataError> {
         Self::dated(text).or_else(|_| Self::new(text))
     }
 
-    /// Checks and keeps what a server has dated by an event's arrival: it may be longer by that than what
-    /// devices send.
+    /// Checks and keeps metadata to which a server added the device's date. It may be longer than what devices send, by
+    /// the length of that date.
     pub(crate) fn dated(text: &str) -> Result<Self, MetadataError> {
         if !text.starts_with(DATED) || text.len() > MAX_METADATA_BYTES + DATED_BYTES {
             return Err(MetadataError::TooLong);
@@ -121,15 +122,14 @@ impl Metadata {
     }
 
     fn object(text: &str) -> Result<Self, MetadataError> {
-        // Read in full, so that what history gives back can be read by whoever asks for it.
+        // Parsed in full, so that every client can read what a history returns.
         serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text)
             .and_then(|_| RawValue::from_string(text.to_owned()))
             .map(Self)
             .map_err(|error| MetadataError::of(text, &error))
     }
 
-    /// `metadata` with the date that the device gave as `device_timestamp`, unless the device has put
-    /// something there itself.
+    /// Adds the device's date to `metadata` as `device_timestamp`, unless the device has set that field itself.
     pub(crate) fn with_device_timestamp(metadata: Option<Self>, timestamp: Timestamp) -> Self {
         let sent = metadata.as_ref().map_or("{}", Self::as_str);
         let fields = serde_json::from_str::<serde_json::Map<_, _>>(sent).unwrap_or_default();
@@ -152,7 +152,7 @@ impl Metadata {
         self.0.clone()
     }
 
-    /// The JSON text as it was sent.
+    /// The JSON text as it was sent, including a date that the server added.
     #[must_use]
     pub fn as_str(&self) -> &str {
         self.0.get()

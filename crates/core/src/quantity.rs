@@ -1,5 +1,5 @@
-//! Numbers of a sync event that are not whole: kept as scaled integers, so that they are added up and shown exactly as
-//! they were sent.
+//! Decimal numbers of a sync event, kept as scaled integers. Sums and output are therefore exactly what was sent. They
+//! are parsed once at the edge, and never stored outside their range.
 
 use std::fmt;
 
@@ -13,11 +13,11 @@ use crate::{
 pub enum NumberError {
     /// Not a number.
     NotANumber,
-    /// A fraction where a whole number is due.
+    /// A fraction where an integer is required.
     NotAnInteger,
     /// Below zero.
     Negative,
-    /// Above this, as it reads in decimal.
+    /// Above this bound, given as decimal text.
     TooLarge(&'static str),
 }
 
@@ -43,7 +43,7 @@ impl NumberError {
     }
 }
 
-/// Reads `text` scaled by `10^scale` into `0..=most`; `most_text` is that bound as it reads unscaled.
+/// Reads `text` scaled by `10^scale` into `0..=most`. `most_text` is that bound as unscaled decimal text.
 pub(crate) fn parse_bounded(
     text: &str,
     scale: u32,
@@ -60,7 +60,7 @@ pub(crate) fn parse_bounded(
     Ok(scaled)
 }
 
-/// Writes a number that is not negative, scaled by `10^scale`, without the zeros at its end.
+/// Writes a non-negative number that is scaled by `10^scale`, without trailing zeros.
 fn write_scaled(formatter: &mut fmt::Formatter<'_>, value: i64, scale: usize) -> fmt::Result {
     let digits = format!("{value:0>width$}", width = scale + 1);
     let (whole, fraction) = digits.split_at(digits.len() - scale);
@@ -69,7 +69,7 @@ fn write_scaled(formatter: &mut fmt::Formatter<'_>, value: i64, scale: usize) ->
     write!(formatter, "{whole}{point}{fraction}")
 }
 
-/// A speed from 0 to 99,999,999.99 Mbps in hundredths, the Node service's `numeric(10,2)`.
+/// A speed from 0 to 99,999,999.99 Mbps in hundredths. The range is that of the Node service's `numeric(10,2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mbps(i64);
 
@@ -79,12 +79,12 @@ impl Mbps {
     /// Reads decimal text, rounding to two decimals half away from zero, then checks the range.
     ///
     /// # Errors
-    /// When it is no number, or outside the range once rounded.
+    /// When it is not a number, or is outside the range after rounding.
     pub fn parse(text: &str) -> Result<Self, NumberError> {
         parse_bounded(text, 2, Self::MAX_HUNDREDTHS, "99999999.99").map(|scaled| Self(scaled.value))
     }
 
-    /// A stored value; `None` outside the range.
+    /// Accepts a stored value; `None` outside the range.
     #[must_use]
     pub fn from_hundredths(hundredths: i64) -> Option<Self> {
         (0..=Self::MAX_HUNDREDTHS).contains(&hundredths).then_some(Self(hundredths))
@@ -97,14 +97,14 @@ impl Mbps {
     }
 }
 
-/// Decimal digits, as few as say the same.
+/// The shortest exact decimal digits.
 impl fmt::Display for Mbps {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_scaled(formatter, self.0, 2)
     }
 }
 
-/// Ten integer digits fit a double exactly enough that two decimals come out as they went in.
+/// Ten digits fit a double well enough that two decimals come out unchanged.
 #[expect(clippy::cast_precision_loss, reason = "at most 34 bits")]
 impl From<Mbps> for f64 {
     fn from(speed: Mbps) -> Self {
@@ -112,7 +112,7 @@ impl From<Mbps> for f64 {
     }
 }
 
-/// How long a sync took: 0 to 31,536,000 seconds (a year) in milliseconds.
+/// The duration of a sync: 0 to 31,536,000 seconds (a year), in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SyncDuration(i64);
 
@@ -122,12 +122,12 @@ impl SyncDuration {
     /// Reads decimal seconds, rounding to three decimals half away from zero, then checks the range.
     ///
     /// # Errors
-    /// When it is no number, or outside the range once rounded.
+    /// When it is not a number, or is outside the range after rounding.
     pub fn parse(text: &str) -> Result<Self, NumberError> {
         parse_bounded(text, 3, Self::MAX_MILLISECONDS, "31536000").map(|scaled| Self(scaled.value))
     }
 
-    /// A stored value; `None` outside the range.
+    /// Accepts a stored value; `None` outside the range.
     #[must_use]
     pub fn from_milliseconds(milliseconds: i64) -> Option<Self> {
         (0..=Self::MAX_MILLISECONDS).contains(&milliseconds).then_some(Self(milliseconds))
@@ -140,7 +140,7 @@ impl SyncDuration {
     }
 }
 
-/// Seconds in decimal digits, as few as say the same.
+/// Seconds, as the shortest exact decimal digits.
 impl fmt::Display for SyncDuration {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_scaled(formatter, self.0, 3)

@@ -1,4 +1,5 @@
-//! A sync event and when a server received it: what exports hold, and what imports read back.
+//! A sync event with the time at which a server received it. Exports write it and imports read it; devices never send
+//! it.
 
 use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
@@ -7,24 +8,24 @@ use crate::{Arrival, Metadata, ParseError, SyncEvent, Timestamp, Violation, Viol
 
 const FIELD: &str = "created_at";
 
-/// No server received anything before: 1970-01-01, where a clock that was never set begins.
+/// 1970-01-01, where a clock that was never set begins. No server received anything before.
 const EARLIEST_MILLISECOND: i64 = 0;
 
 /// A sync event that a server may have received before.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ReceivedEvent {
-    /// What was reported.
+    /// The reported event.
     pub event: SyncEvent,
-    /// When it was received; `None` for one that arrives now.
+    /// When it was received; `None` if it arrives now.
     pub created_at: Option<Timestamp>,
 }
 
 impl ReceivedEvent {
-    /// Reads one event from JSON as [`SyncEvent::from_json`] does, by the clock of the moment at which it
-    /// was received: that is its `created_at`, or else `arrival`.
+    /// Reads one event from JSON as [`SyncEvent::from_json`] does, as of the moment at which it was received. That
+    /// moment is its `created_at`, or `arrival` without one.
     ///
     /// # Errors
-    /// As that one has them. A `created_at` that is wrong is named after the other wrong fields.
+    /// Those of [`SyncEvent::from_json`]. A wrong `created_at` is named after the other wrong fields.
     pub fn from_json(body: &[u8], arrival: Arrival) -> Result<Self, ParseError> {
         let (created_at, violation) = match created_at(body, arrival) {
             Ok(created_at) => (created_at, None),
@@ -48,14 +49,14 @@ impl ReceivedEvent {
 }
 
 impl Arrival {
-    /// The same at another moment, with the same clock skew allowed.
+    /// The same clock skew at another moment.
     fn moved(self, received: Timestamp) -> Self {
         let skew = self.latest.as_millisecond() - self.received.as_millisecond();
         Self { received, latest: received.saturating_add_milliseconds(skew) }
     }
 }
 
-/// An event with metadata that a server has made longer than a device may send it.
+/// Reads an event whose metadata is longer than a device may send, because a server added a date to it.
 fn with_dated_metadata(body: &[u8], moment: Arrival) -> Option<SyncEvent> {
     #[derive(Deserialize)]
     struct Wire<'a> {
@@ -67,14 +68,14 @@ fn with_dated_metadata(body: &[u8], moment: Arrival) -> Option<SyncEvent> {
     let dated = Metadata::dated(metadata).ok()?;
     let rest = text.replacen(metadata, "null", 1);
     let mut event = SyncEvent::from_json(rest.as_bytes(), moment).ok()?;
-    // Unless what was replaced stood elsewhere, too.
+    // Only valid if the replaced text was the metadata and not an equal text elsewhere.
     event.metadata.is_none().then_some(())?;
     event.metadata = Some(dated);
     Some(event)
 }
 
-/// The event's `created_at`, if it has one. What is no JSON object has none: whoever reads the event says
-/// so.
+/// The event's `created_at`, if it has one. A body that is not a JSON object has none; the reader of the event reports
+/// that.
 fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violation> {
     #[derive(Deserialize)]
     struct Wire<'a> {
@@ -83,7 +84,7 @@ fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violat
     }
     let value: Option<Value> = match serde_json::from_slice::<Wire<'_>>(body) {
         Ok(wire) => wire.created_at.and_then(|raw| serde_json::from_str(raw.get()).ok()),
-        // Of a repeated field the last counts.
+        // The last of a repeated field counts.
         Err(_) => serde_json::from_slice::<Map<String, Value>>(body)
             .ok()
             .and_then(|mut fields| fields.remove(FIELD)),
@@ -138,7 +139,7 @@ mod tests {
         assert!(read_at("2025-06-01T00:05:00Z").is_ok());
         let future = ["Timestamp cannot be in the future"];
         assert_eq!(complaints(read_at("2025-06-01T00:05:00.001Z")), future);
-        // A device that does not trust its clock is dated by it, too.
+        // A device that does not trust its clock gets this date as well.
         let unsynced = read("2030-01-01", &format!("{at},\"clock\":\"unsynced\"")).unwrap();
         assert_eq!(unsynced.event.timestamp, time("2025-06-01"));
     }
@@ -160,7 +161,7 @@ mod tests {
         let metadata = format!(",\"metadata\":{}", kept.as_str());
         let received = format!("{metadata},\"created_at\":\"2025-06-02\"");
         assert_eq!(read("2025-06-01", &received).unwrap().event.metadata, Some(kept));
-        // A device may not send it so.
+        // A device may not send it in this form.
         let complaint = "\"metadata\" must be at most 4096 bytes of JSON text";
         assert_eq!(complaints(read("2025-06-01", &metadata)), [complaint]);
         let longer = received.replacen('x', "xxx", 1);

@@ -1,9 +1,9 @@
-//! A device's report of one sync run, and how it is read from JSON and written as JSON. The server reads, the agent on the
-//! device writes.
+//! A device's report of one sync run, read from JSON and written as JSON. The server reads it; the agent on the device
+//! writes it.
 //!
-//! The fast path is a single strict pass of serde over the body, borrowing from it. Only a body that
-//! fails it is read again by the lenient reader, which accepts what the Node service accepted (numeric
-//! strings, other date forms) and otherwise names every wrong field at once.
+//! The fast path is one strict pass of serde that borrows from the body. Only a body that fails it is read again by the
+//! lenient reader. That one accepts what the Node service accepted (numeric strings, other date forms). Otherwise it
+//! names every wrong field at once.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -12,38 +12,38 @@ use crate::{
     DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration, Timestamp, Violation, lenient,
 };
 
-/// The largest count that a report may hold, 2³¹ − 1: what the Node service's integer columns take.
+/// The largest count in a report, 2³¹ − 1: the limit of the Node service's integer columns.
 pub const MAX_COUNT: u32 = i32::MAX.unsigned_abs();
-/// The most bytes that a report may say it moved, 2⁵³ − 1: what a JSON number holds exactly.
+/// The largest number of bytes in a report, 2⁵³ − 1: the largest integer that every JSON reader holds exactly.
 pub const MAX_BYTES_SYNCED: u64 = (1 << 53) - 1;
 
 /// One validated sync report.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SyncEvent {
-    /// Who reports.
+    /// The reporting device.
     pub device_id: DeviceId,
-    /// What the device calls this event; with it, sending the event again changes nothing.
+    /// The device's own id for this event. Sending an event with the same id again changes nothing.
     pub event_id: Option<EventId>,
-    /// When the device says it ran; when it arrived, if the device does not trust its clock.
+    /// When the sync ran, by the device's clock. If the device does not trust its clock, this is the time of arrival.
     pub timestamp: Timestamp,
     /// Files transferred, at most [`MAX_COUNT`].
     pub total_files_synced: u32,
-    /// Errors met, at most [`MAX_COUNT`]; more than none makes this a failed sync.
+    /// Errors met, at most [`MAX_COUNT`]. A sync with errors is a failed sync.
     pub total_errors: u32,
     /// Measured speed, if one was measured.
     pub internet_speed: Option<Mbps>,
-    /// Which of the device's jobs this was.
+    /// The device's job that ran.
     pub job: Option<JobName>,
-    /// How long it took.
+    /// How long the sync took.
     pub duration: Option<SyncDuration>,
     /// Bytes moved, at most [`MAX_BYTES_SYNCED`].
     pub bytes_synced: Option<u64>,
-    /// Whatever else the device wants kept.
+    /// Any further data of the device.
     pub metadata: Option<Metadata>,
 }
 
 impl SyncEvent {
-    /// A failed sync is one with errors.
+    /// True if the sync had errors.
     #[must_use]
     pub fn failed(&self) -> bool {
         self.total_errors > 0
@@ -52,29 +52,29 @@ impl SyncEvent {
     /// Reads one event from a JSON body.
     ///
     /// # Errors
-    /// [`ParseError::Malformed`] when the body is not JSON, else [`ParseError::Invalid`] with every
-    /// wrong field.
+    /// [`ParseError::Malformed`] when the body is not JSON. Otherwise [`ParseError::Invalid`] with every wrong field.
     pub fn from_json(body: &[u8], arrival: Arrival) -> Result<Self, ParseError> {
         std::str::from_utf8(body)
             .ok()
-            // A derived reader would also take an array for a struct.
+            // A derived reader would also accept an array as a struct.
             .filter(|text| text.trim_ascii_start().starts_with('{'))
             .and_then(|text| serde_json::from_str::<Wire<'_>>(text).ok())
             .and_then(|wire| wire.validate(arrival))
             .map_or_else(|| lenient::read_sync_event(body, arrival), Ok)
     }
 
-    /// Writes the event as a device sends it, on one line. With [`DeviceClock::Unsynced`] the server will date it by its
-    /// arrival.
+    /// Writes the event as a device sends it, on one line. With [`DeviceClock::Unsynced`] the server uses the time of
+    /// arrival as its date.
     ///
     /// # Errors
-    /// When JSON cannot hold it, which no event that can be made causes.
+    /// When JSON cannot hold it. No valid event causes that.
     pub fn to_json(&self, clock: DeviceClock) -> Result<String, serde_json::Error> {
         let raw = |number: Option<String>| number.map(RawValue::from_string).transpose();
         let timestamp = self.timestamp.to_string();
         let internet_speed = raw(self.internet_speed.map(|speed| speed.to_string()))?;
         let duration_seconds = raw(self.duration.map(|duration| duration.to_string()))?;
-        // Metadata is kept as it was sent, perhaps on several lines. Within strings JSON has no line breaks.
+        // Metadata is kept as it was sent, perhaps on several lines. JSON strings contain no line breaks, so only white
+        // space changes.
         let metadata = self.metadata.as_ref().map(|sent| sent.as_str().replace(['\n', '\r'], " "));
         let metadata = raw(metadata)?;
         serde_json::to_string(&Wire {
@@ -92,8 +92,8 @@ impl SyncEvent {
         })
     }
 
-    /// What a device without a trustworthy clock reports is dated by its arrival; the device's own
-    /// date is kept in the metadata.
+    /// Dates the event by its arrival, for a device without a trustworthy clock. The device's own date is kept in the
+    /// metadata.
     pub(crate) fn redate(&mut self, arrival: Arrival) {
         let metadata = self.metadata.take();
         self.metadata = Some(Metadata::with_device_timestamp(metadata, self.timestamp));
@@ -110,17 +110,17 @@ pub struct Arrival {
     pub latest: Timestamp,
 }
 
-/// Whether a device trusts its clock. Raspberry Pis have no battery for theirs.
+/// Whether a device trusts its clock. A Raspberry Pi has no battery for its clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceClock {
-    /// It does: an event is dated by its own `timestamp`.
+    /// The device trusts its clock. Its event is dated by the event's own `timestamp`.
     Synced,
-    /// It does not: an event is dated by its arrival.
+    /// The device does not trust its clock. Its event is dated by its arrival.
     Unsynced,
 }
 
 impl DeviceClock {
-    /// The word on the wire.
+    /// The value on the wire.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -134,16 +134,16 @@ impl DeviceClock {
     }
 }
 
-/// Why a body is no sync event.
+/// Why a body is not a sync event.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ParseError {
-    /// Not JSON at all; says where it stops being JSON.
+    /// Not JSON. The text says where it stops being JSON.
     Malformed(String),
-    /// JSON, with these fields wrong.
+    /// JSON, but these fields are wrong.
     Invalid(Vec<Violation>),
 }
 
-/// The wire format as agents and scripts send it when they send it right.
+/// The wire format in its strict form, as the agent and correct scripts send it.
 #[derive(Deserialize, Serialize)]
 struct Wire<'a> {
     device_id: &'a str,
@@ -167,7 +167,7 @@ struct Wire<'a> {
 }
 
 impl Wire<'_> {
-    /// `None` sends the body to the lenient reader, which knows the words.
+    /// Checks the ranges. `None` sends the body to the lenient reader, which produces the error messages.
     fn validate(self, arrival: Arrival) -> Option<SyncEvent> {
         fn number<T>(
             raw: Option<&RawValue>,
@@ -283,14 +283,14 @@ mod tests {
         let json = serde_json::to_string(&wire).unwrap();
         let places = EVENT_FIELDS.map(|field| json.find(&format!("\"{}\":", field.name)));
         assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{json}: {places:?}");
-        // The first, strict pass takes it.
+        // The strict pass accepts it.
         let received = Timestamp::from_millisecond(2_000_000_000_000).unwrap();
         let arrival = Arrival { received, latest: received };
         assert!(wire.validate(arrival).is_some());
         let object: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(&json).unwrap();
         assert_eq!(object.len(), EVENT_FIELDS.len());
-        // Without any of the required ones, and only those, it is refused.
+        // Without any required field it is refused; without any other field it is accepted.
         for field in EVENT_FIELDS {
             let mut rest = object.clone();
             rest.remove(field.name);

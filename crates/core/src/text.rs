@@ -1,5 +1,5 @@
-//! Short texts that name things: devices, their jobs and events. Made once at the edge; everything inside
-//! trusts them to be free of control characters and within their length.
+//! Names of devices, their jobs and their events. They are made once at the edge. All other code relies on them having
+//! no control characters and a bounded length.
 
 use std::{borrow::Borrow, fmt, sync::Arc};
 
@@ -7,14 +7,14 @@ use serde::{Serialize, Serializer};
 
 use crate::ViolationCode;
 
-/// Why a text cannot be a name. [`fmt::Display`] gives the words that follow the quoted field name.
+/// Why a text is not a valid name. [`fmt::Display`] gives the words that follow the quoted field name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TextError {
-    /// Nothing between the quotes.
+    /// The text is empty.
     Empty,
-    /// More characters than allowed; carries the most that are.
+    /// More characters than the given limit.
     TooLong(usize),
-    /// A control character, which would forge log lines and which PostgreSQL refuses when it is NUL.
+    /// A control character. It could forge log lines, and PostgreSQL refuses NUL.
     ControlCharacter,
 }
 
@@ -44,12 +44,12 @@ impl TextError {
 /// Checks that `text` has 1 to `most` characters and no control character.
 ///
 /// # Errors
-/// The first rule that is broken.
+/// The first broken rule.
 pub fn check_text(text: &str, most: usize) -> Result<(), TextError> {
     if text.is_empty() {
         return Err(TextError::Empty);
     }
-    // Bytes are at least as many as characters: counting is only needed beyond.
+    // A text has at least as many bytes as characters, so only longer texts need counting.
     if text.len() > most && text.chars().nth(most).is_some() {
         return Err(TextError::TooLong(most));
     }
@@ -59,10 +59,10 @@ pub fn check_text(text: &str, most: usize) -> Result<(), TextError> {
     Ok(())
 }
 
-/// The text of a JSON body: without the byte order mark that some Windows tools put before it.
+/// The text of a JSON body, without the byte order mark that some Windows tools write.
 ///
 /// # Errors
-/// When there is nothing in it, or it is no UTF-8; says where, and what it may be instead.
+/// When the body is empty or is not UTF-8. The message says where, and names UTF-16 if it looks like that.
 pub fn json_text(body: &[u8]) -> Result<&str, String> {
     let body = body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body);
     match std::str::from_utf8(body) {
@@ -72,7 +72,7 @@ pub fn json_text(body: &[u8]) -> Result<&str, String> {
     }
 }
 
-/// Says that a body is no UTF-8 after so many bytes.
+/// The message for a body that stops being UTF-8 after `at` bytes.
 fn not_utf8(body: &[u8], at: usize) -> String {
     match body {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "it is UTF-16; send UTF-8".to_owned(),
@@ -90,10 +90,10 @@ macro_rules! name {
         pub struct $name(Arc<str>);
 
         impl $name {
-            /// The most characters it may have.
+            /// The limit of its length, in characters.
             pub const MAX_CHARACTERS: usize = $most;
 
-            /// Checks and takes `text`.
+            /// Checks and copies `text`.
             ///
             /// # Errors
             /// When it is empty, too long or has a control character.
@@ -130,18 +130,18 @@ macro_rules! name {
 }
 
 name! {
-    /// What a device calls itself: 1 to 255 characters, no control characters. Cheap to clone.
+    /// A device's name for itself: 1 to 255 characters, no control characters. Cheap to clone.
     DeviceId, 255
 }
 
 name! {
-    /// Which of a device's jobs a sync belongs to: 1 to 100 characters, no control characters.
+    /// The name of a device's job: 1 to 100 characters, no control characters.
     JobName, 100
 }
 
 name! {
-    /// What a device calls one event, so that sending it again changes nothing: 1 to 64 characters, no
-    /// control characters. Unique among the device's events.
+    /// A device's own id for one event: 1 to 64 characters, no control characters. It is unique among the device's
+    /// events, so sending the event again changes nothing.
     EventId, 64
 }
 

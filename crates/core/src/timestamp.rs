@@ -1,4 +1,5 @@
-//! An instant in UTC with the precision that PiSync stores: whole milliseconds.
+//! An instant in UTC with the precision that PiSync stores: whole milliseconds. Every date from outside is parsed here.
+//! Nothing here reads a clock.
 
 use std::{borrow::Cow, fmt};
 
@@ -7,8 +8,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::ViolationCode;
 
-/// A UTC instant in whole milliseconds, from year 1 to year 9999 (what RFC 3339 can write and both
-/// databases can hold).
+/// A UTC instant in whole milliseconds, from year 1 to year 9999. RFC 3339 can write that range and both databases can
+/// hold it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
 
@@ -16,7 +17,7 @@ pub struct Timestamp(i64);
 const MIN_MILLISECOND: i64 = -62_135_596_800_000;
 /// `9999-12-30T22:00:00.999Z`, the last instant that the time library can hold.
 const MAX_MILLISECOND: i64 = 253_402_207_200_999;
-/// `9999-12-31T23:59:59.999Z`, where the years of four digits end.
+/// `9999-12-31T23:59:59.999Z`, the end of the four-digit years.
 const END_OF_9999: i64 = 253_402_300_799_999;
 const DAY_SECONDS: i64 = 24 * 60 * 60;
 
@@ -32,7 +33,7 @@ impl Timestamp {
         (MIN_MILLISECOND..=MAX_MILLISECOND).contains(&millisecond).then_some(Self(millisecond))
     }
 
-    /// Cuts `instant` to whole milliseconds; an instant outside the range becomes the nearest bound.
+    /// Cuts `instant` to whole milliseconds. An instant outside the range becomes the nearest bound.
     #[must_use]
     pub fn truncate(instant: jiff::Timestamp) -> Self {
         Self(whole_milliseconds(instant).clamp(MIN_MILLISECOND, MAX_MILLISECOND))
@@ -47,13 +48,13 @@ impl Timestamp {
     /// The same instant as the time library's type.
     #[must_use]
     pub fn to_jiff(self) -> jiff::Timestamp {
-        // Not by `from_millisecond`, which refuses the last second's milliseconds. The range above lies
-        // within the library's, so the fallback is never taken.
+        // `from_millisecond` would refuse the milliseconds of the last second. The range of this type lies within the
+        // library's, so the fallback is never used.
         let nanosecond = i32::try_from(self.0.rem_euclid(1000) * 1_000_000).unwrap_or(0);
         jiff::Timestamp::new(self.0.div_euclid(1000), nanosecond).unwrap_or(jiff::Timestamp::MAX)
     }
 
-    /// This instant moved by `milliseconds`, staying within the range.
+    /// This instant moved by `milliseconds`, clamped to the range.
     #[must_use]
     pub fn saturating_add_milliseconds(self, milliseconds: i64) -> Self {
         Self(self.0.saturating_add(milliseconds).clamp(MIN_MILLISECOND, MAX_MILLISECOND))
@@ -65,17 +66,17 @@ impl Timestamp {
         Self::from_iso8601(text).ok()
     }
 
-    /// Reads an ISO 8601 date and time: the one rule for bodies, queries, imports and the command line.
+    /// Reads an ISO 8601 date and time. Bodies, queries, imports and the command line all use this rule.
     ///
-    /// Without an offset it is read as UTC; a bare date, month or year is its first instant. Digits beyond
-    /// milliseconds are cut. As RFC 3339 has it, an offset is at most 23:59, `-00:00` is UTC, and a leap
-    /// second is taken (as the second before it). As the Node service had it, `24:00` is the next midnight.
-    /// The year 9999 ends for us at [`Self::MAX`]: later instants of it become that one.
+    /// A time without an offset is UTC. A bare date, month or year is its first instant. Digits beyond milliseconds are
+    /// cut. As in RFC 3339, an offset is at most 23:59, `-00:00` is UTC, and a leap second is accepted as the second
+    /// before it. As in the Node service, `24:00` is the next midnight. Instants of the year 9999 after [`Self::MAX`]
+    /// become [`Self::MAX`].
     ///
     /// # Errors
-    /// When it is something else; says what is wrong with it.
+    /// What is wrong with any other text.
     pub fn from_iso8601(text: &str) -> Result<Self, TimestampError> {
-        // What nearly all devices send. Offsets are only bounded on the other way.
+        // Nearly all devices send this form. The check of offsets is only in `read_pieces`.
         if text.ends_with('Z')
             && let Ok(instant) = text.parse()
             && let Some(timestamp) = Self::from_millisecond(whole_milliseconds(instant))
@@ -86,14 +87,14 @@ impl Timestamp {
     }
 }
 
-/// Why a text is no instant. [`fmt::Display`] gives the words that follow the quoted field name.
+/// Why a text is not an instant. [`fmt::Display`] gives the words that follow the quoted field name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TimestampError {
-    /// Not of the form that ISO 8601 has for dates and times.
+    /// Not in the form of an ISO 8601 date and time.
     NotIso8601,
-    /// Of that form, but the calendar has no such day.
+    /// In that form, but the calendar has no such day.
     NoSuchDay,
-    /// An offset from UTC that no clock on earth has.
+    /// An offset from UTC of 24 hours or more.
     Offset,
     /// Before the year 1 or after the year 9999.
     OutOfRange,
@@ -121,7 +122,7 @@ impl TimestampError {
     }
 }
 
-/// The same with what is left of the time library's own limits: its instants end a day before its calendar.
+/// Reads every form, including those beyond the time library's limits: its instants end a day before its calendar.
 fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
     let text = nanoseconds_at_most(text);
     let (text, is_day_after) = midnight_at_the_end(&text);
@@ -129,7 +130,7 @@ fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
     let pieces =
         Pieces::parse(whole_date.as_deref().unwrap_or(&text)).map_err(|_| what_is_wrong(&text))?;
     let offset = pieces.to_numeric_offset();
-    // A time zone's name without an offset says only what its rules were when somebody last looked.
+    // A time zone's name without an offset is ambiguous: the rules of a zone change over the years.
     if offset.is_none() && text.contains('[') {
         return Err(TimestampError::NotIso8601);
     }
@@ -149,8 +150,8 @@ fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
     Ok(Timestamp(millisecond.min(MAX_MILLISECOND)))
 }
 
-/// The text without digits of its seconds' fraction beyond the nine that the time library reads. ISO 8601 bounds them
-/// nowhere, and the Node service took any number.
+/// Cuts the fraction of the seconds to the nine digits that the time library reads. ISO 8601 sets no limit, and the
+/// Node service accepted any number of digits.
 fn nanoseconds_at_most(text: &str) -> Cow<'_, str> {
     const DIGITS: usize = 9;
     let Some(point) = text.find(['.', ',']) else { return text.into() };
@@ -162,7 +163,8 @@ fn nanoseconds_at_most(text: &str) -> Cow<'_, str> {
     format!("{before}{}{}", &fraction[..DIGITS], &fraction[digits..]).into()
 }
 
-/// `24:00` after a date as `00:00`, and whether it was that: the midnight at the end of the day.
+/// Replaces `24:00` after a date with `00:00`. Returns true with it if it did: the time is the midnight at the end of
+/// the day.
 fn midnight_at_the_end(text: &str) -> (Cow<'_, str>, bool) {
     let Some(time) = text.find(['T', 't', ' ']) else { return (text.into(), false) };
     let (date, time) = (&text[..=time], &text[time + 1..]);
@@ -177,7 +179,7 @@ fn midnight_at_the_end(text: &str) -> (Cow<'_, str>, bool) {
     }
 }
 
-/// The first day of a bare year or month, which the Node service took.
+/// The first day of a bare year or month, which the Node service accepted.
 fn first_day(text: &str) -> Option<String> {
     let is_form = |form: &str| has_form(text, form);
     match () {
@@ -187,7 +189,7 @@ fn first_day(text: &str) -> Option<String> {
     }
 }
 
-/// Whether `text` has digits where `form` has zeros, and else what `form` has.
+/// True if `text` has digits where `form` has zeros, and equals `form` elsewhere.
 fn has_form(text: &str, form: &str) -> bool {
     text.len() == form.len()
         && text.bytes().zip(form.bytes()).all(|(byte, expected)| match expected {
@@ -196,13 +198,13 @@ fn has_form(text: &str, form: &str) -> bool {
         })
 }
 
-/// What is wrong with a text that the time library does not read. Only errors come this way.
+/// Classifies a text that the time library refused. It is called only for such texts.
 fn what_is_wrong(text: &str) -> TimestampError {
     let (date, time) = match text.find(['T', 't', ' ']) {
         Some(at) => (&text[..at], &text[at + 1..]),
         None => (text, ""),
     };
-    // Years beyond four digits have a sign and six.
+    // Years of more than four digits have a sign and six digits.
     if date.starts_with(['+', '-']) && has_form(&date[1..], "000000-00-00") {
         return TimestampError::OutOfRange;
     }
@@ -222,10 +224,10 @@ fn what_is_wrong(text: &str) -> TimestampError {
     }
 }
 
-/// Milliseconds since 1970, cut towards the past also before 1970: digits are dropped, never rounded.
+/// Milliseconds since 1970, rounded towards the past, before 1970 too: further digits are cut.
 fn whole_milliseconds(instant: jiff::Timestamp) -> i64 {
     let millisecond = instant.as_nanosecond().div_euclid(1_000_000);
-    // The time library's whole range fits.
+    // The whole range of the time library fits.
     i64::try_from(millisecond).unwrap_or(i64::MAX)
 }
 
@@ -290,7 +292,7 @@ mod tests {
             ("2025-06", "2025-06-01T00:00:00.000Z"),
             ("2025", "2025-01-01T00:00:00.000Z"),
             ("+002025-06-17T10:30:00Z", "2025-06-17T10:30:00.000Z"),
-            // The end of the calendar, which is what whoever means "for ever" writes.
+            // The end of the calendar, which people write to mean "for ever".
             ("9999-12-31", "9999-12-30T22:00:00.999Z"),
             ("9999-12-31T23:59:59.999Z", "9999-12-30T22:00:00.999Z"),
             ("9999-12-31T23:59:59+00:00", "9999-12-30T22:00:00.999Z"),
@@ -377,7 +379,7 @@ mod tests {
             let _ = Timestamp::parse_iso8601(&text);
         }
 
-        /// Both ways of reading agree: `Z` goes one way, an offset of zero the other.
+        /// Both ways of reading agree: `Z` takes the fast path, an offset of zero the other.
         #[test]
         fn an_offset_of_zero_is_utc(millisecond in MIN_MILLISECOND..=MAX_MILLISECOND) {
             let text = Timestamp(millisecond).to_string().replace('Z', "+00:00");

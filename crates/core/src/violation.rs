@@ -1,40 +1,40 @@
-//! One wrong field of a request, in the shape and wording that the Node service's clients know.
+//! One wrong field of a request, in the shape and wording that the Node service's clients know. The readers of bodies
+//! and query strings make them; the API sends them. What they echo is always bounded.
 
 use std::borrow::Cow;
 
 use serde::Serialize;
 use serde_json::Value;
 
-/// Longest text that is echoed back in [`Violation::value`], in characters. An answer must not grow
-/// with what was sent.
+/// The longest text that is echoed in [`Violation::value`], in characters. A response must not grow with the request.
 const ECHO_LIMIT: usize = 256;
 
-/// What kind of rule was broken: the stable word for programs and metrics.
+/// The kind of rule that was broken: a stable word for programs and metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ViolationCode {
-    /// A field is not there.
+    /// The field is missing.
     Required,
     /// JSON of another type.
     Type,
-    /// A number or a time beyond its bounds.
+    /// A number or a time outside its range.
     Range,
-    /// Of the right type, and not of the right form.
+    /// The right type, but not the right form.
     Format,
     /// Too long, or empty.
     Length,
-    /// A time that has not come.
+    /// A time in the future.
     Future,
-    /// A field or a parameter that nobody reads: a misspelt one must not look obeyed.
+    /// An unknown field or parameter. A misspelt one must not appear to work.
     UnknownField,
-    /// Right by itself, and contradicts another field or another value of the same one.
+    /// Valid by itself, but contradicts another field or another value of the same field.
     Conflict,
-    /// Not JSON at all: a line of a batch.
+    /// A line of a batch that is not JSON.
     MalformedJson,
 }
 
 impl ViolationCode {
-    /// All of them, in the order in which they are documented.
+    /// All codes, in the order in which they are documented.
     pub const ALL: [Self; 9] = [
         Self::Required,
         Self::Type,
@@ -47,7 +47,7 @@ impl ViolationCode {
         Self::MalformedJson,
     ];
 
-    /// The word.
+    /// The stable word.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -64,17 +64,17 @@ impl ViolationCode {
     }
 }
 
-/// A field that was refused, why, and what was sent.
+/// A refused field, the reason, and the sent value.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Violation {
-    /// The field's name as in the request; empty when the whole body is meant.
+    /// The field's name as in the request; empty for the entire body.
     pub field: Cow<'static, str>,
-    /// Says what is expected, for instance `"total_errors" must be an integer`.
+    /// The expected value, for instance `"total_errors" must be an integer`.
     pub message: String,
-    /// What was sent, shortened; absent when nothing was.
+    /// The sent value, shortened; absent when nothing was sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<Value>,
-    /// Which kind of rule it breaks.
+    /// The kind of rule that was broken.
     pub code: ViolationCode,
 }
 
@@ -92,13 +92,13 @@ impl Violation {
         Self::worded(field, code, message, value)
     }
 
-    /// A violation of the whole body, or of a whole event in it, whose message reads `"value" <rule>`.
+    /// A violation of the entire body, or of an entire event in it. Its message reads `"value" <rule>`.
     #[must_use]
     pub fn of_whole(code: ViolationCode, rule: &str, value: Option<Value>) -> Self {
         Self::worded("", code, format!("\"value\" {rule}"), value)
     }
 
-    /// A violation with a message of its own.
+    /// A violation with its own message.
     #[must_use]
     pub fn worded(
         field: impl Into<Cow<'static, str>>,
@@ -109,14 +109,14 @@ impl Violation {
         Self { field: field.into(), message: message.into(), value: value.map(shorten), code }
     }
 
-    /// The field is required and was not sent.
+    /// The violation for a required field that was not sent.
     #[must_use]
     pub fn required(field: &'static str) -> Self {
         Self::of(field, ViolationCode::Required, "is required", None)
     }
 }
 
-/// Bounds what is echoed: long texts are cut, large structures named instead of repeated.
+/// Bounds the echoed value: long texts are cut, large arrays and objects are described.
 fn shorten(value: Value) -> Value {
     match value {
         Value::String(text) if text.chars().nth(ECHO_LIMIT).is_some() => {

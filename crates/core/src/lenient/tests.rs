@@ -1,4 +1,4 @@
-//! What the lenient reader takes, and what it says of the rest.
+//! What the lenient reader accepts, and what it says about the rest.
 
 use proptest::prelude::*;
 use serde_json::json;
@@ -296,8 +296,8 @@ proptest! {
         let _ = SyncEvent::from_json(&body, arrival());
     }
 
-    /// Whatever the strict pass takes, the lenient reader takes to mean the same; and what is
-    /// refused names at least one field.
+    /// The lenient reader gives the same meaning to everything that the strict pass accepts. A refusal names at least
+    /// one field.
     #[test]
     fn both_readings_agree(values in prop::collection::vec((0..EVENT_FIELDS.len(), any_value()), 0..12)) {
         let mut body: Value = serde_json::from_str(&with("x", json!(1))).unwrap();
