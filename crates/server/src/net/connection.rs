@@ -1,5 +1,5 @@
-//! One connection: speaking TLS, HTTP/1.1 or HTTP/2 on it, and ending it when its client dawdles
-//! (`timeouts`) or the server stops.
+//! Serves one connection: TLS, then HTTP/1.1 or HTTP/2. `serve` calls it for each accepted socket. It ends the
+//! connection when its client stalls (see `timeouts`) or the server stops.
 
 use std::{
     sync::{Arc, atomic::AtomicUsize},
@@ -34,36 +34,36 @@ use crate::{
     },
 };
 
-/// Bytes of a request's head, at most, as many as Node allows; a larger one is answered 431. A slow client may hold
-/// so many until it is cut off, on each of its connections.
+/// The largest head of a request, in bytes: the limit that Node has. A larger head is answered with 431. A slow client
+/// may hold this much on each of its connections until it is cut off.
 const HEAD_LIMIT: usize = 16 << 10;
 
-/// Requests that one HTTP/2 connection may have under way.
+/// The number of requests that one HTTP/2 connection may have in flight.
 const STREAMS: u32 = 128;
 
-/// Bytes of each answer that HTTP/2 takes out of its body before they are written. What is compressed on the way comes
-/// into being by that: a client must not make the server do it far ahead of what it takes.
+/// How many bytes of a response HTTP/2 takes from its body before they are written. Taking them makes the server
+/// generate and compress them. A client must not make the server do that far ahead of what it reads.
 const SEND_BUFFER: usize = 32 << 10;
 
 /// How long a TLS handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long an idle client may take to hear that the connection is being closed. In HTTP/2 it may have sent a
-/// request meanwhile, which is then answered.
+/// How long a closing connection stays open for its idle client to notice. In HTTP/2 the client may have sent a request
+/// meanwhile, which is still answered.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// What all connections share.
+/// The state that all connections share.
 pub(crate) struct Shared {
     pub(crate) router: Router,
     pub(crate) timeouts: Timeouts,
-    /// Places for connections. When none is left, idle ones make room sooner.
+    /// One permit per connection. When none is left, idle connections are closed sooner.
     pub(crate) places: Arc<Semaphore>,
     pub(crate) heads: Arc<IncompleteHeads>,
-    /// Answers that HTTP/2 clients have not taken.
+    /// The number of response pieces that HTTP/2 clients have not read yet.
     pub(crate) untaken: Arc<AtomicUsize>,
 }
 
-/// Speaks HTTP/1.1 with a client.
+/// Serves HTTP/1.1 without TLS.
 pub(crate) async fn serve_plain(
     stream: TcpStream,
     peer: Peer,
@@ -75,7 +75,7 @@ pub(crate) async fn serve_plain(
     serve_http1(stream, peer, shared, activity, stop).await
 }
 
-/// Speaks HTTP/2 or HTTP/1.1 over TLS, as the client likes.
+/// Serves TLS, with HTTP/2 or HTTP/1.1 as the client chooses.
 pub(crate) async fn serve_tls(
     stream: TcpStream,
     peer: Peer,
@@ -128,15 +128,15 @@ async fn serve_http1(
         answer(&router, peer, &counted, None, request)
     });
     let connection = http1::Builder::new()
-        // Its clock for heads begins with the end of the last request, so it is ours that counts.
+        // hyper's timer for heads starts when the previous request ends. `HeadClock` times them instead.
         .header_read_timeout(None)
         .max_buf_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(stream), service);
     drive(connection, shared, &activity, None, stop).await
 }
 
-/// Serves a connection until its client ends it, is idle for too long, takes none of what is `untaken`, or the server
-/// stops.
+/// Serves a connection until it ends. The client may close it, be idle for too long, or read none of the `untaken`
+/// pieces; or the server stops.
 async fn drive<C>(
     connection: C,
     shared: &Shared,
@@ -148,7 +148,7 @@ where
     C: GracefulConnection<Error = hyper::Error>,
 {
     let Timeouts { head, idle, write, .. } = shared.timeouts;
-    // As often as this it is looked whether there is still room for the idle.
+    // How often to check whether idle connections must be closed sooner because no permit is left.
     let interval = idle.min(head);
     let (mut is_stopping, mut is_closing) = (false, false);
     tokio::pin!(connection);
@@ -186,7 +186,7 @@ where
     }
 }
 
-/// Why an answer is not sent.
+/// Why a response is not sent.
 #[derive(Debug, thiserror::Error)]
 #[error("too many answers wait for their clients to take them")]
 struct TooManyWait;
@@ -204,11 +204,11 @@ fn answer(
     let answer = router.clone().oneshot(request);
     async move {
         let Ok(response) = answer.await;
-        // The stream is then reset, which costs nothing.
+        // The error resets the stream, which needs no memory.
         if untaken.as_ref().is_some_and(|untaken| untaken.is_full()) {
             return Err(TooManyWait);
         }
-        // What is complete already is only to be written, which has a clock of its own.
+        // A complete body only has to be written, and the write clock limits that.
         let is_complete = response.body().size_hint().exact().is_some();
         let under_way = (!is_complete).then_some(under_way);
         Ok(response.map(|body| Outgoing::new(body, under_way, untaken)))

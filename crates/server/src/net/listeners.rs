@@ -1,5 +1,5 @@
-//! The sockets that clients connect to: one, or several when the server's host name stands for several
-//! addresses, as `localhost` does for 127.0.0.1 and ::1.
+//! The sockets that clients connect to. There are several when the server's host name has several addresses, as
+//! `localhost` has 127.0.0.1 and ::1. `serve` accepts connections from them.
 
 use std::{
     io,
@@ -10,36 +10,36 @@ use std::{
 
 use tokio::net::{TcpListener, TcpStream};
 
-/// See the module.
+/// A set of listening sockets, accepted from in turn.
 #[derive(Debug)]
 pub struct Listeners {
     sockets: Vec<TcpListener>,
-    /// Where to look first the next time.
+    /// The socket to poll first next time.
     next: AtomicUsize,
 }
 
 impl Listeners {
-    /// Of these sockets, of which there must be one at least.
+    /// Wraps these sockets. There must be at least one.
     #[must_use]
     pub fn new(sockets: Vec<TcpListener>) -> Self {
         Self { sockets, next: AtomicUsize::new(0) }
     }
 
-    /// Where they listen.
+    /// The addresses of the sockets.
     ///
     /// # Errors
-    /// What the system says instead.
+    /// The error of the system.
     pub fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
         self.sockets.iter().map(TcpListener::local_addr).collect()
     }
 
-    /// The next connection, whichever socket it comes to.
+    /// Accepts the next connection from any of the sockets.
     pub(crate) async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         std::future::poll_fn(|context| self.poll_accept(context)).await
     }
 
     fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
-        // Each is the first in turn, or one with many clients would keep the others' waiting.
+        // Each socket is polled first in turn. Otherwise one with many clients would starve the others.
         let first = self.next.fetch_add(1, Ordering::Relaxed);
         let (before, behind) = self.sockets.split_at(first % self.sockets.len().max(1));
         for socket in behind.iter().chain(before) {
@@ -68,10 +68,10 @@ mod tests {
         let bind = async || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let listeners = Listeners::new(vec![bind().await, bind().await, bind().await]);
         let addresses = listeners.addresses().unwrap();
-        // Nobody comes: it waits.
+        // No client connects, so it waits.
         let waited = tokio::time::timeout(Duration::from_millis(1), listeners.accept()).await;
         assert!(waited.is_err());
-        // The first two are crowded, and the third is not kept waiting.
+        // The first two have many clients, and the third one's client does not wait.
         let mut clients = Vec::new();
         for address in addresses.iter().flat_map(|address| [*address; 20]) {
             clients.push(std::net::TcpStream::connect(address).unwrap());

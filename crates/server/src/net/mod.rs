@@ -1,5 +1,5 @@
-//! The network: the sockets that clients connect to, TLS, and connections with their time-outs. `app` starts it; what
-//! a request asks for is none of its business.
+//! The network: listening sockets, TLS, and connections with their time-outs. `app` starts it. It must not depend on
+//! what a request asks for.
 
 mod connection;
 mod listeners;

@@ -1,5 +1,5 @@
-//! Connections: taking them in, bounding how long they may dawdle, and letting them finish when the
-//! server stops.
+//! Accepts connections, limits their number, and lets them finish when the server stops. `app` calls it. It must not
+//! look into requests.
 
 use std::{
     sync::Arc,
@@ -19,30 +19,30 @@ use crate::{
     },
 };
 
-/// How long requests under way may take to finish when the server stops. Ingest then has the rest of
-/// the 30 s after which a supervisor would kill the process.
+/// How long requests in flight may take to finish when the server stops. Ingest gets the rest of the 30 s after which a
+/// supervisor kills the process.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// How long to wait when no connection can be taken in, for want of file descriptors.
+/// The pause after an accept failed because file descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How often to say that there is no room.
+/// How often to warn that the limit of connections is reached.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How the server deals with connections.
+/// Settings of connections.
 #[derive(Debug)]
 pub struct ConnectionSettings {
-    /// Connections at a time, at most; beyond, new ones wait to be taken in until another ends. 0 is no
+    /// The largest number of connections at a time. Beyond it, new connections wait until another one ends. 0 means no
     /// limit.
     pub max_connections: usize,
-    /// How long clients may dawdle.
+    /// How long clients may stall.
     pub timeouts: Timeouts,
-    /// What to speak TLS with; plain when there is nothing.
+    /// TLS; `None` serves plain HTTP.
     pub tls: Option<Tls>,
 }
 
-/// Serves `router` until `shutdown` comes, then takes nothing more in and returns when the requests
-/// under way are answered, or after 20 s.
+/// Serves `router` until `shutdown` completes. Then it accepts nothing more, and returns when the requests in flight
+/// are answered, or after 20 s.
 pub async fn serve(
     listeners: Listeners,
     router: Router,
@@ -68,7 +68,7 @@ pub async fn serve(
             && warned.is_none_or(|warned| warned.elapsed() >= WARNING_INTERVAL)
         {
             warned = Some(Instant::now());
-            tracing::warn!(max_connections, "there is no room for more connections; new ones wait");
+            tracing::warn!(max_connections, "the limit of connections is reached; new ones wait");
         }
         let place = tokio::select! {
             () = &mut shutdown => break,
@@ -79,13 +79,13 @@ pub async fn serve(
             accepted = listeners.accept() => match accepted {
                 Ok(connection) => connection,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot take in a connection");
+                    tracing::warn!(%error, "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             },
         };
-        // Answers are small and complete: they must not wait for more to send.
+        // Responses are small and written at once, so waiting to fill a packet (Nagle's algorithm) only delays them.
         let _ = stream.set_nodelay(true);
         let (shared, stopped, tls) = (Arc::clone(&shared), stop.subscribe(), tls.clone());
         tokio::spawn(async move {
@@ -94,7 +94,7 @@ pub async fn serve(
                 None => serve_plain(stream, peer, &shared, stopped).await,
                 Some(tls) => serve_tls(stream, peer, &shared, stopped, tls).await,
             };
-            // Clients hang up as they like; that is no event.
+            // Clients disconnect at any time; that is not worth more than a trace line.
             if let Err(error) = ended {
                 tracing::trace!(peer = %peer.0, %error, "connection ended");
             }
@@ -103,7 +103,7 @@ pub async fn serve(
     }
     drop(listeners);
     let _ = stop.send(());
-    // Each connection listens until it has ended.
+    // Each connection holds a receiver until it has ended.
     if tokio::time::timeout(GRACE, stop.closed()).await.is_err() {
         tracing::warn!("some requests did not finish in time and were cut off");
     }

@@ -1,8 +1,9 @@
-//! How long a connection may dawdle: the clocks that end it. `connection` wraps its streams in them.
+//! The clocks that end a stalled connection. `connection` wraps its streams in them. They do not limit the time of
+//! bodies: handlers do.
 //!
-//! Three clocks, kept apart. The *idle* clock runs while no request is under way and none has begun. The *head*
-//! clock begins with the first byte of a request's head and must be shorter: a head on its way holds memory. The
-//! *write* clock runs while the client takes nothing of what waits to be sent. Bodies are the handlers' affair.
+//! There are three separate clocks. The *idle* clock runs while no request is in flight and none has begun. The *head*
+//! clock starts with the first byte of a request's head. It must be shorter, because an incomplete head holds memory.
+//! The *write* clock runs while data waits to be sent and the client reads nothing.
 
 use std::{
     io::{self, IoSlice},
@@ -20,28 +21,28 @@ use tokio::{
     time::Sleep,
 };
 
-/// What incomplete heads of all connections may hold beyond [`SMALL_HEAD`] each, in bytes. A head usually
-/// arrives in one piece and is never counted; thousands that trickle in are an attack.
+/// How many bytes the incomplete heads of all connections may hold, not counting heads up to [`SMALL_HEAD`]. A head
+/// usually arrives in one piece and is never counted. Thousands that trickle in are an attack.
 const INCOMPLETE_HEADS_BYTES: usize = 16 << 20;
 
-/// A head of so many bytes is not counted: an ordinary client on a bad link must get through beside the attack.
-/// It fits the 8 KiB that hyper's first read allocates for every connection anyway.
+/// Heads up to this size are not counted. An ordinary client on a bad link must succeed even during an attack. They fit
+/// the 8 KiB that hyper's first read allocates for every connection anyway.
 const SMALL_HEAD: usize = 4 << 10;
 
-/// Fewer bytes that the client takes are no part of an answer, but HTTP/2's replies to signs of life, which do not
+/// A smaller write is not counted as part of a response. HTTP/2 replies to pings are that small, and they must not
 /// restart the idle clock.
 const PROGRESS_BYTES: usize = 1 << 10;
 
-/// What happens on one connection, for the idle clock.
+/// The activity on one connection, for the idle clock.
 pub(crate) struct Activity {
     started: Instant,
-    /// Requests whose answer is not complete.
+    /// Requests whose response is not complete.
     under_way: AtomicUsize,
-    /// Requests whose head was complete, ever.
+    /// The number of complete heads since the connection began.
     begun: AtomicUsize,
-    /// When the last answer was complete, or the client last took some of one; in milliseconds after `started`.
+    /// When the last response was complete, or the client last read some of one. In milliseconds after `started`.
     quiet_since: AtomicU64,
-    /// Whether the head clock runs in the idle clock's place.
+    /// True while the head clock runs instead of the idle clock.
     reads_head: AtomicBool,
 }
 
@@ -61,7 +62,7 @@ impl Activity {
         self.quiet_since.store(u64::try_from(elapsed).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// Since when nothing has happened; `None` while a request is under way or its head is arriving.
+    /// The start of the current idle time. `None` while a request is in flight or its head is arriving.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
         if self.under_way.load(Ordering::Relaxed) > 0 || self.reads_head.load(Ordering::Relaxed) {
             return None;
@@ -70,7 +71,7 @@ impl Activity {
     }
 }
 
-/// A request whose answer is not complete, for as long as this lives.
+/// Marks a request as in flight until it is dropped.
 pub(crate) struct UnderWay(Arc<Activity>);
 
 impl UnderWay {
@@ -89,20 +90,20 @@ impl Drop for UnderWay {
     }
 }
 
-/// What the incomplete heads of all connections hold.
+/// The memory held by the incomplete heads of all connections.
 #[derive(Default)]
 pub(crate) struct IncompleteHeads {
     bytes: AtomicUsize,
 }
 
-/// The part of it that belongs to one connection.
+/// One connection's part of [`IncompleteHeads`].
 struct HeldHead {
     all: Arc<IncompleteHeads>,
     bytes: usize,
 }
 
 impl HeldHead {
-    /// Counts a head of `bytes` bytes in the place of what was counted before; false when that is too much.
+    /// Replaces the counted size with `bytes`. Returns false when the total is then too large.
     fn set(&mut self, bytes: usize) -> bool {
         let bytes = if bytes <= SMALL_HEAD { 0 } else { bytes };
         if bytes == self.bytes {
@@ -122,41 +123,41 @@ impl Drop for HeldHead {
     }
 }
 
-/// How heads are told from the rest of what arrives.
+/// Finds heads in the received bytes.
 enum Heads {
-    /// HTTP/1: what arrives while no request is under way is a head.
+    /// HTTP/1: bytes that arrive while no request is in flight belong to a head.
     Http1 {
-        /// How many requests had begun when the head's first byte arrived.
+        /// The number of requests begun when the first byte of the head arrived.
         after: Option<usize>,
         bytes: usize,
     },
     Http2(Frames),
 }
 
-/// Bytes of the preface and of a frame's header (RFC 9113).
+/// The sizes of the connection preface and of a frame's header (RFC 9113).
 const PREFACE_BYTES: usize = 24;
 const FRAME_HEADER_BYTES: usize = 9;
 
-/// The types of HTTP/2's frames that matter here, and the flag that ends a head.
+/// The relevant frame types of HTTP/2, and the flag that ends a head.
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
 
-/// Follows the frames of HTTP/2, to know whether one of them, or a head of several, is incomplete.
+/// Follows HTTP/2 frames, to know whether a frame, or a head of several frames, is incomplete.
 #[derive(Default)]
 struct Frames {
-    /// Bytes of the preface that have arrived.
+    /// Bytes of the preface received so far.
     preface: usize,
     header: [u8; FRAME_HEADER_BYTES],
     header_bytes: usize,
-    /// Bytes of the frame's payload that have not arrived.
+    /// Bytes of the frame's payload not yet received.
     payload_left: usize,
-    /// Whether a head has begun that further frames continue.
+    /// True while a head needs further frames.
     is_amid_head: bool,
     /// Bytes of the head or frame so far.
     bytes: usize,
-    /// Frames, or heads of several frames, that are complete.
+    /// The number of complete frames, where a head of several frames counts as one.
     complete: usize,
 }
 
@@ -200,7 +201,8 @@ impl Frames {
         }
     }
 
-    /// Whether something has begun that must go on soon. A body's frames are not meant: handlers see to them.
+    /// True if something has begun that must be completed soon. The payload of a body does not count: handlers limit
+    /// its time.
     fn is_incomplete(&self) -> bool {
         let is_amid_frame = self.header_bytes > 0
             && !(self.header_bytes == FRAME_HEADER_BYTES && self.header[3] == DATA);
@@ -208,14 +210,14 @@ impl Frames {
     }
 }
 
-/// A stream of requests whose heads must not take too long, nor hold too much memory.
+/// A stream of requests that limits the time and the memory of their heads.
 pub(crate) struct HeadClock<S> {
     stream: S,
     activity: Arc<Activity>,
     limit: Duration,
     heads: Heads,
     held: HeldHead,
-    /// Runs while a head is incomplete; with the number of the head.
+    /// The number of the incomplete head, and its timer.
     running: Option<(usize, Pin<Box<Sleep>>)>,
 }
 
@@ -253,7 +255,7 @@ impl<S> HeadClock<S> {
         match &mut self.heads {
             Heads::Http2(frames) => frames.take(bytes),
             Heads::Http1 { after, .. } if self.activity.under_way.load(Ordering::Relaxed) > 0 => {
-                // A body, or a head that is sent before the answer: its clock begins with its next byte.
+                // A body, or a head sent before the response. The clock of such a head starts with its next byte.
                 *after = None;
             }
             Heads::Http1 { after, bytes: so_far } => {
@@ -266,7 +268,7 @@ impl<S> HeadClock<S> {
         }
     }
 
-    /// The head that is incomplete, by a number that no other one has, and its bytes so far.
+    /// The number of the incomplete head, unique on this connection, and its bytes so far.
     fn incomplete(&self) -> Option<(usize, usize)> {
         match &self.heads {
             Heads::Http2(frames) => {
@@ -281,7 +283,7 @@ impl<S> HeadClock<S> {
         }
     }
 
-    /// Nothing more has arrived for now: an error when a head should have been complete.
+    /// Called when nothing more has arrived for now. Fails if a head has taken too long or holds too much memory.
     fn wait(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some((number, bytes)) = self.incomplete() else {
             self.running = None;
@@ -293,7 +295,7 @@ impl<S> HeadClock<S> {
                 "the heads of requests hold too much memory",
             )));
         }
-        // In HTTP/2 the idle clock runs on: frames that are no requests must not hold a connection for ever.
+        // In HTTP/2 the idle clock keeps running, so that frames without requests cannot hold a connection for ever.
         let is_http1 = matches!(self.heads, Heads::Http1 { .. });
         self.activity.reads_head.store(is_http1, Ordering::Relaxed);
         let limit = self.limit;
@@ -353,13 +355,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for HeadClock<S> {
     }
 }
 
-/// A stream that waits only so long for the other end to take what is written to it. Any progress starts
-/// the time anew: a slow link is no attack.
+/// A stream that limits how long the client may read nothing of what is written. Any progress restarts the limit,
+/// because a slow link is not an attack.
 pub(crate) struct WriteClock<S> {
     stream: S,
     activity: Arc<Activity>,
     limit: Duration,
-    /// Runs while the other end takes nothing.
+    /// Runs while the client reads nothing.
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
@@ -368,7 +370,7 @@ impl<S> WriteClock<S> {
         Self { stream, activity: Arc::clone(activity), limit, stalled: None }
     }
 
-    /// What became of an attempt to write.
+    /// Handles the result of an attempt to write.
     fn written(
         &mut self,
         context: &mut Context<'_>,
@@ -450,11 +452,11 @@ mod tests {
             ([frame(HEADERS, 0, b"a"), frame(CONTINUATION, END_HEADERS, b"b")].concat(), false),
             (frame(HEADERS, END_HEADERS, b"abc")[..11].to_vec(), true),
             (frame(SETTINGS, 0, b"123456")[..3].to_vec(), true),
-            // A body on its way.
+            // A body that is arriving.
             (frame(DATA, 0, b"123456")[..12].to_vec(), false),
         ] {
             let stream = [&[b'P'; PREFACE_BYTES][..], &sent].concat();
-            // However it is cut.
+            // The result does not depend on how the bytes are split.
             for piece in [1, 2, 7, stream.len()] {
                 let mut frames = Frames::default();
                 for bytes in stream.chunks(piece) {
@@ -475,7 +477,7 @@ mod tests {
         let all = Arc::new(IncompleteHeads::default());
         let mut many: Vec<_> =
             (0..2_000).map(|_| HeldHead { all: Arc::clone(&all), bytes: 0 }).collect();
-        // Small ones are always let in.
+        // Small heads are always admitted.
         assert!(many.iter_mut().all(|held| held.set(SMALL_HEAD)));
         let let_in = many.iter_mut().filter_map(|held| held.set(16 << 10).then_some(())).count();
         assert_eq!(let_in, INCOMPLETE_HEADS_BYTES / (16 << 10));

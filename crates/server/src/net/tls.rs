@@ -1,5 +1,5 @@
-//! TLS towards clients, by rustls: the certificate and its key come from files, and are read again when
-//! those change, as they do every few weeks. Connections that are open keep what they began with.
+//! TLS for clients, with rustls. `app` loads the certificate and key from files and runs the task that reloads them
+//! when they change, as they do every few weeks. Open connections keep the certificate they started with.
 
 use std::{
     path::PathBuf,
@@ -19,19 +19,19 @@ use tokio::task::JoinError;
 
 use crate::config::http::TlsFiles;
 
-/// How often to look whether the files have changed.
+/// How often to check whether the files have changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What HTTP/2 calls itself in the handshake.
+/// The ALPN name of HTTP/2.
 pub(crate) const HTTP_2: &[u8] = b"h2";
 
-/// TLS as the server speaks it.
+/// The server's TLS configuration.
 #[derive(Debug)]
 pub struct Tls {
     pub(crate) config: Arc<ServerConfig>,
 }
 
-/// The certificate that new connections are shown.
+/// The certificate for new connections.
 #[derive(Debug)]
 struct Current(RwLock<Arc<CertifiedKey>>);
 
@@ -41,7 +41,7 @@ impl ResolvesServerCert for Current {
     }
 }
 
-/// Both files as they are, and what tells them from other versions.
+/// The contents of both files, and a fingerprint to detect changes.
 struct Contents {
     certificate: Vec<u8>,
     key: Vec<u8>,
@@ -88,7 +88,7 @@ impl Tls {
     /// Reads the files.
     ///
     /// # Errors
-    /// When they are not there or not what they should be; says which.
+    /// When a file is missing or invalid. The message says which.
     pub fn load(files: TlsFiles) -> Result<(Self, TlsWatch), String> {
         let contents = files.read()?;
         let certified = files.parse(&contents)?;
@@ -105,7 +105,7 @@ impl Tls {
     }
 }
 
-/// Takes over what changes in the files.
+/// Reloads the files when they change.
 #[derive(Debug)]
 pub struct TlsWatch {
     files: TlsFiles,
@@ -114,8 +114,8 @@ pub struct TlsWatch {
 }
 
 impl TlsWatch {
-    /// Looks at the files for as long as the server runs. While they are not what they should be, the
-    /// certificate stays what it was: one file is often written before the other.
+    /// Checks the files for as long as the server runs. While they are invalid, the current certificate stays: one file
+    /// is often written before the other.
     pub async fn follow(mut self) {
         loop {
             tokio::time::sleep(LOOK_INTERVAL).await;
@@ -125,7 +125,7 @@ impl TlsWatch {
             });
             self = match looked.await.map_err(JoinError::try_into_panic) {
                 Ok(watch) => watch,
-                // It is told why, by whoever waits for this task.
+                // Whoever waits for this task then gets the panic's message.
                 Err(Ok(panic)) => std::panic::resume_unwind(panic),
                 Err(Err(_)) => return,
             };
@@ -133,7 +133,7 @@ impl TlsWatch {
     }
 
     fn look(&mut self) {
-        // A file that is away for a moment is being replaced.
+        // A file that is missing for a moment is being replaced.
         let Ok(contents) = self.files.read() else { return };
         if contents.fingerprint == self.seen {
             return;

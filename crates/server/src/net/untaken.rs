@@ -1,6 +1,6 @@
-//! Answers that HTTP/2 clients do not take. There, an answer waits in memory until its client opens a window for it,
-//! and nothing is written meanwhile, so the write clock of `timeouts` sees nothing. Here it is counted what waits, and
-//! since when, for `connection` to end those that make no progress.
+//! Counts response data that HTTP/2 clients do not read. Such data waits in memory until the client opens a
+//! flow-control window. Nothing is written meanwhile, so the write clock of `timeouts` does not notice. `connection`
+//! ends connections whose data makes no progress.
 
 use std::{
     pin::Pin,
@@ -18,20 +18,21 @@ use hyper::body::{Frame, SizeHint};
 
 use crate::net::timeouts::UnderWay;
 
-/// Answers that may wait for their clients on all connections. Each holds some 4 KiB besides its text. An answer that is
-/// taken at once, as nearly all are, counts for microseconds.
+/// The largest number of pieces of responses that may wait for clients on all connections. Each holds some 4 KiB
+/// besides its data. Nearly all pieces are read at once and count only for microseconds.
 const MAX_UNTAKEN: usize = 8_192;
 
-/// So many of a connection may wait all the same: who asks little does not suffer from those who ask for all.
+/// Each connection may have this many waiting pieces regardless of the total. A modest client must not suffer from a
+/// greedy one.
 const ALWAYS: usize = 8;
 
-/// What waits on one connection.
+/// The pieces that wait on one connection.
 pub(crate) struct Untaken {
-    /// On all connections.
+    /// The count on all connections.
     all: Arc<AtomicUsize>,
     own: AtomicUsize,
     started: Instant,
-    /// When the client last took some, or the first began to wait; in milliseconds after `started`.
+    /// When the client last read something, or the first piece began to wait. In milliseconds after `started`.
     since: AtomicU64,
 }
 
@@ -45,13 +46,13 @@ impl Untaken {
         })
     }
 
-    /// Whether one more would be too much.
+    /// True if no further piece may wait.
     pub(crate) fn is_full(&self) -> bool {
         self.own.load(Ordering::Relaxed) >= ALWAYS
             && self.all.load(Ordering::Relaxed) >= MAX_UNTAKEN
     }
 
-    /// Since when the client has taken nothing of what waits; `None` when nothing does.
+    /// Since when the client has read nothing of what waits; `None` when nothing waits.
     pub(crate) fn since(&self) -> Option<Instant> {
         let waits = self.own.load(Ordering::Relaxed) > 0;
         waits.then(|| self.started + Duration::from_millis(self.since.load(Ordering::Relaxed)))
@@ -63,7 +64,7 @@ impl Untaken {
     }
 }
 
-/// One piece of an answer that waits, for as long as this lives.
+/// Counts one waiting piece of a response until it is dropped.
 struct Waits(Arc<Untaken>);
 
 impl Waits {
@@ -85,12 +86,12 @@ impl Drop for Waits {
     }
 }
 
-/// An answer's body on its way to the client.
+/// The body of a response on its way to the client.
 pub(crate) struct Outgoing {
     body: Body,
-    /// The request is under way until the body has come into being.
+    /// Keeps the request in flight until the body is complete.
     _under_way: Option<UnderWay>,
-    /// Where it is counted; only in HTTP/2.
+    /// Counts the waiting pieces; only in HTTP/2.
     untaken: Option<Arc<Untaken>>,
 }
 
