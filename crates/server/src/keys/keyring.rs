@@ -1,6 +1,6 @@
-//! The keys that a running server knows, by their hashes: a request is checked without asking the
-//! database. One task follows the database, so that a key that is made or revoked anywhere counts here
-//! within a second. A request with a key that is not known yet has the database looked at before it is refused.
+//! The API keys that a running server knows, by their hashes. Requests are checked without asking the database. One
+//! task polls the database, so that a key made or revoked elsewhere takes effect within a second. A request with an
+//! unknown key makes the server read the database before it is refused.
 
 use std::{
     collections::HashMap,
@@ -16,39 +16,39 @@ use tokio::time::Instant;
 
 use crate::store::{ApiKey, KeyHash, KeyStore, Keys, Scope, StoreError};
 
-/// How often to look whether keys have changed: two looks, of which one may be slow, make a second.
+/// How often to check for changed keys. Two checks, one of them slow, fit in a second.
 pub const REFRESH_INTERVAL: Duration = Duration::from_millis(400);
 
-/// How long one look may take.
+/// How long one check may take.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How far apart looks are that requests with unknown keys ask for. Whoever makes up keys with a right checksum has the
-/// database read one row so often, however many requests there are.
+/// The shortest interval between reads that requests with unknown keys cause. A client that makes up keys with valid
+/// checksums can cause only this many reads of one row.
 const LOOK_UP_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long such a request waits. Reading the keys of a large fleet takes some ten milliseconds.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How coarsely a key's last use is noted, in milliseconds: an hour. Each key is written at most so often.
+/// The precision of a key's last use, in milliseconds: an hour. Each key is written at most once per hour.
 const USE_GRAIN: i64 = 60 * 60 * 1000;
 
-/// A key, as requests are checked against it.
+/// A key in the form that requests are checked against.
 #[derive(Debug)]
 pub struct Key {
-    /// Its number.
+    /// The key's id.
     pub id: i64,
     hash: KeyHash,
-    /// What it opens.
+    /// The scope that the key grants.
     pub scope: Scope,
-    /// The only device that it may report for.
+    /// The only device that the key may report for.
     pub device_id: Option<String>,
-    /// The only group whose devices it may report for.
+    /// The only group whose devices the key may report for.
     pub group: Option<String>,
     expires_at: Option<Timestamp>,
     revoked: bool,
-    /// The start of the hour in which it was last used, in milliseconds; the smallest number when never.
+    /// The start of the hour of its last use, in milliseconds; `i64::MIN` if it was never used.
     last_used: AtomicI64,
-    /// Whether the database knows of that.
+    /// True if the database has that value.
     use_is_noted: AtomicBool,
 }
 
@@ -67,25 +67,25 @@ impl Key {
         }
     }
 
-    /// Whether it was revoked.
+    /// True if the key was revoked.
     #[must_use]
     pub fn is_revoked(&self) -> bool {
         self.revoked
     }
 
-    /// Whether it has expired by `now`.
+    /// True if the key has expired by `now`.
     #[must_use]
     pub fn has_expired(&self, now: Timestamp) -> bool {
         self.expires_at.is_some_and(|expires_at| expires_at <= now)
     }
 
-    /// Whether it may report for a device, as far as that is known without asking the database.
+    /// Whether the key may report for a device, as far as memory tells. The check of its group needs the database.
     #[must_use]
     pub fn may_report_for(&self, device_id: &DeviceId) -> bool {
         self.device_id.as_ref().is_none_or(|own| own == device_id.as_str())
     }
 
-    /// Remembers that it was used.
+    /// Records a use of the key.
     pub fn used(&self, now: Timestamp) {
         let hour = now.as_millisecond() - now.as_millisecond().rem_euclid(USE_GRAIN);
         if self.last_used.load(Ordering::Relaxed) < hour {
@@ -101,40 +101,40 @@ struct Known {
     by_hash: HashMap<KeyHash, Arc<Key>>,
 }
 
-/// Every key that the server knows.
+/// All keys that the server knows.
 #[derive(Debug, Default)]
 pub struct Keyring {
     known: RwLock<Known>,
-    /// Held while the database is asked: what was read later is taken over later. Versions do not tell which of
-    /// two came first, since a standby that takes over, or a file that is put back, may lack changes.
+    /// Held during a read of the database, so that a later read is adopted later. Versions do not give the order of two
+    /// reads: a promoted standby or a restored file may lack changes.
     refreshing: tokio::sync::Mutex<LastLook>,
 }
 
-/// The last look at the database that a request with an unknown key asked for.
+/// The last read of the database that a request with an unknown key caused.
 #[derive(Debug, Default)]
 struct LastLook {
     began: Option<Instant>,
-    /// How it ended; `None` when it was given up, since its client has gone or it took too long.
+    /// How it ended. `None` if it was abandoned because its client disconnected or it took too long.
     has_succeeded: Option<bool>,
 }
 
 impl Keyring {
-    /// The key with this hash, whatever its state.
+    /// The key with this hash, in any state.
     ///
-    /// Looking it up takes a time that depends on the hash, not on the key: nobody can tell from it what a
-    /// key begins with without knowing one that hashes so.
+    /// The time of the search depends on the hash, not on the key. It reveals nothing about a key to anybody who cannot
+    /// find a key with a similar hash.
     #[must_use]
     pub fn find(&self, hash: &KeyHash) -> Option<Arc<Key>> {
         self.known.read().unwrap_or_else(PoisonError::into_inner).by_hash.get(hash).cloned()
     }
 
-    /// A key as it is by now, for a request that began with it; `None` when it is gone.
+    /// The current state of a key that a request started with; `None` if it was deleted.
     #[must_use]
     pub fn current(&self, key: &Key) -> Option<Arc<Key>> {
         self.find(&key.hash)
     }
 
-    /// Whether there is a key that opens everything at `now`.
+    /// True if an admin key is valid at `now`.
     #[must_use]
     pub fn has_admin(&self, now: Timestamp) -> bool {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
@@ -144,20 +144,19 @@ impl Keyring {
             .any(|key| key.scope == Scope::Admin && !key.is_revoked() && !key.has_expired(now))
     }
 
-    /// Takes over what has changed in the database.
+    /// Reloads the keys from the database.
     ///
     /// # Errors
-    /// When it cannot be asked; what was known stays known.
+    /// When the database cannot be read. The known keys then stay.
     pub async fn refresh<S: KeyStore + ?Sized>(&self, store: &S) -> Result<(), StoreError> {
         let _refreshing = self.refreshing.lock().await;
         self.take_over(store).await
     }
 
-    /// Takes over what the database holds at some moment after this call. Calls that come together share one look, and
-    /// its failure.
+    /// Adopts a state of the database from after this call. Concurrent calls share one read, and its failure.
     ///
     /// # Errors
-    /// When the database cannot be asked, or does not answer in time: then a key may be good, and yet not known.
+    /// When the database cannot be read, or does not answer in time. A valid key may then be unknown.
     pub async fn look_up<S: KeyStore + ?Sized>(&self, store: &S) -> Result<(), StoreError> {
         let away = || StoreError::Unavailable("the keys cannot be read".to_owned());
         let asked = Instant::now();
@@ -205,10 +204,10 @@ impl Keyring {
         *known = Known { version: Some(keys.version), by_hash };
     }
 
-    /// Tells the database which keys were used since it was last told.
+    /// Writes to the database which keys were used since the last call.
     ///
     /// # Errors
-    /// When it cannot be told; it will be with the next call.
+    /// When the database cannot be written. The next call tries again.
     pub async fn note_uses<S: KeyStore + ?Sized>(&self, store: &S) -> Result<(), StoreError> {
         let unnoted: Vec<Arc<Key>> = {
             let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
@@ -236,8 +235,8 @@ impl Keyring {
     }
 }
 
-/// Keeps `keyring` current for as long as the server runs. While the database is away the keys stay what
-/// they were: nothing can be read or stored meanwhile.
+/// Keeps `keyring` current for as long as the server runs. While the database is away the known keys stay valid:
+/// nothing can be read or stored meanwhile anyway.
 pub async fn follow<S: KeyStore + ?Sized>(keyring: Arc<Keyring>, store: Arc<S>) {
     loop {
         tokio::time::sleep(REFRESH_INTERVAL).await;
@@ -247,7 +246,7 @@ pub async fn follow<S: KeyStore + ?Sized>(keyring: Arc<Keyring>, store: Arc<S>) 
         };
         match tokio::time::timeout(REFRESH_TIMEOUT, round).await {
             Ok(Ok(())) => {}
-            // Ingest tells of a database that is away, once.
+            // Ingest logs once that the database is away.
             Ok(Err(error)) => tracing::debug!(%error, "cannot look for changed keys"),
             Err(_) => tracing::warn!("looking for changed keys takes too long"),
         }
@@ -263,7 +262,7 @@ mod tests {
     use super::*;
     use crate::store::{Actor, NewKey, Revocation};
 
-    /// A database that counts how often it is looked at.
+    /// A database that counts how often it is read.
     #[derive(Default)]
     struct Counted {
         looks: AtomicU32,
@@ -313,7 +312,7 @@ mod tests {
         while let Some(looked) = waiting.join_next().await {
             looked.unwrap().unwrap();
         }
-        // They came for half a second.
+        // The calls came during half a second.
         let most = began.elapsed().as_millis() / LOOK_UP_INTERVAL.as_millis() + 2;
         let looks = store.looks.load(Ordering::Relaxed);
         assert!(looks > 2 && u128::from(looks) <= most, "{looks} looks of {most}");
@@ -328,7 +327,7 @@ mod tests {
         assert!(matches!(second, Err(StoreError::Unavailable(_))), "{second:?}");
         store.is_away.store(false, Ordering::Relaxed);
         keyring.look_up(&store).await.unwrap();
-        // Somebody who has gone meanwhile leaves nobody without an answer.
+        // A client that disconnects meanwhile leaves no other call without a result.
         let looked = tokio::time::timeout(Duration::from_millis(1), keyring.look_up(&store)).await;
         assert!(looked.is_err());
         keyring.look_up(&store).await.unwrap();

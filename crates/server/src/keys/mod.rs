@@ -1,5 +1,5 @@
-//! API keys: how they look (`secret`), how a running server holds them (`keyring`), and how they are made,
-//! by the command line and the API alike.
+//! API keys: their text form (`secret`), their form in memory (`keyring`), and their creation. The command line and the
+//! API create keys here. A key in the clear is never stored or logged.
 
 mod keyring;
 mod secret;
@@ -14,26 +14,26 @@ use crate::{
     store::{Actor, KeyStore, NewKey, Scope, StoreError},
 };
 
-/// The most characters that people may call a key by.
+/// The largest length of a key's name, in characters.
 pub const MAX_NAME: usize = 100;
 
-/// A key that somebody wants.
+/// The requested properties of a new key.
 #[derive(Debug, Clone)]
 pub struct KeyWish {
-    /// What people call it.
+    /// A name for people.
     pub name: Option<String>,
-    /// What it is to open.
+    /// The scope that the key grants.
     pub scope: Scope,
-    /// The only device that it may report for.
+    /// The only device that the key may report for.
     pub device_id: Option<DeviceId>,
-    /// The only group whose devices it may report for; a new device is put in it.
+    /// The only group whose devices the key may report for. A new device is added to it.
     pub group: Option<String>,
-    /// From when on it opens nothing.
+    /// From this time on the key is not valid.
     pub expires_at: Option<Timestamp>,
 }
 
 impl KeyWish {
-    /// What is wrong with the wish.
+    /// The problems of the request; empty if it is valid.
     #[must_use]
     pub fn problems(&self, now: Timestamp) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -55,29 +55,29 @@ impl KeyWish {
     }
 }
 
-/// What is wrong with a field of a wish.
+/// A problem with one field of a [`KeyWish`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Problem {
     /// The field.
     pub field: &'static str,
-    /// The kind of rule that it breaks.
+    /// The kind of rule that was broken.
     pub code: ViolationCode,
-    /// The words that follow its name.
+    /// The words that follow the field's name.
     pub rule: &'static str,
 }
 
-/// Why a key was not made.
+/// Why a key was not created.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    /// There is no randomness.
+    /// The system gave no random bytes.
     #[error("{0}")]
     Randomness(String),
-    /// It cannot be kept.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Makes a key: its number, and itself, which is known to nobody after this.
+/// Creates a key. Returns its id and the key itself, which is not available afterwards.
 ///
 /// # Errors
 /// See [`CreateError`].

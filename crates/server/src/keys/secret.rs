@@ -1,7 +1,6 @@
-//! How a key looks: `psk_`, 43 characters of base 62 that carry 256 random bits, and 6 that check the
-//! rest. The prefix lets secret scanners find keys in places where they should not be, the checksum
-//! spares them false alarms and tells a typo from a stranger's key, and 53 characters of letters and
-//! digits are one word to every terminal.
+//! The text form of an API key: `psk_`, 43 base-62 characters with 256 random bits, and a checksum of 6 characters. The
+//! prefix lets secret scanners find leaked keys. The checksum avoids their false alarms, and distinguishes a typo from
+//! an unknown key. Letters and digits alone make the key one word in every terminal.
 
 use std::fmt;
 
@@ -19,25 +18,25 @@ const CHECKSUM: usize = 6;
 
 const LENGTH: usize = PREFIX.len() + BODY + CHECKSUM;
 
-/// Characters of a key that are kept to tell it from others: 24 of its 256 bits.
+/// The number of characters kept to tell keys apart: 24 of the 256 bits.
 const HINT: usize = PREFIX.len() + 4;
 
 const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// A key, in the clear: shown once, when it is made.
+/// A key in the clear. It is shown once, when it is created.
 pub struct Secret(String);
 
 /// Why a text cannot be a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WrongSecret {
-    /// It does not look like one.
+    /// It does not have the form of a key.
     NotAKey,
-    /// It looks like one that was copied wrongly.
+    /// It has the form of a key, but its checksum is wrong.
     Mistyped,
 }
 
 impl Secret {
-    /// The key that these random bytes make.
+    /// Makes a key from random bytes.
     #[must_use]
     pub fn new(random: [u8; 32]) -> Self {
         let mut text = String::with_capacity(LENGTH);
@@ -48,7 +47,7 @@ impl Secret {
         Self(text)
     }
 
-    /// The key itself.
+    /// The key in the clear.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -60,28 +59,28 @@ impl Secret {
         &self.0[..HINT]
     }
 
-    /// What is kept of it.
+    /// The hash that is stored.
     #[must_use]
     pub fn hash(&self) -> KeyHash {
         hash(self.0.as_bytes())
     }
 }
 
-/// Never shows the key.
+/// Shows only the hint, never the key.
 impl fmt::Debug for Secret {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}…", self.hint())
     }
 }
 
-/// The hash by which a key is known. Its 53 bytes fit one block of SHA-256.
+/// The hash that identifies a key. Its 53 bytes fit one block of SHA-256.
 #[must_use]
 pub fn hash(key: &[u8]) -> KeyHash {
     Sha256::digest(key).into()
 }
 
 impl WrongSecret {
-    /// What is wrong with a text that no key is known by; `None` when it could be one.
+    /// Why an unknown text cannot be a key; `None` if it could be one.
     #[must_use]
     pub fn of(text: &[u8]) -> Option<Self> {
         let Some(text) = std::str::from_utf8(text).ok().filter(|text| text.starts_with(PREFIX))
@@ -102,14 +101,14 @@ fn checksum(text: &str) -> String {
     digits
 }
 
-/// Writes a number, most significant byte first, as so many digits.
+/// Appends a number, given most significant byte first, as exactly `digits` base-62 digits.
 fn push_base62(text: &mut String, mut number: [u8; 32], digits: usize) {
     let start = text.len();
     for _ in 0..digits {
         let mut remainder = 0_u16;
         for byte in &mut number {
             let value = (remainder << 8) | u16::from(*byte);
-            // The remainder before was less than 62, so the quotient is a byte.
+            // The previous remainder is less than 62, so the quotient fits a byte.
             *byte = u8::try_from(value / 62).unwrap_or(u8::MAX);
             remainder = value % 62;
         }
