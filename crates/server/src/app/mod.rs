@@ -1,4 +1,5 @@
-//! The one place that wires everything together: store, ingest and HTTP, and their beginning and end.
+//! Starts and stops a server: the only place that connects store, ingest and HTTP. The command line and the tests call
+//! `run`. No other module may start a background task of the server.
 
 mod tasks;
 
@@ -29,50 +30,50 @@ use crate::{
     },
 };
 
-/// How often the store looks after itself.
+/// How often maintenance runs.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 
-/// How often it tries again when that failed.
+/// How soon maintenance is tried again after a failure.
 const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 
-/// How often events are aggregated into the sums by day and hour. Reads add up those that are not, so it is
-/// not long; and a few at a time are aggregated in less than a step.
+/// How often events are aggregated into the sums by day and hour. The interval is short because reads add up events
+/// that are not aggregated yet. A small number of events is aggregated in less than one step.
 const AGGREGATION_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The task that stores events.
+/// The name of the task that stores events.
 const INGEST: &str = "ingest";
 
-/// How often to look for deletions of devices that were interrupted.
+/// How often to check for interrupted deletions of devices.
 const DELETIONS_INTERVAL: Duration = Duration::from_secs(30);
 
-/// How long ingest may take to store what is queued when the server stops. With the 20 s that requests
-/// under way get, it stays within 30 s.
+/// How long ingest may take to store its queue when the server stops. Requests in flight get 20 s before it, so a stop
+/// takes less than 30 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
 
-/// What a server is told to be.
+/// The settings of a server.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The database.
     pub target: Target,
-    /// Where users' own migrations are; need not exist.
+    /// The directory of users' own migrations. It need not exist.
     pub migrations_dir: PathBuf,
     /// Whether to run pending migrations at the start.
     pub auto_migrate: bool,
     /// For how many days event ids are remembered.
     pub event_id_retention_days: u32,
-    /// How long events are kept one by one; for ever when `None`.
+    /// How long single events are kept; `None` keeps them for ever.
     pub retention: Option<Retention>,
-    /// The API.
+    /// Settings of the API.
     pub http: HttpSettings,
 }
 
-/// Why a server did not start, or ended before its time.
+/// Why a server did not start, or ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
-    /// The schema is not what it must be.
+    /// The schema is not as required.
     #[error(transparent)]
     Migration(#[from] MigrationError),
-    /// Migrations are pending and may not be run.
+    /// Migrations are pending and may not be run automatically.
     #[error(
         "pending migrations: {}; run `pisync migrate up`, or let the server do it with AUTO_MIGRATE=true",
         .0.join(", ")
@@ -81,15 +82,15 @@ pub enum AppError {
     /// The database cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Everybody could reach the server, and nobody has a key.
+    /// The network can reach the server, and no admin key exists.
     #[error(
         "listening on {0} needs a key, and there is none yet: make one with `pisync key create --scope admin`, or let everybody in with AUTH=off"
     )]
     NoAdminKey(SocketAddr),
-    /// TLS is asked for, but its files are of no use.
+    /// TLS is configured, but its files are invalid.
     #[error("{0}")]
     Tls(String),
-    /// The API's document cannot be written: a mistake of ours.
+    /// The OpenAPI document cannot be written: a bug.
     #[error("cannot write the API's documentation: {0}")]
     Document(std::io::Error),
     /// Everything is stored, but not all of it in the database's own file.
@@ -97,15 +98,16 @@ pub enum AppError {
         "the database cannot be closed: {0}; what was acknowledged is safe in the files beside it, and the next start goes on from them: leave them where they are"
     )]
     NotClosed(StoreError),
-    /// A part of the server has ended that it cannot do without.
+    /// An essential background task has ended.
     #[error("{0}; the server stops, start it again")]
     Died(String),
 }
 
-/// Runs a server on `listeners` until `shutdown` comes; then everything that was accepted is committed
-/// and answered before it returns.
+/// Runs a server on `listeners` until `shutdown` completes. Before it returns, everything accepted is committed and
+/// answered.
 ///
 /// # Errors
+/// See [`AppError`].
 /// See [`AppError`].
 pub async fn run(
     settings: Settings,
@@ -113,7 +115,7 @@ pub async fn run(
     listeners: impl Into<Listeners>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
-    // A SQLite file belongs to one server, also while it migrates.
+    // A SQLite file belongs to one server, even during migrations.
     let claim = store::claim(&settings.target)?;
     migrate(&settings, &clock).await?;
     let store = store::open(&settings.target).await?;
@@ -140,7 +142,7 @@ async fn serve(
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
     let addresses = listeners.addresses().map_err(|error| died(&error))?;
-    // What it takes to be let in depends on whether others than this machine's own users can get here.
+    // The rules of access depend on whether other machines can reach the server.
     let reaches_out = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
     let address = addresses.iter().find(reaches_out).or(addresses.first()).copied();
     let address = address.ok_or_else(|| died(&"there is no address to listen on"))?;
@@ -202,28 +204,28 @@ async fn serve(
         ended = tasks.first_end() => Some(ended),
     };
     if let Some(ended) = ended {
-        // Connections that are open may still send: nothing is acknowledged any more.
+        // Open connections may still send, but nothing is acknowledged any more.
         tasks.stop().await;
         return Err(ended);
     }
     drop(stop_ingest);
     tasks.finish(INGEST, DRAIN_TIMEOUT).await?;
     if let Err(error) = store.close().await {
-        // Files that are gone have taken along what was last acknowledged.
+        // If the files are gone, the last acknowledged events are lost with them. The ping then reports that.
         store.ping().await?;
         return Err(AppError::NotClosed(error));
     }
     Ok(())
 }
 
-/// A task that has no end of its own.
+/// Adapts a task that never ends by itself.
 async fn forever(task: impl Future<Output = ()>) -> Result<(), String> {
     task.await;
     Ok(())
 }
 
-/// Whether a server may listen at `address`: not before the whole network, with nobody able to get in or
-/// everybody by mistake.
+/// Checks whether a server may listen at `address`. It must not be open to the network by mistake, or closed to
+/// everybody.
 fn check_keys(auth: AuthMode, address: SocketAddr, has_admin: bool) -> Result<(), AppError> {
     let is_loopback = address.ip().to_canonical().is_loopback();
     match auth {
@@ -267,8 +269,8 @@ async fn maintain(mut maintenance: Maintenance) {
     }
 }
 
-/// Goes on with deletions of devices that were interrupted, at once and whenever one has come no further for a while.
-/// One that is under way somewhere else is left to whoever is at it.
+/// Continues interrupted deletions of devices, at the start and whenever one has made no progress for an interval. A
+/// deletion that another process still works on is skipped.
 async fn finish_deletions(store: Arc<dyn DeviceDeletions>) {
     let mut before = None;
     loop {
@@ -302,12 +304,12 @@ async fn finish_deletions(store: Arc<dyn DeviceDeletions>) {
     }
 }
 
-/// Aggregates events a few at a time, and yields to ingest in between.
+/// Aggregates events in small steps, and yields to ingest in between.
 async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();
         let aggregated = async {
-            // Events beyond would be received by a clock that is ahead, and are not waited for.
+            // Later events were received by a clock that was ahead. Aggregation does not wait for their time.
             let now = earlier_time(&*store, &clock).await?;
             store.aggregate_events(now).await
         };
@@ -315,7 +317,7 @@ async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
             Ok(true) => started.elapsed() * STEP_YIELD,
             Ok(false) => AGGREGATION_INTERVAL,
             Err(StoreError::Unavailable(error)) => {
-                // Ingest says so in the log.
+                // Ingest logs that already.
                 tracing::debug!(error, "events cannot be aggregated while the database is away");
                 AGGREGATION_INTERVAL
             }
@@ -340,8 +342,8 @@ mod tests {
     use super::*;
     use crate::config::http::{ANSWER_BYTES, Timeouts, TlsFiles};
 
-    /// Reports an event on a connection that stays open, and gives the answer's first line; an empty one when
-    /// the connection has been closed.
+    /// Reports an event on a connection that stays open, and returns the first line of the response. The line is empty
+    /// if the connection has been closed.
     async fn report(connection: &mut TcpStream) -> String {
         let body = r#"{"device_id": "pi", "timestamp": "2026-11-22T12:00:00Z", "total_files_synced": 1, "total_errors": 0}"#;
         let request = format!(
@@ -384,7 +386,7 @@ mod tests {
         }
     }
 
-    /// A panic in any thread of the store ends the server, which acknowledges nothing any more.
+    /// A panic in any thread of the store stops the server, which then acknowledges nothing.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_dead_thread_ends_the_server() {
         let folder = tempfile::tempdir().unwrap();
@@ -415,7 +417,7 @@ mod tests {
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 503 "), "{answer}");
     }
 
-    /// TLS with a certificate of its own, in `folder`.
+    /// TLS with its own certificate, in `folder`.
     fn tls_files(folder: &Path) -> TlsFiles {
         let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
         let files = TlsFiles { certificate: folder.join("cert.pem"), key: folder.join("key.pem") };
@@ -424,7 +426,7 @@ mod tests {
         files
     }
 
-    /// Whichever background task ends, the server ends with a message that names it.
+    /// When any background task ends, the server stops with a message that names the task.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_task_that_ends_ends_the_server() {
         let names = [
@@ -451,7 +453,7 @@ mod tests {
             let shutdown = std::future::pending();
             let running =
                 tokio::spawn(serve(settings, clock, listener.into(), shutdown, store, tasks));
-            // It answers what is no TLS by hanging up, and does so once all its tasks have started.
+            // The server closes a connection that does not speak TLS. It does so only after all its tasks have started.
             let mut connection = TcpStream::connect(address).await.unwrap();
             connection.write_all(b"no TLS\r\n").await.unwrap();
             let _ = connection.read_to_end(&mut Vec::new()).await;

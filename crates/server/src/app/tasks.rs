@@ -1,6 +1,5 @@
-//! The background tasks of a server, in one set. None of them may end while the server runs: whichever does,
-//! with an error, by a panic or because it thinks it is done, ends the server with a message. Threads are
-//! watched by a task of their own ([`crate::threads`]).
+//! The set of a server's background tasks. `app` starts them here. None may end while the server runs: an error, a
+//! panic or an early end stops the server with a message. A task of its own watches the threads ([`crate::threads`]).
 
 use std::{
     collections::HashMap,
@@ -14,23 +13,23 @@ use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use super::AppError;
 use crate::threads::panic_message;
 
-/// How long tasks that are stopped may take to notice. They stop where they wait next.
+/// How long stopped tasks may take to end. An aborted task ends at its next await point.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 type Outcome = Result<(), String>;
 
-/// See the module. Tasks that are left are stopped when this is dropped.
+/// A set of named tasks. The remaining ones are aborted when it is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Tasks {
     running: JoinSet<Outcome>,
     known: HashMap<Id, (&'static str, AbortHandle)>,
-    /// Where a test gets hold of the tasks, to end them.
+    /// Gives a test the handles of the tasks, to end them.
     #[cfg(test)]
     observer: Option<mpsc::UnboundedSender<(&'static str, AbortHandle)>>,
 }
 
 impl Tasks {
-    /// Starts a task that runs for as long as the server does.
+    /// Starts a task that runs as long as the server does.
     pub(super) fn start(
         &mut self,
         name: &'static str,
@@ -44,14 +43,14 @@ impl Tasks {
         self.known.insert(handle.id(), (name, handle));
     }
 
-    /// Tasks that a test can end one by one.
+    /// Creates a set whose tasks a test can end one by one.
     #[cfg(test)]
     pub(super) fn observed() -> (Self, mpsc::UnboundedReceiver<(&'static str, AbortHandle)>) {
         let (observer, started) = mpsc::unbounded_channel();
         (Self { observer: Some(observer), ..Self::default() }, started)
     }
 
-    /// Waits until one of the tasks has ended, which is why the server cannot go on.
+    /// Waits until the first task has ended. The server must then stop for that reason.
     pub(super) async fn first_end(&mut self) -> AppError {
         let Some(ended) = self.running.join_next_with_id().await else {
             return std::future::pending().await;
@@ -64,7 +63,7 @@ impl Tasks {
         })
     }
 
-    /// Stops all tasks but the one called `name`, and waits for its end.
+    /// Aborts all tasks except `name`, and waits until `name` ends.
     pub(super) async fn finish(
         mut self,
         name: &'static str,
@@ -95,9 +94,9 @@ impl Tasks {
         }
     }
 
-    /// Stops all tasks and waits until they are gone: from then on they do nothing for anybody.
+    /// Aborts all tasks and waits until they have ended, so that they do nothing afterwards.
     pub(super) async fn stop(mut self) {
-        // A task that does not notice goes with the process.
+        // A task that does not end in time ends with the process.
         let _ = tokio::time::timeout(STOP_TIMEOUT, self.running.shutdown()).await;
     }
 }
