@@ -1,7 +1,7 @@
-//! Whether a request is let in: by who asks, by how often, and by how many are being answered. One step, so
-//! that it costs the hot path no layer of its own: `observe` takes it, unless pages of other origins may
-//! call. Then it stands within CORS: such a page can read why it is refused, and what browsers ask
-//! beforehand needs no key.
+//! Decides whether a request is admitted: by its sender, its rate, and the number of requests in flight. It is one step
+//! instead of a layer, to save the hot path the cost. `observe` calls it, unless pages of other origins may call the
+//! API. Then it runs inside the CORS layer. Such a page can read why it is refused, and a preflight request needs no
+//! key.
 
 use std::sync::{
     Arc,
@@ -31,7 +31,7 @@ use crate::{
     },
 };
 
-/// The step as a middleware.
+/// Runs the step as a middleware, for the case with CORS.
 pub(crate) async fn layer(
     State(state): State<SharedState>,
     mut request: Request,
@@ -58,35 +58,35 @@ pub(crate) async fn layer(
     response
 }
 
-/// What is to happen with a request.
+/// The decision about a request.
 pub(crate) struct Admission {
-    /// For the answer, whatever it is.
+    /// The rate to report in every response; `None` if the request is not counted.
     pub(crate) rate: Option<Rate>,
-    /// What to hold until the request is answered, and the answer taken, or why it is not let in.
+    /// The slot to hold until the response has been sent, or why the request is refused.
     pub(crate) entry: Result<Option<Slot>, ApiError>,
-    /// Whether others had this machine's own user send it.
+    /// True if a third party made this machine's own user send it.
     pub(crate) is_foreign: bool,
 }
 
 impl Admission {
-    /// Whether all that speaks against the request is that nobody knows its key.
+    /// True if the only reason against the request is that its key is unknown.
     pub(crate) fn is_of_unknown_key(&self) -> bool {
         matches!(self.entry, Err(ApiError::WrongKey(KeyFault::Unknown)))
     }
 }
 
-/// On an answer: others had this machine's own user send the request.
+/// Marks a response: a third party made this machine's own user send the request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Foreign;
 
-/// Looks at a request for a route with this policy. The request then carries its key.
+/// Checks a request against its route's policy. The request then carries its key.
 pub(crate) fn admit(state: &SharedState, policy: &RoutePolicy, request: &mut Request) -> Admission {
     let verdict = state.gate.check(request, policy);
     conclude(state, policy, request, verdict)
 }
 
-/// Looks again at a request that was refused because nobody knows its key: that may have been made a moment ago, beside
-/// this server. Meanwhile the request counts as one that is being answered.
+/// Checks again a request that was refused because its key is unknown. The key may have been made a moment ago, without
+/// this server's knowledge. Meanwhile the request takes a slot.
 pub(crate) async fn admit_new_key(
     state: &SharedState,
     policy: &RoutePolicy,
@@ -100,7 +100,7 @@ pub(crate) async fn admit_new_key(
         return Admission { entry: Err(error.into()), ..refused };
     }
     match state.gate.check(request, policy) {
-        // It was counted before; now it may say that the key is revoked.
+        // The first check counted it. The error may now say that the key is revoked.
         Verdict { key: None, result: Err(error), .. } => Admission { entry: Err(error), ..refused },
         verdict => conclude(state, policy, request, verdict),
     }
@@ -113,9 +113,10 @@ fn conclude(
     verdict: Verdict,
 ) -> Admission {
     let Verdict { key, result, is_foreign } = verdict;
-    // How load balancers ask whether a server is there.
+    // Load balancers use OPTIONS to check whether a server is there.
     let is_options = *request.method() == Method::OPTIONS;
-    // Who is refused is counted, too: keys cannot be guessed at leisure. But nobody else uses up what the user has.
+    // Refused requests are counted too, so that nobody can guess keys quickly. A request that a third party caused must
+    // not use up the user's limit.
     let (rate, whom) = match &key {
         _ if is_options => (None, ""),
         None if is_foreign => (None, ""),
@@ -133,24 +134,24 @@ fn conclude(
     let entry = match (too_many, result) {
         (Some(seconds), _) => Err(ApiError::TooManyRequests { seconds, whom }),
         (None, Err(error)) => Err(error),
-        // What says how the server is must be heard when it is overloaded, too.
+        // Health and metrics must be answered even when the server is overloaded.
         (None, Ok(())) if policy.rate == RateClass::Uncounted || is_options => Ok(None),
         (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
     Admission { rate, entry, is_foreign }
 }
 
-/// Requests that may be answered at a time.
+/// The limit of requests in flight.
 pub(crate) struct Slots {
     most: usize,
     taken: Arc<AtomicUsize>,
 }
 
-/// One of them, until it is dropped.
+/// A slot of one request, until it is dropped.
 pub(crate) struct Slot(Arc<AtomicUsize>);
 
 impl Slots {
-    /// So many; 0 is no limit.
+    /// Allows `most` requests; 0 means no limit.
     pub(crate) fn new(most: usize) -> Self {
         Self { most: if most == 0 { usize::MAX } else { most }, taken: Arc::default() }
     }

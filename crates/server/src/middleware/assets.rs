@@ -1,5 +1,5 @@
-//! The files that pages load: kept compressed in memory, and named by their hash, so that a browser loads each of them
-//! once. Whoever serves pages makes its set of files at the start. Nothing is compressed while a request waits.
+//! The files that pages load, compressed in memory and named by their hash, so that a browser loads each only once. A
+//! handler that serves pages builds its set of files at the start. Nothing is compressed while a request waits.
 
 use std::{
     collections::BTreeMap,
@@ -15,26 +15,26 @@ use bytes::Bytes;
 use flate2::{Compression, read::GzDecoder, write::GzEncoder};
 use sha2::{Digest as _, Sha256};
 
-/// What is smaller gains nothing from compression: headers alone take so much.
+/// Smaller files gain nothing from compression: headers alone are that large.
 const WORTH_COMPRESSING: usize = 512;
 
-/// Hexadecimal digits of the hash in a file's name: 48 bits tell a few hundred files and their versions apart.
+/// Hexadecimal digits of the hash in a file's name. 48 bits are enough for a few hundred files and their versions.
 const HASH_DIGITS: usize = 12;
 
-/// A name with the hash in it always stands for the same bytes.
+/// A name with a hash always means the same bytes.
 const FOREVER: HeaderValue = HeaderValue::from_static("public, max-age=31536000, immutable");
 
-/// A plain name may stand for others after an upgrade: browsers ask whether theirs is current.
+/// A plain name may mean other bytes after an upgrade, so browsers must ask whether their copy is current.
 const ASK_AGAIN: HeaderValue = HeaderValue::from_static("no-cache");
 
-/// A file.
+/// A file in memory.
 #[derive(Debug)]
 struct Asset {
     content_type: HeaderValue,
     hash: String,
-    /// `None` when it is not worth compressing.
+    /// `None` if compression does not pay.
     gzipped: Option<Bytes>,
-    /// Decompressed when the first client asks who does not take it compressed.
+    /// Decompressed for the first client that does not accept gzip.
     plain: OnceLock<Bytes>,
 }
 
@@ -69,7 +69,7 @@ impl Asset {
         let decompress = || {
             let mut plain = Vec::new();
             let gzipped = self.gzipped.as_deref().unwrap_or_default();
-            // It was compressed by this program or with it.
+            // This program or its build compressed it, so it cannot fail.
             let _ = GzDecoder::new(gzipped).read_to_end(&mut plain);
             plain.into()
         };
@@ -89,7 +89,7 @@ impl Assets {
     /// Adds a file.
     ///
     /// # Errors
-    /// When its type cannot stand in a header, or it cannot be compressed.
+    /// When its type is not a valid header value, or it cannot be compressed.
     pub(crate) fn add(
         &mut self,
         name: &str,
@@ -106,10 +106,10 @@ impl Assets {
         self.insert(name, content_type, &plain.clone(), gzipped, OnceLock::from(plain))
     }
 
-    /// Adds a file that is compressed with gzip already.
+    /// Adds a file that is already compressed with gzip.
     ///
     /// # Errors
-    /// When its type cannot stand in a header.
+    /// When its type is not a valid header value.
     pub(crate) fn add_gzipped(
         &mut self,
         name: &str,
@@ -138,12 +138,12 @@ impl Assets {
         Ok(())
     }
 
-    /// Each file's name, and the one with its hash, by which pages name it.
+    /// Each file's name, and its name with the hash, which pages refer to.
     pub(crate) fn names(&self) -> impl Iterator<Item = (&str, &str)> {
         self.hashed.iter().map(|(hashed, name)| (name.as_str(), hashed.as_str()))
     }
 
-    /// The answer to a request for a file by either name; `None` when there is no such file.
+    /// The response to a request for a file by either name; `None` if the file does not exist.
     pub(crate) fn respond(&self, name: &str, headers: &HeaderMap) -> Option<Response> {
         let (name, cache_control) = match self.hashed.get(name) {
             Some(name) => (name.as_str(), FOREVER),
@@ -153,14 +153,14 @@ impl Assets {
     }
 }
 
-/// Whether files of a type are text, which compresses well. Pictures are compressed by themselves.
+/// True if a content type is text, which compresses well. Pictures are compressed already.
 fn is_text(content_type: &str) -> bool {
     let media_type = content_type.split(';').next().unwrap_or_default().trim();
     media_type.starts_with("text/")
         || matches!(media_type, "application/json" | "application/javascript" | "image/svg+xml")
 }
 
-/// Whether the client takes gzip (RFC 9110, 12.5.3).
+/// True if the client accepts gzip (RFC 9110, 12.5.3).
 fn accepts_gzip(headers: &HeaderMap) -> bool {
     let lines = headers.get_all(header::ACCEPT_ENCODING).iter();
     let mut any = false;
@@ -177,7 +177,7 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
     any
 }
 
-/// Whether the client has this version (RFC 9110, 13.1.2).
+/// True if the client has this version (RFC 9110, 13.1.2).
 fn is_current(headers: &HeaderMap, etag: &str) -> bool {
     let lines = headers.get_all(header::IF_NONE_MATCH).iter();
     lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(',')).any(|known| {
@@ -230,7 +230,7 @@ mod tests {
             again.insert(header::IF_NONE_MATCH, answer.headers()[header::ETAG].clone());
             let answer = assets.respond(name, &again).unwrap();
             assert_eq!(answer.status(), StatusCode::NOT_MODIFIED);
-            // What the client has is another representation.
+            // The client has another representation.
             again.remove(header::ACCEPT_ENCODING);
             let answer = assets.respond(name, &again).unwrap();
             assert_eq!(answer.status(), StatusCode::OK);
@@ -239,7 +239,7 @@ mod tests {
         let picture = assets.respond("a.png", &gzip).unwrap();
         assert!(!picture.headers().contains_key(header::CONTENT_ENCODING));
         assert!(assets.respond("b.css", &gzip).is_none());
-        // A changed file has another name; one that was compressed by others reads the same.
+        // A changed file has another name. A file that somebody else compressed has the same content.
         let mut changed = Assets::default();
         changed.add("a.css", "text/css", text.replace("black", "white").into()).unwrap();
         assert_ne!(changed.names().next().unwrap().1, names["a.css"]);

@@ -1,5 +1,5 @@
-//! Who may ask for what: the route's policy names the scope, the request brings the key. Keys are checked against the
-//! server's memory. The database is asked only about a key that may just have been made.
+//! Authorization: the route's policy names the scope, and the request brings the key. `admission` calls it. It checks
+//! keys in memory and asks the database only about a key that may have just been made.
 
 use std::{convert::Infallible, net::IpAddr, sync::Arc};
 
@@ -25,21 +25,21 @@ use crate::{
     store::{Actor, Scope, Store, StoreError, Via},
 };
 
-/// Who gets in without a key.
+/// Who is admitted without a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Keyless {
     Nobody,
-    /// Who asks from this machine, without anybody between.
+    /// Requests from this machine, without anything in between.
     Local,
     Everybody,
 }
 
-/// What is to be done with a request.
+/// The decision about a request, before limits.
 pub(crate) struct Verdict {
-    /// The key that it came with, when that is good for something.
+    /// The request's key, if it is valid.
     pub(crate) key: Option<Arc<Key>>,
     pub(crate) result: Result<(), ApiError>,
-    /// Whether others had this machine's own user send it: then it must not cost that user anything.
+    /// True if a third party made this machine's own user send it. It must then not cost that user anything.
     pub(crate) is_foreign: bool,
 }
 
@@ -49,7 +49,7 @@ impl Verdict {
     }
 }
 
-/// The door of one server.
+/// The authorization of one server.
 pub(crate) struct Gate {
     keyless: Keyless,
     keyring: Arc<Keyring>,
@@ -74,23 +74,23 @@ impl Gate {
         Self { keyless, keyring, clock, origins }
     }
 
-    /// Takes over what has changed of the keys.
+    /// Reloads the keys.
     pub(crate) async fn refresh(&self, store: &dyn Store) -> Result<(), StoreError> {
         self.keyring.refresh(store).await
     }
 
-    /// Takes over what has changed of the keys by now, for a request with a key that nobody knows yet. It waits so that
-    /// made-up keys cannot load the database: see [`Keyring::look_up`].
+    /// Reloads the keys for a request with an unknown key. It is slowed down so that made-up keys cannot load the
+    /// database: see [`Keyring::look_up`].
     pub(crate) async fn look_up_keys(&self, store: &dyn Store) -> Result<(), StoreError> {
         self.keyring.look_up(store).await
     }
 
-    /// How somebody without a key came in.
+    /// How a request without a key was admitted, for the audit log.
     fn keyless_via(&self) -> Via {
         if self.keyless == Keyless::Local { Via::Local } else { Via::Open }
     }
 
-    /// Looks at a request for a route with this policy.
+    /// Checks a request against its route's policy.
     pub(crate) fn check(&self, request: &Request, policy: &RoutePolicy) -> Verdict {
         if self.keyless == Keyless::Everybody {
             return Verdict::without_key(Ok(()));
@@ -114,7 +114,7 @@ impl Gate {
         }
     }
 
-    /// Looks at a request without a key.
+    /// Checks a request without a key.
     fn check_keyless(&self, request: &Request, policy: &RoutePolicy) -> Verdict {
         if policy.is_open() {
             return Verdict::without_key(Ok(()));
@@ -122,7 +122,8 @@ impl Gate {
         let sender = Sender::of(request, &self.origins);
         let is_local = self.keyless == Keyless::Local;
         let refusal = if is_local { why_not_local(request) } else { Some(ASK) };
-        // What a proxy passes on, or a name elsewhere that leads here, comes from the same address as the user.
+        // Requests through a proxy, or to a foreign name that resolves to this machine, come from the user's own
+        // address.
         let is_foreign = sender != Sender::Welcome || is_local && refusal.is_some();
         let result = match (policy.access, refusal, sender) {
             (Access::Anyone, ..) => Ok(()),
@@ -139,7 +140,7 @@ impl Gate {
         Verdict { key: None, result: result.map_err(ApiError::KeyNeeded), is_foreign }
     }
 
-    /// The key in the request's header, if it opens anything at all.
+    /// The key in the request's header, if it is valid.
     fn identify(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Key>, KeyFault> {
         let secret = secret(headers)?;
         let key = self.keyring.find(&keys::hash(secret));
@@ -152,8 +153,8 @@ impl Gate {
         Ok(key)
     }
 
-    /// Looks again at the key that a request was let in with, if it was with one, and gives it as it is by now:
-    /// while a body arrived or an answer was sent, it may have been revoked, have expired or have been narrowed.
+    /// Checks again the key that a request was admitted with, if there is one, and returns its current state. While a
+    /// body arrived or a response was sent, it may have been revoked, expired or narrowed.
     pub(crate) fn look_again(
         &self,
         key: Option<&Arc<Key>>,
@@ -166,7 +167,7 @@ impl Gate {
     }
 }
 
-/// Whether a key opens anything at `now`.
+/// Checks that a key is valid at `now`.
 fn check_valid(key: &Key, now: Timestamp) -> Result<(), KeyFault> {
     if key.is_revoked() {
         return Err(KeyFault::Revoked);
@@ -177,7 +178,7 @@ fn check_valid(key: &Key, now: Timestamp) -> Result<(), KeyFault> {
     Ok(())
 }
 
-/// What the request's header says is a key.
+/// The text of the key in the request's header.
 fn secret(headers: &HeaderMap) -> Result<&[u8], KeyFault> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let (Some(value), None) = (values.next(), values.next()) else {
@@ -194,11 +195,11 @@ fn secret(headers: &HeaderMap) -> Result<&[u8], KeyFault> {
 
 const BEARER: &[u8] = b"Bearer ";
 
-/// What is answered who brings no key.
+/// The message for a request without a key.
 const ASK: &str = "A key is needed: send it as Authorization: Bearer psk_\u{2026}";
 
-/// Why a request without a key does not come from this machine. Everything that a proxy in front, or a name
-/// elsewhere that leads here, would leave on it speaks against that.
+/// Why a request without a key does not count as local. Each sign of a proxy, or of a foreign name that resolves to
+/// this machine, is a reason.
 fn why_not_local(request: &Request) -> Option<&'static str> {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
     if !peer.is_some_and(|peer| peer.is_loopback()) {
@@ -210,7 +211,7 @@ fn why_not_local(request: &Request) -> Option<&'static str> {
             "A key is needed: this request came through a proxy. Send Authorization: Bearer psk_\u{2026}",
         );
     }
-    // nginx speaks HTTP/1.0 and names the upstream as Host, unless it is told otherwise.
+    // By default nginx speaks HTTP/1.0 to its upstream and sends the upstream's name as Host.
     if request.version() < Version::HTTP_11 {
         return Some(
             "A key is needed: HTTP/1.0 may be a proxy's. Send Authorization: Bearer psk_\u{2026}",
@@ -224,7 +225,7 @@ fn why_not_local(request: &Request) -> Option<&'static str> {
     None
 }
 
-/// Headers by which a proxy says that it is one.
+/// Headers by which a proxy shows itself.
 fn is_forwarding(name: &HeaderName) -> bool {
     let name = name.as_str();
     name.starts_with("x-forwarded")
@@ -243,8 +244,8 @@ fn is_forwarding(name: &HeaderName) -> bool {
         )
 }
 
-/// Whether all that names a host names this machine: a name elsewhere that leads here is how a web page
-/// gets round the rules for origins.
+/// True if every host name in the request is this machine. A web page can bypass the same-origin policy with a foreign
+/// name that resolves to this machine (DNS rebinding).
 fn has_local_host(uri: &Uri, headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes);
     let named = uri.authority().map(|authority| authority.as_str().as_bytes());
@@ -256,7 +257,7 @@ fn has_local_host(uri: &Uri, headers: &HeaderMap) -> bool {
     local && count > 0
 }
 
-/// Whether `host`, maybe with a port, is this machine.
+/// True if `host`, with or without a port, is this machine.
 fn is_local(host: &[u8]) -> bool {
     let Ok(host) = std::str::from_utf8(host) else { return false };
     let (name, port) = match host.strip_prefix('[') {
@@ -269,12 +270,12 @@ fn is_local(host: &[u8]) -> bool {
             || name.parse().is_ok_and(|address: IpAddr| address.to_canonical().is_loopback()))
 }
 
-/// The key that a request was let in with, if it was with one.
+/// The key that a request was admitted with; `None` without one.
 pub(crate) fn key_of(request: &Request) -> Option<Arc<Key>> {
     request.extensions().get::<Arc<Key>>().cloned()
 }
 
-/// The key that a request was let in with, for a handler that does not take the whole request.
+/// The key that a request was admitted with, for a handler that does not take the entire request.
 pub(crate) struct WithKey(pub(crate) Option<Arc<Key>>);
 
 impl<S: Send + Sync> FromRequestParts<S> for WithKey {
@@ -285,8 +286,8 @@ impl<S: Send + Sync> FromRequestParts<S> for WithKey {
     }
 }
 
-/// The group that devices must be in which a key reports for, if it is one's of a group. The transaction that stores
-/// their events sees to that; whether a key is for one device alone, the key itself says.
+/// The group of the key, in which reported devices must be; `None` if the key has no group. The transaction that stores
+/// the events checks the group. This function checks the device of a key for one device.
 pub(crate) fn check_report<'a>(
     key: Option<&Key>,
     device_ids: impl IntoIterator<Item = &'a DeviceId>,
@@ -299,7 +300,7 @@ pub(crate) fn check_report<'a>(
     }
 }
 
-/// Who asks for a change, for the audit log.
+/// The author of a change, for the audit log.
 pub(crate) struct By(pub(crate) Actor);
 
 impl FromRequestParts<SharedState> for By {

@@ -1,5 +1,5 @@
-//! Who is really asking when a proxy stands between. A forwarding header counts only as far as the
-//! proxies that wrote it are trusted; anybody can send one.
+//! Finds the client's address when proxies are in between; `observe` calls it. A forwarding header counts only as far
+//! as its proxies are trusted, because anybody can send one.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -8,16 +8,16 @@ use ipnet::{IpNet, Ipv4Net};
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// Who is at the other end of the connection; may be a proxy.
+/// The other end of the connection, which may be a proxy.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
 
-/// Who sent a request.
+/// The sender of a request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Client(pub(crate) IpAddr);
 
-/// Networks whose proxies are believed. An IPv4 address has two spellings, and a socket that listens to IPv6
-/// sees the mapped one (`::ffff:10.0.0.1`). All that are compared here are in their IPv4 spelling.
+/// Networks of trusted proxies. An IPv4 address has two spellings, and an IPv6 socket sees the mapped one
+/// (`::ffff:10.0.0.1`). All addresses compared here are in their IPv4 spelling.
 pub(crate) struct TrustedProxies(Vec<IpNet>);
 
 impl TrustedProxies {
@@ -25,14 +25,14 @@ impl TrustedProxies {
         Self(networks.iter().copied().map(canonical).collect())
     }
 
-    /// Whether `address`, in its canonical spelling, is one of them.
+    /// True if `address`, in its canonical spelling, is in one of the networks.
     fn contain(&self, address: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(&address))
     }
 }
 
-/// A network of mapped IPv4 addresses, such as `::ffff:10.0.0.0/104`, as an IPv4 network. One that is larger than
-/// all of IPv4 (`::/0`) stays what it is: whoever trusts IPv6 has not said so of IPv4.
+/// Converts a network of mapped IPv4 addresses, such as `::ffff:10.0.0.0/104`, to an IPv4 network. A larger one
+/// (`::/0`) stays unchanged: trust in IPv6 addresses does not include IPv4.
 fn canonical(network: IpNet) -> IpNet {
     const MAPPED_PREFIX: u8 = 96;
     let IpAddr::V4(address) = network.network().to_canonical() else { return network };
@@ -45,9 +45,9 @@ fn canonical(network: IpNet) -> IpNet {
         .map_or(network, |network| IpNet::V4(network.trunc()))
 }
 
-/// The client's address in its canonical spelling: the peer, or, when that is a trusted proxy, the last address in
-/// the forwarding header that is not one. `X-Forwarded-For` goes before `Forwarded`; a proxy must strip
-/// the one that it does not write itself.
+/// The client's address in its canonical spelling. It is the peer, unless that is a trusted proxy. Then it is the last
+/// untrusted address in the forwarding header. `X-Forwarded-For` has priority over `Forwarded`. A proxy must remove the
+/// header that it does not write itself.
 pub(crate) fn resolve(peer: IpAddr, headers: &HeaderMap, trusted: &TrustedProxies) -> IpAddr {
     let peer = peer.to_canonical();
     if !trusted.contain(peer) {
@@ -59,7 +59,7 @@ pub(crate) fn resolve(peer: IpAddr, headers: &HeaderMap, trusted: &TrustedProxie
         hops(headers, &header::FORWARDED, forwarded_for)
     };
     let mut client = peer;
-    // From the nearest hop outwards; each is vouched for by the one before.
+    // From the nearest hop outwards. Each hop is reported by the one before.
     for hop in hops.into_iter().rev() {
         let Some(address) = hop else { break };
         client = address;
@@ -70,7 +70,7 @@ pub(crate) fn resolve(peer: IpAddr, headers: &HeaderMap, trusted: &TrustedProxie
     client
 }
 
-/// The addresses in a header of comma-separated hops; `None` for what is no address.
+/// The addresses in a header of comma-separated hops; `None` for a hop that is not an address.
 fn hops(
     headers: &HeaderMap,
     name: &HeaderName,
@@ -85,7 +85,7 @@ fn hops(
         .collect()
 }
 
-/// A hop of `X-Forwarded-For` is nothing but the address.
+/// A hop of `X-Forwarded-For` consists of the address only.
 #[expect(clippy::unnecessary_wraps, reason = "stands beside `forwarded_for`")]
 fn whole(hop: &str) -> Option<&str> {
     Some(hop)
@@ -99,7 +99,7 @@ fn forwarded_for(hop: &str) -> Option<&str> {
     })
 }
 
-/// An address with or without a port or brackets.
+/// Reads an address with or without a port or brackets.
 fn parse_address(text: &str) -> Option<IpAddr> {
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     bare.parse::<IpAddr>()
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(client("10.0.0.1", f, &["for=1.1.1.1, for=unknown"]), "10.0.0.1");
     }
 
-    /// Whoever stands on either side, and in whichever spelling: the proxy that is trusted, the peer, the hops.
+    /// The spelling does not matter for the trusted proxy, the peer or the hops.
     #[test]
     fn an_ipv4_address_is_the_same_in_both_spellings() {
         let x = &X_FORWARDED_FOR;
@@ -170,7 +170,7 @@ mod tests {
             "10.0.0.0/8",
             "::ffff:10.0.0.0/104",
             "::ffff:0a00:0000/104",
-            // Bits behind the prefix are nothing to stumble over.
+            // Bits after the prefix are ignored.
             "::ffff:10.1.2.3/104",
         ] {
             for peer in ["10.0.0.1", "::ffff:10.0.0.1", "::ffff:a00:1"] {

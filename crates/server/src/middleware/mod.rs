@@ -1,5 +1,5 @@
-//! What happens around every request, whichever handler answers it: its id, who asks, whether the request is let in,
-//! security headers, measurements and the log. `api` puts it around its routes.
+//! What happens around every request, whichever handler answers it: request id, client address, admission, security
+//! headers, metrics and the log. `api` puts these around its routes. Nothing here depends on what a resource contains.
 
 pub(crate) mod admission;
 pub(crate) mod assets;

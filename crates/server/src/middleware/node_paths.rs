@@ -1,13 +1,13 @@
-//! The Node service's paths in the spellings that Express took: any case of letters, and a slash at the end.
-//! The router asks here about paths that it does not know. What is respelt is routed again from the start,
-//! so keys, limits, headers and metrics see the one spelling that they know.
+//! The Node service's paths in the spellings that Express accepted: any case, and a slash at the end. The router asks
+//! here about unknown paths. A respelled request is routed again from the start, so keys, limits, headers and metrics
+//! see only the canonical spelling.
 //!
-//! Only the Node service's own paths are here. A proxy's rules for `/api/keys` may be written for that
-//! spelling alone, so later endpoints have no other one.
+//! Only the Node service's own paths are listed. A proxy's rule for `/api/keys` may cover only that spelling, so newer
+//! endpoints have no other one.
 
 use axum::http::{Uri, uri::PathAndQuery};
 
-/// What the Node service answered, but for `/` and the documentation. A segment in braces may be anything.
+/// The Node service's paths, except `/` and the documentation. A segment in braces matches anything.
 const PATHS: [&str; 6] = [
     "/api",
     "/api/device/{device_id}/sync-history",
@@ -17,7 +17,7 @@ const PATHS: [&str; 6] = [
     "/health",
 ];
 
-/// The same target with its path as the router knows it; `None` when it is no spelling of a Node path.
+/// The same target with the canonical path; `None` if it is not a spelling of a Node path.
 pub(crate) fn respell(uri: &Uri) -> Option<Uri> {
     let mut target = canonical(uri.path())?;
     if let Some(query) = uri.query() {
@@ -29,13 +29,13 @@ pub(crate) fn respell(uri: &Uri) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// The path that `path` spells. Nothing is decoded, and only one slash is passed over, as in Express.
+/// The canonical form of `path`. Nothing is decoded, and only one slash at the end is ignored, as in Express.
 fn canonical(path: &str) -> Option<String> {
     let path = path.strip_suffix('/').unwrap_or(path);
     PATHS.iter().find_map(|known| follow(known, path))
 }
 
-/// `known` with the parameters that `path` has, when both have the same shape.
+/// `known` with the parameters of `path`, if both have the same segments.
 fn follow(known: &str, path: &str) -> Option<String> {
     let mut found = String::with_capacity(path.len());
     let (mut known, mut sent) = (known.split('/'), path.split('/'));
@@ -104,7 +104,7 @@ mod tests {
             "/API/Keys",
             "/api/sync-events/",
             "/{device_id}",
-            // Letters that only some languages take for the same.
+            // Letters that are equal to ASCII letters only in some languages.
             "/api/\u{17f}tats",
         ] {
             assert_eq!(canonical(sent), None, "{sent}");

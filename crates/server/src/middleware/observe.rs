@@ -1,4 +1,5 @@
-//! What happens around every request: its id, security headers, measurements, the log.
+//! The outermost layer around every request: its id, security headers, metrics and log line. `api` adds it to the
+//! router. Every response passes through it, so a handler must not do any of this itself.
 
 use std::{
     any::Any,
@@ -43,32 +44,31 @@ use crate::{
     seldom::{FewPerInterval, OfFew, Seldom},
 };
 
-/// The header that carries a request's id.
+/// The header with the request's id.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Longest request id that is taken over from the client.
+/// The longest request id that is accepted from a client.
 const MAX_REQUEST_ID: usize = 64;
 
-/// A request that takes longer is worth a line in the log.
+/// A longer request is logged as slow.
 const SLOW: Duration = Duration::from_secs(1);
 
-/// While the database is away every request is refused: one line in so long is enough.
+/// While the database is away every request is refused, so one line per interval is enough.
 const REFUSED_EVERY: Duration = Duration::from_secs(10);
 
-/// So is one for what web pages elsewhere try: one of them can send as much as it likes.
+/// The interval of lines about requests from foreign web pages. One page can send any number of them.
 const FOREIGN_EVERY: Duration = Duration::from_secs(10);
 
-/// So is one for batches with events that were rejected; metrics count them all.
+/// The interval of lines about batches with rejected events. Metrics count all of them.
 const REJECTED_EVERY: Duration = Duration::from_secs(10);
 
-/// The statuses of refusals: 400 to 499.
+/// The number of client error statuses, 400 to 499.
 const CLIENT_ERRORS: usize = 100;
 
-/// Stands for the route of requests that match none: a label must not grow with what is asked for.
+/// The route label of requests that match no route. The number of labels must not grow with what clients ask for.
 const UNMATCHED: &str = "unmatched";
 
-/// Makes request ids: the time of the start and a running number, so that the ids of two runs or two
-/// nodes rarely meet.
+/// Makes request ids from the start time and a running number. Ids of two runs or two nodes are rarely equal.
 pub(crate) struct RequestIds {
     prefix: String,
     next: AtomicU64,
@@ -76,12 +76,12 @@ pub(crate) struct RequestIds {
 
 impl RequestIds {
     pub(crate) fn new(clock: &Clock) -> Self {
-        // The process id tells apart nodes of one machine that start together.
+        // The process id separates nodes that start at the same time on one machine.
         let start = clock.now().as_millisecond() ^ (i64::from(std::process::id()) << 40);
         Self { prefix: format!("{start:012x}"), next: AtomicU64::new(1) }
     }
 
-    /// The client's own id when it is sane, else a new one.
+    /// The client's own id if it is valid, otherwise a new one.
     fn of(&self, headers: &HeaderMap) -> HeaderValue {
         let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
         if let Some(id) = headers.get(REQUEST_ID)
@@ -96,18 +96,18 @@ impl RequestIds {
     }
 }
 
-/// What is said of requests only once in a while, however many there are.
+/// Limits for log lines that many requests can cause.
 pub(crate) struct SeldomLogged {
-    /// Those that are refused for now.
+    /// Requests that are refused for now (503).
     refusals: Seldom,
-    /// Refusals of what others have this machine's own user send.
+    /// Refused requests that a third party made this machine's own user send.
     foreign: Seldom,
-    /// Batches with events that were rejected: a device that sends such sends them all day.
+    /// Batches with rejected events. A device that sends one usually sends them all day.
     rejections: Seldom,
-    /// Requests that are wrong, may not be sent or come too often, by status from 400 on: strangers, who have no
-    /// key, must not use up the lines of devices that report something wrong.
+    /// Client errors, by status minus 400. Each status has its own limit, so that requests without a key cannot use up
+    /// the lines about devices that report something wrong.
     client_errors: [FewPerInterval; CLIENT_ERRORS],
-    /// Requests that took long, perhaps because their client wanted them to.
+    /// Slow requests, which a client may cause on purpose.
     slow: FewPerInterval,
 }
 
@@ -122,25 +122,25 @@ impl SeldomLogged {
         }
     }
 
-    /// Whether a request that is refused with `status` gets a line.
+    /// The line for a request refused with `status`, if it may be logged.
     fn client_error(&self, status: StatusCode) -> Option<OfFew> {
         let lines = usize::from(status.as_u16()).checked_sub(400);
         lines.and_then(|status| self.client_errors.get(status))?.due()
     }
 }
 
-/// What was wrong with events that a batch brought, on its way to the log. The answer to the batch is a 200.
+/// The rejected events of a batch, for the log. The response to the batch itself is a 200.
 #[derive(Debug, Clone)]
 pub(crate) struct RejectedEvents {
-    /// How many were rejected.
+    /// The number of rejected events.
     pub(crate) rejected: usize,
-    /// How many were not.
+    /// The number of accepted events.
     pub(crate) taken: usize,
-    /// What was wrong with the first of them.
+    /// The errors of the first rejected events.
     pub(crate) reasons: String,
 }
 
-/// The layer around everything.
+/// The outermost layer.
 #[derive(Clone)]
 pub(crate) struct ObserveLayer(pub(crate) SharedState);
 
@@ -152,8 +152,8 @@ impl<S> Layer<S> for ObserveLayer {
     }
 }
 
-/// A service rather than an async function, which would hold the request several times over until the answer:
-/// with hundreds of connections that is more than the caches hold.
+/// A service instead of an async function. The function's future would hold several copies of the request until the
+/// response. With hundreds of connections those exceed the CPU's caches.
 #[derive(Clone)]
 pub(crate) struct Observe<S> {
     inner: S,
@@ -188,7 +188,7 @@ where
         let Admission { rate, entry, is_foreign } = admission;
         match entry {
             Ok(slot) => {
-                // A bug costs one request, not the process.
+                // A panic fails one request, not the process.
                 let answering = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
                 Box::pin(async move {
                     let answered = answering
@@ -233,7 +233,7 @@ where
     }
 }
 
-/// What is remembered of a request.
+/// What is needed of a request after its handler has consumed it.
 struct Seen {
     started: Instant,
     request_id: HeaderValue,
@@ -246,7 +246,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// The request then carries its client.
+    /// Reads the request, and stores the client's address in it.
     fn new(state: &SharedState, request: &mut Request) -> Self {
         let headers = request.headers();
         let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
@@ -259,7 +259,7 @@ impl Seen {
             request_id: state.request_ids.of(headers),
             method: method_name(request.method()),
             version: request.version(),
-            // A copy: the URI itself would keep all that was read with it.
+            // A copy, because the URI would keep the entire read buffer alive.
             path: request.uri().path().into(),
             policy: state.policies.of(route, request.method()),
             matched,
@@ -271,7 +271,7 @@ impl Seen {
         seen
     }
 
-    /// Sees to the answer.
+    /// Finishes the response: metrics, log line, headers.
     fn complete(
         self,
         state: &SharedState,
@@ -300,7 +300,7 @@ impl Seen {
         line.log(&state.seldom_logged);
         let headers = response.headers_mut();
         if is_foreign && status.is_client_error() && self.version < Version::HTTP_2 {
-            // A page elsewhere holds no connections.
+            // A foreign page must not keep connections open.
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         security_headers::write(headers, self.policy.content_policy);
@@ -320,7 +320,7 @@ fn panicked(panic: &(dyn Any + Send)) -> ApiError {
     ApiError::Internal(format!("a handler panicked: {}", text.unwrap_or_default()))
 }
 
-/// One request in the log.
+/// The log line of one request.
 struct Line<'a> {
     method: &'static str,
     path: &'a str,
@@ -355,18 +355,18 @@ impl Line<'_> {
         {
             line!(
                 warn,
-                "events of a batch were rejected; of the next 10 s' such batches nothing is logged, pisync_sync_events_rejected_total counts them",
+                "events of a batch were rejected; further such batches are not logged for 10 s, pisync_sync_events_rejected_total counts their events",
                 rejected = rejected,
                 taken = taken,
                 reasons = reasons.as_str(),
                 batches_passed_over = passed_over
             );
         } else if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            // Expected while the database is away, which has an error line of its own.
+            // Expected while the database is away, which has its own error line.
             if let Some(passed_over) = seldom.refusals.due() {
                 line!(
                     warn,
-                    "request refused for now; of the next 10 s' refusals nothing is logged",
+                    "request refused for now; further refusals are not logged for 10 s",
                     passed_over = passed_over
                 );
             } else {
@@ -376,7 +376,7 @@ impl Line<'_> {
             if let Some(passed_over) = seldom.foreign.due() {
                 line!(
                     info,
-                    "request of a web page elsewhere, or through a proxy, refused; of the next 10 s' such refusals nothing is logged",
+                    "request of a web page elsewhere, or through a proxy, refused; further such refusals are not logged for 10 s",
                     passed_over = passed_over
                 );
             } else {
@@ -410,7 +410,7 @@ impl Line<'_> {
     }
 }
 
-/// The method as a label: a client can make up others.
+/// The method as a label. Unknown methods share one, because a client can invent any number.
 fn method_name(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",

@@ -1,5 +1,6 @@
-//! So many requests a minute from one address, or with one key. The bookkeeping is governor's (a leaky bucket that
-//! holds a minute's worth); here is what is counted, by whom, and how it is told.
+//! Rate limits per address and per key, in requests per minute. `admission` calls it. The governor crate counts, with a
+//! leaky bucket that holds a minute's requests. This module decides what is counted and writes the headers; memory must
+//! stay bounded.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -18,12 +19,12 @@ use governor::{
 
 use crate::middleware::route_policy::RateClass;
 
-/// Addresses that are counted one by one, some 10 MiB of them. While there are more, newcomers share
-/// [`BUCKETS`] accounts: memory stays bounded whatever addresses are made up.
+/// The number of addresses that are counted separately, which take some 10 MiB. When there are more, addresses share
+/// [`BUCKETS`] counters. Memory stays bounded even if a client uses made-up addresses.
 const MAX_ADDRESSES: usize = 100_000;
 const BUCKETS: u128 = 65_536;
 
-/// Old addresses are forgotten after so many requests.
+/// Idle addresses are removed after this many requests.
 const TIDY_EVERY: u32 = 4_096;
 
 /// The limits of one server.
@@ -34,20 +35,20 @@ pub(crate) struct RateLimits {
 }
 
 impl RateLimits {
-    /// Requests a minute from one address, and with one key; 0 is no limit.
+    /// Limits in requests per minute, per address and per key; 0 means no limit.
     pub(crate) fn new(sync_per_minute: u32, api_per_minute: u32, key_per_minute: u32) -> Self {
         let [sync, api, key] = [sync_per_minute, api_per_minute, key_per_minute].map(Limit::new);
         Self { sync, api, key }
     }
 
-    /// Counts a request with a key, whatever its address: a whole fleet may report with one, and a school
-    /// through one router.
+    /// Counts a request with a key, independent of its address. An entire fleet may share a key, and a school may share
+    /// an address.
     pub(crate) fn check_key(&self, class: RateClass, key_id: i64) -> Option<Rate> {
         let limit = self.key.as_ref().filter(|_| class != RateClass::Uncounted);
         limit.map(|limit| limit.check_account(u128::from(key_id.cast_unsigned())))
     }
 
-    /// Counts a request; `None` when it is not limited.
+    /// Counts a request without a key; `None` if it is not limited.
     pub(crate) fn check(&self, class: RateClass, client: IpAddr) -> Option<Rate> {
         let limit = match class {
             RateClass::Uncounted => return None,
@@ -111,7 +112,8 @@ impl Limit {
     }
 }
 
-/// An IPv4 address, or the /64 that one IPv6 customer gets: within it addresses cost nothing.
+/// The counted part of an address: an IPv4 address, or the /64 of an IPv6 address. A customer gets a whole /64, so
+/// addresses within it cost nothing.
 fn key(client: IpAddr) -> u128 {
     match client.to_canonical() {
         IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
@@ -119,18 +121,18 @@ fn key(client: IpAddr) -> u128 {
     }
 }
 
-/// How an address stands with a limit.
+/// The state of a limit after a request.
 pub(crate) struct Rate {
     limit: u32,
     remaining: u32,
-    /// Seconds until the next request is allowed, when this one is not.
+    /// Seconds until the next request is allowed; `None` if this one is allowed.
     pub(crate) retry_after: Option<u64>,
 }
 
 impl Rate {
-    /// Tells it in the headers of draft-ietf-httpapi-ratelimit-headers-06, as the Node service did.
+    /// Writes the headers of draft-ietf-httpapi-ratelimit-headers-06, as the Node service did.
     pub(crate) fn write(&self, headers: &mut HeaderMap) {
-        // The bucket fills evenly, so what is missing takes its share of the minute.
+        // The bucket refills evenly, so the missing part needs the same part of a minute.
         let missing = u64::from(self.limit - self.remaining.min(self.limit));
         let reset = (missing * 60).div_ceil(u64::from(self.limit));
         let policy = format!("{};w=60", self.limit);
@@ -187,7 +189,7 @@ mod tests {
         assert_eq!(key(address("2001:db8::1")), key(address("2001:db8::ffff:1")));
         assert_ne!(key(address("2001:db8::1")), key(address("2001:db8:0:1::1")));
         assert_ne!(key(address("192.0.2.1")), key(address("192.0.2.2")));
-        // All IPv4 addresses are one /64 in their mapped spelling, and yet each is one customer.
+        // Mapped IPv4 addresses all lie in one /64, but each is a separate customer.
         assert_eq!(key(address("::ffff:192.0.2.1")), key(address("192.0.2.1")));
         assert_ne!(key(address("::ffff:192.0.2.1")), key(address("::ffff:192.0.2.2")));
     }

@@ -1,6 +1,6 @@
-//! What a route needs and how its answers are sent: who may ask, what is counted, and what a browser may do with the
-//! answer. Each route declares it where it is defined (`api::wire::routes`); admission, authentication, rate limits and
-//! security headers look it up here. Nothing here knows the path of a route.
+//! The policy of a route: who may ask, what is counted, and what a browser may do with the response. Each route
+//! declares its policy where it is defined (`api::wire::routes`). Admission, authorization, rate limits and security
+//! headers look it up here. Nothing here may know the path of a route.
 
 use std::collections::HashMap;
 
@@ -13,30 +13,30 @@ use crate::{middleware::security_headers::API_CONTENT_POLICY, store::Scope};
 pub(crate) enum Access {
     /// Everybody.
     Anyone,
-    /// Who has a key that opens this scope.
+    /// Requests with a key that grants this scope.
     Scope(Scope),
 }
 
-/// Which rate limit counts a request without a key. Requests with a key have one limit for all routes that are counted.
+/// The rate limit for requests without a key. Requests with a key have one limit for all counted routes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RateClass {
-    /// None: what is asked often and costs little, or what a browser loads in one go. It is also answered by a server
-    /// that has too much to do.
+    /// No limit: cheap and frequent requests, or files that a browser loads together. They are answered even when the
+    /// server is overloaded.
     Uncounted,
-    /// That of everything else.
+    /// The limit of all other routes.
     General,
-    /// That of reports.
+    /// The limit of sync reports.
     Sync,
 }
 
-/// The policy of one method of one route. An error is answered in JSON on every route.
+/// The policy of one method of one route. Errors are JSON on every route.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RoutePolicy {
     pub(crate) access: Access,
     pub(crate) rate: RateClass,
-    /// Whether a link on a page elsewhere may open it: it tells nothing of the fleet by itself.
+    /// True if a link on a foreign page may open it. The response must then reveal nothing about the fleet.
     pub(crate) opens_from_links: bool,
-    /// The Content-Security-Policy of its answers.
+    /// The Content-Security-Policy of its responses.
     pub(crate) content_policy: &'static HeaderValue,
 }
 
@@ -49,21 +49,21 @@ impl RoutePolicy {
         content_policy: &API_CONTENT_POLICY,
     };
 
-    /// What devices report.
+    /// Sync reports.
     pub(crate) const SYNC: Self = Self { rate: RateClass::Sync, ..Self::API };
 
-    /// Asked often, and cheap to answer.
+    /// Frequent requests that are cheap to answer.
     pub(crate) const UNCOUNTED: Self = Self { rate: RateClass::Uncounted, ..Self::API };
 
-    /// Answers that there is no such route, or no such method: they tell nothing.
+    /// Responses to unknown routes or methods. They reveal nothing.
     const UNMATCHED: Self = Self { access: Access::Anyone, ..Self::API };
 
-    /// The same for somebody else.
+    /// The same policy with another access rule.
     pub(crate) fn with_access(self, access: Access) -> Self {
         Self { access, ..self }
     }
 
-    /// Whether everybody may ask, as often as they like.
+    /// True if everybody may ask, without a limit.
     pub(crate) fn is_open(&self) -> bool {
         self.access == Access::Anyone && self.rate == RateClass::Uncounted
     }
@@ -84,7 +84,8 @@ impl Policies {
         }
     }
 
-    /// The policy of a route, which is empty when none matches. A route that was never declared is for admins.
+    /// The policy of a route and method; `route` is empty when no route matches. An undeclared route requires an admin
+    /// key.
     pub(crate) fn of(&self, route: &str, method: &Method) -> RoutePolicy {
         if route.is_empty() {
             return RoutePolicy::UNMATCHED;
@@ -111,7 +112,7 @@ mod tests {
             assert!(policies.of("/open", &method).is_open());
         }
         assert_eq!(policies.of("/forgotten", &Method::GET).access, Access::Scope(Scope::Admin));
-        // The answer is 404 or 405, and is counted.
+        // The response is 404 or 405, and the request is counted.
         for (route, method) in [("", Method::GET), ("/open", Method::DELETE)] {
             let policy = policies.of(route, &method);
             assert_eq!((policy.access, policy.rate), (Access::Anyone, RateClass::General));

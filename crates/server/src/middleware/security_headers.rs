@@ -1,5 +1,5 @@
-//! The headers that keep browsers from being used against the server: what Helmet sent for the Node
-//! service, plus a Content-Security-Policy, which that one had switched off.
+//! Security headers for browsers; `observe` writes them to every response. They are what Helmet sent for the Node
+//! service, plus a Content-Security-Policy, which that service had switched off.
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
@@ -29,12 +29,12 @@ static HEADERS: [(HeaderName, HeaderValue); 11] = [
     (header::X_XSS_PROTECTION, HeaderValue::from_static("0")),
 ];
 
-/// JSON is not a page: nothing may be loaded from it, and nobody may frame it.
+/// JSON is not a page: it may load nothing, and nobody may frame it.
 pub(crate) static API_CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 );
 
-/// Writes the headers; `content_policy` is the Content-Security-Policy of the route.
+/// Writes the headers. `content_policy` is the Content-Security-Policy of the route.
 pub(crate) fn write(headers: &mut HeaderMap, content_policy: &HeaderValue) {
     headers.reserve(HEADERS.len() + 2);
     for (name, value) in &HEADERS {

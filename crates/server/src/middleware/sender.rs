@@ -1,6 +1,6 @@
-//! Who had a request sent: a program, the user, a page of ours, or a web page elsewhere. A browser says so in
-//! `Origin`, `Sec-Fetch-*` and `Referer`. `auth` asks this of requests without a key: a page elsewhere reaches
-//! a server on the user's machine, and must neither be served there nor cost the user anything.
+//! Finds who caused a request: a program, the user, one of the server's own pages, or a foreign web page. Browsers tell
+//! in `Origin`, `Sec-Fetch-*` and `Referer`. `auth` calls it for requests without a key. A foreign page can reach a
+//! server on the user's machine, but must not be served and must not cost the user anything.
 
 use axum::{
     extract::Request,
@@ -11,27 +11,26 @@ const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const SEC_FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
 const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 
-/// Who had a request sent, as far as its headers tell.
+/// Who caused a request, as far as its headers tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sender {
-    /// Nothing says that it was a page elsewhere.
+    /// No sign of a foreign page.
     Welcome,
-    /// The user, by a link on a page elsewhere, or that page by itself: the answer is shown in a window of its
-    /// own, which the page cannot read.
+    /// The user, by a link on a foreign page, or the page itself by opening a window. The page cannot read that window.
     Link,
-    /// A page elsewhere.
+    /// A foreign page.
     PageElsewhere,
 }
 
 impl Sender {
-    /// Who had `request` sent. Pages of `origins` are welcome, too.
+    /// Classifies `request`. Pages of `origins` are welcome as well.
     pub(crate) fn of(request: &Request, origins: &[HeaderValue]) -> Self {
         let headers = request.headers();
         let host = host(request.uri(), headers);
         let mut pages = headers.get_all(header::ORIGIN).iter().map(HeaderValue::as_bytes);
         if let Some(first) = pages.next() {
             return if pages.next().is_some() {
-                // Browsers send one.
+                // Browsers send exactly one.
                 Self::PageElsewhere
             } else if is_configured(first, origins)
                 || is_own(first, host) && fetch_site(headers) != Site::Other
@@ -45,7 +44,8 @@ impl Sender {
             Site::Own => Self::Welcome,
             Site::Other if opens_a_window(request) => Self::Link,
             Site::Other => Self::PageElsewhere,
-            // Browsers before 2020 (Safari: 2023) don't send it, and Referer only where the page lets them.
+            // Browsers before 2020 (Safari: 2023) do not send `Sec-Fetch-Site`. They send Referer only if the page
+            // allows it.
             Site::Unknown => {
                 let mut referers = headers.get_all(header::REFERER).iter();
                 let is_welcome = |referer: &HeaderValue| {
@@ -64,14 +64,14 @@ impl Sender {
     }
 }
 
-/// What `Sec-Fetch-Site` says.
+/// The meaning of `Sec-Fetch-Site`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Site {
-    /// Nothing: a program, or an old browser.
+    /// Absent: a program, or an old browser.
     Unknown,
-    /// One of the server's own pages, or the user, who typed the address.
+    /// One of the server's own pages, or an address that the user typed.
     Own,
-    /// Another one, which may be of the same site: that is any port of this machine.
+    /// Another page. It may be of the same site, which includes every port of this machine.
     Other,
 }
 
@@ -86,13 +86,13 @@ fn fetch_site(headers: &HeaderMap) -> Site {
     site
 }
 
-/// Whether the answer is for a window of its own, rather than for a frame or an image in a page.
+/// True if the response opens a window of its own, not a frame or an image in a page.
 fn opens_a_window(request: &Request) -> bool {
     let is = |name, value: &str| request.headers().get(name).is_some_and(|sent| sent == value);
     is_read(request.method()) && is(SEC_FETCH_MODE, "navigate") && is(SEC_FETCH_DEST, "document")
 }
 
-/// The same of a browser that does not say it: only for windows and frames it asks for HTML.
+/// The same for a browser without those headers. Such a browser asks for HTML only for windows and frames.
 fn opens_a_window_as_it_was(request: &Request) -> bool {
     let accept = request.headers().get(header::ACCEPT).map(HeaderValue::as_bytes);
     is_read(request.method()) && accept.is_some_and(|accept| accept.starts_with(b"text/html"))
@@ -102,7 +102,7 @@ fn is_read(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD)
 }
 
-/// The host and port that a request was sent to.
+/// The host and port that the request was sent to.
 fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a [u8]> {
     let host = headers.get(header::HOST).map(HeaderValue::as_bytes);
     host.or_else(|| uri.authority().map(Authority::as_str).map(str::as_bytes))
@@ -115,7 +115,7 @@ fn origin_of(url: &[u8]) -> &[u8] {
     length.map_or(url, |length| &url[..after_scheme + length])
 }
 
-/// Whether an origin is the server's own, whatever its scheme: behind TLS that another program does, it is https.
+/// True if an origin is the server's own, with any scheme. Behind a TLS proxy the scheme is https.
 fn is_own(origin: &[u8], host: Option<&[u8]>) -> bool {
     let authority = origin.strip_prefix(b"http://").or_else(|| origin.strip_prefix(b"https://"));
     authority.is_some() && authority == host
@@ -182,7 +182,7 @@ mod tests {
             &[("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site")],
             &[("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "no-cors")],
             &[("sec-fetch-site", "cross-site"), ("referer", "http://localhost:3000/")],
-            // A frame, and what claims to be a window without being one.
+            // A frame, and a request that claims to be a window but is not.
             &[
                 ("sec-fetch-site", "cross-site"),
                 ("sec-fetch-mode", "navigate"),
@@ -222,7 +222,7 @@ mod tests {
             &[("referer", "https://evil.example/"), ("accept", "text/html,*/*;q=0.8")],
         ] {
             assert_eq!(sender(Method::GET, headers), Sender::Link, "{headers:?}");
-            // A form that a page sends is no link.
+            // A form sent by a page is not a link.
             assert_eq!(sender(Method::POST, headers), Sender::PageElsewhere, "{headers:?}");
         }
     }
