@@ -1,8 +1,8 @@
-//! The one place that reads the wall clock. `app` makes a [`Clock`] and passes it on; tests pass one
-//! that stands still or moves at their word.
+//! The only place that reads the wall clock. `app` creates a [`Clock`] and passes it on. Tests pass one that stands
+//! still or that they move.
 //!
-//! A Raspberry Pi has no battery for its clock and may start in 1970. No event may be dated by such a
-//! clock, nor be refused because of it: who needs the time of an event asks for [`Clock::set_time`].
+//! A Raspberry Pi has no battery for its clock and may start in 1970. Such a clock must neither date an event nor cause
+//! one to be refused. Code that needs the time of an event calls [`Clock::set_time`].
 
 use std::{
     sync::{
@@ -14,8 +14,8 @@ use std::{
 
 use pisync_core::Timestamp;
 
-/// How far the clock may be behind the time at which the program was built, in milliseconds: a day, for a
-/// clock of whoever built it that was ahead.
+/// How far the clock may be behind the build time of the program, in milliseconds. A day allows for a build machine
+/// whose clock was ahead.
 const BUILD_MARGIN: i64 = 24 * 60 * 60 * 1000;
 
 /// Tells the time. Cheap to clone.
@@ -24,15 +24,15 @@ pub struct Clock(Arc<Inner>);
 
 struct Inner {
     now: Box<dyn Fn() -> Timestamp + Send + Sync>,
-    /// No right clock shows an earlier time.
+    /// A correct clock never shows an earlier time.
     earliest: Timestamp,
-    /// Whether it means to show the same as other machines' clocks.
+    /// True if it should agree with the clocks of other machines.
     is_real: bool,
-    /// Whether the log has it last that the clock is not set.
+    /// True if the last message in the log says that the clock is not set.
     said_unset: AtomicBool,
 }
 
-/// The clock shows a time that is certainly past.
+/// The clock shows a time that is certainly in the past.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "this machine's clock says {now}, and this program was made later than {earliest}; set the clock, or wait until NTP has set it"
@@ -51,7 +51,7 @@ impl Clock {
         Self::new(now).real().not_before(built_at())
     }
 
-    /// A clock of one's own, which no other clock has to agree with.
+    /// A custom clock, which need not agree with any other clock.
     pub fn new(now: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
         Self::with(Box::new(now), Timestamp::MIN, false)
     }
@@ -64,14 +64,14 @@ impl Clock {
         Self(Arc::new(Inner { now, earliest, is_real, said_unset: AtomicBool::new(false) }))
     }
 
-    /// The same clock, which means to show what databases' clocks show.
+    /// The same clock, marked as one that should agree with databases' clocks.
     #[must_use]
     pub fn real(self) -> Self {
         let earliest = self.0.earliest;
         Self::with(Box::new(move || self.now()), earliest, true)
     }
 
-    /// The same clock, which is not set while it shows a time more than a day before `built`.
+    /// The same clock. It counts as not set while it shows a time more than a day before `built`.
     #[must_use]
     pub fn not_before(self, built: Timestamp) -> Self {
         let is_real = self.0.is_real;
@@ -79,25 +79,25 @@ impl Clock {
         Self::with(Box::new(move || self.now()), earliest, is_real)
     }
 
-    /// Whether it can be compared with a database's clock.
+    /// True if it can be compared with a database's clock.
     #[must_use]
     pub fn is_real(&self) -> bool {
         self.0.is_real
     }
 
-    /// A time that is certainly past: shortly before the program was built.
+    /// A time that is certainly in the past: shortly before the program was built.
     #[must_use]
     pub fn earliest(&self) -> Timestamp {
         self.0.earliest
     }
 
-    /// The present instant, in whole milliseconds, or what the clock takes for it.
+    /// The clock's time, in whole milliseconds. It may be wrong.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         (self.0.now)()
     }
 
-    /// The present instant.
+    /// The clock's time, if the clock is set.
     ///
     /// # Errors
     /// When the clock is not set.
@@ -106,7 +106,7 @@ impl Clock {
         if now < earliest { Err(ClockNotSet { now, earliest }) } else { Ok(now) }
     }
 
-    /// The present instant, for a server: its log hears once when the clock is not set, and once when it is again.
+    /// The clock's time, for a server. It logs once when the clock is not set, and once when it is set again.
     ///
     /// # Errors
     /// When the clock is not set.
@@ -126,7 +126,7 @@ impl Clock {
     }
 }
 
-/// For how long the machine has been on, while it was suspended, too. Nobody sets this clock.
+/// How long the machine has been on, including the time while it was suspended. Nobody can set this clock.
 pub(crate) fn uptime() -> Duration {
     #[cfg(target_os = "linux")]
     {
@@ -134,7 +134,8 @@ pub(crate) fn uptime() -> Duration {
         let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
         Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
     }
-    // Elsewhere it may stop while the machine is suspended, which then looks like a jump of the clock.
+    // On other systems this clock may stop while the machine is suspended. That then looks like a jump of the wall
+    // clock.
     #[cfg(not(target_os = "linux"))]
     {
         static BEGAN: std::sync::LazyLock<std::time::Instant> =
@@ -168,7 +169,7 @@ mod tests {
         let read = Arc::clone(&time);
         let clock =
             Clock::new(move || Timestamp::from_millisecond(read.load(Ordering::Relaxed)).unwrap());
-        // Only who knows when the program was built can tell.
+        // Without a build time, the clock cannot tell that it is not set.
         assert!(clock.set_time().is_ok());
         let clock = clock.not_before(built);
         assert!(
@@ -180,7 +181,7 @@ mod tests {
         }
     }
 
-    /// Suspension cannot be tested here: that it is counted is what `CLOCK_BOOTTIME` is for.
+    /// A test cannot suspend the machine. Counting that time is what `CLOCK_BOOTTIME` is for.
     #[cfg(target_os = "linux")]
     #[test]
     fn the_uptime_is_the_machines() {

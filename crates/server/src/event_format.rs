@@ -1,5 +1,5 @@
-//! How stored events are written: the fields of an event in answers, and events as CSV and as JSON lines, the
-//! same for a streamed history and for an export.
+//! The output form of stored events: the fields in responses, and events as CSV and JSON lines. The streamed history
+//! and the export both use it, so that they write the same. It must write every field of an event.
 
 use std::fmt::Write as _;
 
@@ -11,11 +11,11 @@ use utoipa::ToSchema;
 
 use crate::store::StoredEvent;
 
-/// RFC 4180 with names in the first line.
+/// The header line of the CSV form (RFC 4180).
 const CSV_HEADER: &str = "id,device_id,event_id,timestamp,total_files_synced,total_errors,internet_speed,\
      job,duration_seconds,bytes_synced,metadata,created_at,updated_at\r\n";
 
-/// How events follow each other.
+/// How events are written one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// A JSON object per line.
@@ -25,7 +25,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// What stands before the first event.
+    /// The text before the first event.
     #[must_use]
     pub fn heading(self) -> &'static str {
         match self {
@@ -34,17 +34,17 @@ impl Format {
         }
     }
 
-    /// Adds one event to `text`.
+    /// Appends one event to `text`.
     ///
     /// # Errors
-    /// When it cannot be written down; says why.
+    /// When the event cannot be serialized. The message says why.
     pub fn write(self, text: &mut String, event: &HistoryEvent) -> Result<(), String> {
         match self {
             Self::Csv => write_csv(text, event).map_err(|error| error.to_string()),
             Self::Ndjson => {
                 let line = serde_json::to_string(event).map_err(|error| error.to_string())?;
-                // Metadata is as it was sent, perhaps on several lines. Within strings JSON has no line
-                // breaks, so these are white space.
+                // Metadata is kept as it was sent, perhaps on several lines. JSON strings contain no line breaks, so
+                // only white space changes.
                 text.push_str(&line.replace(['\n', '\r'], " "));
                 text.push('\n');
                 Ok(())
@@ -112,20 +112,20 @@ impl HistoryEvent {
     }
 }
 
-/// A speed from its hundredths.
+/// Converts hundredths of Mbps to Mbps.
 #[expect(clippy::cast_precision_loss, reason = "at most 34 bits")]
 pub(crate) fn in_mbps(hundredths: i64) -> f64 {
     hundredths as f64 / 100.0
 }
 
-/// A duration from its milliseconds.
+/// Converts milliseconds to seconds.
 #[expect(clippy::cast_precision_loss, reason = "at most 35 bits")]
 pub(crate) fn in_seconds(milliseconds: i64) -> f64 {
     milliseconds as f64 / 1000.0
 }
 
-/// One line. Cells that a spreadsheet would take for formulas are left as they are: anything put before
-/// them would be read back as a part of them.
+/// Writes one line. Cells that a spreadsheet would read as formulas stay unchanged: any prefix would be read back as
+/// part of the cell.
 fn write_csv(text: &mut String, event: &HistoryEvent) -> std::fmt::Result {
     write!(text, "{},", event.id)?;
     write_cell(text, &event.device_id);
@@ -141,7 +141,7 @@ fn write_csv(text: &mut String, event: &HistoryEvent) -> std::fmt::Result {
     write!(text, ",{},{}\r\n", event.created_at, event.updated_at)
 }
 
-/// A number or nothing, and the comma after it.
+/// Writes a number, or nothing, and a comma.
 fn write_number(text: &mut String, number: Option<impl std::fmt::Display>) -> std::fmt::Result {
     match number {
         Some(number) => write!(text, "{number},"),
@@ -149,7 +149,7 @@ fn write_number(text: &mut String, number: Option<impl std::fmt::Display>) -> st
     }
 }
 
-/// Text, in quotes where it must be: also where blanks at its ends would be taken for none of it.
+/// Writes text, with quotes where they are needed. White space at either end needs them, because readers may strip it.
 fn write_cell(text: &mut String, cell: &str) {
     if cell.contains(['"', ',', '\r', '\n']) || cell.trim_ascii() != cell {
         text.push('"');

@@ -1,6 +1,6 @@
-//! Writing stored events out, device by device, oldest first, in the order in which importing them again gives
-//! them the same places in a history. Events are read in pages, each a short read of its own: memory stays
-//! the same however many there are, and what arrives meanwhile may be in it or not.
+//! Exports stored events for the command line, device by device, oldest first. Importing them in this order gives the
+//! same order in histories. Events are read in pages, each in a short read, so memory stays constant. An event that
+//! arrives meanwhile may be missing.
 
 use std::io::{self, Write};
 
@@ -11,40 +11,40 @@ use crate::{
     store::{HistoryQuery, Store, StoreError},
 };
 
-/// Events that are read at a time. With the largest metadata they are 4 MiB; usually 200 KiB.
+/// The number of events per page. A page takes 4 MiB with the largest metadata, and usually 200 KiB.
 const PAGE: u32 = 1_000;
 
-/// Which events to write, and how.
+/// Which events to export, and their format.
 #[derive(Debug)]
 pub struct Export {
-    /// How events follow each other.
+    /// The output format.
     pub format: Format,
-    /// Only this device's.
+    /// Only events of this device.
     pub device: Option<DeviceId>,
-    /// Only those of this group's devices.
+    /// Only events of devices in this group.
     pub group: Option<String>,
-    /// Only those dated then or later.
+    /// Only events dated at this time or later.
     pub from: Option<Timestamp>,
-    /// Only those dated then or earlier.
+    /// Only events dated at this time or earlier.
     pub until: Option<Timestamp>,
 }
 
-/// Why an export has ended early.
+/// Why an export ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// What it is written to takes no more.
+    /// The output cannot be written.
     #[error("cannot write: {0}")]
     Write(#[from] io::Error),
-    /// The database.
+    /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is nobody whose events are meant.
+    /// The device does not exist, or the group has no devices.
     #[error("{0}")]
     Nobody(String),
 }
 
 impl Export {
-    /// Writes events to `output` and tells how many they were. `watch` hears of it after each page.
+    /// Writes events to `output` and returns their number. Calls `watch` with the number so far after each page.
     ///
     /// # Errors
     /// See [`ExportError`].
@@ -67,7 +67,7 @@ impl Export {
             let last = after.as_ref().map(DeviceId::as_str);
             let devices = store.device_ids(self.group.as_deref(), last).await?;
             for device_id in &devices {
-                // One that is deleted meanwhile has no events any more.
+                // A device that was deleted meanwhile has no events.
                 self.write_device(store, device_id, output, &mut events, &mut watch).await?;
             }
             match (devices.into_iter().next_back(), &self.group) {
@@ -80,7 +80,7 @@ impl Export {
         }
     }
 
-    /// Writes a device's events; false when there is no such device.
+    /// Writes the events of a device. Returns false if the device does not exist.
     async fn write_device(
         &self,
         store: &dyn Store,

@@ -1,5 +1,5 @@
-//! The PiSync server. `cli` reads what was typed and `app` wires the rest: `net`, `middleware` and `api` in front, `ingest`
-//! and `store` behind.
+//! The PiSync server. `cli` parses the command line and `app` connects the other modules. Requests pass through `net`,
+//! `middleware` and `api`; events then pass through `ingest` to `store`.
 
 pub mod api;
 pub mod app;

@@ -1,6 +1,6 @@
-//! Where log lines go: the console, and JSON lines in `combined.log` and `error.log`, whose current
-//! files keep these names while yesterday's are renamed. Lines are handed to threads of their own: a
-//! request never waits for a disk, and when lines come faster than it can take them, some are dropped.
+//! Writes log lines: to the console, and as JSON lines to `combined.log` and `error.log`. The current files keep these
+//! names and are renamed every day. The command line starts it. A request must never wait for a disk: separate threads
+//! write, and lines that come too fast are dropped.
 
 use std::{
     fs::OpenOptions,
@@ -38,24 +38,24 @@ use crate::{
     threads::{ThreadMark, Threads},
 };
 
-/// Lines that may wait to be written to each place; beyond, lines are left out rather than that requests wait. The
-/// default of 128,000 takes 4 MB of memory for each place, whether there are any or not.
+/// How many lines may wait for each output. Beyond it lines are dropped, so that requests do not wait. The default of
+/// 128,000 takes 4 MB of memory per output, even without lines.
 const WAITING_LINES: usize = 8_192;
 
-/// Days of log files that are kept beside the current ones.
+/// How many days of rotated files are kept besides the current ones.
 const DAYS_KEPT: usize = 14;
 
-/// The threads that write log lines. There is one log in a process.
+/// The threads that write log lines. A process has one log.
 static THREADS: OnceLock<Threads> = OnceLock::new();
 
-/// How much to log. Understands the Node service's names too.
+/// How much to log. The Node service's names are understood as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogLevel(Level);
 
 impl LogLevel {
-    /// What a server logs.
+    /// The default level of a server.
     pub const INFO: Self = Self(Level::INFO);
-    /// What other commands say beside what was asked for.
+    /// The level of all other commands.
     pub const WARN: Self = Self(Level::WARN);
 }
 
@@ -66,7 +66,7 @@ impl FromStr for LogLevel {
         match text.trim().to_ascii_lowercase().as_str() {
             "error" => Ok(Self(Level::ERROR)),
             "warn" | "warning" => Ok(Self(Level::WARN)),
-            // Winston's http stands between info and verbose: answered requests, which are debug here.
+            // Winston's `http` level lies between info and verbose. It logs answered requests, which are debug here.
             "info" | "http" => Ok(Self(Level::INFO)),
             "verbose" | "debug" => Ok(Self(Level::DEBUG)),
             "silly" | "trace" => Ok(Self(Level::TRACE)),
@@ -75,18 +75,18 @@ impl FromStr for LogLevel {
     }
 }
 
-/// What to log, and where.
+/// What to log, and where to.
 #[derive(Debug, Clone)]
 pub struct LogSettings {
-    /// From which level on.
+    /// The lowest level that is logged.
     pub level: LogLevel,
-    /// The folder of the files; `None` for the console alone.
+    /// The folder of the log files; `None` logs to the console only.
     pub dir: Option<PathBuf>,
-    /// JSON lines on the console too, for whatever collects them; else lines for people.
+    /// True for JSON lines on the console, for log collectors; false for lines that people read.
     pub json_console: bool,
 }
 
-/// Writes what is left when it is dropped.
+/// Writes the waiting lines when it is dropped.
 #[must_use = "log lines are lost once this is dropped"]
 #[derive(Debug)]
 pub struct LogGuard {
@@ -96,13 +96,13 @@ pub struct LogGuard {
 }
 
 impl LogGuard {
-    /// Has the next line of each log file open it anew: somebody has renamed it, as logrotate does.
+    /// Makes each log file open again at its next line, after logrotate or a person renamed it.
     pub fn reopen(&self) {
         self.openings.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-/// How often log files were to be opened.
+/// How often a reopening was requested.
 #[derive(Debug, Clone, Default)]
 struct Openings(Arc<AtomicU64>);
 
@@ -112,13 +112,13 @@ impl Openings {
     }
 }
 
-/// A log file that is opened anew when that is asked for.
+/// A log file that can be reopened.
 struct LogFile {
     dir: PathBuf,
     name: &'static str,
     file: FileRotate<AppendTimestamp>,
     openings: Openings,
-    /// How many of them were heard of.
+    /// How many requests to reopen it has handled.
     seen: u64,
 }
 
@@ -134,7 +134,7 @@ impl io::Write for LogFile {
         let count = self.openings.count();
         if count != self.seen {
             self.seen = count;
-            // Where that cannot be, lines go on to where they went, and whoever has asked may do so again.
+            // If the file cannot be opened, lines continue to go to the old one. The user may ask again.
             if let Ok(file) = open(&self.dir, self.name) {
                 self.file = file;
             }
@@ -147,7 +147,7 @@ impl io::Write for LogFile {
     }
 }
 
-/// Starts logging for the whole process.
+/// Starts logging for the entire process.
 ///
 /// # Errors
 /// When the folder cannot be written.
@@ -181,11 +181,10 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     Ok(LogGuard { guards, openings })
 }
 
-/// Starts logging for a command that is no server: short lines for whoever has typed it, written by `write`, one
-/// at a time.
+/// Starts logging for a command other than the server: short lines for the user, each written with `write`.
 ///
 /// # Errors
-/// When something logs already.
+/// When logging has already been started.
 pub fn init_for_command<W>(level: LogLevel, write: fn() -> W) -> Result<(), String>
 where
     W: io::Write + 'static,
@@ -198,13 +197,13 @@ where
         .map_err(|error| error.to_string())
 }
 
-/// What is logged at this level. Libraries have little to say that interests an operator.
+/// The level for each target. Libraries log little that an operator needs.
 fn targets(LogLevel(level): LogLevel) -> Targets {
     let libraries = if level == Level::TRACE { Level::TRACE } else { level.min(Level::WARN) };
     Targets::new().with_default(libraries).with_target("pisync", level)
 }
 
-/// `pisync: warning: what happened field=value`, as commands write what goes wrong.
+/// The format `pisync: warning: what happened field=value`, in which commands report errors.
 struct ForPeople;
 
 impl<S, N> FormatEvent<S, N> for ForPeople
@@ -231,8 +230,8 @@ where
     }
 }
 
-/// Waits until a thread that writes log lines has ended, and tells which and how. Nobody would notice
-/// otherwise: lines that nobody takes are left out.
+/// Waits until a thread that writes log lines has ended, and returns which one and how. Nobody would notice otherwise:
+/// lines that no thread writes are dropped.
 pub(crate) async fn thread_end() -> String {
     match THREADS.get() {
         Some(threads) => threads.first_end().await,
@@ -240,7 +239,7 @@ pub(crate) async fn thread_end() -> String {
     }
 }
 
-/// Has a thread of its own write to `writer`.
+/// Starts a thread that writes to `writer`.
 fn write_beside(
     threads: &Threads,
     name: &'static str,
@@ -250,7 +249,7 @@ fn write_beside(
     builder.finish(Marked { writer, _mark: threads.mark(name) })
 }
 
-/// A writer that tells when the thread that has it ends.
+/// A writer that reports when its thread ends.
 struct Marked {
     writer: Box<dyn io::Write + Send>,
     _mark: ThreadMark,
@@ -278,10 +277,10 @@ where
         .with_writer(writer)
 }
 
-/// A log file that is renamed to `NAME.YYYY-MM-DD` when the next day's first line comes.
+/// Opens a log file that is renamed to `NAME.YYYY-MM-DD` when the first line of the next day comes.
 fn open(dir: &Path, name: &str) -> Result<FileRotate<AppendTimestamp>, String> {
     let path = dir.join(name);
-    // The library would panic; this says what to do.
+    // The library would panic. This error says what to do.
     permissions::create_folder(dir)
         .and_then(|()| permissions::append(&path, permissions::LOG))
         .and_then(|_| permissions::restrict(&path, permissions::LOG))
@@ -312,7 +311,7 @@ mod tests {
 
     use super::*;
 
-    /// As the library that rotates files does when it cannot make their folder again.
+    /// Panics, as the library that rotates files does when it cannot create their folder again.
     #[tokio::test]
     async fn a_writer_that_panics_is_noticed() {
         struct Panics;

@@ -1,4 +1,4 @@
-//! The `pisync` program; everything is in the library.
+//! The `pisync` program. All code is in the library.
 
 fn main() -> std::process::ExitCode {
     pisync::cli::main()

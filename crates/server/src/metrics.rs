@@ -1,5 +1,5 @@
-//! What the server measures of itself, in Prometheus' terms. Ingest and the HTTP layer write here;
-//! `GET /metrics` reads.
+//! The server's Prometheus metrics. Ingest and the HTTP layer update them, and `GET /metrics` renders them. No label
+//! may take its value from a client, so that their number stays bounded.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use prometheus::{
 
 use crate::store::{FleetStats, PoolUsage};
 
-/// Upper bounds of the response time buckets, in seconds. The Node service promised a median of 6 ms
-/// and 50 ms for 95 of 100; the buckets are fine around both.
+/// Upper bounds of the response time buckets, in seconds. The Node service promised a median of 6 ms and 50 ms for the
+/// 95th percentile. The buckets are fine around both.
 const DURATION_BUCKETS: [f64; 12] =
     [0.001, 0.0025, 0.006, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
@@ -20,12 +20,12 @@ const DURATION_BUCKETS: [f64; 12] =
 const BATCH_BUCKETS: [f64; 11] =
     [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
 
-/// All instruments of one server. One per server, not per process, so that tests can run several.
+/// The metrics of one server. They belong to a server, not to the process, so that tests can run several.
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     request_duration: HistogramVec,
-    /// Events in the queue, waiting for the batch under way to be committed.
+    /// Events in the queue, which wait until the batch in progress is committed.
     pub queue_events: IntGauge,
     /// Events per committed batch.
     pub batch_events: Histogram,
@@ -42,10 +42,10 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Instruments at zero.
+    /// Creates the metrics with value zero.
     ///
     /// # Errors
-    /// When two of them have one name, which no input can cause.
+    /// When two of them have the same name. No input can cause that.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let build = IntGauge::with_opts(
@@ -60,7 +60,7 @@ impl Metrics {
             "pisync_sync_success_ratio",
             "Share of all syncs of all time that had no errors; NaN before the first sync.",
         )?)?;
-        // Nothing is known of the fleet yet.
+        // The success ratio is unknown at the start.
         success_ratio.set(f64::NAN);
         Ok(Self {
             requests: keep.this(IntCounterVec::new(
@@ -136,42 +136,42 @@ impl Metrics {
         self.request_duration.with_label_values(&[method, route]).observe(duration.as_secs_f64());
     }
 
-    /// Counts events that were committed, and those that had been before.
+    /// Counts committed events, and duplicates of events stored before.
     pub fn stored(&self, ok: usize, failed: usize, duplicates: usize) {
         self.events.with_label_values(&["ok"]).inc_by(ok as u64);
         self.events.with_label_values(&["failed"]).inc_by(failed as u64);
         self.events.with_label_values(&["duplicate"]).inc_by(duplicates as u64);
     }
 
-    /// Counts events that were valid and yet not stored.
+    /// Counts valid events that were not stored.
     pub fn refused(&self, reason: &str, events: u64) {
         self.events_refused.with_label_values(&[reason]).inc_by(events);
     }
 
-    /// Counts an event that was wrong, by what was wrong with it first.
+    /// Counts an invalid event by the code of its first violation.
     pub fn rejected(&self, violations: &[Violation]) {
         let code = violations.first().map_or(ViolationCode::MalformedJson, |first| first.code);
         self.events_rejected.with_label_values(&[code.as_str()]).inc();
     }
 
-    /// How many events were refused because they were dated in the future.
+    /// The number of events refused because they were dated in the future.
     #[must_use]
     pub fn refused_as_future(&self) -> u64 {
         self.events_rejected.with_label_values(&[ViolationCode::Future.as_str()]).get()
     }
 
-    /// How many events were stored.
+    /// The number of stored events.
     #[must_use]
     pub fn stored_events(&self) -> u64 {
         ["ok", "failed"].map(|result| self.events.with_label_values(&[result]).get()).iter().sum()
     }
 
-    /// Counts an event that is not what was stored under its id.
+    /// Counts an event whose content differs from the one stored under its id.
     pub fn event_id_conflict(&self) {
         self.event_id_conflicts.inc();
     }
 
-    /// Takes over what the store says of its connections.
+    /// Sets the gauges of the store's connections.
     pub fn set_pool(&self, usage: PoolUsage) {
         let set = |state: &str, value: usize| {
             self.connections
@@ -183,17 +183,17 @@ impl Metrics {
         set("waiting", usage.waiting);
     }
 
-    /// Takes over the fleet's figures.
+    /// Sets the gauges of the fleet.
     pub fn set_fleet(&self, stats: &FleetStats) {
         self.devices.set(stats.total_devices.cast_signed());
         self.active_devices.set(stats.active_devices.cast_signed());
         self.success_ratio.set(stats.figures.success_ratio().unwrap_or(f64::NAN));
     }
 
-    /// Everything in Prometheus' text format.
+    /// All metrics in Prometheus' text format.
     ///
     /// # Errors
-    /// When the library cannot write it, which no input can cause.
+    /// When the library cannot write it. No input can cause that.
     pub fn render(&self) -> Result<String, prometheus::Error> {
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
@@ -212,14 +212,14 @@ struct Keep<'a> {
 }
 
 impl Keep<'_> {
-    /// Registers an instrument and gives it back.
+    /// Registers a metric and returns it.
     fn this<T: Collector + Clone + 'static>(&self, instrument: T) -> Result<T, prometheus::Error> {
         self.registry.register(Box::new(instrument.clone()))?;
         Ok(instrument)
     }
 }
 
-/// A status code as text without an allocation.
+/// A status code as text, without an allocation.
 struct StatusText([u8; 3]);
 
 impl StatusText {

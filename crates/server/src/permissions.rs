@@ -1,9 +1,9 @@
-//! Who may read what the program writes. Reports of a fleet and hashes of keys are nobody else's business, so
-//! files are for their owner alone and folders closed to others, whatever the umask is. The modules that make
-//! files and folders call this.
+//! The permissions of files that the program writes. Modules that create files and folders call this. Reports and
+//! hashes of keys are private: files are readable by their owner only, and folders are closed to others, whatever the
+//! umask is.
 //!
-//! A command that root runs beside a server of another user must not leave what that user cannot open: what
-//! root makes for a server is given to the owner of the folder that it is made in.
+//! A command that root runs must not leave files that a server of another user cannot open. What root creates for a
+//! server is given to the owner of the containing folder.
 
 use std::{
     fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions},
@@ -12,22 +12,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The mode of files that hold events or keys.
+/// The mode of files with events or keys.
 pub(crate) const PRIVATE: u32 = 0o600;
 
-/// The mode of log files: a group may be allowed to read them.
+/// The mode of log files. A group may read them.
 pub(crate) const LOG: u32 = 0o640;
 
 /// The mode of folders.
 const FOLDER: u32 = 0o750;
 
-/// The bits of a mode that say who may do what.
+/// The permission bits of a mode.
 const PERMISSION_BITS: u32 = 0o777;
 
-/// The user that may give files away.
+/// The user that may change the owner of files.
 const ROOT: u32 = 0;
 
-/// Opens a server's file at `path` for appending; makes it with this `mode` when it is missing.
+/// Opens a server's file at `path` for appending. Creates it with this `mode` if it is missing.
 pub(crate) fn append(path: &Path, mode: u32) -> io::Result<File> {
     match create_for_server(path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -37,27 +37,28 @@ pub(crate) fn append(path: &Path, mode: u32) -> io::Result<File> {
     }
 }
 
-/// Makes a server's file at `path`, as [`create_new`] does it.
+/// Creates a server's file at `path`, as [`create_new`] does.
 pub(crate) fn create_for_server(path: &Path, mode: u32) -> io::Result<File> {
     let file = create_new(path, mode)?;
     give_to_owner_of(folder_of(path), &file)?;
     Ok(file)
 }
 
-/// Makes the file at `path` with this `mode` and opens it for appending.
+/// Creates the file at `path` with this `mode` and opens it for appending.
 ///
 /// # Errors
-/// When it cannot be made, or something has this name already: also a link, which might lead to anything.
+/// When it cannot be created, or the name exists already. An existing link is an error as well, because it might lead
+/// anywhere.
 pub(crate) fn create_new(path: &Path, mode: u32) -> io::Result<File> {
     let mut options = OpenOptions::new();
     let file = options.read(true).append(true).create_new(true).mode(mode).open(path)?;
-    // What the umask has taken away.
+    // Restores the bits that the umask removed.
     file.set_permissions(Permissions::from_mode(mode))?;
     Ok(file)
 }
 
-/// Makes the folder at `path`, and those that it stands in. Folders that are there stay as they are: they may
-/// be used for other things too.
+/// Creates the folder at `path` and its parents. Existing folders stay unchanged, because they may be used for other
+/// things too.
 pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -67,7 +68,7 @@ pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
         create_folder(parent)?;
     }
     match DirBuilder::new().mode(FOLDER).create(path) {
-        // Somebody else has made it meanwhile.
+        // Another process created it meanwhile.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         Err(error) => Err(error),
         Ok(()) => {
@@ -81,7 +82,7 @@ pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Gives `file`, if it is root's, to the owner of what stands at `model`.
+/// Gives `file`, if root owns it, to the owner of `model`.
 pub(crate) fn give_to_owner_of(model: &Path, file: &File) -> io::Result<()> {
     let (model, own) = (fs::metadata(model)?, file.metadata()?);
     if must_be_given(&own, &model) {
@@ -94,15 +95,15 @@ fn must_be_given(own: &Metadata, model: &Metadata) -> bool {
     own.uid() == ROOT && model.uid() != ROOT
 }
 
-/// Takes from the file at `path` what `mode` does not allow. Answers its mode before, or `None` when there was
-/// nothing to take or there is no such file.
+/// Removes from the file at `path` the permissions that `mode` does not allow. Returns its previous mode. Returns
+/// `None` when nothing had to be removed or the file does not exist.
 pub(crate) fn restrict(path: &Path, mode: u32) -> io::Result<Option<u32>> {
     let metadata = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         metadata => metadata?,
     };
     let before = metadata.permissions().mode() & PERMISSION_BITS;
-    // A link would lead to somebody else's file.
+    // A link might lead to another user's file.
     if !metadata.is_file() || before & !mode == 0 {
         return Ok(None);
     }
@@ -110,12 +111,12 @@ pub(crate) fn restrict(path: &Path, mode: u32) -> io::Result<Option<u32>> {
     Ok(Some(before))
 }
 
-/// The folder that `path` stands in.
+/// The folder that contains `path`.
 pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// `path` with something behind its name.
+/// `path` with `ending` appended to its name.
 pub(crate) fn with_ending(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);

@@ -1,9 +1,9 @@
-//! The one place that reads the system's randomness. `app` and the commands make a [`Randomness`] and pass
-//! it on; tests pass one that they know beforehand.
+//! The only place that reads the system's randomness. `app` and the commands create a [`Randomness`] and pass it on.
+//! Tests pass one with known bytes.
 
 use std::sync::Arc;
 
-/// Gives 32 bytes that nobody can guess.
+/// Returns 32 bytes that nobody can guess.
 type Source = dyn Fn() -> Result<[u8; 32], String> + Send + Sync;
 
 /// A source of secrets. Cheap to clone.
@@ -11,7 +11,7 @@ type Source = dyn Fn() -> Result<[u8; 32], String> + Send + Sync;
 pub struct Randomness(Arc<Source>);
 
 impl Randomness {
-    /// The operating system's.
+    /// The operating system's source.
     #[must_use]
     pub fn system() -> Self {
         Self::new(|| {
@@ -22,7 +22,7 @@ impl Randomness {
         })
     }
 
-    /// A source of one's own.
+    /// A custom source.
     pub fn new(source: impl Fn() -> Result<[u8; 32], String> + Send + Sync + 'static) -> Self {
         Self(Arc::new(source))
     }
@@ -30,7 +30,7 @@ impl Randomness {
     /// 32 random bytes.
     ///
     /// # Errors
-    /// When the system has none to give.
+    /// When the source fails.
     pub fn bytes(&self) -> Result<[u8; 32], String> {
         (self.0)()
     }

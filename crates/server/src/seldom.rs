@@ -1,4 +1,5 @@
-//! Spares the log a line for each of many events of a kind: one in a while stands for all, and says how many.
+//! Limits how often one kind of event is logged. The HTTP layer and ingest use it. One line stands for many events and
+//! must say how many were skipped.
 
 use std::{
     sync::{
@@ -8,15 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Lets one line through in each interval. May be asked by many threads at once.
+/// Allows one line per interval. Many threads may call it at once.
 #[derive(Debug)]
 pub(crate) struct Seldom {
     started: Instant,
-    /// Milliseconds.
+    /// In milliseconds.
     interval: u64,
-    /// When the next line may come, in milliseconds after the start.
+    /// The earliest time of the next line, in milliseconds after `started`.
     due: AtomicU64,
-    /// Events since the last line that had none.
+    /// Events skipped since the last line.
     passed_over: AtomicU64,
 }
 
@@ -31,7 +32,7 @@ impl Seldom {
         }
     }
 
-    /// Whether this event gets a line; then says how many had none since the last.
+    /// Whether this event is logged. The value is the number of events skipped since the last line.
     pub(crate) fn due(&self) -> Option<u64> {
         self.due_at(milliseconds(self.started.elapsed()))
     }
@@ -39,7 +40,7 @@ impl Seldom {
     fn due_at(&self, now: u64) -> Option<u64> {
         let due = self.due.load(Ordering::Relaxed);
         let next = now.saturating_add(self.interval);
-        // Of several at once, one.
+        // If several threads come at once, one of them wins.
         if now >= due
             && self.due.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
@@ -50,12 +51,12 @@ impl Seldom {
     }
 }
 
-/// Lets some lines through in each interval. For what anybody may cause as often as they like, and of which the first
-/// few are worth a line of their own.
+/// Allows some lines per interval. It is for events that anybody can cause as often as they like, but whose first few
+/// deserve a line.
 #[derive(Debug)]
 pub(crate) struct FewPerInterval {
     started: Instant,
-    /// Milliseconds.
+    /// In milliseconds.
     interval: u64,
     most: u64,
     window: Mutex<FewWindow>,
@@ -63,29 +64,29 @@ pub(crate) struct FewPerInterval {
 
 #[derive(Debug, Default)]
 struct FewWindow {
-    /// When it ends, in milliseconds after the start.
+    /// The end of the window, in milliseconds after `started`.
     end: u64,
     lines: u64,
-    /// Events since the last line that had none.
+    /// Events skipped since the last line.
     passed_over: u64,
 }
 
-/// A line that may be written.
+/// A permitted line.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct OfFew {
-    /// Events since the line before that had none.
+    /// Events skipped since the previous line.
     pub(crate) passed_over: u64,
-    /// Nothing more is let through in this interval.
+    /// True if no further line is allowed in this interval.
     pub(crate) is_last: bool,
 }
 
 impl FewPerInterval {
-    /// 20 lines in 10 s, which messages name: enough for people who look for what is wrong with a device.
+    /// 20 lines in 10 s; messages name these numbers. It is enough to find out what is wrong with a device.
     pub(crate) fn usual() -> Self {
         Self::new(20, Duration::from_secs(10))
     }
 
-    /// So many lines in `interval`.
+    /// `most` lines per `interval`.
     fn new(most: u64, interval: Duration) -> Self {
         Self {
             started: Instant::now(),
@@ -95,7 +96,7 @@ impl FewPerInterval {
         }
     }
 
-    /// The line that this event gets, if it gets one.
+    /// The line for this event, if it may be logged.
     pub(crate) fn due(&self) -> Option<OfFew> {
         self.due_at(milliseconds(self.started.elapsed()))
     }

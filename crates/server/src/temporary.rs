@@ -1,6 +1,7 @@
-//! Files that are being made beside the place where they will be: under a name that nobody can foresee, readable by
-//! their owner alone, and renamed once they are whole. They go with their owner, with a command that is stopped by a
-//! signal, and, where a command was killed, with the next one that makes such a file in the same folder.
+//! Files that are written beside their destination and renamed when they are complete. The store and the command line
+//! use them. Their names cannot be guessed, and only their owner can read them. They are removed with their owner or
+//! when a signal stops the command. If the command was killed, the next one that creates such a file in the folder
+//! removes them.
 
 use std::{
     ffi::OsStr,
@@ -15,33 +16,33 @@ use tempfile::NamedTempFile;
 
 use crate::permissions::with_ending;
 
-/// What their names begin with.
+/// The beginning of their names.
 const PREFIX: &str = ".pisync-partial-";
 
-/// And what they began with in earlier versions.
+/// The beginning of their names in earlier versions.
 const EARLIER_PREFIX: &str = ".pisync-copy-";
 
-/// Random characters in a name.
+/// The number of random characters in a name.
 const RANDOM: usize = 16;
 
-/// What SQLite puts beside a database, which such a file may be.
+/// The files that SQLite puts beside a database; a temporary file may be a database.
 const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
 
-/// How often to make another file when somebody takes it for one that was left over: that takes them some
-/// microseconds after it was made and before it is locked.
+/// How often to create another file when the first one was removed as left over. Another process can do that in the
+/// microseconds between creating and locking it.
 const ATTEMPTS: usize = 10;
 
-/// Those of this process. A signal may come at any time, whoever owns them.
+/// The temporary files of this process. A signal may come at any time, whoever owns them.
 static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Empty files of this process that stand where a database will be, made to be locked.
+/// Empty files of this process that stand in the place of future databases, created to be locked.
 static PLACEHOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 fn placeholders() -> MutexGuard<'static, Vec<PathBuf>> {
     PLACEHOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An empty file that goes with this process, unless something has come into it or into its place by then.
+/// An empty file that is removed when this process ends, unless it has been filled or replaced by then.
 #[derive(Debug)]
 pub(crate) struct Placeholder(PathBuf);
 
@@ -62,15 +63,15 @@ fn live() -> MutexGuard<'static, Vec<PathBuf>> {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// See the module.
+/// A temporary file; see the module's documentation.
 #[derive(Debug)]
 pub(crate) struct TemporaryFile {
-    // Goes before its entry does.
+    // Dropped before `entry`.
     file: NamedTempFile,
     entry: Entry,
 }
 
-/// The place of a file among those of this process.
+/// The entry of a file in [`LIVE`].
 #[derive(Debug)]
 struct Entry(PathBuf);
 
@@ -89,7 +90,7 @@ impl Drop for Entry {
 }
 
 impl TemporaryFile {
-    /// Makes an empty file beside `destination`.
+    /// Creates an empty file beside `destination`.
     pub(crate) fn beside(destination: &Path) -> io::Result<Self> {
         let folder = destination.parent().filter(|folder| !folder.as_os_str().is_empty());
         let folder = folder.unwrap_or(Path::new("."));
@@ -97,7 +98,7 @@ impl TemporaryFile {
             let file =
                 tempfile::Builder::new().prefix(PREFIX).rand_bytes(RANDOM).tempfile_in(folder)?;
             let entry = Entry::new(file.path());
-            // Held until the file is closed. Where a file system has no locks, nothing is taken for left over either.
+            // Held until the file is closed. On a file system without locks, no file is considered left over either.
             let _ = file.as_file().lock();
             let metadata = file.as_file().metadata()?;
             if metadata.nlink() > 0 {
@@ -108,39 +109,39 @@ impl TemporaryFile {
         Err(io::Error::other("each new file is removed by somebody else"))
     }
 
-    /// Where it is.
+    /// The current path of the file.
     pub(crate) fn path(&self) -> &Path {
         self.file.path()
     }
 
-    /// To write to.
+    /// The file, to write to.
     pub(crate) fn as_file(&self) -> &File {
         self.file.as_file()
     }
 
-    /// Gives it its place, in which it may replace another.
+    /// Moves it to its destination, replacing an existing file.
     pub(crate) fn persist(self, destination: &Path) -> io::Result<()> {
         let Self { file, entry: _entry } = self;
         file.persist(destination).map(drop).map_err(|error| error.error)
     }
 
-    /// Gives it its place, if nothing is there.
+    /// Moves it to its destination, if nothing is there.
     pub(crate) fn persist_noclobber(self, destination: &Path) -> io::Result<()> {
         let Self { file, entry: _entry } = self;
         file.persist_noclobber(destination).map(drop).map_err(|error| error.error)
     }
 }
 
-/// Whether this process is making the file at `path`. Its lock says so to others, and says nothing to this process.
+/// True if this process is writing the file at `path`. Its lock tells other processes, but not this one.
 pub(crate) fn is_being_made(path: &Path) -> bool {
-    // The name alone is enough: nobody can foresee it.
+    // The name alone is enough, because nobody can guess it.
     live().iter().any(|live| live.file_name() == path.file_name())
 }
 
-/// Removes every such file of this process, which is about to end without any of their owners' ends.
+/// Removes all temporary files of this process. It is called when the process ends without dropping their owners.
 pub(crate) fn remove_all() {
     for path in live().iter() {
-        // It may have its place already.
+        // The file may have been moved to its destination already.
         let _ = fs::remove_file(path);
         remove_beside(path);
     }
@@ -159,8 +160,8 @@ fn remove_beside(path: &Path) {
     }
 }
 
-/// Removes the files in a folder that `owner` has left there when they were killed. Others' stay, whatever their
-/// names, and so do those that somebody has locked.
+/// Removes files in a folder that killed processes of `owner` left. Files of other users stay, whatever their names
+/// are, and so do locked files.
 fn remove_left_over(folder: &Path, owner: u32) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
@@ -192,7 +193,7 @@ fn ends_with(name: &OsStr, ending: &str) -> bool {
 }
 
 fn is_left_over(path: &Path, owner: u32) -> bool {
-    // No link is followed, and nothing is waited for.
+    // Does not follow links and does not block.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(path) else {
         return false;
@@ -252,7 +253,7 @@ mod tests {
         let expected =
             [".pisync-partial-folder", ".pisync-partial-link", "file", "kept", "pisync.db"];
         assert_eq!(names(folder.path()), expected);
-        // Of another owner, nothing is removed: in a folder for everybody they may have any name.
+        // Files of another owner are not removed: in a folder that everybody can write, they may have any name.
         fs::write(at(".pisync-copy-y"), "").unwrap();
         let uid = fs::metadata(at("kept")).unwrap().uid();
         remove_left_over(folder.path(), uid + 1);

@@ -1,5 +1,5 @@
-//! Threads that the program cannot do without. The store and the logs start them through [`Threads`], and
-//! `app::tasks` listens: when one ends unasked, or panics, the process must not go on as if nothing had
+//! Supervises threads that the program needs. The store and the logs start them through [`Threads`]; a task in
+//! `app::tasks` waits for their end. When one ends early or panics, the process must not continue as if nothing had
 //! happened.
 
 use std::{
@@ -13,14 +13,14 @@ use std::{
 
 use tokio::sync::watch;
 
-/// How long a thread that has ended waits for another one's panic, which would be why it ended: a thread that
-/// panics closes its channels before it can tell of the panic, and others then end because theirs are closed.
+/// How long a thread that has ended waits for the panic of another one, which may be the cause. A panicking thread
+/// closes its channels before it can report the panic. Other threads then end because their channels are closed.
 const CAUSE_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Starts threads, and tells when the first of them has ended. Cheap to clone.
+/// Starts threads, and reports the first end of one. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Threads {
-    /// How the first one ended. A panic replaces an end without one.
+    /// How the first thread ended. A panic replaces an end without one.
     ended: Arc<watch::Sender<Option<End>>>,
 }
 
@@ -35,7 +35,7 @@ impl Threads {
         Self { ended: Arc::new(watch::Sender::new(None)) }
     }
 
-    /// Starts a thread. It may end only when its owner has no more use for it.
+    /// Starts a thread. It may end only when its owner no longer needs it.
     #[expect(clippy::disallowed_methods, reason = "whoever starts a thread comes here")]
     pub(crate) fn start(
         &self,
@@ -54,12 +54,12 @@ impl Threads {
         thread::Builder::new().name(name.into()).spawn(supervised).map(drop)
     }
 
-    /// Something to leave with a thread that a library starts: it tells of its end by being dropped there.
+    /// A mark for a thread that a library starts. The thread's end drops the mark, which reports it.
     pub(crate) fn mark(&self, name: &'static str) -> ThreadMark {
         ThreadMark { name, threads: self.clone() }
     }
 
-    /// Waits until one of the threads has ended, and tells which and how.
+    /// Waits until one of the threads has ended, and returns which one and how.
     pub(crate) async fn first_end(&self) -> String {
         let mut ended = self.ended.subscribe();
         // The sender lives as long as `self`, so neither wait can fail.
@@ -81,7 +81,7 @@ impl Threads {
     }
 }
 
-/// See [`Threads::mark`].
+/// Reports the end of its thread; see [`Threads::mark`].
 #[derive(Debug)]
 pub(crate) struct ThreadMark {
     name: &'static str,
@@ -96,7 +96,7 @@ impl Drop for ThreadMark {
     }
 }
 
-/// What a panic says of itself.
+/// The message of a panic.
 pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it does not say why")
@@ -119,11 +119,11 @@ mod tests {
         threads.start("hasty", || panic!("no {}", "more")).unwrap();
         assert_eq!(threads.first_end().await, "the thread hasty panicked: no more");
         drop(end);
-        // Whoever asks later hears the same.
+        // A later caller gets the same message.
         assert_eq!(threads.clone().first_end().await, "the thread hasty panicked: no more");
     }
 
-    /// The thread that panics is the cause, though the one that waits for it may be heard of first.
+    /// The panicking thread is the cause, though the thread that waits for it may be reported first.
     #[tokio::test]
     async fn a_panic_is_told_before_what_it_ends() {
         for _ in 0..200 {
