@@ -1,12 +1,12 @@
-//! The encoding of a body's text, as its Content-Type names it. JSON is UTF-8; the Node service also took UTF-16,
-//! when a request said so.
+//! The character encoding of a body, as its Content-Type names it. JSON is UTF-8, but the Node service also accepted
+//! UTF-16 when the request declared it. The readers of bodies call it.
 
 use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 
 use crate::api::wire::error::ApiError;
 
-/// How a body's text is encoded.
+/// The character encoding of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Charset {
     Utf8,
@@ -17,7 +17,7 @@ pub(crate) enum Charset {
 }
 
 impl Charset {
-    /// What the request says of its body; UTF-8 when it says nothing.
+    /// The charset that the request declares; UTF-8 without one.
     pub(crate) fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
         let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let named = content_type.and_then(|text| {
@@ -37,7 +37,7 @@ impl Charset {
         }
     }
 
-    /// The same text in UTF-8. What says that it is UTF-8 is looked at by whoever reads it.
+    /// Converts the body to UTF-8. A body declared as UTF-8 is not checked here: its reader does that.
     pub(crate) fn to_utf8(self, body: Bytes) -> Result<Bytes, ApiError> {
         let is_big_endian = match self {
             Self::Utf8 => return Ok(body),
@@ -54,7 +54,7 @@ impl Charset {
             let unit = u16::from_be_bytes([pair[0], pair[1]]);
             if is_big_endian { unit } else { unit.swap_bytes() }
         });
-        // A byte order mark becomes one of UTF-8, which JSON's reader passes over.
+        // A byte order mark becomes one in UTF-8, which the JSON reader skips.
         let text: Result<String, _> = char::decode_utf16(units).collect();
         text.map(Bytes::from).map_err(|_| malformed("it has half a surrogate pair"))
     }

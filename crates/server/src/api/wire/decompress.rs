@@ -1,8 +1,8 @@
-//! Compressed bodies: gzip, deflate and zstd, decompressed piece by piece from memory. Nothing here waits for a client, so
-//! how long a decoder lives, and with it the memory that it holds, depends on the server alone.
+//! Decompresses bodies in gzip, deflate and zstd, piece by piece from memory. The readers of bodies call it. Nothing
+//! here may wait for a client. A slow client therefore cannot prolong the life of a decoder and its memory.
 //!
-//! What a body can cost is bounded: the window that a zstd frame asks for, before it is allocated; the number of
-//! frames or members; and how much of the body may come to nothing.
+//! The cost of a body is bounded in three ways. The window of a zstd frame is checked before it is allocated. The
+//! number of frames or members is limited. So is the part of the body that produces no output.
 
 use std::io::{self, BufRead, Read};
 
@@ -19,38 +19,38 @@ use zstd::{
 
 use crate::{api::wire::error::ApiError, ingest::Permit};
 
-/// The largest window of a zstd frame, 2 to the power of this: the 8 MiB that RFC 9659 allows in HTTP. Less would
-/// shut out honest clients, for a stream compressed at the default level asks for 2 MiB however short it is.
+/// The largest window of a zstd frame, as a power of 2: the 8 MiB that RFC 9659 allows in HTTP. A smaller limit would
+/// exclude honest clients. A stream at the default level asks for 2 MiB, however short it is.
 const WINDOW_LOG: u32 = 23;
 
-/// What a decoder holds besides its window, in bytes: tables, and a block of input and of output.
+/// The memory of a decoder besides its window, in bytes: tables, and one block of input and one of output.
 const DECODER_BYTES: usize = 512 << 10;
 
-/// Frames of zstd, or members of gzip, in one body: as many as events, for a device may compress each by itself
-/// and send them one after the other. Each costs some microseconds, also when it is empty.
+/// The largest number of zstd frames or gzip members in one body. It equals the number of events, because a device may
+/// compress each event separately and concatenate them. Each costs some microseconds, even if it is empty.
 const MAX_FRAMES: usize = 10_000;
 
-/// How much of a body may come to nothing. What is compressed is hardly ever larger than it was, so a body that
-/// takes more than this, and twice what came out of it, is made to cost time: of empty blocks, or of frames that
-/// are to be skipped. A decoder of zstd takes in a block of 128 KiB before any of it comes out.
+/// How much of a body may produce no output. Compressed data is hardly ever larger than the original. So a body beyond
+/// this, plus twice its output, is built to waste time, with empty blocks or skippable frames. A zstd decoder reads a
+/// block of 128 KiB before it returns any of it.
 const ALLOWANCE: usize = 256 << 10;
 
-/// How a body is compressed.
+/// The compression of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
     Gzip,
-    /// As HTTP has it: with zlib's frame. The Node service took it.
+    /// In zlib's format, as HTTP defines it. The Node service accepted it.
     Deflate,
     Zstd,
 }
 
 impl Compression {
-    /// What the request says of its body; `None` when it is not compressed.
+    /// The compression that the request declares; `None` without one.
     pub(crate) fn of(headers: &HeaderMap) -> Result<Option<Self>, ApiError> {
         const EXPECTED: &str = "Content-Encoding may be gzip, deflate or zstd";
         let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter();
         let Some(encoding) = encodings.next() else { return Ok(None) };
-        // Said twice, it may be meant twice.
+        // Two headers may mean that the body is compressed twice.
         if encodings.next().is_some() {
             return Err(ApiError::UnsupportedMediaType(EXPECTED));
         }
@@ -63,13 +63,13 @@ impl Compression {
         }
     }
 
-    /// The most that a body may take which is at most `limit` bytes once decompressed.
+    /// The largest compressed size of a body that has at most `limit` bytes decompressed.
     pub(crate) fn compressed_limit(limit: usize) -> usize {
         limit + ALLOWANCE
     }
 }
 
-/// All of a body, which may be at most `limit` bytes then.
+/// Decompresses an entire body to at most `limit` bytes.
 pub(crate) fn decompress(
     compression: Compression,
     body: Bytes,
@@ -93,7 +93,7 @@ pub(crate) fn decompress(
     Ok(content.into())
 }
 
-/// A body being decompressed.
+/// Decompresses one body step by step.
 pub(crate) struct Decompressor(Decoder);
 
 enum Decoder {
@@ -117,7 +117,7 @@ enum Decoder {
 }
 
 impl Decompressor {
-    /// At the beginning of `body`. What the decoder needs is reserved of `permit` before it is allocated.
+    /// Starts at the beginning of `body`. The decoder's memory is reserved from `permit` before it is allocated.
     pub(crate) fn new(
         compression: Compression,
         body: Bytes,
@@ -143,7 +143,7 @@ impl Decompressor {
         }))
     }
 
-    /// Fills the beginning of `output`, and tells how much of it; nothing at the end.
+    /// Writes to the beginning of `output`, and returns the number of bytes; 0 at the end.
     pub(crate) fn read(
         &mut self,
         output: &mut [u8],
@@ -220,7 +220,7 @@ fn read_deflate(
             inflater.decompress(available, output, FlushDecompress::None).map_err(|_| {
                 ApiError::Unreadable("it is not compressed with deflate (zlib)".to_owned())
             })?;
-        // No more than what was there and what there was room for.
+        // Both counts fit: they are bounded by the input and the output buffer.
         let since = |total: u64, before: u64| usize::try_from(total - before).unwrap_or(0);
         let (read, written) =
             (since(inflater.total_in(), before.0), since(inflater.total_out(), before.1));
@@ -261,15 +261,15 @@ fn ended_early() -> ApiError {
     ApiError::Unreadable("it ended early".to_owned())
 }
 
-/// What is left of a body.
+/// The rest of a compressed body.
 struct Input {
     rest: Bytes,
-    /// How much of it may be read before more has to come out.
+    /// How many bytes may be read before more output must come.
     allowance: usize,
 }
 
 impl Input {
-    /// So many bytes have come out.
+    /// Records that this many bytes of output came.
     fn came_out(&mut self, bytes: usize) {
         self.allowance += 2 * bytes;
     }
@@ -298,7 +298,7 @@ impl BufRead for Input {
     }
 }
 
-/// What the window of the next frame of zstd takes, by its header (RFC 8878, 3.1.1): 0 for one that is skipped.
+/// The window size of the next zstd frame, from its header (RFC 8878, 3.1.1). It is 0 for a skippable frame.
 fn zstd_window(input: &[u8]) -> Result<usize, ApiError> {
     const MAGIC: u32 = 0xFD2F_B528;
     const SKIPPABLE: u32 = 0x184D_2A50;
@@ -313,7 +313,7 @@ fn zstd_window(input: &[u8]) -> Result<usize, ApiError> {
     let (descriptor, rest) = rest.split_first().ok_or_else(ended_early)?;
     let is_single_segment = descriptor & 0x20 != 0;
     let window = if is_single_segment {
-        // The window is the content, whose size follows the dictionary's id.
+        // The window is as large as the content, whose size follows the dictionary's id.
         let id_bytes = [0, 1, 2, 4][usize::from(descriptor & 3)];
         let size_bytes = 1_usize << (descriptor >> 6);
         let size = rest.get(id_bytes..id_bytes + size_bytes).ok_or_else(ended_early)?;
@@ -344,7 +344,7 @@ mod tests {
         zstd::encode_all(content, 3).unwrap()
     }
 
-    /// With this window, whatever the content.
+    /// Compresses with this window, whatever the content is.
     fn zstd_with_window(content: &[u8], log: u32) -> Vec<u8> {
         let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
         encoder.window_log(log).unwrap();
@@ -358,13 +358,13 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    /// A gzip member around these blocks of deflate, which come to nothing.
+    /// A gzip member with these deflate blocks, which produce no output.
     fn member_of(blocks: &[u8]) -> Vec<u8> {
         let header = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
         [&header[..], blocks, &[1, 0, 0, 0xff, 0xff], &[0; 8]].concat()
     }
 
-    /// A frame of zstd of so many empty blocks.
+    /// A zstd frame with this many empty blocks.
     fn frame_of(blocks: usize) -> Vec<u8> {
         let mut frame = vec![0x28, 0xB5, 0x2F, 0xFD, 0, 0];
         for _ in 1..blocks {
@@ -411,7 +411,7 @@ mod tests {
                 assert!(read.unwrap() == content, "{compression:?} {}", content.len());
             }
         }
-        // Each event by itself.
+        // Each event is a member or frame of its own.
         let event = br#"{"device_id":"pi","timestamp":"2026-11-22T12:00:00Z","total_files_synced":1,"total_errors":0}"#;
         let parts = |compress: fn(&[u8]) -> Vec<u8>| compress(event).repeat(MAX_FRAMES);
         for (compression, body) in
@@ -451,7 +451,7 @@ mod tests {
             assert!(read.unwrap_err().contains("RFC 9659"), "{log}");
             assert_eq!(held, DECODER_BYTES);
         }
-        // The content is the window.
+        // The window is as large as the content.
         let (read, held) =
             decompress(Compression::Zstd, zstd::bulk::compress(&content, 3).unwrap());
         assert_eq!((read.unwrap().len(), held), (1_000, DECODER_BYTES + 1_000));
@@ -479,7 +479,7 @@ mod tests {
             );
             assert!(held < 1 << 20, "{held}");
         }
-        // Some is let pass: writers flush.
+        // A few empty blocks are accepted, because flushing writes them.
         let (read, _) = decompress(Compression::Zstd, frame_of(1_000));
         assert_eq!(read.unwrap(), b"");
     }

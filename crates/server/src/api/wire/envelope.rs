@@ -1,4 +1,4 @@
-//! What every successful answer is wrapped in.
+//! The envelope of successful JSON responses. Handlers return it, except those of `/`, `/api` and `/health`.
 
 use axum::{
     Json,
@@ -8,14 +8,14 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// A successful answer.
+/// A successful response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Success<T> {
     /// Always true.
     success: bool,
-    /// What was done, for a person to read.
+    /// What was done, for people to read.
     message: &'static str,
-    /// What was asked for.
+    /// The requested data.
     data: T,
 }
 
@@ -24,7 +24,7 @@ impl<T> Success<T> {
         Self { success: true, message, data }
     }
 
-    /// The answer with another status than 200.
+    /// The response with a status other than 200.
     pub(crate) fn with_status(self, status: StatusCode) -> Response
     where
         T: Serialize,

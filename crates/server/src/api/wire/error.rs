@@ -1,4 +1,5 @@
-//! The one error type of the HTTP API and the one place where it becomes an answer.
+//! The error type of the HTTP API, and the only place that turns it into a response. Handlers and the middleware return
+//! it. The text of an internal error must never be sent.
 
 use std::borrow::Cow;
 
@@ -17,65 +18,65 @@ use crate::{
     store::{Scope, StoreError},
 };
 
-/// Seconds after which to try again when the server has too much to do.
+/// `Retry-After` in seconds when the server is overloaded.
 const RETRY_WHEN_OVERLOADED: u32 = 2;
 
-/// Seconds after which to try again when the database is away.
+/// `Retry-After` in seconds when the database is away.
 const RETRY_WHEN_AWAY: u32 = 5;
 
-/// Seconds after which to try again when the clock is not set: NTP sets it within a minute of the network's coming.
+/// `Retry-After` in seconds when the clock is not set. NTP sets it within a minute after the network comes up.
 const RETRY_WHEN_CLOCK_NOT_SET: u32 = 60;
 
-/// Everything that can be answered instead of what was asked for.
+/// Every error response of the API.
 #[derive(Debug)]
 pub(crate) enum ApiError {
-    /// 400: these fields are wrong.
+    /// 400: these fields are invalid.
     Validation(Vec<Violation>),
-    /// 400: the body is not JSON; says where.
+    /// 400: the body is not JSON. The text says where.
     Malformed(String),
-    /// 400: the body broke off or is not compressed as it says; says what is wrong.
+    /// 400: the body ended early or is not compressed as declared. The text says what is wrong.
     Unreadable(String),
-    /// 401: no key; says what to send.
+    /// 401: no key. The text says what to send.
     KeyNeeded(&'static str),
-    /// 401: a key that opens nothing; says why.
+    /// 401: a key that is not valid, and why.
     WrongKey(KeyFault),
-    /// 403: the key opens other things than this scope.
+    /// 403: the key does not have this scope.
     WrongScope(Scope),
     /// 403: the key is for other devices.
     OtherDevice,
-    /// 404: there is no such thing; says what.
+    /// 404: the named thing does not exist.
     NotFound(&'static str),
     /// 405.
     MethodNotAllowed,
     /// 408: the body did not arrive in time.
     BodyTimeout,
-    /// 413: the body is larger than so many bytes.
+    /// 413: the body is larger than this many bytes.
     BodyTooLarge(usize),
-    /// 413: the body holds more than so many events.
+    /// 413: the body holds more than this many events.
     TooManyEvents(usize),
-    /// 415: says what is expected.
+    /// 415: the text says what is expected.
     UnsupportedMediaType(&'static str),
-    /// 429: so many seconds until the next request is allowed.
+    /// 429: the next request is allowed after this many seconds.
     TooManyRequests {
         seconds: u64,
-        /// What is counted, in words.
+        /// What is counted, as words for the message.
         whom: &'static str,
     },
-    /// 503: too much to do.
+    /// 503: the server is overloaded.
     Overloaded,
     /// 503: the database is away.
     DatabaseAway,
-    /// 503: the change was made, and may be lost when a standby takes over.
+    /// 503: the change was made, but may be lost if a standby is promoted.
     Unreplicated,
-    /// 503: to find what was asked for takes too long.
+    /// 503: the query takes too long.
     TooSlow,
-    /// 503: the server does not know what time it is.
+    /// 503: the server's clock is not set.
     ClockNotSet,
-    /// 500: the text is for the log and never sent.
+    /// 500: the text is for the log and is never sent.
     Internal(String),
 }
 
-/// Why a key opens nothing.
+/// Why a key is not valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum KeyFault {
     SeveralHeaders,
@@ -112,7 +113,7 @@ impl KeyFault {
     }
 }
 
-/// What went wrong, in one stable word for programs. The message beside it is for people and may change.
+/// The kind of error, as a stable word for programs. The message beside it is for people and may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum ErrorCode {
@@ -140,11 +141,11 @@ pub(crate) enum ErrorCode {
     Internal,
 }
 
-/// What the log is to say of an error: a 500's text, or what was wrong with a request.
+/// The text about an error for the log: the cause of a 500, or what was wrong with a request.
 #[derive(Debug, Clone)]
 pub(crate) struct ErrorDetail(pub(crate) String);
 
-/// An error answer.
+/// An error response.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({
     "success": false,
@@ -160,30 +161,30 @@ pub(crate) struct ErrorDetail(pub(crate) String);
 pub(crate) struct ErrorBody {
     /// Always false.
     success: bool,
-    /// What is wrong, for a person to read.
+    /// What is wrong, for people to read.
     error: String,
     code: ErrorCode,
-    /// Every wrong field at once; only when fields are wrong.
+    /// Every invalid field; absent when no field is invalid.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     details: Vec<FieldError>,
 }
 
-/// A wrong field.
+/// An invalid field.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct FieldError {
-    /// The field's name; empty when the whole body is meant.
+    /// The field's name; empty for the entire body.
     #[schema(value_type = String)]
     field: Cow<'static, str>,
-    /// What is expected of it.
+    /// The expected value.
     message: String,
-    /// What was sent, shortened; absent when nothing was.
+    /// The sent value, shortened; absent when nothing was sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     value: Option<Value>,
     #[schema(value_type = DetailCode)]
     code: ViolationCode,
 }
 
-/// What kind of rule a field breaks, in one stable word for programs.
+/// The kind of rule that a field breaks, as a stable word for programs.
 struct DetailCode;
 
 impl PartialSchema for DetailCode {
@@ -200,16 +201,16 @@ impl PartialSchema for DetailCode {
 
 impl ToSchema for DetailCode {}
 
-/// Longest text of a refused request's fault in the log, in characters.
+/// The longest text about a refused request in the log, in characters.
 const LOGGED_LENGTH: usize = 300;
 
-/// What is wrong, on one line of the log.
+/// Describes violations on one line of the log.
 pub(crate) fn in_short(violations: &[Violation]) -> String {
     let messages: Vec<_> = violations.iter().map(|violation| violation.message.as_str()).collect();
     cut(&messages.join(", "))
 }
 
-/// The beginning of a text that a client may have made long.
+/// The beginning of a text, because a client may have made it long.
 fn cut(text: &str) -> String {
     match text.char_indices().nth(LOGGED_LENGTH) {
         Some((end, _)) => format!("{}\u{2026}", &text[..end]),
@@ -224,32 +225,32 @@ impl From<Violation> for FieldError {
     }
 }
 
-/// What any request may be answered.
+/// The errors that any request may get.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]
 pub(crate) enum AnyTime {
-    /// No key, or one that is not known, has expired or was revoked.
+    /// No key, or a key that is unknown, expired or revoked.
     #[response(status = 401)]
     Unauthorized(ErrorBody),
-    /// The key opens other things.
+    /// The key does not grant this.
     #[response(status = 403)]
     Forbidden(ErrorBody),
-    /// Too many requests from this address or with this key; `Retry-After` says when to come back.
+    /// Too many requests from this address or with this key. `Retry-After` says when to try again.
     #[response(status = 429)]
     TooManyRequests(ErrorBody),
-    /// Something went wrong inside; the log knows it by the request id.
+    /// An internal error. The log contains it under the request id.
     #[response(status = 500)]
     Internal(ErrorBody),
-    /// Too much to do, the database is away, or the server's clock is not set; `Retry-After` says when to come back.
+    /// The server is overloaded, the database is away, or the clock is not set. `Retry-After` says when to try again.
     #[response(status = 503)]
     Unavailable(ErrorBody),
 }
 
-/// What a request with a JSON body may be answered, besides.
+/// The additional errors of a request with a JSON body.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]
 pub(crate) enum WithBody {
-    /// Malformed JSON, or wrong fields: `details` names every one of them.
+    /// Malformed JSON, or invalid fields, which `details` lists.
     #[response(status = 400)]
     Invalid(ErrorBody),
     /// The body did not arrive in time.
@@ -263,16 +264,16 @@ pub(crate) enum WithBody {
     UnsupportedMediaType(ErrorBody),
 }
 
-/// What a request with query parameters may be answered, besides.
+/// The additional errors of a request with query parameters.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]
 pub(crate) enum WithQuery {
-    /// Wrong parameters: `details` names every one of them.
+    /// Invalid parameters, which `details` lists.
     #[response(status = 400)]
     Invalid(ErrorBody),
 }
 
-/// What a request about a device may be answered, besides.
+/// The additional errors of a request about a device.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]
 pub(crate) enum OfDevice {
@@ -328,7 +329,7 @@ impl ApiError {
         }
     }
 
-    /// What RFC 6750 has a server say of keys.
+    /// The `WWW-Authenticate` header (RFC 6750).
     fn challenge(&self) -> Option<HeaderValue> {
         let challenge = match self {
             Self::KeyNeeded(_) => r#"Bearer realm="pisync""#,
@@ -424,7 +425,7 @@ impl IntoResponse for ApiError {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
         }
         if closes {
-            // The rest of the body is not worth reading.
+            // Closing the connection saves reading the rest of the body.
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if let Some(log) = log {

@@ -1,5 +1,5 @@
-//! Reading requests: bodies within their bounds of size and time, paths, and query strings, which
-//! [`crate::api::wire::query`] understands.
+//! Reads requests: bodies within their limits of size and time, paths, and query strings. Handlers use these
+//! extractors. [`crate::api::wire::query`] reads the parameters of a query string.
 
 use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
@@ -29,7 +29,7 @@ use crate::{
     ingest::Permit,
 };
 
-/// Of a large body, so many bytes may take as long as a small body.
+/// Each further stretch of this size gives a large body as much time again as a small body has.
 const STRETCH_BYTES: usize = 64 << 10;
 
 /// A body that is still arriving.
@@ -38,30 +38,30 @@ pub(crate) struct Arriving {
     began: Instant,
     /// How long the next piece, and each stretch, may take.
     patience: Duration,
-    /// So many times as long all of it may take, if enough of it comes.
+    /// The largest multiple of `patience` for the entire body, if enough data comes.
     times: u32,
     received: usize,
 }
 
 impl Arriving {
-    /// A body that may take so long to arrive in full.
+    /// A body that must arrive completely within `timeout`.
     pub(crate) fn within(body: Body, timeout: Duration) -> Self {
         Self::in_pieces(body, timeout, 1)
     }
 
-    /// One of which no piece may take longer than `patience`, nor any 64 KiB, and all of it so many times as long. Who
-    /// sends a byte now and then does not hold for long what was taken for the rest.
+    /// A body of which no piece, and no 64 KiB, may take longer than `patience`. The entire body may take `times` as
+    /// long. A client that sends a byte now and then therefore cannot hold reserved memory for long.
     pub(crate) fn in_pieces(body: Body, patience: Duration, times: u32) -> Self {
         Self { body, began: Instant::now(), patience, times, received: 0 }
     }
 
-    /// When it is too late for what has arrived so far.
+    /// The deadline for more data than has arrived so far.
     fn deadline(&self) -> Instant {
         let stretches = u32::try_from(self.received / STRETCH_BYTES).unwrap_or(u32::MAX);
         self.began + self.patience * stretches.saturating_add(1).min(self.times)
     }
 
-    /// Whether nothing more is to come.
+    /// True if nothing more will come.
     pub(crate) fn has_ended(&self) -> bool {
         self.body.is_end_stream()
     }
@@ -73,7 +73,7 @@ impl Arriving {
             let frame = match timeout_at(soon, self.body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(None) => return Ok(None),
-                // The connection broke or the framing was wrong; nobody may be left to read the answer.
+                // The connection broke or the framing was wrong. The client may not be there to read the response.
                 Ok(Some(Err(_))) => return Err(ApiError::Unreadable("it ended early".to_owned())),
                 Err(_) => return Err(ApiError::BodyTimeout),
             };
@@ -86,13 +86,13 @@ impl Arriving {
         }
     }
 
-    /// All of it, at most `limit` bytes. What it holds while it arrives is reserved of `permit`.
+    /// The entire body, of at most `limit` bytes. The memory that it holds while it arrives is reserved from `permit`.
     pub(crate) async fn collect(
         mut self,
         limit: usize,
         permit: &mut Permit,
     ) -> Result<Bytes, ApiError> {
-        // A body that says it is too large need not arrive; the client may be waiting for leave to send it.
+        // A body that is declared too large need not arrive. The client may be waiting for `100 Continue`.
         if self.body.size_hint().lower() > limit as u64 {
             return Err(ApiError::BodyTooLarge(limit));
         }
@@ -100,7 +100,7 @@ impl Arriving {
         if piece.len() <= limit && self.has_ended() {
             return Ok(piece);
         }
-        // Pieces are copied: each, however small, would keep a buffer of the connection.
+        // The pieces are copied, because even a small one would keep an entire buffer of the connection alive.
         let mut whole = Vec::new();
         loop {
             let length = whole.len() + piece.len();
@@ -121,18 +121,18 @@ impl Arriving {
     }
 }
 
-/// A JSON body that is still to be read. The rest of its request has been let go.
+/// A JSON body that is still to be read. The rest of its request has been dropped.
 pub(crate) struct JsonBody {
     body: Result<Arriving, ApiError>,
     charset: Charset,
-    /// How it is compressed, and where decoders are counted.
+    /// Its compression, and the state that limits the number of decoders.
     compressed: Option<(Compression, SharedState)>,
     limit: usize,
     permit: Permit,
 }
 
 impl JsonBody {
-    /// A body of at most `limit` bytes, which are counted once it is decompressed.
+    /// A body of at most `limit` decompressed bytes.
     pub(crate) fn of(request: Request, limit: usize, state: &SharedState) -> Self {
         let (mut charset, mut compressed) = (Charset::Utf8, None);
         let body = Declared::of(request.headers()).and_then(|declared| {
@@ -146,7 +146,7 @@ impl JsonBody {
         Self { body, charset, compressed, limit, permit: state.ingest.permit() }
     }
 
-    /// Reads it. What comes is UTF-8, or says that it is.
+    /// Reads the body. The result is UTF-8, or declared as such.
     pub(crate) async fn read(self) -> Result<Bytes, ApiError> {
         let Self { body, charset, compressed, limit, mut permit } = self;
         let collected = body?.collect(most(limit, compressed.is_some()), &mut permit).await;
@@ -166,7 +166,7 @@ impl JsonBody {
     }
 }
 
-/// The most that may arrive of a body of at most `limit` bytes.
+/// The largest number of bytes to receive for a body of at most `limit` decompressed bytes.
 fn most(limit: usize, is_compressed: bool) -> usize {
     if is_compressed { Compression::compressed_limit(limit) } else { limit }
 }
@@ -185,8 +185,8 @@ pub(crate) fn read_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     }
 }
 
-/// The fields of an object whose text cannot be decoded, since it holds half a surrogate pair; `None` when there are
-/// none. Such text is well-formed JSON all the same.
+/// The fields whose text contains half a surrogate pair and cannot be decoded; `None` without any. Such a text is
+/// well-formed JSON nevertheless.
 fn undecodable_fields(text: &str) -> Option<Vec<Violation>> {
     let fields: BTreeMap<String, &RawValue> = serde_json::from_str(text).ok()?;
     let wrong = fields.into_iter().filter(|(_, value)| {
@@ -198,7 +198,7 @@ fn undecodable_fields(text: &str) -> Option<Vec<Violation>> {
     (!wrong.is_empty()).then_some(wrong)
 }
 
-/// What a request says of its JSON body.
+/// What a request declares about its JSON body.
 struct Declared {
     compression: Option<Compression>,
     charset: Charset,
@@ -224,12 +224,12 @@ impl Declared {
     }
 }
 
-/// The path as the document describes it; [`DevicePath`] reads it.
+/// The path in the OpenAPI document; [`DevicePath`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Path)]
 #[expect(dead_code, reason = "describes the path, is never made")]
 pub(crate) struct DevicePathParameter {
-    /// What the device calls itself.
+    /// The device's name for itself.
     #[param(
         min_length = 1,
         max_length = 255,
@@ -239,7 +239,7 @@ pub(crate) struct DevicePathParameter {
     device_id: String,
 }
 
-/// The device named in the path.
+/// The device id in the path.
 pub(crate) struct DevicePath(pub(crate) DeviceId);
 
 impl<S: Send + Sync> FromRequestParts<S> for DevicePath {
@@ -258,7 +258,7 @@ impl<S: Send + Sync> FromRequestParts<S> for DevicePath {
     }
 }
 
-/// A request's query string, to be read.
+/// A request's query string, not yet read.
 pub(crate) struct Query(pub(crate) QueryString);
 
 impl<S: Send + Sync> FromRequestParts<S> for Query {
@@ -269,8 +269,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
     }
 }
 
-/// A request without query parameters, to an endpoint that the Node service never had: a parameter that nobody reads is
-/// refused.
+/// A request without query parameters. Endpoints that the Node service did not have refuse unknown parameters.
 pub(crate) struct NoQuery;
 
 impl<S: Send + Sync> FromRequestParts<S> for NoQuery {
@@ -307,13 +306,13 @@ mod tests {
             assert_eq!(whole.len(), length);
             assert!(permit.bytes() >= length && permit.bytes() <= 64 << 10, "{}", permit.bytes());
         }
-        // What has arrived whole, as most do, costs nothing.
+        // A body that arrives in one piece, as most do, reserves nothing.
         let mut permit = Permit::alone();
         let whole = Arriving::within(Body::from("whole"), PATIENCE).collect(5, &mut permit).await;
         assert_eq!((whole.unwrap().len(), permit.bytes()), (5, 0));
     }
 
-    /// Pieces come in time, and too little with them.
+    /// Pieces come in time, but with too little data.
     #[tokio::test]
     async fn a_body_that_trickles_is_given_up() {
         const PATIENCE: Duration = Duration::from_millis(200);
@@ -348,7 +347,7 @@ mod tests {
         };
         assert!(matches!(refused, ApiError::Overloaded), "{refused:?}");
         assert_eq!(held.len(), 24);
-        // One that goes makes room for the next.
+        // A body that ends releases its memory for the next one.
         drop(held.pop());
         let arriving = Arriving::within(body(1 << 20, 1 << 16), PATIENCE);
         assert!(arriving.collect(1 << 20, &mut one.new_sibling()).await.is_ok());

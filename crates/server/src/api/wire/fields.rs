@@ -1,16 +1,16 @@
-//! Reading the fields of a JSON object: the body of every request but reports, which `pisync_core` reads. Each field is
-//! read by its rule, and every wrong one is named at once.
+//! Reads the fields of a JSON object. It serves every request body except reports, which `pisync_core` reads. Each
+//! field is read by its rule, and every invalid field is named at once.
 
 use pisync_core::{TimestampError, Violation, ViolationCode, text::TextError};
 use serde_json::{Map, Value};
 
 use crate::api::wire::{error::ApiError, extract::read_object};
 
-/// Why a text is not what a field wants.
+/// Why a text is not valid for a field.
 #[derive(Debug)]
 pub(crate) struct Rule {
     code: ViolationCode,
-    /// Words that follow the quoted field name.
+    /// The words that follow the quoted field name.
     words: String,
 }
 
@@ -26,14 +26,14 @@ impl From<TimestampError> for Rule {
     }
 }
 
-/// A choice that there is not; says which there are.
+/// An unknown choice. The words list the known ones.
 impl From<String> for Rule {
     fn from(words: String) -> Self {
         Self { code: ViolationCode::Format, words }
     }
 }
 
-/// The fields that are still to be read, and what is wrong with those that were.
+/// The unread fields, and the violations of those already read.
 #[derive(Debug)]
 pub(crate) struct Fields {
     fields: Map<String, Value>,
@@ -41,12 +41,12 @@ pub(crate) struct Fields {
 }
 
 impl Fields {
-    /// The fields of a body.
+    /// Parses the fields of a body.
     pub(crate) fn of(body: &[u8]) -> Result<Self, ApiError> {
         Ok(Self { fields: read_object(body)?, violations: Vec::new() })
     }
 
-    /// A text that must be there.
+    /// A required text.
     pub(crate) fn required<T, E: Into<Rule>>(
         &mut self,
         field: &'static str,
@@ -64,7 +64,7 @@ impl Fields {
         }
     }
 
-    /// A text; null is as good as none.
+    /// An optional text. Null is the same as absent.
     pub(crate) fn optional<T, E: Into<Rule>>(
         &mut self,
         field: &'static str,
@@ -73,7 +73,7 @@ impl Fields {
         self.nullable(field, read).flatten()
     }
 
-    /// A text or null, which is told from none: `Some(None)`.
+    /// A text or null. Null is `Some(None)`, and absent is `None`.
     pub(crate) fn nullable<T, E: Into<Rule>>(
         &mut self,
         field: &'static str,
@@ -92,7 +92,7 @@ impl Fields {
         None
     }
 
-    /// Remembers that something is wrong with a field.
+    /// Records a violation of a field.
     pub(crate) fn refuse(
         &mut self,
         field: &'static str,
@@ -103,7 +103,7 @@ impl Fields {
         self.violations.push(Violation::of(field, code, rule, value));
     }
 
-    /// Says whether all that was read was right, and nothing else was sent: a misspelt field must not look obeyed.
+    /// Fails if a field was invalid or unknown. A misspelt field must not appear to work.
     pub(crate) fn finish(mut self) -> Result<(), ApiError> {
         for (field, value) in self.fields {
             let rule = "is not allowed";

@@ -1,4 +1,4 @@
-//! A device's figures as every answer shows them.
+//! A device's figures as every response shows them. The resources use it, so that no two of them differ.
 
 use pisync_core::Timestamp;
 use serde::Serialize;
@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use crate::store::Figures;
 
-/// What a device, or one of its jobs, adds up to over everything it ever reported.
+/// The figures of a device, or of one of its jobs, over all its events.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct DeviceFigures {
     #[schema(example = 412)]
@@ -36,12 +36,11 @@ pub(crate) struct DeviceFigures {
     /// Syncs without errors.
     #[schema(example = 409)]
     successful_syncs: i64,
-    /// Per cent of syncs without errors, to 2 decimals; 0 when there are no syncs. 100 only when none has
-    /// failed, and 0 only when none has succeeded.
+    /// Percentage of syncs without errors, with 2 decimals; 0 when there are no syncs. It is 100 only if none has
+    /// failed, and 0 only if none has succeeded.
     #[schema(example = 99.27)]
     success_rate: f64,
-    /// Failures after the last success, by date and then by id; of a device with several jobs, those of the
-    /// worst.
+    /// Failures after the last success, by date and then by id. For a device with several jobs, those of the worst job.
     #[schema(example = 0)]
     consecutive_failures: i64,
 }
@@ -65,9 +64,8 @@ impl From<Figures> for DeviceFigures {
     }
 }
 
-/// Per cent of syncs without errors, rounded to 2 decimals; 0 when there are none, as the Node service
-/// had it. Rounding never makes it 100 while a sync has failed, nor 0 while one has succeeded: people
-/// read those two figures as "all" and "none".
+/// Percentage of syncs without errors, rounded to 2 decimals. Without syncs it is 0, as in the Node service. Rounding
+/// never gives 100 if a sync has failed, nor 0 if one has succeeded: people read those values as "all" and "none".
 pub(crate) fn success_rate(figures: &Figures) -> f64 {
     let successful = i128::from(figures.successful_syncs());
     let total = i128::from(figures.total_syncs);

@@ -1,5 +1,5 @@
-//! What large answers hold until their clients have taken them. It is bounded for all of them together: an answer beyond
-//! is refused, and a batch before any of it is stored.
+//! Limits the memory of large responses until their clients have read them. The limit holds for all of them together. A
+//! response beyond it is refused; a batch is refused before any of it is stored. Handlers and the middleware call it.
 
 use std::{
     pin::Pin,
@@ -18,29 +18,29 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{api::wire::error::ApiError, middleware::admission::Slot};
 
-/// Smaller answers are not counted: a connection's buffers hold as much anyway.
+/// Smaller responses are not counted, because the buffers of a connection hold as much anyway.
 const LARGE: usize = 16 << 10;
 
-/// What an encoder for gzip holds while an answer passes through it, roughly.
+/// The memory of a gzip encoder while a response passes through it, roughly.
 pub(crate) const ENCODER_BYTES: usize = 320 << 10;
 
-/// Bytes are counted in units of so many.
+/// Bytes are counted in units of this size.
 const UNIT: usize = 1 << 10;
 
-/// The bound. Cheap to clone.
+/// The shared limit. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct LargeAnswers(Arc<Semaphore>);
 
 impl LargeAnswers {
-    /// They may hold so many bytes, all together.
+    /// All large responses together may hold `bytes` bytes.
     pub(crate) fn new(bytes: usize) -> Self {
         Self(Arc::new(Semaphore::new(bytes / UNIT)))
     }
 
-    /// Memory for an answer of so many bytes; nothing when it is small.
+    /// Reserves memory for a response of this size; `None` when it is small.
     ///
     /// # Errors
-    /// [`ApiError::Overloaded`] when there is none.
+    /// [`ApiError::Overloaded`] when there is not enough.
     pub(crate) fn reserve(&self, bytes: usize) -> Result<Option<Held>, ApiError> {
         if bytes <= LARGE {
             return Ok(None);
@@ -49,7 +49,7 @@ impl LargeAnswers {
         permit.map(|permit| Some(Held(Arc::new(permit)))).map_err(|_| ApiError::Overloaded)
     }
 
-    /// Memory for so many bytes; `None` when it does not come in time.
+    /// Waits for memory of this size; `None` after `patience`.
     pub(crate) async fn wait_for(&self, bytes: usize, patience: Duration) -> Option<Held> {
         let permit = Arc::clone(&self.0).acquire_many_owned(units(bytes));
         let permit = tokio::time::timeout(patience, permit).await.ok()?.ok()?;
@@ -61,12 +61,13 @@ fn units(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX)
 }
 
-/// Memory that is counted until this is dropped. Among the extensions of an answer, it is what the answer holds.
+/// Reserved memory, which is released when this is dropped. As an extension of a response, it is the memory of that
+/// response.
 #[derive(Clone)]
 pub(crate) struct Held(Arc<OwnedSemaphorePermit>);
 
 impl Held {
-    /// Gives back what is beyond so many bytes.
+    /// Releases what exceeds `bytes`.
     fn shrink_to(&mut self, bytes: usize) {
         if let Some(permit) = Arc::get_mut(&mut self.0) {
             let excess = permit.num_permits().saturating_sub(bytes.div_ceil(UNIT));
@@ -74,7 +75,7 @@ impl Held {
         }
     }
 
-    /// A text that is counted for as long as anybody has some of it.
+    /// Makes a text whose memory stays reserved while any part of it exists.
     pub(crate) fn with(mut self, text: String) -> Bytes {
         self.shrink_to(text.len());
         let keep = Arc::new(Keep { _held: Some(self), _slot: None });
@@ -82,11 +83,11 @@ impl Held {
     }
 }
 
-/// The step between handlers and compression: counts an answer that is large. It is for reads, which can be refused when
-/// they are done.
+/// The layer between handlers and compression, which reserves memory for large responses. It is for reads only, because
+/// it can still refuse them after the handler has run.
 pub(crate) async fn count(State(answers): State<LargeAnswers>, mut response: Response) -> Response {
     let size = response.body().size_hint().exact().and_then(|size| usize::try_from(size).ok());
-    // Whether it will be compressed is not known here.
+    // This layer does not know whether the response will be compressed.
     let with_encoder = size.filter(|size| *size > LARGE).map_or(0, |size| size + ENCODER_BYTES);
     match answers.reserve(with_encoder) {
         Ok(Some(held)) => {
@@ -98,8 +99,8 @@ pub(crate) async fn count(State(answers): State<LargeAnswers>, mut response: Res
     response
 }
 
-/// The step around all others: what an answer holds, and its slot, are given back when its client has taken all of it.
-/// A small one is as good as taken.
+/// Releases a response's memory and slot after its client has read all of it. A small response counts as read at once.
+/// The outermost layer calls it.
 pub(crate) fn hold(mut response: Response, slot: Option<Slot>) -> Response {
     let size = response.body().size_hint().exact();
     if size.is_some_and(|size| size <= LARGE as u64) {
@@ -116,14 +117,14 @@ pub(crate) fn hold(mut response: Response, slot: Option<Slot>) -> Response {
     response.map(|body| Body::new(Keeping { body, keep }))
 }
 
-/// What goes with an answer.
+/// What is released with a response.
 struct Keep {
     _held: Option<Held>,
     _slot: Option<Slot>,
 }
 
-/// A body that keeps something until all of its pieces are gone: connections go on holding them when they are done
-/// with the body.
+/// A body that keeps something until all its pieces are dropped. Connections hold pieces even after the end of the
+/// body.
 struct Keeping {
     body: Body,
     keep: Arc<Keep>,
@@ -152,7 +153,7 @@ impl HttpBody for Keeping {
     }
 }
 
-/// A piece of it.
+/// A piece of such a body.
 struct Kept {
     bytes: Bytes,
     _keep: Arc<Keep>,
@@ -180,7 +181,7 @@ mod tests {
     async fn what_is_counted_until_when() {
         let answers = LargeAnswers::new(MAX_BYTES);
         assert!(answers.reserve(LARGE).unwrap().is_none());
-        // Of a large answer its own bytes, once it is known that nothing compresses them.
+        // A large response needs only its own bytes, once it is known that nothing compresses it.
         let response = count(State(answers.clone()), "x".repeat(1 << 20).into_response()).await;
         assert_eq!(left(&answers), MAX_BYTES - (1 << 20) - ENCODER_BYTES);
         let mut body = hold(response, None).into_body();
@@ -191,7 +192,7 @@ mod tests {
         assert_eq!(left(&answers), MAX_BYTES - (1 << 20));
         drop(piece);
         assert_eq!(left(&answers), MAX_BYTES);
-        // Of one that is made while it is sent, all that was asked for.
+        // A streamed response needs everything that was reserved.
         let held = answers.reserve(1 << 20).unwrap();
         let mut response =
             Body::from_stream(futures_util::stream::empty::<Result<Bytes, axum::Error>>())
@@ -200,7 +201,7 @@ mod tests {
         let response = hold(response, None);
         assert_eq!(left(&answers), MAX_BYTES - (1 << 20));
         drop(response);
-        // Beyond, there is nothing.
+        // Beyond that, nothing is available.
         let all = answers.reserve(MAX_BYTES).unwrap();
         assert!(matches!(answers.reserve(LARGE + 1), Err(ApiError::Overloaded)));
         let refused = count(State(answers.clone()), "x".repeat(1 << 20).into_response()).await;

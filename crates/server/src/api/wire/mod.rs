@@ -1,5 +1,5 @@
-//! How requests are read and answers are written, whatever they are about: bodies, query strings, the envelope, errors,
-//! and the figures that several answers show.
+//! How requests are read and responses are written, for all resources: bodies, query strings, the envelope, errors, and
+//! shared figures. The resources call it. Nothing here may know a resource.
 
 pub(crate) mod charset;
 pub(crate) mod decompress;

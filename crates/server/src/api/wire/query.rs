@@ -1,5 +1,5 @@
-//! Reading query strings, apart from any request: each parameter by its rules, with every wrong one named
-//! at once. Handlers get it by `Query` of the module `extract`; fuzz targets call it directly.
+//! Reads query strings, independent of any request. Each parameter has its rule, and every invalid one is named at
+//! once. Handlers get it through `Query` of the module `extract`. Fuzz targets call it directly.
 
 use std::ops::RangeInclusive;
 
@@ -12,25 +12,25 @@ use serde_json::Value;
 
 use crate::store::{HistoryPosition, Window};
 
-/// The largest offset: what a JSON number holds exactly.
+/// The largest offset: the largest integer that every JSON reader holds exactly.
 pub const MAX_OFFSET: u64 = (1 << 53) - 1;
 
-/// A query string being read. Each method reads one parameter and remembers what is wrong with it;
-/// [`QueryString::finish`] tells.
+/// A query string being read. Each method reads one parameter and records its violations. [`QueryString::finish`]
+/// returns them.
 #[derive(Debug)]
 pub struct QueryString {
     pairs: Vec<Pair>,
-    /// The names of the parameters that were read, whether they were there or not.
+    /// The names of all parameters that were read, present or not.
     known: Vec<&'static str>,
     violations: Vec<Violation>,
 }
 
-/// One parameter as it was given.
+/// One parameter as it was sent.
 #[derive(Debug)]
 struct Pair {
     name: String,
     value: String,
-    /// Whether all of the value is UTF-8; what is not became replacement characters.
+    /// True if the entire value is UTF-8. Invalid bytes became replacement characters.
     is_text: bool,
 }
 
@@ -38,7 +38,7 @@ impl Pair {
     fn read(text: &str) -> Self {
         let (name, value) = text.split_once('=').unwrap_or((text, ""));
         let [name, value] = [name, value].map(|part| {
-            // As HTML forms write it.
+            // HTML forms write a space as a plus sign.
             let bytes: Vec<u8> = percent_decode_str(&part.replace('+', " ")).collect();
             String::from_utf8(bytes)
                 .map_err(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
@@ -50,18 +50,17 @@ impl Pair {
 }
 
 impl QueryString {
-    /// The text after a request target's question mark. Nothing is wrong with it until a parameter is read.
+    /// Parses the text after the question mark. Nothing is invalid until a parameter is read.
     #[must_use]
     pub fn parse(query: &str) -> Self {
         let pairs = query.split('&').filter(|pair| !pair.is_empty()).map(Pair::read).collect();
         Self { pairs, known: Vec::new(), violations: Vec::new() }
     }
 
-    /// Says whether all that was read was right, and nothing else was sent: a parameter that is misspelt must not look
-    /// obeyed.
+    /// Fails if a parameter was invalid or unknown. A misspelt parameter must not appear to work.
     ///
     /// # Errors
-    /// Everything that was wrong.
+    /// All violations.
     pub fn finish(mut self) -> Result<(), Vec<Violation>> {
         for Pair { name, value, .. } in &self.pairs {
             if self.violations.len() >= MAX_NAMED {
@@ -81,11 +80,11 @@ impl QueryString {
         self.finish_ignoring_others()
     }
 
-    /// Says whether all that was read was right, as [`Self::finish`] does, but for what else was sent: the Node service
-    /// ignored that, and its clients may send it.
+    /// Fails if a parameter was invalid, as [`Self::finish`] does, but ignores unknown ones. The Node service ignored
+    /// them, so its clients may send them.
     ///
     /// # Errors
-    /// Everything that was wrong.
+    /// All violations.
     pub fn finish_ignoring_others(self) -> Result<(), Vec<Violation>> {
         if self.violations.is_empty() { Ok(()) } else { Err(self.violations) }
     }
@@ -101,7 +100,7 @@ impl QueryString {
         None
     }
 
-    /// The parameter's text, when it is there.
+    /// The parameter's text, if it is present.
     fn get(&mut self, name: &'static str) -> Option<String> {
         self.known.push(name);
         let mut given = self.pairs.iter().filter(|pair| pair.name == name);
@@ -116,7 +115,7 @@ impl QueryString {
         Some(value)
     }
 
-    /// A whole number within `range`.
+    /// An integer within `range`.
     pub fn integer(&mut self, name: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
         let text = self.get(name)?;
         let Some(scaled) = parse_scaled(text.trim(), 0) else {
@@ -187,12 +186,12 @@ impl QueryString {
         }
     }
 
-    /// Where to go on in a history.
+    /// The position in a history to continue from.
     pub fn cursor(&mut self) -> Option<HistoryPosition> {
         self.cursor_of(read_cursor)
     }
 
-    /// Where to go on in a list by its rows' numbers: the number of the last row of the page before.
+    /// The position in a list sorted by id: the id of the last row of the previous page.
     pub fn id_cursor(&mut self) -> Option<i64> {
         self.cursor_of(|text| text.parse().ok().filter(|id| *id > 0))
     }
@@ -206,7 +205,7 @@ impl QueryString {
         }
     }
 
-    /// `window`: what it is called, and what it is at this instant.
+    /// The parameter `window`: its name, and its time span at `now`.
     pub fn window(&mut self, now: Timestamp) -> Option<(&'static str, Window)> {
         let windows = [
             ("24h", Window::last_24_hours(now)),
@@ -222,7 +221,7 @@ impl QueryString {
         JobName::new(&text).ok()
     }
 
-    /// One of the `choices`, given by name.
+    /// One of `choices`, by name.
     pub fn choice<T: Copy>(&mut self, name: &'static str, choices: &[(&str, T)]) -> Option<T> {
         let text = self.get(name)?;
         if let Some((_, value)) = choices.iter().find(|(choice, _)| *choice == text) {
@@ -234,26 +233,27 @@ impl QueryString {
     }
 }
 
-/// Wrong parameters that are named. Nobody has more right ones, and each is compared with all others.
+/// How many unknown parameters are named. No endpoint has as many known ones, and each name is compared with all
+/// others.
 const MAX_NAMED: usize = 64;
 
-/// Longest name of a parameter that is echoed, in characters.
+/// The longest parameter name that is echoed, in characters.
 const ECHOED_NAME: usize = 64;
 
-/// The beginning of a name that a client has made up: an answer must not grow with what was sent.
+/// The beginning of an unknown name. A response must not grow with the request.
 fn in_short(name: &str) -> String {
     name.chars().take(ECHOED_NAME).collect()
 }
 
-/// A number, of any size, as it was sent.
+/// A number of any size, as it was sent.
 fn as_sent(number: &str) -> Value {
     serde_json::from_str(number).unwrap_or_else(|_| number.into())
 }
 
-/// Hexadecimal digits in each half of a cursor.
+/// The number of hexadecimal digits in each half of a cursor.
 const CURSOR_HALF: usize = 16;
 
-/// A position as text that means nothing to anybody else: both numbers in hexadecimal, in full.
+/// An opaque text for a position: both numbers as hexadecimal digits of full length.
 #[must_use]
 pub fn cursor_text(position: HistoryPosition) -> String {
     let HistoryPosition { microsecond, id } = position;
@@ -330,7 +330,7 @@ mod tests {
             assert_eq!(violation.code, ViolationCode::UnknownField);
         }
         assert_eq!(read().finish_ignoring_others(), Ok(()));
-        // However many there are, and however long they are.
+        // The response is bounded, however many and however long they are.
         let many: String = (0..2_000).map(|number| format!("{number:0>500}=x&")).collect();
         let violations = QueryString::parse(&many).finish().unwrap_err();
         assert_eq!(violations.len(), MAX_NAMED);

@@ -1,5 +1,5 @@
-//! How a resource declares its routes: each with its handler, its documentation and its policy. The scope is the
-//! operation's `security` in the OpenAPI document, so that the document cannot say something else than what holds.
+//! Declares the routes of a resource, each with its handler, documentation and policy. The resources call it. The
+//! required scope is the operation's `security` in the OpenAPI document, so the document cannot contradict the server.
 
 use std::convert::Infallible;
 
@@ -21,10 +21,10 @@ use crate::{
     store::Scope,
 };
 
-/// The name under which the OpenAPI document knows keys.
+/// The name of the key scheme in the OpenAPI document.
 pub(crate) const SECURITY_SCHEME: &str = "key";
 
-/// Routes, their document and their policies.
+/// Routes with their document and policies.
 #[derive(Default)]
 pub(crate) struct Routes {
     router: OpenApiRouter<SharedState>,
@@ -32,7 +32,7 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
-    /// None yet, and this as the document's frame.
+    /// No routes yet, and the outline of the document.
     pub(crate) fn within(document: Document) -> Self {
         Self { router: OpenApiRouter::with_openapi(document), policies: Policies::default() }
     }
@@ -42,7 +42,7 @@ impl Routes {
         Self::default().and(operations, policy)
     }
 
-    /// The operations that `utoipa_axum::routes!` gathers. Each one's scope is what it declares.
+    /// Adds the operations that `utoipa_axum::routes!` collects. Each one declares its own scope.
     pub(crate) fn and(
         mut self,
         operations: UtoipaMethodRouter<SharedState>,
@@ -58,7 +58,7 @@ impl Routes {
         self
     }
 
-    /// A route that is asked with GET and does not stand in the document.
+    /// Adds a GET route that is not in the document.
     pub(crate) fn and_undocumented(
         mut self,
         path: &str,
@@ -76,7 +76,7 @@ impl Routes {
         self
     }
 
-    /// Puts a layer around the routes that are there so far.
+    /// Puts a layer around the routes added so far.
     pub(crate) fn layer<L>(mut self, layer: L) -> Self
     where
         L: Layer<Route> + Clone + Send + Sync + 'static,
@@ -88,7 +88,7 @@ impl Routes {
         self
     }
 
-    /// The routes, their document and their policies.
+    /// The router, the document and the policies.
     pub(crate) fn into_parts(self) -> (Router<SharedState>, Document, Policies) {
         let (router, document) = self.router.split_for_parts();
         (router, document, self.policies)
@@ -108,7 +108,7 @@ pub(crate) fn operations(item: &PathItem) -> impl Iterator<Item = (Method, &Oper
     .filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
 }
 
-/// The same, to be changed.
+/// The same, mutable.
 pub(crate) fn operations_mut(
     item: &mut PathItem,
 ) -> impl Iterator<Item = (Method, &mut Operation)> {
@@ -123,8 +123,8 @@ pub(crate) fn operations_mut(
     .filter_map(|(method, operation)| Some((method, operation.as_mut()?)))
 }
 
-/// What an operation declares: `[{}]` is everybody, `[{"key": ["read"]}]` a scope. Whatever else stands there is for
-/// admins.
+/// The access that an operation declares: `[{}]` is everybody, `[{"key": ["read"]}]` is a scope. Anything else requires
+/// an admin key.
 fn declared_access(security: &Value) -> Access {
     if *security == serde_json::json!([{}]) {
         return Access::Anyone;

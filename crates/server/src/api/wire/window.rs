@@ -1,4 +1,4 @@
-//! The parameter `window`, as the document describes it.
+//! The query parameter `window` in the OpenAPI document. The resources that have one use it.
 
 use utoipa::{PartialSchema, ToSchema, openapi};
 
