@@ -1,5 +1,6 @@
-//! The JSON API. One file per resource, each with its types, handlers, routes and documentation; here
-//! they are put together, with everything that happens around every request.
+//! The JSON API. Each resource is one file with its types, handlers, routes and documentation. `app` calls `router`,
+//! which combines them and adds the layers around every request. No handler may reach the database except through the
+//! store's traits.
 
 mod access;
 mod devices;
@@ -52,64 +53,64 @@ use crate::{
     store::Store,
 };
 
-/// What every handler can reach.
+/// The state that every handler can reach.
 pub struct ApiState {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) ingest: Ingest,
     pub(crate) clock: Clock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Gate,
-    /// What each route needs.
+    /// The policy of each route.
     pub(crate) policies: Policies,
     pub(crate) limits: RateLimits,
     pub(crate) slots: Slots,
     pub(crate) large_answers: LargeAnswers,
-    /// Turns at decompressing bodies.
+    /// Permits for decompressing bodies.
     pub(crate) decoders: Semaphore,
     pub(crate) randomness: Randomness,
-    /// Whether requests are admitted by a layer within CORS rather than by `observe`.
+    /// True if a layer inside CORS admits requests, instead of `observe`.
     pub(crate) admits_within_cors: bool,
     pub(crate) trusted_proxies: TrustedProxies,
     pub(crate) request_ids: RequestIds,
     pub(crate) seldom_logged: SeldomLogged,
-    /// Milliseconds.
+    /// In milliseconds.
     pub(crate) max_clock_skew: i64,
     pub(crate) body_timeout: Duration,
     pub(crate) port: u16,
-    /// Every endpoint by method and path, with its summary.
+    /// The summary of each endpoint, by method and path.
     pub(crate) endpoints: BTreeMap<String, String>,
 }
 
 pub(crate) type SharedState = Arc<ApiState>;
 
 impl ApiState {
-    /// Since when a device must have been heard from to be active.
+    /// A device is active if the server has heard from it since this time.
     pub(crate) fn active_since(&self) -> Timestamp {
         self.clock.now().saturating_add_milliseconds(-stats::ACTIVE_MILLISECONDS)
     }
 }
 
-/// What the API stands on.
+/// What the API needs to run.
 pub struct ApiParts {
-    /// Where everything is kept.
+    /// The store.
     pub store: Arc<dyn Store>,
-    /// Where events go.
+    /// The ingest queue for events.
     pub ingest: Ingest,
-    /// What time it is.
+    /// The server's clock.
     pub clock: Clock,
-    /// Where measurements go.
+    /// The server's metrics.
     pub metrics: Arc<Metrics>,
-    /// Where secrets come from.
+    /// The source of new keys.
     pub randomness: Randomness,
-    /// The keys that open it.
+    /// The known API keys.
     pub keyring: Arc<Keyring>,
-    /// Where the server listens.
+    /// The address that the server listens on.
     pub address: SocketAddr,
 }
 
-/// Routes, document and policies of all resources.
+/// The routes, the OpenAPI document and the policies of all resources.
 fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Policies) {
-    // Answers that can be long are compressed; the hot path's answer is not worth the work.
+    // Long responses are compressed. The response on the hot path is too small for that.
     let compressed = history::routes()
         .merge(repeated_failures::routes())
         .merge(stats::routes())
@@ -120,7 +121,7 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
         .merge(audit::routes())
         .merge(metrics::routes())
         .layer(map_response_with_state(large_answers.clone(), large::count))
-        // Brotli's encoder holds some 10 MiB for as long as a client takes its answer, gzip's 0.3.
+        // Brotli's encoder would hold some 10 MiB while a client reads its response; gzip's holds 0.3 MiB.
         .layer(CompressionLayer::new().no_br());
     let (router, mut document, policies) = Routes::within(docs::outline())
         .merge(one::routes())
@@ -135,7 +136,7 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
 /// The OpenAPI document, as JSON.
 ///
 /// # Errors
-/// When it cannot be written, which no input can cause.
+/// When it cannot be serialized. No input can cause that.
 pub fn openapi_json() -> Result<String, serde_json::Error> {
     let (_, document, _) = resources(&LargeAnswers::new(ANSWER_BYTES));
     let mut text = document.to_pretty_json()?;
@@ -143,10 +144,10 @@ pub fn openapi_json() -> Result<String, serde_json::Error> {
     Ok(text)
 }
 
-/// The whole API.
+/// The router of the entire API.
 ///
 /// # Errors
-/// When its document cannot be written, or a page's file is missing, which no input can cause.
+/// When the document cannot be serialized, or a file of the documentation is missing. No input can cause that.
 pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::io::Error> {
     let large_answers = LargeAnswers::new(settings.answer_bytes);
     let (routes, document, mut policies) = resources(&large_answers);
@@ -189,14 +190,14 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
         .with_state(Arc::clone(&state))
         .fallback(health::unknown_route)
         .method_not_allowed_fallback(health::other_method);
-    // Each layer costs every request some allocations: there are as few as can be.
+    // Each layer costs every request some allocations, so there are as few as possible.
     if state.admits_within_cors {
         router = router
             .layer(from_fn_with_state(Arc::clone(&state), admission::layer))
             .layer(cors(&settings.cors_origins));
     }
     let router = router.layer(ObserveLayer(state));
-    // Outside of all layers: what is respelt passes through them once, under its route's name.
+    // Outside all layers: a respelled request passes through them once, under its route's name.
     let again = router.clone();
     Ok(router.fallback(move |mut request: Request| {
         if let Some(uri) = node_paths::respell(request.uri()) {

@@ -1,4 +1,5 @@
-//! `GET|POST /api/keys` and `DELETE /api/key/{key_id}`: the keys that open this API, for admins.
+//! `GET|POST /api/keys` and `DELETE /api/key/{key_id}`: the keys of this API, for admins. A response must never contain
+//! a key, except the one that creates it.
 
 use axum::{
     extract::{FromRequestParts, Path, Request, State},
@@ -40,7 +41,7 @@ pub(crate) fn routes() -> Routes {
         .and(routes!(revoke_key), RoutePolicy::API)
 }
 
-/// The query as the document describes it; [`Query`] reads it.
+/// The query in the OpenAPI document; [`Query`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
@@ -48,15 +49,15 @@ struct KeyParameters {
     /// The most keys to list.
     #[param(minimum = 1, maximum = 1000, default = 50)]
     limit: Option<u32>,
-    /// How many to pass over.
+    /// The number of keys to skip.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
-    /// Go on after this key: the `next_cursor` of the page before. `offset` then counts from there.
+    /// Continue after this key: the `next_cursor` of the previous page. `offset` then counts from there.
     #[param(pattern = "^[1-9][0-9]*$", example = "50")]
     cursor: Option<String>,
 }
 
-/// What a key opens: `ingest` reporting, `read` everything but keys and the audit log, `admin` everything.
+/// What a key grants: `ingest` reporting, `read` everything except keys and the audit log, `admin` everything.
 #[derive(Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ScopeName {
@@ -68,7 +69,7 @@ enum ScopeName {
 /// One page of keys.
 #[derive(Serialize, ToSchema)]
 struct KeyList {
-    /// Oldest first; revoked and expired ones included.
+    /// Oldest first, including revoked and expired keys.
     keys: Vec<KeyData>,
     pagination: KeyPagination,
 }
@@ -82,31 +83,31 @@ struct KeyPagination {
     total_keys: u64,
 }
 
-/// What is known of a key. The key itself is kept nowhere.
+/// A key's properties. The key itself is not stored.
 #[derive(Serialize, ToSchema)]
 struct KeyData {
     #[schema(example = 3)]
     id: i64,
-    /// Its first characters.
+    /// The first characters of the key.
     #[schema(example = "psk_4fTq")]
     hint: String,
     #[schema(example = "school 17")]
     name: Option<String>,
     #[schema(value_type = ScopeName, example = "ingest")]
     scope: &'static str,
-    /// The only device that it may report for.
+    /// The only device that the key may report for.
     #[schema(example = "pi-device-001")]
     device_id: Option<String>,
-    /// The only group whose devices it may report for.
+    /// The only group whose devices the key may report for.
     group: Option<String>,
     #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
     created_at: Timestamp,
-    /// From when on it opens nothing.
+    /// From this time on the key is not valid.
     #[schema(value_type = Option<String>, format = DateTime)]
     expires_at: Option<Timestamp>,
     #[schema(value_type = Option<String>, format = DateTime)]
     revoked_at: Option<Timestamp>,
-    /// When it was last used, to the hour.
+    /// The hour in which the key was last used.
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:00:00.000Z")]
     last_used: Option<Timestamp>,
 }
@@ -128,56 +129,56 @@ impl From<ApiKey> for KeyData {
     }
 }
 
-/// A key to be made; other fields are refused.
+/// The properties of a new key. Unknown fields are refused.
 #[derive(ToSchema, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[schema(as = NewKey, example = json!({"scope": "ingest", "name": "school 17", "group": "school-17"}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct NewKeyBody {
     scope: ScopeName,
-    /// What to call it.
+    /// A name for people.
     #[schema(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     name: Option<String>,
-    /// The only device that it may report for; with the scope `ingest`.
+    /// The only device that the key may report for. Only with the scope `ingest`.
     #[schema(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     device_id: Option<String>,
-    /// The only group whose devices it may report for; with the scope `ingest`, not beside `device_id`. A
-    /// device that was never seen is put in it.
+    /// The only group whose devices the key may report for. Only with the scope `ingest`, and not together with
+    /// `device_id`. A new device that reports with the key is added to the group.
     #[schema(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     group: Option<String>,
-    /// From when on it opens nothing; in the future.
+    /// From this time on the key is not valid. It must be in the future.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
 }
 
-/// A key that was made.
+/// A new key.
 #[derive(Serialize, ToSchema)]
 struct CreatedKey {
     #[schema(example = 3)]
     id: i64,
-    /// The key itself. It is shown this once.
+    /// The key itself. It is shown only this once.
     #[schema(example = "psk_4fTqMnbq0F1OQYc3ZVQ2Ckq0Zc4Hsm5QKqDdT7nW8xX1aBcDe")]
     key: String,
 }
 
-/// A key that opens nothing any more.
+/// A revoked key.
 #[derive(Serialize, ToSchema)]
 struct RevokedKey {
     #[schema(example = 3)]
     id: i64,
 }
 
-/// The path as the document describes it; [`KeyPath`] reads it.
+/// The path in the OpenAPI document; [`KeyPath`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Path)]
 #[expect(dead_code, reason = "describes the path, is never made")]
 struct KeyPathParameter {
-    /// The key's number.
+    /// The key's id.
     #[param(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 3)]
     key_id: i64,
 }
 
-/// The key named in the path.
+/// The key id in the path.
 struct KeyPath(i64);
 
 impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
@@ -200,7 +201,7 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
 
 /// List keys
 ///
-/// What is known of them; the keys themselves are kept nowhere.
+/// Their properties only: the keys themselves are not stored.
 #[utoipa::path(
     get,
     path = "/api/keys",
@@ -221,7 +222,7 @@ async fn list_keys(
     let offset = query.offset();
     let after = query.id_cursor().unwrap_or(0);
     query.finish()?;
-    // The table is small, and people ask rarely: a page is cut from all of it.
+    // The table is small and requests are rare, so a page is cut from the entire list.
     let keys = state.store.keys().await?.keys;
     let total_keys = keys.len() as u64;
     let mut rest = keys
@@ -237,7 +238,8 @@ async fn list_keys(
 
 /// Make a key
 ///
-/// The answer shows it this once. It opens every server within a second, this one at once.
+/// The response shows the key only this once. The key is valid on this server at once, and on other servers within a
+/// second.
 #[utoipa::path(
     post,
     path = "/api/keys",
@@ -259,7 +261,7 @@ async fn create_key(
     let key = auth::key_of(&request);
     let body = JsonBody::of(request, BODY_LIMIT, &state).read().await?;
     state.gate.look_again(key.as_ref(), Scope::Admin)?;
-    // By a clock that is behind, a key would be made that has ended.
+    // A clock that is behind could otherwise create a key that has already expired.
     let present = present(&*state.store, &state.clock).await?;
     let wish = read_wish(&body, actor.at.max(present))?;
     let created = keys::create(&*state.store, &state.randomness, wish, &actor).await;
@@ -278,7 +280,7 @@ async fn create_key(
 
 /// Revoke a key
 ///
-/// It opens nothing any more: here at once, on other servers within a second. It stays in the list.
+/// The key is no longer valid: on this server at once, on other servers within a second. It stays in the list.
 #[utoipa::path(
     delete,
     path = "/api/key/{key_id}",
@@ -314,7 +316,7 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
     let mut fields = Fields::of(body)?;
     let scope = fields.required("scope", str::parse::<Scope>);
     let wish = KeyWish {
-        // One that is missing or wrong is told of by itself; nothing else is wrong because of it.
+        // A missing or invalid scope is reported by itself. It must not cause further violations.
         scope: scope.unwrap_or(Scope::Ingest),
         name: fields.optional("name", |text| short(text, MAX_NAME)),
         device_id: fields.optional("device_id", DeviceId::new),

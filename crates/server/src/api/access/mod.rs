@@ -1,4 +1,4 @@
-//! Who may use the API, and who has changed what: for admins.
+//! Access to the API, for admins: its keys and its audit log. `api` merges the routes.
 
 pub(super) mod audit;
 pub(super) mod keys;

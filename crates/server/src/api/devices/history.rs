@@ -1,4 +1,5 @@
-//! `GET /api/device/{device_id}/sync-history`: what one device reported, by the page or as a stream.
+//! `GET /api/device/{device_id}/sync-history`: the events of one device, in pages or as a stream. A page is read here;
+//! `history_stream` sends the stream.
 
 use axum::{
     extract::State,
@@ -37,7 +38,7 @@ pub(crate) fn routes() -> Routes {
     Routes::new(routes!(get_sync_history), RoutePolicy::API)
 }
 
-/// The query as the document describes it; [`Query`] reads it.
+/// The query in the OpenAPI document; [`Query`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
@@ -45,21 +46,21 @@ struct HistoryParameters {
     /// The most events to list. When absent, 50 in JSON, and all of them in CSV and NDJSON.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
-    /// How many of the newest to pass over.
+    /// The number of the newest events to skip.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
-    /// Go on after this event: the `next_cursor` of the page before. Pages that follow one another by
-    /// cursors neither repeat nor miss an event, however many arrive meanwhile, and one far down costs
-    /// no more than the first; `offset` then counts from the cursor.
+    /// Continue after this event: the `next_cursor` of the previous page. Pages that follow cursors neither repeat nor
+    /// miss an event, even if events arrive meanwhile. A page far down costs no more than the first one. `offset` then
+    /// counts from the cursor.
     #[param(pattern = "^[0-9a-f]{32}$", example = "000637c1a3aa9e00000000000000019c")]
     cursor: Option<String>,
-    /// Not before this instant: ISO 8601; a bare date is its midnight in UTC.
+    /// Only events at or after this time (ISO 8601). A bare date is its midnight in UTC.
     #[param(rename = "startDate", format = DateTime)]
     start_date: Option<String>,
-    /// Not after this instant.
+    /// Only events at or before this time.
     #[param(rename = "endDate", format = DateTime)]
     end_date: Option<String>,
-    /// Only this job's events.
+    /// Only events of this job.
     #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     job: Option<String>,
 }
@@ -69,10 +70,10 @@ struct HistoryParameters {
 struct HistoryData {
     #[schema(example = "pi-device-001")]
     device_id: String,
-    /// Over all of the device's events, whatever the query.
+    /// Over all events of the device, whatever the query asks for.
     stats: DeviceFigures,
-    /// Events that the server received before this are no longer kept one by one (`RETENTION_DAYS`), and
-    /// count in `stats` alone; absent while all are kept.
+    /// Single events that the server received before this time are no longer kept (`RETENTION_DAYS`). They count only
+    /// in `stats`. Absent while all events are kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-05-01T00:00:00.000Z")]
     raw_since: Option<Timestamp>,
@@ -85,18 +86,19 @@ struct HistoryData {
 struct HistoryPagination {
     #[serde(flatten)]
     page: Pagination,
-    /// The same as `total`: how many events the query can page to, wherever it begins.
+    /// The same as `total`: how many events match the query, regardless of `offset` and `cursor`.
     #[schema(example = 412)]
     total_events: u64,
 }
 
 /// A device's sync history
 ///
-/// The device's figures, and its events newest first. With `Accept: text/csv` or
-/// `application/x-ndjson` the events alone, as many as there are, streamed as they are read. CSV is that
-/// of RFC 4180 with a header line; what is absent is an empty cell, and metadata is JSON text. Cells are
-/// given as they are stored, so that they can be read back: a program that takes text for formulas
-/// should be told that they are text.
+/// The device's figures, and its events, newest first. With `Accept: text/csv` or `application/x-ndjson` the response
+/// is a stream of the events alone, without an upper limit.
+///
+/// CSV follows RFC 4180 and has a header line. An absent value is an empty cell, and metadata is JSON text. Cells are
+/// not escaped against spreadsheet formulas, so that they can be read back unchanged. Tell a spreadsheet to import them
+/// as text.
 #[utoipa::path(
     get,
     path = "/api/device/{device_id}/sync-history",
@@ -148,7 +150,7 @@ async fn get_sync_history(
             history_stream::respond(state, wish).await?
         }
     };
-    // What a cache keeps must not go to somebody who asks for another format.
+    // A cache must not give this response to a client that asks for another format.
     response.headers_mut().append(header::VARY, header::ACCEPT.into());
     Ok(response)
 }

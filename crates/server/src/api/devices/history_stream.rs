@@ -1,6 +1,6 @@
-//! A device's history as CSV or NDJSON, streamed page by page: memory stays the same however long the
-//! history is, and between two pages no connection to the database is held. Before each page the key is looked at
-//! again: who has lost it gets no more.
+//! Streams a device's history as CSV or NDJSON, page by page; `history` calls it. Memory stays constant however long
+//! the history is. Between two pages it must not hold a database connection. The key is checked again before each page:
+//! a client whose key is revoked gets no more.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,20 +25,21 @@ use crate::{
     store::{EventPage, HistoryQuery, Scope, StoreError},
 };
 
-/// Events that are read at a time. With the largest metadata they are 2 MiB; usually 100 KiB.
+/// The number of events per page. A page takes 2 MiB with the largest metadata, and usually 100 KiB.
 const PAGE: u32 = 500;
 
-/// What the text of so many may hold: metadata of 4 KiB, which may all be quotes, that CSV doubles.
+/// The largest text of a page. Metadata of 4 KiB may consist of quotation marks, which CSV doubles.
 const PAGE_BYTES: usize = PAGE as usize * (9 << 10);
 
-/// How long to wait for memory: for the first page as for a reader, then as for a client to take what it asked for.
+/// How long to wait for memory. The first page waits as long as for a database connection. Later pages wait as long as
+/// for a client that must read.
 const PATIENCE_AT_FIRST: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The format that the client wants rather than JSON.
+/// The format that the client prefers over JSON, if any.
 pub(crate) fn wanted(headers: &HeaderMap) -> Option<Format> {
-    // Of equals, one that is named goes before a wildcard, which JSON answers, and the first
-    // before those after it.
+    // Among equal weights a named type wins over a wildcard, and an earlier type over a later one. A wildcard selects
+    // JSON.
     let mut best = (0.0, false, None);
     let lines = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     for range in lines.flat_map(|line| line.split(',')) {
@@ -67,27 +68,27 @@ fn media_type(format: Format) -> &'static str {
     }
 }
 
-/// What a client wants streamed.
+/// A request for a stream.
 pub(crate) struct Wish {
-    /// What the request was let in with.
+    /// The key that the request was admitted with.
     pub(crate) key: Option<Arc<Key>>,
     pub(crate) query: HistoryQuery,
-    /// The most events; all of them when `None`.
+    /// The most events; `None` for all of them.
     pub(crate) limit: Option<u32>,
     pub(crate) format: Format,
-    /// HTTP's.
+    /// The HTTP version.
     pub(crate) version: Version,
 }
 
-/// Answers with all events that are wanted.
+/// Streams all requested events.
 ///
 /// # Errors
-/// When the device is unknown or its first page cannot be read. Afterwards an error cuts the answer
-/// off, so that nobody takes it for complete.
+/// When the device is unknown or its first page cannot be read. A later error cuts off the response, so that no client
+/// takes it for complete.
 pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, ApiError> {
     let Wish { key, query, limit, format, version } = wish;
     let mut pages = Pages { state, key, query, left: limit, format, version, at_end: false };
-    // What compresses it on the way lives as long as it does.
+    // The encoder that compresses the response lives as long as the response.
     let encoder = pages.state.large_answers.reserve(ENCODER_BYTES)?;
     let memory = pages.memory(PATIENCE_AT_FIRST).await.ok_or(ApiError::Overloaded)?;
     let first = pages.read().await?.ok_or(ApiError::NotFound("Device"))?;
@@ -97,7 +98,7 @@ pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, 
     let rest = stream::try_unfold(next, async |step| match step {
         Step::End => Ok(None),
         Step::Break(error) => {
-            // What was sent last goes out first, if it can.
+            // Gives the connection a chance to send the last piece before the error closes it.
             tokio::task::yield_now().await;
             Err(error)
         }
@@ -106,7 +107,8 @@ pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, 
             Ok(text) => Ok(Some((text, Step::End))),
             Err(error) => {
                 let last_words = pages.broken_off(&error);
-                // There an answer ends with its connection, however that ends: its text alone can tell.
+                // In HTTP/1.0 a response ends when the connection closes, for whatever reason. Only its text can show
+                // that it is incomplete.
                 let is_http_10 = pages.version < Version::HTTP_11;
                 let last_words = Bytes::from(last_words);
                 Ok(Some((last_words, if is_http_10 { Step::End } else { Step::Break(error) })))
@@ -121,42 +123,46 @@ pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, 
     Ok(response)
 }
 
-/// What comes next in an answer.
+/// The next step of a response.
 enum Step {
     Read(Pages),
-    /// It is cut off.
+    /// Cut it off.
     Break(BrokenOff),
     End,
 }
 
-/// Why an answer is cut off, in words for the client.
+/// Why a response is cut off, as a message for the client.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct BrokenOff(&'static str);
 
-/// The pages still to come.
+/// The remaining pages.
 struct Pages {
     state: SharedState,
     key: Option<Arc<Key>>,
     query: HistoryQuery,
-    /// Events still to send; all of them when `None`.
+    /// The number of events still to send; `None` for all of them.
     left: Option<u32>,
     format: Format,
     version: Version,
-    /// Whether the last page has been read.
+    /// True if the last page has been read.
     at_end: bool,
 }
 
 impl Pages {
-    /// The text of the page after those that were sent, if the client still may have it.
+    /// The text of the next page, if the client may still read it.
     async fn read_on(&mut self) -> Result<Bytes, BrokenOff> {
-        // It holds nothing while it waits.
+        // Nothing is held while it waits.
         let memory = self.memory(PATIENCE).await;
         let memory =
             memory.ok_or(BrokenOff("other answers that are not taken hold too much memory"))?;
         if let Err(why) = self.state.gate.look_again(self.key.as_ref(), Scope::Read) {
             let key_id = self.key.as_ref().map(|key| key.id);
-            tracing::info!(key_id, ?why, "a history was cut off, since its key no longer opens it");
+            tracing::info!(
+                key_id,
+                ?why,
+                "a history was cut off, because its key is no longer valid for it"
+            );
             return Err(BrokenOff("the key no longer opens this"));
         }
         let unreadable = |_| BrokenOff("the database cannot be read");
@@ -165,7 +171,7 @@ impl Pages {
         Ok(memory.with(self.text(page, String::new()).map_err(unreadable)?))
     }
 
-    /// Memory for the next page.
+    /// Reserves memory for the next page.
     async fn memory(&self, patience: Duration) -> Option<Held> {
         self.state.large_answers.wait_for(PAGE_BYTES, patience).await
     }
@@ -174,10 +180,12 @@ impl Pages {
     async fn read(&mut self) -> Result<Option<EventPage>, StoreError> {
         self.query.limit = self.left.map_or(PAGE, |left| left.min(PAGE));
         let page = self.state.store.events(&self.query).await;
-        page.inspect_err(|error| tracing::warn!(%error, "a history cannot be read on"))
+        page.inspect_err(
+            |error| tracing::warn!(%error, "the next page of a history cannot be read"),
+        )
     }
 
-    /// Writes `page` behind `text`; the next page is the one after it.
+    /// Appends `page` to `text`, and moves on to the page after it.
     fn text(&mut self, page: EventPage, mut text: String) -> Result<String, StoreError> {
         let sent = u32::try_from(page.events.len()).unwrap_or(u32::MAX);
         self.left = self.left.map(|left| left.saturating_sub(sent));
@@ -192,8 +200,7 @@ impl Pages {
         Ok(text)
     }
 
-    /// The last that is sent of an answer that is cut off: a line without an end, which no reader takes for an
-    /// event.
+    /// The last text of a response that is cut off. It is an incomplete line, which no reader accepts as an event.
     fn broken_off(&self, why: &BrokenOff) -> String {
         match self.format {
             Format::Csv => format!("\"broken off: {why}"),

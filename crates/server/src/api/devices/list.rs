@@ -1,4 +1,4 @@
-//! `GET /api/devices`: the fleet's devices, page by page.
+//! `GET /api/devices`: the devices of the fleet, in pages. `one` defines how a device looks.
 
 use axum::extract::State;
 use serde::Serialize;
@@ -23,7 +23,7 @@ use crate::{
 
 const MAX_SEARCH: usize = 255;
 
-/// What a list can be sorted by; a minus sign before it turns it round.
+/// The sort orders. A minus sign reverses one.
 const SORTS: [(&str, (DeviceSort, bool)); 18] = [
     ("device_id", (DeviceSort::DeviceId, false)),
     ("-device_id", (DeviceSort::DeviceId, true)),
@@ -49,30 +49,30 @@ pub(crate) fn routes() -> Routes {
     Routes::new(routes!(list_devices), RoutePolicy::API)
 }
 
-/// The query as the document describes it; [`Query`] reads it.
+/// The query in the OpenAPI document; [`Query`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
 struct DeviceParameters {
-    /// Part of the device's id or name; upper and lower case of a to z are the same.
+    /// A part of the device's id or name. Case is ignored for the letters a to z.
     #[param(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     q: Option<String>,
     /// Only devices of this group.
     #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     group: Option<String>,
-    /// By what to sort; with a minus sign before it, largest or latest first. What is missing comes
-    /// last, ties go by `device_id`.
+    /// The sort order. With a minus sign, the largest or latest comes first. Missing values come last, and equal ones
+    /// are sorted by `device_id`.
     #[param(inline)]
     sort: Option<SortName>,
     /// The most devices to list.
     #[param(minimum = 1, maximum = 1000, default = 50)]
     limit: Option<u32>,
-    /// How many to pass over.
+    /// The number of devices to skip.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
 }
 
-/// The names in [`SORTS`], for the document.
+/// The names in [`SORTS`], for the OpenAPI document.
 struct SortName;
 
 impl utoipa::PartialSchema for SortName {

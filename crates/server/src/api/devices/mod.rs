@@ -1,4 +1,4 @@
-//! The devices of the fleet, their histories, and which of them keep failing.
+//! Devices: the list, one device, its history, and repeated failures. `api` merges the routes.
 
 pub(super) mod history;
 mod history_stream;

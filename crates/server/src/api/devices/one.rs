@@ -1,4 +1,4 @@
-//! `GET|PATCH|DELETE /api/device/{device_id}`: one device and its jobs.
+//! `GET|PATCH|DELETE /api/device/{device_id}`: one device and its jobs. Reports create devices; nothing here does.
 
 use axum::extract::{Request, State};
 use pisync_core::{Timestamp, text::check_text};
@@ -38,16 +38,16 @@ pub(crate) fn routes() -> Routes {
 pub(super) struct DeviceData {
     #[schema(example = "pi-device-001")]
     device_id: String,
-    /// What people call it.
+    /// A name that people gave it.
     #[schema(example = "Library, north wall")]
     name: Option<String>,
-    /// Which group people put it in.
+    /// The group that people put it in.
     #[schema(example = "school-17")]
     group: Option<String>,
-    /// When it was first seen.
+    /// When the server first heard from it.
     #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
     device_registered: Timestamp,
-    /// When the server last heard from it; null when never.
+    /// When the server last heard from it; null if never.
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
     #[serde(flatten)]
@@ -72,17 +72,17 @@ impl From<Device> for DeviceData {
 struct DeviceDetail {
     #[serde(flatten)]
     device: DeviceData,
-    /// By name; events that name no job come first, with a null.
+    /// Sorted by name. Events without a job come first, as a job that is null.
     jobs: Vec<JobData>,
 }
 
 /// One of a device's jobs.
 #[derive(Serialize, ToSchema)]
 struct JobData {
-    /// Null for events that name no job.
+    /// Null for events without a job.
     #[schema(example = "nightly-backup")]
     job: Option<String>,
-    /// When the server last heard of it.
+    /// When the server last received an event of this job.
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     last_seen: Option<Timestamp>,
     #[serde(flatten)]
@@ -100,33 +100,33 @@ impl From<DeviceWithJobs> for DeviceDetail {
     }
 }
 
-/// What to change. Absent fields stay as they are, null empties one; other fields are refused.
+/// The changes. Absent fields stay unchanged, and null clears a field. Unknown fields are refused.
 #[derive(ToSchema, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"name": "Library, north wall", "group": "school-17"}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct DeviceUpdate {
-    /// What people call it.
+    /// A name for people.
     #[schema(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     name: Option<String>,
-    /// Which group it belongs to.
+    /// The group of the device.
     #[schema(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     group: Option<String>,
 }
 
-/// A device that was removed.
+/// A deleted device.
 #[derive(Serialize, ToSchema)]
 struct DeletedDevice {
     #[schema(example = "pi-device-001")]
     device_id: String,
-    /// How many of its events were removed with it.
+    /// The number of its events that were deleted with it.
     #[schema(example = 412)]
     deleted_events: u64,
 }
 
 /// One device
 ///
-/// With its figures over all its jobs, and those of each job.
+/// Its figures over all its jobs, and the figures of each job.
 #[utoipa::path(
     get,
     path = "/api/device/{device_id}",
@@ -178,14 +178,14 @@ async fn update_device(
     if !state.store.update_device(&device_id, &change, &actor).await? {
         return Err(ApiError::NotFound("Device"));
     }
-    // Somebody may have deleted it meanwhile.
+    // The device may have been deleted meanwhile.
     let device = state.store.device(&device_id).await?.ok_or(ApiError::NotFound("Device"))?;
     Ok(Success::new("Device updated successfully", device.into()))
 }
 
 /// Remove a device
 ///
-/// With all its events and figures, for good. When it reports again, it is a new device.
+/// Deletes the device with all its events and figures for good. If it reports again, it is a new device.
 #[utoipa::path(
     delete,
     path = "/api/device/{device_id}",

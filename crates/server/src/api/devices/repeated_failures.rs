@@ -1,4 +1,4 @@
-//! `GET /api/devices/repeated-failures`: which devices keep failing.
+//! `GET /api/devices/repeated-failures`: devices that keep failing. The store counts the failures and the streaks.
 
 use axum::extract::State;
 use pisync_core::Timestamp;
@@ -28,27 +28,26 @@ pub(crate) fn routes() -> Routes {
     Routes::new(routes!(get_repeated_failures), RoutePolicy::API)
 }
 
-/// The query as the document describes it; [`Query`] reads it.
+/// The query in the OpenAPI document; [`Query`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
 struct FailureParameters {
-    /// At least so many failures.
+    /// The least number of failures.
     #[param(minimum = 1, maximum = 100, default = 3)]
     threshold: Option<u32>,
-    /// Count the failures since the last success instead of those of all time.
+    /// Count the failures since the last success instead of all failures.
     #[param(default = false)]
     consecutive: Option<bool>,
-    /// Count only failures dated within a window: `24h` is the current hour (UTC) and the 23 before it,
-    /// `7d` and `30d` are the current day and the 6 or 29 before it. Late reports count where they are
-    /// dated. With `consecutive`, only devices that failed within the window are listed, by the whole
-    /// of their streaks.
+    /// Count only failures dated within a window: `24h` is the current hour (UTC) and the 23 hours before it. `7d` and
+    /// `30d` are the current day and the 6 or 29 days before it. Late reports count by their own date. With
+    /// `consecutive`, the list contains only devices that failed within the window, with their entire streaks.
     #[param(inline, example = "24h")]
     window: Option<WindowName>,
     /// The most devices to list; all when absent.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
-    /// How many of the worst to pass over.
+    /// The number of the worst devices to skip.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
 }
@@ -58,15 +57,15 @@ struct FailureParameters {
 struct FailureData {
     #[schema(example = 3)]
     threshold: u32,
-    /// The window that was asked for; absent otherwise.
+    /// The requested window; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "24h")]
     window: Option<&'static str>,
-    /// The window's beginning; absent without a window.
+    /// The beginning of the window; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-16T11:00:00.000Z")]
     window_start: Option<Timestamp>,
-    /// How many devices there are on all pages.
+    /// The number of devices on all pages.
     #[schema(example = 5000)]
     total_devices: u64,
     /// Most failures first, then the latest failure, then by `device_id`.
@@ -79,18 +78,18 @@ struct FailureData {
 struct FailingDevice {
     #[schema(example = "pi-device-001")]
     device_id: String,
-    /// Syncs with errors: of all time, or within the window.
+    /// Syncs with errors, of all time or within the window.
     #[schema(example = 3)]
     total_failed_syncs: i64,
-    /// Failures after the last success, by date and then by id, whatever the window; of a device with
-    /// several jobs, those of the worst.
+    /// Failures after the last success, by date and then by id, whatever the window is. For a device with several jobs,
+    /// those of the worst job.
     #[schema(example = 0)]
     consecutive_failures: i64,
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T04:00:09.000Z")]
     last_failed_sync: Option<Timestamp>,
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_success: Option<Timestamp>,
-    /// When it was first seen.
+    /// When the server first heard from it.
     #[schema(value_type = String, format = DateTime, example = "2025-06-01T00:00:05.120Z")]
     device_registered: Timestamp,
     /// When the server last heard from it.

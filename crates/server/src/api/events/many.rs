@@ -1,7 +1,7 @@
 //! `POST /api/sync-events`: many events in one request, each with its own result.
 //!
-//! A body is cut into events while it arrives, each of them checked. A compressed one is decompressed once it has
-//! arrived, so that nobody who sends slowly keeps a decoder; its bounds count what comes out.
+//! A body is split into events and each one is checked while it arrives. A compressed body is decompressed only after
+//! it has arrived, so that a slow client does not hold a decoder. Its limits apply to the decompressed content.
 
 use axum::{
     body::Bytes,
@@ -35,76 +35,77 @@ use crate::{
     store::Scope,
 };
 
-/// The most events in one request.
+/// The largest number of events in one request.
 const MAX_EVENTS: usize = 10_000;
 
-/// The largest body, in bytes once decompressed.
+/// The largest body, in decompressed bytes.
 const BODY_LIMIT: usize = 10 << 20;
 
-/// How much is decompressed at a time, and so between two moments at which others get their turn.
+/// How many bytes are decompressed at a time, before other tasks get a turn.
 const CHUNK: usize = 64 << 10;
 
-/// Bodies that are decompressed at a time. Their decoders, 8.5 MiB each at most, leave room for events in the bounds of
-/// the queue; and as none of them waits for its client, the next has its turn after some tenths of a second.
+/// How many bodies are decompressed at a time. Their decoders take at most 8.5 MiB each and leave room for events
+/// within the queue's limits. No decoder waits for a client, so a waiting body gets its turn after some tenths of a
+/// second.
 pub(crate) const DECODERS: usize = 3;
 
-/// A body may take so many times as long as a small one: 10 MiB over a link that carries 64 KiB in the
-/// time of one.
+/// A large body may take this many times as long as a small one. That is enough for 10 MiB over a link that carries 64
+/// KiB in the time of a small body.
 const TIMES_AS_LONG: u32 = 20;
 
-/// The memory that a rejected event's violation takes until it is answered, in bytes, roughly.
+/// The memory of a rejected event's violation until the response is sent, in bytes, roughly.
 const VIOLATION_BYTES: usize = 512;
 
-/// What is wrong with rejected events, at most, besides the first of each: with the 10,000 firsts that is 7 MiB, which the
-/// bounds of the queue have room for whatever a body holds.
+/// The largest number of violations besides the first one of each event. Together with 10,000 first ones they take 7
+/// MiB. The queue's limits always have room for that.
 const FURTHER_VIOLATIONS: usize = 4_000;
 
-/// Bytes of an event's result in the answer, besides its violations.
+/// Bytes of an event's result in the response, without its violations.
 const RESULT_BYTES: usize = 80;
 
-/// Rejected events whose reasons the log gets.
+/// The number of rejected events whose reasons are logged.
 const REASONS_LOGGED: usize = 3;
 
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(create_sync_events), RoutePolicy::SYNC)
 }
 
-/// What became of a batch.
+/// The results of a batch.
 #[derive(Serialize, ToSchema)]
 struct BatchResult {
-    /// Events that were stored.
+    /// The number of stored events.
     #[schema(example = 1)]
     accepted: usize,
-    /// Events that had been reported before, under the same `event_id`.
+    /// The number of events that had been reported before with the same `event_id`.
     #[schema(example = 0)]
     duplicates: usize,
-    /// Events that were wrong and not stored.
+    /// The number of invalid events, which were not stored.
     #[schema(example = 1)]
     rejected: usize,
-    /// One for each event, in order.
+    /// One result per event, in the order of the request.
     results: Vec<EventResult>,
 }
 
-/// What became of one event.
+/// The result of one event.
 #[derive(Serialize, ToSchema)]
 #[serde(tag = "status", rename_all = "lowercase")]
 enum EventResult {
     Created {
-        /// Position among the events sent, from 0.
+        /// The position of the event in the request, from 0.
         index: usize,
         id: i64,
     },
     Duplicate {
         index: usize,
-        /// The first event's id.
+        /// The id of the event that was stored first.
         id: i64,
     },
     Rejected {
         index: usize,
-        /// Every wrong field, but see `details_omitted`.
+        /// Every invalid field, except those counted in `details_omitted`.
         details: Vec<FieldError>,
-        /// How many further wrong fields are not listed. Of a batch with very many, only the first wrong field of each
-        /// event is. Absent when all are listed.
+        /// The number of further invalid fields that are not listed. A batch with very many of them lists only the
+        /// first one of each event. Absent when all are listed.
         #[serde(skip_serializing_if = "Option::is_none")]
         details_omitted: Option<usize>,
     },
@@ -112,12 +113,14 @@ enum EventResult {
 
 /// Report many sync runs
 ///
-/// A JSON array of events, or one event per line (`application/x-ndjson`), at most 10,000 and 10 MiB;
-/// `Content-Encoding` may be gzip, deflate or zstd, and the bounds count after decompression. The events that are
-/// right are stored in one transaction, and the answer tells of each one what became of it. An array or a
-/// compressed stream that is broken is refused as a whole; of NDJSON, only the lines that are. Give each
-/// event an `event_id`, so that the request can be sent again when its answer was lost. Of a batch with
-/// thousands of wrong fields, the answer lists the first of each event, and counts the others in
+/// The body is a JSON array of events, or one event per line (`application/x-ndjson`). It may hold at most 10,000
+/// events and 10 MiB. `Content-Encoding` may be gzip, deflate or zstd; the limits apply after decompression.
+///
+/// All valid events are stored in one transaction, and the response gives the result of each event. A malformed array
+/// or compressed stream is refused as a whole. In NDJSON only the malformed lines are rejected.
+///
+/// Give each event an `event_id`, so that the request can be sent again if its response is lost. If a batch has
+/// thousands of invalid fields, the response lists the first one of each event and counts the others in
 /// `details_omitted`.
 #[utoipa::path(
     post,
@@ -169,12 +172,12 @@ async fn create_sync_events(
         }
     })?;
     let Reading { events, permit, rejected, .. } = reading;
-    // The body may have taken minutes.
+    // The key is checked again, because the body may have taken minutes to arrive.
     let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
-    // One event that the key may not report is a mistake about all of them.
+    // One event that the key may not report fails the entire batch.
     let group = auth::check_report(key.as_deref(), events.iter().map(|event| &event.device_id))?;
     let taken = events.len();
-    // Before anything is stored: what is refused can be sent again.
+    // Before anything is stored, so that a refused batch can be sent again.
     let further: usize = rejected.iter().map(Rejected::bytes).sum();
     let held = state.large_answers.reserve((taken + rejected.len()) * RESULT_BYTES + further)?;
     let receipts = state.ingest.submit_many(events, group, permit).await?;
@@ -190,7 +193,7 @@ async fn create_sync_events(
     Ok(response)
 }
 
-/// Counts what was rejected, and says for the log what was wrong with the first few.
+/// Counts the rejected events, and describes the first few for the log.
 fn note_rejected(
     state: &SharedState,
     taken: usize,
@@ -245,7 +248,7 @@ impl BatchResult {
     }
 }
 
-/// How the events follow each other, by what the request says of its body.
+/// The format of the body, from its Content-Type.
 fn format(headers: &HeaderMap) -> Result<Format, ApiError> {
     let media_type = headers
         .get(header::CONTENT_TYPE)
@@ -263,29 +266,29 @@ fn format(headers: &HeaderMap) -> Result<Format, ApiError> {
     }
 }
 
-/// An event that was wrong.
+/// An invalid event.
 struct Rejected {
     /// Its position among all events.
     index: usize,
     violations: Vec<Violation>,
-    /// How many more there were.
+    /// The number of violations that are not kept.
     omitted: usize,
 }
 
 impl Rejected {
-    /// What its reasons take in the answer, roughly.
+    /// The size of its violations in the response, roughly.
     fn bytes(&self) -> usize {
         self.violations.len() * VIOLATION_BYTES
     }
 }
 
-/// A body being read.
+/// The state of reading a body.
 struct Reading {
     arrival: Arrival,
     format: Format,
     events: Vec<SyncEvent>,
     rejected: Vec<Rejected>,
-    /// Violations in them besides the first of each.
+    /// The number of kept violations besides the first one of each event.
     further: usize,
     permit: Permit,
 }
@@ -304,7 +307,7 @@ impl Reading {
     async fn read(&mut self, mut body: Arriving) -> Result<(), ApiError> {
         let mut splitter = EventSplitter::new(self.format);
         let mut length = 0;
-        // Of the beginnings of events, whose end has not arrived.
+        // For the beginning of an event whose end has not arrived.
         let mut held = self.permit.new_sibling();
         let mut counted = 0;
         while let Some(piece) = body.next().await? {
@@ -322,7 +325,7 @@ impl Reading {
         splitter.finish(&mut |piece| self.take(piece))
     }
 
-    /// Reads a compressed body once it has arrived.
+    /// Reads a compressed body after it has arrived.
     async fn read_compressed(
         &mut self,
         state: &SharedState,
@@ -353,12 +356,12 @@ impl Reading {
                 return splitter.finish(&mut |piece| self.take(piece));
             }
             self.push(&mut splitter, &mut length, &chunk[..count])?;
-            // It may be long work for one core, and nothing else here waits.
+            // The work may be long for one core, and nothing else here waits.
             tokio::task::yield_now().await;
         }
     }
 
-    /// Takes the next bytes of the body, of which there were `length`.
+    /// Splits the next bytes of the body. `length` counts the bytes so far.
     fn push(
         &mut self,
         splitter: &mut EventSplitter,

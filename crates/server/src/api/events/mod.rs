@@ -1,4 +1,4 @@
-//! What devices report: one event in a request, or many.
+//! Reports of devices: one event per request, or many. `api` merges the routes.
 
 pub(super) mod many;
 pub(super) mod one;

@@ -1,4 +1,5 @@
-//! `POST /api/sync-event`: a device reports one sync run.
+//! `POST /api/sync-event`: a device reports one sync run. This is the hot path. It must not answer before the event is
+//! committed.
 
 use axum::{
     extract::{Request, State},
@@ -33,15 +34,15 @@ use crate::{
 /// The largest body of a single event, in bytes.
 const BODY_LIMIT: usize = MAX_EVENT_BYTES;
 
-/// Does the same as `event_id`, for clients that send it with every request.
+/// The header with the same effect as `event_id`, for clients that send it with every request.
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(create_sync_event), RoutePolicy::SYNC)
 }
 
-// Describes the body; `pisync_core` reads it.
-/// What a device reports of one sync run. Unknown fields are ignored.
+// Describes the body for the OpenAPI document; `pisync_core` reads it.
+/// A device's report of one sync run. Unknown fields are ignored.
 #[derive(ToSchema)]
 #[schema(as = SyncEvent, example = json!({
     "device_id": "pi-device-001",
@@ -52,20 +53,20 @@ pub(crate) fn routes() -> Routes {
 }))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 pub(crate) struct NewSyncEvent {
-    /// What the device calls itself; no control characters. It is registered on first sight.
+    /// The device's name for itself, without control characters. The first report registers the device.
     #[schema(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     device_id: String,
-    /// What the device calls this report; no control characters. With it, sending the report again
-    /// changes nothing and is answered 200: give each report its own, for instance a UUID, and repeat
-    /// until there is an answer.
+    /// The device's own id for this report, without control characters. If a report with an `event_id` is sent again,
+    /// nothing changes and the status is 200. Give each report its own id, for instance a UUID, and repeat the request
+    /// until there is a response.
     #[schema(min_length = 1, max_length = 64, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     event_id: Option<String>,
-    /// When the sync ran, ISO 8601; without an offset it is read as UTC. At most 5 minutes ahead of
-    /// the server's clock, unless configured otherwise.
+    /// When the sync ran (ISO 8601). A time without an offset is UTC. It may be at most 5 minutes ahead of the server's
+    /// clock, unless configured otherwise.
     #[schema(format = DateTime)]
     timestamp: String,
-    /// `unsynced` when the device does not trust its clock: the report is then dated by its arrival,
-    /// never refused for its time, and `timestamp` kept as `device_timestamp` in the metadata.
+    /// `unsynced` when the device does not trust its clock. The report is then dated by its arrival and never refused
+    /// for its time. `timestamp` is kept as `device_timestamp` in the metadata.
     #[schema(value_type = Option<DeviceClock>)]
     clock: Option<String>,
     /// Files transferred.
@@ -77,17 +78,17 @@ pub(crate) struct NewSyncEvent {
     /// Measured speed in Mbps, rounded to 2 decimals; null or absent when it was not measured.
     #[schema(minimum = 0, maximum = 99_999_999.99)]
     internet_speed: Option<f64>,
-    /// Which of the device's jobs this was. Streaks of failures are counted per job.
+    /// The device's job that ran. Streaks of failures are counted per job.
     #[schema(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     job: Option<String>,
-    /// How long it took, in seconds with 3 decimals.
+    /// How long the sync took, in seconds, rounded to 3 decimals.
     #[schema(minimum = 0, maximum = 31_536_000)]
     duration_seconds: Option<f64>,
     /// Bytes moved.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_u64)]
     bytes_synced: Option<u64>,
-    /// Anything else worth keeping: a JSON object of at most 4 KiB of text, given back in history as
-    /// it was sent. An empty array is an empty object.
+    /// Any other data: a JSON object of at most 4 KiB of text. The history returns it as it was sent. An empty array
+    /// counts as an empty object.
     #[schema(value_type = Option<Object>)]
     metadata: Option<Metadata>,
 }
@@ -101,10 +102,10 @@ pub(crate) enum DeviceClock {
     Unsynced,
 }
 
-/// The event as it was stored.
+/// The stored event.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct CreatedSyncEvent {
-    /// Unique over all devices.
+    /// Unique among all devices.
     #[schema(example = 1)]
     id: i64,
     #[schema(value_type = String, example = "pi-device-001")]
@@ -137,7 +138,7 @@ pub(crate) struct CreatedSyncEvent {
     created_at: Timestamp,
 }
 
-/// The event that was stored when it was first reported.
+/// The event as it was stored when it was first reported.
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": 1, "duplicate": true, "device_id": "pi-device-001", "event_id": "run-4711",
@@ -153,7 +154,7 @@ struct DuplicateSyncEvent {
     first: Option<FirstSyncEvent>,
 }
 
-/// What a duplicate repeats.
+/// The stored event that a duplicate repeats.
 #[derive(Serialize, ToSchema)]
 struct FirstSyncEvent {
     #[schema(value_type = String)]
@@ -196,8 +197,8 @@ impl FirstSyncEvent {
 }
 
 impl ApiState {
-    /// What an event that arrives now is measured by. By a clock that is not set every event would be from the
-    /// future, and the event is not what is wrong.
+    /// The time of arrival, and the latest acceptable date. It fails when the clock is not set: such a clock would
+    /// refuse every event as future, although the event is correct.
     pub(crate) fn arrival(&self) -> Result<Arrival, ApiError> {
         let received = self.clock.set_time().map_err(|_| ApiError::ClockNotSet)?;
         Ok(Arrival { received, latest: received.saturating_add_milliseconds(self.max_clock_skew) })
@@ -206,9 +207,9 @@ impl ApiState {
 
 /// Report a sync run
 ///
-/// Answers once the event is committed to disk. A report that is sent again, after its answer was lost,
-/// is stored again, unless it has an `event_id` (or an `Idempotency-Key` header, which does the same).
-/// `Content-Encoding` may be gzip, deflate or zstd.
+/// The response comes after the event is committed to disk. A report that is sent again, after its response was lost,
+/// is stored again. An `event_id` prevents that, and so does an `Idempotency-Key` header. `Content-Encoding` may be
+/// gzip, deflate or zstd.
 #[utoipa::path(
     post,
     path = "/api/sync-event",
@@ -235,7 +236,7 @@ fn create_sync_event(
     State(state): State<SharedState>,
     request: Request,
 ) -> impl Future<Output = Result<Response, ApiError>> {
-    // An async function would hold the request, twice, until the answer.
+    // An async function's future would hold two copies of the request until the response.
     let mut idempotency_keys = request.headers().get_all(IDEMPOTENCY_KEY).iter().cloned();
     let idempotency_key = idempotency_keys.next();
     let is_ambiguous = idempotency_keys.next().is_some();
@@ -295,7 +296,7 @@ fn answer(event: SyncEvent, receipt: Receipt) -> Response {
     }
 }
 
-/// The event id that the header names, which must not contradict the body's.
+/// The event id in the header. It must not contradict the one in the body.
 fn read_idempotency_key(
     key: &HeaderValue,
     is_ambiguous: bool,

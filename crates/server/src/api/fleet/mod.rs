@@ -1,3 +1,3 @@
-//! The fleet as a whole.
+//! Figures of the entire fleet. `api` merges the routes.
 
 pub(super) mod stats;

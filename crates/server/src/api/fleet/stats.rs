@@ -1,4 +1,4 @@
-//! `GET /api/stats`: the whole fleet in one look.
+//! `GET /api/stats`: the figures of the entire fleet. The store computes them.
 
 use axum::extract::State;
 use pisync_core::Timestamp;
@@ -22,21 +22,21 @@ use crate::{
     store::{Device, FleetStats},
 };
 
-/// A device is active when it was heard from within so many milliseconds: 24 hours.
+/// A device is active if the server heard from it within this many milliseconds: 24 hours.
 pub(crate) const ACTIVE_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(get_stats), RoutePolicy::API)
 }
 
-/// The query as the document describes it; [`Query`] reads it.
+/// The query in the OpenAPI document; [`Query`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
 struct StatsParameters {
-    /// Add up only what is dated within a window: `24h` is the current hour (UTC) and the 23 before it,
-    /// `7d` and `30d` are the current day and the 6 or 29 before it. Late reports count where they are
-    /// dated. The sums, the rate and the mean go by it; the devices and their figures do not.
+    /// Count only events dated within a window: `24h` is the current hour (UTC) and the 23 hours before it. `7d` and
+    /// `30d` are the current day and the 6 or 29 days before it. Late reports count by their own date. The window
+    /// applies to the sums, the rate and the mean, but not to the devices and their figures.
     #[param(inline, example = "7d")]
     window: Option<WindowName>,
 }
@@ -44,11 +44,11 @@ struct StatsParameters {
 /// The fleet's figures, over all devices, and over all time or a window.
 #[derive(Serialize, ToSchema)]
 struct StatsData {
-    /// The window that was asked for; absent otherwise.
+    /// The requested window; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "7d")]
     window: Option<&'static str>,
-    /// The window's beginning; absent without a window.
+    /// The beginning of the window; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-11T00:00:00.000Z")]
     window_start: Option<Timestamp>,
@@ -63,8 +63,8 @@ struct StatsData {
     total_files_synced: i64,
     #[schema(example = 2)]
     total_errors: i64,
-    /// Per cent of syncs without errors, to 2 decimals; 0 when there are no syncs. 100 only when none has
-    /// failed, and 0 only when none has succeeded.
+    /// Percentage of syncs without errors, with 2 decimals; 0 when there are no syncs. It is 100 only if none has
+    /// failed, and 0 only if none has succeeded.
     #[schema(example = 99.31)]
     overall_success_rate: f64,
     /// Mean of the measured speeds in Mbps; null when none was measured.
@@ -77,7 +77,7 @@ struct StatsData {
     recent_devices: Vec<RecentDevice>,
 }
 
-/// A device that synced lately.
+/// A device that synced recently.
 #[derive(Serialize, ToSchema)]
 struct RecentDevice {
     #[schema(example = "pi-device-001")]
@@ -90,7 +90,7 @@ struct RecentDevice {
     total_errors: i64,
     #[schema(example = 3)]
     failed_syncs: i64,
-    /// By its own date.
+    /// By the sync's own date.
     #[schema(value_type = Option<String>, format = DateTime, example = "2025-06-17T10:30:00.000Z")]
     last_sync: Option<Timestamp>,
     /// The latest sync with errors.

@@ -1,5 +1,5 @@
-//! The OpenAPI document's frame and Swagger UI at `/api-docs`, from files inside the program: it works
-//! without the internet. `api` puts the resources' documentation into the frame.
+//! The outline of the OpenAPI document, and Swagger UI at `/api-docs`. `api` merges the documentation of the resources
+//! into the outline. All files are inside the program, so nothing here may need the internet.
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
@@ -32,8 +32,8 @@ use crate::{
     },
 };
 
-/// Swagger UI: our own scripts and styles, the pictures in its style sheet, and the one inline style that
-/// its bundle makes, by its hash (a browser names the hash when a new bundle makes another).
+/// For Swagger UI: the server's own scripts and styles, and the pictures in its style sheet. The one inline style of
+/// its bundle is allowed by its hash. If a new bundle has another style, the browser's error names the new hash.
 static CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; script-src 'self'; \
      style-src 'self' 'sha256-RL3ie0nH+Lzz2YNqQN83mnU0J1ot4QL7b99vMdIX99w='; \
@@ -41,14 +41,14 @@ static CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
      frame-ancestors 'none'",
 );
 
-/// Everybody can download the documentation. It tells nothing of the fleet.
+/// Everybody can read the documentation. It reveals nothing about the fleet.
 const POLICY: RoutePolicy = RoutePolicy {
     access: Access::Anyone,
     content_policy: &CONTENT_POLICY,
     ..RoutePolicy::UNCOUNTED
 };
 
-/// Where the document is.
+/// The path of the document.
 const DOCUMENT: &str = "/api-docs/openapi.json";
 
 /// The document's name among the files.
@@ -57,7 +57,7 @@ const DOCUMENT_FILE: &str = "openapi.json";
 /// The page that loads the other files.
 const PAGE: &str = "index.html";
 
-/// The files that the page loads. Swagger UI's others are for other pages.
+/// The files that the page loads. Swagger UI's other files are for other pages.
 const FILES: [&str; 7] = [
     "favicon-16x16.png",
     "favicon-32x32.png",
@@ -97,7 +97,7 @@ struct Outline;
 /// The document without its endpoints.
 pub(crate) fn outline() -> Document {
     let mut document = Outline::openapi();
-    // The workspace's authors and contact are nobody's business here.
+    // utoipa fills in the authors and the contact of the workspace, which do not belong here.
     document.info.contact = None;
     let key = HttpBuilder::new()
         .scheme(HttpAuthScheme::Bearer)
@@ -115,7 +115,7 @@ pub(crate) fn outline() -> Document {
     document
 }
 
-/// Every endpoint by method and path, with its summary.
+/// The summary of each endpoint, by method and path.
 pub(crate) fn endpoints(document: &Document) -> BTreeMap<String, String> {
     let mut endpoints = BTreeMap::new();
     for (path, item) in &document.paths.paths {
@@ -127,7 +127,7 @@ pub(crate) fn endpoints(document: &Document) -> BTreeMap<String, String> {
     endpoints
 }
 
-/// The headers that answers carry: the name under which the document knows each, its own name, its type, and what it says.
+/// The headers of responses: the component's name in the document, the header's name, its type and its description.
 const HEADERS: [(&str, &str, Type, &str); 7] = [
     (
         "RequestId",
@@ -158,7 +158,7 @@ const HEADERS: [(&str, &str, Type, &str); 7] = [
     ),
 ];
 
-/// Declares in the document which headers each answer carries.
+/// Declares in the document which headers each response has.
 pub(crate) fn declare_headers(document: &mut Document, policies: &Policies) {
     let components = document.components.get_or_insert_default();
     for (component, _, of_type, description) in HEADERS {
@@ -188,10 +188,10 @@ pub(crate) fn declare_headers(document: &mut Document, policies: &Policies) {
     }
 }
 
-/// Swagger UI and the document that it shows.
+/// The routes of Swagger UI and of the document that it shows.
 ///
 /// # Errors
-/// When a file of Swagger UI is missing, or the document cannot be written: mistakes of ours.
+/// When a file of Swagger UI is missing, or the document cannot be serialized. Both are bugs.
 pub(crate) fn routes(document: &Document) -> Result<Routes, io::Error> {
     let assets = Arc::new(files(document)?);
     let file = |name: Option<&'static str>| {
@@ -212,12 +212,12 @@ pub(crate) fn routes(document: &Document) -> Result<Routes, io::Error> {
         .and_undocumented("/api-docs/{*rest}", file(None), POLICY))
 }
 
-/// The page's links are relative to a folder.
+/// The links of the page are relative to a folder.
 async fn to_page() -> Response {
     Redirect::to("/api-docs/").into_response()
 }
 
-/// The page, what it loads, and the document.
+/// The page, the files that it loads, and the document.
 fn files(document: &Document) -> Result<Assets, io::Error> {
     let config = Arc::new(Config::from(DOCUMENT));
     let find = |name: &str| -> Result<SwaggerFile<'static>, io::Error> {

@@ -1,5 +1,5 @@
-//! Whether the server is well: for people, load balancers and orchestrators. Not counted by the rate
-//! limits, open to everybody (a load balancer has no key), and, for `/health`, not in the envelope: the Node service answered it so.
+//! The server's health, for people, load balancers and orchestrators. The routes are not rate limited and need no key,
+//! because a load balancer has none. The responses have no envelope, because the Node service's `/health` had none.
 
 use axum::{
     Json,
@@ -26,11 +26,11 @@ pub(crate) fn routes() -> Routes {
         .and(routes!(get_readiness), RoutePolicy::UNCOUNTED)
 }
 
-/// The methods that the server as a whole knows, for `OPTIONS *`.
+/// The methods that the server knows at all, for `OPTIONS *`.
 const METHODS: HeaderValue = HeaderValue::from_static("DELETE,GET,HEAD,OPTIONS,PATCH,POST");
 
-/// Answers a method that a known route does not have. `OPTIONS` asks which it has, and is what HAProxy sends to
-/// see whether a server is there: the router adds them as `Allow`.
+/// Responds to a method that a known route does not have. `OPTIONS` asks which methods it has; HAProxy sends it to
+/// check whether a server is there. The router adds the methods as `Allow`.
 pub(crate) async fn other_method(method: Method) -> Response {
     if method == Method::OPTIONS {
         return StatusCode::NO_CONTENT.into_response();
@@ -38,7 +38,7 @@ pub(crate) async fn other_method(method: Method) -> Response {
     ApiError::MethodNotAllowed.into_response()
 }
 
-/// Answers what is no route. `OPTIONS *` asks about the server as a whole (RFC 9110, 9.3.7).
+/// Responds to an unknown route. `OPTIONS *` asks about the entire server (RFC 9110, 9.3.7).
 pub(crate) async fn unknown_route(method: Method, uri: Uri) -> Response {
     if method == Method::OPTIONS && uri.path() == "*" {
         return (StatusCode::NO_CONTENT, [(header::ALLOW, METHODS)]).into_response();
@@ -46,13 +46,13 @@ pub(crate) async fn unknown_route(method: Method, uri: Uri) -> Response {
     ApiError::NotFound("Route").into_response()
 }
 
-/// How the server is.
+/// The server's health.
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({"status": "OK", "port": 3000, "timestamp": "2026-11-22T14:58:20.597Z"}))]
 struct Health {
     /// `OK`, or `UNAVAILABLE` while the database is away or the clock is not set.
     status: &'static str,
-    /// Where the server listens.
+    /// The port that the server listens on.
     port: u16,
     #[schema(value_type = String, format = DateTime)]
     timestamp: Timestamp,
@@ -78,7 +78,7 @@ async fn get_health(State(state): State<SharedState>) -> impl IntoResponse {
 
 /// Is the process alive?
 ///
-/// Does not ask the database: restarting the server would not bring that back.
+/// Does not query the database, because restarting the server would not repair it.
 #[utoipa::path(
     get,
     path = "/health/live",
@@ -92,7 +92,7 @@ async fn get_liveness(State(state): State<SharedState>) -> impl IntoResponse {
 
 /// Can it serve requests?
 ///
-/// Asks the database.
+/// Queries the database.
 #[utoipa::path(
     get,
     path = "/health/ready",

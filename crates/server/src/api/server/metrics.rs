@@ -1,4 +1,5 @@
-//! `GET /metrics`: the server's measurements, for Prometheus.
+//! `GET /metrics`: the server's metrics, for Prometheus. It reads the fleet's figures from the store, and must still
+//! respond when the database is slow.
 
 use std::time::Duration;
 
@@ -17,8 +18,8 @@ use crate::{
     middleware::route_policy::RoutePolicy,
 };
 
-/// The fleet's figures are left out of a scrape when the database takes longer than this: the process's
-/// own figures matter most when it is slow.
+/// A scrape skips the fleet's figures when the database takes longer than this. The process's own metrics matter most
+/// when the database is slow.
 const FLEET_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) fn routes() -> Routes {
@@ -27,8 +28,8 @@ pub(crate) fn routes() -> Routes {
 
 /// Measurements
 ///
-/// In Prometheus' text format: response times and statuses by route, connections, process memory and
-/// CPU, active devices, the share of successful syncs, queue depth and batch sizes.
+/// In Prometheus' text format: response times and statuses by route, connections, process memory and CPU, active
+/// devices, the share of successful syncs, queue depth and batch sizes.
 #[utoipa::path(
     get,
     path = "/metrics",

@@ -1,4 +1,4 @@
-//! The server itself: what it is, whether it is well, its measurements and its documentation.
+//! The server itself: welcome, health, metrics and documentation. `api` merges the routes.
 
 pub(crate) mod docs;
 pub(super) mod health;

@@ -1,4 +1,4 @@
-//! `GET /` and `GET /api`: what this is and where to go on.
+//! `GET /` and `GET /api`: what this server is, and its endpoints. The response must reveal nothing about the fleet.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::{
     middleware::route_policy::RoutePolicy,
 };
 
-/// It tells nothing of the fleet: a link on a page elsewhere may open it.
+/// The response reveals nothing about the fleet, so a link on a foreign page may open it.
 const ROOT: RoutePolicy = RoutePolicy { opens_from_links: true, ..RoutePolicy::API };
 
 pub(crate) fn routes() -> Routes {
@@ -28,9 +28,9 @@ struct Welcome {
     success: bool,
     message: &'static str,
     version: &'static str,
-    /// Where the documentation is.
+    /// The path of the documentation.
     documentation: &'static str,
-    /// Every endpoint by method and path, with what it does.
+    /// The summary of each endpoint, by method and path.
     endpoints: BTreeMap<String, String>,
 }
 
