@@ -1,5 +1,5 @@
 //! The metadata of a sync event: a JSON object that the device sends for its own purposes. It is kept as the text that
-//! was sent and never rewritten, except for the date of a device without a trustworthy clock.
+//! was sent. The server adds only the date of a device without a trustworthy clock.
 
 use std::fmt;
 

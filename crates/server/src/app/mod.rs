@@ -1,5 +1,5 @@
 //! Starts and stops a server: the only place that connects store, ingest and HTTP. The command line and the tests call
-//! `run`. No other module may start a background task of the server.
+//! `run`. Only `cli` and the tests may depend on it.
 
 mod tasks;
 

@@ -19,8 +19,8 @@ use zstd::{
 
 use crate::{api::wire::error::ApiError, ingest::Permit};
 
-/// The largest window of a zstd frame, as a power of 2: the 8 MiB that RFC 9659 allows in HTTP. A smaller limit would
-/// exclude honest clients. A stream at the default level asks for 2 MiB, however short it is.
+/// The largest window of a zstd frame, as an exponent of 2: the 8 MiB that RFC 9659 allows in HTTP. A smaller limit
+/// would exclude honest clients. A stream at the default level asks for 2 MiB, however short it is.
 const WINDOW_LOG: u32 = 23;
 
 /// The memory of a decoder besides its window, in bytes: tables, and one block of input and one of output.

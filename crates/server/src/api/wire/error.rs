@@ -232,7 +232,7 @@ pub(crate) enum AnyTime {
     /// No key, or a key that is unknown, expired or revoked.
     #[response(status = 401)]
     Unauthorized(ErrorBody),
-    /// The key does not grant this.
+    /// The key has another scope, or is for other devices.
     #[response(status = 403)]
     Forbidden(ErrorBody),
     /// Too many requests from this address or with this key. `Retry-After` says when to try again.

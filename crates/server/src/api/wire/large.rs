@@ -83,8 +83,8 @@ impl Held {
     }
 }
 
-/// The layer between handlers and compression, which reserves memory for large responses. It is for reads only, because
-/// it can still refuse them after the handler has run.
+/// The layer between handlers and compression, which reserves memory for large responses. It is for reads only: a
+/// read can still be refused after its handler has run.
 pub(crate) async fn count(State(answers): State<LargeAnswers>, mut response: Response) -> Response {
     let size = response.body().size_hint().exact().and_then(|size| usize::try_from(size).ok());
     // This layer does not know whether the response will be compressed.
