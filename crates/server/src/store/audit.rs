@@ -11,6 +11,9 @@ use super::{DeviceChange, NewKey, StoreError};
 pub trait AuditLog: Send + Sync {
     /// The newest lines, or those before the line `before`.
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError>;
+
+    /// How many lines there are. They are counted up to `most`: the log only grows.
+    async fn audit_length(&self, most: u32) -> Result<u64, StoreError>;
 }
 
 /// One line of the audit log.

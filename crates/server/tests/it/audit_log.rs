@@ -4,7 +4,7 @@ use pisync::store::{AuditEntry, Scope, Store};
 
 use crate::support::store::{TestDatabase, TestStore, wish};
 
-both_stores!(it_is_append_only, it_can_be_added_to);
+both_stores!(it_is_append_only, it_can_be_added_to, it_is_counted_up_to_a_bound);
 
 /// A store with three lines in its log.
 async fn with_three_lines(fixture: &TestStore) -> Vec<String> {
@@ -106,4 +106,14 @@ async fn it_can_be_added_to(fixture: &TestStore) {
     assert_eq!(after.len(), 5);
     assert!(after[0].contains(r#"subject: "4""#), "{after:?}");
     assert_eq!(after[2..], before);
+}
+
+async fn it_is_counted_up_to_a_bound(fixture: &TestStore) {
+    for (most, expected) in [(0, 0), (1, 0)] {
+        assert_eq!(fixture.store.audit_length(most).await.unwrap(), expected);
+    }
+    with_three_lines(fixture).await;
+    for (most, expected) in [(2, 2), (3, 3), (4, 3), (u32::MAX, 3)] {
+        assert_eq!(fixture.store.audit_length(most).await.unwrap(), expected, "{most}");
+    }
 }

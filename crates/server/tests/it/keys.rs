@@ -481,6 +481,7 @@ async fn changes_are_in_the_audit_log(server: &LockedServer) {
         paged.extend(page["entries"].as_array().unwrap().clone());
         let pagination = &page["pagination"];
         assert_eq!((&pagination["limit"], &pagination["offset"]), (&json!(2), &json!(0)));
+        assert_eq!(pagination["total"], 5);
         let Some(next) = page["next_before"].as_i64() else {
             assert_eq!(pagination["next_cursor"], Value::Null);
             break;

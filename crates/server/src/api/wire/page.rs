@@ -15,10 +15,13 @@ pub(crate) struct Pagination {
     /// How many items were passed over.
     #[schema(example = 0)]
     pub(crate) offset: u64,
-    /// How many there are on all pages. Absent where counting them would take longer with every line that is added.
+    /// How many there are on all pages.
     #[schema(example = 5000)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) total: Option<u64>,
+    /// Instead of `total`, where there are too many to be counted: there are at least so many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) total_is_at_least: Option<u64>,
     /// The `cursor` of the next page; null on the last. Absent where a list has no cursors.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -28,16 +31,37 @@ pub(crate) struct Pagination {
 impl Pagination {
     /// A page of a list without cursors.
     pub(crate) fn by_offset(limit: Option<u32>, offset: u64, total: u64) -> Self {
-        Self { limit, offset, total: Some(total), next_cursor: None }
+        Self { limit, offset, total: Some(total), total_is_at_least: None, next_cursor: None }
     }
 
-    /// A page of a list that only grows, and is not counted.
-    pub(crate) fn uncounted(limit: u32) -> Self {
-        Self { limit: Some(limit), offset: 0, total: None, next_cursor: None }
+    /// A page of a list without offsets that was counted up to `most`.
+    pub(crate) fn counted_up_to(most: u32, counted: u64, limit: u32) -> Self {
+        let is_all = counted < u64::from(most);
+        Self {
+            limit: Some(limit),
+            offset: 0,
+            total: is_all.then_some(counted),
+            total_is_at_least: (!is_all).then_some(counted),
+            next_cursor: None,
+        }
     }
 
     /// The same of a list with cursors.
     pub(crate) fn with_next(self, next_cursor: Option<String>) -> Self {
         Self { next_cursor: Some(next_cursor), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_counted_to_its_end_says_so() {
+        let page = |counted| Pagination::counted_up_to(10, counted, 5);
+        let totals = |page: Pagination| (page.total, page.total_is_at_least);
+        assert_eq!(totals(page(0)), (Some(0), None));
+        assert_eq!(totals(page(9)), (Some(9), None));
+        assert_eq!(totals(page(10)), (None, Some(10)));
     }
 }

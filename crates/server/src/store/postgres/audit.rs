@@ -15,6 +15,17 @@ impl AuditLog for PostgresStore {
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
         self.call(async |connection| audit(connection, before, limit).await).await
     }
+
+    async fn audit_length(&self, most: u32) -> Result<u64, StoreError> {
+        const COUNT_ENTRIES: &str =
+            "select count(*) from (select 1 from audit_log limit $1) as counted";
+        self.call(async |connection| {
+            let select = connection.prepare_cached(COUNT_ENTRIES).await?;
+            let row = connection.query_one(&select, &[&i64::from(most)]).await?;
+            row.try_get::<_, i64>(0).map(i64::cast_unsigned)
+        })
+        .await
+    }
 }
 
 /// Adds a line to the audit log, in the transaction of what it tells.

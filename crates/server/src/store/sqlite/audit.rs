@@ -14,6 +14,15 @@ impl AuditLog for SqliteStore {
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError> {
         self.read(move |connection| audit(connection, before, limit)).await
     }
+
+    async fn audit_length(&self, most: u32) -> Result<u64, StoreError> {
+        const COUNT_ENTRIES: &str = "select count(*) from (select 1 from audit_log limit ?1)";
+        self.read(move |connection| {
+            let mut select = connection.prepare_cached(COUNT_ENTRIES)?;
+            select.query_row([most], |row| row.get::<_, i64>(0)).map(i64::cast_unsigned)
+        })
+        .await
+    }
 }
 
 /// Adds a line to the audit log, in the transaction of what it tells.
