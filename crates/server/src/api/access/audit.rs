@@ -1,5 +1,5 @@
-//! `GET /api/audit`: who changed what. Lines are added in the transaction of what they tell, by the store;
-//! nothing changes or removes one.
+//! `GET /api/audit`: who changed what, for admins. The store adds each line in the transaction of the change itself.
+//! Nothing may change or remove a line.
 
 use axum::extract::State;
 use pisync_core::Timestamp;
@@ -23,17 +23,17 @@ use crate::{
     store::AuditEntry,
 };
 
-/// Lines that are counted for `total`: some milliseconds' work. The log only grows.
+/// The most lines that are counted for `total`, because the log only grows. Counting them takes some milliseconds.
 const MOST_COUNTED: u32 = 10_000;
 
-/// The largest number of a line that JSON holds exactly.
+/// The largest id of a line that JSON holds exactly.
 const MAX_LINE: u64 = (1 << 53) - 1;
 
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(list_audit), RoutePolicy::API)
 }
 
-/// The query as the document describes it; [`Query`] reads it.
+/// The query in the OpenAPI document; [`Query`] reads it.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes the query, is never made")]
@@ -41,10 +41,10 @@ struct AuditParameters {
     /// The most lines to list.
     #[param(minimum = 1, maximum = 1000, default = 50)]
     limit: Option<u32>,
-    /// Go on after this line: the `next_cursor` of the page before.
+    /// Continue after this line: the `next_cursor` of the previous page.
     #[param(pattern = "^[1-9][0-9]*$", example = "4711")]
     cursor: Option<String>,
-    /// Only lines before this one: `next_before` of the page before. The same as `cursor`.
+    /// Only lines before this one: the `next_before` of the previous page. The same as `cursor`.
     #[param(minimum = 1, maximum = 9_007_199_254_740_991_u64)]
     before: Option<u64>,
 }
@@ -60,30 +60,30 @@ struct AuditPage {
     pagination: Pagination,
 }
 
-/// What somebody did.
+/// A change, and who made it.
 #[derive(Serialize, ToSchema)]
 struct AuditData {
     #[schema(example = 4712)]
     id: i64,
     #[schema(value_type = String, format = DateTime, example = "2025-06-17T10:30:02.417Z")]
     at: Timestamp,
-    /// How they came in: `key`, `local` (without one, from the server's own machine), `open` (nobody is
-    /// asked) or `command line`.
+    /// How the author was authenticated: `key`, `local` (without a key, from the server's own machine), `open` (keys
+    /// are not required) or `command line`.
     #[schema(example = "key")]
     via: String,
-    /// Their key's number.
+    /// The id of the author's key.
     #[schema(example = 3)]
     key_id: Option<i64>,
-    /// From where.
+    /// The author's IP address.
     #[schema(example = "192.0.2.17")]
     address: Option<String>,
     /// `key.create`, `key.revoke`, `device.update`, `device.delete`.
     #[schema(example = "device.delete")]
     action: String,
-    /// To what: a key's number, a device's id.
+    /// What was changed: the id of a key or of a device.
     #[schema(example = "pi-device-001")]
     subject: String,
-    /// What changed.
+    /// The details of the change.
     #[schema(value_type = Object)]
     details: Value,
 }
@@ -105,7 +105,7 @@ impl From<AuditEntry> for AuditData {
 
 /// Who changed what
 ///
-/// Keys, and devices: made, renamed, removed. What devices report is not in it.
+/// Changes of keys and devices: created, updated, revoked, deleted. Reports of devices are not included.
 #[utoipa::path(
     get,
     path = "/api/audit",
@@ -126,7 +126,7 @@ async fn list_audit(
     let before = query.integer("before", 1..=MAX_LINE).map(u64::cast_signed);
     let cursor = query.id_cursor();
     query.finish()?;
-    // One line more tells whether there is another page.
+    // One more line than asked for shows whether there is another page.
     let before = before.into_iter().chain(cursor).min();
     let mut entries = state.store.audit(before, limit + 1).await?;
     let has_more = entries.len() > limit as usize;

@@ -1,28 +1,28 @@
-//! Where a page of a list stands: one object for every list, beside the older names that clients know.
+//! The pagination object of every list. Older names that clients know stand beside it. The lists fill it in.
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// The most items on a page when the client does not say.
+/// The page size when the client does not choose one.
 pub(crate) const DEFAULT_LIMIT: u32 = 50;
 
-/// Where the page stands.
+/// The position of a page in its list.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Pagination {
-    /// The most items on the page; null when there is no such bound.
+    /// The most items on the page; null without a limit.
     #[schema(example = 50)]
     pub(crate) limit: Option<u32>,
-    /// How many items were passed over.
+    /// The number of skipped items.
     #[schema(example = 0)]
     pub(crate) offset: u64,
-    /// How many there are on all pages.
+    /// The number of items on all pages.
     #[schema(example = 5000)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) total: Option<u64>,
-    /// Instead of `total`, where there are too many to be counted: there are at least so many.
+    /// Present instead of `total` when there are too many items to count: the number of items is at least this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) total_is_at_least: Option<u64>,
-    /// The `cursor` of the next page; null on the last. Absent where a list has no cursors.
+    /// The `cursor` of the next page; null on the last page. Absent if the list has no cursors.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub(crate) next_cursor: Option<Option<String>>,
@@ -46,7 +46,7 @@ impl Pagination {
         }
     }
 
-    /// The same of a list with cursors.
+    /// The same page with a cursor.
     pub(crate) fn with_next(self, next_cursor: Option<String>) -> Self {
         Self { next_cursor: Some(next_cursor), ..self }
     }
