@@ -45,7 +45,7 @@ use crate::{
         auth::Gate,
         client_address::TrustedProxies,
         node_paths,
-        observe::{self, ObserveLayer, RequestIds, SeldomLogged},
+        observe::{self, LogThrottles, ObserveLayer, RequestIds},
         rate_limit::RateLimits,
         route_policy::Policies,
     },
@@ -72,7 +72,7 @@ pub struct ApiState {
     pub(crate) admits_within_cors: bool,
     pub(crate) trusted_proxies: TrustedProxies,
     pub(crate) request_ids: RequestIds,
-    pub(crate) seldom_logged: SeldomLogged,
+    pub(crate) log_throttles: LogThrottles,
     /// In milliseconds.
     pub(crate) max_clock_skew: i64,
     pub(crate) body_timeout: Duration,
@@ -171,7 +171,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
         store: parts.store,
         ingest: parts.ingest,
         request_ids: RequestIds::new(&parts.clock),
-        seldom_logged: SeldomLogged::new(),
+        log_throttles: LogThrottles::new(),
         clock: parts.clock,
         metrics: parts.metrics,
         limits: RateLimits::new(

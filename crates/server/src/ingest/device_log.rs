@@ -3,7 +3,7 @@
 use pisync_core::DeviceId;
 
 use crate::{
-    seldom::{FewPerInterval, OfFew},
+    log_throttle::{FewPerInterval, PermittedLine},
     store::FailureStreak,
 };
 
@@ -25,13 +25,13 @@ impl DeviceLog {
     pub(super) fn note(&self, new_devices: &[DeviceId], streaks: &[FailureStreak]) {
         for device_id in new_devices {
             match self.new.due() {
-                Some(OfFew { passed_over: 0, is_last: false }) => {
+                Some(PermittedLine { suppressed: 0, is_last: false }) => {
                     tracing::info!(%device_id, "new device");
                 }
-                Some(OfFew { passed_over, .. }) => tracing::info!(
+                Some(PermittedLine { suppressed, .. }) => tracing::info!(
                     %device_id,
-                    passed_over,
-                    "new device; of more than 20 within 10 s nothing is logged, GET /api/devices lists them all"
+                    suppressed,
+                    "new device; more than 20 within 10 s are not logged, GET /api/devices lists them all"
                 ),
                 None => tracing::debug!(%device_id, "new device"),
             }
@@ -52,13 +52,13 @@ impl DeviceLog {
                 };
             }
             match self.failing.due() {
-                Some(OfFew { passed_over: 0, is_last: false }) => {
+                Some(PermittedLine { suppressed: 0, is_last: false }) => {
                     line!(warn, "a device keeps failing");
                 }
-                Some(OfFew { passed_over, .. }) => line!(
+                Some(PermittedLine { suppressed, .. }) => line!(
                     warn,
-                    "a device keeps failing; of more than 20 within 10 s nothing is logged, GET /api/devices/repeated-failures lists them all",
-                    passed_over
+                    "a device keeps failing; more than 20 within 10 s are not logged, GET /api/devices/repeated-failures lists them all",
+                    suppressed
                 ),
                 None => line!(debug, "a device keeps failing"),
             }

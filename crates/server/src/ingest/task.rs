@@ -21,8 +21,8 @@ use super::{
 };
 use crate::{
     clock::Clock,
+    log_throttle::OnePerInterval,
     metrics::Metrics,
-    seldom::Seldom,
     store::{
         Batch, Conflict, EventWriter, GroupClaim, Observations, OtherGroup, StoreError, Written,
     },
@@ -141,7 +141,7 @@ pub(super) struct IngestTask {
     logged_away: bool,
     clock: Clock,
     metrics: Arc<Metrics>,
-    conflicts_logged: Seldom,
+    conflicts_logged: OnePerInterval,
     device_log: DeviceLog,
 }
 
@@ -169,7 +169,7 @@ impl IngestTask {
             logged_away: false,
             clock: clock.clone(),
             metrics: Arc::clone(metrics),
-            conflicts_logged: Seldom::new(CONFLICT_LOGGED_EVERY),
+            conflicts_logged: OnePerInterval::new(CONFLICT_LOGGED_EVERY),
             device_log: DeviceLog::new(),
         }
     }
@@ -452,13 +452,13 @@ impl IngestTask {
     fn note_conflicts(&self, batch: &Batch, written: &Written) {
         for Conflict { event, first, fields } in written.conflicts(batch) {
             self.metrics.event_id_conflict();
-            if let Some(passed_over) = self.conflicts_logged.due() {
+            if let Some(suppressed) = self.conflicts_logged.due() {
                 tracing::warn!(
                     device_id = %event.device_id,
                     event_id = event.event_id.as_ref().map(tracing::field::display),
                     stored_id = first.id,
                     differs_in = fields.join(", "),
-                    passed_over,
+                    suppressed,
                     "an event_id was used again for another event, which is not stored; give each event an id of its own. Of the next second's nothing is logged, pisync_sync_event_id_conflicts_total counts them"
                 );
             }

@@ -19,8 +19,8 @@ use crate::{
     keys::{self, Key, Keyring, WrongSecret},
     middleware::{
         client_address::{Client, Peer},
+        initiator::Initiator,
         route_policy::{Access, RoutePolicy},
-        sender::Sender,
     },
     store::{Actor, Scope, Store, StoreError, Via},
 };
@@ -119,21 +119,21 @@ impl Gate {
         if policy.is_open() {
             return Verdict::without_key(Ok(()));
         }
-        let sender = Sender::of(request, &self.origins);
+        let initiator = Initiator::of(request, &self.origins);
         let is_local = self.keyless == Keyless::Local;
         let refusal = if is_local { why_not_local(request) } else { Some(ASK) };
         // Requests through a proxy, or to a foreign name that resolves to this machine, come from the user's own
         // address.
-        let is_foreign = sender != Sender::Welcome || is_local && refusal.is_some();
-        let result = match (policy.access, refusal, sender) {
+        let is_foreign = initiator != Initiator::Trusted || is_local && refusal.is_some();
+        let result = match (policy.access, refusal, initiator) {
             (Access::Anyone, ..) => Ok(()),
             (_, Some(why), _) => Err(why),
-            (_, None, Sender::Welcome) => Ok(()),
-            (_, None, Sender::Link) if policy.opens_from_links => Ok(()),
-            (_, None, Sender::Link) => Err(
+            (_, None, Initiator::Trusted) => Ok(()),
+            (_, None, Initiator::Navigation) if policy.opens_from_links => Ok(()),
+            (_, None, Initiator::Navigation) => Err(
                 "A key is needed: a link on a page elsewhere leads here. Open this address by hand, or send Authorization: Bearer psk_\u{2026}",
             ),
-            (_, None, Sender::PageElsewhere) => Err(
+            (_, None, Initiator::CrossSite) => Err(
                 "A key is needed: this request was made by a web page elsewhere. Send Authorization: Bearer psk_\u{2026}",
             ),
         };

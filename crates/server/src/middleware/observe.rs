@@ -34,6 +34,7 @@ use crate::{
         },
     },
     clock::Clock,
+    log_throttle::{FewPerInterval, OnePerInterval, PermittedLine},
     middleware::{
         admission::{self, Admission, Foreign},
         client_address::{self, Client, Peer},
@@ -41,7 +42,6 @@ use crate::{
         route_policy::RoutePolicy,
         security_headers,
     },
-    seldom::{FewPerInterval, OfFew, Seldom},
 };
 
 /// The header with the request's id.
@@ -97,13 +97,13 @@ impl RequestIds {
 }
 
 /// Limits for log lines that many requests can cause.
-pub(crate) struct SeldomLogged {
+pub(crate) struct LogThrottles {
     /// Requests that are refused for now (503).
-    refusals: Seldom,
+    refusals: OnePerInterval,
     /// Refused requests that a third party made this machine's own user send.
-    foreign: Seldom,
+    foreign: OnePerInterval,
     /// Batches with rejected events. A device that sends one usually sends them all day.
-    rejections: Seldom,
+    rejections: OnePerInterval,
     /// Client errors, by status minus 400. Each status has its own limit, so that requests without a key cannot use up
     /// the lines about devices that report something wrong.
     client_errors: [FewPerInterval; CLIENT_ERRORS],
@@ -111,19 +111,19 @@ pub(crate) struct SeldomLogged {
     slow: FewPerInterval,
 }
 
-impl SeldomLogged {
+impl LogThrottles {
     pub(crate) fn new() -> Self {
         Self {
-            refusals: Seldom::new(REFUSED_EVERY),
-            foreign: Seldom::new(FOREIGN_EVERY),
-            rejections: Seldom::new(REJECTED_EVERY),
+            refusals: OnePerInterval::new(REFUSED_EVERY),
+            foreign: OnePerInterval::new(FOREIGN_EVERY),
+            rejections: OnePerInterval::new(REJECTED_EVERY),
             client_errors: std::array::from_fn(|_| FewPerInterval::usual()),
             slow: FewPerInterval::usual(),
         }
     }
 
     /// The line for a request refused with `status`, if it may be logged.
-    fn client_error(&self, status: StatusCode) -> Option<OfFew> {
+    fn client_error(&self, status: StatusCode) -> Option<PermittedLine> {
         let lines = usize::from(status.as_u16()).checked_sub(400);
         lines.and_then(|status| self.client_errors.get(status))?.due()
     }
@@ -297,7 +297,7 @@ impl Seen {
             is_foreign,
             request_id: &self.request_id,
         };
-        line.log(&state.seldom_logged);
+        line.log(&state.log_throttles);
         let headers = response.headers_mut();
         if is_foreign && status.is_client_error() && self.version < Version::HTTP_2 {
             // A foreign page must not keep connections open.
@@ -334,7 +334,7 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
-    fn log(&self, seldom: &SeldomLogged) {
+    fn log(&self, throttles: &LogThrottles) {
         macro_rules! line {
             ($level:ident, $message:literal $(, $field:ident = $value:expr)*) => {
                 tracing::$level!(
@@ -351,7 +351,7 @@ impl Line<'_> {
             };
         }
         if let Some(RejectedEvents { rejected, taken, reasons }) = &self.rejected
-            && let Some(passed_over) = seldom.rejections.due()
+            && let Some(suppressed) = throttles.rejections.due()
         {
             line!(
                 warn,
@@ -359,25 +359,25 @@ impl Line<'_> {
                 rejected = rejected,
                 taken = taken,
                 reasons = reasons.as_str(),
-                batches_passed_over = passed_over
+                batches_suppressed = suppressed
             );
         } else if self.status == StatusCode::SERVICE_UNAVAILABLE {
             // Expected while the database is away, which has its own error line.
-            if let Some(passed_over) = seldom.refusals.due() {
+            if let Some(suppressed) = throttles.refusals.due() {
                 line!(
                     warn,
                     "request refused for now; further refusals are not logged for 10 s",
-                    passed_over = passed_over
+                    suppressed = suppressed
                 );
             } else {
                 line!(debug, "request refused for now");
             }
         } else if self.is_foreign && self.status.is_client_error() {
-            if let Some(passed_over) = seldom.foreign.due() {
+            if let Some(suppressed) = throttles.foreign.due() {
                 line!(
                     info,
                     "request of a web page elsewhere, or through a proxy, refused; further such refusals are not logged for 10 s",
-                    passed_over = passed_over
+                    suppressed = suppressed
                 );
             } else {
                 line!(debug, "request of a web page elsewhere, or through a proxy, refused");
@@ -385,22 +385,26 @@ impl Line<'_> {
         } else if self.status.is_server_error() {
             line!(error, "request failed");
         } else if self.duration >= SLOW {
-            match seldom.slow.due() {
-                Some(OfFew { passed_over: 0, is_last: false }) => line!(warn, "slow request"),
-                Some(OfFew { passed_over, .. }) => line!(
+            match throttles.slow.due() {
+                Some(PermittedLine { suppressed: 0, is_last: false }) => {
+                    line!(warn, "slow request");
+                }
+                Some(PermittedLine { suppressed, .. }) => line!(
                     warn,
-                    "slow request; more than 20 within 10 s are counted, in passed_over and by http_request_duration_seconds",
-                    passed_over = passed_over
+                    "slow request; more than 20 within 10 s are counted, in suppressed and by http_request_duration_seconds",
+                    suppressed = suppressed
                 ),
                 None => line!(debug, "slow request"),
             }
         } else if self.status.is_client_error() {
-            match seldom.client_error(self.status) {
-                Some(OfFew { passed_over: 0, is_last: false }) => line!(info, "request refused"),
-                Some(OfFew { passed_over, .. }) => line!(
+            match throttles.client_error(self.status) {
+                Some(PermittedLine { suppressed: 0, is_last: false }) => {
+                    line!(info, "request refused");
+                }
+                Some(PermittedLine { suppressed, .. }) => line!(
                     info,
-                    "request refused; more than 20 of this status within 10 s are counted, in passed_over and by http_requests_total",
-                    passed_over = passed_over
+                    "request refused; more than 20 of this status within 10 s are counted, in suppressed and by http_requests_total",
+                    suppressed = suppressed
                 ),
                 None => line!(debug, "request refused"),
             }

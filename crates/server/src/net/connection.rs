@@ -28,9 +28,9 @@ use crate::{
     config::http::Timeouts,
     middleware::client_address::Peer,
     net::{
-        timeouts::{Activity, HeadClock, IncompleteHeads, UnderWay, WriteClock},
+        timeouts::{Activity, HeadClock, InProgress, IncompleteHeads, WriteClock},
         tls::{HTTP_2, Tls},
-        untaken::{Outgoing, Untaken},
+        unread::{Outgoing, Unread},
     },
 };
 
@@ -60,7 +60,7 @@ pub(crate) struct Shared {
     pub(crate) places: Arc<Semaphore>,
     pub(crate) heads: Arc<IncompleteHeads>,
     /// The number of response pieces that HTTP/2 clients have not read yet.
-    pub(crate) untaken: Arc<AtomicUsize>,
+    pub(crate) unread: Arc<AtomicUsize>,
 }
 
 /// Serves HTTP/1.1 without TLS.
@@ -101,8 +101,8 @@ pub(crate) async fn serve_tls(
     }
     let stream = HeadClock::http2(stream, &activity, head, &shared.heads);
     let (router, counted) = (shared.router.clone(), Arc::clone(&activity));
-    let untaken = Untaken::new(&shared.untaken);
-    let waiting = Some(Arc::clone(&untaken));
+    let unread = Unread::new(&shared.unread);
+    let waiting = Some(Arc::clone(&unread));
     let service = service_fn(move |request: Request<Incoming>| {
         answer(&router, peer, &counted, waiting.clone(), request)
     });
@@ -112,7 +112,7 @@ pub(crate) async fn serve_tls(
         .max_send_buf_size(SEND_BUFFER)
         .max_header_list_size(u32::try_from(HEAD_LIMIT).unwrap_or(u32::MAX))
         .serve_connection(TokioIo::new(stream), service);
-    drive(connection, shared, &activity, Some(&untaken), stop).await
+    drive(connection, shared, &activity, Some(&unread), stop).await
 }
 
 async fn serve_http1(
@@ -135,13 +135,13 @@ async fn serve_http1(
     drive(connection, shared, &activity, None, stop).await
 }
 
-/// Serves a connection until it ends. The client may close it, be idle for too long, or read none of the `untaken`
+/// Serves a connection until it ends. The client may close it, be idle for too long, or read none of the `unread`
 /// pieces; or the server stops.
 async fn drive<C>(
     connection: C,
     shared: &Shared,
     activity: &Activity,
-    untaken: Option<&Untaken>,
+    unread: Option<&Unread>,
     mut stop: watch::Receiver<()>,
 ) -> Result<(), hyper::Error>
 where
@@ -164,7 +164,7 @@ where
             () = &mut look => {
                 let limit = if shared.places.available_permits() == 0 { interval } else { idle };
                 let now = Instant::now();
-                let stalled = untaken.and_then(Untaken::since).map(|since| since + write);
+                let stalled = unread.and_then(Unread::since).map(|since| since + write);
                 if stalled.is_some_and(|deadline| deadline <= now) {
                     return Ok(());
                 }
@@ -195,22 +195,22 @@ fn answer(
     router: &Router,
     peer: Peer,
     activity: &Arc<Activity>,
-    untaken: Option<Arc<Untaken>>,
+    unread: Option<Arc<Unread>>,
     request: Request<Incoming>,
 ) -> impl Future<Output = Result<Response<Outgoing>, TooManyWait>> + use<> {
-    let under_way = UnderWay::begin(Arc::clone(activity));
+    let in_progress = InProgress::begin(Arc::clone(activity));
     let mut request = request.map(Body::new);
     request.extensions_mut().insert(peer);
     let answer = router.clone().oneshot(request);
     async move {
         let Ok(response) = answer.await;
         // The error resets the stream, which needs no memory.
-        if untaken.as_ref().is_some_and(|untaken| untaken.is_full()) {
+        if unread.as_ref().is_some_and(|unread| unread.is_full()) {
             return Err(TooManyWait);
         }
         // A complete body only has to be written, and the write clock limits that.
         let is_complete = response.body().size_hint().exact().is_some();
-        let under_way = (!is_complete).then_some(under_way);
-        Ok(response.map(|body| Outgoing::new(body, under_way, untaken)))
+        let in_progress = (!is_complete).then_some(in_progress);
+        Ok(response.map(|body| Outgoing::new(body, in_progress, unread)))
     }
 }

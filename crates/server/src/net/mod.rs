@@ -6,7 +6,7 @@ mod listeners;
 mod serve;
 mod timeouts;
 mod tls;
-mod untaken;
+mod unread;
 
 pub use self::{
     listeners::Listeners,

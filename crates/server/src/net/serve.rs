@@ -58,7 +58,7 @@ pub async fn serve(
         timeouts,
         places: Arc::clone(&room),
         heads: Arc::default(),
-        untaken: Arc::default(),
+        unread: Arc::default(),
     });
     let mut warned: Option<Instant> = None;
     let (stop, _) = watch::channel(());

@@ -37,7 +37,7 @@ const PROGRESS_BYTES: usize = 1 << 10;
 pub(crate) struct Activity {
     started: Instant,
     /// Requests whose response is not complete.
-    under_way: AtomicUsize,
+    in_progress: AtomicUsize,
     /// The number of complete heads since the connection began.
     begun: AtomicUsize,
     /// When the last response was complete, or the client last read some of one. In milliseconds after `started`.
@@ -50,7 +50,7 @@ impl Activity {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             started: Instant::now(),
-            under_way: AtomicUsize::new(0),
+            in_progress: AtomicUsize::new(0),
             begun: AtomicUsize::new(0),
             quiet_since: AtomicU64::new(0),
             reads_head: AtomicBool::new(false),
@@ -64,7 +64,7 @@ impl Activity {
 
     /// The start of the current idle time. `None` while a request is in flight or its head is arriving.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
-        if self.under_way.load(Ordering::Relaxed) > 0 || self.reads_head.load(Ordering::Relaxed) {
+        if self.in_progress.load(Ordering::Relaxed) > 0 || self.reads_head.load(Ordering::Relaxed) {
             return None;
         }
         Some(self.started + Duration::from_millis(self.quiet_since.load(Ordering::Relaxed)))
@@ -72,21 +72,21 @@ impl Activity {
 }
 
 /// Marks a request as in flight until it is dropped.
-pub(crate) struct UnderWay(Arc<Activity>);
+pub(crate) struct InProgress(Arc<Activity>);
 
-impl UnderWay {
+impl InProgress {
     pub(crate) fn begin(activity: Arc<Activity>) -> Self {
-        activity.under_way.fetch_add(1, Ordering::Relaxed);
+        activity.in_progress.fetch_add(1, Ordering::Relaxed);
         activity.begun.fetch_add(1, Ordering::Relaxed);
         activity.reads_head.store(false, Ordering::Relaxed);
         Self(activity)
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for InProgress {
     fn drop(&mut self) {
         self.0.touch();
-        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
+        self.0.in_progress.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -254,7 +254,7 @@ impl<S> HeadClock<S> {
     fn arrived(&mut self, bytes: &[u8]) {
         match &mut self.heads {
             Heads::Http2(frames) => frames.take(bytes),
-            Heads::Http1 { after, .. } if self.activity.under_way.load(Ordering::Relaxed) > 0 => {
+            Heads::Http1 { after, .. } if self.activity.in_progress.load(Ordering::Relaxed) > 0 => {
                 // A body, or a head sent before the response. The clock of such a head starts with its next byte.
                 *after = None;
             }
@@ -277,7 +277,7 @@ impl<S> HeadClock<S> {
             Heads::Http1 { after, bytes } => after
                 .filter(|after| {
                     *after == self.activity.begun.load(Ordering::Relaxed)
-                        && self.activity.under_way.load(Ordering::Relaxed) == 0
+                        && self.activity.in_progress.load(Ordering::Relaxed) == 0
                 })
                 .map(|after| (after, *bytes)),
         }

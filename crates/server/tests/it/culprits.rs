@@ -185,7 +185,7 @@ async fn an_event_id_that_is_used_again_for_another_event_is_counted_and_logged(
     assert!(!said.is_empty(), "{log:?}");
     let expected = json!({
         "level": "WARN", "device_id": "pi", "event_id": "1", "stored_id": stored["id"],
-        "differs_in": "total_errors, job", "passed_over": 0,
+        "differs_in": "total_errors, job", "suppressed": 0,
     });
     assert_eq!(&with(said[0].clone(), &expected), said[0]);
 }

@@ -132,7 +132,7 @@ async fn list_audit(
     let has_more = entries.len() > limit as usize;
     entries.truncate(limit as usize);
     let next_before = entries.last().map(|entry| entry.id).filter(|_| has_more);
-    let counted = state.store.audit_length(MOST_COUNTED).await?;
+    let counted = state.store.audit_length(MOST_COUNTED + 1).await?;
     let pagination = Pagination::counted_up_to(MOST_COUNTED, counted, limit)
         .with_next(next_before.map(|id| id.to_string()));
     let entries = entries.into_iter().map(AuditData::from).collect();

@@ -34,14 +34,14 @@ impl Pagination {
         Self { limit, offset, total: Some(total), total_is_at_least: None, next_cursor: None }
     }
 
-    /// A page of a list without offsets that was counted up to `most`.
+    /// A page of a list without offsets that was counted up to one more than `most`.
     pub(crate) fn counted_up_to(most: u32, counted: u64, limit: u32) -> Self {
-        let is_all = counted < u64::from(most);
+        let is_all = counted <= u64::from(most);
         Self {
             limit: Some(limit),
             offset: 0,
             total: is_all.then_some(counted),
-            total_is_at_least: (!is_all).then_some(counted),
+            total_is_at_least: (!is_all).then_some(most.into()),
             next_cursor: None,
         }
     }
@@ -61,7 +61,7 @@ mod tests {
         let page = |counted| Pagination::counted_up_to(10, counted, 5);
         let totals = |page: Pagination| (page.total, page.total_is_at_least);
         assert_eq!(totals(page(0)), (Some(0), None));
-        assert_eq!(totals(page(9)), (Some(9), None));
-        assert_eq!(totals(page(10)), (None, Some(10)));
+        assert_eq!(totals(page(10)), (Some(10), None));
+        assert_eq!(totals(page(11)), (None, Some(10)));
     }
 }

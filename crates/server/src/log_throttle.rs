@@ -11,24 +11,24 @@ use std::{
 
 /// Allows one line per interval. Many threads may call it at once.
 #[derive(Debug)]
-pub(crate) struct Seldom {
+pub(crate) struct OnePerInterval {
     started: Instant,
     /// In milliseconds.
     interval: u64,
     /// The earliest time of the next line, in milliseconds after `started`.
     due: AtomicU64,
     /// Events skipped since the last line.
-    passed_over: AtomicU64,
+    suppressed: AtomicU64,
 }
 
-impl Seldom {
+impl OnePerInterval {
     /// One line in `interval`.
     pub(crate) fn new(interval: Duration) -> Self {
         Self {
             started: Instant::now(),
             interval: milliseconds(interval),
             due: AtomicU64::new(0),
-            passed_over: AtomicU64::new(0),
+            suppressed: AtomicU64::new(0),
         }
     }
 
@@ -44,9 +44,9 @@ impl Seldom {
         if now >= due
             && self.due.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
-            return Some(self.passed_over.swap(0, Ordering::Relaxed));
+            return Some(self.suppressed.swap(0, Ordering::Relaxed));
         }
-        self.passed_over.fetch_add(1, Ordering::Relaxed);
+        self.suppressed.fetch_add(1, Ordering::Relaxed);
         None
     }
 }
@@ -59,23 +59,23 @@ pub(crate) struct FewPerInterval {
     /// In milliseconds.
     interval: u64,
     most: u64,
-    window: Mutex<FewWindow>,
+    window: Mutex<Window>,
 }
 
 #[derive(Debug, Default)]
-struct FewWindow {
+struct Window {
     /// The end of the window, in milliseconds after `started`.
     end: u64,
     lines: u64,
     /// Events skipped since the last line.
-    passed_over: u64,
+    suppressed: u64,
 }
 
 /// A permitted line.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct OfFew {
+pub(crate) struct PermittedLine {
     /// Events skipped since the previous line.
-    pub(crate) passed_over: u64,
+    pub(crate) suppressed: u64,
     /// True if no further line is allowed in this interval.
     pub(crate) is_last: bool,
 }
@@ -97,23 +97,23 @@ impl FewPerInterval {
     }
 
     /// The line for this event, if it may be logged.
-    pub(crate) fn due(&self) -> Option<OfFew> {
+    pub(crate) fn due(&self) -> Option<PermittedLine> {
         self.due_at(milliseconds(self.started.elapsed()))
     }
 
-    fn due_at(&self, now: u64) -> Option<OfFew> {
+    fn due_at(&self, now: u64) -> Option<PermittedLine> {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         if now >= window.end {
             window.end = now.saturating_add(self.interval);
             window.lines = 0;
         }
         if window.lines == self.most {
-            window.passed_over += 1;
+            window.suppressed += 1;
             return None;
         }
         window.lines += 1;
-        let passed_over = std::mem::take(&mut window.passed_over);
-        Some(OfFew { passed_over, is_last: window.lines == self.most })
+        let suppressed = std::mem::take(&mut window.suppressed);
+        Some(PermittedLine { suppressed, is_last: window.lines == self.most })
     }
 }
 
@@ -127,18 +127,18 @@ mod tests {
 
     #[test]
     fn one_line_stands_for_those_without() {
-        let seldom = Seldom::new(Duration::from_secs(10));
-        assert_eq!(seldom.due_at(0), Some(0));
-        assert_eq!([seldom.due_at(1), seldom.due_at(9_999)], [None, None]);
-        assert_eq!(seldom.due_at(10_000), Some(2));
-        assert_eq!(seldom.due_at(10_001), None);
-        assert_eq!(seldom.due_at(60_000), Some(1));
+        let line = OnePerInterval::new(Duration::from_secs(10));
+        assert_eq!(line.due_at(0), Some(0));
+        assert_eq!([line.due_at(1), line.due_at(9_999)], [None, None]);
+        assert_eq!(line.due_at(10_000), Some(2));
+        assert_eq!(line.due_at(10_001), None);
+        assert_eq!(line.due_at(60_000), Some(1));
     }
 
     #[test]
     fn a_few_lines_stand_for_those_behind_them() {
         let few = FewPerInterval::new(2, Duration::from_secs(10));
-        let line = |passed_over, is_last| Some(OfFew { passed_over, is_last });
+        let line = |suppressed, is_last| Some(PermittedLine { suppressed, is_last });
         assert_eq!([few.due_at(5), few.due_at(6)], [line(0, false), line(0, true)]);
         assert_eq!([few.due_at(7), few.due_at(10_004)], [None, None]);
         assert_eq!([few.due_at(10_005), few.due_at(10_006)], [line(2, false), line(0, true)]);

@@ -13,16 +13,16 @@ const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 
 /// Who caused a request, as far as its headers tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Sender {
+pub(crate) enum Initiator {
     /// No sign of a foreign page.
-    Welcome,
+    Trusted,
     /// The user, by a link on a foreign page, or the page itself by opening a window. The page cannot read that window.
-    Link,
+    Navigation,
     /// A foreign page.
-    PageElsewhere,
+    CrossSite,
 }
 
-impl Sender {
+impl Initiator {
     /// Classifies `request`. Pages of `origins` are welcome as well.
     pub(crate) fn of(request: &Request, origins: &[HeaderValue]) -> Self {
         let headers = request.headers();
@@ -31,19 +31,19 @@ impl Sender {
         if let Some(first) = pages.next() {
             return if pages.next().is_some() {
                 // Browsers send exactly one.
-                Self::PageElsewhere
+                Self::CrossSite
             } else if is_configured(first, origins)
                 || is_own(first, host) && fetch_site(headers) != Site::Other
             {
-                Self::Welcome
+                Self::Trusted
             } else {
-                Self::PageElsewhere
+                Self::CrossSite
             };
         }
         match fetch_site(headers) {
-            Site::Own => Self::Welcome,
-            Site::Other if opens_a_window(request) => Self::Link,
-            Site::Other => Self::PageElsewhere,
+            Site::Own => Self::Trusted,
+            Site::Other if opens_a_window(request) => Self::Navigation,
+            Site::Other => Self::CrossSite,
             // Browsers before 2020 (Safari: 2023) do not send `Sec-Fetch-Site`. They send Referer only if the page
             // allows it.
             Site::Unknown => {
@@ -53,11 +53,11 @@ impl Sender {
                     page.is_empty() || is_own(page, host) || is_configured(page, origins)
                 };
                 if referers.all(is_welcome) {
-                    Self::Welcome
+                    Self::Trusted
                 } else if opens_a_window_as_it_was(request) {
-                    Self::Link
+                    Self::Navigation
                 } else {
-                    Self::PageElsewhere
+                    Self::CrossSite
                 }
             }
         }
@@ -131,14 +131,14 @@ mod tests {
 
     use super::*;
 
-    fn sender(method: Method, headers: &[(&'static str, &'static str)]) -> Sender {
+    fn initiator(method: Method, headers: &[(&'static str, &'static str)]) -> Initiator {
         let origins = [HeaderValue::from_static("https://fleet.example")];
         let mut request = Request::new(Body::empty());
         *request.method_mut() = method;
         for (name, value) in [&("host", "localhost:3000")].into_iter().chain(headers) {
             request.headers_mut().append(*name, HeaderValue::from_static(value));
         }
-        Sender::of(&request, &origins)
+        Initiator::of(&request, &origins)
     }
 
     #[test]
@@ -158,7 +158,7 @@ mod tests {
             &[("referer", "")],
         ] {
             for method in [Method::GET, Method::POST] {
-                assert_eq!(sender(method, headers), Sender::Welcome, "{headers:?}");
+                assert_eq!(initiator(method, headers), Initiator::Trusted, "{headers:?}");
             }
         }
     }
@@ -200,7 +200,7 @@ mod tests {
             &[("referer", "https://evil.example?x"), ("accept", "image/webp,*/*")],
         ] {
             for method in [Method::GET, Method::POST] {
-                assert_eq!(sender(method, headers), Sender::PageElsewhere, "{headers:?}");
+                assert_eq!(initiator(method, headers), Initiator::CrossSite, "{headers:?}");
             }
         }
     }
@@ -221,9 +221,9 @@ mod tests {
             ],
             &[("referer", "https://evil.example/"), ("accept", "text/html,*/*;q=0.8")],
         ] {
-            assert_eq!(sender(Method::GET, headers), Sender::Link, "{headers:?}");
+            assert_eq!(initiator(Method::GET, headers), Initiator::Navigation, "{headers:?}");
             // A form sent by a page is not a link.
-            assert_eq!(sender(Method::POST, headers), Sender::PageElsewhere, "{headers:?}");
+            assert_eq!(initiator(Method::POST, headers), Initiator::CrossSite, "{headers:?}");
         }
     }
 }

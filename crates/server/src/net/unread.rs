@@ -16,18 +16,18 @@ use axum::body::{Body, Bytes};
 use bytes::Buf;
 use hyper::body::{Frame, SizeHint};
 
-use crate::net::timeouts::UnderWay;
+use crate::net::timeouts::InProgress;
 
 /// The largest number of pieces of responses that may wait for clients on all connections. Each holds some 4 KiB
 /// besides its data. Nearly all pieces are read at once and count only for microseconds.
-const MAX_UNTAKEN: usize = 8_192;
+const MAX_UNREAD: usize = 8_192;
 
 /// Each connection may have this many waiting pieces regardless of the total. A modest client must not suffer from a
 /// greedy one.
 const ALWAYS: usize = 8;
 
 /// The pieces that wait on one connection.
-pub(crate) struct Untaken {
+pub(crate) struct Unread {
     /// The count on all connections.
     all: Arc<AtomicUsize>,
     own: AtomicUsize,
@@ -36,7 +36,7 @@ pub(crate) struct Untaken {
     since: AtomicU64,
 }
 
-impl Untaken {
+impl Unread {
     pub(crate) fn new(all: &Arc<AtomicUsize>) -> Arc<Self> {
         Arc::new(Self {
             all: Arc::clone(all),
@@ -48,8 +48,7 @@ impl Untaken {
 
     /// True if no further piece may wait.
     pub(crate) fn is_full(&self) -> bool {
-        self.own.load(Ordering::Relaxed) >= ALWAYS
-            && self.all.load(Ordering::Relaxed) >= MAX_UNTAKEN
+        self.own.load(Ordering::Relaxed) >= ALWAYS && self.all.load(Ordering::Relaxed) >= MAX_UNREAD
     }
 
     /// Since when the client has read nothing of what waits; `None` when nothing waits.
@@ -65,16 +64,16 @@ impl Untaken {
 }
 
 /// Counts one waiting piece of a response until it is dropped.
-struct Waits(Arc<Untaken>);
+struct Waits(Arc<Unread>);
 
 impl Waits {
-    fn begin(untaken: &Arc<Untaken>) -> Self {
-        if untaken.own.load(Ordering::Relaxed) == 0 {
-            untaken.progress();
+    fn begin(unread: &Arc<Unread>) -> Self {
+        if unread.own.load(Ordering::Relaxed) == 0 {
+            unread.progress();
         }
-        untaken.own.fetch_add(1, Ordering::Relaxed);
-        untaken.all.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(untaken))
+        unread.own.fetch_add(1, Ordering::Relaxed);
+        unread.all.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(unread))
     }
 }
 
@@ -90,18 +89,18 @@ impl Drop for Waits {
 pub(crate) struct Outgoing {
     body: Body,
     /// Keeps the request in flight until the body is complete.
-    _under_way: Option<UnderWay>,
+    _under_way: Option<InProgress>,
     /// Counts the waiting pieces; only in HTTP/2.
-    untaken: Option<Arc<Untaken>>,
+    unread: Option<Arc<Unread>>,
 }
 
 impl Outgoing {
     pub(crate) fn new(
         body: Body,
-        under_way: Option<UnderWay>,
-        untaken: Option<Arc<Untaken>>,
+        in_progress: Option<InProgress>,
+        unread: Option<Arc<Unread>>,
     ) -> Self {
-        Self { body, _under_way: under_way, untaken }
+        Self { body, _under_way: in_progress, unread }
     }
 }
 
@@ -115,7 +114,7 @@ impl hyper::body::Body for Outgoing {
     ) -> Poll<Option<Result<Frame<Piece>, axum::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(context);
         frame.map_ok(|frame| {
-            frame.map_data(|bytes| Piece { bytes, waits: self.untaken.as_ref().map(Waits::begin) })
+            frame.map_data(|bytes| Piece { bytes, waits: self.unread.as_ref().map(Waits::begin) })
         })
     }
 
