@@ -3,6 +3,7 @@
 
 pub mod api;
 pub mod app;
+mod build_info;
 pub mod cli;
 pub mod clock;
 pub mod config;

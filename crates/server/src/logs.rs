@@ -163,7 +163,7 @@ pub fn init(settings: &LogSettings) -> Result<LogGuard, String> {
     let console = if settings.json_console {
         json_lines(console).boxed()
     } else {
-        fmt::layer().with_writer(console).with_ansi(io::stdout().is_terminal()).boxed()
+        fmt::layer().with_writer(console).with_ansi(wants_colours()).boxed()
     };
     let mut layers = vec![console];
     if let Some(dir) = &settings.dir {
@@ -195,6 +195,12 @@ where
         .with(targets(level))
         .try_init()
         .map_err(|error| error.to_string())
+}
+
+/// Whether the console may have colours: it is a terminal, and nobody has asked for none (<https://no-color.org>).
+fn wants_colours() -> bool {
+    let is_refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    io::stdout().is_terminal() && !is_refused
 }
 
 /// The level for each target. Libraries log little that an operator needs.

@@ -9,6 +9,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 
+use crate::build_info;
 use crate::store::{FleetStats, PoolUsage};
 
 /// Upper bounds of the response time buckets, in seconds. The Node service promised a median of 6 ms and 50 ms for the
@@ -49,8 +50,13 @@ impl Metrics {
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let build = IntGauge::with_opts(
-            Opts::new("pisync_build_info", "Always 1; the label tells the version.")
-                .const_label("version", env!("CARGO_PKG_VERSION")),
+            Opts::new(
+                "pisync_build_info",
+                "Always 1; the labels tell what was built, and by which compiler.",
+            )
+            .const_label("version", build_info::PACKAGE_VERSION)
+            .const_label("commit", build_info::COMMIT)
+            .const_label("rustc", build_info::RUSTC),
         )?;
         build.set(1);
         registry.register(Box::new(build))?;

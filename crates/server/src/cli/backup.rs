@@ -1,10 +1,12 @@
-//! `pisync backup` and `pisync restore`: an SQLite database in one file, and back.
+//! `pisync backup` copies an SQLite database into one file, and `pisync restore` puts such a file in the database's place.
+//! `store` does both; here is what is said about it.
 
 use std::path::PathBuf;
 
 use clap::Args;
+use serde_json::json;
 
-use super::{database, exit::Failure};
+use super::{database, exit::Failure, output::JsonArgs};
 use crate::{
     config::{DatabaseArgs, MigrationArgs},
     store,
@@ -12,14 +14,14 @@ use crate::{
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Works beside a running server: what was acknowledged before is in it. The file
-is checked and on the disk before it gets its name.
+Works beside a running server: everything acknowledged before is in the copy.
+The file is checked and synced to the disk before it gets its name.
 
 Example:
   pisync backup /mnt/usb/pisync-$(date +%F).db
 
-PostgreSQL is backed up with pg_dump: then the command to use is printed, and
-the exit status is 1.")]
+PostgreSQL is backed up with pg_dump: the command for that is printed, and the
+exit status is 1.")]
 pub(super) struct BackupCommand {
     /// The file to make
     #[arg(value_name = "FILE")]
@@ -27,6 +29,8 @@ pub(super) struct BackupCommand {
     /// Replace the file if it exists
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    json: JsonArgs,
     #[command(flatten)]
     database: DatabaseArgs,
 }
@@ -52,12 +56,17 @@ pub(super) struct RestoreCommand {
 pub(super) fn backup(command: &BackupCommand) -> Result<(), Failure> {
     let target = database::existing(&command.database)?;
     let held = store::backup(&target, &command.file, command.force)?;
-    println!(
-        "backed up {target} to {}: devices: {}, events: {}",
-        command.file.display(),
-        held.devices,
-        held.events
-    );
+    let (devices, events) = (held.devices, held.events);
+    let file = command.file.display();
+    say!(command.json, "backed up {target} to {file}: devices: {devices}, events: {events}");
+    command.json.document(|| {
+        json!({
+            "database": target.to_string(),
+            "file": file.to_string(),
+            "devices": devices,
+            "events": events,
+        })
+    });
     Ok(())
 }
 

@@ -1,8 +1,11 @@
-//! `pisync copy`: everything into another database.
+//! `pisync copy`: copies everything into another, empty database and shows how far it is. `store` does it; the source is never
+//! changed.
 
 use clap::Args;
+use pisync_core::Timestamp;
+use serde_json::json;
 
-use super::{database, exit::Failure, progress::Progress};
+use super::{database, exit::Failure, output::JsonArgs, progress::Progress};
 use crate::{
     clock::Clock,
     config::CopyArgs,
@@ -26,43 +29,59 @@ Examples:
 pub(super) struct CopyCommand {
     #[command(flatten)]
     databases: CopyArgs,
+    #[command(flatten)]
+    json: JsonArgs,
 }
 
 pub(super) async fn run(command: &CopyCommand) -> Result<(), Failure> {
     let (from, to) = command.databases.targets()?;
-    // The copy goes by it which events the other side regards as received already.
+    // The other side regards events before it as received already.
     let clock = Clock::system();
     let now = clock.check()?;
     let mut table = None;
-    let mut report = |progress| show(&mut table, progress);
+    let json = command.json;
+    let mut report = |progress| show(&mut table, json, progress);
     let copied = store::copy(&from, &to, now, &mut report).await;
     if copied.is_err()
         && let Some(table) = table
     {
         table.progress.finish();
     }
-    say(&from, &to, &copied?);
+    let copied = copied?;
+    say(json, &from, &to, &copied);
     // Only now is it known that the source can be opened. A copy that is there must not fail for that.
     if let Ok(store) = store::open(&from).await {
         let _ = database::warn_of_clock(&*store, &clock).await;
     }
-    println!("what {from} received after {now} may not be in it");
+    say!(json, "what {from} received after {now} may not be in it");
+    json.document(|| document(&from, &to, now, &copied));
     Ok(())
 }
 
-fn say(from: &Target, to: &Target, copied: &Copied) {
-    for left_out in &copied.left_out {
-        println!("not copied, for it is not PiSync's: {left_out}");
+fn document(from: &Target, to: &Target, now: Timestamp, copied: &Copied) -> serde_json::Value {
+    json!({
+        "from": from.to_string(),
+        "to": to.to_string(),
+        "as_of": now,
+        "rows": copied.rows,
+        "not_copied": copied.left_out,
+    })
+}
+
+fn say(json: JsonArgs, from: &Target, to: &Target, copied: &Copied) {
+    for unknown in &copied.left_out {
+        say!(json, "not copied, because it is not PiSync's: {unknown}");
     }
     let rows = |table: &str| copied.rows.get(table).copied().unwrap_or_default();
-    println!(
+    say!(
+        json,
         "copied {from} to {to}: devices: {}, events: {}; all tables have the same rows and checksums",
         rows("devices"),
         rows("sync_events")
     );
 }
 
-/// The table that is under way.
+/// The table that is being copied or compared.
 struct Table {
     name: &'static str,
     comparing: bool,
@@ -70,7 +89,7 @@ struct Table {
     progress: Progress,
 }
 
-fn show(table: &mut Option<Table>, progress: CopyProgress) {
+fn show(table: &mut Option<Table>, json: JsonArgs, progress: CopyProgress) {
     match progress {
         CopyProgress::Table { name, comparing, rows } => {
             let progress = Progress::new(Some(rows)).counting(format!("rows of {name}"));
@@ -86,7 +105,7 @@ fn show(table: &mut Option<Table>, progress: CopyProgress) {
             if let Some(Table { name, comparing, progress, .. }) = table.take() {
                 progress.finish();
                 let done = if comparing { "compared" } else { "copied" };
-                println!("{done:<9} {name}: {rows}");
+                say!(json, "{done:<9} {name}: {rows}");
             }
         }
     }

@@ -1,4 +1,5 @@
-//! Opening the database for commands that work beside a running server.
+//! Opens the database for the commands that work beside a running server. It makes none, and migrates none that a server
+//! uses.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! `pisync db setup`: from nothing to a database that a server can use.
+//! `pisync db setup`: makes the database that a server needs, and its tables. It is the only command that creates a database
+//! in PostgreSQL.
 
 use clap::{Args, Subcommand};
 

@@ -1,4 +1,5 @@
-//! `pisync export`: events into a file or to whoever reads them.
+//! `pisync export`: writes events into a file or to standard output, compressed if that is asked for. `export` finds and writes
+//! them. A file gets its name once all of it is written.
 
 use std::{
     fs::File,
@@ -32,15 +33,14 @@ within each device; `pisync import` reads them back. Names and groups of
 devices, keys and settings are not part of events.
 
 Works beside a running server; events that arrive meanwhile may be in it or
-not. A file is written beside its place and put there once it is whole; only its
-owner may read it.
+not. A file gets its name once it is complete; only its owner may read it.
 
 Examples:
   pisync export --output events.ndjson.gz
   pisync export --group school-17 --from 2026-01-01 --format csv | head
   pisync export --device pi-001 --zstd > pi-001.ndjson.zst")]
 pub(super) struct ExportCommand {
-    /// How events follow each other [default: csv for FILE.csv, also compressed; else ndjson]
+    /// How events are written [default: csv for FILE.csv, also compressed; else ndjson]
     #[arg(long)]
     format: Option<Format>,
     /// Only this device's events

@@ -1,4 +1,5 @@
-//! `pisync import`: events from a file, beside a running server or without one.
+//! `pisync import`: stores the events of a file, beside a running server or without one, and says what became of them. `import`
+//! reads and stores them.
 
 use std::{
     path::PathBuf,
@@ -6,10 +7,12 @@ use std::{
 };
 
 use clap::Args;
+use serde_json::{Value, json};
 
 use super::{
     database,
     exit::Failure,
+    output::JsonArgs,
     progress::{Progress, rate},
 };
 use crate::{
@@ -33,8 +36,9 @@ writes can be read.
 
 Each record is checked as the API does it. Those that are wrong are put into
 the file of rejected records, with their reasons, and the others are stored.
-An input that is broken off or damaged is imported up to there: run the command
-again once it is whole. CSV is UTF-8, its cells are separated by commas.
+An input that breaks off or is damaged is imported up to that place: run the
+command again once it is complete. CSV is UTF-8, its cells are separated by
+commas.
 
 Run the same command again after an interruption: it goes on where it was, and
 no event is stored twice. An input is known by its records, whatever its name;
@@ -51,7 +55,7 @@ when some records were rejected and the others are stored.")]
 pub(super) struct ImportCommand {
     /// What to import; - for standard input
     file: PathBuf,
-    /// How records follow each other [default: what the first character tells]
+    /// How records are written [default: what the first character tells]
     #[arg(long)]
     format: Option<Format>,
     /// Where to put records that are wrong [default: FILE.rejected]
@@ -60,6 +64,8 @@ pub(super) struct ImportCommand {
     /// Import it once more although it was imported already: events without an event_id are then stored twice
     #[arg(long)]
     again: bool,
+    #[command(flatten)]
+    json: JsonArgs,
     #[command(flatten)]
     clock_skew: ClockSkewArgs,
     #[command(flatten)]
@@ -124,16 +130,20 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
         eprintln!("cannot close the database properly: {error}");
     }
     let Status { stored, duplicates, rejected, .. } = status;
+    let json = command.json;
+    json.document(|| document(&status, &target, &name, command));
     if let Some(before) = status.resumed.as_ref().filter(|before| before.finished)
         && stored + duplicates + rejected == 0
     {
-        println!(
+        say!(
+            json,
             "{name} was imported already, at {}, and nothing was done; import it once more with --again",
             before.at
         );
         return Ok(());
     }
-    println!(
+    say!(
+        json,
         "imported {stored} events into {target}, {}/s, of {} records; {duplicates} were there already, {rejected} were rejected",
         rate(stored, took),
         status.records
@@ -158,6 +168,24 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
         return Err(format!("no record is an event; {file} says why").into());
     }
     Err(Failure::partly(format!("{rejected} records were rejected; {file} says why")))
+}
+
+/// What an import has done, for programs.
+fn document(status: &Status, target: &Target, name: &str, command: &ImportCommand) -> Value {
+    let finished = status.resumed.as_ref().filter(|before| before.finished);
+    json!({
+        "database": target.to_string(),
+        "source": name,
+        "records": status.records,
+        "stored": status.stored,
+        "duplicates": status.duplicates,
+        "conflicting": status.conflicting,
+        "rejected": status.rejected,
+        "rejected_file": (status.rejected > 0).then(|| command.rejected().display().to_string()),
+        "records_before": status.passed,
+        "imported_before_at": finished.map(|before| before.at),
+        "is_cut_off": status.is_cut_off,
+    })
 }
 
 /// A server that may be using the same SQLite file.

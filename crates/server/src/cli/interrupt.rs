@@ -1,4 +1,5 @@
-//! Signals that end a command: what it was making goes, and it says what is left. A server ends on its own terms.
+//! Ends a command at a signal: it removes what the command was making, and says what stays. `cli::main` starts it for all
+//! commands but `serve`, which stops in its own way.
 
 use std::fs;
 

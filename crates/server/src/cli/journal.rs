@@ -1,4 +1,5 @@
-//! `pisync journal`: what is in the ingest journal of an SQLite database, and how to go on with a damaged one.
+//! `pisync journal`: shows what is in the ingest journal of an SQLite database, and goes on with a damaged one. `store` reads and
+//! salvages it. `inspect` changes nothing.
 
 use clap::{Args, Subcommand};
 

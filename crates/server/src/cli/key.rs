@@ -1,9 +1,11 @@
-//! `pisync key`: API keys, made, listed and revoked beside a running server, which notices within a second.
+//! `pisync key`: makes, lists and revokes API keys, also beside a running server. A key is shown once, alone on standard output,
+//! and never logged.
 
 use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, Timestamp, text::check_text};
+use serde_json::{Value, json};
 
-use super::{database, exit::Failure};
+use super::{database, exit::Failure, output::JsonArgs};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -23,11 +25,15 @@ Examples:
   pisync key create --scope ingest --group school-17   one for the devices of a group; new ones join it
   pisync key create --scope read --expires 90d --name prometheus
   pisync key revoke 3
+  KEY=$(pisync key create --scope ingest)              for a script
 
-A key is sent as `Authorization: Bearer psk_\u{2026}`.")]
+A key is sent as `Authorization: Bearer psk_\u{2026}`. The key alone goes to
+standard output; what is said about it goes to standard error.")]
 pub(super) struct KeyCommand {
     #[command(subcommand)]
     action: Action,
+    #[command(flatten)]
+    json: JsonArgs,
     #[command(flatten)]
     database: DatabaseArgs,
     #[command(flatten)]
@@ -65,6 +71,7 @@ enum Action {
 }
 
 pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
+    let json = command.json;
     let clock = Clock::system();
     let now = clock.now();
     let by = Actor { via: Via::CommandLine, address: None, at: now };
@@ -91,32 +98,68 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
                 return Err(message.into());
             }
             let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by).await?;
-            println!("made key {id} in {target}; it is shown this once:\n{}", secret.as_str());
+            eprintln!("made key {id} in {target}; it is shown this once:");
+            if json.is_asked_for() {
+                json.document(|| {
+                    json!({
+                        "database": target.to_string(),
+                        "id": id,
+                        "key": secret.as_str(),
+                        "scope": scope.as_str(),
+                        "name": name,
+                        "device_id": device,
+                        "group": group,
+                        "expires_at": expires_at,
+                    })
+                });
+            } else {
+                println!("{}", secret.as_str());
+            }
             Ok(())
         }
         Action::List => {
             let target = database::existing(&command.database)?;
             let store = database::open(&target, &command.migrations, &clock).await?;
             let keys = store.keys().await?.keys;
-            for line in table(&keys, now) {
-                println!("{line}");
+            // Whoever reads the document needs no table.
+            if !json.is_asked_for() {
+                table(&keys, now).iter().for_each(|line| println!("{line}"));
             }
+            json.document(|| {
+                let keys: Vec<_> = keys.iter().map(|key| document(key, now)).collect();
+                json!({"database": target.to_string(), "keys": keys})
+            });
             Ok(())
         }
         Action::Revoke { ids } => {
             let target = database::existing(&command.database)?;
             let store = database::open(&target, &command.migrations, &clock).await?;
-            let mut unknown = Vec::new();
+            let (mut revoked, mut already, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
             for id in ids {
                 match store.revoke_key(*id, &by).await? {
-                    Revocation::Revoked => println!("revoked key {id}"),
-                    Revocation::Already => println!("key {id} was revoked before"),
-                    Revocation::Unknown => unknown.push(id.to_string()),
+                    Revocation::Revoked => {
+                        say!(json, "revoked key {id}");
+                        revoked.push(id);
+                    }
+                    Revocation::Already => {
+                        say!(json, "key {id} was revoked before");
+                        already.push(id);
+                    }
+                    Revocation::Unknown => unknown.push(id),
                 }
             }
+            json.document(|| {
+                json!({
+                    "database": target.to_string(),
+                    "revoked": revoked,
+                    "revoked_before": already,
+                    "unknown": unknown,
+                })
+            });
             if unknown.is_empty() {
                 return Ok(());
             }
+            let unknown: Vec<_> = unknown.iter().map(ToString::to_string).collect();
             let unknown = unknown.join(", ");
             Err(format!("no such key: {unknown}; `pisync key list` lists them").into())
         }
@@ -160,6 +203,28 @@ fn end(when: &str, now: Timestamp) -> Result<Timestamp, Failure> {
         Failure::usage(format!(
             "--expires {when}: expected so many hours, days or weeks (12h, 90d, 4w), or a time such as 2027-01-01"
         ))
+    })
+}
+
+/// A key for programs, with the names that `GET /api/keys` gives its fields.
+fn document(key: &ApiKey, now: Timestamp) -> Value {
+    let state = match (key.revoked_at, key.expires_at) {
+        (Some(_), _) => "revoked",
+        (None, Some(at)) if at <= now => "expired",
+        (None, _) => "valid",
+    };
+    json!({
+        "id": key.id,
+        "hint": key.hint,
+        "name": key.name,
+        "scope": key.scope.as_str(),
+        "device_id": key.device_id,
+        "group": key.group,
+        "state": state,
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "revoked_at": key.revoked_at,
+        "last_used": key.last_used,
     })
 }
 

@@ -1,10 +1,12 @@
-//! `pisync migrate`: the schema, forth and back.
+//! `pisync migrate`: applies changes of the schema, rolls them back, and lists them. What it prints while it takes over a database
+//! of the Node service is in `take_over`. It rolls nothing back under a running server.
 
 use std::path::Path;
 
 use clap::{Args, Subcommand};
+use serde_json::json;
 
-use super::{database, exit::Failure, take_over};
+use super::{database, exit::Failure, output::JsonArgs, take_over};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -35,7 +37,7 @@ pub(super) struct MigrateCommand {
 enum Action {
     /// Apply all pending migrations; takes over a database made by the Node PiSync
     Up(UpArgs),
-    /// Take back the last N applied migrations
+    /// Roll back the last N applied migrations
     Down {
         /// How many
         #[arg(default_value_t = 1, value_name = "N")]
@@ -44,14 +46,17 @@ enum Action {
         #[arg(long)]
         yes: bool,
     },
-    /// Take back everything that the last `up` applied
+    /// Roll back everything that the last `up` applied
     Rollback {
         /// Go on although data will be lost
         #[arg(long)]
         yes: bool,
     },
     /// Show what is applied and what is pending
-    Status,
+    Status {
+        #[command(flatten)]
+        json: JsonArgs,
+    },
     /// Make a pair of files for a migration of your own
     New {
         /// What it does, in a few words joined by hyphens
@@ -61,8 +66,8 @@ enum Action {
 
 #[derive(Debug, Args)]
 struct UpArgs {
-    /// Say what would be done and change nothing; of a take-over also what was found, and how much
-    /// time and disk it is expected to take
+    /// Say what would be done, and change nothing. Of a take-over it also says what was found, and how
+    /// much time and disk it will take
     #[arg(long)]
     dry_run: bool,
     /// Take-over: the time zone of the Node service's clock, by its IANA name such as Europe/Berlin;
@@ -89,7 +94,7 @@ pub(super) async fn run(command: &MigrateCommand) -> Result<(), Failure> {
             let last = migrator.last_batch().await?;
             down(&target, &mut migrator, &last, *yes).await
         }
-        Action::Status => status(&database::existing(database)?, folder).await,
+        Action::Status { json } => status(&database::existing(database)?, folder, *json).await,
         Action::New { name } => {
             let files = migrations::create_pair(folder, name, Clock::system().now())?;
             for file in files {
@@ -195,17 +200,30 @@ async fn down(
         return Err(message.into());
     }
     for name in migrator.down(migrations).await? {
-        println!("taken back {name}");
+        println!("rolled back {name}");
     }
     Ok(())
 }
 
-async fn status(target: &Target, folder: &Path) -> Result<(), Failure> {
-    println!("{target}");
-    for line in open(target, folder).await?.status().await? {
+async fn status(target: &Target, folder: &Path, json: JsonArgs) -> Result<(), Failure> {
+    let lines = open(target, folder).await?.status().await?;
+    say!(json, "{target}");
+    for line in &lines {
         let state = line.applied_at.map_or("pending".to_owned(), |at| format!("applied {at}"));
         let problem = line.problem.map_or(String::new(), |problem| format!("  ({problem})"));
-        println!("  {state:<33} {:<9} {}{problem}", line.source.as_str(), line.name);
+        say!(json, "  {state:<33} {:<9} {}{problem}", line.source.as_str(), line.name);
     }
+    json.document(|| {
+        let migrations = lines.iter().map(|line| {
+            json!({
+                "name": line.name,
+                "source": line.source.as_str(),
+                "state": if line.applied_at.is_some() { "applied" } else { "pending" },
+                "applied_at": line.applied_at,
+                "problem": line.problem,
+            })
+        });
+        json!({"database": target.to_string(), "migrations": migrations.collect::<Vec<_>>()})
+    });
     Ok(())
 }

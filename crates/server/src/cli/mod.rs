@@ -1,4 +1,5 @@
-//! The command line: what was typed, and one file per command.
+//! The command line: it reads what was typed, and runs one command, each in a file of its own. `main` calls it. What a command
+//! has to say goes through `output`, and how it ends through `exit`; nothing else writes to the console or ends the process.
 
 /// As the standard library's, but without its panic: see `output`.
 macro_rules! print {
@@ -15,16 +16,25 @@ macro_rules! eprintln {
     ($($argument:tt)*) => { $crate::cli::output::error_line(format_args!($($argument)*)) };
 }
 
+/// A line for people, as [`output::JsonArgs::say`] writes it.
+macro_rules! say {
+    ($json:expr, $($argument:tt)*) => { $json.say(format_args!($($argument)*)) };
+}
+
 mod backup;
+mod completions;
 mod copy;
 mod database;
 mod db;
+mod doctor;
 mod exit;
 mod export;
+mod health;
 mod import;
 mod interrupt;
 mod journal;
 mod key;
+mod man;
 mod masked;
 mod migrate;
 mod openapi;
@@ -46,6 +56,7 @@ use self::{
     settings::{SettingsFile, without_environment},
 };
 use crate::{
+    build_info,
     config::{LogLevelArgs, ServeArgs},
     logs::{self, LogLevel},
 };
@@ -55,7 +66,7 @@ use crate::{
 /// Without a command it serves. Every option can also be set by the environment variable named with
 /// it, or in a file .env in the working directory; the command line goes first, the file last.
 #[derive(Debug, Parser)]
-#[command(name = "pisync", version, after_help = after_help(), arg_required_else_help = false)]
+#[command(name = "pisync", version = build_info::VERSION, after_help = after_help(), arg_required_else_help = false)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -69,6 +80,7 @@ Examples:
   pisync serve --port 8080 --host 0.0.0.0  serve on every interface
   DATABASE_URL=postgres://pisync@localhost/pisync pisync db setup
                                            create the PostgreSQL database and its tables
+  pisync doctor                            would a server work here, and if not, what to do
   pisync migrate status                    what is applied and what is pending
   pisync backup /mnt/usb/pisync.db         a copy of the SQLite database, also while it is in use
   pisync copy --from sqlite:data/pisync.db --to postgres://pisync@localhost/pisync
@@ -85,7 +97,7 @@ fn after_help() -> String {
 enum Command {
     /// Run the server (also without a command)
     Serve(Box<ServeArgs>),
-    /// Change the database's schema, forth and back
+    /// Apply and roll back changes of the database's schema
     Migrate(migrate::MigrateCommand),
     /// Prepare a database
     Db(db::DbCommand),
@@ -105,8 +117,16 @@ enum Command {
     Journal(journal::JournalCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
+    /// Would a server of this configuration work? Check everything, change nothing
+    Doctor(Box<doctor::DoctorCommand>),
+    /// Ask the running server whether it can serve
+    Health(health::HealthCommand),
     /// Print the API's OpenAPI document
     Openapi,
+    /// Print a script with which a shell completes what is typed
+    Completions(completions::CompletionsCommand),
+    /// Write manual pages into a folder
+    Man(man::ManCommand),
 }
 
 impl Command {
@@ -118,13 +138,15 @@ impl Command {
             Self::Export(_) | Self::Backup(_) => "nothing was kept of the file",
             Self::Copy(_) => "nothing was kept of the copy",
             Self::Migrate(_) | Self::Db(_) => {
-                "each migration is applied as a whole or not at all: see pisync migrate status"
+                "each migration is applied in full or not at all: see pisync migrate status"
             }
             Self::Restore(_) => {
                 "the database is the one before or the backup, whole in either case"
             }
             Self::Verify(_) => "figures that were repaired stay repaired",
-            Self::Journal(_) | Self::Key(_) | Self::Openapi => "run it again",
+            Self::Journal(_) | Self::Key(_) => "run it again",
+            Self::Doctor(_) | Self::Health(_) => "nothing was changed",
+            Self::Openapi | Self::Completions(_) | Self::Man(_) => "run it again",
         })
     }
 }
@@ -132,7 +154,7 @@ impl Command {
 /// Runs the command that was typed.
 #[must_use]
 pub fn main() -> ExitCode {
-    let Typed { cli, settings_file, masks } = match typed() {
+    let Typed { cli, settings_file, masks, problem } = match typed() {
         Ok(typed) => typed,
         Err(code) => return code,
     };
@@ -170,7 +192,13 @@ pub fn main() -> ExitCode {
             Some(Command::Copy(command)) => copy::run(&command).await,
             Some(Command::Journal(command)) => journal::run(&command),
             Some(Command::Key(command)) => key::run(&command).await,
+            Some(Command::Doctor(command)) => {
+                doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
+            }
+            Some(Command::Health(command)) => health::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
+            Some(Command::Completions(command)) => completions::run(&command),
+            Some(Command::Man(command)) => man::run(&command),
             // `with_command_first` has seen to it.
             None => Err(Failure::usage("no command")),
         }
@@ -233,6 +261,8 @@ struct Typed {
     cli: Cli,
     settings_file: SettingsFile,
     masks: Masks,
+    /// Why the settings could not be read, for `doctor` alone: to others that is the end.
+    problem: Option<String>,
 }
 
 /// Reads what was typed. When it makes no sense, or help was asked for, that has been said, and the process ends with
@@ -240,29 +270,57 @@ struct Typed {
 fn typed() -> Result<Typed, ExitCode> {
     let settings_file = SettingsFile::read(&known_variables());
     let typed = with_command_first(std::env::args_os().collect(), &definition());
-    let completed = settings_file.complete(definition(), typed.clone());
-    let completed = completed.map_err(|failure| {
-        fail(&Failure { message: Masks::of(&typed).mask(&failure.message), ..failure })
-    })?;
+    let completed = match settings_file.complete(definition(), typed.clone()) {
+        Ok(completed) => completed,
+        Err(failure) => {
+            let message = Masks::of(&typed).mask(&failure.message);
+            return match doctor_alone(&typed) {
+                Some(cli) => {
+                    let masks = Masks::of(&typed);
+                    Ok(Typed { cli, settings_file, masks, problem: Some(message) })
+                }
+                None => Err(fail(&Failure { message, ..failure })),
+            };
+        }
+    };
+    let is_complete = completed.is_some();
     let (mut command, words) = match completed {
         Some(completed) => (without_environment(definition(), false), completed),
         // The command as it is written shows the help that was asked for, which names the variables, or says what is
         // wrong.
-        None => (definition(), typed),
+        None => (definition(), typed.clone()),
     };
     let masks = Masks::of(&words);
     let read = command.try_get_matches_from_mut(words).and_then(|matches| {
         refuse_misplaced_urls(&mut command, &matches)?;
         Cli::from_arg_matches(&matches)
     });
-    let cli = read.map_err(|error| say(&error, &masks))?;
-    if !matches!(cli.command, Some(Command::Serve(_))) {
-        // A server writes them into its log.
+    let cli = match (read, doctor_alone(&typed)) {
+        (Ok(cli), _) => cli,
+        (Err(error), Some(cli)) if is_complete => {
+            let text = error.to_string();
+            let problem = text.lines().next().unwrap_or_default();
+            let problem = problem.strip_prefix("error: ").unwrap_or(problem).to_owned();
+            return Ok(Typed { cli, settings_file, masks, problem: Some(problem) });
+        }
+        (Err(error), _) => return Err(say(&error, &masks)),
+    };
+    if !matches!(cli.command, Some(Command::Serve(_) | Command::Doctor(_))) {
+        // A server writes them into its log, and `doctor` into its report.
         for warning in &settings_file.warnings {
             eprintln!("pisync: {warning}");
         }
     }
-    Ok(Typed { cli, settings_file, masks })
+    Ok(Typed { cli, settings_file, masks, problem: None })
+}
+
+/// What was typed, if that makes sense by itself and is `doctor`.
+fn doctor_alone(typed: &[OsString]) -> Option<Cli> {
+    let mut command = without_environment(definition(), false);
+    let matches = command.try_get_matches_from_mut(typed).ok()?;
+    refuse_misplaced_urls(&mut command, &matches).ok()?;
+    let cli = Cli::from_arg_matches(&matches).ok()?;
+    matches!(cli.command, Some(Command::Doctor(_))).then_some(cli)
 }
 
 /// Says what clap has to say, be it help or an error, and returns the exit code.

@@ -1,4 +1,4 @@
-//! `pisync openapi`: the API's document, as `docs/openapi.json` holds it.
+//! `pisync openapi`: prints the API's document, as `docs/openapi.json` holds it. It reads no setting.
 
 use super::exit::Failure;
 

@@ -1,5 +1,5 @@
-//! How far a long command has come: a bar on a terminal, and a line now and then elsewhere. Both go to
-//! standard error.
+//! Shows how far a long command is: a bar on a terminal, and a line every few seconds elsewhere. Both go to standard error,
+//! and have no colours.
 
 use std::{
     io::{self, IsTerminal, Write, stderr},
@@ -116,7 +116,7 @@ fn bar(total: Option<u64>) -> ProgressBar {
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
     // indicatif's own `percent` rounds, so it would say 100 too early.
     let done = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
-        // What is left out when it cannot be written is a number on a screen.
+        // When it cannot be written, a number is missing on a screen.
         let _ = write!(text, "{}", percent(state.pos(), state.len().unwrap_or_default()));
     };
     bar.with_style(style.with_key("done", done))

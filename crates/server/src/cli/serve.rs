@@ -1,4 +1,5 @@
-//! `pisync serve`: the server itself, from its settings to its orderly end.
+//! `pisync serve`: starts the log, listens, runs `app` until a signal comes, and says how it ended. It makes nothing before the
+//! settings make sense.
 
 use std::{convert::Infallible, io::ErrorKind, net::SocketAddr};
 
@@ -56,7 +57,7 @@ pub(super) async fn run(
 
 /// Listens on every address that the host name stands for, at one port.
 async fn listen(arguments: &ServeArgs) -> Result<Listeners, String> {
-    let (host, port) = arguments.address();
+    let (host, port) = arguments.listen().address();
     let cannot = |error: &dyn std::fmt::Display| {
         format!("cannot listen on {host}:{port}: {error}; set HOST and PORT to others")
     };
@@ -77,7 +78,7 @@ async fn listen(arguments: &ServeArgs) -> Result<Listeners, String> {
     Err(cannot(&"no port is free for all of its addresses"))
 }
 
-/// A socket for each address. Those of a kind that this machine does not have are left out, unless there is no
+/// A socket for each address. Addresses of a kind that this machine does not have are skipped, unless there is no
 /// other.
 fn bind_all(addresses: &[SocketAddr]) -> std::io::Result<Vec<TcpListener>> {
     let mut sockets: Vec<TcpListener> = Vec::new();
@@ -132,18 +133,18 @@ fn raise_file_limit() -> Option<u64> {
 /// be refused one by one.
 fn bound_connections(max_connections: &mut usize, file_limit: Option<u64>) {
     let Some(files) = file_limit.and_then(|limit| usize::try_from(limit).ok()) else { return };
-    let room = files.saturating_sub(OTHER_FILES).max(1);
+    let most = files.saturating_sub(OTHER_FILES).max(1);
     if *max_connections == 0 {
-        *max_connections = room;
+        *max_connections = most;
     }
-    if *max_connections <= room {
+    if *max_connections <= most {
         return;
     }
     tracing::warn!(
-        max_connections = room,
+        max_connections = most,
         "the system allows {files} open files: fewer connections than MAX_CONNECTIONS are taken in; raise its limit (ulimit -n, LimitNOFILE)"
     );
-    *max_connections = room;
+    *max_connections = most;
 }
 
 /// Comes true on SIGTERM or SIGINT (Ctrl-C).
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn addresses_that_the_machine_does_not_have_are_left_out() {
+    async fn addresses_that_the_machine_does_not_have_are_skipped() {
         // Reserved for documentation, and IPv6's own machine, which not every machine has.
         let [v4, v6, missing] =
             ["127.0.0.1:0", "[::1]:0", "192.0.2.1:0"].map(|text| text.parse().unwrap());

@@ -5,7 +5,7 @@
 use std::{
     any::TypeId,
     ffi::OsString,
-    os::unix::fs::FileTypeExt as _,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -71,6 +71,18 @@ impl SettingsFile {
             }
         }
         settings
+    }
+
+    /// Whether everybody on this machine may read the file, and a password in it.
+    pub(super) fn is_readable_by_others(&self) -> bool {
+        const OTHERS_READ: u32 = 0o004;
+        let is_secret = |setting: &Setting| {
+            let is_password = setting.name == "DB_PASSWORD" && !setting.value.is_empty();
+            is_password || setting.value.contains("://") && setting.value.contains('@')
+        };
+        let is_open = std::fs::metadata(".env")
+            .is_ok_and(|metadata| metadata.permissions().mode() & OTHERS_READ != 0);
+        is_open && self.file.settings().any(is_secret)
     }
 
     /// What was typed, with the settings of the command that were not; `None` when what was typed is no command

@@ -1,4 +1,5 @@
-//! What `pisync migrate up` says while it takes over a database made by the Node service, or rehearses it.
+//! What `pisync migrate up` says while it takes over a database made by the Node service, or rehearses it. `migrate` calls it,
+//! and `store::take_over` does the work.
 
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ pub(super) async fn rehearse(target: &Target, take_over: &mut TakeOver) -> Resul
         println!("  connected now, to be stopped before: {other}");
     }
     println!(
-        "to go on: stop the Node service, make a backup with pg_dump, and leave out --dry-run"
+        "to go on: stop the Node service, make a backup with pg_dump, and run the command without --dry-run"
     );
     Ok(())
 }
@@ -95,7 +96,7 @@ fn print_plan(survey: &Survey, estimate: Estimate, time_zone: &str) {
         "will      copy all of it into PiSync's tables, keep every id, and count every figure"
     );
     println!("will      drop the old tables ({}) at the end", size(survey.bytes));
-    println!("will      do all this in one transaction: it happens as a whole or not at all");
+    println!("will      do all this in one transaction: all of it happens, or nothing");
     println!(
         "expected  {}, as far as trying a part of it tells; the tables are locked meanwhile",
         time(estimate.time)

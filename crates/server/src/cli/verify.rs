@@ -1,8 +1,10 @@
-//! `pisync verify`: are the figures what the raw events add up to?
+//! `pisync verify`: compares all figures with what the raw events add up to, and repairs them if that is asked for. `store`
+//! recounts, beside running servers; without `--repair` nothing is changed.
 
 use clap::Args;
+use serde_json::{Value, json};
 
-use super::{database, exit::Failure};
+use super::{database, exit::Failure, output::JsonArgs};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -10,7 +12,7 @@ use crate::{
     store::{FigureDifference, Store, SumDifference, Verified},
 };
 
-/// How often hours that servers fold events into meanwhile are recounted for repair.
+/// How often hours are recounted for repair while servers aggregate events into them.
 const ATTEMPTS: usize = 5;
 
 #[derive(Debug, Args)]
@@ -24,6 +26,8 @@ pub(super) struct VerifyCommand {
     /// Write what the events add up to wherever figures differ
     #[arg(long)]
     repair: bool,
+    #[command(flatten)]
+    json: JsonArgs,
     #[command(flatten)]
     database: DatabaseArgs,
     #[command(flatten)]
@@ -46,6 +50,7 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     // By a clock that is behind, right dates would be taken for dates to come.
     let now = present(&*store, &clock).await?;
     let mut sum = Verified::default();
+    let mut findings = Findings { json: command.json, listed: Vec::new() };
     let (mut jobs, mut days, mut after) = (0, 0, None);
     loop {
         let page = store.verify(after.as_deref(), now, command.repair).await;
@@ -58,10 +63,13 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
         jobs += page.differences.len();
         days += page.days.len();
         for difference in &page.differences {
-            let job = difference.job.as_ref().map_or(String::new(), |job| format!(", job {job}"));
-            print(&format!("{}{job}", difference.device_id), &difference.figures());
+            let job = difference.job.as_ref();
+            let named = job.map_or(String::new(), |job| format!(", job {job}"));
+            let place = json!({"device_id": difference.device_id, "job": job});
+            let whose = format!("{}{named}", difference.device_id);
+            findings.add(&whose, &place, &difference.figures());
         }
-        page.days.iter().for_each(print_sums);
+        page.days.iter().for_each(|day| findings.add_sums(day, "day"));
         after = page.next;
         if after.is_none() {
             break;
@@ -69,17 +77,36 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     }
     let repairs = command.repair && sum.raw_since.is_none();
     let hours = hours(&*store, repairs).await?;
-    hours.iter().for_each(print_sums);
+    hours.iter().for_each(|hour| findings.add_sums(hour, "hour"));
     let hours = hours.len();
     let wrong = jobs + days + hours > 0;
-    let repaired = if wrong && repairs { " (repaired)" } else { "" };
-    println!(
+    let is_repaired = wrong && repairs;
+    let repaired = if is_repaired { " (repaired)" } else { "" };
+    findings.json.document(|| {
+        json!({
+            "database": target.to_string(),
+            "devices": sum.devices,
+            "events": sum.events,
+            "differing_jobs": jobs,
+            "differing_days": days,
+            "differing_hours": hours,
+            "is_repaired": is_repaired,
+            "devices_being_deleted": sum.being_deleted,
+            "unregistered_devices": sum.nameless_devices,
+            "events_complete_since": sum.raw_since,
+            "differences": findings.listed,
+        })
+    });
+    say!(
+        command.json,
         "devices: {}, events: {}; differing jobs: {jobs}, days: {days}, hours: {hours}{repaired}",
-        sum.devices, sum.events
+        sum.devices,
+        sum.events
     );
     if sum.being_deleted > 0 {
-        println!(
-            "devices that are being deleted, and were left out: {}; a server goes on with their deletion",
+        say!(
+            command.json,
+            "devices that are being deleted, and were not recounted: {}; a server goes on with their deletion",
             sum.being_deleted
         );
     }
@@ -122,18 +149,44 @@ async fn hours(store: &dyn Store, repair: bool) -> Result<Vec<SumDifference>, Fa
     Err(problem.to_owned().into())
 }
 
-fn print_sums(difference: &SumDifference) {
-    let begins = difference.begins.to_string();
-    let whose = match &difference.device_id {
-        Some(device_id) => format!("{device_id}, {}", begins.get(..10).unwrap_or(&begins)),
-        None => format!("all devices, from {begins}"),
-    };
-    print(&whose, &difference.figures());
+/// The figures that differ: said at once, and kept for the document that may be asked for.
+struct Findings {
+    json: JsonArgs,
+    listed: Vec<Value>,
 }
 
-/// A line for each figure that differs.
-fn print(whose: &str, figures: &[FigureDifference]) {
-    for figure in figures {
-        println!("{whose}: {} is {}, recounted {}", figure.figure, figure.stored, figure.recounted);
+impl Findings {
+    /// The sums of a device's day, or of an hour of all devices.
+    fn add_sums(&mut self, difference: &SumDifference, span: &str) {
+        let begins = difference.begins.to_string();
+        let whose = match &difference.device_id {
+            Some(device_id) => format!("{device_id}, {}", begins.get(..10).unwrap_or(&begins)),
+            None => format!("all devices, from {begins}"),
+        };
+        let place = json!({"device_id": difference.device_id, span: begins});
+        self.add(&whose, &place, &difference.figures());
+    }
+
+    /// Some figures of one place.
+    fn add(&mut self, whose: &str, place: &Value, figures: &[FigureDifference]) {
+        for FigureDifference { figure, stored, recounted } in figures {
+            say!(self.json, "{whose}: {figure} is {stored}, recounted {recounted}");
+            self.json.keep(&mut self.listed, || {
+                let mut found = place.clone();
+                found["figure"] = json!(figure);
+                found["stored"] = value(stored);
+                found["recounted"] = value(recounted);
+                found
+            });
+        }
+    }
+}
+
+/// A figure as programs read it: a number, a time, or null for none.
+fn value(figure: &str) -> Value {
+    match figure.parse::<i64>() {
+        Ok(number) => json!(number),
+        Err(_) if figure == "none" => Value::Null,
+        Err(_) => json!(figure),
     }
 }

@@ -1,4 +1,5 @@
-//! Which database: as it is typed, and the target that `store` opens.
+//! Which database: as it is typed, and the target that `store` opens. Every command that needs a database flattens these
+//! arguments. No message shows a password.
 
 use std::{net::Ipv6Addr, path::PathBuf};
 

@@ -412,7 +412,7 @@ fn decode(part: &str, text: &str) -> Result<Vec<u8>, Problem> {
 
 fn decode_text(part: &str, text: &str) -> Result<String, Problem> {
     String::from_utf8(decode(part, text)?)
-        .map_err(|_| format!("the {part} is not UTF-8 once its percent-encoding is taken back"))
+        .map_err(|_| format!("the {part} is not UTF-8 once its percent-encoding is decoded"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! How the server speaks HTTP: what `net`, `middleware` and `api` are told.
+//! How the server speaks HTTP: what `net`, `middleware` and `api` are told. `config::serve` makes it from what was typed, and tests
+//! make their own. Nothing here reads a file.
 
 use std::{path::PathBuf, time::Duration};
 

@@ -16,7 +16,7 @@ use crate::logs::LogLevel;
 
 pub use self::{
     database::{CopyArgs, DatabaseArgs, MigrationArgs},
-    serve::{AppEnv, ServeArgs},
+    serve::{AppEnv, ListenArgs, ServeArgs},
 };
 
 /// How much every command says of what happens.

@@ -1,6 +1,10 @@
-//! What a server is to be: as it is typed, and the settings that `app` takes.
+//! What a server is to be: as it is typed, and the settings that `app` takes. `serve`, `doctor` and `health` read it. Values that
+//! make no sense end here, with the name of their setting.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use axum::http::{HeaderValue, Uri};
 use clap::{Args, ValueEnum};
@@ -20,29 +24,83 @@ use crate::{
 /// What `LOG_DIR` says for no files at all: being empty, it would be as good as not set.
 const NO_LOG_DIR: &str = "none";
 
-/// Everything about a running server.
+/// Where a server listens, for itself and for those who ask it.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Server")]
-pub struct ServeArgs {
+pub struct ListenArgs {
     /// TCP port
     #[arg(long, env = "PORT", default_value_t = 3000)]
     port: u16,
     /// Address or host name to listen on; 0.0.0.0 or :: for every interface
     #[arg(long, env = "HOST", default_value = "127.0.0.1")]
     host: String,
+    /// PEM file of the certificate (and those that vouch for it) to speak HTTPS with; read again when it
+    /// changes
+    #[arg(long, env = "TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<String>,
+}
+
+impl ListenArgs {
+    /// The host and the port to listen on.
+    #[must_use]
+    pub fn address(&self) -> (&str, u16) {
+        (&self.host, self.port)
+    }
+
+    /// The same for a client on this machine: every interface is also this machine's own.
+    #[must_use]
+    pub fn reachable(&self) -> (&str, u16) {
+        let host = match self.host.parse() {
+            Ok(IpAddr::V4(address)) if address.is_unspecified() => "127.0.0.1",
+            Ok(IpAddr::V6(address)) if address.is_unspecified() => "::1",
+            _ => &self.host,
+        };
+        (host, self.port)
+    }
+
+    /// The server's URL for a client on this machine.
+    #[must_use]
+    pub fn url(&self) -> String {
+        let scheme = if self.certificate().is_some() { "https" } else { "http" };
+        match self.reachable() {
+            (host, port) if host.contains(':') => format!("{scheme}://[{host}]:{port}"),
+            (host, port) => format!("{scheme}://{host}:{port}"),
+        }
+    }
+
+    /// The file of the server's certificate, if it speaks TLS.
+    #[must_use]
+    pub fn certificate(&self) -> Option<&Path> {
+        given(self.tls_cert.as_ref()).map(Path::new)
+    }
+
+    /// Checks what clap cannot.
+    ///
+    /// # Errors
+    /// When HOST can be no host.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if database_url::is_host(&self.host) {
+            return Ok(());
+        }
+        wrong("HOST is neither an address nor the name of a host")
+    }
+}
+
+/// Everything about a running server.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub struct ServeArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+    /// PEM file of the certificate's private key
+    #[arg(long, env = "TLS_KEY", value_name = "FILE")]
+    tls_key: Option<String>,
     /// What the server is used for: decides how the console log looks [default: development]
     #[arg(long, env = "APP_ENV")]
     app_env: Option<AppEnv>,
     /// The Node service's name for APP_ENV
     #[arg(long, env = "NODE_ENV", hide = true)]
     node_env: Option<String>,
-    /// PEM file of the certificate (and those that vouch for it) to speak HTTPS with; read again when it
-    /// changes
-    #[arg(long, env = "TLS_CERT", value_name = "FILE")]
-    tls_cert: Option<String>,
-    /// PEM file of the certificate's private key
-    #[arg(long, env = "TLS_KEY", value_name = "FILE")]
-    tls_key: Option<String>,
     #[command(flatten)]
     clock_skew: ClockSkewArgs,
     /// How long a device may send an event again, under the same event_id, without it being stored twice
@@ -149,8 +207,14 @@ pub enum AppEnv {
 impl ServeArgs {
     /// Where to listen.
     #[must_use]
-    pub fn address(&self) -> (&str, u16) {
-        (&self.host, self.port)
+    pub fn listen(&self) -> &ListenArgs {
+        &self.listen
+    }
+
+    /// The folder of the log files; `None` for the console alone.
+    #[must_use]
+    pub fn log_folder(&self) -> Option<PathBuf> {
+        given(Some(&self.log_dir)).filter(|dir| *dir != NO_LOG_DIR).map(PathBuf::from)
     }
 
     /// What to log.
@@ -162,7 +226,7 @@ impl ServeArgs {
         };
         LogSettings {
             level: level.log_level.unwrap_or(LogLevel::INFO),
-            dir: given(Some(&self.log_dir)).filter(|dir| *dir != NO_LOG_DIR).map(PathBuf::from),
+            dir: self.log_folder(),
             json_console: self.app_env.unwrap_or(node_env) == AppEnv::Production,
         }
     }
@@ -187,16 +251,14 @@ impl ServeArgs {
     /// # Errors
     /// When a setting makes no sense.
     pub fn settings(&self) -> Result<app::Settings, ConfigError> {
-        if !database_url::is_host(&self.host) {
-            return wrong("HOST is neither an address nor the name of a host");
-        }
+        self.listen.check()?;
         let auth = match self.auth.as_str() {
             "" | "auto" => AuthMode::Auto,
             "off" => AuthMode::Off,
             "required" => AuthMode::Required,
             other => return wrong(format!("AUTH={other}: expected auto, off or required")),
         };
-        let tls = match (given(self.tls_cert.as_ref()), given(self.tls_key.as_ref())) {
+        let tls = match (self.listen.certificate(), given(self.tls_key.as_ref())) {
             (None, None) => None,
             (Some(certificate), Some(key)) => {
                 Some(TlsFiles { certificate: certificate.into(), key: key.into() })

@@ -93,7 +93,7 @@ async fn names_groups_and_keys_come_back() {
     serving.client.store(&with(event("pi"), &json!({"event_id": "one"}))).await;
     let change = json!({"name": "Library", "group": "school"});
     serving.client.patch("/api/device/pi", &change).await.data(200);
-    program.run(&["key", "create", "--scope", "read", "--name", "prometheus"]).success();
+    program.run(&["key", "create", "--scope", "read", "--name", "prometheus"]).made_key();
     serving.stop();
     program.run(&["backup", "copy.db"]).success();
     fs::remove_dir_all(program.path("data")).unwrap();

@@ -44,7 +44,7 @@ async fn the_level_is_the_one_that_is_set() {
     let talkative = program().await.with("LOG_LEVEL", "info");
     let said = talkative.run(&["migrate", "down", "--yes"]);
     assert_eq!(said.code(), 0, "{said:?}");
-    assert!(said.stdout.starts_with("taken back "), "{said:?}");
+    assert!(said.stdout.starts_with("rolled back "), "{said:?}");
     assert!(said.stderr.starts_with(told), "{said:?}");
     // A flag goes before the variable, and stands anywhere.
     let flagged = program().await.with("LOG_LEVEL", "error");

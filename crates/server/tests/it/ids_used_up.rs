@@ -129,7 +129,7 @@ async fn a_device_and_a_line_of_the_audit_log_with_the_last_id_there_is() {
         "select count(*) from sqlite_schema where type = 'trigger' and tbl_name = 'audit_log'";
     assert_eq!(number(&program, triggers), 4);
     serving.client.patch("/api/device/pi", &json!({"name": "Pi"})).await.data(200);
-    program.run(&["key", "create", "--scope", "read"]).success();
+    program.run(&["key", "create", "--scope", "read"]).made_key();
     serving.stop();
     program.run(&["verify"]).success();
 }

@@ -117,7 +117,8 @@ async fn a_server_that_is_killed_while_a_command_waits_for_it_is_not_waited_for(
         serving.wait();
         drop(lock);
         assert!(!command.has_ended(), "{arguments:?}");
-        command.wait().success();
+        let ended = command.wait();
+        assert_eq!(ended.code(), 0, "{ended:?}");
         let reported =
             "sync_events where device in (select id from devices where device_id like 'pi-%')";
         assert_eq!(count(&program.path(DATABASE), reported), round * 7, "{arguments:?}");

@@ -549,15 +549,6 @@ impl Fixture for Installed {
     }
 }
 
-/// The key in what `key create` said.
-fn shown(said: &str) -> &str {
-    let lines: Vec<_> = said.lines().collect();
-    assert_eq!(lines.len(), 2, "{said}");
-    assert!(lines[0].starts_with("made key "), "{said}");
-    assert!(lines[1].starts_with("psk_") && lines[1].len() == 53, "{said}");
-    lines[1]
-}
-
 async fn the_command_line_makes_lists_and_revokes(installed: &Installed) {
     let Installed { program, database } = installed;
     if matches!(database.target, Target::Postgres(_)) {
@@ -569,7 +560,7 @@ async fn the_command_line_makes_lists_and_revokes(installed: &Installed) {
     assert_eq!(none.success(), "there are no keys yet; make one with `pisync key create`\n");
     let create = |arguments: &[&str]| {
         let ended = program.run(&[&["key", "create", "--scope"], arguments].concat());
-        shown(ended.success()).to_owned()
+        ended.made_key().to_owned()
     };
     let admin = create(&["admin", "--name", "the boss", "--expires", "90d"]);
     let serving = program.serve(&["--auth", "required"]);
@@ -647,7 +638,7 @@ async fn no_start_before_the_network_without_an_admin(installed: &Installed) {
     let Installed { program, .. } = installed;
     let setup = program.run(&["db", "setup"]);
     setup.success();
-    program.run(&["key", "create", "--scope", "ingest"]).success();
+    program.run(&["key", "create", "--scope", "ingest"]).made_key();
     let refused = program.run(&["serve", "--host", "0.0.0.0"]);
     let expected = "listening on 0.0.0.0:";
     assert!(refused.failure().starts_with(expected), "{refused:?}");
@@ -664,7 +655,7 @@ async fn no_start_before_the_network_without_an_admin(installed: &Installed) {
     assert!(log.contains("whoever reaches the server can read and write everything"), "{log}");
     // With a key: also who comes from this machine is asked for it.
     let made = program.run(&["key", "create", "--scope", "admin"]);
-    let key = shown(made.success());
+    let key = made.made_key();
     let guarded = program.serve(&["--host", "0.0.0.0"]);
     unauthorized(&guarded.client.get("/api/stats").await, "A key is needed");
     guarded.client.with_key(key).get("/api/stats").await.data(200);
@@ -681,7 +672,7 @@ async fn a_fleet_of_5_000_reports_within_a_minute_with_one_key() {
     program.run(&["db", "setup"]).success();
     let made = program.run(&["key", "create", "--scope", "ingest"]);
     let serving = program.serve(&["--auth", "required"]);
-    let client = serving.client.with_key(shown(made.success()));
+    let client = serving.client.with_key(made.made_key());
     let began = Instant::now();
     let mut reporters = JoinSet::new();
     for reporter in 0..20 {

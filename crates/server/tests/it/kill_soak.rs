@@ -131,7 +131,8 @@ impl<'a> Beside<'a> {
             // Rows of other programs count after a repair.
             Side::Verify => {}
             Side::CreateKey if ended.status.success() => {
-                let id = ended.stdout.split_whitespace().nth(2).unwrap().parse().unwrap();
+                let mut words = ended.stderr.split("made key ").nth(1).unwrap().split_whitespace();
+                let id = words.next().unwrap().parse().unwrap();
                 self.done.keys.insert(id, false);
             }
             Side::RevokeKey(id) if ended.status.success() => {

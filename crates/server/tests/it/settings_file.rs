@@ -4,8 +4,11 @@
 use std::net::SocketAddr;
 
 use crate::{
-    command_line::{VARIABLES, lines},
-    support::{program::Program, server::unused_address},
+    server_log::lines,
+    support::{
+        program::{Program, settings_of_a_server},
+        server::unused_address,
+    },
 };
 
 #[test]
@@ -206,11 +209,14 @@ fn settings_that_a_command_does_not_read_end_nothing() {
 
 #[test]
 fn an_empty_value_is_none() {
-    let empty = VARIABLES.map(|name| format!("{name}=\n")).concat() + "NODE_ENV=\n";
+    let variables = settings_of_a_server();
+    let empty: String = variables.iter().map(|name| format!("{name}=\n")).collect();
+    let empty = empty + "NODE_ENV=\n";
     let in_file = Program::new().with_file(".env", &empty);
-    let in_environment = VARIABLES
+    let in_environment = variables
         .iter()
-        .chain(&["NODE_ENV"])
+        .map(String::as_str)
+        .chain(["NODE_ENV"])
         .fold(Program::new(), |program, name| program.with(name, ""));
     for program in [in_file, in_environment] {
         // The default would be in the way of other tests.

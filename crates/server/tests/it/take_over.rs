@@ -338,7 +338,7 @@ async fn a_rehearsal_tells_everything_and_changes_nothing() {
         "will      drop the old tables",
         "expected  less than 1 s",
         "expected  less than 1 MB of disk",
-        "leave out --dry-run\n",
+        "run the command without --dry-run\n",
     ] {
         assert!(said.contains(expected), "{expected:?} is not in:\n{said}");
     }

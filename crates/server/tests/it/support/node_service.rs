@@ -4,7 +4,7 @@
 use pisync::store::Target;
 use tokio_postgres::Client;
 
-use super::{postgres::connect, store::TestDatabase};
+use super::{postgres::connect, server::unused_address, store::TestDatabase};
 
 /// What the Node service's own migration made.
 pub(crate) const SCHEMA: &str = "
@@ -166,3 +166,17 @@ pub(crate) const ODD_ROWS: &str = r"
     insert into sync_events (device_id, timestamp) select 'pi-1', '2026-01-01' from generate_series(1, 5);
     delete from sync_events where id > (select max(id) - 5 from sync_events);
 ";
+
+/// The settings of a Node service, in a file as its users have it.
+pub(crate) fn node_settings(target: &Target) -> String {
+    let Target::Postgres(target) = target else { panic!("the Node service had PostgreSQL only") };
+    let config = &target.config;
+    format!(
+        "# Server\nPORT={}\nNODE_ENV=development\n\n# Database\nDB_HOST=localhost\nDB_PORT={}\n\
+         DB_NAME={}\nDB_USER={}\nDB_PASSWORD=s3cret-word\n\nLOG_LEVEL=http\n",
+        unused_address().port(),
+        config.get_ports()[0],
+        config.get_dbname().unwrap(),
+        config.get_user().unwrap(),
+    )
+}

@@ -441,6 +441,23 @@ impl Ended {
         &self.stdout
     }
 
+    /// The key that `key create` has made, which stands alone on standard output.
+    #[track_caller]
+    pub(crate) fn made_key(&self) -> &str {
+        assert!(self.code() == 0 && self.stderr.starts_with("made key "), "{self:?}");
+        assert!(self.stderr.ends_with("; it is shown this once:\n"), "{self:?}");
+        let key = self.stdout.strip_suffix('\n').expect("a line");
+        assert!(key.starts_with("psk_") && key.len() == 53 && !key.contains('\n'), "{self:?}");
+        key
+    }
+
+    /// The one document that a command with `--json` has written.
+    #[track_caller]
+    pub(crate) fn document(&self) -> Value {
+        assert_eq!(self.stdout.lines().count(), 1, "{self:?}");
+        serde_json::from_str(&self.stdout).expect("a document")
+    }
+
     /// The one line with which a command failed.
     #[track_caller]
     pub(crate) fn failure(&self) -> &str {
@@ -499,6 +516,13 @@ impl Installed {
     pub(crate) fn is_postgres(&self) -> bool {
         matches!(self.database.target, Target::Postgres(_))
     }
+}
+
+/// Every variable that a server reads, but for the Node service's name of one.
+pub(crate) fn settings_of_a_server() -> Vec<String> {
+    let settings = pisync::cli::reference::settings().into_iter();
+    let read = settings.filter(|setting| setting.commands.iter().any(|command| command == "serve"));
+    read.map(|setting| setting.variable).filter(|name| name != "NODE_ENV").collect()
 }
 
 /// The database as `DATABASE_URL` names it.

@@ -1,0 +1,267 @@
+//! `pisync doctor`: it finds what would keep a server from working, says what to do, changes nothing, and shows no password.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use serde_json::{Value, json};
+
+use crate::{
+    json_output::documented,
+    support::{
+        http::event,
+        node_service::SCHEMA,
+        program::{Ended, Installed, Program, url},
+        server::unused_address,
+        store::TestDatabase,
+    },
+};
+
+both_stores!(
+    a_server_that_is_well,
+    what_is_looked_at_stays_as_it_is,
+    a_schema_that_is_not_current,
+    a_database_that_is_not_to_be_used,
+);
+
+/// The state and the message of a check.
+#[track_caller]
+fn found<'a>(ended: &'a Ended, check: &str) -> (&'a str, &'a str) {
+    let lines = ended.stdout.lines().filter_map(|line| {
+        let (state, rest) = line.split_at_checked(9)?;
+        let (name, message) = rest.split_at_checked(15)?;
+        (name.trim_end() == check).then_some((state.trim_end(), message))
+    });
+    let found: Vec<_> = lines.collect();
+    assert_eq!(found.len(), 1, "{check}: {ended:?}");
+    found[0]
+}
+
+async fn a_server_that_is_well(installed: &Installed) {
+    let Installed { program, database } = installed;
+    let serving = program.serve(&[]);
+    serving.client.store(&event("pi")).await;
+    let port = serving.address().port().to_string();
+    let ended = program.run(&["doctor", "--port", &port]);
+    assert_eq!((ended.code(), ended.stderr.as_str()), (0, ""), "{ended:?}");
+    let server = format!("http://127.0.0.1:{port}");
+    let configuration = format!("{} at {server}", database.target);
+    assert_eq!(found(&ended, "configuration"), ("ok", configuration.as_str()));
+    assert_eq!(found(&ended, "database"), ("ok", format!("{} answers", database.target).as_str()));
+    assert_eq!(found(&ended, "server"), ("ok", format!("{server} is ready").as_str()));
+    for check in ["schema", "clock", "log folder"] {
+        assert_eq!(found(&ended, check).0, "ok", "{check}: {ended:?}");
+    }
+    assert!(ended.stdout.contains(" MiB are free on the disk of "), "{ended:?}");
+    // The same for programs.
+    let ended = program.run(&["doctor", "--json", "--port", &port]);
+    let document = documented("doctor", &ended);
+    let checks = document["checks"].as_array().unwrap();
+    assert!(checks.len() > 5 && document["state"] != "failed", "{document}");
+    let expected =
+        json!({"check": "server", "state": "ok", "message": format!("{server} is ready")});
+    assert_eq!(checks.last(), Some(&expected));
+    assert_eq!(ended.stderr.lines().count(), checks.len(), "{ended:?}");
+    serving.stop();
+    // One that does not run is no fault; but a server that uses the database must answer.
+    let ended = program.run(&["doctor", "--port", &port]);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let (state, message) = found(&ended, "server");
+    assert!(state == "warning" && message.contains("start it with `pisync serve`"), "{ended:?}");
+    if !installed.is_postgres() {
+        assert_eq!(
+            found(&ended, "ingest journal"),
+            ("ok", "events that the next start applies: 0")
+        );
+        let serving = program.serve(&[]);
+        let ended = program.run(&["doctor", "--port", &unused_address().port().to_string()]);
+        assert_eq!((ended.code(), found(&ended, "server").0), (1, "failed"), "{ended:?}");
+        assert_eq!(ended.stderr, "pisync: failed checks: 1; see above what to do\n");
+        serving.stop();
+    }
+}
+
+/// Everything in a folder and what it holds.
+fn contents(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(contents(&path));
+        } else if !["-wal", "-shm"].iter().any(|ending| path.to_string_lossy().ends_with(ending)) {
+            // SQLite's log is there while somebody looks; what was in it is in the tables.
+            let mut bytes = fs::read(&path).unwrap();
+            if path.extension().is_some_and(|ending| ending == "db") && bytes.len() > 100 {
+                // Two places in its header count how often the log was begun anew.
+                bytes[24..28].fill(0);
+                bytes[92..96].fill(0);
+            }
+            found.push((path.display().to_string(), bytes));
+        }
+    }
+    found.sort();
+    found
+}
+
+async fn what_is_looked_at_stays_as_it_is(installed: &Installed) {
+    let Installed { program, database } = installed;
+    let places = || {
+        let beside = database.file().and_then(|file| file.parent().map(Path::to_owned));
+        let mut all = contents(&program.path(""));
+        all.extend(
+            beside.filter(|folder| folder.exists()).into_iter().flat_map(|one| contents(&one)),
+        );
+        all
+    };
+    // Where nothing is yet, an older schema, and a database that was closed.
+    let check = async |at: &str| {
+        let (before, tables) = (places(), database.tables().await);
+        let ended = program.run(&["doctor"]);
+        assert!(ended.stdout.contains("configuration"), "{at}: {ended:?}");
+        assert_eq!(database.tables().await, tables, "{at}");
+        assert!(places() == before, "{at}: {ended:?}");
+    };
+    if installed.is_postgres() {
+        check("nothing").await;
+    } else {
+        let before = places();
+        let ended = program.run(&["doctor"]);
+        let (state, message) = found(&ended, "database");
+        assert!(state == "warning" && message.starts_with("no database at "), "{ended:?}");
+        assert_eq!(ended.code(), 0, "{ended:?}");
+        assert!(places() == before, "{ended:?}");
+    }
+    program.run(&["migrate", "up"]).success();
+    program.run(&["migrate", "down"]).success();
+    check("an older schema").await;
+    let serving = program.serve(&["--log-dir", "none"]);
+    serving.client.store(&event("pi")).await;
+    serving.stop();
+    check("a database").await;
+}
+
+async fn a_schema_that_is_not_current(installed: &Installed) {
+    let Installed { program, .. } = installed;
+    program.run(&["migrate", "up"]).success();
+    program.run(&["migrate", "down"]).success();
+    let ended = program.run(&["doctor"]);
+    let (state, message) = found(&ended, "schema");
+    assert!(
+        state == "warning" && message.contains("which the next start applies: 20"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let ended = program.run(&["doctor", "--auto-migrate", "false"]);
+    let (state, message) = found(&ended, "schema");
+    // SQLite's is brought up to date in any case.
+    let expected = if installed.is_postgres() {
+        assert!(message.ends_with("; run `pisync migrate up`"), "{ended:?}");
+        ("failed", 1)
+    } else {
+        ("warning", 0)
+    };
+    assert_eq!((state, ended.code()), expected, "{ended:?}");
+}
+
+async fn a_database_that_is_not_to_be_used(installed: &Installed) {
+    let Installed { program, database } = installed;
+    program.run(&["migrate", "up"]).success();
+    database.execute("update pisync_migrations set checksum = 'other'").await;
+    let ended = program.run(&["doctor"]);
+    let (state, message) = found(&ended, "schema");
+    assert!(state == "failed" && message.contains("(edited since)"), "{ended:?}");
+    assert_eq!(ended.code(), 1, "{ended:?}");
+    if installed.is_postgres() {
+        let theirs = TestDatabase::postgres().await;
+        theirs.execute(SCHEMA).await;
+        let ended = program.run(&["doctor", "--database-url", &url(&theirs.target)]);
+        let (state, message) = found(&ended, "database");
+        assert!(state == "failed" && message.contains("made by the Node PiSync"), "{ended:?}");
+        theirs.remove().await;
+    }
+}
+
+/// A setting that makes no sense is what it is there to find, wherever it stands, and without showing a password.
+#[test]
+fn settings_that_make_no_sense_are_a_finding() {
+    for (name, value, expected) in [
+        ("PORT", "http", "invalid value 'http' for '--port <PORT>'"),
+        ("AUTH", "maybe", "AUTH=maybe: expected auto, off or required"),
+        ("DATABASE_URL", "mysql://u:s3cret-word@h", "DATABASE_URL must begin with"),
+        ("DB_NAME", "postgres://u:s3cret-word@h", "--db-name <DB_NAME> is not for the URL"),
+        ("TLS_CERT", "cert.pem", "TLS_CERT is set, but TLS_KEY is not"),
+        ("RETENTION_DAYS", "1", "RETENTION_DAYS=1: must be 0"),
+        ("HOST", "no such host", "HOST is neither"),
+    ] {
+        let set = Program::new().with(name, value).run(&["doctor"]);
+        let in_file =
+            Program::new().with_file(".env", &format!("{name}={value}\n")).run(&["doctor"]);
+        for ended in [set, in_file] {
+            assert_eq!(ended.code(), 1, "{ended:?}");
+            let (state, message) = found(&ended, "configuration");
+            assert!(state == "failed" && message.contains(expected), "{ended:?}");
+            assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
+        }
+    }
+    // What is typed is wrong usage.
+    assert_eq!(Program::new().run(&["doctor", "--port", "http"]).code(), 2);
+    let broken = Program::new().with_file(".env", "DB_PASSWORD=s3cret-word\0\n").run(&["doctor"]);
+    let (state, message) = found(&broken, "configuration");
+    assert!(state == "failed" && message.contains("contains a NUL byte"), "{broken:?}");
+    let document = Program::new().with("PORT", "x").run(&["doctor", "--json"]).document();
+    assert_eq!(
+        (&document["state"], &document["checks"][0]["state"]),
+        (&json!("failed"), &json!("failed"))
+    );
+}
+
+#[test]
+fn folders_files_and_passwords() {
+    let closed = unused_address();
+    let secret = format!("postgres://u:s3cret-word@{closed}/pisync");
+    let ended = Program::new().with("DATABASE_URL", &secret).run(&["doctor"]);
+    assert_eq!((ended.code(), found(&ended, "database").0), (1, "failed"), "{ended:?}");
+    assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
+
+    let program = Program::new()
+        .with_file("file", "")
+        .with_file(".env", "DB_PASSWORD=s3cret-word\nMISSPELT=1\nodd line\n");
+    fs::set_permissions(program.path(".env"), fs::Permissions::from_mode(0o644)).unwrap();
+    let sqlite = ["--database-url", "sqlite:data/pisync.db"];
+    program.run(&[&["db", "setup"][..], &sqlite].concat());
+    fs::set_permissions(program.path("data/pisync.db"), fs::Permissions::from_mode(0o644)).unwrap();
+    let ended =
+        program.run(&[&["doctor", "--json", "--log-dir", "file/logs"][..], &sqlite].concat());
+    assert_eq!(ended.code(), 1, "{ended:?}");
+    let document = ended.document();
+    let findings: Vec<(&str, &str, &str)> = document["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| {
+            let text = |name: &str| one[name].as_str().unwrap();
+            (text("check"), text("state"), text("message"))
+        })
+        .collect();
+    for (check, state, message) in [
+        ("configuration", "warning", "line 3 of .env is no setting"),
+        (
+            "configuration",
+            "warning",
+            "no command reads the setting MISSPELT of .env; is it misspelt?",
+        ),
+        (
+            "configuration",
+            "warning",
+            "others may read .env, which holds a password: chmod 600 .env",
+        ),
+        ("database file", "warning", "everybody may read data/pisync.db"),
+        ("data folder", "ok", "data can be written to"),
+        ("log folder", "failed", "file is not a folder; set LOG_DIR to one"),
+    ] {
+        let is_it = |one: &&(&str, &str, &str)| {
+            one.0 == check && one.1 == state && one.2.starts_with(message)
+        };
+        assert!(findings.iter().any(|one| is_it(&one)), "{check} {message}: {document:#}");
+    }
+    assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
+    assert_ne!(document["state"], Value::Null);
+}
