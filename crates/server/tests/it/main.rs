@@ -40,6 +40,7 @@ mod health;
 mod help;
 mod ids_used_up;
 mod import;
+mod import_again;
 mod ingest;
 mod ingest_batches;
 mod ingest_journal;

@@ -333,7 +333,7 @@ async fn a_deletion_under_way_is_no_fault(installed: &Installed) {
         let ended = program.run(arguments);
         let said = ended.success();
         assert!(said.contains("devices: 1, events: 1; differing jobs: 0, days: 0"), "{said}");
-        assert!(said.contains("being deleted, and were left out: 1;"), "{said}");
+        assert!(said.contains("being deleted, and were not recounted: 1;"), "{said}");
     }
     // Another's is one.
     database.execute("delete from sync_events").await;
