@@ -68,28 +68,34 @@ pub enum StreakCount {
 }
 
 impl JobFigures {
-    /// Aggregates the events of one device's job, which were received at `received` and come in the order of their ids.
-    /// Returns `None` when there are none. Events dated before `streaks_since` change no streak.
-    pub fn fold<'a>(
-        events: impl Iterator<Item = &'a SyncEvent> + Clone,
-        received: Timestamp,
-        streaks_since: Timestamp,
-    ) -> Option<Self> {
-        let first = events.clone().next()?;
-        let mut figures = Self {
+    /// No event yet. The first is dated `timestamp` and was received at `received`.
+    #[must_use]
+    pub fn none(timestamp: Timestamp, received: Timestamp) -> Self {
+        Self {
             total_syncs: 0,
             failed_syncs: 0,
             total_files_synced: 0,
             total_errors: 0,
             speed_sum: 0,
             speed_count: 0,
-            first_sync: first.timestamp,
-            last_sync: first.timestamp,
+            first_sync: timestamp,
+            last_sync: timestamp,
             last_success: None,
             last_failure: None,
             consecutive_failures: 0,
             last_received: received,
-        };
+        }
+    }
+
+    /// Aggregates the events of one device's job, which were received at `received` and come in the order of their ids.
+    /// Returns `None` when there are none. Events dated before `streaks_since` change no streak.
+    pub fn aggregate<'a>(
+        events: impl Iterator<Item = &'a SyncEvent> + Clone,
+        received: Timestamp,
+        streaks_since: Timestamp,
+    ) -> Option<Self> {
+        let first = events.clone().next()?;
+        let mut figures = Self::none(first.timestamp, received);
         // The index of the last success among the events.
         let mut last_success_at = 0;
         for (index, event) in events.clone().enumerate() {
@@ -214,11 +220,11 @@ mod tests {
         events.enumerate().map(|(index, event)| ((block, arrival, index), event)).collect()
     }
 
-    fn fold(events: &[Stored], streaks_since: Timestamp) -> JobFigures {
+    fn aggregate(events: &[Stored], streaks_since: Timestamp) -> JobFigures {
         let received = Timestamp::from_millisecond(1_000_000).unwrap();
         let mut by_id: Vec<_> = events.iter().collect();
         by_id.sort_by_key(|(id, _)| *id);
-        JobFigures::fold(by_id.into_iter().map(|(_, event)| event), received, streaks_since)
+        JobFigures::aggregate(by_id.into_iter().map(|(_, event)| event), received, streaks_since)
             .unwrap()
     }
 
@@ -242,7 +248,7 @@ mod tests {
             let mut figures: Option<JobFigures> = None;
             for (arrival, (block, reports)) in batches.into_iter().enumerate() {
                 let batch = batch(block, arrival, &reports);
-                let added = fold(&batch, Timestamp::MIN);
+                let added = aggregate(&batch, Timestamp::MIN);
                 stored.extend(batch);
                 match &mut figures {
                     None => figures = Some(added),
@@ -250,7 +256,7 @@ mod tests {
                         figures.consecutive_failures = naive_streak(&stored);
                     },
                 }
-                let whole = fold(&stored, Timestamp::MIN);
+                let whole = aggregate(&stored, Timestamp::MIN);
                 prop_assert_eq!(figures, Some(whole));
                 prop_assert_eq!(whole.consecutive_failures, naive_streak(&stored));
             }
@@ -273,7 +279,7 @@ mod tests {
                 since += later;
                 let streaks_since = Timestamp::from_millisecond(since * 1000).unwrap();
                 let batch = batch(block, arrival, &reports);
-                let added = fold(&batch, streaks_since);
+                let added = aggregate(&batch, streaks_since);
                 let in_time = batch.iter().filter(|(_, event)| event.timestamp >= streaks_since);
                 counting.extend(in_time.cloned());
                 all.extend(batch);
@@ -286,7 +292,7 @@ mod tests {
                     },
                 }
                 let figures = figures.unwrap();
-                let whole = fold(&all, Timestamp::MIN);
+                let whole = aggregate(&all, Timestamp::MIN);
                 prop_assert_eq!(JobFigures { consecutive_failures: 0, ..figures }, JobFigures { consecutive_failures: 0, ..whole });
                 prop_assert_eq!(figures.consecutive_failures, naive_streak(&counting));
             }
@@ -298,7 +304,7 @@ mod tests {
     fn events_of_one_instant_follow_each_other_as_they_came() {
         let streak = |errors: &[u32]| {
             let reports: Vec<_> = errors.iter().map(|errors| (0, *errors)).collect();
-            fold(&batch(0, 0, &reports), Timestamp::MIN).consecutive_failures
+            aggregate(&batch(0, 0, &reports), Timestamp::MIN).consecutive_failures
         };
         assert_eq!(streak(&[0, 1, 1, 1]), 3);
         assert_eq!(streak(&[1, 1, 1, 0]), 0);
@@ -309,14 +315,14 @@ mod tests {
     #[test]
     fn events_in_order_never_need_a_recount() {
         let received = Timestamp::from_millisecond(0).unwrap();
-        let fold = |event: &SyncEvent| {
-            JobFigures::fold([event].into_iter(), received, Timestamp::MIN).unwrap()
+        let aggregate = |event: &SyncEvent| {
+            JobFigures::aggregate([event].into_iter(), received, Timestamp::MIN).unwrap()
         };
-        let mut figures = fold(&event(0, 1));
+        let mut figures = aggregate(&event(0, 1));
         for second in 1..100 {
             let errors = u32::from(second % 7 != 0);
             assert_eq!(
-                figures.add(&fold(&event(second, errors)), Timestamp::MIN),
+                figures.add(&aggregate(&event(second, errors)), Timestamp::MIN),
                 StreakCount::Known
             );
         }
@@ -324,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_that_cannot_be_gives_way() {
+    fn a_date_that_cannot_be_yields() {
         let at = |second: i64| Timestamp::from_millisecond(second * 1000).unwrap();
         for (left, right, expected) in
             [(1, 2, 2), (2, 12, 2), (12, 2, 2), (10, 11, 10), (11, 12, 12)]

@@ -308,7 +308,7 @@ impl Batch {
                     Cow::Owned(positions)
                 };
                 let events = in_arrival_order.iter().map(event);
-                let figures = JobFigures::fold(events, received, streaks_since)?;
+                let figures = JobFigures::aggregate(events, received, streaks_since)?;
                 let position = *positions.first()?;
                 let SyncEvent { device_id, job, .. } = &self.events[position];
                 Some(JobShare { position, device_id, job: job.as_ref(), figures })

@@ -27,6 +27,7 @@ mod retention;
 mod sqlite;
 mod stats;
 mod step_size;
+mod sums;
 pub mod take_over;
 mod target;
 mod trusted_time;
@@ -56,10 +57,11 @@ pub use open::{
 pub use retention::Retention;
 pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};
 pub use stats::{FailureQuery, FleetStats, StatsStore};
+pub use sums::Sums;
 pub use target::{PostgresTarget, SslMode, Target};
 pub(crate) use trusted_time::{LARGEST_STEP, NOTABLE_DIFFERENCE, Standing};
 pub use trusted_time::{TrustedTime, TrustedTimeStore};
-pub use verify::{FigureDifference, JobDifference, SumDifference, Sums, Verification, Verified};
+pub use verify::{FigureDifference, JobDifference, SumDifference, Verification, Verified};
 pub use window::Window;
 
 /// An open database: everything the program keeps, one trait per resource. Its own methods are about the connection to

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_trait::async_trait;
 use pisync_core::{JobFigures, Timestamp};
 
-use super::StoreError;
+use super::{StoreError, sums::Sums};
 
 /// Devices that are looked at in one transaction, at most.
 pub(super) const PAGE_DEVICES: u32 = 256;
@@ -95,46 +95,6 @@ pub struct FigureDifference {
     pub recounted: String,
 }
 
-/// What the events of a day or an hour add up to.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sums {
-    /// Syncs reported.
-    pub total_syncs: i64,
-    /// Syncs with errors.
-    pub failed_syncs: i64,
-    /// Sum of files.
-    pub total_files_synced: i64,
-    /// Sum of errors.
-    pub total_errors: i64,
-    /// Sum of the measured speeds, hundredths of Mbps.
-    pub speed_sum: i64,
-    /// How many syncs measured one.
-    pub speed_count: i64,
-}
-
-impl From<Sums> for super::Figures {
-    /// The times and the streak are left out.
-    fn from(sums: Sums) -> Self {
-        let Sums {
-            total_syncs,
-            failed_syncs,
-            total_files_synced,
-            total_errors,
-            speed_sum,
-            speed_count,
-        } = sums;
-        Self {
-            total_syncs,
-            failed_syncs,
-            total_files_synced,
-            total_errors,
-            speed_sum,
-            speed_count,
-            ..Self::default()
-        }
-    }
-}
-
 /// A device's day, or the fleet's hour, whose sums are not what its folded events add up to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SumDifference {
@@ -152,7 +112,7 @@ impl SumDifference {
     /// Each sum that differs.
     #[must_use]
     pub fn figures(&self) -> Vec<FigureDifference> {
-        let pairs = self.stored.columns().into_iter().zip(self.recounted.columns());
+        let pairs = self.stored.named().zip(self.recounted.named());
         pairs
             .filter(|((_, stored), (_, recounted))| stored != recounted)
             .map(|((figure, stored), (_, recounted))| FigureDifference {
@@ -161,35 +121,6 @@ impl SumDifference {
                 recounted: recounted.to_string(),
             })
             .collect()
-    }
-}
-
-impl Sums {
-    /// Each by the name of its column.
-    pub(super) fn columns(&self) -> [(&'static str, i64); 6] {
-        [
-            ("total_syncs", self.total_syncs),
-            ("failed_syncs", self.failed_syncs),
-            ("total_files_synced", self.total_files_synced),
-            ("total_errors", self.total_errors),
-            ("speed_sum", self.speed_sum),
-            ("speed_count", self.speed_count),
-        ]
-    }
-
-    pub(super) fn add(&mut self, other: &Self) {
-        let add = |sum: &mut i64, number| *sum = sum.saturating_add(number);
-        add(&mut self.total_syncs, other.total_syncs);
-        add(&mut self.failed_syncs, other.failed_syncs);
-        add(&mut self.total_files_synced, other.total_files_synced);
-        add(&mut self.total_errors, other.total_errors);
-        add(&mut self.speed_sum, other.speed_sum);
-        add(&mut self.speed_count, other.speed_count);
-    }
-
-    /// Whether these can be the sums of the events that are `left` and of others.
-    fn hold(&self, left: &Self) -> bool {
-        self.columns().iter().zip(left.columns()).all(|((_, sum), (_, left))| *sum >= left)
     }
 }
 
@@ -303,12 +234,7 @@ impl Recount {
 
 /// Whether `stored` can be the figures of the events that are `left` and of others. Streaks cannot be told.
 fn holds(stored: &JobFigures, left: &JobFigures) -> bool {
-    stored.total_syncs >= left.total_syncs
-        && stored.failed_syncs >= left.failed_syncs
-        && stored.total_files_synced >= left.total_files_synced
-        && stored.total_errors >= left.total_errors
-        && stored.speed_sum >= left.speed_sum
-        && stored.speed_count >= left.speed_count
+    Sums::of(stored).hold(&Sums::of(left))
         && stored.first_sync <= left.first_sync
         && stored.last_sync >= left.last_sync
         && stored.last_success >= left.last_success
@@ -333,26 +259,23 @@ pub(super) fn page_length(events: impl Iterator<Item = i64>) -> usize {
 }
 
 /// Figures by the name of their column, in words.
-fn columns(figures: Option<JobFigures>) -> [(&'static str, String); 12] {
-    let number = |of: fn(&JobFigures) -> i64| {
-        figures.as_ref().map_or_else(|| "none".to_owned(), |figures| of(figures).to_string())
-    };
+fn columns(figures: Option<JobFigures>) -> Vec<(&'static str, String)> {
+    let none = || "none".to_owned();
+    let sums = figures.as_ref().map(|figures| Sums::of(figures).values());
+    let sums = Sums::COLUMNS.into_iter().enumerate().map(|(position, column)| {
+        (column, sums.map_or_else(none, |sums| sums[position].to_string()))
+    });
     let time = |of: fn(&JobFigures) -> Option<Timestamp>| {
-        let time = figures.as_ref().and_then(of);
-        time.map_or_else(|| "none".to_owned(), |time| time.to_string())
+        figures.as_ref().and_then(of).map_or_else(none, |time| time.to_string())
     };
-    [
-        ("total_syncs", number(|figures| figures.total_syncs)),
-        ("failed_syncs", number(|figures| figures.failed_syncs)),
-        ("total_files_synced", number(|figures| figures.total_files_synced)),
-        ("total_errors", number(|figures| figures.total_errors)),
-        ("speed_sum", number(|figures| figures.speed_sum)),
-        ("speed_count", number(|figures| figures.speed_count)),
+    let streak = figures.as_ref().map(|figures| figures.consecutive_failures.to_string());
+    sums.chain([
         ("first_sync", time(|figures| Some(figures.first_sync))),
         ("last_sync", time(|figures| Some(figures.last_sync))),
         ("last_success", time(|figures| figures.last_success)),
         ("last_failure", time(|figures| figures.last_failure)),
-        ("consecutive_failures", number(|figures| figures.consecutive_failures)),
+        ("consecutive_failures", streak.unwrap_or_else(none)),
         ("last_received", time(|figures| Some(figures.last_received))),
-    ]
+    ])
+    .collect()
 }

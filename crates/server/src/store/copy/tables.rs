@@ -234,3 +234,19 @@ pub(in crate::store) enum Value {
 
 /// A row's values, in the order of the columns that were asked for.
 pub(in crate::store) type Row = Vec<Value>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Sums;
+
+    #[test]
+    fn tables_of_sums_are_copied_with_all_sums() {
+        for name in ["device_jobs", "device_days", "fleet_hours"] {
+            let table = TABLES.iter().find(|table| table.name == name).unwrap();
+            let columns: Vec<_> = table.columns.iter().map(|column| column.name).collect();
+            let has_sums = columns.windows(Sums::COUNT).any(|columns| columns == Sums::COLUMNS);
+            assert!(has_sums, "{name}: {columns:?}");
+        }
+    }
+}

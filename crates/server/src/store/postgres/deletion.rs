@@ -211,7 +211,7 @@ async fn delete_device(
     transaction.execute(DELETE_JOBS, &[&id]).await?;
     let insert = format!(
         "insert into device_jobs ({}) {}",
-        verify::JOB_COLUMNS,
+        verify::job_columns(),
         verify::recounted("device_id = $1", "$2")
     );
     let received: jiff::Timestamp =

@@ -7,7 +7,7 @@ use tokio_postgres::{Error, Row};
 use super::{
     audit,
     connect::Object,
-    rows::{DEVICE_COLUMNS, SUMS, device_row, jobs, snapshot},
+    rows::{DEVICE_COLUMNS, device_row, job_sums, jobs, snapshot},
     store::PostgresStore,
 };
 use crate::store::{
@@ -58,6 +58,7 @@ async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<De
                  using (device_id)"
         )
     });
+    let sums = job_sums();
     let select = format!(
         r#"with page as (
             select d.device_id, d.name, d."group", d.created_at, {key} as sort_key
@@ -66,7 +67,7 @@ async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<De
              order by {key} {direction} nulls last, d.device_id
              limit $3 offset $4
          )
-         select {DEVICE_COLUMNS}, {SUMS}
+         select {DEVICE_COLUMNS}, {sums}
            from page d
            left join device_jobs j using (device_id)
           group by d.device_id, d.name, d."group", d.created_at, d.sort_key
@@ -90,8 +91,9 @@ async fn device(
     connection: &mut Object,
     device_id: &DeviceId,
 ) -> Result<Option<DeviceWithJobs>, Error> {
+    let sums = job_sums();
     let select = format!(
-        "select {DEVICE_COLUMNS}, {SUMS}
+        "select {DEVICE_COLUMNS}, {sums}
            from devices d
            left join device_jobs j using (device_id)
           where d.device_id = $1

@@ -7,7 +7,7 @@ use tokio_postgres::{Error, Row};
 use super::{
     connect::Object,
     expiry,
-    rows::{SUMS, figures, jobs, snapshot, time},
+    rows::{figures, job_sums, jobs, snapshot, time},
 };
 use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,
@@ -24,7 +24,7 @@ pub(super) async fn sync_history(
     connection: &mut Object,
     query: &HistoryQuery,
 ) -> Result<Option<SyncHistory>, Error> {
-    let sums = format!("select {SUMS} from device_jobs j where j.device_id = $1");
+    let sums = format!("select {} from device_jobs j where j.device_id = $1", job_sums());
     let snapshot = snapshot(connection).await?;
     if !exists(&snapshot, query).await? {
         return Ok(None);

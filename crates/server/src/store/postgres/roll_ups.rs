@@ -13,7 +13,7 @@ use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 use super::{
     connect::Object,
     locks::ROLL_UP_LOCK,
-    rows::{DEVICE_COLUMNS, SUMS, device_row, snapshot},
+    rows::{DEVICE_COLUMNS, DEVICE_ROW, device_row, job_sums, snapshot},
 };
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
@@ -50,54 +50,71 @@ const STEP_TIMEOUT: &str = "set local statement_timeout = '10min'";
 /// The most that a step over the network may take, altogether.
 pub(super) const FOLD_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// What rows of `sync_events` add up to.
-const EVENT_SUMS: &str = "
-    count(*), count(*) filter (where total_errors > 0), coalesce(sum(total_files_synced), 0)::bigint,
-    coalesce(sum(total_errors), 0)::bigint, coalesce(sum(internet_speed * 100), 0)::bigint,
-    count(internet_speed)
-";
+/// What rows of `sync_events` add up to, in the order of [`Sums::COLUMNS`].
+const EVENT_SUMS: [&str; Sums::COUNT] = [
+    "count(*)",
+    "count(*) filter (where total_errors > 0)",
+    "coalesce(sum(total_files_synced), 0)::bigint",
+    "coalesce(sum(total_errors), 0)::bigint",
+    "coalesce(sum(internet_speed * 100), 0)::bigint",
+    "count(internet_speed)",
+];
+
+/// What rows of `sync_events` add up to, with commas between.
+pub(super) fn event_sums() -> String {
+    EVENT_SUMS.join(", ")
+}
+
+/// The same, each under the name of its column.
+pub(super) fn named_event_sums() -> String {
+    let named = EVENT_SUMS.iter().zip(Sums::COLUMNS);
+    named.map(|(sum, column)| format!("{sum} as {column}")).collect::<Vec<_>>().join(", ")
+}
+
+/// What an insertion of sums is made of: the columns, what events add up to, and how that is added to a row that is there.
+fn insertion() -> (String, String, String) {
+    (Sums::names(), event_sums(), add())
+}
 
 const DAY: &str = "(timestamp at time zone 'UTC')::date";
 const HOUR: &str = "date_trunc('hour', timestamp, 'UTC')";
 
-/// The end of an insertion of sums, into a table called `stored`, where there may be some already.
-const ADD: &str = "
-    do update set total_syncs        = stored.total_syncs + excluded.total_syncs,
-                  failed_syncs       = stored.failed_syncs + excluded.failed_syncs,
-                  total_files_synced = stored.total_files_synced + excluded.total_files_synced,
-                  total_errors       = stored.total_errors + excluded.total_errors,
-                  speed_sum          = stored.speed_sum + excluded.speed_sum,
-                  speed_count        = stored.speed_count + excluded.speed_count
-";
+/// The end of an insertion of sums where there may be some already.
+fn add() -> String {
+    format!("do update set {}", Sums::add_to("stored"))
+}
 
 /// Adds the events that `source`, the rest of a `from` clause, names to the sums by day.
 fn fold_days_of(source: &str) -> String {
+    let (names, event_sums, add) = insertion();
     format!(
-        "insert into device_days as stored
-         select device_id, {DAY}, {EVENT_SUMS}
+        "insert into device_days as stored (device_id, day, {names})
+         select device_id, {DAY}, {event_sums}
            from {source}
           group by 1, 2
           order by 1, 2
-             on conflict (device_id, day) {ADD}"
+             on conflict (device_id, day) {add}"
     )
 }
 
 /// Adds the events that `source` names to the sums by hour.
 fn fold_hours_of(source: &str) -> String {
+    let (names, event_sums, add) = insertion();
     format!(
-        "insert into fleet_hours as stored
-         select {HOUR}, {EVENT_SUMS}
+        "insert into fleet_hours as stored (hour, {names})
+         select {HOUR}, {event_sums}
            from {source}
           group by 1
           order by 1
-             on conflict (hour) {ADD}"
+             on conflict (hour) {add}"
     )
 }
 
 /// What the folded events that `filter` finds add up to by day, then the day and the device.
 pub(super) fn recounted_days(filter: &str) -> String {
+    let event_sums = event_sums();
     format!(
-        "select {EVENT_SUMS}, {DAY}::timestamp at time zone 'UTC' as day, device_id
+        "select {event_sums}, {DAY}::timestamp at time zone 'UTC' as day, device_id
            from sync_events
           where {filter}
           group by day, device_id"
@@ -106,7 +123,8 @@ pub(super) fn recounted_days(filter: &str) -> String {
 
 /// The same by hour.
 pub(super) fn recounted_hours(filter: &str) -> String {
-    format!("select {EVENT_SUMS}, {HOUR} as hour from sync_events where {filter} group by hour")
+    let event_sums = event_sums();
+    format!("select {event_sums}, {HOUR} as hour from sync_events where {filter} group by hour")
 }
 
 /// Sums a device's days up anew. The state is locked, and events are folded until `folded`.
@@ -141,31 +159,30 @@ pub(super) async fn delete_events(
     last: Option<(jiff::Timestamp, i64)>,
     folded: Option<Timestamp>,
 ) -> Result<u64, Error> {
-    const NEGATIVE: &str = "
-        -total_syncs, -failed_syncs, -total_files_synced, -total_errors, -speed_sum, -speed_count
-    ";
     let up_to = if last.is_some() { "and (timestamp, id) <= ($4, $5)" } else { "" };
+    let (names, event_sums, add) = insertion();
+    let negative = Sums::negative();
     let delete = format!(
         "with gone as (
             delete from sync_events
              where device_id = $1 and created_at <= $2 {up_to}
          returning timestamp, total_files_synced, total_errors, internet_speed, created_at
          ), by_day (
-            day, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+            day, {names}
          ) as (
-            select {DAY}, {EVENT_SUMS} from gone where created_at <= $3 group by 1
+            select {DAY}, {event_sums} from gone where created_at <= $3 group by 1
          ), by_hour (
-            hour, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+            hour, {names}
          ) as (
-            select {HOUR}, {EVENT_SUMS} from gone where created_at <= $3 group by 1
+            select {HOUR}, {event_sums} from gone where created_at <= $3 group by 1
          ), days as (
-            insert into device_days as stored
-            select $1::text, day, {NEGATIVE} from by_day order by day
-                on conflict (device_id, day) {ADD}
+            insert into device_days as stored (device_id, day, {names})
+            select $1::text, day, {negative} from by_day order by day
+                on conflict (device_id, day) {add}
          ), hours as (
-            insert into fleet_hours as stored
-            select hour, {NEGATIVE} from by_hour order by hour
-                on conflict (hour) {ADD}
+            insert into fleet_hours as stored (hour, {names})
+            select hour, {negative} from by_hour order by hour
+                on conflict (hour) {add}
          )
          select count(*) from gone"
     );
@@ -268,22 +285,14 @@ pub(super) async fn fold(
 /// `until` were folded, or all of them: what is stored, with the events that are not folded yet, and
 /// without those that were received later.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
-    const COLUMNS: [&str; 6] = [
-        "total_syncs",
-        "failed_syncs",
-        "total_files_synced",
-        "total_errors",
-        "speed_sum",
-        "speed_count",
-    ];
     const FOLDED: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
     let (key, of_event) = match table {
         "device_days" => ("device_id, day", format!("device_id, {DAY}")),
         _ => ("hour", HOUR.to_owned()),
     };
-    let (names, groups) = (COLUMNS.join(", "), if key == "hour" { "1" } else { "1, 2" });
-    let sums = COLUMNS.map(|name| format!("sum({name})::bigint as {name}")).join(", ");
-    let negative = COLUMNS.map(|name| format!("-{name}")).join(", ");
+    let (names, groups) = (Sums::names(), if key == "hour" { "1" } else { "1, 2" });
+    let sums = Sums::sql(|column| format!("sum({column})::bigint as {column}"));
+    let (negative, event_sums) = (Sums::negative(), event_sums());
     let (received, later) = match until {
         None => (String::new(), String::new()),
         Some(until) => (
@@ -292,7 +301,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
                 "union all
                  select * from (
                      with later ({key}, {names}) as (
-                         select {of_event}, {EVENT_SUMS}
+                         select {of_event}, {event_sums}
                            from sync_events
                           where created_at <= {FOLDED} and created_at > '{until}'
                           group by {groups}
@@ -308,7 +317,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
               from (
                   select {key}, {names} from {table}
                   union all
-                  select {of_event}, {EVENT_SUMS}
+                  select {of_event}, {event_sums}
                     from sync_events
                    where created_at > {FOLDED} {received}
                    group by {groups}
@@ -368,32 +377,32 @@ pub(super) async fn forget(
     // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
     // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
     // So whole days stay right, and nothing else is asked for of days that long ago.
+    let (names, event_sums, add) = insertion();
+    let negative = Sums::negative();
+    let negative_sums = Sums::sql(|column| format!("-sum({column})"));
     let subtract = format!(
         "with raw (
-            hour, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+            hour, {names}
          ) as materialized (
-            select {HOUR}, {EVENT_SUMS}
+            select {HOUR}, {event_sums}
               from sync_events
              where device_id = $1 and created_at <= $2
              group by 1
          )
-         insert into fleet_hours as stored
-         select hour, -sum(total_syncs), -sum(failed_syncs), -sum(total_files_synced),
-                -sum(total_errors), -sum(speed_sum), -sum(speed_count)
+         insert into fleet_hours as stored (hour, {names})
+         select hour, {negative_sums}
            from (
                select * from raw
                union all
-               select day::timestamp at time zone 'UTC', total_syncs, failed_syncs,
-                      total_files_synced, total_errors, speed_sum, speed_count
+               select day::timestamp at time zone 'UTC', {names}
                  from device_days
                 where device_id = $1
                union all
-               select date_trunc('day', hour, 'UTC'), -total_syncs, -failed_syncs,
-                      -total_files_synced, -total_errors, -speed_sum, -speed_count
+               select date_trunc('day', hour, 'UTC'), {negative}
                  from raw
            ) shares
           group by hour
-             on conflict (hour) {ADD}"
+             on conflict (hour) {add}"
     );
     let Some(folded) = folded else { return Ok(()) };
     transaction.execute(&subtract, &[&device_id.as_str(), &folded.to_jiff()]).await?;
@@ -412,16 +421,16 @@ pub(super) async fn window_figures(
     connection: &mut Object,
     window: &Window,
 ) -> Result<Figures, Error> {
+    let (names, event_sums) = (Sums::names(), event_sums());
+    let sums = Sums::sql(|column| format!("coalesce(sum({column}), 0)::bigint"));
     let select = format!(
-        "select coalesce(sum(total_syncs), 0)::bigint, coalesce(sum(failed_syncs), 0)::bigint,
-                coalesce(sum(total_files_synced), 0)::bigint, coalesce(sum(total_errors), 0)::bigint,
-                coalesce(sum(speed_sum), 0)::bigint, coalesce(sum(speed_count), 0)::bigint
+        "select {sums}
            from (
-               select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+               select {names}
                  from fleet_hours
                 where hour >= $1 and hour < $2
                union all
-               select {EVENT_SUMS}
+               select {event_sums}
                  from sync_events
                 where created_at > $3 and timestamp >= $1 and timestamp < $2
            ) sums"
@@ -430,19 +439,12 @@ pub(super) async fn window_figures(
     let folded = folded(&snapshot).await?;
     let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
     let row = snapshot.query_one(&select, &[&from, &until, &folded]).await?;
-    sums(&row).map(Figures::from)
+    self::sums(&row).map(Figures::from)
 }
 
-/// A row that begins with the six sums.
+/// A row that begins with the sums.
 pub(super) fn sums(row: &Row) -> Result<Sums, Error> {
-    Ok(Sums {
-        total_syncs: row.try_get(0)?,
-        failed_syncs: row.try_get(1)?,
-        total_files_synced: row.try_get(2)?,
-        total_errors: row.try_get(3)?,
-        speed_sum: row.try_get(4)?,
-        speed_count: row.try_get(5)?,
-    })
+    Sums::read(|column| row.try_get(column))
 }
 
 /// Devices that failed within a window, whose number of failures in it stands in for that of all time.
@@ -478,11 +480,12 @@ pub(super) async fn repeated_failures(
     } else {
         ("failing.failed_syncs", "$4::bigint")
     };
+    let sums = job_sums();
     let listed = format!(
         "with failing as materialized (
              select * from ({failing}) counted where failed_syncs >= {least}
          )
-         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs, count(*) over ()
+         select {DEVICE_COLUMNS}, {sums}, failing.failed_syncs, count(*) over ()
            from failing
            join devices d using (device_id)
            join device_jobs j using (device_id)
@@ -510,14 +513,14 @@ pub(super) async fn repeated_failures(
     }
     let rows = snapshot.query(&select, &parameters).await?;
     let total: i64 = match rows.first() {
-        Some(row) => row.try_get(17)?,
+        Some(row) => row.try_get(DEVICE_ROW + 1)?,
         None if query.offset == 0 => 0,
         // Behind the last page no row tells.
         None => snapshot.query_one(&count, &parameters).await?.try_get(0)?,
     };
     let device = |row: &Row| -> Result<Device, Error> {
         let mut device = device_row(row)?;
-        device.figures.failed_syncs = row.try_get(16)?;
+        device.figures.failed_syncs = row.try_get(DEVICE_ROW)?;
         Ok(device)
     };
     Ok(Page {

@@ -15,7 +15,7 @@ use super::{
     history::{EVENT_COLUMNS, stored_event},
     roll_ups::PassedStatements,
 };
-use crate::store::{Batch, StoredEvent, batch::JobShare};
+use crate::store::{Batch, StoredEvent, Sums, batch::JobShare};
 
 const TAKE_IDS: &str =
     "select array_agg(nextval('sync_events_id_seq')) from generate_series(1, $1::bigint)";
@@ -39,80 +39,92 @@ fn upsert_devices_statement() -> String {
 }
 
 /// The upsert of figures, of events that are inserted already. The rule is that of `pisync_core::JobFigures::add`.
-/// Where the figures cannot tell a streak, `pisync_streak` counts it, by then under the lock of the job's row; FIRST
-/// stands for what must have happened before. Answers all of the batch's jobs.
-const UPSERT_JOBS: &str = "
-    insert into device_jobs as stored (
-        device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-        speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
-        last_received
+/// Where the figures cannot tell a streak, `pisync_streak` counts it, by then under the lock of the job's row; `first`
+/// is what must have happened before. Answers all of the batch's jobs.
+fn upsert_jobs(first: &str) -> String {
+    let types =
+        [vec!["text"; 2], vec!["bigint"; Sums::COUNT], TIMES_AND_STREAK.1.to_vec()].concat();
+    let arrays: Vec<_> = types
+        .iter()
+        .enumerate()
+        .map(|(position, kind)| format!("unnest(${}::{kind}[])", position + 1))
+        .collect();
+    format!(
+        "insert into device_jobs as stored (device_id, job, {names}, {times})
+         select batch.*
+           from (select {arrays}) as batch
+          where {first}
+             on conflict (device_id, job) do update
+            set {sums},
+                first_sync         = least(stored.first_sync, excluded.first_sync),
+                last_sync          = case
+                    when stored.last_success is null and stored.last_failure is null then
+                        excluded.last_sync
+                    else greatest(stored.last_sync, excluded.last_sync)
+                end,
+                last_success       = greatest(stored.last_success, excluded.last_success),
+                last_failure       = greatest(stored.last_failure, excluded.last_failure),
+                last_received      = case
+                    when stored.last_success is null and stored.last_failure is null then
+                        excluded.last_received
+                    else greatest(stored.last_received, excluded.last_received)
+                end,
+                consecutive_failures = case
+                    when excluded.last_success >= coalesce(stored.last_success, '-infinity')
+                     and excluded.last_success >= {since} then
+                        case
+                            when excluded.last_success > coalesce(stored.last_success, '-infinity')
+                             and stored.last_failure > excluded.last_success
+                             and stored.consecutive_failures = 1 then
+                                1 + excluded.consecutive_failures
+                            when stored.last_failure >= excluded.last_success
+                              or excluded.last_success = stored.last_success
+                             and excluded.last_failure >= excluded.last_success then
+                                pisync_streak(
+                                    stored.device_id, stored.job,
+                                    greatest(stored.last_success, excluded.last_success),
+                                    greatest(stored.last_failure, excluded.last_failure)
+                                )
+                            else excluded.consecutive_failures
+                        end
+                    when excluded.last_failure is null
+                      or excluded.last_failure < stored.last_success
+                      or excluded.last_failure < {since} then
+                        stored.consecutive_failures
+                    when greatest(excluded.first_sync, {since})
+                       > coalesce(stored.last_success, '-infinity') then
+                        stored.consecutive_failures + excluded.consecutive_failures
+                    else pisync_streak(
+                             stored.device_id, stored.job,
+                             greatest(stored.last_success, excluded.last_success),
+                             greatest(stored.last_failure, excluded.last_failure)
+                         )
+                end
+         returning device_id, job, consecutive_failures",
+        names = Sums::names(),
+        times = TIMES_AND_STREAK.0.join(", "),
+        arrays = arrays.join(", "),
+        sums = Sums::add_to("stored"),
+        since = format_args!("${JOB_PARAMETERS}"),
     )
-    select batch.*
-      from (
-               select unnest($1::text[]), unnest($2::text[]), unnest($3::bigint[]), unnest($4::bigint[]),
-                      unnest($5::bigint[]), unnest($6::bigint[]), unnest($7::bigint[]),
-                      unnest($8::bigint[]), unnest($9::timestamptz[]), unnest($10::timestamptz[]),
-                      unnest($11::timestamptz[]), unnest($12::timestamptz[]), unnest($13::bigint[]),
-                      unnest($14::timestamptz[])
-           ) as batch
-         where FIRST
-        on conflict (device_id, job) do update
-           set total_syncs        = stored.total_syncs + excluded.total_syncs,
-               failed_syncs       = stored.failed_syncs + excluded.failed_syncs,
-               total_files_synced = stored.total_files_synced + excluded.total_files_synced,
-               total_errors       = stored.total_errors + excluded.total_errors,
-               speed_sum          = stored.speed_sum + excluded.speed_sum,
-               speed_count        = stored.speed_count + excluded.speed_count,
-               first_sync         = least(stored.first_sync, excluded.first_sync),
-               last_sync          = case
-                   when stored.last_success is null and stored.last_failure is null then
-                       excluded.last_sync
-                   else greatest(stored.last_sync, excluded.last_sync)
-               end,
-               last_success       = greatest(stored.last_success, excluded.last_success),
-               last_failure       = greatest(stored.last_failure, excluded.last_failure),
-               last_received      = case
-                   when stored.last_success is null and stored.last_failure is null then
-                       excluded.last_received
-                   else greatest(stored.last_received, excluded.last_received)
-               end,
-               consecutive_failures = case
-                   when excluded.last_success >= coalesce(stored.last_success, '-infinity')
-                    and excluded.last_success >= $15 then
-                       case
-                           when excluded.last_success > coalesce(stored.last_success, '-infinity')
-                            and stored.last_failure > excluded.last_success
-                            and stored.consecutive_failures = 1 then
-                               1 + excluded.consecutive_failures
-                           when stored.last_failure >= excluded.last_success
-                             or excluded.last_success = stored.last_success
-                            and excluded.last_failure >= excluded.last_success then
-                               pisync_streak(
-                                   stored.device_id, stored.job,
-                                   greatest(stored.last_success, excluded.last_success),
-                                   greatest(stored.last_failure, excluded.last_failure)
-                               )
-                           else excluded.consecutive_failures
-                       end
-                   when excluded.last_failure is null
-                     or excluded.last_failure < stored.last_success
-                     or excluded.last_failure < $15 then
-                       stored.consecutive_failures
-                   when greatest(excluded.first_sync, $15)
-                      > coalesce(stored.last_success, '-infinity') then
-                       stored.consecutive_failures + excluded.consecutive_failures
-                   else pisync_streak(
-                            stored.device_id, stored.job,
-                            greatest(stored.last_success, excluded.last_success),
-                            greatest(stored.last_failure, excluded.last_failure)
-                        )
-               end
-    returning device_id, job, consecutive_failures
-";
+}
+
+/// The columns of `device_jobs` behind the sums, and their types.
+const TIMES_AND_STREAK: ([&str; 6], [&str; 6]) = (
+    [
+        "first_sync",
+        "last_sync",
+        "last_success",
+        "last_failure",
+        "consecutive_failures",
+        "last_received",
+    ],
+    ["timestamptz", "timestamptz", "timestamptz", "timestamptz", "bigint", "timestamptz"],
+);
 
 /// Answers the jobs that are failing.
 fn upsert_jobs_statement() -> String {
-    let upsert = UPSERT_JOBS.replace("FIRST", "true");
+    let upsert = upsert_jobs("true");
     format!(
         "with upserted as ({upsert})
          select device_id, job, consecutive_failures from upserted where consecutive_failures <> 0
@@ -162,15 +174,17 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
     let insert = renumbered(INSERT_EVENTS, JOB_PARAMETERS);
     parts.push(format!("events as ({insert} where {first} returning id)"));
     let sent = renumbered("cardinality($1::bigint[])", JOB_PARAMETERS);
-    let upsert = UPSERT_JOBS.replace("FIRST", &all_written("events", "sync_events", &sent));
+    let upsert = upsert_jobs(&all_written("events", "sync_events", &sent));
     parts.push(format!("jobs as ({upsert})"));
     answer.push_str(" union all select null, null, null where not ");
     answer.push_str(&all_written("jobs", "device_jobs", "cardinality($1::text[])"));
     format!("with {} {answer}", parts.join(", "))
 }
 
-/// How many parameters there are in [`UPSERT_JOBS`] and [`INSERT_EVENTS`].
-const JOB_PARAMETERS: usize = 15;
+/// How many parameters there are in [`upsert_jobs`]: a device, a job, its figures, and since when streaks count.
+const JOB_PARAMETERS: usize = 2 + Sums::COUNT + TIMES_AND_STREAK.0.len() + 1;
+
+/// How many there are in [`INSERT_EVENTS`].
 const EVENT_PARAMETERS: usize = 13;
 
 /// A statement whose parameters come after `before` others.
@@ -376,12 +390,7 @@ impl<'a> DeviceColumns<'a> {
 pub(super) struct JobColumns<'a> {
     device_ids: Vec<&'a str>,
     jobs: Vec<&'a str>,
-    total_syncs: Vec<i64>,
-    failed_syncs: Vec<i64>,
-    total_files_synced: Vec<i64>,
-    total_errors: Vec<i64>,
-    speed_sum: Vec<i64>,
-    speed_count: Vec<i64>,
+    sums: [Vec<i64>; Sums::COUNT],
     first_sync: Vec<jiff::Timestamp>,
     last_sync: Vec<jiff::Timestamp>,
     last_success: Vec<Option<jiff::Timestamp>>,
@@ -392,9 +401,13 @@ pub(super) struct JobColumns<'a> {
 
 impl<'a> JobColumns<'a> {
     pub(super) fn new(shares: &'a [JobShare<'a>]) -> Self {
-        let numbers = |of: fn(&JobFigures) -> i64| -> Vec<i64> {
-            shares.iter().map(|share| of(&share.figures)).collect()
-        };
+        let mut sums: [Vec<i64>; Sums::COUNT] =
+            std::array::from_fn(|_| Vec::with_capacity(shares.len()));
+        for share in shares {
+            for (column, sum) in sums.iter_mut().zip(Sums::of(&share.figures).values()) {
+                column.push(sum);
+            }
+        }
         let times = |of: fn(&JobFigures) -> Timestamp| -> Vec<jiff::Timestamp> {
             shares.iter().map(|share| of(&share.figures).to_jiff()).collect()
         };
@@ -404,17 +417,15 @@ impl<'a> JobColumns<'a> {
         Self {
             device_ids: shares.iter().map(|share| share.device_id.as_str()).collect(),
             jobs: shares.iter().map(JobShare::job_key).collect(),
-            total_syncs: numbers(|figures| figures.total_syncs),
-            failed_syncs: numbers(|figures| figures.failed_syncs),
-            total_files_synced: numbers(|figures| figures.total_files_synced),
-            total_errors: numbers(|figures| figures.total_errors),
-            speed_sum: numbers(|figures| figures.speed_sum),
-            speed_count: numbers(|figures| figures.speed_count),
+            sums,
             first_sync: times(|figures| figures.first_sync),
             last_sync: times(|figures| figures.last_sync),
             last_success: optional_times(|figures| figures.last_success),
             last_failure: optional_times(|figures| figures.last_failure),
-            consecutive_failures: numbers(|figures| figures.consecutive_failures),
+            consecutive_failures: shares
+                .iter()
+                .map(|share| share.figures.consecutive_failures)
+                .collect(),
             last_received: times(|figures| figures.last_received),
         }
     }
@@ -436,23 +447,20 @@ impl<'a> JobColumns<'a> {
         &'b self,
         streaks_since: &'b jiff::Timestamp,
     ) -> [&'b (dyn ToSql + Sync); JOB_PARAMETERS] {
-        [
-            &self.device_ids,
-            &self.jobs,
-            &self.total_syncs,
-            &self.failed_syncs,
-            &self.total_files_synced,
-            &self.total_errors,
-            &self.speed_sum,
-            &self.speed_count,
-            &self.first_sync,
+        let mut parameters: [&(dyn ToSql + Sync); JOB_PARAMETERS] = [streaks_since; JOB_PARAMETERS];
+        let figures = self.sums.iter().map(|sum| sum as &(dyn ToSql + Sync)).chain([
+            &self.first_sync as &(dyn ToSql + Sync),
             &self.last_sync,
             &self.last_success,
             &self.last_failure,
             &self.consecutive_failures,
             &self.last_received,
-            streaks_since,
-        ]
+        ]);
+        let keys = [&self.device_ids as &(dyn ToSql + Sync), &self.jobs];
+        for (parameter, value) in parameters.iter_mut().zip(keys.into_iter().chain(figures)) {
+            *parameter = value;
+        }
+        parameters
     }
 }
 

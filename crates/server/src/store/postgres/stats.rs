@@ -7,7 +7,7 @@ use tokio_postgres::Error;
 use super::{
     connect::Object,
     roll_ups,
-    rows::{DEVICE_COLUMNS, SUMS, device_row, figures, snapshot},
+    rows::{DEVICE_COLUMNS, device_row, figures, job_sums, snapshot},
     store::PostgresStore,
 };
 use crate::store::{
@@ -42,8 +42,9 @@ async fn repeated_failures(
     } else {
         "sum(j.failed_syncs)::bigint"
     };
+    let sums = job_sums();
     let select = format!(
-        r#"select {DEVICE_COLUMNS}, {SUMS}
+        r#"select {DEVICE_COLUMNS}, {sums}
              from device_jobs j
              join devices d using (device_id)
             group by d.device_id
@@ -75,7 +76,8 @@ async fn fleet_stats(
         select (select count(*) from devices),
                (select count(distinct device_id) from device_jobs where last_received >= $1)
     ";
-    let select_sums = format!("select {SUMS} from device_jobs j");
+    let sums = job_sums();
+    let select_sums = format!("select {sums} from device_jobs j");
     let select_recent = format!(
         r#"with recent as (
             select device_id, max(last_sync) as last_sync
@@ -84,7 +86,7 @@ async fn fleet_stats(
              order by last_sync desc, device_id
              limit 10
          )
-         select {DEVICE_COLUMNS}, {SUMS}
+         select {DEVICE_COLUMNS}, {sums}
            from recent
            join devices d using (device_id)
            join device_jobs j using (device_id)

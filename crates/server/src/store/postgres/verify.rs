@@ -18,41 +18,36 @@ use super::{
     store::PostgresStore,
 };
 use crate::store::{
-    StoreError, SumDifference, Verification, Verified,
+    StoreError, SumDifference, Sums, Verification, Verified,
     verify::{PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
 };
-
-/// Sums as [`sums`] reads them.
-const SUMS: &str =
-    "total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count";
 
 /// How often the repair of a device that met a deadlock is tried again.
 const RETRIES: u32 = 5;
 
-/// The columns of `device_jobs`.
-pub(super) const JOB_COLUMNS: &str = "
-    device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
-    first_sync, last_sync, last_success, last_failure, consecutive_failures, last_received
-";
+/// The columns of `device_jobs`, in the order in which [`recounted`] has them.
+pub(super) fn job_columns() -> String {
+    format!(
+        "device_id, job, {}, first_sync, last_sync, last_success, last_failure, consecutive_failures,
+         last_received",
+        Sums::names()
+    )
+}
 
 const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 
 /// A page: the devices after $1 up to $2, those that are not registered included; null means no bound.
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
-/// What the events that `filter` finds add up to, in the order of [`JOB_COLUMNS`]. Those dated after the parameter
+/// What the events that `filter` finds add up to, in the order of [`job_columns`]. Those dated after the parameter
 /// `latest` change no streak, and are not shown as the last while there are others. So it is with times of receipt: the
 /// last date stands in for one that cannot be.
 pub(super) fn recounted(filter: &str, latest: &str) -> String {
+    let (names, sums) = (Sums::names(), roll_ups::named_event_sums());
     format!(
         "with counted as (
             select device_id, coalesce(job, '') as job,
-                   count(*) as total_syncs,
-                   count(*) filter (where total_errors > 0) as failed_syncs,
-                   sum(total_files_synced)::bigint as total_files_synced,
-                   sum(total_errors)::bigint as total_errors,
-                   coalesce(sum(internet_speed * 100), 0)::bigint as speed_sum,
-                   count(internet_speed) as speed_count,
+                   {sums},
                    min(timestamp) as first_sync,
                    coalesce(max(timestamp) filter (where timestamp <= {latest}), max(timestamp)) as last_sync,
                    max(timestamp) filter (where timestamp <= {latest} and total_errors <= 0) as last_success,
@@ -64,8 +59,7 @@ pub(super) fn recounted(filter: &str, latest: &str) -> String {
              where {filter}
              group by device_id, coalesce(job, '')
          )
-         select device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-                speed_count, first_sync, last_sync, last_success, last_failure,
+         select device_id, job, {names}, first_sync, last_sync, last_success, last_failure,
                 case when last_failure >= coalesce(last_success, '-infinity')
                      then ({}) else 0 end as consecutive_failures,
                 last_received
@@ -128,7 +122,7 @@ async fn page(
          order by d.device_id
          limit $2
     ";
-    let stored = format!("select {JOB_COLUMNS} from device_jobs where {PAGE}");
+    let stored = format!("select {} from device_jobs where {PAGE}", job_columns());
     let snapshot = snapshot(connection).await?;
     let devices = snapshot.query(DEVICES, &[&after, &i64::from(PAGE_DEVICES)]).await?;
     let events: Vec<i64> = devices.iter().map(|row| row.try_get(1)).collect::<Result<_, _>>()?;
@@ -166,20 +160,21 @@ async fn page(
         }
         figures.recounted(row.try_get(0)?, row.try_get(1)?, job_figures(&row)?);
     }
+    let names = Sums::names();
     let stored_days = format!(
-        "select {SUMS}, day::timestamp at time zone 'UTC', device_id from device_days where {PAGE}"
+        "select {names}, day::timestamp at time zone 'UTC', device_id from device_days where {PAGE}"
     );
     let recounted_days = roll_ups::recounted_days(&format!("created_at <= $3 and {PAGE}"));
     let folded = folded(&snapshot).await?;
     let mut days = SumRecount::default();
     for row in snapshot.query(&stored_days, &[&after, &next]).await? {
-        if stays(&row, 7)? {
-            days.stored(row.try_get(7)?, begins(&row)?, sums(&row)?);
+        if stays(&row, Sums::COUNT + 1)? {
+            days.stored(row.try_get(Sums::COUNT + 1)?, begins(&row)?, sums(&row)?);
         }
     }
     for row in snapshot.query(&recounted_days, &[&after, &next, &folded]).await? {
-        if stays(&row, 7)? {
-            days.recounted(row.try_get(7)?, begins(&row)?, sums(&row)?);
+        if stays(&row, Sums::COUNT + 1)? {
+            days.recounted(row.try_get(Sums::COUNT + 1)?, begins(&row)?, sums(&row)?);
         }
     }
     let raw_since = expiry::raw_since(&snapshot).await?;
@@ -231,19 +226,19 @@ async fn try_repair(
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for key share";
     // Empty figures, so that there is a row to lock: a server that stores the job's first event at the same
     // moment has its row here, or waits for ours.
-    const ADD_JOBS: &str = "
-        insert into device_jobs (
-            device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-            speed_count, first_sync, last_sync, consecutive_failures, last_received
-        )
-        select device_id, coalesce(job, ''), 0, 0, 0, 0, 0, 0, min(timestamp), min(timestamp), 0,
-               min(created_at)
-          from sync_events
-         where device_id = $1
-         group by device_id, coalesce(job, '')
-         order by device_id, coalesce(job, '')
-            on conflict (device_id, job) do nothing
-    ";
+    let add_jobs = format!(
+        "insert into device_jobs (
+             device_id, job, {}, first_sync, last_sync, consecutive_failures, last_received
+         )
+         select device_id, coalesce(job, ''), {}, min(timestamp), min(timestamp), 0, min(created_at)
+           from sync_events
+          where device_id = $1
+          group by device_id, coalesce(job, '')
+          order by device_id, coalesce(job, '')
+             on conflict (device_id, job) do nothing",
+        Sums::names(),
+        Sums::sql(|_| "0".to_owned())
+    );
     const LOCK_JOBS: &str =
         "select job from device_jobs where device_id = $1 order by job for update";
     const REMOVE_JOBS: &str = "
@@ -255,14 +250,10 @@ async fn try_repair(
                 where event.device_id = $1 and coalesce(event.job, '') = stored.job
            )
     ";
+    let sums = Sums::sql(|column| format!("{column} = recounted.{column}"));
     let write_figures = format!(
         "update device_jobs stored
-            set total_syncs = recounted.total_syncs,
-                failed_syncs = recounted.failed_syncs,
-                total_files_synced = recounted.total_files_synced,
-                total_errors = recounted.total_errors,
-                speed_sum = recounted.speed_sum,
-                speed_count = recounted.speed_count,
+            set {sums},
                 first_sync = recounted.first_sync,
                 last_sync = recounted.last_sync,
                 last_success = recounted.last_success,
@@ -283,7 +274,7 @@ async fn try_repair(
         // Somebody has deleted it meanwhile.
         return Ok(());
     }
-    transaction.execute(ADD_JOBS, &[&device_id]).await?;
+    transaction.execute(&add_jobs, &[&device_id]).await?;
     let locked = transaction.query(LOCK_JOBS, &[&device_id]).await?;
     let jobs: Vec<&str> = locked.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     // Later statements see what others had committed before we got the locks; who comes after waits. A job
@@ -301,7 +292,8 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
     let snapshot = snapshot(connection).await?;
     let folded = folded(&snapshot).await?;
     let mut hours = SumRecount::default();
-    for row in snapshot.query(&format!("select {SUMS}, hour from fleet_hours"), &[]).await? {
+    let names = Sums::names();
+    for row in snapshot.query(&format!("select {names}, hour from fleet_hours"), &[]).await? {
         hours.stored(None, begins(&row)?, sums(&row)?);
     }
     for row in snapshot.query(&roll_ups::recounted_hours("created_at <= $1"), &[&folded]).await? {
@@ -313,19 +305,26 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
 /// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
 /// were `seen`; then false.
 async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bool, Error> {
-    const WRITE: &str = "
-        insert into fleet_hours as stored values ($1, $2, $3, $4, $5, $6, $7)
-            on conflict (hour) do update
-           set total_syncs = $2, failed_syncs = $3, total_files_synced = $4, total_errors = $5,
-               speed_sum = $6, speed_count = $7
-         where (stored.total_syncs, stored.failed_syncs, stored.total_files_synced, stored.total_errors,
-                stored.speed_sum, stored.speed_count) = ($8, $9, $10, $11, $12, $13)
-    ";
+    let numbered = |first: usize| {
+        (first..first + Sums::COUNT).map(|number| format!("${number}")).collect::<Vec<_>>()
+    };
+    let (recounted, stored) = (numbered(2), numbered(2 + Sums::COUNT).join(", "));
+    let set: Vec<_> = Sums::COLUMNS
+        .iter()
+        .zip(&recounted)
+        .map(|(column, number)| format!("{column} = {number}"))
+        .collect();
+    let (names, recounted, set) = (Sums::names(), recounted.join(", "), set.join(", "));
+    let seen_sums = Sums::sql(|column| format!("stored.{column}"));
+    let write = format!(
+        "insert into fleet_hours as stored (hour, {names}) values ($1, {recounted})
+             on conflict (hour) do update set {set} where ({seen_sums}) = ({stored})"
+    );
     let hour = seen.begins.to_jiff();
-    let sums = [seen.recounted.columns(), seen.stored.columns()].concat();
+    let sums = [seen.recounted.values(), seen.stored.values()].concat();
     let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&hour];
-    parameters.extend(sums.iter().map(|(_, sum)| sum as &(dyn ToSql + Sync)));
-    Ok(connection.execute(WRITE, &parameters).await? == 1)
+    parameters.extend(sums.iter().map(|sum| sum as &(dyn ToSql + Sync)));
+    Ok(connection.execute(&write, &parameters).await? == 1)
 }
 
 /// One moment, without the usual limits of time.
@@ -342,7 +341,7 @@ async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
 
 /// When the day or hour after those begins.
 fn begins(row: &Row) -> Result<Timestamp, Error> {
-    row.try_get(6).map(Timestamp::truncate)
+    row.try_get(Sums::COUNT).map(Timestamp::truncate)
 }
 
 fn job_figures(row: &Row) -> Result<JobFigures, Error> {
@@ -350,18 +349,13 @@ fn job_figures(row: &Row) -> Result<JobFigures, Error> {
     let optional_time = |column| -> Result<Option<Timestamp>, Error> {
         Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
     };
-    Ok(JobFigures {
-        total_syncs: row.try_get(2)?,
-        failed_syncs: row.try_get(3)?,
-        total_files_synced: row.try_get(4)?,
-        total_errors: row.try_get(5)?,
-        speed_sum: row.try_get(6)?,
-        speed_count: row.try_get(7)?,
-        first_sync: time(8)?,
-        last_sync: time(9)?,
-        last_success: optional_time(10)?,
-        last_failure: optional_time(11)?,
-        consecutive_failures: row.try_get(12)?,
-        last_received: time(13)?,
-    })
+    // After the device and the job.
+    let after = 2 + Sums::COUNT;
+    let mut figures = JobFigures::none(time(after)?, time(after + 5)?);
+    Sums::read(|column| row.try_get::<_, i64>(2 + column))?.put_into(&mut figures);
+    figures.last_sync = time(after + 1)?;
+    figures.last_success = optional_time(after + 2)?;
+    figures.last_failure = optional_time(after + 3)?;
+    figures.consecutive_failures = row.try_get(after + 4)?;
+    Ok(figures)
 }

@@ -9,7 +9,7 @@ use super::{
     apply::apply_journal,
     audit,
     connection::Cost,
-    rows::{DEVICE_COLUMNS, SUMS, device_number, device_row, jobs},
+    rows::{DEVICE_COLUMNS, device_number, device_row, job_sums, jobs},
     store::SqliteStore,
     write_connection::WriteConnection,
 };
@@ -70,6 +70,7 @@ fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Pag
                     on f.device = d.id"
         )
     });
+    let sums = job_sums();
     let select = format!(
         r#"with page as (
             select d.id, d.device_id, d.name, d."group", d.created_at, {key} as sort_key
@@ -78,7 +79,7 @@ fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Pag
              order by {key} {direction} nulls last, d.device_id
              limit :limit offset :offset
          )
-         select {DEVICE_COLUMNS}, {SUMS}
+         select {DEVICE_COLUMNS}, {sums}
            from page d
            left join device_jobs j on j.device = d.id
           group by d.id
@@ -107,8 +108,9 @@ fn device(
     connection: &Connection,
     device_id: &DeviceId,
 ) -> rusqlite::Result<Option<DeviceWithJobs>> {
+    let sums = job_sums();
     let select = format!(
-        "select {DEVICE_COLUMNS}, {SUMS}
+        "select {DEVICE_COLUMNS}, {sums}
            from devices d
            left join device_jobs j on j.device = d.id
           where d.device_id = ?1

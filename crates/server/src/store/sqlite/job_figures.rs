@@ -1,6 +1,8 @@
 //! The rows of `device_jobs`: a job's figures, to which each batch adds what it has of the job. The write connection,
 //! `verify` and nobody else changes them.
 
+use std::sync::LazyLock;
+
 use pisync_core::{JobFigures, StreakCount, Timestamp};
 use rusqlite::{CachedStatement, OptionalExtension, Row, Transaction, params};
 
@@ -8,6 +10,49 @@ use super::{
     connection::expect_row,
     rows::{optional_time, time},
 };
+use crate::store::Sums;
+
+/// A job's figures, as [`job_figures`] reads them.
+pub(super) static JOB_COLUMNS: LazyLock<String> =
+    LazyLock::new(|| [&Sums::COLUMNS[..], &TIMES_AND_STREAK].concat().join(", "));
+
+/// The columns of `device_jobs` behind the sums.
+const TIMES_AND_STREAK: [&str; 6] = [
+    "first_sync",
+    "last_sync",
+    "last_success",
+    "last_failure",
+    "consecutive_failures",
+    "last_received",
+];
+
+static SELECT: LazyLock<String> = LazyLock::new(|| {
+    format!("select {} from device_jobs where device = ?1 and job = ?2", *JOB_COLUMNS)
+});
+
+static INSERT: LazyLock<String> = LazyLock::new(|| {
+    let numbers: Vec<_> = (0..Sums::COUNT + TIMES_AND_STREAK.len())
+        .map(|position| format!("?{}", FIRST_FIGURE + position))
+        .collect();
+    format!(
+        "insert into device_jobs (device, job, {}) values (?1, ?2, {})",
+        *JOB_COLUMNS,
+        numbers.join(", ")
+    )
+});
+
+static UPDATE: LazyLock<String> = LazyLock::new(|| {
+    let columns = [&Sums::COLUMNS[..], &TIMES_AND_STREAK].concat();
+    let set: Vec<_> = columns
+        .iter()
+        .enumerate()
+        .map(|(position, column)| format!("{column} = ?{}", FIRST_FIGURE + position))
+        .collect();
+    format!("update device_jobs set {} where device = ?1 and job = ?2", set.join(", "))
+});
+
+/// The number of the first figure among the parameters of [`INSERT`] and [`UPDATE`], after the device and the job.
+const FIRST_FIGURE: usize = 3;
 
 /// The statements on `device_jobs`, looked up once per batch.
 pub(super) struct JobStatements<'a> {
@@ -19,28 +64,6 @@ pub(super) struct JobStatements<'a> {
 
 impl<'a> JobStatements<'a> {
     pub(super) fn prepare(transaction: &'a Transaction<'_>) -> rusqlite::Result<Self> {
-        const SELECT: &str = "
-            select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
-                   first_sync, last_sync, last_success, last_failure, consecutive_failures,
-                   last_received
-              from device_jobs
-             where device = ?1 and job = ?2
-        ";
-        const INSERT: &str = "
-            insert into device_jobs (
-                device, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-                speed_count, first_sync, last_sync, last_success, last_failure, consecutive_failures,
-                last_received
-            ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
-        ";
-        const UPDATE: &str = "
-            update device_jobs
-               set total_syncs = ?3, failed_syncs = ?4, total_files_synced = ?5, total_errors = ?6,
-                   speed_sum = ?7, speed_count = ?8, first_sync = ?9, last_sync = ?10,
-                   last_success = ?11, last_failure = ?12, consecutive_failures = ?13,
-                   last_received = ?14
-             where device = ?1 and job = ?2
-        ";
         const COUNT_UNANSWERED_FAILURES: &str = "
             select count(*)
               from sync_events
@@ -53,9 +76,9 @@ impl<'a> JobStatements<'a> {
                    ), 0))
         ";
         Ok(Self {
-            select: transaction.prepare_cached(SELECT)?,
-            insert: transaction.prepare_cached(INSERT)?,
-            update: transaction.prepare_cached(UPDATE)?,
+            select: transaction.prepare_cached(&SELECT)?,
+            insert: transaction.prepare_cached(&INSERT)?,
+            update: transaction.prepare_cached(&UPDATE)?,
             count_unanswered_failures: transaction.prepare_cached(COUNT_UNANSWERED_FAILURES)?,
         })
     }
@@ -82,40 +105,38 @@ impl<'a> JobStatements<'a> {
                 (figures, &mut self.update)
             }
         };
-        let written = write.execute(params![
-            device,
-            job,
-            figures.total_syncs,
-            figures.failed_syncs,
-            figures.total_files_synced,
-            figures.total_errors,
-            figures.speed_sum,
-            figures.speed_count,
-            figures.first_sync.as_millisecond(),
-            figures.last_sync.as_millisecond(),
+        write.raw_bind_parameter(1, device)?;
+        write.raw_bind_parameter(2, job)?;
+        let sums = Sums::of(&figures).values();
+        for (position, sum) in sums.into_iter().enumerate() {
+            write.raw_bind_parameter(FIRST_FIGURE + position, sum)?;
+        }
+        let after = FIRST_FIGURE + Sums::COUNT;
+        let others = [
+            Some(figures.first_sync.as_millisecond()),
+            Some(figures.last_sync.as_millisecond()),
             figures.last_success.map(Timestamp::as_millisecond),
             figures.last_failure.map(Timestamp::as_millisecond),
-            figures.consecutive_failures,
-            figures.last_received.as_millisecond(),
-        ])?;
+            Some(figures.consecutive_failures),
+            Some(figures.last_received.as_millisecond()),
+        ];
+        for (position, other) in others.into_iter().enumerate() {
+            write.raw_bind_parameter(after + position, other)?;
+        }
+        let written = write.raw_execute()?;
         expect_row("device_jobs", written)?;
         Ok(figures)
     }
 }
 
+/// Reads a row that begins with [`JOB_COLUMNS`].
 pub(super) fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
-    Ok(JobFigures {
-        total_syncs: row.get(0)?,
-        failed_syncs: row.get(1)?,
-        total_files_synced: row.get(2)?,
-        total_errors: row.get(3)?,
-        speed_sum: row.get(4)?,
-        speed_count: row.get(5)?,
-        first_sync: time(row, 6)?,
-        last_sync: time(row, 7)?,
-        last_success: optional_time(row, 8)?,
-        last_failure: optional_time(row, 9)?,
-        consecutive_failures: row.get(10)?,
-        last_received: time(row, 11)?,
-    })
+    let after = Sums::COUNT;
+    let mut figures = JobFigures::none(time(row, after)?, time(row, after + 5)?);
+    Sums::read(|column| row.get(column))?.put_into(&mut figures);
+    figures.last_sync = time(row, after + 1)?;
+    figures.last_success = optional_time(row, after + 2)?;
+    figures.last_failure = optional_time(row, after + 3)?;
+    figures.consecutive_failures = row.get(after + 4)?;
+    Ok(figures)
 }

@@ -5,28 +5,36 @@
 use pisync_core::Timestamp;
 use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, params};
 
-use super::rows::{DEVICE_COLUMNS, SUMS, device_row};
+use super::rows::{DEVICE_COLUMNS, DEVICE_ROW, device_row, job_sums};
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
-/// What rows of `sync_events` add up to.
-const EVENT_SUMS: &str = "
-    count(*), ifnull(sum(total_errors > 0), 0), ifnull(sum(total_files_synced), 0),
-    ifnull(sum(total_errors), 0), ifnull(sum(internet_speed), 0), count(internet_speed)
-";
+/// What rows of `sync_events` add up to, in the order of [`Sums::COLUMNS`].
+const EVENT_SUMS: [&str; Sums::COUNT] = [
+    "count(*)",
+    "ifnull(sum(total_errors > 0), 0)",
+    "ifnull(sum(total_files_synced), 0)",
+    "ifnull(sum(total_errors), 0)",
+    "ifnull(sum(internet_speed), 0)",
+    "count(internet_speed)",
+];
+
+fn event_sums() -> String {
+    EVENT_SUMS.join(", ")
+}
+
+/// What an insertion of sums is made of: the columns, what events add up to, and how that is added to a row that is there.
+fn insertion() -> (String, String, String) {
+    (Sums::names(), event_sums(), add())
+}
 
 /// The midnight and the full hour before an event. Remainders of dates before 1970 are negative.
 const DAY: &str = "timestamp - (timestamp % 86400000 + 86400000) % 86400000";
 const HOUR: &str = "timestamp - (timestamp % 3600000 + 3600000) % 3600000";
 
-/// The end of an insertion of sums where there may be some already.
-const ADD: &str = "
-    do update set total_syncs        = total_syncs + excluded.total_syncs,
-                  failed_syncs       = failed_syncs + excluded.failed_syncs,
-                  total_files_synced = total_files_synced + excluded.total_files_synced,
-                  total_errors       = total_errors + excluded.total_errors,
-                  speed_sum          = speed_sum + excluded.speed_sum,
-                  speed_count        = speed_count + excluded.speed_count
-";
+/// The end of an insertion of sums, into a table called `stored`, where there may be some already.
+fn add() -> String {
+    format!("do update set {}", Sums::add_to("stored"))
+}
 
 /// Folds the next `most` events with ids up to `last`; false when there are no more. It runs on the writer's
 /// thread, so it must be short.
@@ -35,21 +43,22 @@ pub(super) fn fold(connection: &mut Connection, most: i64, last: i64) -> rusqlit
         select max(id), count(*)
           from (select id from sync_events where id > ?1 and id <= ?3 order by id limit ?2)
     ";
+    let (names, event_sums, add) = insertion();
     let fold_days = format!(
-        "insert into device_days
-         select device, {DAY}, {EVENT_SUMS}
+        "insert into device_days as stored (device, day, {names})
+         select device, {DAY}, {event_sums}
            from sync_events
           where id > ?1 and id <= ?2
           group by 1, 2
-             on conflict (device, day) {ADD}"
+             on conflict (device, day) {add}"
     );
     let fold_hours = format!(
-        "insert into fleet_hours
-         select {HOUR}, {EVENT_SUMS}
+        "insert into fleet_hours as stored (hour, {names})
+         select {HOUR}, {event_sums}
            from sync_events
           where id > ?1 and id <= ?2
           group by 1
-             on conflict (hour) {ADD}"
+             on conflict (hour) {add}"
     );
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let folded = folded_id(&transaction)?;
@@ -68,22 +77,14 @@ pub(super) fn fold(connection: &mut Connection, most: i64, last: i64) -> rusqlit
 /// `until` were folded, or all of them: what is stored, with the events that are not folded yet, and
 /// without those that were received later.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
-    const COLUMNS: [&str; 6] = [
-        "total_syncs",
-        "failed_syncs",
-        "total_files_synced",
-        "total_errors",
-        "speed_sum",
-        "speed_count",
-    ];
     const FOLDED: &str = "(select folded_id from roll_up_state)";
     let (key, of_event) = match table {
         "device_days" => ("device, day", format!("device, {DAY}")),
         _ => ("hour", HOUR.to_owned()),
     };
-    let (names, groups) = (COLUMNS.join(", "), if key == "hour" { "1" } else { "1, 2" });
-    let sums = COLUMNS.map(|name| format!("sum({name}) as {name}")).join(", ");
-    let negative = COLUMNS.map(|name| format!("-{name}")).join(", ");
+    let (names, groups) = (Sums::names(), if key == "hour" { "1" } else { "1, 2" });
+    let sums = Sums::sql(|column| format!("sum({column}) as {column}"));
+    let (negative, event_sums) = (Sums::negative(), event_sums());
     let (received, later) = match until.map(Timestamp::as_millisecond) {
         None => (String::new(), String::new()),
         Some(until) => (
@@ -92,7 +93,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
                 "union all
                  select * from (
                      with later ({key}, {names}) as (
-                         select {of_event}, {EVENT_SUMS}
+                         select {of_event}, {event_sums}
                            from sync_events
                           where id <= {FOLDED} and created_at > {until}
                           group by {groups}
@@ -108,7 +109,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
               from (
                   select {key}, {names} from {table}
                   union all
-                  select {of_event}, {EVENT_SUMS}
+                  select {of_event}, {event_sums}
                     from sync_events
                    where id > {FOLDED} {received}
                    group by {groups}
@@ -130,33 +131,33 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
     // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
     // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
     // So whole days stay right, and nothing else is asked for of days that long ago.
+    let (names, event_sums, add) = insertion();
+    let negative = Sums::negative();
+    let negative_sums = Sums::sql(|column| format!("-sum({column})"));
     let subtract = format!(
         "with raw (
-            hour, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+            hour, {names}
          ) as materialized (
-            select {HOUR}, {EVENT_SUMS}
+            select {HOUR}, {event_sums}
               from sync_events
              where device = ?1 and id <= ?2
              group by 1
          )
-         insert into fleet_hours
-         select hour, -sum(total_syncs), -sum(failed_syncs), -sum(total_files_synced),
-                -sum(total_errors), -sum(speed_sum), -sum(speed_count)
+         insert into fleet_hours as stored (hour, {names})
+         select hour, {negative_sums}
            from (
                select * from raw
                union all
-               select day, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum,
-                      speed_count
+               select day, {names}
                  from device_days
                 where device = ?1
                union all
-               select hour - (hour % 86400000 + 86400000) % 86400000, -total_syncs, -failed_syncs,
-                      -total_files_synced, -total_errors, -speed_sum, -speed_count
+               select hour - (hour % 86400000 + 86400000) % 86400000, {negative}
                  from raw
            )
           where true
           group by hour
-             on conflict (hour) {ADD}"
+             on conflict (hour) {add}"
     );
     transaction.execute(&subtract, params![device, folded_id(transaction)?])?;
     Ok(())
@@ -180,9 +181,8 @@ pub(super) fn subtract(
     transaction: &Transaction<'_>,
     events: &DeletedEvents,
 ) -> rusqlite::Result<()> {
-    const NEGATIVE: &str = "
-        -total_syncs, -failed_syncs, -total_files_synced, -total_errors, -speed_sum, -speed_count
-    ";
+    let (names, event_sums, add) = insertion();
+    let negative = Sums::negative();
     for (table, key, of_event) in [
         ("device_days", "device, day", format!("device, {DAY}")),
         ("fleet_hours", "hour", HOUR.to_owned()),
@@ -190,16 +190,16 @@ pub(super) fn subtract(
         let groups = if key == "hour" { "1" } else { "1, 2" };
         let subtract = format!(
             "with gone (
-                {key}, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+                {key}, {names}
              ) as materialized (
-                select {of_event}, {EVENT_SUMS}
+                select {of_event}, {event_sums}
                   from sync_events
                  where {DELETED_EVENTS} and id <= ?5
                  group by {groups}
              )
-             insert into {table}
-             select {key}, {NEGATIVE} from gone where true
-                 on conflict ({key}) {ADD}"
+             insert into {table} as stored ({key}, {names})
+             select {key}, {negative} from gone where true
+                 on conflict ({key}) {add}"
         );
         let DeletedEvents { device, received_until, timestamp, id } = *events;
         let parameters = params![device, received_until, timestamp, id, folded_id(transaction)?];
@@ -210,13 +210,14 @@ pub(super) fn subtract(
 
 /// Adds what is folded of a device's events to the sums by hour.
 pub(super) fn fold_hours_again(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
+    let (names, event_sums, add) = insertion();
     let fold = format!(
-        "insert into fleet_hours
-         select {HOUR}, {EVENT_SUMS}
+        "insert into fleet_hours as stored (hour, {names})
+         select {HOUR}, {event_sums}
            from sync_events
           where device = ?1 and id <= ?2
           group by 1
-             on conflict (hour) {ADD}"
+             on conflict (hour) {add}"
     );
     transaction.execute(&fold, params![device, folded_id(transaction)?]).map(|_| ())
 }
@@ -226,17 +227,17 @@ pub(super) fn window_figures(
     connection: &Connection,
     window: &Window,
 ) -> rusqlite::Result<Figures> {
+    let (names, event_sums) = (Sums::names(), event_sums());
+    let sums = Sums::sql(|column| format!("ifnull(sum({column}), 0)"));
     // The plus signs keep SQLite from searching the events by their dates, device by device.
     let select = format!(
-        "select ifnull(sum(total_syncs), 0), ifnull(sum(failed_syncs), 0),
-                ifnull(sum(total_files_synced), 0), ifnull(sum(total_errors), 0),
-                ifnull(sum(speed_sum), 0), ifnull(sum(speed_count), 0)
+        "select {sums}
            from (
-               select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count
+               select {names}
                  from fleet_hours
                 where hour >= :from and hour < :until
                union all
-               select {EVENT_SUMS}
+               select {event_sums}
                  from sync_events
                 where id > (select folded_id from roll_up_state)
                   and +timestamp >= :from and +timestamp < :until
@@ -246,20 +247,13 @@ pub(super) fn window_figures(
         named_params! {
             ":from": window.from().as_millisecond(), ":until": window.until().as_millisecond(),
         },
-        |row| sums(row).map(Figures::from),
+        |row| self::sums(row).map(Figures::from),
     )
 }
 
-/// A row that begins with the six sums.
+/// A row that begins with the sums.
 pub(super) fn sums(row: &Row<'_>) -> rusqlite::Result<Sums> {
-    Ok(Sums {
-        total_syncs: row.get(0)?,
-        failed_syncs: row.get(1)?,
-        total_files_synced: row.get(2)?,
-        total_errors: row.get(3)?,
-        speed_sum: row.get(4)?,
-        speed_count: row.get(5)?,
-    })
+    Sums::read(|column| row.get(column))
 }
 
 /// Devices that failed within a window, whose number of failures in it stands in for that of all time.
@@ -295,9 +289,10 @@ pub(super) fn repeated_failures(
     } else {
         ("failing.failed_syncs", ":threshold")
     };
+    let sums = job_sums();
     let listed = format!(
         "with failing as materialized (select * from ({failing}) where failed_syncs >= {least})
-         select {DEVICE_COLUMNS}, {SUMS}, failing.failed_syncs, count(*) over ()
+         select {DEVICE_COLUMNS}, {sums}, failing.failed_syncs, count(*) over ()
            from failing
            join devices d on d.id = failing.device
            join device_jobs j on j.device = failing.device
@@ -322,8 +317,8 @@ pub(super) fn repeated_failures(
             },
             |row| {
                 let mut device = device_row(row)?;
-                device.figures.failed_syncs = row.get(16)?;
-                total = row.get(17)?;
+                device.figures.failed_syncs = row.get(DEVICE_ROW)?;
+                total = row.get(DEVICE_ROW + 1)?;
                 Ok(device)
             },
         )?

@@ -3,17 +3,22 @@
 use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, types::Type};
 
-use crate::store::{Device, Figures};
+use crate::store::{Device, Figures, Sums};
 
-/// A device's columns, as [`device_row`] reads them, then its sums over `device_jobs j`.
+/// A device's columns, as [`device_row`] reads them, then [`job_sums`].
 pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
-/// What [`figures`] reads: a device's sums over its jobs, or nulls when it has none.
-pub(super) const SUMS: &str = "
-    sum(j.total_syncs), sum(j.failed_syncs), sum(j.total_files_synced), sum(j.total_errors),
-    sum(j.speed_sum), sum(j.speed_count), min(j.first_sync), max(j.last_sync),
-    max(j.last_success), max(j.last_failure), max(j.consecutive_failures), max(j.last_received)
-";
+/// What [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has none.
+pub(super) fn job_sums() -> String {
+    let sums = Sums::sql(|column| format!("sum(j.{column})"));
+    format!(
+        "{sums}, min(j.first_sync), max(j.last_sync), max(j.last_success), max(j.last_failure),
+         max(j.consecutive_failures), max(j.last_received)"
+    )
+}
+
+/// How many columns [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
+pub(super) const DEVICE_ROW: usize = 4 + Sums::COUNT + 6;
 
 /// The number that stands for a device in the other tables.
 pub(super) fn device_number(
@@ -27,7 +32,7 @@ pub(super) fn device_number(
 }
 
 pub(super) fn figures_of_device(connection: &Connection, device: i64) -> rusqlite::Result<Figures> {
-    let select = format!("select {SUMS} from device_jobs j where j.device = ?1");
+    let select = format!("select {} from device_jobs j where j.device = ?1", job_sums());
     connection.prepare_cached(&select)?.query_row([device], |row| figures(row, 0))
 }
 
@@ -37,8 +42,9 @@ pub(super) fn jobs(
     device: i64,
 ) -> rusqlite::Result<Vec<(Option<String>, Figures)>> {
     let select = format!(
-        "select nullif(j.job, ''), {SUMS} from device_jobs j where j.device = ?1
-          group by j.job order by j.job"
+        "select nullif(j.job, ''), {} from device_jobs j where j.device = ?1
+          group by j.job order by j.job",
+        job_sums()
     );
     connection
         .prepare_cached(&select)?
@@ -56,24 +62,20 @@ pub(super) fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
     })
 }
 
-/// Reads [`SUMS`] from column `first` on.
+/// Reads [`job_sums`] from column `first` on.
 pub(super) fn figures(row: &Row<'_>, first: usize) -> rusqlite::Result<Figures> {
-    let sum = |column: usize| -> rusqlite::Result<i64> {
+    let number = |column: usize| -> rusqlite::Result<i64> {
         Ok(row.get::<_, Option<i64>>(first + column)?.unwrap_or(0))
     };
+    let after = first + Sums::COUNT;
     Ok(Figures {
-        total_syncs: sum(0)?,
-        failed_syncs: sum(1)?,
-        total_files_synced: sum(2)?,
-        total_errors: sum(3)?,
-        speed_sum: sum(4)?,
-        speed_count: sum(5)?,
-        first_sync: optional_time(row, first + 6)?,
-        last_sync: optional_time(row, first + 7)?,
-        last_success: optional_time(row, first + 8)?,
-        last_failure: optional_time(row, first + 9)?,
-        consecutive_failures: sum(10)?,
-        last_seen: optional_time(row, first + 11)?,
+        first_sync: optional_time(row, after)?,
+        last_sync: optional_time(row, after + 1)?,
+        last_success: optional_time(row, after + 2)?,
+        last_failure: optional_time(row, after + 3)?,
+        consecutive_failures: number(Sums::COUNT + 4)?,
+        last_seen: optional_time(row, after + 5)?,
+        ..Sums::read(number)?.into()
     })
 }
 

@@ -7,7 +7,7 @@ use rusqlite::{Connection, params};
 use super::{
     connection::Cost,
     roll_ups,
-    rows::{DEVICE_COLUMNS, SUMS, device_row, figures},
+    rows::{DEVICE_COLUMNS, device_row, figures, job_sums},
     store::SqliteStore,
 };
 use crate::store::{
@@ -44,8 +44,9 @@ fn repeated_failures(
 ) -> rusqlite::Result<Page<Device>> {
     let measure =
         if query.consecutive { "max(j.consecutive_failures)" } else { "sum(j.failed_syncs)" };
+    let sums = job_sums();
     let select = format!(
-        "select {DEVICE_COLUMNS}, {SUMS}
+        "select {DEVICE_COLUMNS}, {sums}
            from device_jobs j
            join devices d on d.id = j.device
           group by j.device
@@ -69,7 +70,8 @@ fn repeated_failures(
 }
 
 fn fleet_stats(connection: &Connection, active_since: Timestamp) -> rusqlite::Result<FleetStats> {
-    let select_sums = format!("select {SUMS} from device_jobs j");
+    let sums = job_sums();
+    let select_sums = format!("select {sums} from device_jobs j");
     let select_recent = format!(
         "with recent as (
             select j.device, max(j.last_sync) as last_sync
@@ -79,7 +81,7 @@ fn fleet_stats(connection: &Connection, active_since: Timestamp) -> rusqlite::Re
              order by max(j.last_sync) desc, d.device_id
              limit 10
          )
-         select {DEVICE_COLUMNS}, {SUMS}
+         select {DEVICE_COLUMNS}, {sums}
            from recent
            join devices d on d.id = recent.device
            join device_jobs j on j.device = recent.device

@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, HashSet};
 
 use async_trait::async_trait;
 use pisync_core::{JobFigures, LONGEST_LEAD, Timestamp, later_until};
-use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{
+    Connection, OptionalExtension, Transaction, TransactionBehavior, params, params_from_iter,
+};
 
 use super::{
     connection::Cost,
     expiry,
-    job_figures::{JobStatements, job_figures},
+    job_figures::{JOB_COLUMNS, JobStatements, job_figures},
     misdated,
     roll_ups::{self, sums},
     rows::time,
@@ -21,10 +23,6 @@ use crate::store::{
     StoreError, SumDifference, Sums, Verification, Verified,
     verify::{DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
 };
-
-/// Sums as [`sums`] reads them.
-const SUMS: &str =
-    "total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count";
 
 const HOUR: i64 = 60 * 60 * 1000;
 
@@ -90,13 +88,6 @@ fn page(
          order by d.device_id
          limit ?2
     ";
-    const STORED: &str = "
-        select total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count,
-               first_sync, last_sync, last_success, last_failure, consecutive_failures,
-               last_received, job
-          from device_jobs
-         where device = ?1
-    ";
     let snapshot = connection.unchecked_transaction()?;
     let devices: Vec<(i64, String, i64)> = snapshot
         .prepare_cached(DEVICES)?
@@ -107,7 +98,9 @@ fn page(
     let devices = &devices[..length];
 
     let folded = roll_ups::folded_id(&snapshot)?;
-    let stored_days = format!("select {SUMS}, day from device_days where device = ?1");
+    let names = Sums::names();
+    let stored = format!("select {}, job from device_jobs where device = ?1", *JOB_COLUMNS);
+    let stored_days = format!("select {names}, day from device_days where device = ?1");
     let (mut figures, mut days) = (Recount::default(), SumRecount::default());
     let being_deleted: HashSet<String> = snapshot
         .prepare_cached("select device_id from device_deletions")?
@@ -116,15 +109,15 @@ fn page(
     let (leaving, staying): (Vec<_>, Vec<_>) =
         devices.iter().partition(|(_, device_id, _)| being_deleted.contains(device_id));
     for (number, device_id, _) in &staying {
-        let mut stored = snapshot.prepare_cached(STORED)?;
+        let mut stored = snapshot.prepare_cached(&stored)?;
         let mut rows = stored.query([number])?;
         while let Some(row) = rows.next()? {
-            figures.stored(device_id.clone(), row.get(12)?, job_figures(row)?);
+            figures.stored(device_id.clone(), row.get("job")?, job_figures(row)?);
         }
         let mut stored = snapshot.prepare_cached(&stored_days)?;
         let mut rows = stored.query([number])?;
         while let Some(row) = rows.next()? {
-            days.stored(Some(device_id.clone()), time(row, 6)?, sums(row)?);
+            days.stored(Some(device_id.clone()), time(row, Sums::COUNT)?, sums(row)?);
         }
         let recounted = recount(&snapshot, *number, folded, latest)?;
         for (job, recounted) in recounted.jobs {
@@ -180,12 +173,15 @@ pub(super) fn write_recounted(
     drop(jobs);
     misdated::note_set_aside(transaction, number, latest)?;
     transaction.execute("delete from device_days where device = ?1", [number])?;
+    let numbers: Vec<_> = (3..3 + Sums::COUNT).map(|number| format!("?{number}")).collect();
     let mut insert = transaction.prepare(&format!(
-        "insert into device_days (device, day, {SUMS}) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"
+        "insert into device_days (device, day, {}) values (?1, ?2, {})",
+        Sums::names(),
+        numbers.join(", ")
     ))?;
     for (day, sums) in &recounted.days {
-        let [a, b, c, d, e, f] = sums.columns().map(|(_, sum)| sum);
-        insert.execute(params![number, day.as_millisecond(), a, b, c, d, e, f])?;
+        let values = [number, day.as_millisecond()].into_iter().chain(sums.values());
+        insert.execute(params_from_iter(values))?;
     }
     Ok(())
 }
@@ -199,10 +195,11 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     ";
     let snapshot = connection.unchecked_transaction()?;
     let mut hours = SumRecount::default();
-    let mut stored = snapshot.prepare(&format!("select {SUMS}, hour from fleet_hours"))?;
+    let mut stored =
+        snapshot.prepare(&format!("select {}, hour from fleet_hours", Sums::names()))?;
     let mut rows = stored.query([])?;
     while let Some(row) = rows.next()? {
-        hours.stored(None, time(row, 6)?, sums(row)?);
+        hours.stored(None, time(row, Sums::COUNT)?, sums(row)?);
     }
     let mut recounted = BTreeMap::<Timestamp, Sums>::new();
     let mut events = snapshot.prepare(EVENTS)?;
@@ -221,19 +218,23 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
 /// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
 /// were `seen`; then false.
 fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::Result<bool> {
-    const WRITE: &str = "
-        insert into fleet_hours as stored values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
-            on conflict (hour) do update
-           set total_syncs = ?2, failed_syncs = ?3, total_files_synced = ?4, total_errors = ?5,
-               speed_sum = ?6, speed_count = ?7
-         where (total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count)
-             = (?8, ?9, ?10, ?11, ?12, ?13)
-    ";
-    let sums = [seen.recounted.columns(), seen.stored.columns()].concat();
-    let numbers =
-        [seen.begins.as_millisecond()].into_iter().chain(sums.iter().map(|(_, sum)| *sum));
-    let changed =
-        writer.connection.prepare_cached(WRITE)?.execute(rusqlite::params_from_iter(numbers))?;
+    let numbered = |first: usize| {
+        (first..first + Sums::COUNT).map(|number| format!("?{number}")).collect::<Vec<_>>()
+    };
+    let (recounted, stored) = (numbered(2), numbered(2 + Sums::COUNT).join(", "));
+    let set: Vec<_> = Sums::COLUMNS
+        .iter()
+        .zip(&recounted)
+        .map(|(column, number)| format!("{column} = {number}"))
+        .collect();
+    let (names, recounted, set) = (Sums::names(), recounted.join(", "), set.join(", "));
+    let write = format!(
+        "insert into fleet_hours (hour, {names}) values (?1, {recounted})
+             on conflict (hour) do update set {set} where ({names}) = ({stored})"
+    );
+    let sums = [seen.recounted.values(), seen.stored.values()].concat();
+    let numbers = [seen.begins.as_millisecond()].into_iter().chain(sums);
+    let changed = writer.connection.prepare_cached(&write)?.execute(params_from_iter(numbers))?;
     Ok(changed == 1)
 }
 
@@ -316,36 +317,17 @@ struct Event {
 
 impl Event {
     fn nothing_yet(&self) -> JobFigures {
-        JobFigures {
-            total_syncs: 0,
-            failed_syncs: 0,
-            total_files_synced: 0,
-            total_errors: 0,
-            speed_sum: 0,
-            speed_count: 0,
-            first_sync: self.timestamp,
-            last_sync: self.timestamp,
-            last_success: None,
-            last_failure: None,
-            consecutive_failures: 0,
-            last_received: self.received,
-        }
+        JobFigures::none(self.timestamp, self.received)
     }
 
     /// Adds an event that comes, by its date and then by its id, after all that were added before. One dated after
     /// `latest` changes no streak.
     fn count_into(&self, figures: &mut JobFigures, latest: Timestamp) {
-        let add = |sum: &mut i64, number| *sum = sum.saturating_add(number);
-        add(&mut figures.total_syncs, 1);
-        add(&mut figures.total_files_synced, self.total_files_synced);
-        add(&mut figures.total_errors, self.total_errors);
-        if let Some(speed) = self.speed {
-            add(&mut figures.speed_sum, speed);
-            add(&mut figures.speed_count, 1);
-        }
+        let mut sums = Sums::of(figures);
+        sums.add(&sums_of(self.total_files_synced, self.total_errors, self.speed));
+        sums.put_into(figures);
         figures.last_sync = later_until(latest, figures.last_sync, self.timestamp);
         figures.last_received = later_until(latest, figures.last_received, self.received);
-        figures.failed_syncs += i64::from(self.total_errors > 0);
         if self.timestamp > latest {
             return;
         }

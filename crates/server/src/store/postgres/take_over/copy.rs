@@ -11,12 +11,13 @@ use super::{
     survey::{TAKE_OVER_TABLE, column},
 };
 use crate::store::{
+    Sums,
     migrations::embedded_for_postgres,
     postgres::{
         migrations::{CREATE_TABLE, run},
         partitions::{Partition, months_ahead},
         roll_ups,
-        verify::{JOB_COLUMNS, recounted},
+        verify::{job_columns, recounted},
     },
 };
 
@@ -169,7 +170,8 @@ pub(super) async fn count_figures(
     // So that the queries after it are planned for what is there.
     transaction.batch_execute("analyze devices, sync_events").await?;
     let count = format!(
-        "insert into device_jobs ({JOB_COLUMNS}) select * from ({}) jobs",
+        "insert into device_jobs ({}) select * from ({}) jobs",
+        job_columns(),
         recounted("true", "$1")
     );
     let latest = now.saturating_add_milliseconds(LONGEST_LEAD).to_jiff();
@@ -223,37 +225,35 @@ pub(super) async fn sample(
     time_zone: &str,
     most: i64,
 ) -> Result<(u64, u64), Error> {
-    const MAKE: &str = "
-        create temporary table sample_events (
-            id bigint, device_id varchar(255) collate \"C\", timestamp timestamptz,
-            total_files_synced integer, total_errors integer, internet_speed numeric(10, 2),
-            created_at timestamptz, updated_at timestamptz
-        ) on commit drop;
-        create temporary table sample_days (
-            device_id varchar(255) collate \"C\", day date, total_syncs bigint, failed_syncs bigint,
-            total_files_synced bigint, total_errors bigint, speed_sum bigint, speed_count bigint,
-            primary key (device_id, day)
-        ) on commit drop
-    ";
+    let make = format!(
+        "create temporary table sample_events (
+             id bigint, device_id varchar(255) collate \"C\", timestamp timestamptz,
+             total_files_synced integer, total_errors integer, internet_speed numeric(10, 2),
+             created_at timestamptz, updated_at timestamptz
+         ) on commit drop;
+         create temporary table sample_days (
+             device_id varchar(255) collate \"C\", day date, {}, primary key (device_id, day)
+         ) on commit drop",
+        Sums::sql(|column| format!("{column} bigint"))
+    );
     const INDEX: &str =
         "alter table sample_events add primary key (device_id, timestamp, id, created_at)";
-    const SUM_UP: &str = "
-        insert into sample_days
-        select device_id, (timestamp at time zone 'UTC')::date, count(*),
-               count(*) filter (where total_errors > 0), sum(total_files_synced), sum(total_errors),
-               sum(internet_speed * 100), count(internet_speed)
-          from sample_events
-         group by 1, 2
-    ";
     const SIZE: &str =
         "select pg_total_relation_size('sample_events') + pg_total_relation_size('sample_days')";
     let fill = format!(
         "insert into sample_events ({EVENT}) select {EVENT_READ} from sync_events limit $2"
     );
-    transaction.batch_execute(MAKE).await?;
+    transaction.batch_execute(&make).await?;
     let sampled = transaction.execute(&fill, &[&time_zone, &most]).await?;
     transaction.batch_execute(INDEX).await?;
-    transaction.batch_execute(SUM_UP).await?;
+    let sum_up = format!(
+        "insert into sample_days
+         select device_id, (timestamp at time zone 'UTC')::date, {}
+           from sample_events
+          group by 1, 2",
+        roll_ups::event_sums()
+    );
+    transaction.batch_execute(&sum_up).await?;
     let bytes: i64 = transaction.query_one(SIZE, &[]).await?.try_get(0)?;
     Ok((sampled, bytes.cast_unsigned()))
 }
