@@ -247,11 +247,11 @@ impl Import {
         };
         let import = ImportStep { progress, before: *before, known: Arc::clone(known) };
         let received = clock.now();
-        let receipts = receipts(&step.events, received);
+        let received_at = received_at(&step.events, received);
         let events: Vec<_> = step.events.into_iter().map(|event| event.event).collect();
         let count = events.len() as u64;
         let batch =
-            Arc::new(Batch { receipts, import: Some(import), ..Batch::new(received, events) });
+            Arc::new(Batch { received_at, import: Some(import), ..Batch::new(received, events) });
         let written = write(writer, &batch).await.map_err(|error| {
             ImportError(format!(
                 "cannot store the records up to {}: {error}; those before them are stored, and the same command goes on after them",
@@ -404,7 +404,7 @@ fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violati
 }
 
 /// When each event was received: nothing when all of them arrive now.
-fn receipts(
+fn received_at(
     events: &[ReceivedEvent],
     received: pisync_core::Timestamp,
 ) -> Vec<pisync_core::Timestamp> {

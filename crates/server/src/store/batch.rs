@@ -23,7 +23,7 @@ pub struct Batch {
     /// At least one.
     pub events: Vec<SyncEvent>,
     /// When each event was received, their `created_at`; empty when all of them arrive now.
-    pub receipts: Vec<Timestamp>,
+    pub received_at: Vec<Timestamp>,
     /// How far the import comes to which the events belong, stored with them; a step of an import may
     /// also have no events.
     pub import: Option<ImportStep>,
@@ -147,7 +147,7 @@ pub struct FailureStreak {
 }
 
 /// What a batch adds to one device's job.
-pub(super) struct JobShare<'a> {
+pub(super) struct JobDelta<'a> {
     /// Position in the batch of one of its events.
     pub(super) position: usize,
     pub(super) device_id: &'a DeviceId,
@@ -155,7 +155,7 @@ pub(super) struct JobShare<'a> {
     pub(super) figures: JobFigures,
 }
 
-impl JobShare<'_> {
+impl JobDelta<'_> {
     /// The job as both stores key it: events without one share the empty name.
     pub(super) fn job_key(&self) -> &str {
         self.job.map_or("", JobName::as_str)
@@ -182,7 +182,7 @@ impl Batch {
             received,
             stamped: Instant::now(),
             events,
-            receipts: Vec::new(),
+            received_at: Vec::new(),
             import: None,
             claims: Vec::new(),
         }
@@ -225,12 +225,12 @@ impl Batch {
 
     /// When the event at `position` was received.
     pub(super) fn received_at(&self, position: usize) -> Timestamp {
-        self.receipts.get(position).copied().unwrap_or(self.received)
+        self.received_at.get(position).copied().unwrap_or(self.received)
     }
 
     /// When the first and the last of the events at `positions` were received.
     pub(super) fn received_within(&self, positions: &[usize]) -> (Timestamp, Timestamp) {
-        if self.receipts.is_empty() {
+        if self.received_at.is_empty() {
             return (self.received, self.received);
         }
         let times = || positions.iter().map(|position| self.received_at(*position));
@@ -290,7 +290,11 @@ impl Batch {
 
     /// What the batch adds to each device's job, given the [`Self::order`] of the events that count, whose ids
     /// rise in the batch's order. Events dated before `streaks_since` change no streak.
-    pub(super) fn shares(&self, order: &[usize], streaks_since: Timestamp) -> Vec<JobShare<'_>> {
+    pub(super) fn job_deltas(
+        &self,
+        order: &[usize],
+        streaks_since: Timestamp,
+    ) -> Vec<JobDelta<'_>> {
         let event = |position: &usize| &self.events[*position];
         order
             .chunk_by(|left, right| {
@@ -311,7 +315,7 @@ impl Batch {
                 let figures = JobFigures::aggregate(events, received, streaks_since)?;
                 let position = *positions.first()?;
                 let SyncEvent { device_id, job, .. } = &self.events[position];
-                Some(JobShare { position, device_id, job: job.as_ref(), figures })
+                Some(JobDelta { position, device_id, job: job.as_ref(), figures })
             })
             .collect()
     }

@@ -37,7 +37,7 @@ pub trait Verification: Send + Sync {
     /// the jobs again, too, whose events that were set aside are no longer dated so far ahead. Answers how many have changed.
     async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError>;
 
-    /// Recounts the sums of the fleet's hours from all folded events, as of one moment: some second for a
+    /// Recounts the sums of the fleet's hours from all aggregated events, as of one moment: some second for a
     /// million of them. Once old events were dropped, sums can only be found to be too small.
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
 
@@ -56,7 +56,7 @@ pub struct Verified {
     /// Jobs whose stored figures are not what their events add up to; all of a device's jobs are on the
     /// same page.
     pub differences: Vec<JobDifference>,
-    /// Days of these devices whose sums are not what their folded events add up to.
+    /// Days of these devices whose sums are not what their aggregated events add up to.
     pub days: Vec<SumDifference>,
     /// Devices that the store has only a number of, although there are events or figures of them: SQL
     /// that did not mind the foreign keys left them. They cannot be repaired here.
@@ -95,7 +95,7 @@ pub struct FigureDifference {
     pub recounted: String,
 }
 
-/// A device's day, or the fleet's hour, whose sums are not what its folded events add up to.
+/// A device's day, or the fleet's hour, whose sums are not what its aggregated events add up to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SumDifference {
     /// Whose day; `None` for an hour of the whole fleet.

@@ -58,7 +58,7 @@ fn full_event(device: &str, second: i64) -> SyncEvent {
     }
 }
 
-/// Devices with names and groups, events of several months, some folded and some not, keys.
+/// Devices with names and groups, events of several months, some aggregated and some not, keys.
 async fn fill(fixture: &TestStore) {
     let mut writer = fixture.writer();
     for days in [70, 40, 3, 0] {
@@ -183,11 +183,11 @@ async fn write_both(writers: [&mut dyn EventWriter; 2], received: Timestamp, eve
 async fn everything_is_there_and_goes_on(fixture: &TestStore) {
     fill(fixture).await;
     let mut received = at(0);
-    // Copied while the clock is right, while it is behind what was folded, and after everything is final.
+    // Copied while the clock is right, while it is behind what was aggregated, and after everything is final.
     for moment in [at(0), at(-3 * DAY), at(100 * DAY)] {
         for database in destinations().await {
             received = received.max(moment).saturating_add_milliseconds(2 * DAY * 1000);
-            let folded = received.saturating_add_milliseconds(HOUR * 1000);
+            let watermark = received.saturating_add_milliseconds(HOUR * 1000);
             let what = format!("{} as of {moment}", database.target);
             let before = seen(&*fixture.store).await;
             let copied = copy(fixture.target(), &database.target, moment).await.unwrap();
@@ -210,7 +210,7 @@ async fn everything_is_there_and_goes_on(fixture: &TestStore) {
             let lines = [without_ids(&*fixture.store).await, without_ids(&*copy).await];
             assert_same(&lines[0], &lines[1], &what);
             for store in [&fixture.store, &copy] {
-                while store.aggregate_events(folded).await.unwrap() {}
+                while store.aggregate_events(watermark).await.unwrap() {}
             }
             let lines = [without_ids(&*fixture.store).await, without_ids(&*copy).await];
             assert_same(&lines[0], &lines[1], &what);
@@ -271,7 +271,7 @@ async fn a_newer_schema_is_copied_whole(fixture: &TestStore) {
             (rows(fixture.target(), table).await, rows(&database.target, table).await);
         assert!(!source.is_empty(), "{table}");
         if table == "roll_up_state" {
-            // How far events are folded is the copy's own.
+            // How far events are aggregated is the copy's own.
             continue;
         }
         assert_eq!(source, copy, "{table}");
@@ -302,7 +302,7 @@ async fn rows(target: &Target, table: &str) -> Vec<String> {
     rows
 }
 
-/// Sequences and folding of a copy of a copy are still in order, and nothing is lost on the way.
+/// Sequences and aggregation of a copy of a copy are still in order, and nothing is lost on the way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn there_and_back_is_the_same() {
     on_sqlite(async |fixture: &TestStore| {

@@ -79,11 +79,11 @@ async fn fill(database: &TestDatabase) {
     database.migrate().await;
     let store = store::open(&database.target).await.unwrap();
     let events = odd_events();
-    let receipts: Vec<_> = (0..)
+    let received_at: Vec<_> = (0..)
         .zip(&events)
         .map(|(number, event)| event.timestamp.saturating_add_milliseconds(number * 1_001))
         .collect();
-    let batch = Batch { receipts, ..Batch::new(at(DAY), events) };
+    let batch = Batch { received_at, ..Batch::new(at(DAY), events) };
     store.event_writer().write(&Arc::new(batch)).await.unwrap();
     store.close().await.unwrap();
 }

@@ -287,7 +287,7 @@ async fn an_event_id_is_known_wherever_the_event_is() {
     .await;
 }
 
-/// A server and another process give ids without meeting, and folding passes nothing that comes later.
+/// A server and another process give ids without meeting, and aggregation passes nothing that comes later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_of_another_process_come_in_between() {
     on_sqlite(async |fixture: &TestStore| {

@@ -10,7 +10,7 @@ mod history;
 mod lost_key_changes;
 pub(crate) mod nodes;
 mod pipelined;
-mod receipts;
+mod received_at;
 pub(crate) mod retention;
 mod roll_ups;
 pub(crate) mod streaks;

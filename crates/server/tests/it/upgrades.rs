@@ -80,7 +80,7 @@ const VERSIONS: &[Version] = &[
     },
     Version {
         name: "2026-11-22-02-event-keys-and-roll-ups",
-        // The events before are folded; one with an id of the device's own is not.
+        // The events before are aggregated; one with an id of the device's own is not.
         sqlite: "
             insert into device_days values (1, 1795305600000, 4, 2, 13, 3, 4660, 2);
             insert into fleet_hours values (1795345200000, 4, 2, 13, 3, 4660, 2);

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::{
     store_contract::{
         nodes::be_a_node,
-        retention::{expire, fold, retention},
+        retention::{aggregate, expire, retention},
     },
     support::{
         events::{at, device_id, failure, later, now, of_job, somebody, success, write, write_at},
@@ -250,7 +250,7 @@ async fn wrong_sums_are_found_and_repaired(fixture: &TestStore) {
             vec![success("pi-0", at(-hour * hours)), failure("pi-1", at(-hour * hours - 1))];
         write_at(&mut *writer, at(-120), events).await;
     }
-    // What is not folded yet is in no sum.
+    // What is not aggregated yet is in no sum.
     assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
     while fixture.store.aggregate_events(now()).await.unwrap() {}
     write(&mut *writer, vec![success("pi-0", at(0))]).await;
@@ -270,8 +270,8 @@ async fn wrong_sums_are_found_and_repaired(fixture: &TestStore) {
         assert_eq!(wrong_sums(&*fixture.store, true).await, (0, 0), "{wrong}");
         assert_eq!(fixture.store.window_figures(&window).await.unwrap(), right, "{wrong}");
     }
-    // Nor was anything counted that is not folded.
-    fold(&*fixture.store).await;
+    // Nor was anything counted that is not aggregated.
+    aggregate(&*fixture.store).await;
     assert_eq!(fixture.store.window_figures(&window).await.unwrap(), right);
     assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));
 }
@@ -291,7 +291,7 @@ async fn a_repair_of_sums_beside_folding(fixture: &TestStore) {
                 other.repair_hour(&hour).await.unwrap();
             }
         };
-        tokio::join!(fold(&*fixture.store), repair);
+        tokio::join!(aggregate(&*fixture.store), repair);
         // What was wrong and has grown since is found again.
         other.verify(None, later(), true).await.unwrap();
         assert_eq!(wrong_sums(&*other, false).await, (0, 0), "round {round}");
@@ -306,7 +306,7 @@ async fn what_is_left_of_old_events_tells_which_sums_are_too_small(fixture: &Tes
     for device in ["pi-0", "pi-1"] {
         write(&mut *writer, vec![failure(device, at(-60)), success(device, at(0))]).await;
     }
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     expire(&*fixture.store, &retention(30)).await;
     assert!(fixture.store.verify(None, later(), false).await.unwrap().raw_since.is_some());
     assert_eq!(wrong_sums(&*fixture.store, false).await, (0, 0));

@@ -162,7 +162,7 @@ impl Sides<'_> {
             // Other programs may have written ids that the database never gave.
             destination.set_last_id(table, last_id).await.map_err(at(self.to))?;
         }
-        // Events that were not folded yet may have added days and hours.
+        // Events that were not aggregated yet may have added days and hours.
         if table.rows != Rows::Sums && checksum.rows != expected {
             let (read, found) = (expected, checksum.rows);
             return Err(CopyError::Differs { table: table.name, read, found });

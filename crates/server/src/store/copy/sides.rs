@@ -14,11 +14,11 @@ pub(in crate::store) const BATCH_ROWS: usize = 4_096;
 /// Batches that may wait between reading and writing, so that neither waits for each step of the other.
 const WAITING_BATCHES: usize = 2;
 
-/// Of which events the sums by day and hour are to be. SQLite tells what is folded by ids, PostgreSQL by
-/// receipt: so the source adds up what the destination is going to regard as folded.
+/// Of which events the sums by day and hour are to be. SQLite tells what is aggregated by ids, PostgreSQL by
+/// receipt: so the source adds up what the destination is going to regard as aggregated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) enum Sums {
-    /// Of those that are folded, as they are stored.
+    /// Of those that are aggregated, as they are stored.
     Stored,
     /// Of all events.
     Everything,

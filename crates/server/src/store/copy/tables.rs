@@ -43,7 +43,7 @@ pub(in crate::store) enum Rows {
     Plain,
     /// Their first column is an id that is never given twice.
     Numbered,
-    /// Sums of events, which are to be in step with what is folded.
+    /// Sums of events, which are to be in step with what is aggregated.
     Sums,
     /// There is one, which migrations have made.
     Single,
@@ -60,7 +60,7 @@ pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
 /// Everything that is copied, in an order in which each row finds what it refers to.
 ///
 /// Left out are `pisync_migrations`, which the destination has of its own; `pisync_take_over`, for the copy
-/// was never the Node service's; how far events are folded,
+/// was never the Node service's; how far events are aggregated,
 /// which the stores count differently (see [`super::Sums`]); and when the end of old events was announced, which
 /// only concerns servers that are running.
 pub(in crate::store) const TABLES: &[Table] = &[

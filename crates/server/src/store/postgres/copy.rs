@@ -161,7 +161,7 @@ impl CopyWriter for PostgresCopyWriter {
         1
     }
 
-    /// What is younger than that, servers fold as they do with what they receive. By a clock that is ahead it would
+    /// What is younger than that, servers aggregate as they do with what they receive. By a clock that is ahead it would
     /// be long before they do.
     fn sums(&self, now: Timestamp) -> Sums {
         Sums::ReceivedUntil(roll_ups::final_until(now.min(self.database_time)))
@@ -195,10 +195,10 @@ impl CopyWriter for PostgresCopyWriter {
     }
 
     async fn finish(self: Box<Self>, sums: Sums) -> Result<(), StoreError> {
-        const FOLDED: &str = "update roll_up_state set folded_until = $1";
+        const WATERMARK: &str = "update roll_up_state set folded_until = $1";
         let client = &self.connection.client;
         if let Sums::ReceivedUntil(until) = sums {
-            client.execute(FOLDED, &[&until.to_jiff()]).await.map_err(store_error)?;
+            client.execute(WATERMARK, &[&until.to_jiff()]).await.map_err(store_error)?;
         }
         client.batch_execute("commit").await.map_err(|error| {
             if is_connection_lost(&error) {

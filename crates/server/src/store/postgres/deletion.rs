@@ -119,7 +119,7 @@ async fn delete_some(
     const COUNT: &str = "update device_deletions set deleted_events = $2 where device_id = $1";
     let id = device_id.as_str();
     let transaction = connection.transaction().await?;
-    let folded = roll_ups::lock_state(&transaction).await?;
+    let watermark = roll_ups::lock_state(&transaction).await?;
     let Some(Deletion { received_until, by, deleted_events }) =
         deletion(&transaction, device_id).await?
     else {
@@ -135,7 +135,8 @@ async fn delete_some(
     if let Some(last) = transaction.query_opt(LAST_OF_STEP, &[&id, &until, &(most - 1)]).await? {
         let last = (last.try_get::<_, jiff::Timestamp>(0)?, last.try_get::<_, i64>(1)?);
         let deleted =
-            roll_ups::delete_events(&transaction, id, received_until, Some(last), folded).await?;
+            roll_ups::delete_events(&transaction, id, received_until, Some(last), watermark)
+                .await?;
         return more(transaction, deleted_events + deleted).await;
     }
     if transaction.execute(DELETE_KEYS, &[&id, &until, &most]).await? == most.cast_unsigned()
@@ -149,8 +150,8 @@ async fn delete_some(
     let mut deleted_events = deleted_events;
     if is_there {
         deleted_events +=
-            roll_ups::delete_events(&transaction, id, received_until, None, folded).await?;
-        delete_device(&transaction, device_id, folded).await?;
+            roll_ups::delete_events(&transaction, id, received_until, None, watermark).await?;
+        delete_device(&transaction, device_id, watermark).await?;
     }
     audit::record(&transaction, &by, &NewAuditEntry::device_deleted(device_id, deleted_events))
         .await?;
@@ -183,7 +184,7 @@ async fn deletion(
 async fn delete_device(
     transaction: &Transaction<'_>,
     device_id: &DeviceId,
-    folded: Option<Timestamp>,
+    watermark: Option<Timestamp>,
 ) -> Result<(), Error> {
     const HAS_REPORTED: &str = "select exists (select from sync_events where device_id = $1)";
     const DELETE_KEYS: &str = "delete from event_keys where device_id = $1";
@@ -202,7 +203,7 @@ async fn delete_device(
          where device_id = $1
     ";
     let id = device_id.as_str();
-    roll_ups::forget(transaction, device_id, folded).await?;
+    roll_ups::forget(transaction, device_id, watermark).await?;
     if !transaction.query_one(HAS_REPORTED, &[&id]).await?.try_get::<_, bool>(0)? {
         transaction.execute(DELETE_KEYS, &[&id]).await?;
         transaction.execute(DELETE_DEVICE, &[&id]).await?;
@@ -220,7 +221,7 @@ async fn delete_device(
     let latest = latest.to_jiff();
     transaction.execute(&insert, &[&id, &latest]).await?;
     misdated::note_set_aside(transaction, id, latest).await?;
-    roll_ups::fold_days_again(transaction, id, folded).await?;
-    roll_ups::fold_hours_again(transaction, id, folded).await?;
+    roll_ups::aggregate_days_again(transaction, id, watermark).await?;
+    roll_ups::aggregate_hours_again(transaction, id, watermark).await?;
     transaction.execute(BEGIN_ANEW, &[&id]).await.map(|_| ())
 }

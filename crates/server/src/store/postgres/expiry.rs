@@ -1,5 +1,5 @@
 //! Old events go by whole months: a partition is detached and dropped, once all of it is past and
-//! folded. It is announced beforehand, so that every node knows when it counts streaks.
+//! aggregated. It is announced beforehand, so that every node knows when it counts streaks.
 
 use deadpool_postgres::GenericClient;
 use jiff::{ToSpan, civil::Date, tz::TimeZone};
@@ -69,9 +69,9 @@ async fn drop_month_under_lock(
     let time = |column| -> Result<Option<Timestamp>, Error> {
         Ok(state.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
     };
-    let (folded_until, raw_since, announced_at) = (time(0)?, time(1)?, time(2)?);
+    let (aggregated_until, raw_since, announced_at) = (time(0)?, time(1)?, time(2)?);
     let (end, kept_since) = (midnight(end), midnight(kept_since));
-    if folded_until < Some(end) {
+    if aggregated_until < Some(end) {
         return Ok(false);
     }
     if raw_since < Some(end) {
@@ -126,18 +126,18 @@ pub(super) async fn raw_since(client: &impl GenericClient) -> Result<Option<Time
 
 /// What a writer must know of events that it does not store itself.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Horizon {
+pub(super) struct Watermarks {
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
-    /// Events received until then are folded; `None` before the first.
-    pub(super) folded_until: Option<Timestamp>,
+    /// Events received until then are aggregated; `None` before the first.
+    pub(super) aggregated_until: Option<Timestamp>,
 }
 
-pub(super) async fn horizon(client: &Client) -> Result<Horizon, Error> {
-    const HORIZON: &str = "select streaks_since, folded_until from roll_up_state";
-    let state = client.query_one(HORIZON, &[]).await?;
+pub(super) async fn watermarks(client: &Client) -> Result<Watermarks, Error> {
+    const WATERMARKS: &str = "select streaks_since, folded_until from roll_up_state";
+    let state = client.query_one(WATERMARKS, &[]).await?;
     let time = |column| -> Result<Option<Timestamp>, Error> {
         Ok(state.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
     };
-    Ok(Horizon { streaks_since: time(0)?.unwrap_or(Timestamp::MIN), folded_until: time(1)? })
+    Ok(Watermarks { streaks_since: time(0)?.unwrap_or(Timestamp::MIN), aggregated_until: time(1)? })
 }

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use tokio_postgres::{Client, Error, Row};
 
 use super::{
-    connect::Object, errors::WriteError, rows::time, statements::check_written,
+    batch_columns::check_written, connect::Object, errors::WriteError, rows::time,
     store::PostgresStore,
 };
 use crate::store::{Digest, ImportLog, ImportProgress, ImportStep, StoreError};

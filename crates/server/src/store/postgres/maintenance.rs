@@ -19,8 +19,8 @@ impl RollUps for PostgresStore {
     async fn aggregate_events(&self, now: Timestamp) -> Result<bool, StoreError> {
         let started = Instant::now();
         let step = self.aggregation_step.get();
-        let work = async |connection: &mut Object| roll_ups::fold(connection, now, step).await;
-        let more = self.call_within(roll_ups::FOLD_TIMEOUT, work).await?;
+        let work = async |connection: &mut Object| roll_ups::aggregate(connection, now, step).await;
+        let more = self.call_within(roll_ups::AGGREGATION_TIMEOUT, work).await?;
         if more {
             self.aggregation_step.learn(started.elapsed());
         }

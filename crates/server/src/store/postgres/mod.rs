@@ -2,6 +2,7 @@
 //! `writer`, `transactions`, `statements`.
 
 mod audit;
+mod batch_columns;
 mod claims;
 mod connect;
 mod connection;

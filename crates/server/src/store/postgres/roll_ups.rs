@@ -1,7 +1,7 @@
-//! Sums by device and day and by hour: folding events into them, taking a deleted device out of them,
-//! and answering from them. Several nodes commit in any order, so what is folded is everything received
+//! Sums by device and day and by hour: aggregation events into them, taking a deleted device out of them,
+//! and answering from them. Several nodes commit in any order, so what is aggregated is everything received
 //! up to an instant long enough ago, and readers add the events after it in the same snapshot. Whoever
-//! stores events that were received before that instant folds them in the same transaction.
+//! stores events that were received before that instant aggregates them in the same transaction.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 /// Events received longer ago than this are final, once the transactions that began before are over: a batch's
 /// transaction begins within 55 s of its stamp (see `writer::LONGEST_WAIT`), and the rest is for servers whose clocks
 /// disagree a little. What has waited for longer, or what a slower clock or an import has stamped, its writer
-/// folds (see [`may_be_passed`]).
+/// aggregates (see [`may_be_below_watermark`]).
 const FINAL_AFTER_MILLISECONDS: i64 = 60_000;
 
 /// When the oldest transaction began that may still store events. It has written something, or it waits for a lock
@@ -33,10 +33,10 @@ const OLDEST_WRITE: &str = "
        and (backend_xid is not null or wait_event_type = 'Lock')
 ";
 
-/// A batch that is received less than this after what a writer knows to be folded may be passed before it
+/// A batch that is received less than this after what a writer knows to be aggregated may be passed before it
 /// is committed. Clocks that agree are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it; the rest is for
 /// those that differ by some seconds. Not seen is a slow clock whose batch is on its way at the very moment
-/// at which folding, having been behind, catches up.
+/// at which aggregation, having been behind, catches up.
 const SAFE_AFTER_MILLISECONDS: i64 = 50_000;
 
 /// How far ahead of its receipt an event may be dated and still be found among the events of a window.
@@ -48,7 +48,7 @@ const LONGEST_LEAD_MILLISECONDS: i64 = 31 * 24 * 60 * 60 * 1000;
 const STEP_TIMEOUT: &str = "set local statement_timeout = '10min'";
 
 /// The most that a step over the network may take, altogether.
-pub(super) const FOLD_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+pub(super) const AGGREGATION_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// What rows of `sync_events` add up to, in the order of [`Sums::COLUMNS`].
 const EVENT_SUMS: [&str; Sums::COUNT] = [
@@ -85,7 +85,7 @@ fn add() -> String {
 }
 
 /// Adds the events that `source`, the rest of a `from` clause, names to the sums by day.
-fn fold_days_of(source: &str) -> String {
+fn aggregate_days_of(source: &str) -> String {
     let (names, event_sums, add) = insertion();
     format!(
         "insert into device_days as stored (device_id, day, {names})
@@ -98,7 +98,7 @@ fn fold_days_of(source: &str) -> String {
 }
 
 /// Adds the events that `source` names to the sums by hour.
-fn fold_hours_of(source: &str) -> String {
+fn aggregate_hours_of(source: &str) -> String {
     let (names, event_sums, add) = insertion();
     format!(
         "insert into fleet_hours as stored (hour, {names})
@@ -110,7 +110,7 @@ fn fold_hours_of(source: &str) -> String {
     )
 }
 
-/// What the folded events that `filter` finds add up to by day, then the day and the device.
+/// What the aggregated events that `filter` finds add up to by day, then the day and the device.
 pub(super) fn recounted_days(filter: &str) -> String {
     let event_sums = event_sums();
     format!(
@@ -127,27 +127,27 @@ pub(super) fn recounted_hours(filter: &str) -> String {
     format!("select {event_sums}, {HOUR} as hour from sync_events where {filter} group by hour")
 }
 
-/// Sums a device's days up anew. The state is locked, and events are folded until `folded`.
-pub(super) async fn fold_days_again(
+/// Sums a device's days up anew. The state is locked, and events are aggregated until `watermark`.
+pub(super) async fn aggregate_days_again(
     transaction: &Transaction<'_>,
     device_id: &str,
-    folded: Option<Timestamp>,
+    watermark: Option<Timestamp>,
 ) -> Result<(), Error> {
-    let fold = fold_days_of("sync_events where device_id = $1 and created_at <= $2");
-    let folded = folded.unwrap_or(Timestamp::MIN).to_jiff();
+    let aggregate = aggregate_days_of("sync_events where device_id = $1 and created_at <= $2");
+    let watermark = watermark.unwrap_or(Timestamp::MIN).to_jiff();
     transaction.execute("delete from device_days where device_id = $1", &[&device_id]).await?;
-    transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
+    transaction.execute(&aggregate, &[&device_id, &watermark]).await.map(|_| ())
 }
 
-/// Adds what is folded of a device's events to the sums by hour. The state is locked.
-pub(super) async fn fold_hours_again(
+/// Adds what is aggregated of a device's events to the sums by hour. The state is locked.
+pub(super) async fn aggregate_hours_again(
     transaction: &Transaction<'_>,
     device_id: &str,
-    folded: Option<Timestamp>,
+    watermark: Option<Timestamp>,
 ) -> Result<(), Error> {
-    let fold = fold_hours_of("sync_events where device_id = $1 and created_at <= $2");
-    let folded = folded.unwrap_or(Timestamp::MIN).to_jiff();
-    transaction.execute(&fold, &[&device_id, &folded]).await.map(|_| ())
+    let aggregate = aggregate_hours_of("sync_events where device_id = $1 and created_at <= $2");
+    let watermark = watermark.unwrap_or(Timestamp::MIN).to_jiff();
+    transaction.execute(&aggregate, &[&device_id, &watermark]).await.map(|_| ())
 }
 
 /// Deletes events of a device that were received until then, up to `last` (date and id) in the order of the index,
@@ -157,7 +157,7 @@ pub(super) async fn delete_events(
     device_id: &str,
     received_until: Timestamp,
     last: Option<(jiff::Timestamp, i64)>,
-    folded: Option<Timestamp>,
+    watermark: Option<Timestamp>,
 ) -> Result<u64, Error> {
     let up_to = if last.is_some() { "and (timestamp, id) <= ($4, $5)" } else { "" };
     let (names, event_sums, add) = insertion();
@@ -186,22 +186,22 @@ pub(super) async fn delete_events(
          )
          select count(*) from gone"
     );
-    let (received_until, folded) =
-        (received_until.to_jiff(), folded.unwrap_or(Timestamp::MIN).to_jiff());
+    let (received_until, watermark) =
+        (received_until.to_jiff(), watermark.unwrap_or(Timestamp::MIN).to_jiff());
     let deleted = match &last {
-        None => transaction.query_one(&delete, &[&device_id, &received_until, &folded]).await?,
+        None => transaction.query_one(&delete, &[&device_id, &received_until, &watermark]).await?,
         Some((timestamp, id)) => {
             let parameters: [&(dyn ToSql + Sync); 5] =
-                [&device_id, &received_until, &folded, timestamp, id];
+                [&device_id, &received_until, &watermark, timestamp, id];
             transaction.query_one(&delete, &parameters).await?
         }
     };
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
-/// Those events of a batch that folding has passed already, as of this statement. Receipts are an empty
+/// Those events of a batch that aggregation has passed already, as of this statement. Receipts are an empty
 /// array when events arrive now, and nulls take their place.
-const PASSED_EVENTS: &str = "(
+const BELOW_WATERMARK: &str = "(
     select device_id, timestamp, total_files_synced, total_errors,
            speed_hundredths * 0.01 as internet_speed
       from unnest(
@@ -213,39 +213,39 @@ const PASSED_EVENTS: &str = "(
      where coalesce(receipt, $7) <= (select folded_until from roll_up_state)
 ) passed";
 
-/// Begins the transaction of a writer whose events folding may have passed. The lock, which other
-/// writers may hold too, keeps folding from going on until the transaction ends, and statements after it
+/// Begins the transaction of a writer whose events aggregation may have passed. The lock, which other
+/// writers may hold too, keeps aggregation from going on until the transaction ends, and statements after it
 /// see how far it has come.
-pub(super) const BEGIN_WITHOUT_FOLDING: &str = "begin; select from roll_up_state for share";
+pub(super) const BEGIN_WITHOUT_AGGREGATION: &str = "begin; select from roll_up_state for share";
 
 /// What such a writer sends once its events are inserted.
-pub(super) struct PassedStatements {
-    fold_days: Statement,
-    fold_hours: Statement,
+pub(super) struct BelowWatermarkStatements {
+    aggregate_days: Statement,
+    aggregate_hours: Statement,
 }
 
-impl PassedStatements {
+impl BelowWatermarkStatements {
     pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
         Ok(Self {
-            fold_days: client.prepare(&fold_days_of(PASSED_EVENTS)).await?,
-            fold_hours: client.prepare(&fold_hours_of(PASSED_EVENTS)).await?,
+            aggregate_days: client.prepare(&aggregate_days_of(BELOW_WATERMARK)).await?,
+            aggregate_hours: client.prepare(&aggregate_hours_of(BELOW_WATERMARK)).await?,
         })
     }
 
-    /// Folds what has been passed of the events that `parameters` hold.
-    pub(super) async fn fold(
+    /// Aggregates what has been passed of the events that `parameters` hold.
+    pub(super) async fn aggregate(
         &self,
         client: &Client,
         parameters: &[&(dyn ToSql + Sync); 7],
     ) -> Result<(), Error> {
-        client.execute(&self.fold_days, parameters).await?;
-        client.execute(&self.fold_hours, parameters).await.map(|_| ())
+        client.execute(&self.aggregate_days, parameters).await?;
+        client.execute(&self.aggregate_hours, parameters).await.map(|_| ())
     }
 }
 
-/// Folds the events received in the next so many milliseconds; false when there is nothing more that
+/// Aggregates the events received in the next so many milliseconds; false when there is nothing more that
 /// is final, or another node is at it.
-pub(super) async fn fold(
+pub(super) async fn aggregate(
     connection: &mut Object,
     now: Timestamp,
     milliseconds: i64,
@@ -262,30 +262,30 @@ pub(super) async fn fold(
     let oldest_write =
         oldest_write.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate);
     let last = final_until(oldest_write.map_or(now, |oldest| oldest.min(now)));
-    let folded = match lock_state(&transaction).await? {
-        Some(folded) => Some(folded),
-        // The first fold of all begins just before the oldest event.
+    let watermark = match lock_state(&transaction).await? {
+        Some(watermark) => Some(watermark),
+        // The first aggregate of all begins just before the oldest event.
         None => transaction
             .query_one(OLDEST, &[])
             .await?
             .try_get::<_, Option<jiff::Timestamp>>(0)?
             .map(|oldest| Timestamp::truncate(oldest).saturating_add_milliseconds(-1)),
     };
-    let folded = folded.unwrap_or(last);
-    if folded > last {
+    let watermark = watermark.unwrap_or(last);
+    if watermark > last {
         return Ok(false);
     }
-    let until = folded.saturating_add_milliseconds(milliseconds).min(last);
-    fold_between(&transaction, folded, until).await?;
+    let until = watermark.saturating_add_milliseconds(milliseconds).min(last);
+    aggregate_between(&transaction, watermark, until).await?;
     transaction.commit().await?;
     Ok(until < last)
 }
 
 /// The rows of `device_days` or `fleet_hours`, as they would be if exactly the events received until
-/// `until` were folded, or all of them: what is stored, with the events that are not folded yet, and
+/// `until` were aggregated, or all of them: what is stored, with the events that are not aggregated yet, and
 /// without those that were received later.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
-    const FOLDED: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
+    const WATERMARK: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
     let (key, of_event) = match table {
         "device_days" => ("device_id, day", format!("device_id, {DAY}")),
         _ => ("hour", HOUR.to_owned()),
@@ -303,7 +303,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
                      with later ({key}, {names}) as (
                          select {of_event}, {event_sums}
                            from sync_events
-                          where created_at <= {FOLDED} and created_at > '{until}'
+                          where created_at <= {WATERMARK} and created_at > '{until}'
                           group by {groups}
                      )
                      select {key}, {negative} from later
@@ -319,10 +319,10 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
                   union all
                   select {of_event}, {event_sums}
                     from sync_events
-                   where created_at > {FOLDED} {received}
+                   where created_at > {WATERMARK} {received}
                    group by {groups}
                   {later}
-              ) shares
+              ) deltas
              group by {groups}
         )"
     )
@@ -334,36 +334,36 @@ pub(super) fn final_until(now: Timestamp) -> Timestamp {
     now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
 }
 
-/// Folds what was received after `after` up to `until`. The state is locked, or nobody else is there.
-pub(super) async fn fold_between(
+/// Aggregates what was received after `after` up to `until`. The state is locked, or nobody else is there.
+pub(super) async fn aggregate_between(
     transaction: &tokio_postgres::Transaction<'_>,
     after: Timestamp,
     until: Timestamp,
 ) -> Result<(), Error> {
     const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
     let (after, until) = (after.to_jiff(), until.to_jiff());
-    transaction.execute(&fold_days_of(EVENTS), &[&after, &until]).await?;
-    transaction.execute(&fold_hours_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&aggregate_days_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&aggregate_hours_of(EVENTS), &[&after, &until]).await?;
     transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
     Ok(())
 }
 
-/// Keeps events from being folded until the transaction ends, and tells until when they are. Whoever
+/// Keeps events from being aggregated until the transaction ends, and tells until when they are. Whoever
 /// locks devices as well takes this lock first.
 pub(super) async fn lock_state(transaction: &Transaction<'_>) -> Result<Option<Timestamp>, Error> {
     const LOCK_STATE: &str = "select folded_until from roll_up_state for update";
-    folded_until(&transaction.query_one(LOCK_STATE, &[]).await?)
+    aggregated_until(&transaction.query_one(LOCK_STATE, &[]).await?)
 }
 
-/// Whether folding may pass events that arrive at `received` before they are committed, given what was
-/// `folded` some seconds ago.
-pub(super) fn may_be_passed(received: Timestamp, folded: Option<Timestamp>) -> bool {
-    folded.is_some_and(|folded| {
-        received < folded.saturating_add_milliseconds(SAFE_AFTER_MILLISECONDS)
+/// Whether aggregation may pass events that arrive at `received` before they are committed, given what was
+/// `watermark` some seconds ago.
+pub(super) fn may_be_below_watermark(received: Timestamp, watermark: Option<Timestamp>) -> bool {
+    watermark.is_some_and(|watermark| {
+        received < watermark.saturating_add_milliseconds(SAFE_AFTER_MILLISECONDS)
     })
 }
 
-fn folded_until(state: &Row) -> Result<Option<Timestamp>, Error> {
+fn aggregated_until(state: &Row) -> Result<Option<Timestamp>, Error> {
     Ok(state.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate))
 }
 
@@ -372,7 +372,7 @@ fn folded_until(state: &Row) -> Result<Option<Timestamp>, Error> {
 pub(super) async fn forget(
     transaction: &Transaction<'_>,
     device_id: &DeviceId,
-    folded: Option<Timestamp>,
+    watermark: Option<Timestamp>,
 ) -> Result<(), Error> {
     // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
     // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
@@ -400,20 +400,20 @@ pub(super) async fn forget(
                union all
                select date_trunc('day', hour, 'UTC'), {negative}
                  from raw
-           ) shares
+           ) deltas
           group by hour
              on conflict (hour) {add}"
     );
-    let Some(folded) = folded else { return Ok(()) };
-    transaction.execute(&subtract, &[&device_id.as_str(), &folded.to_jiff()]).await?;
+    let Some(watermark) = watermark else { return Ok(()) };
+    transaction.execute(&subtract, &[&device_id.as_str(), &watermark.to_jiff()]).await?;
     Ok(())
 }
 
-/// Until when events are folded, as this snapshot has it. It is given to the queries as a value, for
+/// Until when events are aggregated, as this snapshot has it. It is given to the queries as a value, for
 /// they are planned by it: the events after it are few.
-pub(super) async fn folded(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
+pub(super) async fn watermark(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
     let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
-    Ok(folded_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
+    Ok(aggregated_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
 }
 
 /// What the whole fleet's events within a window add up to.
@@ -436,9 +436,9 @@ pub(super) async fn window_figures(
            ) sums"
     );
     let snapshot = snapshot(connection).await?;
-    let folded = folded(&snapshot).await?;
+    let watermark = watermark(&snapshot).await?;
     let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
-    let row = snapshot.query_one(&select, &[&from, &until, &folded]).await?;
+    let row = snapshot.query_one(&select, &[&from, &until, &watermark]).await?;
     self::sums(&row).map(Figures::from)
 }
 
@@ -501,7 +501,7 @@ pub(super) async fn repeated_failures(
     );
     let count = format!("select count(*) from ({listed}) listed");
     let snapshot = snapshot(connection).await?;
-    let folded = folded(&snapshot).await?;
+    let watermark = watermark(&snapshot).await?;
     let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
     let day = |instant: Timestamp| instant.to_jiff().to_zoned(TimeZone::UTC).date();
     let (first, last) = (day(window.from()), day(window.until().saturating_add_milliseconds(-1)));
@@ -509,7 +509,7 @@ pub(super) async fn repeated_failures(
     let threshold = i64::from(query.threshold);
     let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&from, &until, &received, &threshold];
     if window.is_whole_days() {
-        parameters.extend([&folded as &(dyn ToSql + Sync), &first, &last]);
+        parameters.extend([&watermark as &(dyn ToSql + Sync), &first, &last]);
     }
     let rows = snapshot.query(&select, &parameters).await?;
     let total: i64 = match rows.first() {

@@ -1,21 +1,12 @@
-//! Ingest's statements and their parameters: a batch goes into a statement as one array per column. Arrays are
-//! taken apart side by side in a select list, which makes rows as they are needed; `from unnest(…)` would put
-//! each column into a store of its own first, and that costs an eighth of the whole.
+//! Ingest's statements. `batch_columns` makes their parameters and runs them; each session of the writer prepares them once.
+//!
+//! A batch goes into a statement as one array per column. Arrays are unnested side by side in a select list, which makes
+//! rows as they are needed. `from unnest(…)` would store each column first, which costs an eighth of the whole.
 
-use std::collections::HashMap;
+use tokio_postgres::{Client, Error, Statement};
 
-use pisync_core::{
-    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, Timestamp,
-};
-use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
-
-use super::{
-    claims::ClaimStatements,
-    errors::WriteError,
-    history::{EVENT_COLUMNS, stored_event},
-    roll_ups::PassedStatements,
-};
-use crate::store::{Batch, StoredEvent, Sums, batch::JobShare};
+use super::{claims::ClaimStatements, history::EVENT_COLUMNS, roll_ups::BelowWatermarkStatements};
+use crate::store::Sums;
 
 const TAKE_IDS: &str =
     "select array_agg(nextval('sync_events_id_seq')) from generate_series(1, $1::bigint)";
@@ -35,7 +26,7 @@ const UPSERT_DEVICES: &str = "
 
 /// Answers the devices that are new.
 fn upsert_devices_statement() -> String {
-    format!("with touched as ({UPSERT_DEVICES}) select device_id from touched where is_new")
+    format!("with upserted as ({UPSERT_DEVICES}) select device_id from upserted where is_new")
 }
 
 /// The upsert of figures, of events that are inserted already. The rule is that of `pisync_core::JobFigures::add`.
@@ -159,10 +150,10 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
     let mut first = "true".to_owned();
     if with_devices {
         let upsert = renumbered(UPSERT_DEVICES, JOB_PARAMETERS + EVENT_PARAMETERS);
-        parts.push(format!("touched as ({upsert})"));
-        answer.push_str(" union all select device_id, null, null from touched where is_new");
+        parts.push(format!("registered as ({upsert})"));
+        answer.push_str(" union all select device_id, null, null from registered where is_new");
         // A device that a trigger drops has no place for its events.
-        first = "(select count(*) from touched) is not null".to_owned();
+        first = "(select count(*) from registered) is not null".to_owned();
     }
     if with_keys {
         let insert = insert_keys_statement(KEYS_AMONG_EVENTS.map(|number| number + JOB_PARAMETERS));
@@ -182,10 +173,10 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
 }
 
 /// How many parameters there are in [`upsert_jobs`]: a device, a job, its figures, and since when streaks count.
-const JOB_PARAMETERS: usize = 2 + Sums::COUNT + TIMES_AND_STREAK.0.len() + 1;
+pub(super) const JOB_PARAMETERS: usize = 2 + Sums::COUNT + TIMES_AND_STREAK.0.len() + 1;
 
 /// How many there are in [`INSERT_EVENTS`].
-const EVENT_PARAMETERS: usize = 13;
+pub(super) const EVENT_PARAMETERS: usize = 13;
 
 /// A statement whose parameters come after `before` others.
 fn renumbered(statement: &str, before: usize) -> String {
@@ -208,14 +199,14 @@ const INSERT_EVENTS: &str = "
     )
     select id, device_id, timestamp, total_files_synced, total_errors, speed_hundredths * 0.01, job,
            duration_milliseconds * 0.001, bytes_synced, metadata, event_id,
-           coalesce(receipt, $12), coalesce(receipt, $12)
+           coalesce(received, $12), coalesce(received, $12)
       from (
                select unnest($1::bigint[]) as id, unnest($2::text[]) as device_id,
                       unnest($3::timestamptz[]) as timestamp, unnest($4::integer[]) as total_files_synced,
                       unnest($5::integer[]) as total_errors, unnest($6::bigint[]) as speed_hundredths,
                       unnest($7::text[]) as job, unnest($8::bigint[]) as duration_milliseconds,
                       unnest($9::bigint[]) as bytes_synced, unnest($10::text[]) as metadata,
-                      unnest($11::text[]) as event_id, unnest($13::timestamptz[]) as receipt
+                      unnest($11::text[]) as event_id, unnest($13::timestamptz[]) as received
            ) as batch
 ";
 
@@ -289,17 +280,17 @@ const ARE_STORED: &str = "
 
 /// The statements as the server has parsed them.
 pub(super) struct Statements {
-    take_ids: Statement,
-    upsert_devices: Statement,
-    upsert_jobs: Statement,
-    insert_events: Statement,
+    pub(super) take_ids: Statement,
+    pub(super) upsert_devices: Statement,
+    pub(super) upsert_jobs: Statement,
+    pub(super) insert_events: Statement,
     /// By whether there are devices to register, then by whether there are event ids.
-    store: [[Statement; 2]; 2],
-    insert_keys: Statement,
-    insert_new_keys: Statement,
-    find_keys: Statement,
-    are_stored: Statement,
-    pub(super) passed: PassedStatements,
+    pub(super) store: [[Statement; 2]; 2],
+    pub(super) insert_keys: Statement,
+    pub(super) insert_new_keys: Statement,
+    pub(super) find_keys: Statement,
+    pub(super) are_stored: Statement,
+    pub(super) below_watermark: BelowWatermarkStatements,
     pub(super) claims: ClaimStatements,
 }
 
@@ -321,7 +312,7 @@ impl Statements {
             insert_new_keys: client.prepare(&insert_new_keys_statement()).await?,
             find_keys: client.prepare(&find_keys_statement()).await?,
             are_stored: client.prepare(ARE_STORED).await?,
-            passed: PassedStatements::prepare(client).await?,
+            below_watermark: BelowWatermarkStatements::prepare(client).await?,
             claims: ClaimStatements::prepare(client).await?,
         })
     }
@@ -329,369 +320,4 @@ impl Statements {
     pub(super) async fn take_ids(&self, client: &Client, count: i64) -> Result<Vec<i64>, Error> {
         client.query_one(&self.take_ids, &[&count]).await?.try_get(0)
     }
-
-    /// Registers devices or moves their `updated_at` on; answers the new ones.
-    pub(super) async fn upsert_devices(
-        &self,
-        client: &Client,
-        devices: &DeviceColumns<'_>,
-        received: jiff::Timestamp,
-    ) -> Result<Vec<DeviceId>, WriteError> {
-        if devices.is_empty() {
-            return Ok(Vec::new());
-        }
-        let rows = client.query(&self.upsert_devices, &devices.parameters(&received)).await?;
-        rows.iter().map(device_of).collect()
-    }
 }
-
-/// The device that a row begins with, which is one of the batch's.
-fn device_of(row: &Row) -> Result<DeviceId, WriteError> {
-    let device_id: &str = row.try_get(0)?;
-    DeviceId::new(device_id).map_err(|_| {
-        WriteError::Impossible(format!("PostgreSQL answered with the device {device_id:?}"))
-    })
-}
-
-/// Devices in byte-wise order, a vector per column.
-pub(super) struct DeviceColumns<'a> {
-    device_ids: Vec<&'a str>,
-    /// When the batch's events of each device were received; empty when they arrive now.
-    first_received: Vec<jiff::Timestamp>,
-    last_received: Vec<jiff::Timestamp>,
-}
-
-impl<'a> DeviceColumns<'a> {
-    /// The devices of the events at the positions `touched`; all of them when events have receipts. Both
-    /// positions and the whole batch's `order` are sorted by device.
-    pub(super) fn of(batch: &'a Batch, order: &[usize], touched: &[usize]) -> Self {
-        let (mut first_received, mut last_received) = (Vec::new(), Vec::new());
-        if !batch.receipts.is_empty() {
-            for positions in batch.by_device(order) {
-                let (first, last) = batch.received_within(positions);
-                first_received.push(first.to_jiff());
-                last_received.push(last.to_jiff());
-            }
-        }
-        let device_id = |position: &usize| batch.events[*position].device_id.as_str();
-        Self { device_ids: touched.iter().map(device_id).collect(), first_received, last_received }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.device_ids.is_empty()
-    }
-
-    fn parameters<'b>(&'b self, received: &'b jiff::Timestamp) -> [&'b (dyn ToSql + Sync); 4] {
-        [&self.device_ids, received, &self.first_received, &self.last_received]
-    }
-}
-
-/// The shares of a batch, a vector per column.
-pub(super) struct JobColumns<'a> {
-    device_ids: Vec<&'a str>,
-    jobs: Vec<&'a str>,
-    sums: [Vec<i64>; Sums::COUNT],
-    first_sync: Vec<jiff::Timestamp>,
-    last_sync: Vec<jiff::Timestamp>,
-    last_success: Vec<Option<jiff::Timestamp>>,
-    last_failure: Vec<Option<jiff::Timestamp>>,
-    consecutive_failures: Vec<i64>,
-    last_received: Vec<jiff::Timestamp>,
-}
-
-impl<'a> JobColumns<'a> {
-    pub(super) fn new(shares: &'a [JobShare<'a>]) -> Self {
-        let mut sums: [Vec<i64>; Sums::COUNT] =
-            std::array::from_fn(|_| Vec::with_capacity(shares.len()));
-        for share in shares {
-            for (column, sum) in sums.iter_mut().zip(Sums::of(&share.figures).values()) {
-                column.push(sum);
-            }
-        }
-        let times = |of: fn(&JobFigures) -> Timestamp| -> Vec<jiff::Timestamp> {
-            shares.iter().map(|share| of(&share.figures).to_jiff()).collect()
-        };
-        let optional_times = |of: fn(&JobFigures) -> Option<Timestamp>| -> Vec<_> {
-            shares.iter().map(|share| of(&share.figures).map(Timestamp::to_jiff)).collect()
-        };
-        Self {
-            device_ids: shares.iter().map(|share| share.device_id.as_str()).collect(),
-            jobs: shares.iter().map(JobShare::job_key).collect(),
-            sums,
-            first_sync: times(|figures| figures.first_sync),
-            last_sync: times(|figures| figures.last_sync),
-            last_success: optional_times(|figures| figures.last_success),
-            last_failure: optional_times(|figures| figures.last_failure),
-            consecutive_failures: shares
-                .iter()
-                .map(|share| share.figures.consecutive_failures)
-                .collect(),
-            last_received: times(|figures| figures.last_received),
-        }
-    }
-
-    /// Adds the shares; answers the jobs that are failing. The events are inserted already.
-    pub(super) async fn upsert(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        streaks_since: jiff::Timestamp,
-    ) -> Result<Vec<Row>, Error> {
-        if self.device_ids.is_empty() {
-            return Ok(Vec::new());
-        }
-        client.query(&statements.upsert_jobs, &self.parameters(&streaks_since)).await
-    }
-
-    fn parameters<'b>(
-        &'b self,
-        streaks_since: &'b jiff::Timestamp,
-    ) -> [&'b (dyn ToSql + Sync); JOB_PARAMETERS] {
-        let mut parameters: [&(dyn ToSql + Sync); JOB_PARAMETERS] = [streaks_since; JOB_PARAMETERS];
-        let figures = self.sums.iter().map(|sum| sum as &(dyn ToSql + Sync)).chain([
-            &self.first_sync as &(dyn ToSql + Sync),
-            &self.last_sync,
-            &self.last_success,
-            &self.last_failure,
-            &self.consecutive_failures,
-            &self.last_received,
-        ]);
-        let keys = [&self.device_ids as &(dyn ToSql + Sync), &self.jobs];
-        for (parameter, value) in parameters.iter_mut().zip(keys.into_iter().chain(figures)) {
-            *parameter = value;
-        }
-        parameters
-    }
-}
-
-/// Stores a batch and commits it; answers the jobs that are failing, and the devices that are new. See
-/// [`store_statement`].
-pub(super) async fn store(
-    client: &Client,
-    statements: &Statements,
-    (devices, jobs, events): (&DeviceColumns<'_>, &JobColumns<'_>, &EventColumns<'_>),
-    (received, streaks_since): (jiff::Timestamp, jiff::Timestamp),
-) -> Result<(Vec<Row>, Vec<DeviceId>), WriteError> {
-    let (with_devices, with_keys) = (!devices.is_empty(), !events.event_ids.is_empty());
-    let mut parameters = jobs.parameters(&streaks_since).to_vec();
-    parameters.extend(events.parameters(&received));
-    if with_devices {
-        parameters.extend(devices.parameters(&received));
-    }
-    let statement = &statements.store[usize::from(with_devices)][usize::from(with_keys)];
-    let mut failing = Vec::new();
-    let mut new_devices = Vec::new();
-    for row in client.query(statement, &parameters).await? {
-        if row.try_get::<_, Option<&str>>(1)?.is_some() {
-            failing.push(row);
-        } else {
-            new_devices.push(device_of(&row)?);
-        }
-    }
-    Ok((failing, new_devices))
-}
-
-/// The events of a batch in the order in which rows are touched, a vector per column.
-pub(super) struct EventColumns<'a> {
-    ids: Vec<i64>,
-    device_ids: Vec<&'a str>,
-    timestamps: Vec<jiff::Timestamp>,
-    total_files_synced: Vec<i32>,
-    total_errors: Vec<i32>,
-    // Empty where no event has a value.
-    internet_speed: Vec<Option<i64>>,
-    jobs: Vec<Option<&'a str>>,
-    durations: Vec<Option<i64>>,
-    bytes_synced: Vec<Option<i64>>,
-    metadata: Vec<Option<&'a str>>,
-    event_ids: Vec<Option<&'a str>>,
-    /// Empty when all events arrive now.
-    receipts: Vec<jiff::Timestamp>,
-}
-
-impl<'a> EventColumns<'a> {
-    pub(super) fn new(batch: &'a Batch, order: &[usize], ids: &[i64]) -> Self {
-        let events = || order.iter().map(|position| &batch.events[*position]);
-        Self {
-            ids: order.iter().map(|position| ids[*position]).collect(),
-            device_ids: events().map(|event| event.device_id.as_str()).collect(),
-            timestamps: events().map(|event| event.timestamp.to_jiff()).collect(),
-            total_files_synced: events()
-                .map(|event| event.total_files_synced.cast_signed())
-                .collect(),
-            total_errors: events().map(|event| event.total_errors.cast_signed()).collect(),
-            internet_speed: optional(
-                events().map(|event| event.internet_speed.map(Mbps::hundredths)),
-            ),
-            jobs: optional(events().map(|event| event.job.as_ref().map(JobName::as_str))),
-            durations: optional(
-                events().map(|event| event.duration.map(SyncDuration::milliseconds)),
-            ),
-            bytes_synced: optional(events().map(|event| event.bytes_synced.map(u64::cast_signed))),
-            metadata: optional(events().map(|event| event.metadata.as_ref().map(Metadata::as_str))),
-            event_ids: optional(events().map(|event| event.event_id.as_ref().map(EventId::as_str))),
-            receipts: order
-                .iter()
-                .filter_map(|position| batch.receipts.get(*position))
-                .map(|receipt| receipt.to_jiff())
-                .collect(),
-        }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.ids.is_empty()
-    }
-
-    pub(super) async fn insert(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        received: jiff::Timestamp,
-    ) -> Result<(), WriteError> {
-        if self.is_empty() {
-            return Ok(());
-        }
-        let written =
-            client.execute(&statements.insert_events, &self.parameters(&received)).await?;
-        check_written("sync_events", written, self.ids.len())
-    }
-
-    fn parameters<'b>(
-        &'b self,
-        received: &'b jiff::Timestamp,
-    ) -> [&'b (dyn ToSql + Sync); EVENT_PARAMETERS] {
-        [
-            &self.ids,
-            &self.device_ids,
-            &self.timestamps,
-            &self.total_files_synced,
-            &self.total_errors,
-            &self.internet_speed,
-            &self.jobs,
-            &self.durations,
-            &self.bytes_synced,
-            &self.metadata,
-            &self.event_ids,
-            received,
-            &self.receipts,
-        ]
-    }
-
-    /// Folds those events that folding has passed.
-    pub(super) async fn fold_passed(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        received: jiff::Timestamp,
-    ) -> Result<(), Error> {
-        let parameters: [&(dyn ToSql + Sync); 7] = [
-            &self.device_ids,
-            &self.timestamps,
-            &self.total_files_synced,
-            &self.total_errors,
-            &self.internet_speed,
-            &self.receipts,
-            &received,
-        ];
-        statements.passed.fold(client, &parameters).await
-    }
-
-    /// Inserts the keys of those that have one; fails when one is there already.
-    pub(super) async fn insert_keys(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        received: jiff::Timestamp,
-    ) -> Result<(), WriteError> {
-        let written = self.write_keys(client, &statements.insert_keys, received).await?;
-        check_written("event_keys", written, self.event_ids.iter().flatten().count())
-    }
-
-    /// Inserts the keys that are not there yet.
-    pub(super) async fn insert_new_keys(
-        &self,
-        client: &Client,
-        statements: &Statements,
-        received: jiff::Timestamp,
-    ) -> Result<u64, Error> {
-        self.write_keys(client, &statements.insert_new_keys, received).await
-    }
-
-    async fn write_keys(
-        &self,
-        client: &Client,
-        statement: &Statement,
-        received: jiff::Timestamp,
-    ) -> Result<u64, Error> {
-        if self.event_ids.is_empty() {
-            return Ok(0);
-        }
-        let parameters: [&(dyn ToSql + Sync); 5] =
-            [&self.device_ids, &self.event_ids, &self.ids, &self.timestamps, &received];
-        client.execute(statement, &parameters).await
-    }
-
-    /// What is kept under their keys.
-    pub(super) async fn find_keys(
-        &self,
-        client: &Client,
-        statements: &Statements,
-    ) -> Result<KeptEvents, Error> {
-        let mut kept = HashMap::new();
-        if self.event_ids.is_empty() {
-            return Ok(kept);
-        }
-        for row in client.query(&statements.find_keys, &[&self.device_ids, &self.event_ids]).await?
-        {
-            let is_there = row.try_get::<_, Option<i64>>(3)?.is_some();
-            let event = if is_there { Some(stored_event(&row, 3)?) } else { None };
-            kept.insert((row.try_get(0)?, row.try_get(1)?), (row.try_get(2)?, event));
-        }
-        Ok(kept)
-    }
-
-    /// Fails unless all keys were found, which were inserted or there before. One that was there may have been
-    /// forgotten meanwhile: then it is to be inserted once more. If that does not help, a trigger drops it.
-    pub(super) fn check_found(&self, kept: &KeptEvents) -> Result<(), WriteError> {
-        for (device_id, event_id) in self.device_ids.iter().zip(&self.event_ids) {
-            let Some(event_id) = event_id else { continue };
-            let key = ((*device_id).to_owned(), (*event_id).to_owned());
-            if !kept.contains_key(&key) {
-                return Err(WriteError::Conflict(
-                    "an event id is not in event_keys after it was inserted; a trigger may drop it",
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the events were stored by an earlier attempt.
-    pub(super) async fn are_stored(
-        &self,
-        client: &Client,
-        statements: &Statements,
-    ) -> Result<bool, Error> {
-        client
-            .query_one(&statements.are_stored, &[&self.device_ids, &self.timestamps, &self.ids])
-            .await?
-            .try_get(0)
-    }
-}
-
-/// Fails when a statement has written fewer rows than were sent: a trigger has dropped the others.
-pub(super) fn check_written(
-    table: &'static str,
-    written: u64,
-    sent: usize,
-) -> Result<(), WriteError> {
-    if written == sent as u64 { Ok(()) } else { Err(WriteError::Dropped { table, written, sent }) }
-}
-
-/// A column that may be without any value; then it is empty.
-fn optional<T>(values: impl Iterator<Item = Option<T>>) -> Vec<Option<T>> {
-    let column: Vec<Option<T>> = values.collect();
-    if column.iter().any(Option::is_some) { column } else { Vec::new() }
-}
-
-/// By device and event id: the first event's id, and the event if it is still kept.
-pub(super) type KeptEvents = HashMap<(String, String), (i64, Option<StoredEvent>)>;

@@ -16,13 +16,14 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::Row;
 
 use super::{
+    batch_columns::{DeviceColumns, EventColumns, JobColumns, KeptEvents, store},
     connection::{Backend, Connection},
     durability,
     errors::WriteError,
     imports, roll_ups,
-    statements::{DeviceColumns, EventColumns, JobColumns, KeptEvents, Statements, store},
+    statements::Statements,
 };
-use crate::store::{Batch, Duplicate, FailureStreak, Written, batch::JobShare};
+use crate::store::{Batch, Duplicate, FailureStreak, Written, batch::JobDelta};
 
 /// Ids taken from the sequence at a time. Other servers take theirs from the same sequence, so ids rise with time
 /// only roughly.
@@ -56,15 +57,15 @@ pub(super) struct Stored {
 pub(super) async fn write_single(
     session: Arc<Session>,
     batch: Arc<Batch>,
-    (order, ids, touched): (Vec<usize>, Vec<i64>, Vec<usize>),
+    (order, ids, upserted): (Vec<usize>, Vec<i64>, Vec<usize>),
     streaks_since: Timestamp,
     take_ids: bool,
 ) -> Result<Stored, WriteError> {
     let Session { connection, statements, .. } = &*session;
     let client = &connection.client;
-    let shares = batch.shares(&order, streaks_since);
-    let devices = DeviceColumns::of(&batch, &order, &touched);
-    let jobs = JobColumns::new(&shares);
+    let deltas = batch.job_deltas(&order, streaks_since);
+    let devices = DeviceColumns::of(&batch, &order, &upserted);
+    let jobs = JobColumns::new(&deltas);
     let events = EventColumns::new(&batch, &order, &ids);
     let take_ids = async {
         if take_ids { statements.take_ids(client, ID_BLOCK).await } else { Ok(Vec::new()) }
@@ -74,7 +75,7 @@ pub(super) async fn write_single(
     let (stored, taken) = future::join(store(client, statements, columns, times), take_ids).await;
     let (failing, new_devices) = stored?;
     connection.check_replicated()?;
-    let streaks = streaks(&shares, &failing)?;
+    let streaks = streaks(&deltas, &failing)?;
     // They can be taken later, too.
     Ok(Stored { new_devices, streaks, taken_ids: taken.unwrap_or_default() })
 }
@@ -88,11 +89,11 @@ pub(super) struct Work<'a> {
     /// See [`Batch::order`].
     pub(super) order: Vec<usize>,
     /// The events whose devices are to be upserted.
-    pub(super) touched: &'a [usize],
+    pub(super) upserted: &'a [usize],
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
-    /// Whether folding may have passed the batch.
-    pub(super) may_be_passed: bool,
+    /// Whether events of the batch may be below the watermark.
+    pub(super) may_be_below_watermark: bool,
 }
 
 impl Work<'_> {
@@ -107,9 +108,9 @@ impl Work<'_> {
         let Session { connection, statements, .. } = self.session;
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let shares = batch.shares(order, *streaks_since);
-        let devices = DeviceColumns::of(batch, order, self.touched);
-        let jobs = JobColumns::new(&shares);
+        let deltas = batch.job_deltas(order, *streaks_since);
+        let devices = DeviceColumns::of(batch, order, self.upserted);
+        let jobs = JobColumns::new(&deltas);
         let events = EventColumns::new(batch, order, ids);
         let take_ids = async {
             if take_ids { statements.take_ids(client, ID_BLOCK).await } else { Ok(Vec::new()) }
@@ -120,7 +121,7 @@ impl Work<'_> {
         let ((begun, new_devices, keyed, inserted, failing), taken) = future::join(
             future::join5(
                 client.batch_execute(self.begin()),
-                statements.upsert_devices(client, &devices, received),
+                devices.upsert(client, statements, received),
                 events.insert_keys(client, statements, received),
                 events.insert(client, statements, received),
                 jobs.upsert(client, statements, streaks_since.to_jiff()),
@@ -135,7 +136,7 @@ impl Work<'_> {
         let failing = failing?;
         let taken = taken?;
         self.finish(&events, transaction).await?;
-        let streaks = streaks(&shares, &failing)?;
+        let streaks = streaks(&deltas, &failing)?;
         Ok((Written { new_devices, streaks, ..Written::new(ids.to_vec()) }, taken))
     }
 
@@ -150,7 +151,7 @@ impl Work<'_> {
         let Session { connection, statements, .. } = self.session;
         let client = &connection.client;
         let received = batch.received.to_jiff();
-        let devices = DeviceColumns::of(batch, &self.order, self.touched);
+        let devices = DeviceColumns::of(batch, &self.order, self.upserted);
         let mut first_of_each = self.order.clone();
         first_of_each.retain(|position| !repeats.contains_key(position));
         let keys = EventColumns::new(batch, &first_of_each, ids);
@@ -161,7 +162,7 @@ impl Work<'_> {
         if !batch.claims.is_empty() {
             new_devices = statements.claims.check(client, batch).await?;
         }
-        new_devices.extend(statements.upsert_devices(client, &devices, received).await?);
+        new_devices.extend(devices.upsert(client, statements, received).await?);
         keys.insert_new_keys(client, statements, received).await?;
         let kept = keys.find_keys(client, statements).await?;
         keys.check_found(&kept)?;
@@ -170,17 +171,17 @@ impl Work<'_> {
         self.order.retain(|position| !written.is_duplicate(*position));
         let events = EventColumns::new(batch, &self.order, ids);
         events.insert(client, statements, received).await?;
-        let shares = batch.shares(&self.order, self.streaks_since);
-        let jobs = JobColumns::new(&shares);
+        let deltas = batch.job_deltas(&self.order, self.streaks_since);
+        let jobs = JobColumns::new(&deltas);
         let failing = jobs.upsert(client, statements, self.streaks_since.to_jiff()).await?;
         self.finish(&events, transaction).await?;
         written.new_devices = new_devices;
-        written.streaks = streaks(&shares, &failing)?;
+        written.streaks = streaks(&deltas, &failing)?;
         Ok(written)
     }
 
     fn begin(&self) -> &'static str {
-        if self.may_be_passed { roll_ups::BEGIN_WITHOUT_FOLDING } else { "begin" }
+        if self.may_be_below_watermark { roll_ups::BEGIN_WITHOUT_AGGREGATION } else { "begin" }
     }
 
     /// Does what comes after the figures, and commits.
@@ -191,8 +192,10 @@ impl Work<'_> {
     ) -> Result<(), WriteError> {
         let Session { connection, statements, .. } = self.session;
         let client = &connection.client;
-        if self.may_be_passed {
-            events.fold_passed(client, statements, self.batch.received.to_jiff()).await?;
+        if self.may_be_below_watermark {
+            events
+                .aggregate_below_watermark(client, statements, self.batch.received.to_jiff())
+                .await?;
         }
         if let Some(step) = &self.batch.import {
             imports::advance(client, step, !events.is_empty()).await?;
@@ -235,19 +238,19 @@ pub(super) fn resolve(
 }
 
 /// The streaks that a batch made or prolonged, given what the upsert answered of failing jobs.
-fn streaks(shares: &[JobShare<'_>], failing: &[Row]) -> Result<Vec<FailureStreak>, WriteError> {
+fn streaks(deltas: &[JobDelta<'_>], failing: &[Row]) -> Result<Vec<FailureStreak>, WriteError> {
     let mut streaks = Vec::new();
     for row in failing {
         let key: (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
         let found =
-            shares.binary_search_by(|share| (share.device_id.as_str(), share.job_key()).cmp(&key));
+            deltas.binary_search_by(|delta| (delta.device_id.as_str(), delta.job_key()).cmp(&key));
         let Ok(position) = found else {
             let (device_id, job) = key;
             return Err(WriteError::Impossible(format!(
                 "PostgreSQL answered with the job {job:?} of {device_id}, which the batch does not have"
             )));
         };
-        streaks.extend(shares[position].streak(row.try_get(2)?));
+        streaks.extend(deltas[position].streak(row.try_get(2)?));
     }
     Ok(streaks)
 }

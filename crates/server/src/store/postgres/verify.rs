@@ -13,7 +13,7 @@ use super::{
     connect::Object,
     errors::store_error,
     expiry, misdated,
-    roll_ups::{self, folded, sums},
+    roll_ups::{self, sums, watermark},
     statements::unanswered_failures,
     store::PostgresStore,
 };
@@ -165,14 +165,14 @@ async fn page(
         "select {names}, day::timestamp at time zone 'UTC', device_id from device_days where {PAGE}"
     );
     let recounted_days = roll_ups::recounted_days(&format!("created_at <= $3 and {PAGE}"));
-    let folded = folded(&snapshot).await?;
+    let watermark = watermark(&snapshot).await?;
     let mut days = SumRecount::default();
     for row in snapshot.query(&stored_days, &[&after, &next]).await? {
         if stays(&row, Sums::COUNT + 1)? {
             days.stored(row.try_get(Sums::COUNT + 1)?, begins(&row)?, sums(&row)?);
         }
     }
-    for row in snapshot.query(&recounted_days, &[&after, &next, &folded]).await? {
+    for row in snapshot.query(&recounted_days, &[&after, &next, &watermark]).await? {
         if stays(&row, Sums::COUNT + 1)? {
             days.recounted(row.try_get(Sums::COUNT + 1)?, begins(&row)?, sums(&row)?);
         }
@@ -267,7 +267,7 @@ async fn try_repair(
 
     let transaction = connection.transaction().await?;
     transaction.batch_execute(NO_TIME_LIMIT).await?;
-    let folded = roll_ups::lock_state(&transaction).await?;
+    let watermark = roll_ups::lock_state(&transaction).await?;
     transaction.execute(REGISTER_DEVICE, &[&device_id]).await?;
     // In the order in which servers lock: the device, then its jobs.
     if transaction.query_opt(LOCK_DEVICE, &[&device_id]).await?.is_none() {
@@ -283,20 +283,21 @@ async fn try_repair(
     let latest = latest.to_jiff();
     transaction.execute(&write_figures, &[&device_id, &jobs, &latest]).await?;
     misdated::note_set_aside(&transaction, device_id, latest).await?;
-    roll_ups::fold_days_again(&transaction, device_id, folded).await?;
+    roll_ups::aggregate_days_again(&transaction, device_id, watermark).await?;
     transaction.commit().await
 }
 
-/// Recounts the fleet's hours from all folded events, as of one moment.
+/// Recounts the fleet's hours from all aggregated events, as of one moment.
 async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
     let snapshot = snapshot(connection).await?;
-    let folded = folded(&snapshot).await?;
+    let watermark = watermark(&snapshot).await?;
     let mut hours = SumRecount::default();
     let names = Sums::names();
     for row in snapshot.query(&format!("select {names}, hour from fleet_hours"), &[]).await? {
         hours.stored(None, begins(&row)?, sums(&row)?);
     }
-    for row in snapshot.query(&roll_ups::recounted_hours("created_at <= $1"), &[&folded]).await? {
+    for row in snapshot.query(&roll_ups::recounted_hours("created_at <= $1"), &[&watermark]).await?
+    {
         hours.recounted(None, begins(&row)?, sums(&row)?);
     }
     Ok(hours.differences(expiry::raw_since(&snapshot).await?.is_none()))

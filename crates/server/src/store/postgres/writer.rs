@@ -21,13 +21,14 @@ use tokio::time::Instant;
 use tokio_postgres::{Error, error::SqlState};
 
 use super::{
+    batch_columns::EventColumns,
     connect::Connector,
     connection::Backend,
     durability,
     errors::{ErrorClass, WriteError, class_of, is_connection_lost, is_raised, store_error},
-    expiry::{self, Horizon},
+    expiry::{self, Watermarks},
     partitions, roll_ups,
-    statements::{EventColumns, Statements},
+    statements::Statements,
     transactions::{self, ID_BLOCK, Session, Stored, Transaction, Work, resolve},
 };
 use crate::store::{Batch, EventWriter, StoreError, Written};
@@ -41,8 +42,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// commands hold such locks for a fraction of this.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(2_500);
 
-/// A batch that has waited for longer since it was stamped is aggregated by its own transaction, as if folding had
-/// passed it already. Folding relies on every other transaction beginning within a minute of its batch's stamp (see
+/// A batch that has waited for longer since it was stamped is aggregated by its own transaction, as if it were below the
+/// watermark. Aggregation relies on every other transaction beginning within a minute of its batch's stamp (see
 /// `roll_ups`): this long, and what an attempt may take, and the statement ahead of it on the same connection, which
 /// PostgreSQL cancels after 30 s.
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
@@ -54,9 +55,9 @@ const RETRIES: u32 = 5;
 /// burst of one device's events should not rewrite it each time.
 const LAST_SEEN_STEP_MILLISECONDS: i64 = 60_000;
 
-/// How long the [`Horizon`] is remembered. What streaks count from is announced 5 minutes before it moves;
-/// what is folded moves on all the time, a minute behind.
-const HORIZON_MILLISECONDS: i64 = 10_000;
+/// How long the [`Watermarks`] is remembered. What streaks count from is announced 5 minutes before it moves;
+/// what is aggregated moves on all the time, a minute behind.
+const WATERMARKS_MILLISECONDS: i64 = 10_000;
 
 /// Devices whose last move is remembered, some 10 MiB of them. Beyond, all are forgotten.
 const REMEMBERED_DEVICES: usize = 100_000;
@@ -64,16 +65,16 @@ const REMEMBERED_DEVICES: usize = 100_000;
 /// Ids to have left before more are taken.
 const ID_RESERVE: usize = 2_048;
 
-/// Batches that are written carefully after one that held an event reported before: devices send again
-/// when answers were lost, and then many do.
-const CAREFUL_BATCHES: u32 = 32;
+/// Batches that take the deduplicating path after one that held an event reported before: devices send again when
+/// answers were lost, and then many do.
+const DEDUPLICATING_BATCHES: u32 = 32;
 
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 const NO_SESSION: &str = "a mistake in PiSync: a batch was to be written without a session";
 
-/// Takes some room where the database's tables are, in a table that nobody else sees and that goes with the
+/// Takes some space where the database's tables are, in a table that nobody else sees and that goes with the
 /// transaction.
-const TAKE_ROOM: &str = "
+const RESERVE_SPACE: &str = "
     begin;
     create temporary table pisync_probe on commit drop as
     select repeat('x', 1000) from generate_series(1, 4096);
@@ -95,18 +96,18 @@ pub(super) struct PostgresEventWriter {
     /// Whether a batch in flight brings more of them.
     ids_are_coming: bool,
     /// How far back others have come, by and by.
-    horizon: Horizon,
+    watermarks: Watermarks,
     /// When that was looked up.
-    horizon_read: Option<Timestamp>,
+    watermarks_read: Option<Timestamp>,
     /// Batches that may or may not have been committed.
     in_doubt: Vec<InDoubt>,
     /// Sessions that were given up while PostgreSQL may still be at work in them, or waits there for a standby.
     abandoned: Vec<Backend>,
-    /// How many batches are still to be written carefully.
-    careful_batches: u32,
+    /// How many batches are still to take the deduplicating path.
+    deduplicating_batches: u32,
     /// How far the transaction has come that is being written.
     transaction: Transaction,
-    /// Whether the last batch found no room on the disk.
+    /// Whether the last batch found the disk full.
     disk_full: bool,
 }
 
@@ -123,7 +124,7 @@ struct Sent {
     batch: Arc<Batch>,
     ids: Vec<i64>,
     /// The events whose devices it registers or moves on.
-    touched: Vec<usize>,
+    upserted: Vec<usize>,
     brings_ids: bool,
     session: Arc<Session>,
     /// When it is given up.
@@ -147,11 +148,11 @@ impl PostgresEventWriter {
             months: HashSet::new(),
             ids: VecDeque::new(),
             ids_are_coming: false,
-            horizon: Horizon { streaks_since: Timestamp::MIN, folded_until: None },
-            horizon_read: None,
+            watermarks: Watermarks { streaks_since: Timestamp::MIN, aggregated_until: None },
+            watermarks_read: None,
             in_doubt: Vec::new(),
             abandoned: Vec::new(),
-            careful_batches: 0,
+            deduplicating_batches: 0,
             transaction: Transaction::default(),
             disk_full: false,
         }
@@ -183,15 +184,15 @@ impl PostgresEventWriter {
     /// Connects if need be, sees to the months' partitions and to enough ids.
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
-        // Nothing is under way, so nobody else has the session.
+        // Nothing is in flight, so nobody else has the session.
         let Some(session) = self.session.as_mut().and_then(Arc::get_mut) else {
             return Err(StoreError::Failed(NO_SESSION.into()));
         };
-        if !is_fresh(self.horizon_read, batch.received) {
+        if !is_fresh(self.watermarks_read, batch.received) {
             let client = &session.connection.client;
             durability::secure(client).await.map_err(store_error)?;
-            self.horizon = expiry::horizon(client).await.map_err(store_error)?;
-            self.horizon_read = Some(batch.received);
+            self.watermarks = expiry::watermarks(client).await.map_err(store_error)?;
+            self.watermarks_read = Some(batch.received);
         }
         for month in months_of(batch) {
             if !self.months.contains(&month) {
@@ -224,39 +225,39 @@ impl PostgresEventWriter {
 
     /// Whether there is nothing to prepare for the batch.
     fn is_prepared(&self, batch: &Batch) -> bool {
-        is_fresh(self.horizon_read, batch.received)
+        is_fresh(self.watermarks_read, batch.received)
             && months_of(batch).is_subset(&self.months)
             && self.ids.len() >= batch.events.len()
     }
 
     /// Whether the batch can be one statement.
     fn is_plain(&self, batch: &Batch) -> bool {
-        batch.import.is_none() && batch.claims.is_empty() && !self.may_be_passed(batch)
+        batch.import.is_none() && batch.claims.is_empty() && !self.may_be_below_watermark(batch)
     }
 
     /// Whether to look first which events of the batch were reported before.
-    fn calls_for_care(&self, batch: &Batch, repeats: &HashMap<usize, usize>) -> bool {
+    fn needs_deduplication(&self, batch: &Batch, repeats: &HashMap<usize, usize>) -> bool {
         let has_keys = || batch.events.iter().any(|event| event.event_id.is_some());
-        !repeats.is_empty() || self.careful_batches > 0 && has_keys()
+        !repeats.is_empty() || self.deduplicating_batches > 0 && has_keys()
     }
 
-    /// Sends the batch off as one statement. Requires [`Self::is_plain`] and no call for care.
+    /// Pipelines the batch as one statement. Requires [`Self::is_plain`] and not [`Self::needs_deduplication`].
     fn send_single(&mut self, session: &Arc<Session>, batch: &Arc<Batch>, ids: Vec<i64>) -> Sent {
         let order = batch.order();
-        let touched = self.devices_to_touch(batch, &order);
+        let upserted = self.devices_to_upsert(batch, &order);
         let brings_ids = self.ids.len() < ID_RESERVE && !self.ids_are_coming;
         self.ids_are_coming |= brings_ids;
         let outcome = transactions::write_single(
             Arc::clone(session),
             Arc::clone(batch),
-            (order, ids.clone(), touched.clone()),
-            self.horizon.streaks_since,
+            (order, ids.clone(), upserted.clone()),
+            self.watermarks.streaks_since,
             brings_ids,
         );
         let mut sent = Sent {
             batch: Arc::clone(batch),
             ids,
-            touched,
+            upserted,
             brings_ids,
             session: Arc::clone(session),
             deadline: Instant::now() + WRITE_TIMEOUT,
@@ -273,7 +274,7 @@ impl PostgresEventWriter {
     fn was_stored(&mut self, sent: Sent, stored: Stored) -> Written {
         self.disk_full = false;
         self.ids.extend(stored.taken_ids);
-        self.saw(&sent.touched, &sent.batch);
+        self.mark_seen(&sent.upserted, &sent.batch);
         let Stored { new_devices, streaks, .. } = stored;
         Written { new_devices, streaks, ..Written::new(sent.ids) }
     }
@@ -283,8 +284,9 @@ impl PostgresEventWriter {
         let session = self.session()?;
         let repeats = batch.repeats();
         // Claims are looked at on that path.
-        let calls_for_care = self.calls_for_care(batch, &repeats) || !batch.claims.is_empty();
-        if !calls_for_care && self.is_plain(batch) {
+        let needs_deduplication =
+            self.needs_deduplication(batch, &repeats) || !batch.claims.is_empty();
+        if !needs_deduplication && self.is_plain(batch) {
             self.transaction.committing = true;
             let mut sent = self.send_single(&session, batch, ids.to_vec());
             let stored = (&mut sent.outcome).await;
@@ -294,18 +296,18 @@ impl PostgresEventWriter {
             return Ok(self.was_stored(sent, stored));
         }
         let order = batch.order();
-        let touched = self.devices_to_touch(batch, &order);
+        let upserted = self.devices_to_upsert(batch, &order);
         let work = Work {
             session: &session,
             batch,
             ids,
             order,
-            touched: &touched,
-            streaks_since: self.horizon.streaks_since,
-            may_be_passed: self.may_be_passed(batch),
+            upserted: &upserted,
+            streaks_since: self.watermarks.streaks_since,
+            may_be_below_watermark: self.may_be_below_watermark(batch),
         };
-        let written = if calls_for_care {
-            self.careful_batches = self.careful_batches.saturating_sub(1);
+        let written = if needs_deduplication {
+            self.deduplicating_batches = self.deduplicating_batches.saturating_sub(1);
             work.write_deduplicating(&repeats, &mut self.transaction).await?
         } else {
             let take_ids = self.ids.len() < ID_RESERVE;
@@ -313,7 +315,7 @@ impl PostgresEventWriter {
             self.ids.extend(taken);
             written
         };
-        self.saw(&touched, batch);
+        self.mark_seen(&upserted, batch);
         Ok(written)
     }
 
@@ -337,31 +339,33 @@ impl PostgresEventWriter {
         Ok(Some(resolve(batch, ids, &batch.repeats(), &kept)))
     }
 
-    /// Whether folding may pass events of the batch before they are committed, or has passed them.
-    fn may_be_passed(&self, batch: &Batch) -> bool {
-        !batch.receipts.is_empty()
+    /// Whether events of the batch are below the watermark, or may be before they are committed.
+    fn may_be_below_watermark(&self, batch: &Batch) -> bool {
+        !batch.received_at.is_empty()
             || batch.stamped.elapsed() > LONGEST_WAIT
-            || roll_ups::may_be_passed(batch.received, self.horizon.folded_until)
+            || roll_ups::may_be_below_watermark(batch.received, self.watermarks.aggregated_until)
     }
 
     /// An event of each of the batch's devices that may be new, or whose `updated_at` is due; of all of them
-    /// when events have receipts, which may be older than what is known of their devices.
-    fn devices_to_touch(&self, batch: &Batch, order: &[usize]) -> Vec<usize> {
+    /// when events have a `received_at` of their own, which may be older than what is known of their devices.
+    fn devices_to_upsert(&self, batch: &Batch, order: &[usize]) -> Vec<usize> {
         let due = batch.received.saturating_add_milliseconds(-LAST_SEEN_STEP_MILLISECONDS);
         let is_due = |device_id| self.last_seen.get(device_id).is_none_or(|seen| *seen < due);
         batch
             .by_device(order)
             .map(|positions| positions[0])
-            .filter(|first| !batch.receipts.is_empty() || is_due(&batch.events[*first].device_id))
+            .filter(|first| {
+                !batch.received_at.is_empty() || is_due(&batch.events[*first].device_id)
+            })
             .collect()
     }
 
-    fn saw(&mut self, touched: &[usize], batch: &Batch) {
-        if batch.receipts.is_empty() {
+    fn mark_seen(&mut self, upserted: &[usize], batch: &Batch) {
+        if batch.received_at.is_empty() {
             if self.last_seen.len() > REMEMBERED_DEVICES {
                 self.last_seen.clear();
             }
-            let device_ids = touched.iter().map(|first| batch.events[*first].device_id.clone());
+            let device_ids = upserted.iter().map(|first| batch.events[*first].device_id.clone());
             self.last_seen.extend(device_ids.map(|device_id| (device_id, batch.received)));
         }
     }
@@ -432,7 +436,7 @@ impl PostgresEventWriter {
             self.last_seen.clear();
             RETRIES
         } else if *code == SqlState::UNIQUE_VIOLATION && names(error, "event_keys_pkey") {
-            self.careful_batches = CAREFUL_BATCHES;
+            self.deduplicating_batches = DEDUPLICATING_BATCHES;
             RETRIES
         } else if *code == SqlState::CHECK_VIOLATION && names_no_constraint(error) {
             // The month's partition is missing after all: somebody has dropped or detached it.
@@ -524,7 +528,7 @@ impl EventWriter for PostgresEventWriter {
         if session.connection.client.is_closed()
             || !self.is_prepared(batch)
             || !self.is_plain(batch)
-            || self.calls_for_care(batch, &batch.repeats())
+            || self.needs_deduplication(batch, &batch.repeats())
         {
             return false;
         }
@@ -554,8 +558,8 @@ impl EventWriter for PostgresEventWriter {
         self.connect().await?;
         let session = self.session()?;
         let client = &session.connection.client;
-        // Whoever has no room for events can still answer, and so can who cannot commit.
-        let statement = if self.disk_full { TAKE_ROOM } else { durability::CONFIRM };
+        // Whoever has no space for events can still answer, and so can who cannot commit.
+        let statement = if self.disk_full { RESERVE_SPACE } else { durability::CONFIRM };
         let work = async {
             match client.batch_execute(statement).await {
                 // Not being allowed to make such a table says nothing about the disk.
@@ -583,14 +587,14 @@ impl EventWriter for PostgresEventWriter {
 
 /// Whether what was looked up at `read` may be used at `now`.
 fn is_fresh(read: Option<Timestamp>, now: Timestamp) -> bool {
-    let due = now.saturating_add_milliseconds(-HORIZON_MILLISECONDS);
+    let due = now.saturating_add_milliseconds(-WATERMARKS_MILLISECONDS);
     read.is_some_and(|read| (due..=now).contains(&read))
 }
 
 /// The months in which the events of a batch were received.
 fn months_of(batch: &Batch) -> HashSet<Date> {
-    let now = batch.receipts.is_empty().then_some(batch.received);
-    batch.receipts.iter().copied().chain(now).map(partitions::month_of).collect()
+    let now = batch.received_at.is_empty().then_some(batch.received);
+    batch.received_at.iter().copied().chain(now).map(partitions::month_of).collect()
 }
 
 /// A row that no partition takes violates a check that has no name.

@@ -159,7 +159,7 @@ fn apply_in_one_transaction(
         for (index, (position, id)) in accepted.positions.iter().zip(accepted.ids()).enumerate() {
             if !is_first || events.contains(&index) {
                 batch.events.push(accepted.batch.events[*position].clone());
-                batch.receipts.push(accepted.batch.received_at(*position));
+                batch.received_at.push(accepted.batch.received_at(*position));
                 ids.push(id);
             }
         }

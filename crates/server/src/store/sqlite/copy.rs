@@ -185,9 +185,9 @@ impl CopyWriter for SqliteCopyWriter {
             for index in &indexes {
                 connection.execute_batch(index)?;
             }
-            // All events are folded, and the next one gets the next id.
-            let folded = last_id(connection, events_table())?;
-            connection.execute("update roll_up_state set folded_id = ?1", [folded])?;
+            // All events are aggregated, and the next one gets the next id.
+            let watermark = last_id(connection, events_table())?;
+            connection.execute("update roll_up_state set folded_id = ?1", [watermark])?;
             connection.execute_batch("commit; pragma optimize = 0x10002;")
         })
         .await?;

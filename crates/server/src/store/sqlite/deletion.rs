@@ -224,7 +224,7 @@ fn delete_device(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result
     if !transaction.query_row(HAS_REPORTED, [device], |row| row.get(0))? {
         return transaction.execute("delete from devices where id = ?1", [device]).map(|_| ());
     }
-    roll_ups::fold_hours_again(transaction, device)?;
+    roll_ups::aggregate_hours_again(transaction, device)?;
     let received = transaction.query_row(LAST_RECEIVED, [device], |row| time(row, 0))?;
     let latest = received.saturating_add_milliseconds(LONGEST_LEAD);
     verify::write_recounted(transaction, device, latest)?;

@@ -1,10 +1,10 @@
-//! Old events go in small steps, once they are folded into the sums by day and hour, and the file gives
+//! Old events go in small steps, once they are aggregated into the sums by day and hour, and the file gives
 //! their pages back.
 
 use pisync_core::Timestamp;
 use rusqlite::{Connection, TransactionBehavior, params};
 
-use super::{roll_ups::folded_id, rows::optional_time};
+use super::{roll_ups::watermark, rows::optional_time};
 
 /// Empty pages are given back when they are more than this part of the file: those that the next events
 /// will need had better stay.
@@ -38,7 +38,7 @@ pub(super) fn drop_events(
     let (mut last, mut newest, mut events) = (None, i64::MIN, 0);
     {
         let mut select = transaction.prepare_cached(OLDEST)?;
-        let mut rows = select.query([folded_id(&transaction)?, most, now.as_millisecond()])?;
+        let mut rows = select.query([watermark(&transaction)?, most, now.as_millisecond()])?;
         while let Some(row) = rows.next()? {
             let received: i64 = row.get(1)?;
             if received >= before.as_millisecond() {

@@ -19,13 +19,13 @@ const FORGOTTEN_AT_ONCE: u16 = 1_000;
 impl RollUps for SqliteStore {
     async fn aggregate_events(&self, _now: Timestamp) -> Result<bool, StoreError> {
         let most = self.aggregation_step.get();
-        let fold = move |connection: &mut WriteConnection| {
+        let aggregate = move |connection: &mut WriteConnection| {
             let started = Instant::now();
             let last = last_aggregatable_id(connection)?;
-            let more = roll_ups::fold(&mut connection.connection, most, last)?;
+            let more = roll_ups::aggregate(&mut connection.connection, most, last)?;
             Ok((more, started.elapsed()))
         };
-        let (more, took) = self.writer.call(fold).await?;
+        let (more, took) = self.writer.call(aggregate).await?;
         if more {
             self.aggregation_step.learn(took);
         }

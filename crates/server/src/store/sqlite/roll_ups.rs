@@ -1,5 +1,5 @@
-//! Sums by device and day and by hour: folding events into them, taking a deleted device out of them,
-//! and answering from them. What is folded is everything up to one id, below that of all events that are
+//! Sums by device and day and by hour: aggregation events into them, taking a deleted device out of them,
+//! and answering from them. What is aggregated is everything up to one id, below that of all events that are
 //! stored later, and readers add the events after it in the same snapshot.
 
 use pisync_core::Timestamp;
@@ -36,15 +36,19 @@ fn add() -> String {
     format!("do update set {}", Sums::add_to("stored"))
 }
 
-/// Folds the next `most` events with ids up to `last`; false when there are no more. It runs on the writer's
+/// Aggregates the next `most` events with ids up to `last`; false when there are no more. It runs on the writer's
 /// thread, so it must be short.
-pub(super) fn fold(connection: &mut Connection, most: i64, last: i64) -> rusqlite::Result<bool> {
+pub(super) fn aggregate(
+    connection: &mut Connection,
+    most: i64,
+    last: i64,
+) -> rusqlite::Result<bool> {
     const LAST_OF_STEP: &str = "
         select max(id), count(*)
           from (select id from sync_events where id > ?1 and id <= ?3 order by id limit ?2)
     ";
     let (names, event_sums, add) = insertion();
-    let fold_days = format!(
+    let aggregate_days = format!(
         "insert into device_days as stored (device, day, {names})
          select device, {DAY}, {event_sums}
            from sync_events
@@ -52,7 +56,7 @@ pub(super) fn fold(connection: &mut Connection, most: i64, last: i64) -> rusqlit
           group by 1, 2
              on conflict (device, day) {add}"
     );
-    let fold_hours = format!(
+    let aggregate_hours = format!(
         "insert into fleet_hours as stored (hour, {names})
          select {HOUR}, {event_sums}
            from sync_events
@@ -61,23 +65,23 @@ pub(super) fn fold(connection: &mut Connection, most: i64, last: i64) -> rusqlit
              on conflict (hour) {add}"
     );
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let folded = folded_id(&transaction)?;
+    let watermark = watermark(&transaction)?;
     let (last, events): (Option<i64>, i64) = transaction
         .prepare_cached(LAST_OF_STEP)?
-        .query_row([folded, most, last], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        .query_row([watermark, most, last], |row| Ok((row.get(0)?, row.get(1)?)))?;
     let Some(last) = last else { return Ok(false) };
-    transaction.prepare_cached(&fold_days)?.execute([folded, last])?;
-    transaction.prepare_cached(&fold_hours)?.execute([folded, last])?;
+    transaction.prepare_cached(&aggregate_days)?.execute([watermark, last])?;
+    transaction.prepare_cached(&aggregate_hours)?.execute([watermark, last])?;
     transaction.execute("update roll_up_state set folded_id = ?1", [last])?;
     transaction.commit()?;
     Ok(events == most)
 }
 
 /// The rows of `device_days` or `fleet_hours`, as they would be if exactly the events received until
-/// `until` were folded, or all of them: what is stored, with the events that are not folded yet, and
+/// `until` were aggregated, or all of them: what is stored, with the events that are not aggregated yet, and
 /// without those that were received later.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
-    const FOLDED: &str = "(select folded_id from roll_up_state)";
+    const WATERMARK: &str = "(select folded_id from roll_up_state)";
     let (key, of_event) = match table {
         "device_days" => ("device, day", format!("device, {DAY}")),
         _ => ("hour", HOUR.to_owned()),
@@ -95,7 +99,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
                      with later ({key}, {names}) as (
                          select {of_event}, {event_sums}
                            from sync_events
-                          where id <= {FOLDED} and created_at > {until}
+                          where id <= {WATERMARK} and created_at > {until}
                           group by {groups}
                      )
                      select {key}, {negative} from later
@@ -111,7 +115,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
                   union all
                   select {of_event}, {event_sums}
                     from sync_events
-                   where id > {FOLDED} {received}
+                   where id > {WATERMARK} {received}
                    group by {groups}
                   {later}
               )
@@ -120,7 +124,7 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     )
 }
 
-pub(super) fn folded_id(connection: &Connection) -> rusqlite::Result<i64> {
+pub(super) fn watermark(connection: &Connection) -> rusqlite::Result<i64> {
     connection
         .prepare_cached("select folded_id from roll_up_state")?
         .query_row([], |row| row.get(0))
@@ -159,7 +163,7 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
           group by hour
              on conflict (hour) {add}"
     );
-    transaction.execute(&subtract, params![device, folded_id(transaction)?])?;
+    transaction.execute(&subtract, params![device, watermark(transaction)?])?;
     Ok(())
 }
 
@@ -202,16 +206,19 @@ pub(super) fn subtract(
                  on conflict ({key}) {add}"
         );
         let DeletedEvents { device, received_until, timestamp, id } = *events;
-        let parameters = params![device, received_until, timestamp, id, folded_id(transaction)?];
+        let parameters = params![device, received_until, timestamp, id, watermark(transaction)?];
         transaction.prepare_cached(&subtract)?.execute(parameters)?;
     }
     Ok(())
 }
 
-/// Adds what is folded of a device's events to the sums by hour.
-pub(super) fn fold_hours_again(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
+/// Adds what is aggregated of a device's events to the sums by hour.
+pub(super) fn aggregate_hours_again(
+    transaction: &Transaction<'_>,
+    device: i64,
+) -> rusqlite::Result<()> {
     let (names, event_sums, add) = insertion();
-    let fold = format!(
+    let aggregate = format!(
         "insert into fleet_hours as stored (hour, {names})
          select {HOUR}, {event_sums}
            from sync_events
@@ -219,7 +226,7 @@ pub(super) fn fold_hours_again(transaction: &Transaction<'_>, device: i64) -> ru
           group by 1
              on conflict (hour) {add}"
     );
-    transaction.execute(&fold, params![device, folded_id(transaction)?]).map(|_| ())
+    transaction.execute(&aggregate, params![device, watermark(transaction)?]).map(|_| ())
 }
 
 /// What the whole fleet's events within a window add up to.

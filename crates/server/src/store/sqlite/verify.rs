@@ -97,7 +97,7 @@ fn page(
     let is_last = length == devices.len() && devices.len() < PAGE_DEVICES as usize;
     let devices = &devices[..length];
 
-    let folded = roll_ups::folded_id(&snapshot)?;
+    let watermark = roll_ups::watermark(&snapshot)?;
     let names = Sums::names();
     let stored = format!("select {}, job from device_jobs where device = ?1", *JOB_COLUMNS);
     let stored_days = format!("select {names}, day from device_days where device = ?1");
@@ -119,7 +119,7 @@ fn page(
         while let Some(row) = rows.next()? {
             days.stored(Some(device_id.clone()), time(row, Sums::COUNT)?, sums(row)?);
         }
-        let recounted = recount(&snapshot, *number, folded, latest)?;
+        let recounted = recount(&snapshot, *number, watermark, latest)?;
         for (job, recounted) in recounted.jobs {
             figures.recounted(device_id.clone(), job, recounted);
         }
@@ -164,7 +164,7 @@ pub(super) fn write_recounted(
     number: i64,
     latest: Timestamp,
 ) -> rusqlite::Result<()> {
-    let recounted = recount(transaction, number, roll_ups::folded_id(transaction)?, latest)?;
+    let recounted = recount(transaction, number, roll_ups::watermark(transaction)?, latest)?;
     transaction.execute("delete from device_jobs where device = ?1", [number])?;
     let mut jobs = JobStatements::prepare(transaction)?;
     for (job, figures) in &recounted.jobs {
@@ -186,7 +186,7 @@ pub(super) fn write_recounted(
     Ok(())
 }
 
-/// Recounts the fleet's hours from all folded events, as of one moment.
+/// Recounts the fleet's hours from all aggregated events, as of one moment.
 fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     const EVENTS: &str = "
         select total_files_synced, total_errors, internet_speed, timestamp
@@ -203,7 +203,7 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     }
     let mut recounted = BTreeMap::<Timestamp, Sums>::new();
     let mut events = snapshot.prepare(EVENTS)?;
-    let mut rows = events.query([roll_ups::folded_id(&snapshot)?])?;
+    let mut rows = events.query([roll_ups::watermark(&snapshot)?])?;
     while let Some(row) = rows.next()? {
         let hour = beginning(time(row, 3)?, HOUR);
         let event = sums_of(row.get(0)?, row.get(1)?, row.get(2)?);
@@ -259,16 +259,16 @@ fn sums_of(files: i64, errors: i64, speed: Option<i64>) -> Sums {
 #[derive(Default)]
 struct Recounted {
     jobs: BTreeMap<String, JobFigures>,
-    /// By their beginning, of folded events alone.
+    /// By their beginning, of aggregated events alone.
     days: BTreeMap<Timestamp, Sums>,
 }
 
-/// Counts a device's events, of which those up to the id `folded` are folded. They pass one by one, in the
+/// Counts a device's events, of which those up to the id `watermark` are aggregated. They pass one by one, in the
 /// order of their dates and ids, so that neither a long history nor a streak takes memory.
 fn recount(
     transaction: &Transaction<'_>,
     device: i64,
-    folded: i64,
+    watermark: i64,
     latest: Timestamp,
 ) -> rusqlite::Result<Recounted> {
     const EVENTS: &str = "
@@ -288,7 +288,7 @@ fn recount(
             timestamp: time(row, 4)?,
             received: time(row, 5)?,
         };
-        if row.get::<_, i64>(6)? <= folded {
+        if row.get::<_, i64>(6)? <= watermark {
             let day = beginning(event.timestamp, DAY_MILLISECONDS);
             let one = sums_of(event.total_files_synced, event.total_errors, event.speed);
             recounted.days.entry(day).or_default().add(&one);

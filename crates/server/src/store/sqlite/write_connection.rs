@@ -189,7 +189,7 @@ impl WriteConnection {
                 insert_events(&transaction, batch, &numbers, Ids::Given(ids), &mut written)?;
             }
             None => {
-                if !batch.receipts.is_empty() {
+                if !batch.received_at.is_empty() {
                     move_devices_back(&transaction, batch, &order, &numbers)?;
                 }
                 let first = match buffer.and_then(|buffer| buffer.take_ids(batch.events.len())) {
@@ -208,10 +208,10 @@ impl WriteConnection {
             counting.retain(|position| !written.is_duplicate(*position));
         }
         let mut jobs = JobStatements::prepare(&transaction)?;
-        for share in &batch.shares(&counting, self.streaks_since) {
-            let number = numbers[share.position];
-            let figures = jobs.add(number, share.job_key(), &share.figures, self.streaks_since)?;
-            written.streaks.extend(share.streak(figures.consecutive_failures));
+        for delta in &batch.job_deltas(&counting, self.streaks_since) {
+            let number = numbers[delta.position];
+            let figures = jobs.add(number, delta.job_key(), &delta.figures, self.streaks_since)?;
+            written.streaks.extend(delta.streak(figures.consecutive_failures));
         }
 
         drop(jobs);
@@ -240,13 +240,13 @@ impl WriteConnection {
     /// Takes the write lock and some room on the disk: on a full one a small transaction may still find
     /// a place, and events would not.
     pub(super) fn probe(&mut self) -> rusqlite::Result<()> {
-        const TAKE_ROOM: &str = "
+        const RESERVE_SPACE: &str = "
             drop table if exists pisync_probe;
             create table pisync_probe (room blob);
         ";
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        transaction.execute_batch(TAKE_ROOM)?;
+        transaction.execute_batch(RESERVE_SPACE)?;
         transaction.execute("insert into pisync_probe values (zeroblob(?1))", [PROBE_BYTES])?;
         // Committed, or it would never be written.
         transaction.commit()?;

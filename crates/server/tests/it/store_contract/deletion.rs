@@ -27,7 +27,7 @@ fn called(event_id: &str, event: SyncEvent) -> SyncEvent {
     SyncEvent { event_id: Some(EventId::new(event_id).unwrap()), ..event }
 }
 
-/// A device with a long history, half of it with event ids, most of it folded; and another one.
+/// A device with a long history, half of it with event ids, most of it aggregated; and another one.
 async fn fill(fixture: &TestStore) {
     let mut writer = fixture.writer();
     for batch in 0..EVENTS / 2_000 {
@@ -136,7 +136,7 @@ async fn what_is_reported_meanwhile_stays(fixture: &TestStore) {
         of_job("a", failure("going", at(60))),
     ];
     write_at(&mut *writer, at(100), new).await;
-    // Some of what stays is folded, some is not.
+    // Some of what stays is aggregated, some is not.
     while fixture.store.aggregate_events(at(200)).await.unwrap() {}
     write_at(&mut *writer, at(300), vec![failure("going", at(70))]).await;
     assert_eq!(fixture.store.finish_deletion(&going).await.unwrap(), EVENTS as u64 + 1);

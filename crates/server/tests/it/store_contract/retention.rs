@@ -1,4 +1,4 @@
-//! Old events go, once they are folded; what they added up to stays.
+//! Old events go, once they are aggregated; what they added up to stays.
 
 use std::{sync::Arc, time::Instant};
 
@@ -15,8 +15,8 @@ use crate::support::{
 
 both_stores!(
     old_events_go_and_their_figures_stay,
-    only_what_is_folded_goes,
-    news_of_what_is_gone_changes_no_streak,
+    only_what_is_aggregated_goes,
+    late_events_of_what_is_gone_change_no_streak,
     a_deleted_device_takes_what_is_gone_along,
 );
 
@@ -31,7 +31,7 @@ pub(crate) fn retention(days: u32) -> Retention {
     Retention::new(days, 300).unwrap()
 }
 
-pub(crate) async fn fold(store: &dyn Store) {
+pub(crate) async fn aggregate(store: &dyn Store) {
     while store.aggregate_events(at(3600)).await.unwrap() {}
 }
 
@@ -54,7 +54,7 @@ async fn old_events_go_and_their_figures_stay(fixture: &TestStore) {
         let events = vec![failure("pi", days_ago(days + 1)), success("other", days_ago(days))];
         write_at(&mut *writer, days_ago(days), events).await;
     }
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     let before = history(fixture, "pi").await;
     assert_eq!((before.raw_since, before.events.len()), (None, 6));
     let windows = [Window::last_24_hours(now()), Window::last_days(now(), 30)];
@@ -104,25 +104,25 @@ async fn old_events_go_and_their_figures_stay(fixture: &TestStore) {
     assert_eq!((page.total_events, page.next.is_some()), (2, true));
 }
 
-async fn only_what_is_folded_goes(fixture: &TestStore) {
+async fn only_what_is_aggregated_goes(fixture: &TestStore) {
     let mut writer = fixture.writer();
     write_at(&mut *writer, days_ago(70), vec![success("pi", days_ago(70))]).await;
     write(&mut *writer, vec![success("pi", at(0))]).await;
     expire(&*fixture.store, &retention(2)).await;
     assert_eq!(history(fixture, "pi").await.events.len(), 2);
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     expire(&*fixture.store, &retention(2)).await;
     assert_eq!(history(fixture, "pi").await.events.len(), 1);
     let month = fixture.store.window_figures(&Window::last_days(days_ago(60), 30)).await.unwrap();
     assert_eq!(month.total_syncs, 1);
 }
 
-async fn news_of_what_is_gone_changes_no_streak(fixture: &TestStore) {
+async fn late_events_of_what_is_gone_change_no_streak(fixture: &TestStore) {
     let mut writer = fixture.writer();
     for days in [70, 60, 50, 1] {
         write_at(&mut *writer, days_ago(days), vec![failure("pi", days_ago(days))]).await;
     }
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     expire(&*fixture.store, &retention(2)).await;
     assert_eq!(history(fixture, "pi").await.events.len(), 1);
     // The writer that was there before knows of it, and so does a new one.
@@ -157,9 +157,9 @@ async fn a_deleted_device_takes_what_is_gone_along(fixture: &TestStore) {
         ];
         write_at(&mut *writer, days_ago(days), events).await;
     }
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     expire(&*fixture.store, &retention(2)).await;
-    // Not folded yet.
+    // Not aggregated yet.
     let events = vec![failure("going", at(-1)), failure("staying", at(-1))];
     write_at(&mut *writer, at(7200), events).await;
     assert_eq!(history(fixture, "going").await.events.len(), 5);
@@ -187,7 +187,7 @@ async fn sqlite_drops_in_small_steps_and_gives_pages_back() {
             .map(|event| success(&format!("pi-{}", event % 200), at(batch * 1000 + event)));
         writer.write(&batch_at(days_ago(30), events.collect())).await.unwrap();
     }
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     let pages = || -> i64 {
         let connection = rusqlite::Connection::open(path).unwrap();
         connection.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap()
@@ -218,7 +218,7 @@ async fn what_a_clock_that_was_ahead_received_keeps_nothing_back() {
     for received in [days_ago(100), days_ago(-365), days_ago(99), days_ago(1)] {
         write_at(&mut *writer, received, vec![success("pi", days_ago(100))]).await;
     }
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     expire(&*fixture.store, &retention(40)).await;
     let history = history(&fixture, "pi").await;
     assert_eq!((history.events.len(), history.figures.total_syncs), (1, 4));
@@ -235,7 +235,7 @@ async fn a_long_read_delays_the_drop_and_nothing_else() {
     let mut writer = fixture.writer();
     write_at(&mut *writer, days_ago(70), vec![success("pi", days_ago(70))]).await;
     write(&mut *writer, vec![success("pi", at(0))]).await;
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     assert!(!fixture.store.drop_old_events(at(0), &retention(2)).await.unwrap(), "announced");
     assert!(!fixture.store.drop_old_events(at(60), &retention(2)).await.unwrap(), "too soon");
     let reader = connect(&target.config).await;
@@ -262,12 +262,12 @@ async fn events_find_a_place_in_a_month_that_was_being_dropped() {
     let Target::Postgres(target) = fixture.target() else { unreachable!() };
     let mut writer = fixture.writer();
     write_at(&mut *writer, days_ago(70), vec![success("pi", days_ago(70))]).await;
-    fold(&*fixture.store).await;
+    aggregate(&*fixture.store).await;
     let drop_it = async || fixture.store.drop_old_events(at(600), &retention(2)).await;
     assert!(!fixture.store.drop_old_events(at(0), &retention(2)).await.unwrap(), "announced");
     let import = async |device: &str| {
         let events = vec![success(device, days_ago(70))];
-        let batch = Batch { receipts: vec![days_ago(70)], ..Batch::new(at(600), events) };
+        let batch = Batch { received_at: vec![days_ago(70)], ..Batch::new(at(600), events) };
         fixture.writer().write(&Arc::new(batch)).await
     };
 

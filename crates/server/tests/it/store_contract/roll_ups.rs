@@ -1,4 +1,4 @@
-//! Figures of the last day, week and month are exact, whatever is folded when, and whatever comes late.
+//! Figures of the last day, week and month are exact, whatever is aggregated when, and whatever comes late.
 
 use std::{
     collections::BTreeMap,
@@ -24,11 +24,11 @@ use crate::support::{
 };
 
 both_stores!(
-    windows_are_exact_whatever_is_folded_when,
-    everything_is_folded_in_the_end,
-    a_database_that_was_filled_before_is_folded,
-    what_comes_behind_folding_is_folded_once,
-    a_batch_that_waited_until_folding_passed_it_is_counted,
+    windows_are_exact_whatever_is_aggregated_when,
+    everything_is_aggregated_in_the_end,
+    a_database_that_was_filled_before_is_aggregated,
+    what_comes_below_the_watermark_is_aggregated_once,
+    a_batch_that_waited_until_it_was_below_the_watermark_is_counted,
 );
 
 const HOUR: i64 = 60 * 60;
@@ -42,7 +42,7 @@ enum Step {
     WriteSlow(i64, Vec<(u8, i64, u32, Option<i64>)>),
     /// The same, of events that were received so many milliseconds after their dates.
     Import(i64, Vec<(u8, i64, u32, Option<i64>)>),
-    /// So many seconds pass, and a part of what is stored is folded.
+    /// So many seconds pass, and a part of what is stored is aggregated.
     Fold(i64),
     /// A device is deleted.
     Delete(u8),
@@ -152,7 +152,7 @@ fn events_at(now: Timestamp, events: Vec<(u8, i64, u32, Option<i64>)>) -> Vec<Sy
     events.into_iter().map(event).collect()
 }
 
-async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
+async fn windows_are_exact_whatever_is_aggregated_when(fixture: &TestStore) {
     let cases = if fixture.is_postgres() { 15 } else { 30 };
     let config =
         Config { cases, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
@@ -183,8 +183,8 @@ async fn windows_are_exact_whatever_is_folded_when(fixture: &TestStore) {
                         let received = |event: &SyncEvent| {
                             event.timestamp.saturating_add_milliseconds(took).min(now)
                         };
-                        let receipts = events.iter().map(received).collect();
-                        let batch = Arc::new(Batch { receipts, ..Batch::new(now, events) });
+                        let received_at = events.iter().map(received).collect();
+                        let batch = Arc::new(Batch { received_at, ..Batch::new(now, events) });
                         fixture.writer().write(&batch).await.unwrap();
                     }
                     Step::Fold(seconds) => {
@@ -221,32 +221,32 @@ async fn number(fixture: &TestStore, select: &str) -> i64 {
     }
 }
 
-async fn fold_everything(fixture: &TestStore, now: Timestamp) {
+async fn aggregate_everything(fixture: &TestStore, now: Timestamp) {
     while fixture.store.aggregate_events(now).await.unwrap() {}
 }
 
-async fn everything_is_folded_in_the_end(fixture: &TestStore) {
+async fn everything_is_aggregated_in_the_end(fixture: &TestStore) {
     let cast = if fixture.is_postgres() { "::bigint" } else { "" };
-    let folded = format!("select coalesce(sum(total_syncs), 0){cast} from device_days");
+    let watermark = format!("select coalesce(sum(total_syncs), 0){cast} from device_days");
     let hours = format!("select coalesce(sum(total_syncs), 0){cast} from fleet_hours");
-    fold_everything(fixture, at(0)).await;
-    assert_eq!(number(fixture, &folded).await, 0);
+    aggregate_everything(fixture, at(0)).await;
+    assert_eq!(number(fixture, &watermark).await, 0);
     let mut writer = fixture.writer();
     for batch in 0..6 {
         let events = (0..200).map(|event| failure(&format!("pi-{event}"), at(-batch * DAY)));
         write(&mut *writer, events.collect()).await;
     }
-    fold_everything(fixture, at(HOUR)).await;
-    for select in [&folded, &hours] {
+    aggregate_everything(fixture, at(HOUR)).await;
+    for select in [&watermark, &hours] {
         assert_eq!(number(fixture, select).await, 1200);
     }
     // Nothing twice.
-    fold_everything(fixture, at(2 * HOUR)).await;
-    assert_eq!(number(fixture, &folded).await, 1200);
+    aggregate_everything(fixture, at(2 * HOUR)).await;
+    assert_eq!(number(fixture, &watermark).await, 1200);
     assert_eq!(number(fixture, &hours).await, 1200);
 }
 
-async fn a_database_that_was_filled_before_is_folded(fixture: &TestStore) {
+async fn a_database_that_was_filled_before_is_aggregated(fixture: &TestStore) {
     let mut writer = fixture.writer();
     let mut sent = Vec::new();
     for days in [400, 200, 35, 20, 3, 0] {
@@ -262,13 +262,13 @@ async fn a_database_that_was_filled_before_is_folded(fixture: &TestStore) {
     }
     assert_exact(fixture, &sent, at(HOUR)).await;
     let cast = if fixture.is_postgres() { "::bigint" } else { "" };
-    let folded = format!("select sum(total_syncs){cast} from device_days");
-    assert_eq!(number(fixture, &folded).await, 120);
+    let watermark = format!("select sum(total_syncs){cast} from device_days");
+    assert_eq!(number(fixture, &watermark).await, 120);
 }
 
-/// Several nodes store events that were received long ago, then with slow clocks, while another folds: each is
-/// folded once, by whichever of them.
-async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
+/// Several nodes store events that were received long ago, then with slow clocks, while another aggregates: each is
+/// aggregated once, by whichever of them.
+async fn what_comes_below_the_watermark_is_aggregated_once(fixture: &TestStore) {
     const WRITERS: i64 = 3;
     const BATCHES: i64 = 40;
     let write = async |number: i64, is_import: bool| {
@@ -277,19 +277,19 @@ async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
             let event =
                 |step: i64| failure(&format!("pi-{}", (step + number) % 4), at(-step * 3601));
             let events: Vec<_> = (0..5).map(|step| event(step + batch)).collect();
-            let receipts: Vec<_> = events.iter().map(|event| event.timestamp).collect();
+            let received_at: Vec<_> = events.iter().map(|event| event.timestamp).collect();
             let batch = if is_import {
-                Batch { receipts, ..Batch::new(at(0), events) }
+                Batch { received_at, ..Batch::new(at(0), events) }
             } else {
                 Batch::new(at(-200 * number), events)
             };
             writer.write(&Arc::new(batch)).await.unwrap();
         }
     };
-    // The imports meet folding while it catches up, the slow clocks once it keeps up.
+    // The imports meet aggregation while it catches up, the slow clocks once it keeps up.
     for is_import in [true, false] {
         let writing = AtomicBool::new(true);
-        let fold = async {
+        let aggregate = async {
             // An hour passes, minute by minute.
             let mut minutes = 0;
             while writing.load(Ordering::Relaxed) {
@@ -303,23 +303,23 @@ async fn what_comes_behind_folding_is_folded_once(fixture: &TestStore) {
             futures_util::future::join3(first, second, third).await;
             writing.store(false, Ordering::Relaxed);
         };
-        futures_util::future::join(fold, write_all).await;
-        fold_everything(fixture, at(0)).await;
+        futures_util::future::join(aggregate, write_all).await;
+        aggregate_everything(fixture, at(0)).await;
     }
-    fold_everything(fixture, at(2 * HOUR)).await;
+    aggregate_everything(fixture, at(2 * HOUR)).await;
     let cast = if fixture.is_postgres() { "::bigint" } else { "" };
     for table in ["device_days", "fleet_hours"] {
-        let folded = format!("select sum(total_syncs){cast} from {table}");
-        assert_eq!(number(fixture, &folded).await, 2 * WRITERS * BATCHES * 5, "{table}");
+        let watermark = format!("select sum(total_syncs){cast} from {table}");
+        assert_eq!(number(fixture, &watermark).await, 2 * WRITERS * BATCHES * 5, "{table}");
     }
 }
 
 /// Attempts that met locks, a database that was away, or a long queue: however late a batch is written, the sums
-/// know of it. The writer looked how far folding had come before the batch was stamped.
-async fn a_batch_that_waited_until_folding_passed_it_is_counted(fixture: &TestStore) {
+/// know of it. The writer looked how far aggregation had come before the batch was stamped.
+async fn a_batch_that_waited_until_it_was_below_the_watermark_is_counted(fixture: &TestStore) {
     let mut writer = fixture.writer();
     write(&mut *writer, vec![failure("pi", at(0))]).await;
-    fold_everything(fixture, at(120)).await;
+    aggregate_everything(fixture, at(120)).await;
     for (seconds, waited) in [(1, 16), (2, 60), (3, 3600)] {
         let stamped = Instant::now().checked_sub(Duration::from_secs(waited)).unwrap();
         let event = failure("pi", at(seconds));
@@ -335,9 +335,9 @@ async fn a_batch_that_waited_until_folding_passed_it_is_counted(fixture: &TestSt
     })));
 }
 
-/// A transaction that takes longer than folding waits, such as one whose commit waits for a standby.
+/// A transaction that takes longer than aggregation waits, such as one whose commit waits for a standby.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn folding_waits_for_transactions_that_are_older_than_what_it_folds() {
+async fn aggregation_waits_for_transactions_that_are_older_than_what_it_aggregates() {
     let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
     let Target::Postgres(target) = fixture.target() else { unreachable!() };
     let mut slow = connect(&target.config).await;
@@ -353,12 +353,12 @@ async fn folding_waits_for_transactions_that_are_older_than_what_it_folds() {
     let insert = "insert into sync_events (device_id, timestamp, total_files_synced, total_errors, created_at)
                   values ('pi', $1, 0, 1, $1)";
     transaction.execute(insert, &[&now.to_jiff()]).await.unwrap();
-    fold_everything(&fixture, after(600)).await;
+    aggregate_everything(&fixture, after(600)).await;
     assert_eq!(number(&fixture, "select sum(total_syncs)::bigint from fleet_hours").await, 1);
     transaction.commit().await.unwrap();
     assert_eq!(fixture.store.verify_hours().await.unwrap(), []);
 
-    fold_everything(&fixture, after(600)).await;
+    aggregate_everything(&fixture, after(600)).await;
     assert_eq!(number(&fixture, "select sum(total_syncs)::bigint from fleet_hours").await, 2);
     assert_eq!(fixture.store.verify_hours().await.unwrap(), []);
 }

@@ -148,7 +148,7 @@ async fn whatever_a_trigger_drops_refuses_the_data(fixture: &TestStore) {
             let at_once = Batch::new(now(), events.clone());
             // As an import has them.
             let mut received_before = Batch::new(now(), events);
-            received_before.receipts = vec![at(-1); received_before.events.len()];
+            received_before.received_at = vec![at(-1); received_before.events.len()];
             for batch in [at_once, received_before] {
                 let error = writer.write(&Arc::new(batch)).await.unwrap_err();
                 assert!(matches!(error, StoreError::Rejected(_)), "{rule}: {error:?}");

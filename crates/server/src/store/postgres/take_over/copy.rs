@@ -177,7 +177,7 @@ pub(super) async fn count_figures(
     let latest = now.saturating_add_milliseconds(LONGEST_LEAD).to_jiff();
     transaction.execute(&count, &[&latest]).await?;
     report(&Progress::Aggregating);
-    roll_ups::fold_between(transaction, Timestamp::MIN, roll_ups::final_until(now)).await?;
+    roll_ups::aggregate_between(transaction, Timestamp::MIN, roll_ups::final_until(now)).await?;
     transaction.batch_execute("analyze device_jobs, device_days, fleet_hours").await
 }
 

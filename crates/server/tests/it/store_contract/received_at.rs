@@ -21,8 +21,8 @@ const DAY: i64 = 24 * 60 * 60;
 
 /// Events that are stored now, each with the time at which it was received.
 fn received(events: Vec<(Timestamp, SyncEvent)>) -> Arc<Batch> {
-    let (receipts, events) = events.into_iter().unzip();
-    Arc::new(Batch { receipts, ..Batch::new(now(), events) })
+    let (received_at, events) = events.into_iter().unzip();
+    Arc::new(Batch { received_at, ..Batch::new(now(), events) })
 }
 
 async fn events_keep_their_receive_times(fixture: &TestStore) {
@@ -79,7 +79,7 @@ async fn a_duplicate_is_told_with_its_own_receive_time(fixture: &TestStore) {
 
 async fn what_is_older_than_is_kept_counts_and_goes(fixture: &TestStore) {
     let retention = Retention::new(40, 300).unwrap();
-    let fold_and_drop = async || {
+    let aggregate_and_drop = async || {
         while fixture.store.aggregate_events(at(3600)).await.unwrap() {}
         for minutes in [0, 10] {
             let now = at(minutes * 60);
@@ -93,7 +93,7 @@ async fn what_is_older_than_is_kept_counts_and_goes(fixture: &TestStore) {
     let mut writer = fixture.writer();
     write_at(&mut *writer, at(-100 * DAY), vec![failure("pi", at(-100 * DAY))]).await;
     write(&mut *writer, vec![failure("pi", at(0))]).await;
-    fold_and_drop().await;
+    aggregate_and_drop().await;
     assert!(history().await.raw_since.is_some());
 
     let old = [success("pi", at(-95 * DAY)), failure("pi", at(-94 * DAY))];
@@ -107,6 +107,6 @@ async fn what_is_older_than_is_kept_counts_and_goes(fixture: &TestStore) {
         assert_eq!(found.figures.consecutive_failures, 2);
         assert_eq!(fixture.store.window_figures(&window).await.unwrap().total_syncs, 3);
         assert_eq!(found.events.len(), rows);
-        fold_and_drop().await;
+        aggregate_and_drop().await;
     }
 }
