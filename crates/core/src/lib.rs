@@ -20,6 +20,6 @@ pub use metadata::Metadata;
 pub use quantity::{Mbps, SyncDuration};
 pub use received_event::ReceivedEvent;
 pub use sync_event::{Arrival, DeviceClock, ParseError, SyncEvent};
-pub use text::{DeviceId, EventId, JobName};
+pub use text::{DeviceId, EventId, GroupName, JobName};
 pub use timestamp::{Timestamp, TimestampError};
 pub use violation::{Violation, ViolationCode};

@@ -1,4 +1,4 @@
-//! Names of devices, their jobs and their events. They are made once at the edge. All other code relies on them having
+//! Names of devices, their groups, their jobs and their events. They are made once at the edge. All other code relies on them having
 //! no control characters and a bounded length.
 
 use std::{borrow::Borrow, fmt, sync::Arc};
@@ -137,6 +137,11 @@ name! {
 name! {
     /// The name of a device's job: 1 to 100 characters, no control characters.
     JobName, 100
+}
+
+name! {
+    /// The group that people put a device in: 1 to 100 characters, no control characters.
+    GroupName, 100
 }
 
 name! {

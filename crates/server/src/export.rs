@@ -4,7 +4,7 @@
 
 use std::io::{self, Write};
 
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 
 use crate::{
     event_format::{Format, HistoryEvent},
@@ -22,7 +22,7 @@ pub struct Export {
     /// Only events of this device.
     pub device: Option<DeviceId>,
     /// Only events of devices in this group.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
     /// Only events dated at this time or later.
     pub from: Option<Timestamp>,
     /// Only events dated at this time or earlier.
@@ -65,7 +65,7 @@ impl Export {
         let mut after: Option<DeviceId> = None;
         loop {
             let last = after.as_ref().map(DeviceId::as_str);
-            let devices = store.device_ids(self.group.as_deref(), last).await?;
+            let devices = store.device_ids(self.group.as_ref(), last).await?;
             for device_id in &devices {
                 // A device that was deleted meanwhile has no events.
                 self.write_device(store, device_id, output, &mut events, &mut watch).await?;

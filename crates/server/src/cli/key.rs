@@ -2,7 +2,7 @@
 //! and never logged.
 
 use clap::{Args, Subcommand};
-use pisync_core::{DeviceId, Timestamp, text::check_text};
+use pisync_core::{DeviceId, GroupName, Timestamp, text::check_text};
 use serde_json::{Value, json};
 
 use super::{database, exit::Failure, output::JsonArgs};
@@ -14,8 +14,6 @@ use crate::{
     random::Randomness,
     store::{Actor, ApiKey, Revocation, Scope, Via},
 };
-
-const MAX_GROUP: usize = 100;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -167,9 +165,8 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
 }
 
 /// The name of a group that was typed.
-pub(super) fn group_name(text: &str) -> Result<String, Failure> {
-    check_text(text, MAX_GROUP).map_err(|error| Failure::usage(format!("--group {error}")))?;
-    Ok(text.to_owned())
+pub(super) fn group_name(text: &str) -> Result<GroupName, Failure> {
+    GroupName::new(text).map_err(|error| Failure::usage(format!("--group {error}")))
 }
 
 fn wish(

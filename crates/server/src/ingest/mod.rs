@@ -16,7 +16,7 @@ mod task;
 
 use std::sync::{Arc, atomic::AtomicBool};
 
-use pisync_core::{SyncEvent, Timestamp};
+use pisync_core::{GroupName, SyncEvent, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use self::{
@@ -132,7 +132,7 @@ impl Ingest {
     pub fn submit(
         &self,
         event: SyncEvent,
-        group: Option<String>,
+        group: Option<GroupName>,
     ) -> impl Future<Output = Result<Receipt, IngestError>> {
         let mut permit = Permit::new(&self.load, false);
         let lane = self.lane(group.as_ref());
@@ -150,7 +150,7 @@ impl Ingest {
     pub async fn submit_many(
         &self,
         events: Vec<SyncEvent>,
-        group: Option<String>,
+        group: Option<GroupName>,
         mut permit: Permit,
     ) -> Result<Vec<Receipt>, IngestError> {
         let count = events.len();
@@ -163,7 +163,7 @@ impl Ingest {
         self.wait_for(waiting, count).await
     }
 
-    fn lane(&self, group: Option<&String>) -> &Lane {
+    fn lane(&self, group: Option<&GroupName>) -> &Lane {
         if group.is_some() { &self.grouped } else { &self.any }
     }
 

@@ -6,7 +6,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicIsize, Ordering},
 };
 
-use pisync_core::SyncEvent;
+use pisync_core::{GroupName, SyncEvent};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::{IngestError, Receipt, permits::Permit};
@@ -15,13 +15,13 @@ use super::{IngestError, Receipt, permits::Permit};
 pub(super) enum Submission {
     One {
         event: SyncEvent,
-        group: Option<String>,
+        group: Option<GroupName>,
         reply: oneshot::Sender<Result<Receipt, IngestError>>,
         permit: Permit,
     },
     Many {
         events: Vec<SyncEvent>,
-        group: Option<String>,
+        group: Option<GroupName>,
         reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>,
         permit: Permit,
     },
@@ -67,13 +67,13 @@ impl Submission {
 /// A submission without its events, which are in a batch.
 pub(super) enum Waiter {
     One {
-        group: Option<String>,
+        group: Option<GroupName>,
         reply: oneshot::Sender<Result<Receipt, IngestError>>,
         _permit: Permit,
     },
     Many {
         count: usize,
-        group: Option<String>,
+        group: Option<GroupName>,
         reply: oneshot::Sender<Result<Vec<Receipt>, IngestError>>,
         _permit: Permit,
     },
@@ -88,7 +88,7 @@ impl Waiter {
     }
 
     /// The group that its devices must be in.
-    pub(super) fn group(&self) -> Option<&String> {
+    pub(super) fn group(&self) -> Option<&GroupName> {
         match self {
             Self::One { group, .. } | Self::Many { group, .. } => group.as_ref(),
         }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 use tokio::time::Instant;
 
 use crate::store::{ApiKey, KeyHash, KeyStore, Keys, Scope, StoreError};
@@ -43,7 +43,7 @@ pub struct Key {
     /// The only device that the key may report for.
     pub device_id: Option<String>,
     /// The only group whose devices the key may report for.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
     expires_at: Option<Timestamp>,
     revoked: bool,
     /// The start of the hour of its last use, in milliseconds; `i64::MIN` if it was never used.
@@ -54,14 +54,17 @@ pub struct Key {
 
 impl Key {
     fn new(stored: &ApiKey, last_used: i64, use_is_noted: bool) -> Self {
+        let group = stored.group.as_deref().and_then(|group| GroupName::new(group).ok());
+        let has_wrong_group = group.is_none() && stored.group.is_some();
         Self {
             id: stored.id,
             hash: stored.hash,
             scope: stored.scope,
             device_id: stored.device_id.clone(),
-            group: stored.group.clone(),
+            group,
             expires_at: stored.expires_at,
-            revoked: stored.revoked_at.is_some(),
+            // Foreign SQL may have written a group that is none. Such a key must not report for all of them.
+            revoked: stored.revoked_at.is_some() || has_wrong_group,
             last_used: AtomicI64::new(last_used),
             use_is_noted: AtomicBool::new(use_is_noted),
         }
@@ -294,6 +297,32 @@ mod tests {
 
         async fn revoke_key(&self, _: i64, _: &Actor) -> Result<Revocation, StoreError> {
             Err(StoreError::Stopped)
+        }
+    }
+
+    /// Foreign SQL may write anything. What is no group must not become none, which stands for all groups.
+    #[test]
+    fn a_key_of_a_group_that_cannot_be_opens_nothing() {
+        let key = |group: Option<&str>| {
+            let stored = ApiKey {
+                id: 1,
+                hash: [0; 32],
+                hint: String::new(),
+                name: None,
+                scope: Scope::Ingest,
+                device_id: None,
+                group: group.map(str::to_owned),
+                created_at: Timestamp::MIN,
+                expires_at: None,
+                revoked_at: None,
+                last_used: None,
+            };
+            Key::new(&stored, i64::MIN, true)
+        };
+        for (group, opens) in [(None, true), (Some("school"), true), (Some(""), false)] {
+            let key = key(group);
+            assert_eq!(key.is_revoked(), !opens, "{group:?}");
+            assert_eq!(key.group.as_ref().map(GroupName::as_str), group.filter(|_| opens));
         }
     }
 

@@ -4,7 +4,7 @@
 mod keyring;
 mod secret;
 
-use pisync_core::{DeviceId, Timestamp, ViolationCode};
+use pisync_core::{DeviceId, GroupName, Timestamp, ViolationCode};
 
 pub use keyring::{Key, Keyring, REFRESH_INTERVAL, follow};
 pub use secret::{Secret, WrongSecret, hash};
@@ -27,7 +27,7 @@ pub struct KeyWish {
     /// The only device that the key may report for.
     pub device_id: Option<DeviceId>,
     /// The only group whose devices the key may report for. A new device is added to it.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
     /// From this time on the key is not valid.
     pub expires_at: Option<Timestamp>,
 }

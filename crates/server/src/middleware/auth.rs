@@ -7,7 +7,7 @@ use axum::{
     extract::{FromRequestParts, Request},
     http::{HeaderMap, HeaderName, HeaderValue, Uri, Version, header, request::Parts},
 };
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 
 use crate::{
     api::{
@@ -291,7 +291,7 @@ impl<S: Send + Sync> FromRequestParts<S> for WithKey {
 pub(crate) fn check_report<'a>(
     key: Option<&Key>,
     device_ids: impl IntoIterator<Item = &'a DeviceId>,
-) -> Result<Option<String>, ApiError> {
+) -> Result<Option<GroupName>, ApiError> {
     let Some(key) = key else { return Ok(None) };
     if device_ids.into_iter().all(|device_id| key.may_report_for(device_id)) {
         Ok(key.group.clone())

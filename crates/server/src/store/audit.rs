@@ -59,10 +59,11 @@ impl NewAuditEntry {
 
     pub(super) fn device_updated(device_id: &DeviceId, change: &DeviceChange) -> Self {
         let mut details = serde_json::Map::new();
-        for (field, value) in [("name", &change.name), ("group", &change.group)] {
-            if let Some(value) = value {
-                details.insert(field.to_owned(), json!(value));
-            }
+        if let Some(name) = &change.name {
+            details.insert("name".to_owned(), json!(name));
+        }
+        if let Some(group) = &change.group {
+            details.insert("group".to_owned(), json!(group));
         }
         Self::new("device.update", device_id.as_str(), &Value::Object(details))
     }

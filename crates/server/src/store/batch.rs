@@ -8,7 +8,8 @@ use std::{
 };
 
 use pisync_core::{
-    DeviceId, EventId, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
+    DeviceId, EventId, GroupName, JobFigures, JobName, Mbps, Metadata, SyncDuration, SyncEvent,
+    Timestamp,
 };
 
 use super::{ImportStep, OtherGroup, StoreError, StoredEvent};
@@ -38,7 +39,7 @@ pub struct GroupClaim {
     /// Their positions in the batch.
     pub events: Range<usize>,
     /// The group.
-    pub group: String,
+    pub group: GroupName,
 }
 
 /// What became of a batch that was committed. It has no default: one without ids would answer for events that
@@ -189,11 +190,11 @@ impl Batch {
     }
 
     /// The devices that claims are about, in byte-wise order, each with the group that it is put in when it is new.
-    pub(super) fn claimed_devices(&self) -> BTreeMap<&DeviceId, &str> {
+    pub(super) fn claimed_devices(&self) -> BTreeMap<&DeviceId, &GroupName> {
         let mut claimed = BTreeMap::new();
         for GroupClaim { events, group } in &self.claims {
             for event in &self.events[events.clone()] {
-                claimed.entry(&event.device_id).or_insert(group.as_str());
+                claimed.entry(&event.device_id).or_insert(group);
             }
         }
         claimed
@@ -204,18 +205,18 @@ impl Batch {
     pub(super) fn check_claims(
         &self,
         groups: &HashMap<String, Option<String>>,
-    ) -> Result<BTreeMap<&DeviceId, &str>, OtherGroup> {
-        let mut registered: BTreeMap<&DeviceId, &str> = BTreeMap::new();
+    ) -> Result<BTreeMap<&DeviceId, &GroupName>, OtherGroup> {
+        let mut registered: BTreeMap<&DeviceId, &GroupName> = BTreeMap::new();
         let mut refused = Vec::new();
         for GroupClaim { events, group } in &self.claims {
             let devices = || self.events[events.clone()].iter().map(|event| &event.device_id);
             let is_right = |device_id: &DeviceId| match groups.get(device_id.as_str()) {
-                Some(found) => found.as_ref() == Some(group),
-                None => registered.get(device_id).is_none_or(|found| found == group),
+                Some(found) => found.as_deref() == Some(group.as_str()),
+                None => registered.get(device_id).is_none_or(|found| *found == group),
             };
             if devices().all(is_right) {
                 let new = devices().filter(|device_id| !groups.contains_key(device_id.as_str()));
-                registered.extend(new.map(|device_id| (device_id, group.as_str())));
+                registered.extend(new.map(|device_id| (device_id, group)));
             } else {
                 refused.push(events.start);
             }

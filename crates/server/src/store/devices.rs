@@ -1,7 +1,7 @@
 //! Devices: how they are listed, looked up and changed. Deleting one takes many transactions; see [`super::deletion`].
 
 use async_trait::async_trait;
-use pisync_core::DeviceId;
+use pisync_core::{DeviceId, GroupName};
 
 use super::{Actor, Device, DeviceWithJobs, Page, StoreError};
 
@@ -21,7 +21,7 @@ pub trait DeviceStore: Send + Sync {
     /// device `after`; empty behind the last.
     async fn device_ids(
         &self,
-        group: Option<&str>,
+        group: Option<&GroupName>,
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError>;
 
@@ -40,7 +40,7 @@ pub struct DeviceQuery {
     /// Part of the device id or name, whatever the case of ASCII letters.
     pub search: Option<String>,
     /// Only of this group.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
     /// By what.
     pub sort: DeviceSort,
     /// Largest or latest first.
@@ -98,7 +98,7 @@ pub struct DeviceChange {
     /// What people call it.
     pub name: Option<Option<String>>,
     /// Its group.
-    pub group: Option<Option<String>>,
+    pub group: Option<Option<GroupName>>,
 }
 
 /// The pattern for `like … escape '\'` that finds `text` anywhere, taken literally.

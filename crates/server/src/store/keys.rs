@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 use serde_json::{Value, json};
 
 use super::{Actor, StoreError};
@@ -70,7 +70,7 @@ pub struct NewKey {
     /// The only device that it may report for.
     pub device_id: Option<DeviceId>,
     /// The only group whose devices it may report for; a new device is put in it.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
     /// From when on it opens nothing.
     pub expires_at: Option<Timestamp>,
 }

@@ -14,7 +14,9 @@ use tokio::sync::Notify;
 use crate::{
     ingest::{Reporters, stored_ids},
     support::{
-        events::{at, batch_at, device_id, failure, now, of_job, somebody, success, write_at},
+        events::{
+            at, batch_at, device_id, failure, group_name, now, of_job, somebody, success, write_at,
+        },
         http::{event, with},
         postgres::connect,
         program::{Installed, Program, url},
@@ -80,7 +82,7 @@ async fn fill(fixture: &TestStore) {
         .await;
     let change = DeviceChange {
         name: Some(Some("Library".to_owned())),
-        group: Some(Some("school".to_owned())),
+        group: Some(Some(group_name("school"))),
     };
     fixture.store.update_device(&device_id("pi-1"), &change, &somebody()).await.unwrap();
     // One that has not reported.

@@ -6,7 +6,7 @@ use pisync::store::{self, Batch, DeviceChange, Target, Window};
 use pisync_core::{Arrival, EventId, Mbps, Metadata, SyncDuration, SyncEvent};
 
 use crate::support::{
-    events::{at, device_id, failure, now, of_job, somebody, success},
+    events::{at, device_id, failure, group_name, now, of_job, somebody, success},
     program::{Installed, url, without_expected_warnings},
     store::{TestDatabase, assert_right, differences},
 };
@@ -144,7 +144,7 @@ async fn only_what_is_asked_for(installed: &Installed) {
     let store = store::open(&database.target).await.unwrap();
     for device in ["pi", "a/b?c#d%20"] {
         let change =
-            DeviceChange { group: Some(Some("school".to_owned())), ..DeviceChange::default() };
+            DeviceChange { group: Some(Some(group_name("school"))), ..DeviceChange::default() };
         store.update_device(&device_id(device), &change, &somebody()).await.unwrap();
     }
     store.close().await.unwrap();

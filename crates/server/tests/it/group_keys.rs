@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::{
     keys::{LockedServer, forbidden, until},
     support::{
-        events::{at, device_id, now, somebody, success},
+        events::{at, device_id, group_name, now, somebody, success},
         http::{Client, event, with},
         postgres::connect,
         store::{TestStore, on_postgres, wish},
@@ -38,7 +38,7 @@ mod served {
     );
 
     fn of(group: &str) -> KeyWish {
-        KeyWish { group: Some(group.to_owned()), ..wish(Scope::Ingest) }
+        KeyWish { group: Some(group_name(group)), ..wish(Scope::Ingest) }
     }
 
     fn batch(devices: &[&str]) -> Value {
@@ -265,7 +265,7 @@ mod nodes {
 
     fn claiming(group: &str, devices: &[String]) -> Arc<Batch> {
         let events: Vec<_> = devices.iter().map(|device| success(device, at(-1))).collect();
-        let claims = vec![GroupClaim { events: 0..events.len(), group: group.to_owned() }];
+        let claims = vec![GroupClaim { events: 0..events.len(), group: group_name(group) }];
         Arc::new(Batch { claims, ..Batch::new(now(), events) })
     }
 
@@ -351,6 +351,6 @@ mod nodes {
     }
 
     fn change(group: &str) -> DeviceChange {
-        DeviceChange { group: Some(Some(group.to_owned())), ..DeviceChange::default() }
+        DeviceChange { group: Some(Some(group_name(group))), ..DeviceChange::default() }
     }
 }

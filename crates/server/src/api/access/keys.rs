@@ -6,7 +6,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header, request::Parts},
     response::Response,
 };
-use pisync_core::{DeviceId, Timestamp, Violation, ViolationCode, text::check_text};
+use pisync_core::{DeviceId, GroupName, Timestamp, Violation, ViolationCode, text::check_text};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -34,7 +34,6 @@ use crate::{
 };
 
 const BODY_LIMIT: usize = 64 << 10;
-const MAX_GROUP: usize = 100;
 
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(list_keys, create_key), RoutePolicy::API)
@@ -320,7 +319,7 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
         scope: scope.unwrap_or(Scope::Ingest),
         name: fields.optional("name", |text| short(text, MAX_NAME)),
         device_id: fields.optional("device_id", DeviceId::new),
-        group: fields.optional("group", |text| short(text, MAX_GROUP)),
+        group: fields.optional("group", GroupName::new),
         expires_at: fields.optional("expires_at", Timestamp::from_iso8601),
     };
     for Problem { field, code, rule } in wish.problems(now) {

@@ -1,6 +1,7 @@
 //! `GET /api/devices`: the devices of the fleet, in pages. `one` defines how a device looks.
 
 use axum::extract::State;
+use pisync_core::GroupName;
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -8,7 +9,7 @@ use utoipa_axum::routes;
 use crate::{
     api::{
         SharedState,
-        devices::one::{DeviceData, MAX_GROUP},
+        devices::one::DeviceData,
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, WithQuery},
@@ -125,7 +126,7 @@ async fn list_devices(
     let (sort, descending) = query.choice("sort", &SORTS).unwrap_or((DeviceSort::DeviceId, false));
     let device_query = DeviceQuery {
         search: query.text("q", MAX_SEARCH),
-        group: query.text("group", MAX_GROUP),
+        group: query.name("group", GroupName::new),
         sort,
         descending,
         limit: query.limit().unwrap_or(DEFAULT_LIMIT),

@@ -1,7 +1,7 @@
 //! `GET|PATCH|DELETE /api/device/{device_id}`: one device and its jobs. Reports create devices; nothing here does.
 
 use axum::extract::{Request, State};
-use pisync_core::{Timestamp, text::check_text};
+use pisync_core::{GroupName, Timestamp, text::check_text};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -27,7 +27,6 @@ use crate::{
 
 const BODY_LIMIT: usize = 64 << 10;
 const MAX_NAME: usize = 255;
-pub(super) const MAX_GROUP: usize = 100;
 
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(get_device, update_device, delete_device), RoutePolicy::API)
@@ -217,7 +216,7 @@ fn read_change(body: &[u8]) -> Result<DeviceChange, ApiError> {
     let mut fields = Fields::of(body)?;
     let change = DeviceChange {
         name: fields.nullable("name", |text| short(text, MAX_NAME)),
-        group: fields.nullable("group", |text| short(text, MAX_GROUP)),
+        group: fields.nullable("group", GroupName::new),
     };
     fields.finish()?;
     Ok(change)

@@ -5,8 +5,9 @@ use std::ops::RangeInclusive;
 
 use percent_encoding::percent_decode_str;
 use pisync_core::{
-    JobName, Timestamp, TimestampError, Violation, ViolationCode, decimal::parse_scaled,
-    text::check_text,
+    JobName, Timestamp, TimestampError, Violation, ViolationCode,
+    decimal::parse_scaled,
+    text::{TextError, check_text},
 };
 use serde_json::Value;
 
@@ -182,6 +183,19 @@ impl QueryString {
         let text = self.get(name)?;
         match check_text(&text, most) {
             Ok(()) => Some(text),
+            Err(error) => self.refuse(name, error.code(), &error.to_string(), text),
+        }
+    }
+
+    /// A name, as `read` parses it.
+    pub fn name<T>(
+        &mut self,
+        name: &'static str,
+        read: impl FnOnce(&str) -> Result<T, TextError>,
+    ) -> Option<T> {
+        let text = self.get(name)?;
+        match read(&text) {
+            Ok(read) => Some(read),
             Err(error) => self.refuse(name, error.code(), &error.to_string(), text),
         }
     }

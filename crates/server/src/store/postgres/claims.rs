@@ -50,7 +50,7 @@ impl ClaimStatements {
         let (device_ids, groups): (Vec<&str>, Vec<&str>) = batch
             .claimed_devices()
             .into_iter()
-            .map(|(device_id, group)| (device_id.as_str(), group))
+            .map(|(device_id, group)| (device_id.as_str(), group.as_str()))
             .unzip();
         let received = batch.received.to_jiff();
         let columns: [&(dyn ToSql + Sync); 3] = [&device_ids, &groups, &received];

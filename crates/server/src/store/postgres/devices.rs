@@ -1,7 +1,7 @@
 //! Devices in PostgreSQL. Statements are prepared once per connection.
 
 use async_trait::async_trait;
-use pisync_core::DeviceId;
+use pisync_core::{DeviceId, GroupName};
 use tokio_postgres::{Error, Row};
 
 use super::{
@@ -28,7 +28,7 @@ impl DeviceStore for PostgresStore {
 
     async fn device_ids(
         &self,
-        group: Option<&str>,
+        group: Option<&GroupName>,
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError> {
         self.call(async |connection| device_ids(connection, group, after).await).await
@@ -75,12 +75,13 @@ async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<De
     );
     let count = format!("select count(*) from devices d where {FILTER}");
     let search = query.search.as_deref().map(like_pattern);
+    let group = query.group.as_ref().map(GroupName::as_str);
     let snapshot = snapshot(connection).await?;
     let select = snapshot.prepare_cached(&select).await?;
     let (limit, offset) = (i64::from(query.limit), query.offset.cast_signed());
-    let rows = snapshot.query(&select, &[&search, &query.group, &limit, &offset]).await?;
+    let rows = snapshot.query(&select, &[&search, &group, &limit, &offset]).await?;
     let count = snapshot.prepare_cached(&count).await?;
-    let total: i64 = snapshot.query_one(&count, &[&search, &query.group]).await?.try_get(0)?;
+    let total: i64 = snapshot.query_one(&count, &[&search, &group]).await?.try_get(0)?;
     Ok(Page {
         items: rows.iter().map(device_row).collect::<Result<_, _>>()?,
         total: total.cast_unsigned(),
@@ -113,7 +114,7 @@ async fn device(
 /// One page of devices' ids, in byte-wise order.
 async fn device_ids(
     connection: &Object,
-    group: Option<&str>,
+    group: Option<&GroupName>,
     after: Option<&str>,
 ) -> Result<Vec<DeviceId>, Error> {
     const DEVICE_IDS_AFTER: &str = r#"
@@ -124,7 +125,9 @@ async fn device_ids(
          limit $3
     "#;
     let select = connection.prepare_cached(DEVICE_IDS_AFTER).await?;
-    let rows = connection.query(&select, &[&after, &group, &i64::from(DEVICE_IDS)]).await?;
+    let rows = connection
+        .query(&select, &[&after, &group.map(GroupName::as_str), &i64::from(DEVICE_IDS)])
+        .await?;
     // What foreign SQL has named so that nobody can ask for it has no history either.
     let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
     rows.iter().filter_map(|row| device_id(row).transpose()).collect()
@@ -152,7 +155,7 @@ async fn update_device(
                 &change.name.is_some(),
                 &change.name.as_ref().and_then(Option::as_ref),
                 &change.group.is_some(),
-                &change.group.as_ref().and_then(Option::as_ref),
+                &change.group.as_ref().and_then(Option::as_ref).map(GroupName::as_str),
             ],
         )
         .await?;

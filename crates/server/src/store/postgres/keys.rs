@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use deadpool_postgres::Transaction;
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use super::{
@@ -74,7 +74,7 @@ async fn create_key(connection: &mut Object, key: &NewKey, by: &Actor) -> Result
                 &key.name,
                 &key.scope.as_str(),
                 &key.device_id.as_ref().map(DeviceId::as_str),
-                &key.group,
+                &key.group.as_ref().map(GroupName::as_str),
                 &by.at.to_jiff(),
                 &key.expires_at.map(Timestamp::to_jiff),
             ],

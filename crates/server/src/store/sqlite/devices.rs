@@ -2,7 +2,7 @@
 //! once.
 
 use async_trait::async_trait;
-use pisync_core::DeviceId;
+use pisync_core::{DeviceId, GroupName};
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, named_params, params};
 
 use super::{
@@ -33,12 +33,12 @@ impl DeviceStore for SqliteStore {
 
     async fn device_ids(
         &self,
-        group: Option<&str>,
+        group: Option<&GroupName>,
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError> {
-        let [group, after] = [group, after].map(|text| text.map(str::to_owned));
+        let (group, after) = (group.cloned(), after.map(str::to_owned));
         self.read_events(Cost::Short, move |connection| {
-            device_ids(connection, group.as_deref(), after.as_deref())
+            device_ids(connection, group.as_ref(), after.as_deref())
         })
         .await
     }
@@ -87,12 +87,13 @@ fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Pag
     );
     let count = format!("select count(*) from devices d where {FILTER}");
     let search = query.search.as_deref().map(like_pattern);
+    let group = query.group.as_ref().map(GroupName::as_str);
     let snapshot = connection.unchecked_transaction()?;
     let items = snapshot
         .prepare_cached(&select)?
         .query_map(
             named_params! {
-                ":search": search, ":group": query.group,
+                ":search": search, ":group": group,
                 ":limit": query.limit, ":offset": query.offset.cast_signed(),
             },
             device_row,
@@ -100,7 +101,7 @@ fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Pag
         .collect::<rusqlite::Result<_>>()?;
     let total: i64 = snapshot
         .prepare_cached(&count)?
-        .query_row(named_params! { ":search": search, ":group": query.group }, |row| row.get(0))?;
+        .query_row(named_params! { ":search": search, ":group": group }, |row| row.get(0))?;
     Ok(Page { items, total: total.cast_unsigned() })
 }
 
@@ -128,7 +129,7 @@ fn device(
 /// One page of devices' ids, in byte-wise order.
 fn device_ids(
     connection: &Connection,
-    group: Option<&str>,
+    group: Option<&GroupName>,
     after: Option<&str>,
 ) -> rusqlite::Result<Vec<DeviceId>> {
     const DEVICE_IDS_AFTER: &str = r#"
@@ -139,7 +140,7 @@ fn device_ids(
          limit :limit
     "#;
     let mut select = connection.prepare_cached(DEVICE_IDS_AFTER)?;
-    let parameters = named_params! { ":after": after, ":group": group, ":limit": DEVICE_IDS };
+    let parameters = named_params! { ":after": after, ":group": group.map(GroupName::as_str), ":limit": DEVICE_IDS };
     let rows = select.query_map(parameters, |row| row.get::<_, String>(0))?;
     // What foreign SQL has named so that nobody can ask for it has no history either.
     rows.filter_map(|id| id.map(|id| DeviceId::new(&id).ok()).transpose()).collect()
@@ -166,7 +167,7 @@ fn update_device(
             change.name.is_some(),
             change.name.as_ref().and_then(Option::as_ref),
             change.group.is_some(),
-            change.group.as_ref().and_then(Option::as_ref),
+            change.group.as_ref().and_then(Option::as_ref).map(GroupName::as_str),
         ],
     )?;
     if changed == 0 {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use pisync_core::{DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration, Timestamp};
+use pisync_core::{DeviceId, EventId, GroupName, JobName, Mbps, Metadata, SyncDuration, Timestamp};
 use rusqlite::{
     CachedStatement, OptionalExtension, Transaction,
     ffi::{SQLITE_CONSTRAINT_PRIMARYKEY, SQLITE_CONSTRAINT_ROWID},
@@ -52,15 +52,18 @@ pub(super) fn groups_of(
 /// Registers devices in groups.
 pub(super) fn register(
     transaction: &Transaction<'_>,
-    devices: &BTreeMap<&DeviceId, &str>,
+    devices: &BTreeMap<&DeviceId, &GroupName>,
     received: Timestamp,
 ) -> rusqlite::Result<()> {
     const REGISTER: &str =
         r#"insert into devices (device_id, "group", created_at) values (?1, ?2, ?3)"#;
     let mut insert = transaction.prepare_cached(REGISTER)?;
     for (device_id, group) in devices {
-        let written =
-            insert.execute(params![device_id.as_str(), group, received.as_millisecond()])?;
+        let written = insert.execute(params![
+            device_id.as_str(),
+            group.as_str(),
+            received.as_millisecond()
+        ])?;
         expect_row("devices", written)?;
     }
     Ok(())

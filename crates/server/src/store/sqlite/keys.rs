@@ -1,7 +1,7 @@
 //! API keys in SQLite.
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 
 use super::{
@@ -53,7 +53,7 @@ fn create_key(connection: &mut Connection, key: &NewKey, by: &Actor) -> rusqlite
         key.name,
         key.scope.as_str(),
         key.device_id.as_ref().map(DeviceId::as_str),
-        key.group,
+        key.group.as_ref().map(GroupName::as_str),
         by.at.as_millisecond(),
         key.expires_at.map(Timestamp::as_millisecond),
     ];

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use pisync::store::{Actor, Batch, EventWriter, Figures, Via, Written};
-use pisync_core::{DeviceId, JobName, Mbps, SyncEvent, Timestamp};
+use pisync_core::{DeviceId, GroupName, JobName, Mbps, SyncEvent, Timestamp};
 
 /// The present in all tests: 2026-11-22T12:00:00.000Z.
 pub(crate) fn now() -> Timestamp {
@@ -27,6 +27,10 @@ pub(crate) fn somebody() -> Actor {
 
 pub(crate) fn device_id(text: &str) -> DeviceId {
     DeviceId::new(text).unwrap()
+}
+
+pub(crate) fn group_name(text: &str) -> GroupName {
+    GroupName::new(text).unwrap()
 }
 
 pub(crate) fn job_name(text: &str) -> JobName {

@@ -1,0 +1,159 @@
+//! What the first line of CSV says: which cell of a record becomes which field of an event.
+
+use serde_json::{Number, Value, value::RawValue};
+
+use super::row::{Cell, Reading, Row, ends_line};
+use crate::import::{ImportError, records::Record};
+
+/// Columns that hold text.
+const TEXTS: [&str; 6] = ["device_id", "event_id", "timestamp", "job", "clock", "created_at"];
+const NUMBERS: [&str; 5] =
+    ["total_files_synced", "total_errors", "internet_speed", "duration_seconds", "bytes_synced"];
+/// JSON text.
+const METADATA: &str = "metadata";
+/// What exports have besides and the database gives anew.
+const NOT_READ: [&str; 2] = ["id", "updated_at"];
+/// Without these no line is an event.
+const REQUIRED: [&str; 4] = ["device_id", "timestamp", "total_files_synced", "total_errors"];
+
+/// What others put between cells, and what it is called.
+const OTHER_SEPARATORS: [(char, &str); 3] =
+    [(';', "semicolons"), ('\t', "tabs"), ('|', "vertical bars")];
+
+/// What a first line says.
+#[derive(Default)]
+pub(super) struct Columns {
+    /// What each column holds; `None` for what is not known.
+    pub(super) known: Vec<Option<&'static str>>,
+    pub(super) names: ColumnNames,
+}
+
+/// What is special about the names of columns.
+#[derive(Debug, Clone, Default)]
+pub struct ColumnNames {
+    /// Those that nobody knows.
+    pub ignored: Vec<String>,
+    /// Those that are known, but for capital letters.
+    pub capital: Vec<String>,
+}
+
+impl Columns {
+    /// Reads the first line.
+    pub(super) fn read(row: &Row, line: &[u8]) -> Result<Self, ImportError> {
+        let mut columns = Self::default();
+        for cell in row.cells() {
+            let name = std::str::from_utf8(cell).map_err(|_| no_events())?.trim();
+            let is_name = |known: &&'static str| known.eq_ignore_ascii_case(name);
+            let column = TEXTS.into_iter().chain(NUMBERS).chain([METADATA]).find(is_name);
+            if let Some(column) = column {
+                if columns.known.contains(&Some(column)) {
+                    return Err(ImportError(format!("there are two columns {column}")));
+                }
+                if column != name {
+                    columns.names.capital.push(name.to_owned());
+                }
+            } else if !NOT_READ.iter().any(is_name) {
+                columns.names.ignored.push(name.to_owned());
+            }
+            columns.known.push(column);
+        }
+        let is_missing = |column: &&str| !columns.known.contains(&Some(*column));
+        let missing: Vec<_> = REQUIRED.into_iter().filter(is_missing).collect();
+        if missing.is_empty() {
+            return Ok(columns);
+        }
+        if let Some(separator) = other_separator(line) {
+            return Err(ImportError(format!(
+                "its cells are separated by {separator}; PiSync reads cells that are separated by commas"
+            )));
+        }
+        if missing.len() == REQUIRED.len() {
+            return Err(no_events());
+        }
+        let missing = missing.join(", ");
+        Err(ImportError(format!("its first line does not name the columns {missing}")))
+    }
+
+    /// Whether several lines are certainly one record.
+    pub(super) fn is_one(&self, row: &Row, text: &[u8]) -> bool {
+        let may_have_lines = |(column, (place, cell)): (&Option<&str>, (&Cell, &[u8]))| {
+            !place.has_lines
+                || match *column {
+                    // Whatever it is, it is not read.
+                    None => true,
+                    Some(METADATA) => serde_json::from_slice::<&RawValue>(cell).is_ok(),
+                    Some(_) => false,
+                }
+        };
+        let cells = row.cells.iter().zip(row.cells());
+        let mut lines = text.split(|byte| ends_line(*byte)).skip(1);
+        row.cells.len() == self.known.len()
+            && !text.contains(&0)
+            && self.known.iter().zip(cells).all(may_have_lines)
+            && !lines.any(|line| self.could_be_event(line))
+    }
+
+    /// Whether a line, taken by itself, has what an event must have.
+    fn could_be_event(&self, line: &[u8]) -> bool {
+        let mut row = Row::default();
+        if row.read(line) == Reading::Open {
+            row.cells.push(Cell { end: row.bytes.len(), has_lines: false });
+        }
+        let has = self.known.iter().zip(row.cells()).filter(|(column, cell)| match **column {
+            Some("device_id") => !cell.is_empty(),
+            Some("timestamp") => cell.first().is_some_and(u8::is_ascii_digit),
+            Some("total_files_synced" | "total_errors") => {
+                serde_json::from_slice::<Number>(cell).is_ok()
+            }
+            _ => false,
+        });
+        has.count() == REQUIRED.len()
+    }
+
+    /// A line as the JSON object that a client would have sent. An empty cell is an absent field.
+    pub(super) fn record(&self, row: &Row) -> Record {
+        if row.cells.len() > self.known.len() {
+            return Record::wrong("has more cells than the first line", &row.text());
+        }
+        let mut text = String::from("{");
+        for (column, cell) in self.known.iter().zip(row.cells()) {
+            let Ok(cell) = std::str::from_utf8(cell) else {
+                return Record::wrong("must be valid UTF-8 text", &row.text());
+            };
+            let Some(column) = column.filter(|_| !cell.is_empty()) else { continue };
+            if text.len() > 1 {
+                text.push(',');
+            }
+            text.push_str(&format!("\"{column}\":{}", value(column, cell)));
+        }
+        text.push('}');
+        Record::event(text.into_bytes())
+    }
+}
+
+/// What stands between the cells of a first line instead of commas, when it names columns that way.
+fn other_separator(line: &[u8]) -> Option<&'static str> {
+    let line = String::from_utf8_lossy(line);
+    let names_columns = |separator: char| {
+        let mut names = line.split(separator).map(|name| name.trim().trim_matches('"'));
+        names.any(|name| REQUIRED.iter().any(|column| column.eq_ignore_ascii_case(name)))
+    };
+    let found = OTHER_SEPARATORS
+        .into_iter()
+        .find(|(separator, _)| line.contains(*separator) && names_columns(*separator));
+    found.map(|(_, name)| name)
+}
+
+pub(super) fn no_events() -> ImportError {
+    ImportError(format!(
+        "it holds no sync events: expected one JSON object per line, a JSON array, or CSV whose first line names the columns {} and perhaps others",
+        REQUIRED.join(", ")
+    ))
+}
+
+/// A cell as JSON. What should be a number or an object and is none becomes text, and is refused as such.
+fn value(column: &str, cell: &str) -> String {
+    let is_number = || NUMBERS.contains(&column) && serde_json::from_str::<Number>(cell).is_ok();
+    let is_object = || column == METADATA && serde_json::from_str::<&RawValue>(cell).is_ok();
+    if is_number() || is_object() { cell.to_owned() } else { Value::from(cell).to_string() }
+}

@@ -1,0 +1,107 @@
+//! One record of CSV: its cells, and whether its quotation marks are closed.
+
+/// A NUL byte ends a line too: after a power cut a file may have some where the end of its last line was to be.
+pub(super) fn ends_line(byte: u8) -> bool {
+    matches!(byte, b'\n' | b'\r' | 0)
+}
+
+pub(super) fn is_blank(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t')
+}
+
+/// The cells of one record.
+#[derive(Default)]
+pub(super) struct Row {
+    /// One after the other.
+    pub(super) bytes: Vec<u8>,
+    pub(super) cells: Vec<Cell>,
+}
+
+pub(super) struct Cell {
+    /// Where it ends.
+    pub(super) end: usize,
+    /// It goes on over several lines.
+    pub(super) has_lines: bool,
+}
+
+/// What came of reading a record.
+#[derive(PartialEq, Eq)]
+pub(super) enum Reading {
+    /// It ends before this place, with a line or with the text.
+    Closed { end: usize },
+    /// The text ends in quotation marks.
+    Open,
+    /// Several lines with something behind a closing quotation mark: most likely that mark was to open a cell.
+    Doubtful,
+}
+
+impl Row {
+    /// Reads the record with which `text` begins. Blanks around cells, outside of quotation marks, mean nothing.
+    pub(super) fn read(&mut self, text: &[u8]) -> Reading {
+        self.bytes.clear();
+        self.cells.clear();
+        let mut position = 0;
+        let mut has_lines = false;
+        loop {
+            let blanks = text[position..].iter().take_while(|byte| is_blank(**byte)).count();
+            let start = position + blanks;
+            let mut cell = Cell { end: 0, has_lines: false };
+            let unquoted = if text.get(start) == Some(&b'"') {
+                let Some(closing) = self.quoted(&text[start + 1..], &mut cell.has_lines) else {
+                    return Reading::Open;
+                };
+                has_lines |= cell.has_lines;
+                start + 1 + closing + 1
+            } else {
+                start
+            };
+            let behind = &text[unquoted..];
+            let length = behind.iter().position(|byte| *byte == b',' || ends_line(*byte));
+            let length = length.unwrap_or(behind.len());
+            // Behind a closing quotation mark there is nothing else, usually.
+            let plain = behind[..length].trim_ascii_end();
+            if unquoted > start && !plain.is_empty() && has_lines {
+                return Reading::Doubtful;
+            }
+            self.bytes.extend_from_slice(plain);
+            cell.end = self.bytes.len();
+            self.cells.push(cell);
+            position = unquoted + length;
+            if text.get(position) != Some(&b',') {
+                return Reading::Closed { end: position };
+            }
+            position += 1;
+        }
+    }
+
+    /// Reads on up to the closing quotation mark and tells where it is; `None` when there is none.
+    fn quoted(&mut self, text: &[u8], has_lines: &mut bool) -> Option<usize> {
+        let mut position = 0;
+        loop {
+            let here = text.get(position..)?;
+            let length = here.iter().position(|byte| *byte == b'"')?;
+            let part = &here[..length];
+            *has_lines |= part.iter().any(|byte| ends_line(*byte));
+            self.bytes.extend_from_slice(part);
+            position += length;
+            // Two of them stand for one.
+            if text.get(position + 1) != Some(&b'"') {
+                return Some(position);
+            }
+            self.bytes.push(b'"');
+            position += 2;
+        }
+    }
+
+    pub(super) fn cells(&self) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0;
+        self.cells
+            .iter()
+            .map(move |cell| &self.bytes[std::mem::replace(&mut start, cell.end)..cell.end])
+    }
+
+    /// All of it, for whoever looks what is wrong.
+    pub(super) fn text(&self) -> Vec<u8> {
+        self.cells().collect::<Vec<_>>().join(&b',')
+    }
+}
