@@ -1,5 +1,5 @@
-//! The file of rejected records: a JSON line for each, with its reasons. It is written before the step of the
-//! import to which it belongs is committed, so what an interrupted step has left there is taken out again.
+//! The file of rejected records: a JSON line for each, with its reasons. Lines are written before the step of the import is
+//! committed; the lines of an interrupted step are removed again.
 
 use std::{
     fs::{File, OpenOptions},

@@ -110,9 +110,9 @@ impl Rest {
             }
         }
         let Some(longest) = fingerprint.longest(imports) else {
-            let passed = resumed.map_or(0, |import| import.records);
+            let taken_before = resumed.map_or(0, |import| import.records);
             let mut fingerprint = Fingerprint::default();
-            for record in kept.drain(..usize::try_from(passed).unwrap_or(0)) {
+            for record in kept.drain(..usize::try_from(taken_before).unwrap_or(0)) {
                 fingerprint.take(&record);
             }
             return Ok(Self { records, kept, failed, fingerprint, resumed: resumed.cloned() });
@@ -132,8 +132,8 @@ impl Rest {
             fingerprint.take(&record);
             resumed = fingerprint.find(imports).or(resumed);
         }
-        let passed = resumed.map_or(0, |import| import.records);
-        if passed < fingerprint.records || is_broken {
+        let taken_before = resumed.map_or(0, |import| import.records);
+        if taken_before < fingerprint.records || is_broken {
             // It only began like another: back to where they part.
             if !source.can_be_reopened() {
                 return Err(ImportError(format!(
@@ -144,7 +144,7 @@ impl Rest {
             drop(records);
             records = Records::open(source, format, taken)?;
             fingerprint = Fingerprint::default();
-            while fingerprint.records < passed {
+            while fingerprint.records < taken_before {
                 let Some(record) = records.next()? else { break };
                 fingerprint.take(&record);
             }

@@ -51,7 +51,7 @@ const RESOLVE_INTERVAL: Duration = Duration::from_millis(200);
 /// A device that gives all of its events one id does so with each report: one line in so long is enough.
 const CONFLICT_LOGGED_EVERY: Duration = Duration::from_secs(1);
 
-/// The batch that events make which are brought by `waiters`, one after the other.
+/// The batch of the events of `waiters`, one after the other.
 fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Batch {
     let mut claims = Vec::new();
     let mut next = 0;

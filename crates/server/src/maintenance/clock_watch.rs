@@ -1,6 +1,6 @@
-//! Notices within a second or two that the machine's clock has jumped while the server runs, and has the streaks
-//! counted again that a wrong date has spoiled, or that it comes to count in. Notices, too, that reports are refused
-//! as from the future. Nothing on the way of an event pays for it: this task compares two clocks and two counters.
+//! Notices within two seconds that the machine's clock has jumped while the server runs, and has the streaks counted again
+//! that a wrong date has changed. It also notices that reports are refused as from the future. It compares two clocks and
+//! two counters, so the way of an event does not become slower.
 
 use std::{
     sync::Arc,

@@ -22,8 +22,8 @@ impl Course {
     /// By how many milliseconds the clock has jumped since `go_on` was last told, if it has.
     pub(super) fn jump(&self, now: Timestamp, at: Duration) -> Option<i64> {
         let (before, before_at) = self.seen?;
-        let passed = i64::try_from(at.saturating_sub(before_at).as_millis()).unwrap_or(i64::MAX);
-        let by = now.as_millisecond() - before.as_millisecond() - passed;
+        let elapsed = i64::try_from(at.saturating_sub(before_at).as_millis()).unwrap_or(i64::MAX);
+        let by = now.as_millisecond() - before.as_millisecond() - elapsed;
         (by.abs() > NOTABLE_DIFFERENCE).then_some(by)
     }
 
@@ -61,9 +61,9 @@ mod tests {
     fn follow(looks: &[(i64, u64, bool)]) -> Vec<(Option<i64>, bool)> {
         let began = Duration::from_secs(90);
         let mut course = Course::default();
-        let look = |(shown, passed, was_certain): &(i64, u64, bool)| {
+        let look = |(shown, elapsed, was_certain): &(i64, u64, bool)| {
             let now = Timestamp::from_millisecond(1_795_348_800_000 + shown * 1000).unwrap();
-            let jump = course.go_on(now, began + Duration::from_secs(*passed), *was_certain);
+            let jump = course.go_on(now, began + Duration::from_secs(*elapsed), *was_certain);
             (jump.map(|by| by / 1000), course.is_back())
         };
         looks.iter().map(look).collect()

@@ -1,5 +1,5 @@
-//! What the store needs from time to time. `app` runs it every hour; whatever goes by the age of things goes by
-//! [`trusted_clock`], since a wrong clock must delete nothing.
+//! What the store needs from time to time. `app` runs it every hour. What is deleted for its age goes by [`trusted_clock`]:
+//! a wrong clock must delete nothing.
 
 mod clock_watch;
 mod course;

@@ -1,6 +1,6 @@
-//! What the machine's clock is worth: here alone it is compared with the time that the database has believed (see
-//! `store::TrustedTime`), with PostgreSQL's clock, and with how much time has passed. Maintenance deletes by
-//! [`BelievedTime`], `clock_watch` looks for jumps, and commands ask [`doubt`]. Nothing here dates events.
+//! What the machine's clock is worth. It is compared with the time that the database has believed (`store::TrustedTime`),
+//! with PostgreSQL's clock, and with how much time has passed. Maintenance deletes by [`BelievedTime`], `clock_watch` looks
+//! for jumps, and commands ask [`doubt`]. Nothing here dates events.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,4 +1,5 @@
-//! A database in one file, and back. Only SQLite's: PostgreSQL has tools of its own for it.
+//! Backups of an SQLite database: into one file, and back from it. PostgreSQL has tools of its own for it. `pisync backup`
+//! and `pisync restore` call it.
 
 use std::path::{Path, PathBuf};
 
@@ -73,7 +74,7 @@ pub async fn restore(
     let applied = apply_journal(target);
     let claim = sqlite::claim::Claim::take(database)?;
     if let Err(error) = applied {
-        tracing::warn!(%error, "the last events cannot be brought into the database that is replaced");
+        tracing::warn!(%error, "the ingest journal of the database that is replaced cannot be applied");
     }
     // A symbolic link goes on leading to where it did.
     let database = claim.database();

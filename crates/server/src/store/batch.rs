@@ -17,7 +17,7 @@ use super::{ImportStep, OtherGroup, StoreError, StoredEvent};
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
 pub struct Batch {
-    /// Now: when the server received the events that have no receipt of their own.
+    /// Now: when the server received the events that have no `received_at` of their own.
     pub received: Timestamp,
     /// When `received` was now, by a clock that nobody sets. It tells how long the batch has waited.
     pub stamped: Instant,
@@ -244,7 +244,7 @@ impl Batch {
     }
 
     /// The positions of the events in byte-wise order of device, job and event id, then of arrival. All
-    /// nodes touch rows in this order, so that they never wait for each other in a circle.
+    /// nodes lock rows in this order, so that they never wait for each other in a circle.
     pub(super) fn order(&self) -> Vec<usize> {
         let key = |position: usize| {
             let event = &self.events[position];

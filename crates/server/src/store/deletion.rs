@@ -1,10 +1,10 @@
-//! Deleting devices, a part at a time: a history of millions of events goes in steps, between which others read
-//! and report.
+//! Deleting devices in steps: a history of millions of events takes many short transactions, between which others read and
+//! report.
 //!
-//! A deletion is written down before anything goes (`device_deletions`), so one that was interrupted goes on.
-//! Until its last step the device stays in sight with its totals, while its history and its share of the windows
-//! shrink. The last step takes the device itself, in one transaction with its line of the audit log. What the device
-//! has reported since the deletion began is kept: the device then stands there anew, with those events alone.
+//! A deletion is recorded in `device_deletions` before its first step, so an interrupted one goes on. Until the last step the
+//! device is listed with its totals, while its history and its part of the windows shrink. The last step deletes the device,
+//! in one transaction with its line of the audit log. Events that the device has reported since the deletion began are kept:
+//! the device then exists anew, with those events alone.
 
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ pub enum DeletionStep {
     More(u64),
     /// That was the last one.
     Done(u64),
-    /// No deletion of this device is under way: somebody else has done the rest.
+    /// No deletion of this device is in progress: somebody else has done the rest.
     None,
 }
 

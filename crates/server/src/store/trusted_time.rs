@@ -1,11 +1,11 @@
-//! How far to believe the clock when something is to be deleted for its age. `app` asks before it deletes event
-//! ids or old events; both stores keep the answer, and what is decided is decided here.
+//! How far to believe the clock when something is deleted for its age. `maintenance` asks before it deletes event ids or old
+//! events. Both stores keep the answer; this module alone decides it.
 //!
 //! A clock that jumps ahead would make everything look old. So the database keeps the latest time that was believed.
-//! At its start a server believes a clock that is a few days ahead of it: servers are switched off for a weekend. Beyond,
-//! and once the server runs, the believed time only goes on as fast as it runs, until the devices bear the clock out, or
-//! until it has run for two weeks. A clock that is behind makes nothing look old. When devices bear it out, or it has
-//! gone on for five minutes and any device has reported by it, the believed time goes back.
+//! A server that starts believes a clock that is a few days ahead of that: servers are switched off for a weekend. Beyond,
+//! and once the server runs, the believed time moves on only as fast as the server runs. That ends when devices confirm the
+//! clock, or after two weeks. A clock that is behind makes nothing look old. The believed time goes back when devices
+//! confirm that clock, or when it has run for five minutes and any device has reported by it.
 
 use std::time::Duration;
 
@@ -138,10 +138,10 @@ impl TrustedTime {
             return Self { until: now, seen: now, doubted: 0 };
         }
         // Several servers do this for one database: together they count no hour twice.
-        let passed = now.as_millisecond() - self.seen.as_millisecond();
-        let passed = passed.clamp(0, milliseconds(ran));
+        let elapsed = now.as_millisecond() - self.seen.as_millisecond();
+        let elapsed = elapsed.clamp(0, milliseconds(ran));
         if self.contradicts(now) {
-            let behind = self.doubted.min(0).saturating_sub(passed);
+            let behind = self.doubted.min(0).saturating_sub(elapsed);
             if behind <= -LONGEST_CONTRADICTION && witnesses.devices > 0 {
                 return Self { until: now, seen: now, doubted: 0 };
             }
@@ -150,11 +150,11 @@ impl TrustedTime {
         if !self.doubts(now, ran) || witnesses.bear_out() {
             return Self { until: self.until.max(now), seen: now, doubted: 0 };
         }
-        let doubted = self.doubted.max(0).saturating_add(passed);
+        let doubted = self.doubted.max(0).saturating_add(elapsed);
         if doubted >= LONGEST_DOUBT {
             return Self { until: now, seen: now, doubted: 0 };
         }
-        Self { until: self.until.saturating_add_milliseconds(passed), seen: now, doubted }
+        Self { until: self.until.saturating_add_milliseconds(elapsed), seen: now, doubted }
     }
 }
 

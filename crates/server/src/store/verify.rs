@@ -1,5 +1,5 @@
-//! What a recount of raw events finds. Here alone is decided what of figures and sums can be compared; the
-//! stores only read, count and write.
+//! What a recount of raw events finds. This module alone decides which figures and sums can be compared; the stores read,
+//! count and write.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -61,7 +61,7 @@ pub struct Verified {
     /// Devices that the store has only a number of, although there are events or figures of them: SQL
     /// that did not mind the foreign keys left them. They cannot be repaired here.
     pub nameless_devices: u64,
-    /// Devices of the page that are being deleted. They are left out: until the end they have their figures, and
+    /// Devices of the page that are being deleted. They are not compared: until the end they have their figures, and
     /// fewer and fewer events.
     pub being_deleted: u64,
     /// Since when events are kept one by one; `None` while all are. Figures count older ones too, so they

@@ -1,9 +1,9 @@
 //! CSV into JSON: each line becomes the object that a client would have sent, so that both are checked by the
 //! same rules.
 //!
-//! A cell in quotation marks may go on over several lines, and a mark that somebody forgot to close would take in
-//! whatever follows. So several lines are one record only when that is beyond doubt; else the first of them is a
-//! record that is wrong, and the next line is looked at by itself.
+//! A cell in quotation marks may contain line breaks, and a quotation mark that somebody forgot to close would take in the
+//! lines that follow. So several lines are one record only when that is certain. Otherwise the first line is a wrong record,
+//! and the next line is read by itself.
 
 mod columns;
 mod row;

@@ -7,7 +7,7 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use super::tables::{Column, Row, Table};
 use crate::store::StoreError;
 
-/// Rows that are passed on at a time: one COPY on PostgreSQL, one turn of a thread on SQLite, and some
+/// Rows that are handed on at a time: one COPY on PostgreSQL, one turn of a thread on SQLite, and some
 /// megabytes at the most, for metadata is at most 4 KiB.
 pub(in crate::store) const BATCH_ROWS: usize = 4_096;
 

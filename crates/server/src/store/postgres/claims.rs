@@ -1,5 +1,5 @@
-//! Whether devices are in the groups that keys report for, decided in the transaction that stores the events: the rows
-//! of the devices stay locked until its end, so nobody moves or deletes a device in between.
+//! Whether devices are in the group that a key reports for. That is decided in the transaction that stores the events. The
+//! rows of the devices stay locked until its end, so nobody moves or deletes a device in between.
 
 use std::collections::HashMap;
 

@@ -56,7 +56,7 @@ pub(super) struct Connector {
     hosts: Arc<Hosts>,
     /// For each address of a host.
     timeout: Duration,
-    /// Whether a host that takes no writes is passed over.
+    /// Whether a host that takes no writes is skipped.
     needs_primary: bool,
     /// Whether the database must be in UTF8: any but the one from which others are created.
     needs_utf8: bool,

@@ -32,7 +32,7 @@ impl DeviceDeletions for PostgresStore {
                 let mut attempt = 0;
                 loop {
                     match delete_some(connection, device_id, most).await {
-                        // Ingest touches rows in another order; one of the two tries again.
+                        // Ingest locks rows in another order; one of the two tries again.
                         Err(error)
                             if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED)
                                 && attempt < RETRIES =>

@@ -24,7 +24,7 @@ pub(crate) fn dump_instead(target: &PostgresTarget, file: &Path) -> String {
 /// Into a new database, which takes the other's name once all is in it: `pg_restore --clean` would drop what it can
 /// of a database in use and then mix the rest with the backup, because partitions, whatever else refers to our tables
 /// and other people's extensions keep tables from being dropped. In a new one nothing stands in the way, all of it
-/// is one transaction, and what was there before is kept. Comments on extensions are left out: only their owner,
+/// is one transaction, and what was there before is kept. Comments on extensions are not restored: only their owner,
 /// who is an administrator, may make them.
 pub(crate) fn restore_instead(target: &PostgresTarget, file: &Path) -> String {
     let name = name(target);

@@ -204,7 +204,7 @@ pub(super) async fn contents(
             })
             .collect();
         let applied = applied?;
-        // A table without a row is what is left after all was taken back, and the Node service's tables may
+        // A table without a row is what is left after all was rolled back, and the Node service's tables may
         // have been given back.
         if !applied.is_empty() {
             let taken_over = has_table(client, "pisync_take_over").await?;

@@ -1,6 +1,6 @@
-//! Jobs whose last event has a date that cannot be, from a time when a clock was wrong: maintenance finds their dates
-//! and streaks again among the other events that are still kept. `set_aside_until` is when the first of the events left
-//! out comes to count: then the job is counted once more.
+//! Jobs whose last event has a date that cannot be, because a clock was wrong when it came. Maintenance counts such a job
+//! again without that event. `set_aside_until` says when the first event that does not count comes to count; the job is
+//! then counted once more.
 
 use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;

@@ -101,7 +101,7 @@ async fn create(client: &mut Client, partition: &Partition) -> Result<(), tokio_
     transaction.commit().await
 }
 
-/// Makes the partition, if it is missing, in the transaction under way, which keeps others from doing the
+/// Makes the partition, if it is missing, in the transaction of the caller, which keeps others from doing the
 /// same.
 pub(super) async fn create_within(
     client: &Client,

@@ -1,7 +1,9 @@
-//! Sums by device and day and by hour: aggregation events into them, taking a deleted device out of them,
-//! and answering from them. Several nodes commit in any order, so what is aggregated is everything received
-//! up to an instant long enough ago, and readers add the events after it in the same snapshot. Whoever
-//! stores events that were received before that instant aggregates them in the same transaction.
+//! The roll-ups: sums by device and day, and by hour of the whole fleet. Events are aggregated into them in the background,
+//! deleted events are subtracted, and windows are answered from them.
+//!
+//! The watermark is an instant: all events that were received until then are aggregated. Several nodes commit in any order,
+//! so it stays about a minute behind the present. Whoever stores events below it aggregates them in the same transaction.
+//! Readers add the events above the watermark in the same snapshot, so answers are always exact.
 
 use std::time::Duration;
 
@@ -33,7 +35,7 @@ const OLDEST_WRITE: &str = "
        and (backend_xid is not null or wait_event_type = 'Lock')
 ";
 
-/// A batch that is received less than this after what a writer knows to be aggregated may be passed before it
+/// A batch that is received less than this after what a writer knows to be aggregated may be below the watermark before it
 /// is committed. Clocks that agree are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it; the rest is for
 /// those that differ by some seconds. Not seen is a slow clock whose batch is on its way at the very moment
 /// at which aggregation, having been behind, catches up.
@@ -199,8 +201,8 @@ pub(super) async fn delete_events(
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
-/// Those events of a batch that aggregation has passed already, as of this statement. Receipts are an empty
-/// array when events arrive now, and nulls take their place.
+/// Those events of a batch that are below the watermark, as of this statement. `received_at` is an empty array when events
+/// arrive now, and nulls take its place.
 const BELOW_WATERMARK: &str = "(
     select device_id, timestamp, total_files_synced, total_errors,
            speed_hundredths * 0.01 as internet_speed
@@ -208,12 +210,12 @@ const BELOW_WATERMARK: &str = "(
                $1::text[], $2::timestamptz[], $3::integer[], $4::integer[], $5::bigint[],
                $6::timestamptz[]
            ) as batch (
-               device_id, timestamp, total_files_synced, total_errors, speed_hundredths, receipt
+               device_id, timestamp, total_files_synced, total_errors, speed_hundredths, received_at
            )
-     where coalesce(receipt, $7) <= (select folded_until from roll_up_state)
-) passed";
+     where coalesce(received_at, $7) <= (select folded_until from roll_up_state)
+) below_watermark";
 
-/// Begins the transaction of a writer whose events aggregation may have passed. The lock, which other
+/// Begins the transaction of a writer whose events may be below the watermark. The lock, which other
 /// writers may hold too, keeps aggregation from going on until the transaction ends, and statements after it
 /// see how far it has come.
 pub(super) const BEGIN_WITHOUT_AGGREGATION: &str = "begin; select from roll_up_state for share";
@@ -232,7 +234,7 @@ impl BelowWatermarkStatements {
         })
     }
 
-    /// Aggregates what has been passed of the events that `parameters` hold.
+    /// Aggregates those of the events that `parameters` hold which are below the watermark.
     pub(super) async fn aggregate(
         &self,
         client: &Client,
@@ -355,7 +357,7 @@ pub(super) async fn lock_state(transaction: &Transaction<'_>) -> Result<Option<T
     aggregated_until(&transaction.query_one(LOCK_STATE, &[]).await?)
 }
 
-/// Whether aggregation may pass events that arrive at `received` before they are committed, given what was
+/// Whether events that arrive at `received` may be below the watermark before they are committed, given what was
 /// `watermark` some seconds ago.
 pub(super) fn may_be_below_watermark(received: Timestamp, watermark: Option<Timestamp>) -> bool {
     watermark.is_some_and(|watermark| {

@@ -100,7 +100,7 @@ impl PostgresStore {
     ) -> Result<T, StoreError> {
         let turn = tokio::time::timeout(LONG_READ_WAIT, self.long_reads.acquire()).await;
         let Ok(Ok(_turn)) = turn else {
-            return Err(StoreError::Busy("too many long reads are under way".into()));
+            return Err(StoreError::Busy("too many long reads are in progress".into()));
         };
         let mut result = None;
         let read = self.call(async |connection| {

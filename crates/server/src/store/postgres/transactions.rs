@@ -1,13 +1,14 @@
-//! How a batch is written: as a single statement, which commits by itself, or as one transaction of several.
-//! Called by `writer`, which decides which, and what to do when one fails.
+//! How a batch is written: as a single statement, which commits by itself, or as one transaction of several statements. The
+//! writer decides which, and what to do when one fails.
 //!
-//! The order is the same everywhere: devices, keys, events, figures. Servers that lock rows in one order don't wait
-//! for each other in a circle. And a streak that the figures alone cannot tell is counted by the function
-//! `pisync_streak`, which the upsert of figures calls once it has the job's row locked: the function looks at the
-//! tables as they are then, so that it sees what another server has committed meanwhile, and this batch's events.
+//! Rows are locked in the same order everywhere: devices, event ids, events, figures. So servers never wait for each other
+//! in a circle.
 //!
-//! A batch with an event that was reported before fails as a single statement. It is then written on the
-//! deduplicating path: first the event ids, then, one by one, what they leave to be stored.
+//! Figures alone cannot always tell a streak. The upsert of figures then calls the function `pisync_streak`, once it has
+//! locked the job's row. The function sees what other servers have committed meanwhile, and this batch's events.
+//!
+//! A batch with an event that was reported before fails as a single statement. It then takes the deduplicating path: first
+//! the event ids are inserted, then the events that are new.
 
 use std::{collections::HashMap, sync::Arc};
 

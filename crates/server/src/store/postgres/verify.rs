@@ -1,6 +1,5 @@
-//! Recounting figures from raw events: a page of devices in one snapshot, a repair in one short transaction
-//! per device. Both work without the usual limits of time: a long history takes as long as
-//! it takes, and no request waits for it.
+//! Recounting figures from raw events: a page of devices in one snapshot, a repair in one short transaction per device.
+//! No request waits for a recount, so it has no time limit.
 
 use std::collections::HashSet;
 
@@ -278,7 +277,7 @@ async fn try_repair(
     let locked = transaction.query(LOCK_JOBS, &[&device_id]).await?;
     let jobs: Vec<&str> = locked.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     // Later statements see what others had committed before we got the locks; who comes after waits. A job
-    // that another server has made since is not ours to touch.
+    // that another server has made since is not ours to change.
     transaction.execute(REMOVE_JOBS, &[&device_id, &jobs]).await?;
     let latest = latest.to_jiff();
     transaction.execute(&write_figures, &[&device_id, &jobs, &latest]).await?;

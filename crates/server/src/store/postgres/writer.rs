@@ -1,8 +1,8 @@
-//! Ingest's own connection: when it is made, which batch is written how, and what is done about what fails. How a
-//! batch becomes statements is in `transactions`.
+//! The writer's own connection: when it is made, which batch is written how, and what is done when a write fails. Ingest
+//! owns one, imports another. How a batch becomes statements is in `transactions`.
 //!
-//! Batches that are one statement can be pipelined, so that PostgreSQL goes on with the
-//! next while the answer to the last is still being taken in. What fails among them is written by itself.
+//! A batch that is a single statement can be pipelined: PostgreSQL goes on with it while the answer to the one before is
+//! still on its way. A pipelined batch that fails is written again by itself.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},

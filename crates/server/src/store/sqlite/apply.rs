@@ -1,4 +1,4 @@
-//! Applying the ingest journal: bringing acknowledged events into the tables. The writer thread calls it, before whatever
+//! Applying the ingest journal: acknowledged events are stored in the tables. The writer thread calls it, before whatever
 //! looks for events in the tables and whenever enough of them wait; so does a command that finds a journal without a
 //! server.
 
@@ -94,8 +94,8 @@ fn more_ids(
     reserved.map(|ids| Some(ids.into_inner()))
 }
 
-/// Applies a batch in one transaction, and passes on what is learnt. What the tables refuse is looked for among
-/// its events and left out: what they could refuse has been refused at the door, so this is for the
+/// Applies a batch in one transaction, and passes on what is learnt. What the tables refuse is
+/// looked for among its events and quarantined. Events are checked before they are acknowledged, so this is for the
 /// unforeseen.
 pub(super) fn apply_batch(
     connection: &mut WriteConnection,

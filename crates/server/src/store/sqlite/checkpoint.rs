@@ -1,8 +1,7 @@
-//! Copying the write-ahead log back into the file, mostly beside the writer.
+//! Checkpoints: the write-ahead log is copied into the database's file by a thread of its own, beside the writer.
 //!
-//! SQLite itself does it within the commit that fills the log, and every event waits for it. Here a thread
-//! of its own copies most of the log while the writer goes on appending; the writer copies the little that
-//! came meanwhile, and only with that is the log empty and can begin anew.
+//! SQLite itself would do it within the commit that fills the log, and every event would wait for it. Here the writer copies
+//! only the pages that were added meanwhile. After that the log is empty and begins anew.
 
 use std::{
     path::Path,

@@ -1,6 +1,6 @@
-//! The ids of rows, which SQLite counts in `sqlite_sequence` and never gives twice (`autoincrement`): how a server
-//! reserves those of its events, and what to say when there are none left. Another program may have given a row the
-//! highest id there is, or one near it. SQLite then calls the disk full, and arithmetic must not overflow.
+//! The ids of rows. SQLite counts them in `sqlite_sequence` and never gives one twice (`autoincrement`). Here a server
+//! reserves ids for its events, and here is said what to do when none are left. Another program may have given a row the
+//! highest id there is: SQLite then reports a full disk, and our arithmetic must not overflow.
 
 use std::{fmt, ops::RangeInclusive};
 

@@ -88,7 +88,7 @@ impl JournalAppender {
         let (first_id, applied) = {
             let mut state = self.scheduler.buffer.state();
             let Some(first_id) = state.take_ids(new) else {
-                // More are reserved when events are brought into the tables.
+                // More are reserved when events are applied.
                 self.scheduler.call_writer(&mut state);
                 let why = state.unreserved.clone();
                 let why = why.unwrap_or_else(|| "no ids are reserved for events".into());
@@ -147,7 +147,7 @@ impl JournalAppender {
         Ok(Written { duplicates, ..Written::new(ids) })
     }
 
-    /// Waits while too much is in the journal alone, and refuses while that cannot be brought further.
+    /// Waits while too much is in the journal alone, and refuses while that cannot be applied.
     fn wait_until_not_full(&self) -> Result<(), StoreError> {
         let began = Instant::now();
         let mut state = self.scheduler.buffer.state();
@@ -169,7 +169,7 @@ impl JournalAppender {
     }
 
     /// The events that were reported before the batch, by position: the first one's id, and that one if it is
-    /// still kept. Those that repeat an earlier one of the batch are left out.
+    /// still kept. Those that repeat an earlier one of the batch are not among them.
     fn find_known(
         &mut self,
         batch: &Batch,

@@ -19,12 +19,11 @@ use super::{
 };
 use crate::store::{JournalReport, JournalSalvage, StoreError};
 
-/// How long a running server may take to bring what is in its journal into the tables.
+/// How long a running server may take to apply its journal.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns once everything that a server has acknowledged by now is in the tables, where other processes look
-/// for it. A running server sees to that within a second; what one has left behind that is gone, this brings
-/// there.
+/// Returns once everything that a server has acknowledged by now is in the tables, where other processes look for it. A
+/// running server applies its journal within a second. The journal of a server that was killed is applied here.
 pub(in crate::store) fn apply_journal(database: &Path) -> Result<(), StoreError> {
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
     let database = &claim::find(database)?;
@@ -48,8 +47,7 @@ pub(in crate::store) fn apply_journal(database: &Path) -> Result<(), StoreError>
         }
         if began.elapsed() > APPLY_TIMEOUT {
             return Err(StoreError::Unavailable(
-                "the server cannot bring what it has acknowledged into the database; its log says why"
-                    .to_owned(),
+                "the server cannot apply its journal to the database; its log says why".to_owned(),
             ));
         }
         std::thread::sleep(POLL_INTERVAL);
@@ -57,8 +55,8 @@ pub(in crate::store) fn apply_journal(database: &Path) -> Result<(), StoreError>
     Ok(())
 }
 
-/// Sees to it that the schema is not changed while there are acknowledged events in the ingest journal that this
-/// version could not bring into the new tables.
+/// Keeps the schema from being changed while there are acknowledged events in the ingest journal that this
+/// version could not apply to the new tables.
 ///
 /// # Errors
 /// When the journal is damaged or a newer version's; then nothing was changed.
@@ -160,8 +158,7 @@ fn existing_journal(database: &Path) -> Result<(PathBuf, JournalState), StoreErr
     Ok((file, state))
 }
 
-/// Brings what a server has left in the journal of the database at `database` into its tables, and removes the
-/// journal. The server must not run.
+/// Applies the journal that a server has left beside the database at `database`, and removes it. The server must not run.
 fn recover(database: &Path) -> Result<(), StoreError> {
     let mut connection = WriteConnection::open(database)?;
     if !ingest_state::is_current(&connection.connection).map_err(store_error)? {

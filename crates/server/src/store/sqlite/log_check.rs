@@ -1,7 +1,7 @@
-//! Whether SQLite's write-ahead log is whole, looked at before SQLite opens the database. A log ends for SQLite at the
-//! first frame whose checksum is wrong, which is right after a power cut and wrong when the disk has damaged a frame: what
-//! was committed behind it would be dropped in silence. `claim::find` refuses such a database, and `pisync journal
-//! salvage` goes on without what is lost.
+//! Whether SQLite's write-ahead log is whole, checked before SQLite opens the database. SQLite takes the first frame whose
+//! checksum is wrong for the end of the log. That is right after a power cut. When the disk has damaged a frame, it would
+//! silently drop the transactions behind it. `claim::find` refuses such a database; `pisync journal salvage` goes on without
+//! what is lost.
 //!
 //! The format: <https://www.sqlite.org/fileformat2.html#the_write_ahead_log>.
 

@@ -1,5 +1,5 @@
 //! What the files of a database are called, what tells one from another, and how a file gets another name. Everything that
-//! touches files of a database uses it; nothing here opens a database.
+//! works with files of a database uses it; nothing here opens a database.
 
 use std::{
     fs::{self, File, Metadata},

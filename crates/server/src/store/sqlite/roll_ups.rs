@@ -1,6 +1,8 @@
-//! Sums by device and day and by hour: aggregation events into them, taking a deleted device out of them,
-//! and answering from them. What is aggregated is everything up to one id, below that of all events that are
-//! stored later, and readers add the events after it in the same snapshot.
+//! The roll-ups: sums by device and day, and by hour of the whole fleet. Events are aggregated into them in the background,
+//! deleted events are subtracted, and windows are answered from them.
+//!
+//! The watermark is an id. All events up to it are aggregated, and all events that are stored later have a higher one.
+//! Readers add the events above the watermark in the same snapshot, so answers are always exact.
 
 use pisync_core::Timestamp;
 use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, params};

@@ -1,5 +1,5 @@
-//! The embedded store: one file, one thread that owns the only connection for writing, and a few connections for reading
-//! that the write-ahead log keeps out of its way. What is done with each resource is beside its SQL.
+//! The embedded store: one file, one thread that owns the only connection for writing, and a few connections for reading,
+//! which the write-ahead log keeps from waiting for it. What is done with each resource is beside its SQL.
 
 use std::{
     ops::RangeInclusive,

@@ -1,7 +1,6 @@
-//! Whether the files of a running server's database are still where they were. Somebody may remove the folder,
-//! put another file in the place of one, or unmount a disk: the server would go on writing into files that
-//! nobody finds again. A thread looks several times a second, and the store refuses everything as long as a
-//! file is away. When the same file is back, the server goes on.
+//! Whether the files of a running server's database are still where they were. Somebody may remove the folder, replace a
+//! file or unmount a disk; the server would then write into files that nobody finds again. A thread looks several times a
+//! second, and the store refuses everything while a file is away.
 
 use std::{
     fs, io,

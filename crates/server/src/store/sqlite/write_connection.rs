@@ -24,7 +24,7 @@ use crate::store::{Batch, OtherGroup, StoreError, Written};
 /// Devices whose numbers are remembered, some 10 MiB of them. Beyond, all are forgotten and read again.
 pub(super) const REMEMBERED_DEVICES: usize = 100_000;
 
-/// Room that must be on the disk before events are let in again: what a full batch of small events takes.
+/// Space that must be on the disk before events are taken again: what a full batch of small events takes.
 const PROBE_BYTES: u32 = 4 << 20;
 
 /// The connection, with what it remembers between transactions.
@@ -237,12 +237,12 @@ impl WriteConnection {
         }
     }
 
-    /// Takes the write lock and some room on the disk: on a full one a small transaction may still find
+    /// Takes the write lock and some space on the disk: on a full one a small transaction may still find
     /// a place, and events would not.
     pub(super) fn probe(&mut self) -> rusqlite::Result<()> {
         const RESERVE_SPACE: &str = "
             drop table if exists pisync_probe;
-            create table pisync_probe (room blob);
+            create table pisync_probe (space blob);
         ";
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;

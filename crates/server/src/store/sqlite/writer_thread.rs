@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{store::StoreError, threads::Threads};
 
-/// Calls that may wait for the thread. Ingest has one under way at a time; the rest are rare changes
+/// Calls that may wait for the thread. Ingest has one in flight at a time; the rest are rare changes
 /// that people make.
 const WAITING_CALLS: usize = 64;
 

@@ -14,7 +14,7 @@ use crate::support::{
     store::{Fixture, TestDatabase, TestStore, assert_right, differences},
 };
 
-both_stores!(
+every_writer!(
     a_long_history_goes_in_steps,
     an_interrupted_deletion_goes_on,
     what_is_reported_meanwhile_stays,

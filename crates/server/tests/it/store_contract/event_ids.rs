@@ -14,7 +14,7 @@ use crate::support::{
     store::{Fixture, TestDatabase, TestStore},
 };
 
-both_stores!(
+every_writer!(
     a_repeated_event_changes_nothing,
     repeats_within_a_batch,
     ids_are_the_devices_own,

@@ -8,7 +8,7 @@ use crate::support::{
     store::TestStore,
 };
 
-both_stores!(
+every_writer!(
     a_device_and_its_jobs,
     streaks_are_reported_with_the_batch,
     a_failure_that_was_answered_before_is_no_streak,

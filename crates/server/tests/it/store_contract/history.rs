@@ -11,7 +11,7 @@ use crate::support::{
     store::TestStore,
 };
 
-both_stores!(
+every_writer!(
     ids_rise_in_order_of_arrival,
     every_field_comes_back_as_sent,
     newest_first_and_the_later_id_first_among_equals,

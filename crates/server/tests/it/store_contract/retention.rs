@@ -13,7 +13,7 @@ use crate::support::{
     store::{Fixture, TestDatabase, TestStore},
 };
 
-both_stores!(
+every_writer!(
     old_events_go_and_their_figures_stay,
     only_what_is_aggregated_goes,
     late_events_of_what_is_gone_change_no_streak,

@@ -20,7 +20,7 @@ use crate::support::{
     store::{TestStore, assert_right, differences},
 };
 
-both_stores!(
+every_writer!(
     any_order_and_any_batches_add_up_the_same,
     events_of_one_instant_follow_each_other_as_they_came,
 );

@@ -9,14 +9,17 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use pisync::{
     keys::{self, KeyWish},
     random::Randomness,
     store::{
-        self, Actor, EventWriter, JobDifference, Scope, Store, Target, Via, migrations::Migrator,
+        self, Actor, Batch, EventWriter, JobDifference, Observations, Scope, Store, StoreError,
+        Target, Via, Written, migrations::Migrator,
     },
 };
 use tempfile::TempDir;
+use tokio::sync::{Mutex, mpsc};
 
 use super::{
     events::{later, now},
@@ -59,6 +62,34 @@ macro_rules! both_stores {
     };
 }
 
+/// Makes four tests out of each body that it is given the name of: on both stores, and there with each of the writers that
+/// the program really uses. `sqlite` and `postgres` write as imports do ([`EventStore::event_writer`]), `sqlite_ingest` and
+/// `postgres_ingest` as a server does ([`EventStore::ingest_writer`]).
+macro_rules! every_writer {
+    ($($name:ident),+ $(,)?) => {
+        both_stores!($($name),+);
+
+        mod sqlite_ingest {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    let database = $crate::support::store::TestDatabase::sqlite();
+                    $crate::support::store::through_ingest(database, super::$name).await;
+                }
+            )+
+        }
+        mod postgres_ingest {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    let database = $crate::support::store::TestDatabase::postgres().await;
+                    $crate::support::store::through_ingest(database, super::$name).await;
+                }
+            )+
+        }
+    };
+}
+
 /// What a test body is given, made from an empty database.
 pub(crate) trait Fixture: Sized {
     /// Prepares `database` and keeps it for as long as this lives.
@@ -82,6 +113,50 @@ async fn run<F: Fixture>(database: TestDatabase, body: impl AsyncFnOnce(&F)) {
     let fixture = F::prepare(database).await;
     body(&fixture).await;
     fixture.into_database().remove().await;
+}
+
+/// Runs a test body whose events go the way of a server's.
+pub(crate) async fn through_ingest(database: TestDatabase, body: impl AsyncFnOnce(&TestStore)) {
+    let mut fixture = TestStore::prepare(database).await;
+    fixture.ingest = Some(IngestWriter::start(&*fixture.store).await);
+    body(&fixture).await;
+    fixture.into_database().remove().await;
+}
+
+/// The one ingest writer of a store, for several owners who take turns. A write returns once its events are applied, with
+/// what was learnt of their devices.
+#[derive(Clone)]
+struct IngestWriter(Arc<Mutex<Ingest>>);
+
+struct Ingest {
+    writer: Box<dyn EventWriter>,
+    observations: mpsc::UnboundedReceiver<Observations>,
+}
+
+impl IngestWriter {
+    async fn start(store: &dyn Store) -> Self {
+        let (tell, observations) = mpsc::unbounded_channel();
+        let writer = store.ingest_writer(tell).await.unwrap();
+        Self(Arc::new(Mutex::new(Ingest { writer, observations })))
+    }
+}
+
+#[async_trait]
+impl EventWriter for IngestWriter {
+    async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
+        let Ingest { writer, observations } = &mut *self.0.lock().await;
+        let mut written = writer.write(batch).await?;
+        writer.finish().await?;
+        while let Ok(learnt) = observations.try_recv() {
+            written.new_devices.extend(learnt.new_devices);
+            written.streaks.extend(learnt.streaks);
+        }
+        Ok(written)
+    }
+
+    async fn probe(&mut self) -> Result<(), StoreError> {
+        self.0.lock().await.writer.probe().await
+    }
 }
 
 /// A key for everything that its scope opens.
@@ -252,6 +327,8 @@ pub(crate) fn assert_right(differences: &[JobDifference]) {
 pub(crate) struct TestStore {
     pub(crate) database: TestDatabase,
     pub(crate) store: Arc<dyn Store>,
+    /// The way of events, when it is a server's.
+    ingest: Option<IngestWriter>,
 }
 
 impl TestStore {
@@ -264,7 +341,10 @@ impl TestStore {
     }
 
     pub(crate) fn writer(&self) -> Box<dyn EventWriter> {
-        self.store.event_writer()
+        match &self.ingest {
+            Some(ingest) => Box::new(ingest.clone()),
+            None => self.store.event_writer(),
+        }
     }
 }
 
@@ -273,7 +353,7 @@ impl Fixture for TestStore {
         database.migrate().await;
         let store = store::open(&database.target).await.unwrap();
         store.maintain(now()).await.unwrap();
-        Self { database, store }
+        Self { database, store, ingest: None }
     }
 
     fn into_database(self) -> TestDatabase {

@@ -117,7 +117,7 @@ pub(super) async fn copy(
     transaction.execute(DEVICES, &[&time_zone, &now.to_jiff()]).await?;
     let months = transaction.query(MONTHS, &[&time_zone]).await?;
     let months = months.iter().map(|row| row.try_get(0)).collect::<Result<BTreeSet<Date>, _>>()?;
-    // Whoever waits for the tables finds them with room for what comes now.
+    // Whoever waits for the tables finds partitions for what comes now.
     let months: BTreeSet<_> = months.into_iter().chain(months_ahead(now)).collect();
     let mut so_far = 0;
     for partition in months.into_iter().filter_map(Partition::of) {
