@@ -448,7 +448,13 @@ mod tests {
         let mut checked = 0;
         for (path, command) in &commands {
             let operands = command.get_positionals().filter(|operand| operand.is_required_set());
-            let operands = vec!["1"; operands.count()];
+            let operands: Vec<_> = operands
+                .map(|operand| match operand.get_possible_values().first() {
+                    Some(value) => value.get_name().to_owned(),
+                    None => "1".to_owned(),
+                })
+                .collect();
+            let operands: Vec<_> = operands.iter().map(String::as_str).collect();
             for option in command.get_arguments() {
                 if !matches!(option.get_help_heading(), Some("Database" | "Logs")) {
                     continue;
