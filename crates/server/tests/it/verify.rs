@@ -26,7 +26,7 @@ both_stores!(
     a_page_ends_between_devices,
     a_repair_beside_a_server_that_writes,
     wrong_sums_are_found_and_repaired,
-    a_repair_of_sums_beside_folding,
+    a_repair_of_sums_beside_aggregation,
     what_is_left_of_old_events_tells_which_sums_are_too_small,
     a_deletion_under_way_is_no_fault,
     the_command,
@@ -277,7 +277,7 @@ async fn wrong_sums_are_found_and_repaired(fixture: &TestStore) {
 }
 
 /// Neither makes the other's sums wrong.
-async fn a_repair_of_sums_beside_folding(fixture: &TestStore) {
+async fn a_repair_of_sums_beside_aggregation(fixture: &TestStore) {
     let other = store::open(fixture.target()).await.unwrap();
     let mut writer = fixture.writer();
     for round in 0..20 {

@@ -43,7 +43,7 @@ enum Step {
     /// The same, of events that were received so many milliseconds after their dates.
     Import(i64, Vec<(u8, i64, u32, Option<i64>)>),
     /// So many seconds pass, and a part of what is stored is aggregated.
-    Fold(i64),
+    Aggregate(i64),
     /// A device is deleted.
     Delete(u8),
 }
@@ -69,7 +69,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(slow, events)| Step::WriteSlow(slow, events)),
         2 => (-300_000..40 * DAY * 1000, events())
             .prop_map(|(took, events)| Step::Import(took, events)),
-        3 => (0..7200_i64).prop_map(Step::Fold),
+        3 => (0..7200_i64).prop_map(Step::Aggregate),
         1 => (0..5_u8).prop_map(Step::Delete),
     ]
 }
@@ -187,7 +187,7 @@ async fn windows_are_exact_whatever_is_aggregated_when(fixture: &TestStore) {
                         let batch = Arc::new(Batch { received_at, ..Batch::new(now, events) });
                         fixture.writer().write(&batch).await.unwrap();
                     }
-                    Step::Fold(seconds) => {
+                    Step::Aggregate(seconds) => {
                         let now = second.fetch_add(seconds, Ordering::Relaxed) + seconds;
                         fixture.store.aggregate_events(at(now)).await.unwrap();
                     }
