@@ -322,14 +322,16 @@ fn a_broken_file_keeps_nobody_from_help() {
         for words in [&["--help"][..], &["serve", "--help"], &["help", "key"], &["--version"]] {
             program.run(words).success();
         }
-        // It reads no setting.
-        let document = program.run(&["openapi"]);
-        assert_eq!(document.code(), 0, "{document:?}");
-        assert_eq!(document.stderr, format!("pisync: {PROBLEM}; it is ignored\n"));
+        // These read no setting.
+        for words in [&["openapi"][..], &["completions", "bash"], &["man", "pages"]] {
+            let ended = program.run(words);
+            assert_eq!(ended.code(), 0, "{ended:?}");
+            assert_eq!(ended.stderr, format!("pisync: {PROBLEM}; it is ignored\n"));
+        }
         for words in [&["serve"][..], &["verify"], &["key", "list"], &["db", "setup"]] {
             assert_eq!(program.run(words).failure(), PROBLEM);
         }
-        assert_eq!(program.names_in("."), [".env"]);
+        assert_eq!(program.names_in("."), [".env", "pages"]);
     }
     // Nor does a value that nothing can be made of.
     let program = Program::new().with_file(".env", "LOG_LEVEL=loud\nDATABASE_URL=mysql://x\n");
