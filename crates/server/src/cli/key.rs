@@ -9,7 +9,7 @@ use super::{database, exit::Failure, output::JsonArgs};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
-    keys::{self, KeyWish, MAX_NAME},
+    keys::{self, KeyRequest, MAX_NAME},
     maintenance::present,
     random::Randomness,
     store::{Actor, ApiKey, Revocation, Scope, Via},
@@ -75,10 +75,11 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
     let by = Actor { via: Via::CommandLine, address: None, at: now };
     match &command.action {
         Action::Create { scope, device, group, expires, name } => {
-            let wish = wish(*scope, device.as_deref(), group.as_deref(), name.as_deref())?;
+            let key_request =
+                key_request(*scope, device.as_deref(), group.as_deref(), name.as_deref())?;
             let expires_at = expires.as_deref().map(|when| end(when, now)).transpose()?;
-            let wish = KeyWish { expires_at, ..wish };
-            let problems: Vec<_> = wish
+            let key_request = KeyRequest { expires_at, ..key_request };
+            let problems: Vec<_> = key_request
                 .problems(now)
                 .iter()
                 .map(|found| format!("{} {}", found.field, found.rule))
@@ -95,7 +96,8 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
                 );
                 return Err(message.into());
             }
-            let (id, secret) = keys::create(&*store, &Randomness::system(), wish, &by).await?;
+            let (id, secret) =
+                keys::create(&*store, &Randomness::system(), key_request, &by).await?;
             eprintln!("made key {id} in {target}; it is shown this once:");
             if json.is_asked_for() {
                 json.document(|| {
@@ -169,17 +171,17 @@ pub(super) fn group_name(text: &str) -> Result<GroupName, Failure> {
     GroupName::new(text).map_err(|error| Failure::usage(format!("--group {error}")))
 }
 
-fn wish(
+fn key_request(
     scope: Scope,
     device: Option<&str>,
     group: Option<&str>,
     name: Option<&str>,
-) -> Result<KeyWish, Failure> {
+) -> Result<KeyRequest, Failure> {
     if let Some(name) = name {
         check_text(name, MAX_NAME).map_err(|error| Failure::usage(format!("--name {error}")))?;
     }
     let device_id = device.map(DeviceId::new).transpose();
-    Ok(KeyWish {
+    Ok(KeyRequest {
         name: name.map(str::to_owned),
         scope,
         device_id: device_id.map_err(|error| Failure::usage(format!("--device {error}")))?,

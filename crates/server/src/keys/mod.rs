@@ -19,7 +19,7 @@ pub const MAX_NAME: usize = 100;
 
 /// The requested properties of a new key.
 #[derive(Debug, Clone)]
-pub struct KeyWish {
+pub struct KeyRequest {
     /// A name for people.
     pub name: Option<String>,
     /// The scope that the key grants.
@@ -32,7 +32,7 @@ pub struct KeyWish {
     pub expires_at: Option<Timestamp>,
 }
 
-impl KeyWish {
+impl KeyRequest {
     /// The problems of the request; empty if it is valid.
     #[must_use]
     pub fn problems(&self, now: Timestamp) -> Vec<Problem> {
@@ -55,7 +55,7 @@ impl KeyWish {
     }
 }
 
-/// A problem with one field of a [`KeyWish`].
+/// A problem with one field of a [`KeyRequest`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Problem {
     /// The field.
@@ -84,18 +84,18 @@ pub enum CreateError {
 pub async fn create<S: KeyStore + ?Sized>(
     store: &S,
     randomness: &Randomness,
-    wish: KeyWish,
+    key_request: KeyRequest,
     by: &Actor,
 ) -> Result<(i64, Secret), CreateError> {
     let secret = Secret::new(randomness.bytes().map_err(CreateError::Randomness)?);
     let key = NewKey {
         hash: secret.hash(),
         hint: secret.hint().to_owned(),
-        name: wish.name,
-        scope: wish.scope,
-        device_id: wish.device_id,
-        group: wish.group,
-        expires_at: wish.expires_at,
+        name: key_request.name,
+        scope: key_request.scope,
+        device_id: key_request.device_id,
+        group: key_request.group,
+        expires_at: key_request.expires_at,
     };
     let id = store.create_key(&key, by).await?;
     Ok((id, secret))

@@ -12,7 +12,7 @@ use tokio::process::Command;
 use crate::support::{
     http::{event, keys, send},
     server::TestServer,
-    store::{TestDatabase, wish},
+    store::{TestDatabase, key_request},
 };
 
 both_stores!(schemathesis_finds_nothing);
@@ -26,7 +26,7 @@ const EXAMPLES: &str = "25";
 
 async fn schemathesis_finds_nothing(database: &TestDatabase) {
     database.migrate().await;
-    let (_, key) = database.make_key(wish(Scope::Admin)).await;
+    let (_, key) = database.make_key(key_request(Scope::Admin)).await;
     // It also tries whether it gets in without the key.
     let server =
         TestServer::start_with(TestDatabase::elsewhere(database.target.clone()), |settings| {

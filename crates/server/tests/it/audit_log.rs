@@ -2,14 +2,14 @@
 
 use pisync::store::{AuditEntry, Scope, Store};
 
-use crate::support::store::{TestDatabase, TestStore, wish};
+use crate::support::store::{TestDatabase, TestStore, key_request};
 
 both_stores!(it_is_append_only, it_can_be_added_to, it_is_counted_up_to_a_bound);
 
 /// A store with three lines in its log.
 async fn with_three_lines(fixture: &TestStore) -> Vec<String> {
     for _ in 0..3 {
-        fixture.database.make_key(wish(Scope::Read)).await;
+        fixture.database.make_key(key_request(Scope::Read)).await;
     }
     let lines = lines(&*fixture.store).await;
     assert_eq!(lines.len(), 3);
@@ -101,7 +101,7 @@ async fn it_can_be_added_to(fixture: &TestStore) {
         "(id, at, via, action, subject, details) values (77, 0, 'local', 'x', 'x', '{}')"
     };
     fixture.database.execute(&format!("insert into audit_log {line}")).await;
-    fixture.database.make_key(wish(Scope::Read)).await;
+    fixture.database.make_key(key_request(Scope::Read)).await;
     let after = lines(&*fixture.store).await;
     assert_eq!(after.len(), 5);
     assert!(after[0].contains(r#"subject: "4""#), "{after:?}");

@@ -356,11 +356,11 @@ async fn refusals_by_a_clock_that_is_behind_are_told(installed: &Installed) {
 }
 
 async fn no_key_is_made_that_has_ended(server: &TestServer) {
-    let wish = |expires_at: Timestamp| json!({"scope": "read", "expires_at": expires_at});
+    let key_request = |expires_at: Timestamp| json!({"scope": "read", "expires_at": expires_at});
     for behind in [Timestamp::from_millisecond(0).unwrap(), at(-20 * DAY)] {
         server.clock.set(behind);
-        let answer = server.post("/api/keys", &wish(at(-1))).await;
+        let answer = server.post("/api/keys", &key_request(at(-1))).await;
         assert_eq!(answer.complaints(), ["\"expires_at\" must be in the future"]);
     }
-    server.post("/api/keys", &wish(at(60))).await.data(201);
+    server.post("/api/keys", &key_request(at(60))).await.data(201);
 }

@@ -22,7 +22,7 @@ use crate::{
         http::{event, send},
         program::Program,
         server::TestServer,
-        store::{TestDatabase, wish},
+        store::{TestDatabase, key_request},
     },
     tls::{Bare, Certificate, certificate, connect, tls_with},
 };
@@ -373,7 +373,7 @@ async fn health_checks_need_neither_key_nor_patience() {
     {
         let database = TestDatabase::sqlite();
         database.migrate().await;
-        database.make_key(wish(pisync::store::Scope::Admin)).await;
+        database.make_key(key_request(pisync::store::Scope::Admin)).await;
         let server = TestServer::start_with(database, |settings| {
             settings.http.auth = auth;
             settings.http.cors_origins =

@@ -21,7 +21,7 @@ use crate::{
         postgres::connect,
         program::{Installed, Program, url},
         small_disk::SmallDisk,
-        store::{TestDatabase, TestStore, assert_right, differences, on_sqlite, wish},
+        store::{TestDatabase, TestStore, assert_right, differences, key_request, on_sqlite},
     },
 };
 
@@ -95,8 +95,8 @@ async fn fill(fixture: &TestStore) {
     };
     fixture.database.execute(&format!("insert into devices {registered}")).await;
     fixture.store.delete_device(&device_id("pi-6"), &somebody()).await.unwrap();
-    let (number, _) = fixture.database.make_key(wish(Scope::Read)).await;
-    fixture.database.make_key(wish(Scope::Admin)).await;
+    let (number, _) = fixture.database.make_key(key_request(Scope::Read)).await;
+    fixture.database.make_key(key_request(Scope::Admin)).await;
     fixture.store.keys_used(&[(number, at(5))]).await.unwrap();
     fixture.store.revoke_key(number, &somebody()).await.unwrap();
     let (bytes, finished) = match fixture.is_postgres() {
@@ -473,7 +473,7 @@ async fn a_destination_with_something_in_it_is_left_alone(fixture: &TestStore) {
     copy(&source.target, &empty.target, now()).await.unwrap();
     copy(&source.target, &empty.target, now()).await.unwrap();
 
-    empty.make_key(wish(Scope::Read)).await;
+    empty.make_key(key_request(Scope::Read)).await;
     let before = rows(&empty.target, "api_keys").await;
     let refused = copy(&source.target, &empty.target, now()).await.unwrap_err();
     let expected = format!(

@@ -12,7 +12,7 @@ use crate::support::{
     events::at,
     http::{Answer, Client, event, send, success, with},
     server::TestServer,
-    store::{TestDatabase, wish},
+    store::{TestDatabase, key_request},
 };
 
 both_stores!(
@@ -108,8 +108,8 @@ async fn another_spelling_opens_nothing() {
         settings.http.auth = AuthMode::Required;
     })
     .await;
-    let (_, ingest) = server.database.make_key(wish(Scope::Ingest)).await;
-    let (_, read) = server.database.make_key(wish(Scope::Read)).await;
+    let (_, ingest) = server.database.make_key(key_request(Scope::Ingest)).await;
+    let (_, read) = server.database.make_key(key_request(Scope::Read)).await;
     let (ingest, read) = (server.with_key(&ingest), server.with_key(&read));
     let began = std::time::Instant::now();
     while read.get("/api/stats").await.status == 401

@@ -7,7 +7,7 @@ use std::sync::{
 };
 
 use pisync::{
-    keys::KeyWish,
+    keys::KeyRequest,
     store::{self, Batch, DeviceChange, GroupClaim, Scope, StoreError, Target},
 };
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ use crate::{
         events::{at, device_id, group_name, now, somebody, success},
         http::{Client, event, with},
         postgres::connect,
-        store::{TestStore, on_postgres, wish},
+        store::{TestStore, key_request, on_postgres},
     },
 };
 
@@ -37,8 +37,8 @@ mod served {
         repeated_events_are_stored_once,
     );
 
-    fn of(group: &str) -> KeyWish {
-        KeyWish { group: Some(group_name(group)), ..wish(Scope::Ingest) }
+    fn of(group: &str) -> KeyRequest {
+        KeyRequest { group: Some(group_name(group)), ..key_request(Scope::Ingest) }
     }
 
     fn batch(devices: &[&str]) -> Value {
@@ -69,7 +69,7 @@ mod served {
         let admin = server.admin().await;
         let (_, north) = server.key(of("north")).await;
         let (_, south) = server.key(of("south")).await;
-        let own = KeyWish { device_id: Some(device_id("new-1")), ..wish(Scope::Ingest) };
+        let own = KeyRequest { device_id: Some(device_id("new-1")), ..key_request(Scope::Ingest) };
         let (_, own) = server.key(own).await;
         south.report(&event("theirs")).await.data(201);
         admin.report(&event("nobodys")).await.data(201);

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Instant};
 
 use pisync::{
     config::http::AuthMode,
-    keys::{KeyWish, REFRESH_INTERVAL},
+    keys::{KeyRequest, REFRESH_INTERVAL},
     store::{Scope, Target},
 };
 use reqwest::{Method, RequestBuilder};
@@ -17,7 +17,7 @@ use crate::support::{
     http::{Answer, Client, column, event, keys, send, with},
     program::Program,
     server::TestServer,
-    store::{Fixture, TestDatabase, wish},
+    store::{Fixture, TestDatabase, key_request},
 };
 
 both_stores!(
@@ -55,13 +55,13 @@ async fn locked(database: TestDatabase) -> TestServer {
 
 impl LockedServer {
     /// A key that is made beside the server.
-    pub(crate) async fn key(&self, wish: KeyWish) -> (i64, Client) {
-        let made = self.0.database.make_key(wish).await;
+    pub(crate) async fn key(&self, key_request: KeyRequest) -> (i64, Client) {
+        let made = self.0.database.make_key(key_request).await;
         (made.0, self.0.with_key(&made.1))
     }
 
     pub(crate) async fn admin(&self) -> Client {
-        self.key(wish(Scope::Admin)).await.1
+        self.key(key_request(Scope::Admin)).await.1
     }
 
     /// Revokes a key behind the server's back, as another server does.
@@ -137,13 +137,13 @@ pub(crate) fn forbidden(answer: &Answer, error: &str) {
 
 async fn every_route_asks_for_its_scope(server: &LockedServer) {
     let admin = server.admin().await;
-    let (_, read) = server.key(wish(Scope::Read)).await;
-    let (_, ingest) = server.key(wish(Scope::Ingest)).await;
-    let own = KeyWish { device_id: Some(device_id("own")), ..wish(Scope::Ingest) };
+    let (_, read) = server.key(key_request(Scope::Read)).await;
+    let (_, ingest) = server.key(key_request(Scope::Ingest)).await;
+    let own = KeyRequest { device_id: Some(device_id("own")), ..key_request(Scope::Ingest) };
     let (_, own) = server.key(own).await;
-    let soon = KeyWish { expires_at: Some(at(10)), ..wish(Scope::Admin) };
+    let soon = KeyRequest { expires_at: Some(at(10)), ..key_request(Scope::Admin) };
     let (_, expired) = server.key(soon).await;
-    let (revoked_id, revoked) = server.key(wish(Scope::Admin)).await;
+    let (revoked_id, revoked) = server.key(key_request(Scope::Admin)).await;
     server.revoke_elsewhere(revoked_id).await;
     until(async || revoked.get("/api/stats").await.status == 401).await;
     server.0.clock.set(at(10));
@@ -205,7 +205,7 @@ async fn every_route_asks_for_its_scope(server: &LockedServer) {
 }
 
 async fn a_key_of_a_device_reports_for_it_alone(server: &LockedServer) {
-    let bound = KeyWish { device_id: Some(device_id("own")), ..wish(Scope::Ingest) };
+    let bound = KeyRequest { device_id: Some(device_id("own")), ..key_request(Scope::Ingest) };
     let (_, own) = server.key(bound).await;
     own.report(&event("own")).await.data(201);
     forbidden(&own.report(&event("other")).await, "This key is for other devices");
@@ -222,7 +222,7 @@ async fn a_key_of_a_device_reports_for_it_alone(server: &LockedServer) {
 
 /// One event that the key may not report is a mistake about all of them.
 async fn a_key_of_a_device_sends_batches_of_it_alone(server: &LockedServer) {
-    let bound = KeyWish { device_id: Some(device_id("own")), ..wish(Scope::Ingest) };
+    let bound = KeyRequest { device_id: Some(device_id("own")), ..key_request(Scope::Ingest) };
     let (_, own) = server.key(bound).await;
     let batch = |devices: &[&str]| Value::Array(devices.iter().map(|name| event(name)).collect());
     for foreign in [&["other"][..], &["own", "own", "other"], &["other", "own"]] {
@@ -239,16 +239,16 @@ async fn a_key_of_a_device_sends_batches_of_it_alone(server: &LockedServer) {
 /// The first request with a key is served, whoever made it, and whatever it asks for.
 async fn what_is_made_elsewhere_counts_at_once(server: &LockedServer) {
     for round in 0..10 {
-        let (_, key) = server.key(wish(Scope::Read)).await;
+        let (_, key) = server.key(key_request(Scope::Read)).await;
         key.get("/api/stats").await.data(200);
-        let (_, key) = server.key(wish(Scope::Ingest)).await;
+        let (_, key) = server.key(key_request(Scope::Ingest)).await;
         key.report(&event(&format!("pi-{round}"))).await.data(201);
         // It is known, and opens what it opens.
-        let (_, key) = server.key(wish(Scope::Ingest)).await;
+        let (_, key) = server.key(key_request(Scope::Ingest)).await;
         assert_eq!(key.get("/api/stats").await.code(403), "scope_missing");
     }
     // One that is revoked before its first use is known, too, unless the server has already heard that it was made.
-    let (id, key) = server.key(wish(Scope::Admin)).await;
+    let (id, key) = server.key(key_request(Scope::Admin)).await;
     server.revoke_elsewhere(id).await;
     let answer = key.get("/api/stats").await;
     assert!(answer.status == 200 || answer.code(401) == "key_revoked", "{}", answer.text());
@@ -265,7 +265,7 @@ async fn made_up_keys_are_refused_however_many_there_are(server: &LockedServer) 
         guesses.spawn(async move { client.get("/api/stats").await });
     }
     let began = Instant::now();
-    let (_, new) = server.key(wish(Scope::Read)).await;
+    let (_, new) = server.key(key_request(Scope::Read)).await;
     new.get("/api/stats").await.data(200);
     while let Some(answer) = guesses.join_next().await {
         let answer = answer.unwrap();
@@ -279,7 +279,7 @@ async fn made_up_keys_are_refused_however_many_there_are(server: &LockedServer) 
 async fn pages_of_keys(server: &LockedServer) {
     let admin = server.admin().await;
     for _ in 0..4 {
-        server.key(wish(Scope::Read)).await;
+        server.key(key_request(Scope::Read)).await;
     }
     let (mut ids, mut cursor) = (Vec::new(), String::new());
     loop {
@@ -304,7 +304,7 @@ async fn pages_of_keys(server: &LockedServer) {
 async fn what_is_revoked_elsewhere_counts_within_a_second(server: &LockedServer) {
     let admin = server.admin().await;
     for scope in [Scope::Read, Scope::Admin] {
-        let (id, key) = server.key(wish(scope)).await;
+        let (id, key) = server.key(key_request(scope)).await;
         key.get("/api/stats").await.data(200);
         server.revoke_elsewhere(id).await;
         let revoked = Instant::now();
@@ -318,7 +318,8 @@ async fn what_is_revoked_elsewhere_counts_within_a_second(server: &LockedServer)
 }
 
 async fn an_expired_key_opens_nothing(server: &LockedServer) {
-    let (_, key) = server.key(KeyWish { expires_at: Some(at(60)), ..wish(Scope::Read) }).await;
+    let (_, key) =
+        server.key(KeyRequest { expires_at: Some(at(60)), ..key_request(Scope::Read) }).await;
     server.0.clock.set(at(59));
     key.get("/api/stats").await.data(200);
     server.0.clock.set(at(60));
@@ -326,7 +327,7 @@ async fn an_expired_key_opens_nothing(server: &LockedServer) {
 }
 
 async fn last_use_is_kept_to_the_hour(server: &LockedServer) {
-    let (id, key) = server.key(wish(Scope::Read)).await;
+    let (id, key) = server.key(key_request(Scope::Read)).await;
     let store = pisync::store::open(&server.0.database.target).await.unwrap();
     let last_used = async || {
         let keys = store.keys().await.unwrap().keys;
@@ -346,8 +347,9 @@ async fn last_use_is_kept_to_the_hour(server: &LockedServer) {
 
 async fn admins_make_list_and_revoke_keys(server: &LockedServer) {
     let admin = server.admin().await;
-    let wish = json!({"scope": "ingest", "device_id": "pi-1", "name": "Ω", "expires_at": at(60)});
-    let answer = admin.post("/api/keys", &wish).await;
+    let key_request =
+        json!({"scope": "ingest", "device_id": "pi-1", "name": "Ω", "expires_at": at(60)});
+    let answer = admin.post("/api/keys", &key_request).await;
     assert_eq!(answer.header("cache-control"), "no-store");
     let made = answer.data(201);
     assert_eq!(keys(&made), ["id", "key"]);
@@ -505,8 +507,8 @@ async fn so_many_requests_a_minute_with_a_key() {
         settings.key_per_minute = 5;
     })
     .await;
-    let (_, admin) = limited.database.make_key(wish(Scope::Admin)).await;
-    let (_, other) = limited.database.make_key(wish(Scope::Read)).await;
+    let (_, admin) = limited.database.make_key(key_request(Scope::Admin)).await;
+    let (_, other) = limited.database.make_key(key_request(Scope::Read)).await;
     let (admin, other) = (limited.with_key(&admin), limited.with_key(&other));
     // Measurements are not counted.
     until(async || admin.get("/metrics").await.status == 200).await;
@@ -731,7 +733,7 @@ async fn without_a_key_only_this_machines_own_user_is_served() {
         assert!(body.contains("A key is needed") && body.contains(why), "{head}: {body}");
     }
     // A key opens all of them, and a wrong one is never as good as none.
-    let (_, key) = server.database.make_key(wish(Scope::Read)).await;
+    let (_, key) = server.database.make_key(key_request(Scope::Read)).await;
     let client = server.with_key(&key);
     until(async || client.get("/api/stats").await.status == 200).await;
     let proxied = format!("{local}\nx-forwarded-for: 192.0.2.1\nauthorization: bearer {key}");

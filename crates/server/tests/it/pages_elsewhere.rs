@@ -11,7 +11,7 @@ use crate::{
         http::{Answer, Client, event, send},
         program::Program,
         server::TestServer,
-        store::wish,
+        store::key_request,
     },
 };
 
@@ -166,7 +166,7 @@ async fn without_a_key_they_are_served_nothing() {
     }
     assert_eq!(ask(&server, "GET", "/api-docs/", LINK).await.status, 200);
     // A key says who asks.
-    let (_, key) = server.database.make_key(wish(pisync::store::Scope::Read)).await;
+    let (_, key) = server.database.make_key(key_request(pisync::store::Scope::Read)).await;
     let reader = server.with_key(&key);
     while reader.get("/api/stats").await.status == 401 {
         tokio::time::sleep(pisync::keys::REFRESH_INTERVAL / 20).await;

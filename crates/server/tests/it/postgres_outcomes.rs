@@ -16,7 +16,7 @@ use crate::{
         postgres::{PostgresServer, Stop, connect},
         program::{Program, url},
         server::TestServer,
-        store::{TestDatabase, assert_right, differences, wish},
+        store::{TestDatabase, assert_right, differences, key_request},
     },
 };
 
@@ -188,7 +188,7 @@ async fn a_change_that_may_not_be_replicated_is_not_confirmed() {
     for device in ["pi", "going"] {
         server.store(&event(device)).await;
     }
-    let (id, _) = server.database.make_key(wish(Scope::Read)).await;
+    let (id, _) = server.database.make_key(key_request(Scope::Read)).await;
     let empty = Target::Postgres(Box::new(primary.create_database("empty").await));
     for setting in
         ["alter system set synchronous_standby_names = 'nobody'", "select pg_reload_conf()"]

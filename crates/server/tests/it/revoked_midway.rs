@@ -3,7 +3,7 @@
 
 use pisync::{
     config::http::AuthMode,
-    keys::KeyWish,
+    keys::KeyRequest,
     store::{Scope, Store},
 };
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use crate::{
         events::{at, somebody},
         http::{Client, event},
         server::TestServer,
-        store::wish,
+        store::key_request,
     },
     sync_history::store_long_history,
 };
@@ -28,8 +28,8 @@ async fn locked() -> TestServer {
 }
 
 /// A key that the server knows by now.
-async fn key(server: &TestServer, wish: KeyWish) -> (i64, String, Client) {
-    let (id, key) = server.database.make_key(wish).await;
+async fn key(server: &TestServer, key_request: KeyRequest) -> (i64, String, Client) {
+    let (id, key) = server.database.make_key(key_request).await;
     let client = server.with_key(&key);
     until(async || client.get("/api/stats").await.status != 401).await;
     (id, key, client)
@@ -54,9 +54,9 @@ impl Loss {
     const ALL: [Self; 4] = [Self::Revoked, Self::Expired, Self::Narrowed, Self::Removed];
 
     /// A key that can be lost so.
-    fn of(self, scope: Scope) -> KeyWish {
+    fn of(self, scope: Scope) -> KeyRequest {
         let expires_at = matches!(self, Self::Expired).then(|| at(60));
-        KeyWish { expires_at, ..wish(scope) }
+        KeyRequest { expires_at, ..key_request(scope) }
     }
 
     /// Takes the key away and returns when the server knows.
@@ -122,7 +122,7 @@ async fn a_stream_is_visibly_broken_off() {
     const EVENTS: i64 = 5_000;
     let server = locked().await;
     store_long_history(&server, EVENTS).await;
-    let (_, admin_key, admin) = key(&server, wish(Scope::Admin)).await;
+    let (_, admin_key, admin) = key(&server, key_request(Scope::Admin)).await;
     let ways =
         [("HTTP/1.1", "text/csv"), ("HTTP/1.0", "text/csv"), ("HTTP/1.1", "application/x-ndjson")];
     let check = |text: &str, version: &str, why: &str| {
@@ -168,7 +168,7 @@ fn uploads() -> [(&'static str, &'static str, Scope, Value); 4] {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_still_being_sent_is_not_taken() {
     let server = locked().await;
-    let (_, _, admin) = key(&server, wish(Scope::Admin)).await;
+    let (_, _, admin) = key(&server, key_request(Scope::Admin)).await;
     admin.report(&event("known")).await.data(201);
     for loss in Loss::ALL {
         for (method, path, scope, body) in uploads() {

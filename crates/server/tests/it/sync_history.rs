@@ -17,7 +17,7 @@ use crate::{
         events::{at, batch_at, now, success as stored_success},
         http::{Answer, column, event, failure, send, success, with},
         server::TestServer,
-        store::wish,
+        store::key_request,
     },
 };
 
@@ -516,7 +516,7 @@ async fn a_long_history_is_streamed(server: &TestServer) {
     const EVENTS: i64 = 7_000;
     store_long_history(server, EVENTS).await;
     // HTTP/1.0, which has no chunks, may be a proxy's and needs a key.
-    let (_, key) = server.database.make_key(wish(Scope::Read)).await;
+    let (_, key) = server.database.make_key(key_request(Scope::Read)).await;
     until(async || server.with_key(&key).get("/api/stats").await.status == 200).await;
     for (oldest, encoding) in ["identity", "gzip"].into_iter().enumerate() {
         let socket = TcpSocket::new_v4().unwrap();

@@ -24,7 +24,7 @@ use crate::{
             routes::Routes,
         },
     },
-    keys::{self, CreateError, KeyWish, MAX_NAME, Problem},
+    keys::{self, CreateError, KeyRequest, MAX_NAME, Problem},
     maintenance::present,
     middleware::{
         auth::{self, By},
@@ -262,8 +262,8 @@ async fn create_key(
     state.gate.look_again(key.as_ref(), Scope::Admin)?;
     // A clock that is behind could otherwise create a key that has already expired.
     let present = present(&*state.store, &state.clock).await?;
-    let wish = read_wish(&body, actor.at.max(present))?;
-    let created = keys::create(&*state.store, &state.randomness, wish, &actor).await;
+    let key_request = read_key_request(&body, actor.at.max(present))?;
+    let created = keys::create(&*state.store, &state.randomness, key_request, &actor).await;
     let (id, secret) = created.map_err(|error| match error {
         CreateError::Randomness(detail) => ApiError::Internal(detail),
         CreateError::Store(error) => error.into(),
@@ -310,11 +310,11 @@ async fn revoke_key(
     Ok(Success::new("Key revoked successfully", RevokedKey { id }))
 }
 
-fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
+fn read_key_request(body: &[u8], now: Timestamp) -> Result<KeyRequest, ApiError> {
     let short = |text: &str, most| check_text(text, most).map(|()| text.to_owned());
     let mut fields = Fields::of(body)?;
     let scope = fields.required("scope", str::parse::<Scope>);
-    let wish = KeyWish {
+    let key_request = KeyRequest {
         // A missing or invalid scope is reported by itself. It must not cause further violations.
         scope: scope.unwrap_or(Scope::Ingest),
         name: fields.optional("name", |text| short(text, MAX_NAME)),
@@ -322,9 +322,9 @@ fn read_wish(body: &[u8], now: Timestamp) -> Result<KeyWish, ApiError> {
         group: fields.optional("group", GroupName::new),
         expires_at: fields.optional("expires_at", Timestamp::from_iso8601),
     };
-    for Problem { field, code, rule } in wish.problems(now) {
+    for Problem { field, code, rule } in key_request.problems(now) {
         fields.refuse(field, code, rule, None);
     }
     fields.finish()?;
-    Ok(wish)
+    Ok(key_request)
 }

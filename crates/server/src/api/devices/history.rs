@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use crate::{
     api::{
         SharedState,
-        devices::history_stream::{self, Wish},
+        devices::history_stream::{self, StreamRequest},
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, OfDevice, WithQuery},
@@ -146,8 +146,8 @@ async fn get_sync_history(
     let mut response = match history_stream::wanted(&headers) {
         None => one_page(&state, &history_query).await?.into_response(),
         Some(format) => {
-            let wish = Wish { key, query: history_query, limit, format, version };
-            history_stream::respond(state, wish).await?
+            let request = StreamRequest { key, query: history_query, limit, format, version };
+            history_stream::respond(state, request).await?
         }
     };
     // A cache must not give this response to a client that asks for another format.

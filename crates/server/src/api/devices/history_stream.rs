@@ -69,7 +69,7 @@ fn media_type(format: Format) -> &'static str {
 }
 
 /// A request for a stream.
-pub(crate) struct Wish {
+pub(crate) struct StreamRequest {
     /// The key that the request was admitted with.
     pub(crate) key: Option<Arc<Key>>,
     pub(crate) query: HistoryQuery,
@@ -85,8 +85,11 @@ pub(crate) struct Wish {
 /// # Errors
 /// When the device is unknown or its first page cannot be read. A later error cuts off the response, so that no client
 /// takes it for complete.
-pub(crate) async fn respond(state: SharedState, wish: Wish) -> Result<Response, ApiError> {
-    let Wish { key, query, limit, format, version } = wish;
+pub(crate) async fn respond(
+    state: SharedState,
+    request: StreamRequest,
+) -> Result<Response, ApiError> {
+    let StreamRequest { key, query, limit, format, version } = request;
     let mut pages = Pages { state, key, query, left: limit, format, version, at_end: false };
     // The encoder that compresses the response lives as long as the response.
     let encoder = pages.state.large_answers.reserve(ENCODER_BYTES)?;

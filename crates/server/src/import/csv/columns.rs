@@ -1,20 +1,31 @@
 //! What the first line of CSV says: which cell of a record becomes which field of an event.
 
+use pisync_core::event_fields::{EVENT_FIELDS, EventField, FieldKind};
 use serde_json::{Number, Value, value::RawValue};
 
 use super::row::{Cell, Reading, Row, ends_line};
 use crate::import::{ImportError, records::Record};
 
-/// Columns that hold text.
-const TEXTS: [&str; 6] = ["device_id", "event_id", "timestamp", "job", "clock", "created_at"];
-const NUMBERS: [&str; 5] =
-    ["total_files_synced", "total_errors", "internet_speed", "duration_seconds", "bytes_synced"];
-/// JSON text.
-const METADATA: &str = "metadata";
-/// What exports have besides and the database gives anew.
+/// When a server received the event: a column besides the event's own fields.
+const CREATED_AT: EventField =
+    EventField { name: "created_at", kind: FieldKind::Text, is_required: false };
+/// Columns of exports that are not read: the database gives both anew.
 const NOT_READ: [&str; 2] = ["id", "updated_at"];
-/// Without these no line is an event.
-const REQUIRED: [&str; 4] = ["device_id", "timestamp", "total_files_synced", "total_errors"];
+
+/// The columns that are read.
+fn readable() -> impl Iterator<Item = EventField> {
+    EVENT_FIELDS.into_iter().chain([CREATED_AT])
+}
+
+/// The columns without which no line is an event.
+fn required() -> impl Iterator<Item = EventField> {
+    EVENT_FIELDS.into_iter().filter(|field| field.is_required)
+}
+
+fn names(fields: &[EventField]) -> String {
+    let names: Vec<_> = fields.iter().map(|field| field.name).collect();
+    names.join(", ")
+}
 
 /// What others put between cells, and what it is called.
 const OTHER_SEPARATORS: [(char, &str); 3] =
@@ -24,7 +35,7 @@ const OTHER_SEPARATORS: [(char, &str); 3] =
 #[derive(Default)]
 pub(super) struct Columns {
     /// What each column holds; `None` for what is not known.
-    pub(super) known: Vec<Option<&'static str>>,
+    pub(super) known: Vec<Option<EventField>>,
     pub(super) names: ColumnNames,
 }
 
@@ -43,22 +54,22 @@ impl Columns {
         let mut columns = Self::default();
         for cell in row.cells() {
             let name = std::str::from_utf8(cell).map_err(|_| no_events())?.trim();
-            let is_name = |known: &&'static str| known.eq_ignore_ascii_case(name);
-            let column = TEXTS.into_iter().chain(NUMBERS).chain([METADATA]).find(is_name);
-            if let Some(column) = column {
-                if columns.known.contains(&Some(column)) {
-                    return Err(ImportError(format!("there are two columns {column}")));
+            let is_name = |known: &str| known.eq_ignore_ascii_case(name);
+            let column = readable().find(|field| is_name(field.name));
+            if let Some(field) = column {
+                if columns.known.contains(&column) {
+                    return Err(ImportError(format!("there are two columns {}", field.name)));
                 }
-                if column != name {
+                if field.name != name {
                     columns.names.capital.push(name.to_owned());
                 }
-            } else if !NOT_READ.iter().any(is_name) {
+            } else if !NOT_READ.into_iter().any(is_name) {
                 columns.names.ignored.push(name.to_owned());
             }
             columns.known.push(column);
         }
-        let is_missing = |column: &&str| !columns.known.contains(&Some(*column));
-        let missing: Vec<_> = REQUIRED.into_iter().filter(is_missing).collect();
+        let is_missing = |field: &EventField| !columns.known.contains(&Some(*field));
+        let missing: Vec<_> = required().filter(is_missing).collect();
         if missing.is_empty() {
             return Ok(columns);
         }
@@ -67,22 +78,22 @@ impl Columns {
                 "its cells are separated by {separator}; PiSync reads cells that are separated by commas"
             )));
         }
-        if missing.len() == REQUIRED.len() {
+        if missing.len() == required().count() {
             return Err(no_events());
         }
-        let missing = missing.join(", ");
+        let missing = names(&missing);
         Err(ImportError(format!("its first line does not name the columns {missing}")))
     }
 
     /// Whether several lines are certainly one record.
     pub(super) fn is_one(&self, row: &Row, text: &[u8]) -> bool {
-        let may_have_lines = |(column, (place, cell)): (&Option<&str>, (&Cell, &[u8]))| {
+        let may_have_lines = |(column, (place, cell)): (&Option<EventField>, (&Cell, &[u8]))| {
             !place.has_lines
-                || match *column {
+                || match column.map(|field| field.kind) {
                     // Whatever it is, it is not read.
                     None => true,
-                    Some(METADATA) => serde_json::from_slice::<&RawValue>(cell).is_ok(),
-                    Some(_) => false,
+                    Some(FieldKind::Object) => serde_json::from_slice::<&RawValue>(cell).is_ok(),
+                    Some(FieldKind::Text | FieldKind::Number) => false,
                 }
         };
         let cells = row.cells.iter().zip(row.cells());
@@ -99,15 +110,15 @@ impl Columns {
         if row.read(line) == Reading::Open {
             row.cells.push(Cell { end: row.bytes.len(), has_lines: false });
         }
-        let has = self.known.iter().zip(row.cells()).filter(|(column, cell)| match **column {
-            Some("device_id") => !cell.is_empty(),
-            Some("timestamp") => cell.first().is_some_and(u8::is_ascii_digit),
-            Some("total_files_synced" | "total_errors") => {
-                serde_json::from_slice::<Number>(cell).is_ok()
-            }
-            _ => false,
+        let is_there = |field: EventField, cell: &[u8]| match (field.name, field.kind) {
+            ("timestamp", _) => cell.first().is_some_and(u8::is_ascii_digit),
+            (_, FieldKind::Number) => serde_json::from_slice::<Number>(cell).is_ok(),
+            (_, FieldKind::Text | FieldKind::Object) => !cell.is_empty(),
+        };
+        let has = self.known.iter().zip(row.cells()).filter(|(column, cell)| {
+            column.is_some_and(|field| field.is_required && is_there(field, cell))
         });
-        has.count() == REQUIRED.len()
+        has.count() == required().count()
     }
 
     /// A line as the JSON object that a client would have sent. An empty cell is an absent field.
@@ -124,7 +135,7 @@ impl Columns {
             if text.len() > 1 {
                 text.push(',');
             }
-            text.push_str(&format!("\"{column}\":{}", value(column, cell)));
+            text.push_str(&format!("\"{}\":{}", column.name, value(column.kind, cell)));
         }
         text.push('}');
         Record::event(text.into_bytes())
@@ -136,7 +147,7 @@ fn other_separator(line: &[u8]) -> Option<&'static str> {
     let line = String::from_utf8_lossy(line);
     let names_columns = |separator: char| {
         let mut names = line.split(separator).map(|name| name.trim().trim_matches('"'));
-        names.any(|name| REQUIRED.iter().any(|column| column.eq_ignore_ascii_case(name)))
+        names.any(|name| required().any(|field| field.name.eq_ignore_ascii_case(name)))
     };
     let found = OTHER_SEPARATORS
         .into_iter()
@@ -147,13 +158,16 @@ fn other_separator(line: &[u8]) -> Option<&'static str> {
 pub(super) fn no_events() -> ImportError {
     ImportError(format!(
         "it holds no sync events: expected one JSON object per line, a JSON array, or CSV whose first line names the columns {} and perhaps others",
-        REQUIRED.join(", ")
+        names(&required().collect::<Vec<_>>())
     ))
 }
 
 /// A cell as JSON. What should be a number or an object and is none becomes text, and is refused as such.
-fn value(column: &str, cell: &str) -> String {
-    let is_number = || NUMBERS.contains(&column) && serde_json::from_str::<Number>(cell).is_ok();
-    let is_object = || column == METADATA && serde_json::from_str::<&RawValue>(cell).is_ok();
-    if is_number() || is_object() { cell.to_owned() } else { Value::from(cell).to_string() }
+fn value(kind: FieldKind, cell: &str) -> String {
+    let is_json = match kind {
+        FieldKind::Text => false,
+        FieldKind::Number => serde_json::from_str::<Number>(cell).is_ok(),
+        FieldKind::Object => serde_json::from_str::<&RawValue>(cell).is_ok(),
+    };
+    if is_json { cell.to_owned() } else { Value::from(cell).to_string() }
 }

@@ -8,7 +8,7 @@ use pisync::{
 
 use crate::support::{
     events::somebody,
-    store::{TestStore, wish},
+    store::{TestStore, key_request},
 };
 
 both_stores!(a_server_never_takes_other_keys_for_the_same, servers_of_before_take_over_changes);
@@ -35,7 +35,7 @@ async fn a_server_never_takes_other_keys_for_the_same(fixture: &TestStore) {
     for (lost, made) in [(1, 1), (2, 2), (3, 1), (1, 3)] {
         let mut secrets = Vec::new();
         for _ in 0..lost + made {
-            secrets.push(fixture.database.make_key(wish(Scope::Read)).await);
+            secrets.push(fixture.database.make_key(key_request(Scope::Read)).await);
         }
         let keyring = Keyring::default();
         keyring.refresh(store).await.unwrap();
@@ -73,7 +73,7 @@ async fn servers_of_before_take_over_changes(fixture: &TestStore) {
         if round % 2 == 0 {
             fixture.database.execute("update api_key_changes set version = version + 1").await;
         } else {
-            fixture.database.make_key(wish(Scope::Read)).await;
+            fixture.database.make_key(key_request(Scope::Read)).await;
         }
         let after = store.keys_version().await.unwrap();
         assert!(after > before, "{before} {after}");

@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use pisync::{
-    keys::{self, KeyWish},
+    keys::{self, KeyRequest},
     random::Randomness,
     store::{
         self, Actor, Batch, EventWriter, JobDifference, Observations, Scope, Store, StoreError,
@@ -160,8 +160,8 @@ impl EventWriter for IngestWriter {
 }
 
 /// A key for everything that its scope opens.
-pub(crate) fn wish(scope: Scope) -> KeyWish {
-    KeyWish { name: None, scope, device_id: None, group: None, expires_at: None }
+pub(crate) fn key_request(scope: Scope) -> KeyRequest {
+    KeyRequest { name: None, scope, device_id: None, group: None, expires_at: None }
 }
 
 /// A database with nothing in it yet.
@@ -209,10 +209,10 @@ impl TestDatabase {
     }
 
     /// Makes a key as the command line does, beside a server if there is one: its number and itself.
-    pub(crate) async fn make_key(&self, wish: KeyWish) -> (i64, String) {
+    pub(crate) async fn make_key(&self, key_request: KeyRequest) -> (i64, String) {
         let store = store::open(&self.target).await.unwrap();
         let by = Actor { via: Via::CommandLine, address: None, at: now() };
-        let made = keys::create(&*store, &Randomness::system(), wish, &by).await.unwrap();
+        let made = keys::create(&*store, &Randomness::system(), key_request, &by).await.unwrap();
         (made.0, made.1.as_str().to_owned())
     }
 
