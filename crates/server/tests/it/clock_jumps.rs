@@ -15,8 +15,8 @@ use pisync::{
 use pisync_core::Timestamp;
 use serde_json::json;
 
+use crate::support::locked_server::until;
 use crate::{
-    keys::until,
     store_contract::streaks::figures_of,
     support::{
         events::{at, device_id, failure as failed, now, success as succeeded, write, write_at},

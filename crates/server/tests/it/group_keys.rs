@@ -13,14 +13,12 @@ use pisync::{
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::{
-    keys::{LockedServer, forbidden, until},
-    support::{
-        events::{at, device_id, group_name, now, somebody, success},
-        http::{Client, event, with},
-        postgres::connect,
-        store::{TestStore, key_request, on_postgres},
-    },
+use crate::support::locked_server::{LockedServer, forbidden, until};
+use crate::support::{
+    events::{at, device_id, group_name, now, somebody, success},
+    http::{Client, event, with},
+    postgres::connect,
+    store::{TestStore, key_request, on_postgres},
 };
 
 /// Over HTTP.

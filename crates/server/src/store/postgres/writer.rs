@@ -4,6 +4,8 @@
 //! A batch that is a single statement can be pipelined: PostgreSQL goes on with it while the answer to the one before is
 //! still on its way. A pipelined batch that fails is written again by itself.
 
+mod recovery;
+
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
@@ -18,18 +20,18 @@ use futures_util::{
 use jiff::civil::Date;
 use pisync_core::{DeviceId, Timestamp};
 use tokio::time::Instant;
-use tokio_postgres::{Error, error::SqlState};
+use tokio_postgres::error::SqlState;
 
+use self::recovery::InDoubt;
 use super::{
-    batch_columns::EventColumns,
     connect::Connector,
     connection::Backend,
     durability,
-    errors::{ErrorClass, WriteError, class_of, is_connection_lost, is_raised, store_error},
+    errors::{WriteError, is_connection_lost, store_error},
     expiry::{self, Watermarks},
     partitions, roll_ups,
     statements::Statements,
-    transactions::{self, ID_BLOCK, Session, Stored, Transaction, Work, resolve},
+    transactions::{self, ID_BLOCK, Session, Stored, Transaction, Work},
 };
 use crate::store::{Batch, EventWriter, StoreError, Written};
 
@@ -109,14 +111,6 @@ pub(super) struct PostgresEventWriter {
     transaction: Transaction,
     /// Whether the last batch found the disk full.
     disk_full: bool,
-}
-
-/// A batch whose answer was lost.
-struct InDoubt {
-    batch: Arc<Batch>,
-    ids: Vec<i64>,
-    /// Who may still be storing it.
-    backend: Backend,
 }
 
 /// A batch in flight, as one statement.
@@ -319,26 +313,6 @@ impl PostgresEventWriter {
         Ok(written)
     }
 
-    /// Whether a batch was stored by an attempt whose outcome was lost, and how.
-    async fn find_stored(&mut self, in_doubt: &InDoubt) -> Result<Option<Written>, StoreError> {
-        let session = self.session()?;
-        let Session { connection, statements, .. } = &*session;
-        let client = &connection.client;
-        let InDoubt { batch, ids, backend } = in_doubt;
-        // What was sent to it may still be on its way through it.
-        if !backend.end(client).await.map_err(store_error)? {
-            return Err(StoreError::Unavailable("a session that was lost does not end".into()));
-        }
-        let events = EventColumns::new(batch, &batch.order(), ids);
-        if !events.are_stored(client, statements).await.map_err(store_error)? {
-            return Ok(None);
-        }
-        let kept = events.find_keys(client, statements).await.map_err(store_error)?;
-        client.batch_execute(durability::CONFIRM).await.map_err(store_error)?;
-        connection.check_replicated()?;
-        Ok(Some(resolve(batch, ids, &batch.repeats(), &kept)))
-    }
-
     /// Whether events of the batch are below the watermark, or may be before they are committed.
     fn may_be_below_watermark(&self, batch: &Batch) -> bool {
         !batch.received_at.is_empty()
@@ -367,89 +341,6 @@ impl PostgresEventWriter {
             }
             let device_ids = upserted.iter().map(|first| batch.events[*first].device_id.clone());
             self.last_seen.extend(device_ids.map(|device_id| (device_id, batch.received)));
-        }
-    }
-
-    /// Remembers that `batch` may be stored under `ids`, by `session`, of which nothing more can be had.
-    fn leave_in_doubt(&mut self, batch: &Arc<Batch>, ids: Vec<i64>, session: &Arc<Session>) {
-        session.connection.close();
-        self.session.take_if(|current| Arc::ptr_eq(current, session));
-        // Of others that have been given up, nobody is going to ask.
-        let nobody_asks = |in_doubt: &mut InDoubt| Arc::strong_count(&in_doubt.batch) == 1;
-        let given_up = self.in_doubt.extract_if(.., nobody_asks);
-        self.abandoned.extend(given_up.map(|in_doubt| in_doubt.backend));
-        self.in_doubt.push(InDoubt { batch: Arc::clone(batch), ids, backend: session.backend });
-    }
-
-    /// Gives the session up, in which PostgreSQL may still be at work.
-    fn abandon_session(&mut self) {
-        if let Some(session) = self.session.take() {
-            session.connection.close();
-            self.abandoned.push(session.backend);
-        }
-    }
-
-    /// What to do about a failed transaction: `Ok` to try again.
-    async fn recover(
-        &mut self,
-        error: WriteError,
-        attempt: u32,
-        deadline: Instant,
-    ) -> Result<(), StoreError> {
-        if error.leaves_doubt() {
-            self.abandon_session();
-            // An idle connection that a restarted server has closed shows only now.
-            let may_have_been_idle = attempt == 0 && matches!(error, WriteError::Sql(_));
-            return if may_have_been_idle { Ok(()) } else { Err(error.into()) };
-        }
-        if std::mem::take(&mut self.transaction.open)
-            && let Some(session) = &self.session
-        {
-            let rollback = session.connection.client.batch_execute("rollback");
-            if !matches!(tokio::time::timeout_at(deadline, rollback).await, Ok(Ok(()))) {
-                self.abandon_session();
-            }
-        }
-        let retries = match &error {
-            WriteError::Sql(error) => self.classify(error),
-            WriteError::Conflict(_) => RETRIES,
-            WriteError::Dropped { .. }
-            | WriteError::OtherGroup(_)
-            | WriteError::Refused(_)
-            | WriteError::Unreplicated
-            | WriteError::Impossible(_) => 0,
-        };
-        // An attempt that may be cut off while it waits for a lock would leave the batch in doubt.
-        let has_time = deadline.saturating_duration_since(Instant::now()) > LOCK_TIMEOUT;
-        if attempt < retries && has_time { Ok(()) } else { Err(error.into()) }
-    }
-
-    /// Draws from what PostgreSQL says of a batch how to write it; tells how often that is worth trying.
-    fn classify(&mut self, error: &Error) -> u32 {
-        let Some(code) = error.code().filter(|_| !is_raised(error)) else { return 0 };
-        self.disk_full = *code == SqlState::DISK_FULL;
-        if class_of(error) == ErrorClass::Transient {
-            RETRIES
-        } else if *code == SqlState::FOREIGN_KEY_VIOLATION {
-            // A device was deleted behind our back, perhaps after the deletion and this batch had
-            // met in a deadlock: register it again.
-            self.last_seen.clear();
-            RETRIES
-        } else if *code == SqlState::UNIQUE_VIOLATION && names(error, "event_keys_pkey") {
-            self.deduplicating_batches = DEDUPLICATING_BATCHES;
-            RETRIES
-        } else if *code == SqlState::CHECK_VIOLATION && names_no_constraint(error) {
-            // The month's partition is missing after all: somebody has dropped or detached it.
-            if std::mem::take(&mut self.months).is_empty() { 0 } else { RETRIES }
-        } else if *code == SqlState::FEATURE_NOT_SUPPORTED
-            || *code == SqlState::INVALID_SQL_STATEMENT_NAME
-            || *code == SqlState::READ_ONLY_SQL_TRANSACTION
-        {
-            // A statement that outlived a migration, or a server that has become a standby.
-            self.abandon_session();
-            1
-        } else {
-            0
         }
     }
 }
@@ -595,14 +486,4 @@ fn is_fresh(read: Option<Timestamp>, now: Timestamp) -> bool {
 fn months_of(batch: &Batch) -> HashSet<Date> {
     let now = batch.received_at.is_empty().then_some(batch.received);
     batch.received_at.iter().copied().chain(now).map(partitions::month_of).collect()
-}
-
-/// A row that no partition takes violates a check that has no name.
-fn names_no_constraint(error: &Error) -> bool {
-    error.as_db_error().is_some_and(|error| error.constraint().is_none())
-}
-
-/// Whether the error is about this constraint.
-fn names(error: &Error, constraint: &str) -> bool {
-    error.as_db_error().is_some_and(|error| error.constraint() == Some(constraint))
 }

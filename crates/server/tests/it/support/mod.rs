@@ -3,6 +3,7 @@
 pub(crate) mod documents;
 pub(crate) mod events;
 pub(crate) mod http;
+pub(crate) mod locked_server;
 pub(crate) mod log;
 pub(crate) mod node_service;
 pub(crate) mod pgbouncer;
