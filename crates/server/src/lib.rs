@@ -23,3 +23,4 @@ pub mod random;
 pub mod store;
 mod temporary;
 mod threads;
+mod tls_trust;

@@ -9,12 +9,7 @@ use futures_util::future::join;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
-};
+use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -24,7 +19,10 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::Health;
-use crate::config::ListenArgs;
+use crate::{
+    config::ListenArgs,
+    tls_trust::{self, Trust},
+};
 
 /// How long connecting, and the answer, may take. The server itself gives its database up after about as long; Docker waits 30 s
 /// for a health check.
@@ -115,61 +113,8 @@ fn connector(path: &Path) -> Result<TlsConnector, String> {
     let mut found = CertificateDer::pem_file_iter(path).map_err(|error| failed(&error))?;
     let certificate = found.next().ok_or_else(|| failed(&"there is no PEM certificate in it"))?;
     let certificate = certificate.map_err(|error| failed(&error))?;
-    let provider = Arc::new(ring::default_provider());
-    let verifier = Arc::new(Pinned { certificate, provider: Arc::clone(&provider) });
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| format!("TLS: {error}"))?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_no_client_auth();
+    // A server's own certificate may be private, and need not be for the address that it is asked at.
+    let config = Trust::Only(certificate).client(tls_trust::provider());
+    let config = config.map_err(|error| format!("TLS: {error}"))?;
     Ok(TlsConnector::from(Arc::new(config)))
-}
-
-/// Takes one certificate and no other: a server's own may be private, and need not be for the address that it is asked at.
-#[derive(Debug)]
-struct Pinned {
-    certificate: CertificateDer<'static>,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        if *end_entity == self.certificate {
-            Ok(ServerCertVerified::assertion())
-        } else {
-            Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
 }
