@@ -83,7 +83,7 @@ impl Metrics {
             )?)?,
             queue_events: keep.this(IntGauge::new(
                 "pisync_ingest_queue_events",
-                "Events waiting for the batch under way to be committed.",
+                "Events waiting for the batch in flight to be committed.",
             )?)?,
             batch_events: keep.this(Histogram::with_opts(
                 HistogramOpts::new("pisync_ingest_batch_events", "Events per committed batch.")

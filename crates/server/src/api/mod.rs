@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 use axum::{
     Router,
     extract::Request,
-    http::{HeaderName, HeaderValue, Method, header},
+    http::{HeaderValue, Method, header},
     middleware::{from_fn_with_state, map_response_with_state},
 };
 use pisync_core::Timestamp;
@@ -45,7 +45,7 @@ use crate::{
         auth::Gate,
         client_address::TrustedProxies,
         node_paths,
-        observe::{self, LogThrottles, ObserveLayer, RequestIds},
+        observe::{LogThrottles, ObserveLayer, RequestIds},
         rate_limit::RateLimits,
         route_policy::Policies,
     },
@@ -210,14 +210,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
 fn cors(origins: &[HeaderValue]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(origins.to_vec())
-        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+        .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION])
-        .expose_headers([
-            header::WWW_AUTHENTICATE,
-            header::RETRY_AFTER,
-            observe::REQUEST_ID,
-            HeaderName::from_static("ratelimit-limit"),
-            HeaderName::from_static("ratelimit-remaining"),
-            HeaderName::from_static("ratelimit-reset"),
-        ])
+        .expose_headers(docs::header_names().collect::<Vec<_>>())
 }

@@ -210,7 +210,7 @@ impl Neighbour<'_> {
 fn introduce(progress: &Progress, status: &Status) {
     let ColumnNames { ignored, capital } = &status.column_names;
     if !ignored.is_empty() {
-        progress.say(&format!("columns that are passed over: {}", ignored.join(", ")));
+        progress.say(&format!("columns that are ignored: {}", ignored.join(", ")));
     }
     if !capital.is_empty() {
         progress.say(&format!(

@@ -3,6 +3,7 @@
 
 mod clock_watch;
 mod course;
+pub(crate) mod loops;
 mod trusted_clock;
 
 use std::{sync::Arc, time::Instant};

@@ -143,7 +143,24 @@ async fn no_output_takes_the_place_of_the_database() {
     let program = program();
     report(&program, 0..2).await;
     std::os::unix::fs::symlink("data/pisync.db", program.path("link.db")).unwrap();
-    let endings = ["", "-wal", "-shm", "-journal", ".ingest-1", ".ingest-2", ".refused.ndjson"];
+    // What a restore has replaced is kept for its owner.
+    program.run(&["backup", "one.db"]).success();
+    program.run(&["restore", "one.db", "--force"]).success();
+    let endings = [
+        "",
+        "-wal",
+        "-shm",
+        "-journal",
+        ".ingest-1",
+        ".ingest-2",
+        ".ingest-2.aside-1",
+        ".refused.ndjson",
+        ".doubtful.ndjson",
+        ".replaced",
+        ".replaced-2",
+        ".replaced-wal",
+    ];
+    assert!(program.path(&format!("{DATABASE}.replaced")).exists());
     let files = endings.map(|ending| format!("{DATABASE}{ending}"));
     let names = files.iter().map(String::as_str).chain(["link.db"]);
     for name in names {

@@ -199,7 +199,7 @@ async fn what_is_wrong_is_rejected_with_its_reasons(installed: &Installed) {
                  pi,2025-06-01,1.5,0,red,1,\npi,2025-06-01,1,0,red,2,[1]\npi,2025-06-01,1,0,red,3,\n";
     let ended = program.run(&["import", file(program, "cells", cells)]);
     assert_eq!(ended.code(), 3, "{ended:?}");
-    assert!(ended.stderr.starts_with("columns that are passed over: colour\n"), "{ended:?}");
+    assert!(ended.stderr.starts_with("columns that are ignored: colour\n"), "{ended:?}");
     let rejected = std::fs::read_to_string(program.path("cells.rejected")).unwrap();
     assert!(rejected.contains(r#"\"total_files_synced\" must be an integer"#), "{rejected}");
     assert!(rejected.contains(r#"\"metadata\" must be of type object"#), "{rejected}");

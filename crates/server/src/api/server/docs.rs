@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, io, sync::Arc};
 
 use axum::{
     extract::{Path, State},
-    http::{HeaderMap, HeaderValue},
+    http::{HeaderMap, HeaderName, HeaderValue},
     response::{IntoResponse, Redirect, Response},
     routing::get,
 };
@@ -157,6 +157,11 @@ const HEADERS: [(&str, &str, Type, &str); 7] = [
         "How to send a key, and what is wrong with the one that was sent (RFC 6750).",
     ),
 ];
+
+/// The headers that responses have, besides those that every page may read.
+pub(crate) fn header_names() -> impl Iterator<Item = HeaderName> {
+    HEADERS.into_iter().filter_map(|(_, name, ..)| name.parse().ok())
+}
 
 /// Declares in the document which headers each response has.
 pub(crate) fn declare_headers(document: &mut Document, policies: &Policies) {

@@ -19,13 +19,10 @@ use std::{
 use super::{
     files::{cannot_open, create_folder, half_replaced, resolve},
     log_check,
-    paths::{
-        DOUBTFUL_EVENTS, INGEST_JOURNAL, Identity, LOG_INDEX, REFUSED_EVENTS, REPLACED,
-        WRITE_AHEAD_LOG, beside,
-    },
+    paths::{Identity, WRITE_AHEAD_LOG, beside, files_of},
 };
 use crate::{
-    permissions::{self, PRIVATE},
+    permissions::{self, PRIVATE, folder_of},
     store::StoreError,
     temporary::{self, Placeholder},
 };
@@ -212,9 +209,12 @@ impl Claim {
                 StoreError::Failed(format!("cannot remove {}: {error}", other.display()))
             })?;
         }
-        let files = ["", WRITE_AHEAD_LOG, LOG_INDEX, REFUSED_EVENTS, DOUBTFUL_EVENTS, REPLACED];
-        for file in files.iter().chain(&INGEST_JOURNAL) {
-            let path = beside(&self.database, file);
+        let files = files_of(&self.database).unwrap_or_else(|error| {
+            let folder = folder_of(&self.database).display();
+            tracing::warn!(%folder, %error, "cannot look whether others may open the database's files");
+            Vec::new()
+        });
+        for path in files {
             match permissions::restrict(&path, PRIVATE) {
                 Ok(None) => {}
                 Ok(Some(mode)) => tracing::info!(

@@ -9,10 +9,7 @@ use std::{
 
 use rusqlite::ErrorCode;
 
-use super::paths::{
-    DOUBTFUL_EVENTS, INGEST_JOURNAL, Identity, LOG_INDEX, REFUSED_EVENTS, REPLACED,
-    ROLLBACK_JOURNAL, WRITE_AHEAD_LOG, beside,
-};
+use super::paths::{Identity, REPLACED, belongs, beside, files_of};
 use crate::{
     permissions::{self, PRIVATE, folder_of, with_ending},
     store::StoreError,
@@ -110,13 +107,10 @@ pub(in crate::store) fn is_same_file(left: &Path, right: &Path) -> bool {
 /// When it would.
 pub(in crate::store) fn check_is_not_ours(database: &Path, path: &Path) -> Result<(), StoreError> {
     let (Ok(database), Ok(resolved)) = (resolve(database), resolve(path)) else { return Ok(()) };
-    let endings =
-        ["", WRITE_AHEAD_LOG, LOG_INDEX, ROLLBACK_JOURNAL, REFUSED_EVENTS, DOUBTFUL_EVENTS];
-    let is_ours = |ending: &&str| {
-        let file = beside(&database, ending);
-        file == resolved || is_same_file(path, &file)
-    };
-    if endings.iter().chain(&INGEST_JOURNAL).any(is_ours) {
+    // Another name of one of the files would do as much harm.
+    let is_another_name =
+        || files_of(&database).is_ok_and(|files| files.iter().any(|file| is_same_file(path, file)));
+    if belongs(&database, &resolved) || is_another_name() {
         return Err(StoreError::Failed(format!(
             "{} is the database itself, or a file that belongs to it; name another file",
             path.display()

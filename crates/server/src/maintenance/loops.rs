@@ -1,0 +1,103 @@
+//! The endless loops of upkeep: maintenance, aggregation, and deletions that were interrupted. `app` runs each as a
+//! background task. None of them returns.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Maintenance, STEP_YIELD, earlier_time};
+use crate::{
+    clock::Clock,
+    store::{DeviceDeletions, Store, StoreError},
+};
+
+/// How often maintenance runs.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
+/// How soon maintenance is tried again after a failure.
+const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
+
+/// How often events are aggregated into the sums by day and hour. The interval is short because reads add up events
+/// that are not aggregated yet. A small number of events is aggregated in less than one step.
+const AGGREGATION_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How often to check for interrupted deletions of devices.
+const DELETIONS_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Runs maintenance from time to time.
+pub(crate) async fn maintain(mut maintenance: Maintenance) {
+    loop {
+        let pause = match maintenance.run().await {
+            Ok(true) => MAINTENANCE_INTERVAL,
+            // The clock is not set yet.
+            Ok(false) => MAINTENANCE_RETRY,
+            Err(error) => {
+                tracing::warn!(%error, "maintenance failed; it will be tried again");
+                MAINTENANCE_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Continues interrupted deletions of devices, at the start and whenever one has made no progress for an interval. A
+/// deletion that another process still works on is skipped.
+pub(crate) async fn finish_deletions(store: Arc<dyn DeviceDeletions>) {
+    let mut before = None;
+    loop {
+        match store.deletions().await {
+            Ok(found) => {
+                for (device_id, deleted) in &found {
+                    let is_stuck = before.as_ref().is_none_or(|before: &Vec<_>| {
+                        before.contains(&(device_id.clone(), *deleted))
+                    });
+                    if !is_stuck {
+                        continue;
+                    }
+                    match store.finish_deletion(device_id).await {
+                        Ok(events) => tracing::info!(
+                            %device_id,
+                            events,
+                            "the deletion of a device, which had been interrupted, is complete"
+                        ),
+                        Err(error) => tracing::warn!(
+                            %device_id,
+                            %error,
+                            "the deletion of a device cannot go on; it will be tried again"
+                        ),
+                    }
+                }
+                before = Some(found);
+            }
+            Err(error) => tracing::debug!(%error, "cannot look for interrupted deletions"),
+        }
+        tokio::time::sleep(DELETIONS_INTERVAL).await;
+    }
+}
+
+/// Aggregates events in small steps, and yields to ingest in between.
+pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
+    loop {
+        let started = Instant::now();
+        let aggregated = async {
+            // Later events were received by a clock that was ahead. Aggregation does not wait for their time.
+            let now = earlier_time(&*store, &clock).await?;
+            store.aggregate_events(now).await
+        };
+        let pause = match aggregated.await {
+            Ok(true) => started.elapsed() * STEP_YIELD,
+            Ok(false) => AGGREGATION_INTERVAL,
+            Err(StoreError::Unavailable(error)) => {
+                // Ingest logs that already.
+                tracing::debug!(error, "events cannot be aggregated while the database is away");
+                AGGREGATION_INTERVAL
+            }
+            Err(error) => {
+                tracing::warn!(%error, "aggregating events failed; it will be tried again");
+                MAINTENANCE_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
