@@ -64,6 +64,8 @@ pub struct ApiState {
     pub(crate) policies: Policies,
     pub(crate) limits: RateLimits,
     pub(crate) slots: Slots,
+    /// Places for requests whose keys are looked up.
+    pub(crate) look_ups: Slots,
     pub(crate) large_answers: LargeAnswers,
     /// Permits for decompressing bodies.
     pub(crate) decoders: Semaphore,
@@ -164,6 +166,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
         gate,
         policies,
         slots: Slots::new(settings.max_requests),
+        look_ups: Slots::new(admission::MOST_LOOK_UPS),
         large_answers,
         decoders: Semaphore::new(many::DECODERS),
         randomness: parts.randomness,

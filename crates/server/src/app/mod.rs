@@ -3,7 +3,7 @@
 
 mod tasks;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -11,7 +11,7 @@ use self::tasks::Tasks;
 use crate::{
     api::{self, ApiParts},
     clock::Clock,
-    config::http::{AuthMode, HttpSettings},
+    config::{Settings, http::AuthMode},
     ingest::{Ingest, Writers},
     keys::{self, Keyring},
     logs,
@@ -20,7 +20,7 @@ use crate::{
     net::{self, ConnectionSettings, Listeners, Tls},
     random::Randomness,
     store::{
-        self, Retention, Store, StoreError, Target,
+        self, Store, StoreError, Target,
         migrations::{MigrationError, Migrator},
     },
 };
@@ -31,23 +31,6 @@ const INGEST: &str = "ingest";
 /// How long ingest may take to store its queue when the server stops. Requests in flight get 20 s before it, so a stop
 /// takes less than 30 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
-
-/// The settings of a server.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// The database.
-    pub target: Target,
-    /// The directory of users' own migrations. It need not exist.
-    pub migrations_dir: PathBuf,
-    /// Whether to run pending migrations at the start.
-    pub auto_migrate: bool,
-    /// For how many days event ids are remembered.
-    pub event_id_retention_days: u32,
-    /// How long single events are kept; `None` keeps them for ever.
-    pub retention: Option<Retention>,
-    /// Settings of the API.
-    pub http: HttpSettings,
-}
 
 /// Why a server did not start, or ended early.
 #[derive(Debug, thiserror::Error)]
@@ -246,7 +229,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::config::http::{ANSWER_BYTES, Timeouts, TlsFiles};
+    use crate::config::http::{ANSWER_BYTES, HttpSettings, Timeouts, TlsFiles};
 
     /// Reports an event on a connection that stays open, and returns the first line of the response. The line is empty
     /// if the connection has been closed.

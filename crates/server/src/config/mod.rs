@@ -7,6 +7,7 @@ mod database_url;
 pub(crate) mod env_file;
 pub mod http;
 pub mod serve;
+mod settings;
 
 use std::str::FromStr;
 
@@ -17,6 +18,7 @@ use crate::logs::LogLevel;
 pub use self::{
     database::{CopyArgs, DatabaseArgs, MigrationArgs},
     serve::{AppEnv, ListenArgs, ServeArgs},
+    settings::Settings,
 };
 
 /// How much every command says of what happens.

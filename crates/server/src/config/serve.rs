@@ -13,10 +13,11 @@ use ipnet::IpNet;
 use super::{
     ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, database_url, given,
     http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts, TlsFiles},
-    items, wrong,
+    items,
+    settings::Settings,
+    wrong,
 };
 use crate::{
-    app,
     logs::{LogLevel, LogSettings},
     store::Retention,
 };
@@ -250,7 +251,7 @@ impl ServeArgs {
     ///
     /// # Errors
     /// When a setting makes no sense.
-    pub fn settings(&self) -> Result<app::Settings, ConfigError> {
+    pub fn settings(&self) -> Result<Settings, ConfigError> {
         self.listen.check()?;
         let auth = match self.auth.as_str() {
             "" | "auto" => AuthMode::Auto,
@@ -288,7 +289,7 @@ impl ServeArgs {
                 }
             }
         }
-        Ok(app::Settings {
+        Ok(Settings {
             target: self.database.target()?,
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,

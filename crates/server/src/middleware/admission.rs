@@ -41,10 +41,10 @@ pub(crate) async fn layer(
     let route = matched.as_ref().map_or("", MatchedPath::as_str);
     let policy = state.policies.of(route, request.method());
     let mut admission = admit(&state, &policy, &mut request);
-    if admission.is_of_unknown_key() {
+    if admission.has_unknown_key {
         admission = admit_new_key(&state, &policy, &mut request, admission).await;
     }
-    let Admission { rate, entry, is_foreign } = admission;
+    let Admission { rate, entry, is_foreign, .. } = admission;
     let mut response = match entry {
         Ok(slot) => large::hold(next.run(request).await, slot),
         Err(error) => error.into_response(),
@@ -66,14 +66,13 @@ pub(crate) struct Admission {
     pub(crate) entry: Result<Option<Slot>, ApiError>,
     /// True if a third party made this machine's own user send it.
     pub(crate) is_foreign: bool,
+    /// True if the request is refused and has a key that may have been made a moment ago.
+    pub(crate) has_unknown_key: bool,
 }
 
-impl Admission {
-    /// True if the only reason against the request is that its key is unknown.
-    pub(crate) fn is_of_unknown_key(&self) -> bool {
-        matches!(self.entry, Err(ApiError::WrongKey(KeyFault::Unknown)))
-    }
-}
+/// Requests with unknown keys that may wait for a look at the database at a time. Each waits for some 50 ms. They take no
+/// slots: made-up keys must not keep out anybody else.
+pub(crate) const MOST_LOOK_UPS: usize = 256;
 
 /// Marks a response: a third party made this machine's own user send the request.
 #[derive(Debug, Clone, Copy)]
@@ -85,23 +84,28 @@ pub(crate) fn admit(state: &SharedState, policy: &RoutePolicy, request: &mut Req
     conclude(state, policy, request, verdict)
 }
 
-/// Checks again a request that was refused because its key is unknown. The key may have been made a moment ago, without
-/// this server's knowledge. Meanwhile the request takes a slot.
+/// Checks again a request with an unknown key. The key may have been made a moment ago, without this server's knowledge.
+/// A new key is admitted also while its address is over its limit: many devices with new keys may share one address.
 pub(crate) async fn admit_new_key(
     state: &SharedState,
     policy: &RoutePolicy,
     request: &mut Request,
     refused: Admission,
 ) -> Admission {
-    let Some(_slot) = state.slots.take() else {
-        return Admission { entry: Err(ApiError::Overloaded), ..refused };
+    let Some(_place) = state.look_ups.take() else {
+        let is_limited = matches!(refused.entry, Err(ApiError::TooManyRequests { .. }));
+        let entry = if is_limited { refused.entry } else { Err(ApiError::Overloaded) };
+        return Admission { entry, ..refused };
     };
     if let Err(error) = state.gate.look_up_keys(&*state.store).await {
         return Admission { entry: Err(error.into()), ..refused };
     }
     match state.gate.check(request, policy) {
         // The first check counted it. The error may now say that the key is revoked.
-        Verdict { key: None, result: Err(error), .. } => Admission { entry: Err(error), ..refused },
+        Verdict { key: None, result: Err(error), .. } => match refused.entry {
+            Err(ApiError::TooManyRequests { .. }) => refused,
+            _ => Admission { entry: Err(error), ..refused },
+        },
         verdict => conclude(state, policy, request, verdict),
     }
 }
@@ -113,6 +117,7 @@ fn conclude(
     verdict: Verdict,
 ) -> Admission {
     let Verdict { key, result, is_foreign } = verdict;
+    let has_unknown_key = matches!(result, Err(ApiError::WrongKey(KeyFault::Unknown)));
     // Load balancers use OPTIONS to check whether a server is there.
     let is_options = *request.method() == Method::OPTIONS;
     // Refused requests are counted too, so that nobody can guess keys quickly. A request that a third party caused must
@@ -138,7 +143,7 @@ fn conclude(
         (None, Ok(())) if policy.rate == RateClass::Uncounted || is_options => Ok(None),
         (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
-    Admission { rate, entry, is_foreign }
+    Admission { rate, entry, is_foreign, has_unknown_key }
 }
 
 /// The limit of requests in flight.

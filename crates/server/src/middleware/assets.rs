@@ -116,7 +116,18 @@ impl Assets {
         content_type: &str,
         gzipped: Bytes,
     ) -> Result<(), std::io::Error> {
-        self.insert(name, content_type, &gzipped.clone(), Some(gzipped), OnceLock::new())
+        if is_text(content_type) {
+            return self.insert(
+                name,
+                content_type,
+                &gzipped.clone(),
+                Some(gzipped),
+                OnceLock::new(),
+            );
+        }
+        let mut plain = Vec::new();
+        GzDecoder::new(&*gzipped).read_to_end(&mut plain)?;
+        self.add(name, content_type, plain.into())
     }
 
     fn insert(
@@ -246,5 +257,12 @@ mod tests {
         let gzipped = assets.by_name["a.css"].gzipped.clone().unwrap();
         changed.add_gzipped("b.css", "text/css", gzipped).unwrap();
         assert_eq!(changed.by_name["b.css"].plain(), text);
+        // A picture that others compressed only became larger by it.
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(&[7; 2048]).unwrap();
+        changed.add_gzipped("b.png", "image/png", encoder.finish().unwrap().into()).unwrap();
+        let picture = changed.respond("b.png", &gzip).unwrap();
+        assert!(!picture.headers().contains_key(header::CONTENT_ENCODING));
+        assert_eq!(changed.by_name["b.png"].plain(), vec![7; 2048]);
     }
 }

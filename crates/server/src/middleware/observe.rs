@@ -177,15 +177,15 @@ where
         let state = Arc::clone(&self.state);
         let seen = Seen::new(&state, &mut request);
         let admission = if state.admits_within_cors {
-            Admission { rate: None, entry: Ok(None), is_foreign: false }
+            Admission { rate: None, entry: Ok(None), is_foreign: false, has_unknown_key: false }
         } else {
             admission::admit(&state, &seen.policy, &mut request)
         };
-        if admission.is_of_unknown_key() {
+        if admission.has_unknown_key {
             let answering = answer_new_key(state, self.inner.clone(), seen, request, admission);
             return Box::pin(answering.map(Ok));
         }
-        let Admission { rate, entry, is_foreign } = admission;
+        let Admission { rate, entry, is_foreign, .. } = admission;
         match entry {
             Ok(slot) => {
                 // A panic fails one request, not the process.
@@ -220,7 +220,7 @@ where
     S: Service<Request, Response = Response, Error = Infallible>,
 {
     let admission = admission::admit_new_key(&state, &seen.policy, &mut request, refused).await;
-    let Admission { rate, entry, is_foreign } = admission;
+    let Admission { rate, entry, is_foreign, .. } = admission;
     match entry {
         Ok(slot) => {
             let answering = AssertUnwindSafe(inner.oneshot(request)).catch_unwind();

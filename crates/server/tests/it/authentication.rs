@@ -249,6 +249,27 @@ async fn last_use_is_kept_to_the_hour(server: &LockedServer) {
     key.delete("/api/device/pi").await.error(403);
 }
 
+/// A school's devices share one address. Each has a new key of its own, and somebody there guesses keys.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_keys_are_not_kept_out_by_the_limit_of_their_address() {
+    let server = TestServer::on_sqlite(|settings| {
+        settings.auth = AuthMode::Required;
+        (settings.sync_per_minute, settings.api_per_minute) = (2, 2);
+    })
+    .await;
+    let guess = server.with_key(pisync::keys::Secret::new([7; 32]).as_str());
+    for status in [401, 401, 429, 429] {
+        guess.report(&event("pi")).await.error(status);
+    }
+    for number in 0..10 {
+        let (_, key) = server.database.make_key(key_request(Scope::Ingest)).await;
+        let device = server.with_key(&key);
+        device.report(&event(&format!("pi-{number}"))).await.data(201);
+    }
+    guess.report(&event("pi")).await.error(429);
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn so_many_requests_a_minute_with_a_key() {
     let limited = TestServer::on_sqlite(|settings| {

@@ -15,7 +15,10 @@ use utoipa_axum::routes;
 use crate::{
     api::{
         SharedState,
-        wire::{error::ApiError, routes::Routes},
+        wire::{
+            error::{ApiError, RETRY_WHEN_AWAY},
+            routes::Routes,
+        },
     },
     middleware::route_policy::RoutePolicy,
 };
@@ -109,5 +112,6 @@ async fn get_readiness(State(state): State<SharedState>) -> Response {
         return Health::ok(&state).into_response();
     }
     let health = Health { status: "UNAVAILABLE", port: state.port, timestamp: state.clock.now() };
-    (StatusCode::SERVICE_UNAVAILABLE, Json(health)).into_response()
+    let retry_after = [(header::RETRY_AFTER, HeaderValue::from(RETRY_WHEN_AWAY))];
+    (StatusCode::SERVICE_UNAVAILABLE, retry_after, Json(health)).into_response()
 }

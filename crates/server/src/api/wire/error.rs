@@ -22,7 +22,7 @@ use crate::{
 const RETRY_WHEN_OVERLOADED: u32 = 2;
 
 /// `Retry-After` in seconds when the database is away.
-const RETRY_WHEN_AWAY: u32 = 5;
+pub(crate) const RETRY_WHEN_AWAY: u32 = 5;
 
 /// `Retry-After` in seconds when the clock is not set. NTP sets it within a minute after the network comes up.
 const RETRY_WHEN_CLOCK_NOT_SET: u32 = 60;

@@ -3,13 +3,12 @@
 
 use super::{Report, folders};
 use crate::{
-    app,
     cli::{
         health::{self, Health},
         settings::SettingsFile,
     },
     clock::Clock,
-    config::{ListenArgs, ServeArgs},
+    config::{ListenArgs, ServeArgs, Settings},
     maintenance,
     net::Tls,
     store::{
@@ -34,7 +33,7 @@ fn configuration(
     report: &mut Report<'_>,
     serve: &ServeArgs,
     settings_file: &SettingsFile,
-) -> Option<app::Settings> {
+) -> Option<Settings> {
     const CHECK: &str = "configuration";
     let settings = match serve.settings() {
         Ok(settings) => settings,
@@ -64,7 +63,7 @@ fn configuration(
 /// The database, if it is there and its schema is that of this version.
 async fn database(
     report: &mut Report<'_>,
-    settings: &app::Settings,
+    settings: &Settings,
 ) -> Option<std::sync::Arc<dyn Store>> {
     const CHECK: &str = "database";
     let target = &settings.target;
@@ -118,7 +117,7 @@ async fn open(target: &Target) -> Result<std::sync::Arc<dyn Store>, StoreError> 
 }
 
 /// Whether the schema is that of this version.
-fn schema(report: &mut Report<'_>, settings: &app::Settings, status: &[Status]) -> bool {
+fn schema(report: &mut Report<'_>, settings: &Settings, status: &[Status]) -> bool {
     const CHECK: &str = "schema";
     let with_problems: Vec<_> = status
         .iter()

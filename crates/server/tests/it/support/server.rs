@@ -11,8 +11,9 @@ use std::{
 };
 
 use pisync::{
-    app::{self, AppError, Settings},
+    app::{self, AppError},
     clock::Clock,
+    config::Settings,
     config::http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts},
     store::Target,
 };
