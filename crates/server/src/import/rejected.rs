@@ -43,7 +43,7 @@ impl RejectedFile {
     /// removed.
     pub(super) fn open(path: PathBuf, taken: u64) -> Result<Self, ImportError> {
         let mut rejected = Self { path, file: None };
-        // A symbolic link may lead to a file that somebody else chose.
+        // A symbolic link may lead to a file that another person chose.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
         match options.open(&rejected.path) {

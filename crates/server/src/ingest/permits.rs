@@ -1,6 +1,6 @@
 //! Permits bound the events and memory that ingest holds. Each event or body reserves a permit while it arrives, waits
-//! and is stored. The batch endpoint and the queue call it. Nothing here may wait: beyond the bounds a reservation
-//! fails at once. A permit is released when it is dropped.
+//! and is stored. `ingest` and the batch endpoint call it. Nothing here may wait: beyond the bounds a reservation fails
+//! at once. A permit is released when it is dropped.
 
 use std::sync::{
     Arc,

@@ -37,7 +37,7 @@ const BATCH_EVENTS: usize = 1_024;
 /// third would only keep later events out of the second.
 const BATCHES_IN_FLIGHT: usize = 2;
 
-/// With so many events waiting, the next batch is sent while another one is in flight, whatever the load.
+/// With this many events waiting, the next batch is sent while another one is in flight, whatever the load.
 const WAKE_EVENTS: usize = 256;
 
 /// How often to check whether the database is back.

@@ -34,7 +34,7 @@ pub struct Maintenance {
 }
 
 impl Maintenance {
-    /// For a server with this `retention` of events, which keeps event ids for so many days.
+    /// For a server with this `retention` of events. Event ids are kept for `event_id_retention_days`.
     #[must_use]
     pub fn new(
         store: Arc<dyn Store>,

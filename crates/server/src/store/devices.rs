@@ -46,9 +46,9 @@ pub struct DeviceQuery {
     pub sort: DeviceSort,
     /// Largest or latest first.
     pub descending: bool,
-    /// At most so many.
+    /// The maximum number of devices.
     pub limit: u32,
-    /// After so many.
+    /// How many devices to skip.
     pub offset: u64,
 }
 

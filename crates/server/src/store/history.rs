@@ -157,7 +157,7 @@ fn is_dated_by_arrival(metadata: Option<&str>) -> bool {
     metadata.is_some_and(|text| text.contains("\"device_timestamp\""))
 }
 
-/// Whether two texts mean the same. A program that writes JSON anew may change spaces and the order of fields.
+/// Whether two texts mean the same. A program that rewrites JSON may change spaces and the order of fields.
 fn is_same_json(left: Option<&str>, right: Option<&str>) -> bool {
     let (Some(left), Some(right)) = (left, right) else { return left == right };
     let read = |text| serde_json::from_str::<serde_json::Value>(text).ok();

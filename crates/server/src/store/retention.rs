@@ -13,7 +13,7 @@ pub struct Retention {
 }
 
 impl Retention {
-    /// Keeps events for so many days. An event's date may be ahead of its `received_at` by up to
+    /// Keeps events for `days` days. An event's date may be ahead of its `received_at` by up to
     /// `max_clock_skew_seconds`. `None` when `days` is too short. The last 24 hours are counted event by event, so
     /// every event dated within them must be there.
     #[must_use]

@@ -22,15 +22,15 @@ pub trait StatsStore: Send + Sync {
 /// Which devices failed repeatedly.
 #[derive(Debug, Clone)]
 pub struct FailureQuery {
-    /// At least so many failures.
+    /// The minimum number of failures.
     pub threshold: u32,
     /// Count the current streak instead of failures.
     pub consecutive: bool,
     /// Only devices that failed within it, and only failures in it. `None` means all time.
     pub window: Option<Window>,
-    /// At most so many devices; all when `None`.
+    /// The maximum number of devices; all when `None`.
     pub limit: Option<u32>,
-    /// After so many.
+    /// How many devices to skip.
     pub offset: u64,
 }
 

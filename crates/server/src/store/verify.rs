@@ -57,7 +57,7 @@ pub struct Verified {
     pub differences: Vec<JobDifference>,
     /// Days of these devices whose sums differ from those of their aggregated events.
     pub days: Vec<SumDifference>,
-    /// Devices of which only the number exists, although they have events or figures. SQL that ignored the foreign keys
+    /// Devices that exist only as a number, although they have events or figures. SQL that ignored the foreign keys
     /// left them. They cannot be repaired here.
     pub nameless_devices: u64,
     /// Devices of the page that are being deleted. They are not compared: their figures stay until the end, while their

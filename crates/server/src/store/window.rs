@@ -21,7 +21,7 @@ impl Window {
         Self { whole_days: false, ..Self::ending_with(now, HOUR, 24) }
     }
 
-    /// The day of `now` and the days before it, so many altogether.
+    /// The day of `now` and the days before it, `days` in total.
     #[must_use]
     pub fn last_days(now: Timestamp, days: i64) -> Self {
         Self { whole_days: true, ..Self::ending_with(now, DAY, days) }

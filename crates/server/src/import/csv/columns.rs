@@ -11,7 +11,7 @@ use crate::import::{ImportError, records::Record};
 /// When a server received the event. This column exists besides the event's own fields.
 const CREATED_AT: EventField =
     EventField { name: "created_at", kind: FieldKind::Text, is_required: false };
-/// Columns of exports that are not read, because the database assigns both values anew.
+/// Columns of exports that are not read, because the database assigns new values to both.
 const NOT_READ: [&str; 2] = ["id", "updated_at"];
 
 /// The columns that are read.

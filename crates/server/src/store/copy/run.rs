@@ -28,9 +28,9 @@ pub enum CopyProgress {
         /// How many rows it has; for sums, about how many.
         rows: u64,
     },
-    /// So many more rows of the table are done.
+    /// This many more rows of the table are done.
     Rows(u64),
-    /// All rows of the table are done: so many.
+    /// All rows of the table are done; this is their number.
     Done(u64),
 }
 

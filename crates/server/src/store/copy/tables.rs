@@ -16,7 +16,7 @@ pub(in crate::store) enum Kind {
     Time,
     /// Days since 1970-01-01.
     Day,
-    /// A decimal fraction, as an integer in units of its last decimal; it has so many decimals.
+    /// A decimal fraction, as an integer in units of its last decimal. The number of decimals is given.
     Decimal(u32),
     /// 1 for yes, 0 for no.
     Boolean,

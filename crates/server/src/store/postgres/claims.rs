@@ -1,6 +1,6 @@
-//! Checks whether devices are in the group that a key reports for. `batch_columns` and `transactions` use it in the
-//! transaction that stores the events. The rows of the devices stay locked until its end, so nobody can move or delete
-//! a device in between.
+//! Checks whether devices are in the group that a key reports for. `transactions` calls it in the transaction that
+//! stores the events. The rows of the devices stay locked until its end, so nobody can move or delete a device in
+//! between.
 
 use std::collections::HashMap;
 

@@ -89,7 +89,7 @@ impl CopyReader for PostgresCopyReader {
     }
 }
 
-/// The first table with rows in the database, whoever made it.
+/// The first table with rows in the database, even if another program made it.
 pub(crate) async fn first_filled_table(
     target: &PostgresTarget,
 ) -> Result<Option<&'static str>, StoreError> {

@@ -16,8 +16,8 @@ const NOTICE_MILLISECONDS: i64 = 5 * 60_000;
 /// behind that lock. It is better to try again later.
 const LOCK_TIMEOUT: &str = "set lock_timeout = '300ms'";
 
-/// Marks a table that is to be dropped. Otherwise a server that ended in between would leave a detached table that
-/// looks like one that somebody else has detached. That one is not ours.
+/// Marks a table that is to be dropped. A server may end between detaching and dropping; the next attempt finds the
+/// table by this mark. A table that somebody else has detached is not ours.
 const MARK: &str = "PiSync is dropping this";
 
 /// Announces the months that are past, or drops one that was announced. Answers whether there may be another. The
@@ -93,7 +93,7 @@ async fn drop_month_under_lock(
             let detach = format!("alter table sync_events detach partition {table} concurrently");
             client.batch_execute(&detach).await?;
         }
-        // An earlier attempt has waited for a lock in vain.
+        // An earlier attempt waited for a lock and gave up.
         Some(true) => {
             let finish = format!("alter table sync_events detach partition {table} finalize");
             client.batch_execute(&finish).await?;

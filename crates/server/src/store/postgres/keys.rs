@@ -1,5 +1,5 @@
-//! API keys in PostgreSQL. The API, the command line and the keyring call it through `KeyStore`. Every change must give
-//! the keys a new version, or running servers do not notice it.
+//! API keys in PostgreSQL. The API, the command line and the keyring call it through `KeyStore`. Making or revoking a
+//! key must give the keys a new version, or running servers do not notice it.
 
 use async_trait::async_trait;
 use deadpool_postgres::Transaction;

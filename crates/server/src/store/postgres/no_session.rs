@@ -1,5 +1,5 @@
-//! Explains why there is no session, in words for the person who runs the server. `connect` and `session` call it. A
-//! message must never show the password.
+//! Explains why there is no session, in words for the person who runs the server. `connect`, `session` and `hosts` call
+//! it. A message must never show the password.
 
 use std::{fmt, time::Duration};
 

@@ -110,7 +110,7 @@ pub(super) async fn create_within(
 ) -> Result<(), tokio_postgres::Error> {
     let mut found = state(client, partition).await?;
     if matches!(found, State::Leaving | State::Detached) {
-        // With this lock, whoever was about to drop the partition has done so, or was killed.
+        // With this lock, any process that was about to drop the partition has done so, or was killed.
         client.execute("select pg_advisory_xact_lock($1)", &[&EXPIRY_LOCK]).await?;
         found = state(client, partition).await?;
     }

@@ -39,8 +39,8 @@ const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
 /// The sums of the events that match `filter`, in the order of [`job_columns`]. Events dated after the parameter
-/// `latest` change no streak. They are shown as the last event only if there are no others. Times of receipt after
-/// `latest` are skipped in the same way; the last date replaces them.
+/// `latest` change no streak. They are shown as the last event only if there are no others. A `received_at` after
+/// `latest` is skipped in the same way; the last date replaces it.
 pub(super) fn recounted(filter: &str, latest: &str) -> String {
     let (names, sums) = (Sums::names(), roll_ups::named_event_sums());
     format!(

@@ -1,5 +1,5 @@
 //! Opens the database file and applies the settings of every connection. Also keeps the connections for reading. The
-//! store and the commands call it. Every path must have come through `claim` before.
+//! store and the commands call it. The path of a database must come through `claim` first.
 
 use std::{
     path::{Path, PathBuf},

@@ -87,7 +87,7 @@ fn has_journal(database: &Path) -> Result<bool, StoreError> {
     }
     match journal_state(database) {
         Ok(state) => Ok(state.is_some_and(|state| state.in_use)),
-        // It is no database, or cannot be read. Whoever uses it next reports that.
+        // It is no database, or cannot be read. The next code that uses it reports that.
         Err(StoreError::Failed(_)) => Ok(false),
         Err(error) => Err(error),
     }

@@ -359,7 +359,7 @@ mod tests {
         for length in (0..=whole).step_by(97) {
             assert_eq!(killed.damage_of(&killed.log[..length]), None, "cut at {length}");
         }
-        // The last transaction, of which only a part is on the disk.
+        // Only a part of the last transaction is on the disk.
         for place in [4, 9, 17, 30, FRAME - 1] {
             let mut log = killed.log.clone();
             log[whole - FRAME + place] ^= 1;

@@ -297,7 +297,7 @@ fn recount(
         event.count_into(figures, latest);
     }
     for figures in recounted.jobs.values_mut() {
-        // The last date replaces an impossible time of receipt.
+        // The date of the last event replaces an impossible `received_at`.
         if figures.last_received > latest && figures.last_sync <= latest {
             figures.last_received = figures.last_sync;
         }

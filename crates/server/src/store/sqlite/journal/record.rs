@@ -15,8 +15,8 @@
 //! | 32–39 | `received_at` | – |
 //! | 40–47 | whose journal: `ingest_state.journal` | – |
 //!
-//! Version 1 was written until 2026-11-25. Later versions keep bytes 0 to 15 and what the checksum covers as
-//! they are in version 2, so that an older program can tell a newer record from a damaged one.
+//! Version 1 was written until 2026-11-25. Later versions keep bytes 0 to 15 and the extent of the checksum as they are
+//! in version 2. An older program can therefore tell a newer record from a damaged one.
 
 use pisync_core::{DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
 
