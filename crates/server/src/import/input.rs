@@ -1,4 +1,5 @@
-//! What is imported, as a stream of bytes: a file or standard input, decompressed when it is compressed.
+//! Reads the input of an import as a stream of bytes: a file or standard input. Compressed input is decompressed.
+//! `records` calls it. Memory must stay constant however long the input is.
 
 use std::{
     fs::{File, TryLockError},
@@ -14,7 +15,7 @@ use flate2::bufread::MultiGzDecoder;
 
 use super::ImportError;
 
-/// How much is read from the input at a time, in bytes.
+/// How many bytes are read from the input at a time.
 const BUFFER: usize = 64 << 10;
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
@@ -30,7 +31,7 @@ pub enum Source {
 }
 
 impl Source {
-    /// What people call it.
+    /// The name that messages show.
     #[must_use]
     pub fn name(&self) -> String {
         match self {
@@ -39,7 +40,7 @@ impl Source {
         }
     }
 
-    /// Its bytes, where that is known beforehand.
+    /// Its length in bytes, where that is known beforehand.
     #[must_use]
     pub fn bytes(&self) -> Option<u64> {
         match self {
@@ -50,7 +51,7 @@ impl Source {
         }
     }
 
-    /// Whether it can be read from its beginning again.
+    /// Whether it can be read again from its beginning.
     pub(super) fn can_be_reopened(&self) -> bool {
         self.bytes().is_some()
     }
@@ -86,7 +87,7 @@ impl Source {
                 "{name} is a directory: name a file, or - for standard input"
             )));
         }
-        // A file system that has no locks keeps nobody from importing.
+        // A file system without locks must not prevent an import.
         if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
             return Err(ImportError(format!("{} is being imported already", self.name())));
         }
@@ -115,7 +116,7 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// Reads some bytes; none at the end.
+    /// Reads some bytes; 0 at the end.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ImportError> {
         loop {
             match self.reader.read(buffer) {
@@ -126,7 +127,7 @@ impl Input {
     }
 }
 
-/// Counts what is read.
+/// Counts the bytes that are read.
 struct Counted {
     raw: Box<dyn Read + Send>,
     taken: Arc<AtomicU64>,

@@ -1,6 +1,6 @@
-//! Importing events that were exported, logged or kept elsewhere. A thread reads and checks records while the
-//! batch before them is stored. How far an import has come is stored with its events, so that one that was
-//! interrupted goes on where it was. The command line calls this, beside running servers.
+//! Imports events that were exported, logged or kept elsewhere. The command line calls it, also beside running servers.
+//! A thread reads and checks records while the batch before them is stored. Progress is stored in the same transaction
+//! as the events. An interrupted import therefore continues where it stopped, and must not store any record twice.
 
 mod csv;
 mod input;
@@ -36,27 +36,27 @@ use crate::{
     threads::Threads,
 };
 
-/// Records in one transaction: some 20 ms of work, which servers that write meanwhile hardly notice, and
-/// larger ones gain little.
+/// Records in one transaction. They take some 20 ms, which servers that write meanwhile hardly notice. Larger
+/// transactions gain little.
 const STEP_RECORDS: usize = 1_000;
 
-/// The text that they may have altogether, in bytes.
+/// The maximum length of the text of these records together, in bytes.
 const STEP_BYTES: usize = 4 << 20;
 
-/// Steps that are read ahead: one is enough for reading and storing to go on at the same time, and the other
-/// makes up for a slow commit.
+/// Steps that are read ahead. With one, reading and storing go on at the same time. The other makes up for a slow
+/// commit.
 const STEPS_AHEAD: usize = 2;
 
-/// By how much this machine's clock may be ahead of PostgreSQL's, in milliseconds: an hour.
+/// How far this machine's clock may be ahead of PostgreSQL's, in milliseconds: an hour.
 const LARGEST_LEAD: i64 = 60 * 60 * 1000;
 
 /// How long to wait for a database that is away.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// How often to try meanwhile.
+/// How often to try within that time.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Why an import has ended early, in words for whoever started it.
+/// Why an import has ended early, in words for the user.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ImportError(String);
@@ -64,48 +64,48 @@ pub struct ImportError(String);
 /// What to import.
 #[derive(Debug)]
 pub struct Import {
-    /// From where.
+    /// The input.
     pub source: Source,
-    /// How records follow each other; its beginning tells when `None`.
+    /// How records follow each other. With `None`, the beginning of the input decides.
     pub format: Option<Format>,
-    /// Where to put the records that are no events.
+    /// The file for rejected records.
     pub rejected: PathBuf,
-    /// Import it once more although it was imported already.
+    /// Whether to import the input once more, although it was imported already.
     pub again: bool,
-    /// How far ahead of its receipt an event may be dated.
+    /// How far an event's date may be ahead of its `received_at`.
     pub max_clock_skew_seconds: u32,
-    /// Random: what the import is called, unless it goes on with another.
+    /// A random id for this import, unless it continues another one.
     pub id: Digest,
 }
 
 /// How far an import has come.
 #[derive(Debug, Default)]
 pub struct Status {
-    /// Bytes read of the input, as they are in the file.
+    /// Bytes of the input that were read, before decompression.
     pub bytes: u64,
-    /// Records of imports before, that this one goes on with.
+    /// Records that earlier imports have taken; this one continues after them.
     pub passed: u64,
     /// Events that were stored.
     pub stored: u64,
-    /// Events that were there already, under the same event id.
+    /// Events that were stored before under the same event id.
     pub duplicates: u64,
-    /// Those of them that are not what is stored under their event id.
+    /// Duplicates that differ from what is stored under their event id.
     pub conflicting: u64,
-    /// Records that are no events.
+    /// Records that are not valid events.
     pub rejected: u64,
-    /// Records that were read: each of them is one of the above.
+    /// Records that were read. Each was stored, is a duplicate or was rejected.
     pub records: u64,
-    /// The input ends in the middle of a record, which is rejected. Once the input is whole, the same import goes on
-    /// with that record.
+    /// Whether the input ends in the middle of a record, which is then rejected. Once the input is complete, the same
+    /// import continues with that record.
     pub is_cut_off: bool,
-    /// What this import goes on with, if it does.
+    /// The earlier import that this one continues, if any.
     pub resumed: Option<ImportProgress>,
-    /// What is special about the columns of CSV.
+    /// Unusual names of CSV columns.
     pub column_names: ColumnNames,
 }
 
 impl Status {
-    /// The error that an import has met, with what became of the records before it.
+    /// The error that ended an import, with a count of the records before it.
     fn after(&self, error: ImportError) -> ImportError {
         let taken = self.stored + self.duplicates + self.rejected;
         if taken == 0 {
@@ -118,25 +118,25 @@ impl Status {
     }
 }
 
-/// What the reading thread sends first.
+/// The first message of the reading thread.
 struct Beginning {
     resumed: Option<ImportProgress>,
     column_names: ColumnNames,
 }
 
-/// Some records, read and checked.
+/// Records that were read and checked.
 #[derive(Default)]
 struct Step {
     events: Vec<ReceivedEvent>,
     rejected: Vec<Rejected>,
-    /// Records taken so far, and what they are known by.
+    /// How many records were taken so far; the digests identify them.
     records: u64,
     digest: Digest,
     head: Digest,
-    /// Nothing follows.
+    /// Whether nothing follows.
     is_last: bool,
-    /// The last of the rejected is where the input breaks off. It does not count among the records taken: whole, it
-    /// will be another.
+    /// Whether the last rejected record is cut off by the end of the input. It does not count among the records taken,
+    /// because the complete record will differ.
     is_cut_off: bool,
 }
 
@@ -146,12 +146,12 @@ enum Message {
 }
 
 impl Import {
-    /// Imports into `store`. `watch` hears of every step; `gives_way` tells whether somebody else must get
-    /// at the database in between.
+    /// Imports into `store`. `watch` is called after every step. `gives_way` tells whether this import must yield the
+    /// database to others between two steps.
     ///
     /// # Errors
-    /// What is wrong with the input, the database or the file of rejected records. Steps that were stored
-    /// stay, and the same import goes on after them.
+    /// What is wrong with the input, the database or the file of rejected records. Steps that were stored stay, and the
+    /// same import continues after them.
     pub async fn run(
         self,
         store: &dyn Store,
@@ -196,14 +196,15 @@ impl Import {
                         .await?;
                     watch(&status);
                     if gives_way() {
-                        // As long as it was kept from them: they find their turn within a few of ours.
+                        // The pause is as long as the others had to wait. They get their turn within a few of our
+                        // steps.
                         tokio::time::sleep(started.elapsed()).await;
                     }
                 }
             }
         }
         if !is_read {
-            // The thread that reads has panicked.
+            // The reading thread has panicked.
             let early = "the thread that reads has ended before the end of the input: this is a fault of PiSync, please report it; the same command goes on after what is stored";
             return Err(status.after(ImportError(early.to_owned())));
         }
@@ -216,7 +217,7 @@ impl Import {
         Ok(status)
     }
 
-    /// Stores one step behind `before`, and moves that on; see [`ImportStep`].
+    /// Stores one step behind `before`, and then advances `before`; see [`ImportStep`].
     async fn store(
         &self,
         writer: &mut dyn EventWriter,
@@ -282,7 +283,7 @@ impl Import {
         let mut message = Message::Beginning(beginning);
         loop {
             let is_last = matches!(&message, Message::Step(step) if step.is_last);
-            // Whoever does not listen has met an error, and tells it.
+            // A receiver that is gone has met an error, and reports it.
             if messages.blocking_send(Ok(message)).is_err() || is_last {
                 return Ok(());
             }
@@ -291,7 +292,7 @@ impl Import {
             step.records = rest.fingerprint.records;
             (step.digest, step.head) = (rest.fingerprint.digest(), rest.fingerprint.head());
             if result.is_err() && !(step.events.is_empty() && step.rejected.is_empty()) {
-                // What comes before the place where the input is broken is imported.
+                // The records before the broken place are imported.
                 let _ = messages.blocking_send(Ok(Message::Step(step)));
                 return result;
             }
@@ -300,7 +301,7 @@ impl Import {
         }
     }
 
-    /// Reads and checks some records, up to a place where the input is broken.
+    /// Reads and checks some records, up to a broken place of the input.
     fn read_step(
         &self,
         rest: &mut Rest,
@@ -344,8 +345,8 @@ impl Import {
     }
 }
 
-/// Checks that nothing can be said against importing by this clock: by a wrong one, events would be dated wrong, or
-/// rejected as from the future.
+/// Checks that this machine's clock is good enough for an import. With a wrong clock, events would be dated wrong, or
+/// rejected because of a date in the future.
 ///
 /// # Errors
 /// When the clock is not set, or is far ahead of PostgreSQL's.
@@ -358,7 +359,7 @@ pub async fn check_clock(store: &dyn TrustedTimeStore, clock: &Clock) -> Result<
     }
 }
 
-/// Refuses when this machine's clock is so far ahead of the database's that one of them is wrong.
+/// Refuses when this machine's clock is so far ahead of the database's that one of the two must be wrong.
 fn check_clocks(own: Timestamp, database: Timestamp) -> Result<(), ImportError> {
     let ahead = own.as_millisecond() - database.as_millisecond();
     if ahead <= LARGEST_LEAD {
@@ -369,7 +370,7 @@ fn check_clocks(own: Timestamp, database: Timestamp) -> Result<(), ImportError> 
     )))
 }
 
-/// Starts the thread that reads. It ends with the input, or when nobody listens any more.
+/// Starts the thread that reads. It ends with the input, or when the receiver is gone.
 fn read_ahead(
     import: &Arc<Import>,
     imports: Vec<ImportProgress>,
@@ -388,7 +389,7 @@ fn read_ahead(
     Ok(messages)
 }
 
-/// The event that a record is, or what is wrong with it.
+/// The event in a record, or what is wrong with it.
 fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violation>> {
     if let Some(problem) = &record.problem {
         let message = format!("the record {problem}");
@@ -403,7 +404,7 @@ fn check(record: &Record, arrival: Arrival) -> Result<ReceivedEvent, Vec<Violati
     })
 }
 
-/// When each event was received: nothing when all of them arrive now.
+/// When each event was received; empty when all events arrive now.
 fn received_at(
     events: &[ReceivedEvent],
     received: pisync_core::Timestamp,
@@ -414,7 +415,7 @@ fn received_at(
     events.iter().map(|event| event.created_at.unwrap_or(received)).collect()
 }
 
-/// Writes a batch, and waits for a database that is away.
+/// Writes a batch; waits while the database is away.
 async fn write(writer: &mut dyn EventWriter, batch: &Arc<Batch>) -> Result<Written, StoreError> {
     let started = Instant::now();
     loop {
@@ -435,7 +436,7 @@ async fn write(writer: &mut dyn EventWriter, batch: &Arc<Batch>) -> Result<Writt
 mod tests {
     use super::*;
 
-    /// The name of an input at which the thread that reads panics.
+    /// The name of an input that makes the reading thread panic.
     pub(super) const BREAKS_THE_READER: &str = "breaks-the-reader";
 
     #[tokio::test]

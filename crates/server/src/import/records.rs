@@ -1,4 +1,5 @@
-//! An input cut into records, each the JSON text of one event, in bounded memory whatever is read.
+//! Cuts an input into records, each the JSON text of one event. `resume` and the importing thread call it. Memory must
+//! stay bounded, whatever the input contains.
 
 use std::{
     collections::VecDeque,
@@ -14,7 +15,7 @@ use super::{
     input::{Input, Source},
 };
 
-/// How much is cut at a time, in bytes.
+/// How many bytes are cut at a time.
 const CHUNK: usize = 64 << 10;
 
 /// How records follow each other.
@@ -30,13 +31,13 @@ pub enum Format {
 
 /// One record.
 pub(super) struct Record {
-    /// JSON text; of what is none, what was read of it.
+    /// The JSON text. For a record that is no JSON, the text that was read.
     pub(super) text: Vec<u8>,
-    /// Why it is no event, whatever its text.
+    /// Why the record is not an event, whatever its text says.
     pub(super) problem: Option<String>,
-    /// The text is only its beginning.
+    /// Whether the text is only the beginning of the record.
     pub(super) is_truncated: bool,
-    /// Nothing follows it, not even the end of its line: when it is broken, the input was cut off.
+    /// Whether nothing follows the record, not even the end of its line. If it is broken, the input was cut off.
     pub(super) may_be_cut_off: bool,
 }
 
@@ -50,28 +51,28 @@ impl Record {
         Self { text: text.to_vec(), problem, is_truncated: false, may_be_cut_off: false }
     }
 
-    /// One of which only the beginning was kept.
+    /// A record of which only the beginning was kept.
     pub(super) fn too_long(beginning: &[u8]) -> Self {
         let problem =
             format!("is longer than {MAX_EVENT_BYTES} bytes, the most that a record may have");
         Self { is_truncated: true, ..Self::wrong(&problem, beginning) }
     }
 
-    /// NUL bytes where records should be. How many there are is of no interest.
+    /// NUL bytes where records should be. Their number does not matter.
     pub(super) fn nuls() -> Self {
         Self::wrong("is a run of NUL bytes, as a power cut leaves them", &[])
     }
 }
 
 enum Cutter {
-    /// Lines of JSON; `in_nuls` after NUL bytes.
+    /// Lines of JSON. `in_nuls` tells whether the last bytes were NUL bytes.
     Lines {
         splitter: EventSplitter,
         in_nuls: bool,
     },
     Array(EventSplitter),
     Csv(Box<CsvCutter>),
-    /// The input has come to its end.
+    /// The input has ended.
     Done,
 }
 
@@ -80,16 +81,16 @@ pub(super) struct Records {
     input: Input,
     cutter: Cutter,
     chunk: Vec<u8>,
-    /// Cut and not taken yet.
+    /// Records that are cut and not taken yet.
     found: VecDeque<Record>,
-    /// What comes after them.
+    /// The error that follows those records.
     failed: Option<ImportError>,
-    /// What is special about the columns of CSV.
+    /// Unusual names of CSV columns.
     pub(super) column_names: ColumnNames,
 }
 
 impl Records {
-    /// Opens a source. Without a `format`, its first character tells.
+    /// Opens a source. Without a `format`, its first character decides.
     pub(super) fn open(
         source: &Source,
         format: Option<Format>,
@@ -144,7 +145,7 @@ impl Records {
         }
     }
 
-    /// The next record; `None` at the end. What comes before the place where the input is broken is given first.
+    /// The next record; `None` at the end. The records before a broken place come first, then the error.
     pub(super) fn next(&mut self) -> Result<Option<Record>, ImportError> {
         while self.found.is_empty() {
             if let Some(error) = self.failed.take() {
@@ -158,7 +159,7 @@ impl Records {
         Ok(self.found.pop_front())
     }
 
-    /// Reads on and cuts what comes.
+    /// Reads the next chunk and cuts it.
     fn read(&mut self) {
         match self.input.read(&mut self.chunk) {
             Ok(count) => self.cut(count),
@@ -171,7 +172,7 @@ impl Records {
         self.failed = Some(error);
     }
 
-    /// Cuts the first bytes of the chunk; none is the end.
+    /// Cuts the first `count` bytes of the chunk; 0 means the end.
     fn cut(&mut self, count: usize) {
         let (bytes, found) = (&self.chunk[..count], &mut self.found);
         let result = match (&mut self.cutter, count) {
@@ -193,7 +194,7 @@ impl Records {
     }
 }
 
-/// Puts what is cut to the rest.
+/// Appends each piece to the records that were found.
 fn taking(found: &mut VecDeque<Record>) -> impl FnMut(Piece<'_>) -> Result<(), ImportError> {
     move |piece| {
         found.push_back(match piece {
@@ -204,8 +205,8 @@ fn taking(found: &mut VecDeque<Record>) -> impl FnMut(Piece<'_>) -> Result<(), I
     }
 }
 
-/// Cuts lines. NUL bytes end a line too: after a power cut a file may have some where the end of its last line was
-/// to be, and lines that were added later behind them.
+/// Cuts lines. A NUL byte ends a line too. After a power cut a file may contain NUL bytes where the end of its last
+/// line should be. Lines that were added later follow them.
 fn lines(
     splitter: &mut EventSplitter,
     in_nuls: &mut bool,
@@ -231,14 +232,14 @@ fn lines(
     Ok(())
 }
 
-/// Cuts what is left at the end.
+/// Cuts the rest at the end of the input.
 fn last_line(
     splitter: EventSplitter,
     in_nuls: bool,
     found: &mut VecDeque<Record>,
 ) -> Result<(), ImportError> {
     if in_nuls {
-        // They may yet become lines.
+        // NUL bytes at the end of the input may yet be overwritten with lines.
         found.push_back(Record { may_be_cut_off: true, ..Record::nuls() });
         return Ok(());
     }
@@ -263,7 +264,7 @@ impl From<StreamError> for ImportError {
     }
 }
 
-/// What a text is that begins like one in another encoding, or like something that must be unpacked first.
+/// What the text probably is, if it begins like another encoding or like a compressed file.
 fn other_encoding(bytes: &[u8]) -> Option<String> {
     const PACKED: [(&[u8], &str); 3] =
         [(b"PK\x03\x04", "zip"), (b"\xfd7zXZ\0", "xz"), (b"BZh", "bzip2")];
@@ -274,7 +275,7 @@ fn other_encoding(bytes: &[u8]) -> Option<String> {
     }
     let is_utf16 = match bytes {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
-        // Without a mark: of ASCII's characters every other byte is NUL.
+        // Without a byte order mark: in ASCII text every other byte is NUL.
         [first, 0, second, 0, ..] | [0, first, 0, second, ..] => *first != 0 && *second != 0,
         _ => false,
     };
@@ -282,7 +283,7 @@ fn other_encoding(bytes: &[u8]) -> Option<String> {
     is_utf16.then(|| advice.to_owned())
 }
 
-/// The first byte that is neither white space nor a part of a byte order mark.
+/// The first byte that is neither white space nor part of a byte order mark.
 fn first_character(bytes: &[u8]) -> Option<u8> {
     let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
     bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace())

@@ -1,5 +1,5 @@
-//! The file of rejected records: a JSON line for each, with its reasons. Lines are written before the step of the import is
-//! committed; the lines of an interrupted step are removed again.
+//! The file of rejected records, with one JSON line for each record and its reasons. `import` calls it. Lines are
+//! written before the step of the import is committed. The next run must remove the lines of an interrupted step.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,36 +14,36 @@ use serde::{Deserialize, Serialize};
 use super::ImportError;
 use crate::permissions::{self, PRIVATE};
 
-/// The longest line that is looked at in a file that is there already, in bytes: a record of 64 KiB, in which
-/// each byte may be written as six, and its reasons.
+/// The longest line that is read from an existing file, in bytes. A record has at most 64 KiB, each byte may be escaped
+/// as six, and the reasons follow.
 const LONGEST_LINE: u64 = 1 << 20;
 
-/// A record that is no event.
+/// A record that is not a valid event.
 #[derive(Serialize)]
 pub(super) struct Rejected {
     /// Its number among all records, from 1.
     pub(super) record: u64,
     /// Every wrong field.
     pub(super) details: Vec<Violation>,
-    /// What was read.
+    /// The text that was read.
     pub(super) text: String,
-    /// Whether that is only the beginning.
+    /// Whether the text is only the beginning.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(super) text_is_truncated: bool,
 }
 
-/// The file, which is made when it is needed.
+/// The file. It is created when the first record is rejected.
 pub(super) struct RejectedFile {
     path: PathBuf,
     file: Option<File>,
 }
 
 impl RejectedFile {
-    /// Opens the file at `path` for an import that has taken so many records already. Those of later records
-    /// are taken out of it.
+    /// Opens the file at `path` for an import that has already taken `taken` records. Lines of later records are
+    /// removed.
     pub(super) fn open(path: PathBuf, taken: u64) -> Result<Self, ImportError> {
         let mut rejected = Self { path, file: None };
-        // A link may lead to a file of somebody else's choice.
+        // A symbolic link may lead to a file that another person chose.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
         match options.open(&rejected.path) {
@@ -60,7 +60,7 @@ impl RejectedFile {
         Ok(rejected)
     }
 
-    /// Goes on with a file that is there.
+    /// Continues an existing file.
     fn go_on(&mut self, mut file: File, taken: u64) -> Result<(), ImportError> {
         #[derive(Deserialize)]
         struct Line {
@@ -78,7 +78,7 @@ impl RejectedFile {
                 Ok(known) if known.record <= taken && line.ends_with(b"\n") => {
                     whole += line.len() as u64;
                 }
-                // What follows was not committed.
+                // The lines that follow were not committed.
                 Ok(_) if taken > 0 => break,
                 Err(_) if whole > 0 => break,
                 _ => {

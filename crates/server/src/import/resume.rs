@@ -1,5 +1,5 @@
-//! Finding out whether an input was imported before, and how far. An input is known by its records, not by its
-//! name: it may have been moved, compressed, or have grown since.
+//! Finds out whether an input was imported before, and how far. The importing thread calls it. An input is identified
+//! by its records and never by its name: it may have been moved, compressed, or have grown since.
 
 use std::{
     collections::VecDeque,
@@ -16,11 +16,11 @@ use super::{
 };
 use crate::store::{Digest, ImportProgress};
 
-/// Records that are read before it is decided whether an input looks new. So many of sync events are hardly
-/// ever the same in two inputs, unless one is the other's beginning.
+/// Records that are read before an input counts as new. Two inputs hardly ever begin with the same 100 sync events,
+/// unless one is the beginning of the other.
 const HEAD_RECORDS: u64 = 100;
 
-/// What the records taken so far are known by.
+/// Identifies the records that were taken so far.
 #[derive(Clone, Default)]
 pub(super) struct Fingerprint {
     sum: Sha256,
@@ -42,12 +42,12 @@ impl Fingerprint {
         self.sum.clone().finalize().into()
     }
 
-    /// Of the first records, or of all when they are not as many.
+    /// The digest of the first [`HEAD_RECORDS`] records, or of all when there are fewer.
     pub(super) fn head(&self) -> Digest {
         self.head.unwrap_or_else(|| self.digest())
     }
 
-    /// The import that has taken exactly these records; of several, one that is not finished.
+    /// The import that has taken exactly these records. Of several, one that is not finished.
     fn find<'a>(&self, imports: &'a [ImportProgress]) -> Option<&'a ImportProgress> {
         let mut candidates = imports.iter().filter(|import| import.records == self.records);
         candidates.clone().next()?;
@@ -61,7 +61,7 @@ impl Fingerprint {
         })
     }
 
-    /// How many records to read until every import that begins like this one can be told from it.
+    /// How many records to read until this input can be told from every import that begins alike.
     fn longest(&self, imports: &[ImportProgress]) -> Option<u64> {
         let head = self.head?;
         let begin_alike = imports.iter().filter(|import| import.head == head);
@@ -72,18 +72,18 @@ impl Fingerprint {
 /// The records that are still to be imported.
 pub(super) struct Rest {
     records: Records,
-    /// Read already.
+    /// Records that were read already.
     kept: VecDeque<Record>,
-    /// What comes after those.
+    /// The error that follows those records.
     failed: Option<ImportError>,
-    /// Of what was taken, by this import and those before.
+    /// The fingerprint of what this import and earlier ones have taken.
     pub(super) fingerprint: Fingerprint,
-    /// The import that is gone on with.
+    /// The import that is continued.
     pub(super) resumed: Option<ImportProgress>,
 }
 
 impl Rest {
-    /// Opens a source and passes over what one of `imports` has taken of it already.
+    /// Opens a source and skips what one of `imports` has already taken of it.
     pub(super) fn open(
         source: &Source,
         format: Option<Format>,
@@ -102,7 +102,7 @@ impl Rest {
                     resumed = fingerprint.find(imports).or(resumed);
                 }
                 Ok(None) => break,
-                // What comes before is imported all the same.
+                // The records before the error are imported all the same.
                 Err(error) => {
                     failed = Some(error);
                     break;
@@ -122,7 +122,7 @@ impl Rest {
             let record = match records.next() {
                 Ok(Some(record)) => record,
                 Ok(None) => break,
-                // What comes before is imported all the same, when the input is read a second time.
+                // The records before the error are imported all the same, when the input is read a second time.
                 Err(_) if source.can_be_reopened() => {
                     is_broken = true;
                     break;
@@ -134,7 +134,7 @@ impl Rest {
         }
         let taken_before = resumed.map_or(0, |import| import.records);
         if taken_before < fingerprint.records || is_broken {
-            // It only began like another: back to where they part.
+            // The input only began like another: read it again, up to where the two differ.
             if !source.can_be_reopened() {
                 return Err(ImportError(format!(
                     "{} begins like an input that was imported before and goes on differently, so that it must be read twice: save it to a file and import that",
@@ -153,7 +153,7 @@ impl Rest {
         Ok(Self { records, kept, failed: None, fingerprint, resumed: resumed.cloned() })
     }
 
-    /// The next record; `None` at the end. It counts as taken once [`Self::take`] is told of it.
+    /// The next record; `None` at the end. It counts as taken only after [`Self::take`].
     pub(super) fn next(&mut self) -> Result<Option<Record>, ImportError> {
         if let Some(record) = self.kept.pop_front() {
             return Ok(Some(record));
@@ -164,12 +164,12 @@ impl Rest {
         }
     }
 
-    /// Takes a record into what the import is known by.
+    /// Adds a record to the fingerprint.
     pub(super) fn take(&mut self, record: &Record) {
         self.fingerprint.take(record);
     }
 
-    /// What is special about the columns of CSV.
+    /// Unusual names of CSV columns.
     pub(super) fn column_names(&self) -> &ColumnNames {
         &self.records.column_names
     }

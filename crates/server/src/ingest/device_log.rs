@@ -1,4 +1,5 @@
-//! What is learnt of devices while events are stored, in the log.
+//! Logs what is learnt of devices while events are stored: new devices, and jobs that keep failing. `task` calls it
+//! after each batch. It must limit its lines, because one batch may bring thousands of devices.
 
 use pisync_core::DeviceId;
 
@@ -7,10 +8,10 @@ use crate::{
     store::FailureStreak,
 };
 
-/// Failures in a row that are worth a line in the log.
+/// Failures in a row that are worth a log line.
 const NOTABLE_STREAK: i64 = 3;
 
-/// Writes some lines of each kind: one batch may bring thousands of devices.
+/// Writes a limited number of lines of each kind.
 #[derive(Debug)]
 pub(super) struct DeviceLog {
     new: FewPerInterval,

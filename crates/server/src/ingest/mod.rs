@@ -1,13 +1,13 @@
-//! Group commit: the way of every event into the store.
+//! Group commit: every reported event passes through here into the store. The API submits events; `app` starts the
+//! tasks. An event must never be acknowledged before it is committed.
 //!
-//! One task owns the store's writer. It takes everything that waits in a bounded queue, stores it in
-//! one transaction, and only then answers each waiter. There is no timer: a batch is what gathered
-//! while the last one was being committed. As soon as that is as much as the last one, it is pipelined behind it: the
-//! database need not wait for us. The queue is bounded in events and in bytes; when it
-//! is full, or the database away, the answer comes at once.
+//! One task owns the store's writer. It takes everything that waits in a queue, stores it in one transaction, and only
+//! then answers each waiter. There is no timer: a batch is what gathered while the last one was being committed. A
+//! batch is pipelined behind the one in flight once enough events wait for it. The database therefore need not wait for
+//! us. The queue is bounded in events and in bytes. When it is full, or the database is away, the answer comes at once.
 //!
-//! Events that were sent with a key of a group have a lane of their own: a queue, a task, and a writer that looks in
-//! its transaction whether their devices are in the group. So those without pay nothing for it.
+//! Events that were sent with a key of a group have a lane of their own: a queue, a task, and a writer. That writer
+//! checks in its transaction whether their devices are in the group. Events of other keys therefore pay nothing for it.
 
 mod device_log;
 mod permits;
@@ -34,14 +34,14 @@ use crate::{
 /// Proof that an event is stored.
 #[derive(Debug, Clone)]
 pub enum Receipt {
-    /// It is now.
+    /// It is stored now.
     Created {
         /// The event's id.
         id: i64,
         /// When it was received.
         created_at: Timestamp,
     },
-    /// It had been before, under the same event id.
+    /// It was stored before, under the same event id.
     Duplicate {
         /// The first event's id.
         id: i64,
@@ -55,8 +55,8 @@ pub enum Receipt {
 pub enum IngestError {
     /// The queue is full.
     Overloaded,
-    /// The database is away or gave the transaction up, or the server is shutting down. When the connection was lost during a
-    /// commit and could not be had back in time, the event may be stored all the same.
+    /// The database is away or gave the transaction up, or the server is shutting down. The event may be stored all the
+    /// same if the connection was lost during a commit and could not be restored in time.
     Unavailable,
     /// A device is not in the group that it must be in.
     OtherGroup,
@@ -64,28 +64,28 @@ pub enum IngestError {
     Failed(String),
 }
 
-/// The entrance. Cheap to clone.
+/// The entrance to ingest. Cheap to clone.
 #[derive(Clone)]
 pub struct Ingest {
     /// For events of any device.
     any: Lane,
-    /// For those whose devices must be in a group.
+    /// For events whose devices must be in a group.
     grouped: Lane,
     load: Arc<Load>,
     metrics: Arc<Metrics>,
 }
 
-/// What events are written through.
+/// The writers of the two lanes.
 pub struct Writers {
-    /// Those of any device.
+    /// Writes events of any device.
     pub any: Box<dyn EventWriter>,
-    /// Those whose devices must be in a group. It must write into the tables themselves, where groups are.
+    /// Writes events whose devices must be in a group. It must write straight into the tables, which know the groups.
     pub grouped: Box<dyn EventWriter>,
 }
 
 impl Ingest {
-    /// Makes an entrance and the tasks behind it, which the caller spawns and watches. `observations` is
-    /// what the first of the writers learns after it has returned.
+    /// Makes an entrance and its tasks, which the caller spawns and watches. The first writer sends to `observations`
+    /// what it learns after it has returned.
     #[must_use]
     pub fn new(
         writers: Writers,
@@ -105,7 +105,7 @@ impl Ingest {
             (lane, task)
         };
         let (any, any_task) = lane(writers.any, observations);
-        // Its writer has nothing to tell afterwards.
+        // This writer learns nothing after it has returned.
         let (_, no_observations) = mpsc::unbounded_channel();
         let (grouped, grouped_task) = lane(writers.grouped, no_observations);
         let entrance = Self { any, grouped, load: Arc::clone(&load), metrics: Arc::clone(metrics) };
@@ -118,14 +118,14 @@ impl Ingest {
         self.any.is_available()
     }
 
-    /// Permit for a body that arrives, of which there is nothing yet.
+    /// An empty permit for a body that is arriving.
     #[must_use]
     pub fn permit(&self) -> Permit {
         Permit::new(&self.load, true)
     }
 
-    /// Stores `event` and returns once it is committed. When a `group` is named, its device must be in it, or new: then
-    /// it is put there.
+    /// Stores `event` and returns once it is committed. With a `group`, its device must be in that group or new. A new
+    /// device is put into the group.
     ///
     /// # Errors
     /// See [`IngestError`].
@@ -142,8 +142,8 @@ impl Ingest {
         self.wait_for(waiting, 1)
     }
 
-    /// Stores `events`, for which there is a `permit`, in one transaction and returns once it is committed. When a `group`
-    /// is named, all devices must be in it, or new.
+    /// Stores `events`, which hold `permit`, in one transaction and returns once it is committed. With a `group`, all
+    /// devices must be in that group or new.
     ///
     /// # Errors
     /// See [`IngestError`].

@@ -1,5 +1,6 @@
-//! What events hold of the bounds of ingest while they arrive, wait and are stored: a permit each, released when it is
-//! dropped. Beyond the bounds events are refused at once.
+//! Permits bound the events and memory that ingest holds. Each event or body reserves a permit while it arrives, waits
+//! and is stored. `ingest` and the batch endpoint call it. Nothing here may wait: beyond the bounds a reservation fails
+//! at once. A permit is released when it is dropped.
 
 use std::sync::{
     Arc,
@@ -10,23 +11,24 @@ use pisync_core::SyncEvent;
 
 use super::IngestError;
 
-/// Events that may wait or be in flight, batches included: 5,000 devices reporting at the same second
-/// must find permit, and several devices that deliver 10,000 each after a day without a network.
+/// Events that may wait or be in flight, batches included. 5,000 devices that report in the same second must find a
+/// permit. So must several devices that deliver 10,000 events each after a day without a network.
 const QUEUE_EVENTS: usize = 65_536;
 
-/// Memory that they may take, in bytes. Most events take some 250, one with the largest metadata 5,000.
+/// Memory that these events may take, in bytes. Most events take some 250 bytes; one with the largest metadata takes
+/// 5,000.
 const QUEUE_BYTES: usize = 32 << 20;
 
-/// What of both bodies may hold that are still arriving: three quarters. Some clients never finish theirs, and must not
-/// keep out the events that arrive whole, as nearly all do.
+/// Bodies that are still arriving may hold three quarters of both bounds. Some clients never finish their body. Those
+/// must not keep out the events that arrive in one piece, as nearly all do.
 const ARRIVING_EVENTS: usize = QUEUE_EVENTS / 4 * 3;
 const ARRIVING_BYTES: usize = QUEUE_BYTES / 4 * 3;
 
-/// What all events in the queue and in flight amount to, and all bodies that are arriving.
+/// What all events in the queue and in flight hold, together with all bodies that are arriving.
 #[derive(Debug, Default)]
 pub(super) struct Load {
     pub(super) all: Held,
-    /// What of it is held by bodies that are arriving.
+    /// The part that is held by bodies that are arriving.
     arriving: Held,
 }
 
@@ -37,12 +39,12 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Whether it is still at most the bound once there are so many more events. They count in any case.
+    /// Adds events; answers whether the sum is still at most `bound`. The events count in any case.
     fn add_events(&self, events: usize, bound: usize) -> bool {
         self.events.fetch_add(events, Ordering::Relaxed) + events <= bound
     }
 
-    /// The same of bytes.
+    /// Adds bytes in the same way.
     fn add_bytes(&self, bytes: usize, bound: usize) -> bool {
         self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes <= bound
     }
@@ -53,8 +55,8 @@ impl Held {
     }
 }
 
-/// A share of the bounds, released when it is dropped. It is reserved while a body arrives, so that bodies in flight count,
-/// too.
+/// A part of the bounds, released when it is dropped. It is reserved while a body arrives, so that bodies that are
+/// still arriving count, too.
 #[derive(Debug)]
 pub struct Permit {
     load: Arc<Load>,
@@ -69,7 +71,7 @@ impl Permit {
         Self { load: Arc::clone(load), events: 0, bytes: 0, is_arriving }
     }
 
-    /// Another permit within the same bounds, released by itself.
+    /// A second permit within the same bounds. It is released separately.
     #[must_use]
     pub fn new_sibling(&self) -> Self {
         Self::new(&self.load, self.is_arriving)
@@ -77,10 +79,10 @@ impl Permit {
 
     /// Reserves one more event.
     ///
-    /// # Errors
+    /// [`IngestError::Overloaded`] when a bound is exceeded.
     /// [`IngestError::Overloaded`] when there is none.
     pub fn reserve(&mut self, event: &SyncEvent) -> Result<(), IngestError> {
-        // What is added goes again with the permit, also when it was too much.
+        // The permit releases what was added, even if it was too much.
         self.events += 1;
         let mut fits = self.load.all.add_events(1, QUEUE_EVENTS);
         if self.is_arriving {
@@ -92,10 +94,10 @@ impl Permit {
         self.reserve_bytes(weight(event))
     }
 
-    /// Reserves so many bytes of something else.
+    /// Reserves bytes for something other than an event.
     ///
     /// # Errors
-    /// [`IngestError::Overloaded`] when there is none.
+    /// [`IngestError::Overloaded`] when a bound is exceeded.
     pub fn reserve_bytes(&mut self, bytes: usize) -> Result<(), IngestError> {
         self.bytes += bytes;
         let mut fits = self.load.all.add_bytes(bytes, QUEUE_BYTES);
@@ -105,7 +107,7 @@ impl Permit {
         if fits { Ok(()) } else { Err(IngestError::Overloaded) }
     }
 
-    /// The whole body has arrived. What is still to be done with it does not depend on its client.
+    /// Notes that the entire body has arrived. The rest of the work does not depend on its client.
     pub fn has_arrived(&mut self) {
         if std::mem::take(&mut self.is_arriving) {
             self.load.arriving.remove(self.events, self.bytes);
@@ -115,7 +117,7 @@ impl Permit {
 
 #[cfg(test)]
 impl Permit {
-    /// Of bounds that nobody else shares.
+    /// A permit within bounds that nobody else uses.
     pub(crate) fn alone() -> Self {
         Self::new(&Arc::default(), true)
     }

@@ -1,5 +1,6 @@
-//! The queue between those who submit events and the task that stores them: what was submitted together, who waits for
-//! the answer, and when the task is to be woken.
+//! The queue between those who submit events and the task that stores them. It keeps which events were submitted
+//! together, and who waits for the answer. It also decides when the task is woken. `ingest` fills it and `task` empties
+//! it. The queue has no bound of its own; `permits` bounds it.
 
 use std::sync::{
     Arc,
@@ -64,7 +65,7 @@ impl Submission {
     }
 }
 
-/// A submission without its events, which are in a batch.
+/// A submission whose events were moved into a batch.
 pub(super) enum Waiter {
     One {
         group: Option<GroupName>,
@@ -94,8 +95,7 @@ impl Waiter {
         }
     }
 
-    /// Answers with the next of `receipts`, of which there is one for each event. Whoever waited may have gone
-    /// away meanwhile.
+    /// Answers with the next of `receipts`, one for each event. The waiter may have gone away meanwhile.
     pub(super) fn answer(self, mut receipts: impl Iterator<Item = Receipt>) {
         let missing = || IngestError::Failed("a mistake in PiSync: an event has no receipt".into());
         match self {
@@ -122,12 +122,12 @@ impl Waiter {
     }
 }
 
-/// What waits in the queue, for the task to know when it is worth another batch.
+/// The number of events in the queue. The task uses it to decide when the next batch is worth sending.
 #[derive(Debug)]
 pub(super) struct Backlog {
-    /// Counted in after they are in the queue, so for a moment there may be fewer than none.
+    /// Events are counted after they have entered the queue. The number may therefore be negative for a moment.
     events: AtomicIsize,
-    /// With so many the task is woken, when there were not so many before; at least one.
+    /// The task is woken when the number of events rises to this threshold or beyond; it is at least one.
     pub(super) wake_threshold: AtomicIsize,
     pub(super) wake: Notify,
 }
@@ -141,8 +141,8 @@ impl Backlog {
         }
     }
 
-    /// So many events have come into the queue. Should the task not be woken while the threshold is being changed, no
-    /// harm is done: the batch in flight ends soon.
+    /// Counts events that have entered the queue. The task may miss a wake-up while the threshold is being changed.
+    /// That does no harm, because the batch in flight ends soon.
     pub(super) fn add(&self, events: usize) {
         let before = self.events.fetch_add(events.cast_signed(), Ordering::Relaxed);
         let threshold = self.wake_threshold.load(Ordering::Relaxed);
@@ -160,10 +160,10 @@ impl Backlog {
     }
 }
 
-/// A queue, as those see it who put events into it.
+/// One queue, as seen by those who put events into it.
 #[derive(Clone)]
 pub(super) struct Lane {
-    // Bounded by `Load`, which counts what a bound on submissions could not.
+    // Bounded by `Load`, which counts events and bytes. A bound of the channel could only count submissions.
     pub(super) queue: mpsc::UnboundedSender<Submission>,
     pub(super) backlog: Arc<Backlog>,
     pub(super) available: Arc<AtomicBool>,

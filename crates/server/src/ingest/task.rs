@@ -1,4 +1,5 @@
-//! The task that owns a writer of the store: it makes batches of what waits, has them stored, and answers.
+//! The task that owns a writer of the store. It makes batches of what waits in the queue, stores them, and answers the
+//! waiters. `ingest` creates it and `app` runs it. It must not answer an event as stored before the commit.
 
 use std::{
     collections::VecDeque,
@@ -28,30 +29,31 @@ use crate::{
     },
 };
 
-/// Events per transaction. Beyond some hundreds a larger batch gains nothing, and everybody in it
-/// waits longer. What was submitted together stays together, however many.
+/// Events per transaction. Beyond some hundreds a larger batch gains nothing, and every event in it waits longer.
+/// Events that were submitted together stay together, however many they are.
 const BATCH_EVENTS: usize = 1_024;
 
-/// Batches that may be in flight at a time. One is being stored; a second keeps the store from waiting for the
-/// next; a third would only keep later events out of the second.
+/// Batches that may be in flight at a time. One is being stored. A second keeps the store from waiting for the next. A
+/// third would only keep later events out of the second.
 const BATCHES_IN_FLIGHT: usize = 2;
 
-/// Events that are worth a batch while another one is in flight, however many there are.
+/// With this many events waiting, the next batch is sent while another one is in flight, whatever the load.
 const WAKE_EVENTS: usize = 256;
 
-/// How often to look whether the database is back.
+/// How often to check whether the database is back.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long after a batch was sent to try to learn whether it was committed, when the connection was lost meanwhile.
+/// How long to try to learn whether a batch was committed, after the connection was lost. It is counted from the moment
+/// at which the batch was sent.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(25);
 
-/// How often to try meanwhile.
+/// How often to try within that time.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A device that gives all of its events one id does so with each report: one line in so long is enough.
+/// A device that gives all of its events the same id does so with each report. One line per interval is enough.
 const CONFLICT_LOGGED_EVERY: Duration = Duration::from_secs(1);
 
-/// The batch of the events of `waiters`, one after the other.
+/// Makes a batch of the events of `waiters`, in the same order.
 fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Batch {
     let mut claims = Vec::new();
     let mut next = 0;
@@ -65,7 +67,8 @@ fn batch_of(received: Timestamp, events: Vec<SyncEvent>, waiters: &[Waiter]) -> 
     Batch { claims, ..Batch::new(received, events) }
 }
 
-/// A part of a batch that could not be stored as a whole. It has waited since that one was stamped.
+/// A part of a batch that could not be stored as a whole. It keeps the stamp of that batch, because it has waited since
+/// then.
 fn part_of(whole: &Batch, events: Vec<SyncEvent>, waiters: &[Waiter]) -> Arc<Batch> {
     Arc::new(Batch { stamped: whole.stamped, ..batch_of(whole.received, events, waiters) })
 }
@@ -78,8 +81,8 @@ struct InFlight {
 }
 
 impl InFlight {
-    /// Takes out those of which the events with a claim begin at `refused`, and tells them that a device is in
-    /// another group; the rest is a batch of its own.
+    /// Removes the submissions whose events begin at `refused`, and tells their waiters that a device is in another
+    /// group. The rest becomes a batch of its own.
     fn without(self, refused: &[usize]) -> Self {
         let Self { batch, waiters, .. } = self;
         let mut events = Vec::new();
@@ -100,7 +103,7 @@ impl InFlight {
     }
 }
 
-/// The tasks behind the entrance.
+/// The tasks that store what is submitted.
 pub struct IngestTasks {
     pub(super) any: IngestTask,
     pub(super) grouped: IngestTask,
@@ -110,10 +113,10 @@ impl IngestTasks {
     /// Work until `shutdown` comes, then take nothing more, store what is queued, and return.
     ///
     /// # Errors
-    /// When a writer has come to its end. The process cannot go on without it.
+    /// When a writer has ended. The process cannot go on without it.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), StoreError> {
         let shutdown = shutdown.shared();
-        // Only the one is polled that has something to do.
+        // Polls only the lane that has something to do.
         let mut lanes: FuturesUnordered<_> =
             [self.any, self.grouped].map(|lane| lane.run(shutdown.clone())).into_iter().collect();
         while let Some(ended) = lanes.next().await {
@@ -128,16 +131,16 @@ pub(super) struct IngestTask {
     writer: Box<dyn EventWriter>,
     observations: mpsc::UnboundedReceiver<Observations>,
     waiting: mpsc::UnboundedReceiver<Submission>,
-    /// Taken from the queue already.
+    /// A submission that was already taken from the queue.
     next: Option<Submission>,
     /// Batches in flight, the oldest first.
     in_flight: VecDeque<InFlight>,
-    /// The most events that there were at a time lately.
+    /// The recent maximum of events held at a time; it decays slowly.
     peak: usize,
     load: Arc<Load>,
     backlog: Arc<Backlog>,
     available: Arc<AtomicBool>,
-    /// Whether the log has it last that the database is away.
+    /// Whether the last log line said that the database is away.
     logged_away: bool,
     clock: Clock,
     metrics: Arc<Metrics>,
@@ -146,7 +149,8 @@ pub(super) struct IngestTask {
 }
 
 impl IngestTask {
-    /// Stores with `writer` what `waiting` brings. `observations` is what the writer learns after it has returned.
+    /// Stores with `writer` what arrives on `waiting`. The writer sends to `observations` what it learns after it has
+    /// returned.
     pub(super) fn new(
         writer: Box<dyn EventWriter>,
         observations: mpsc::UnboundedReceiver<Observations>,
@@ -180,7 +184,7 @@ impl IngestTask {
         let mut closing = false;
         loop {
             tokio::select! {
-                // In this order: closing must not wait for a queue that never empties.
+                // The order matters: closing must not wait for a queue that never empties.
                 biased;
                 () = &mut shutdown, if !closing => {
                     closing = true;
@@ -210,7 +214,7 @@ impl IngestTask {
             self.device_log.note(&learnt.new_devices, &learnt.streaks);
         }
         match finished {
-            // What was acknowledged is safe all the same, and the next start sees to it.
+            // Acknowledged events are safe all the same. The next start applies them.
             Err(StoreError::Unavailable(why)) => {
                 tracing::warn!(error = why, "the database cannot be left in order");
                 Ok(())
@@ -219,7 +223,7 @@ impl IngestTask {
         }
     }
 
-    /// Whether to send the next batch: there are events for one, or enough while another is in flight.
+    /// Whether to send the next batch. It needs one event when nothing is in flight, and enough events otherwise.
     fn may_pipeline(&self) -> bool {
         if self.in_flight.is_empty() {
             return self.next.is_some();
@@ -228,8 +232,8 @@ impl IngestTask {
             && (self.next.is_some() || self.backlog.is_at_wake_threshold())
     }
 
-    /// Sees how many events there are at a time. Half of them are worth a batch while another one is in flight: with
-    /// fewer, batches would become smaller, and more than that do not come together.
+    /// Measures how many events are held at a time and sets the wake threshold to half of that. With a lower threshold,
+    /// batches would become smaller. A higher one would never be reached while a batch is in flight.
     fn look_at_load(&mut self) {
         let load = self.load.all.events.load(Ordering::Relaxed);
         self.peak = load.max(self.peak - self.peak / 16);
@@ -248,8 +252,8 @@ impl IngestTask {
         next.or_else(|| self.waiting.try_recv().ok().map(|submission| self.taken(submission)))
     }
 
-    /// Takes what waits, some hundred events at most, and sends it behind the batch in flight. Where that cannot be done
-    /// it is stored once nothing is in flight.
+    /// Takes what waits, up to [`BATCH_EVENTS`] events or one larger submission, and sends it behind the batch in
+    /// flight. If the writer cannot take it now, the batch is stored once nothing is in flight.
     async fn pipeline(&mut self) -> Result<(), StoreError> {
         let received = self.clock.now();
         let mut events = Vec::new();
@@ -259,7 +263,7 @@ impl IngestTask {
                 self.next = Some(submission);
                 break;
             }
-            // Whoever has hung up would take the answer for lost and send again: don't store twice.
+            // A client that has hung up did not hear an answer and sends again. Its events must not be stored twice.
             if !submission.is_abandoned() {
                 waiters.push(submission.unpack(&mut events));
             }
@@ -284,8 +288,8 @@ impl IngestTask {
         self.store(sent).await
     }
 
-    /// Answers those who wait for the batch that was sent first. When it is not known to be stored, waits
-    /// for the others, too, and writes all of which that is so.
+    /// Answers those who wait for the batch that was sent first. If that batch is not known to be stored, waits for the
+    /// other batches in flight, too. Then writes every batch that is not known to be stored.
     async fn finish_first(&mut self, mut written: Option<Written>) -> Result<(), StoreError> {
         self.look_at_load();
         let mut unknown = Vec::new();
@@ -319,13 +323,13 @@ impl IngestTask {
         }
     }
 
-    /// Stores a batch and answers those who wait for it. When the database refuses it for the data in it, the
-    /// submissions are halved until the culprit stands alone: the others lose nothing.
+    /// Stores a batch and answers those who wait for it. If the database refuses the data, the submissions are halved
+    /// until the wrong one stands alone. The others lose nothing.
     async fn store(&mut self, batch: InFlight) -> Result<(), StoreError> {
         let mut parts = vec![batch];
         while let Some(mut part) = parts.pop() {
             if !self.available.load(Ordering::Relaxed) {
-                // It went away with the batch before, or while these came in.
+                // The database went away with the batch before, or while these events arrived.
                 for waiter in part.waiters {
                     waiter.refuse(IngestError::Unavailable);
                 }
@@ -360,7 +364,7 @@ impl IngestTask {
                 continue;
             }
             if let StoreError::Transient(why) = &error {
-                // The others go on. Whether it is the same again and again, only the log can show.
+                // The other parts go on. Only the log can show whether the same error comes again and again.
                 tracing::warn!(
                     error = why,
                     events = part.batch.events.len(),
@@ -372,8 +376,7 @@ impl IngestTask {
         Ok(())
     }
 
-    /// Writes a batch; when the outcome is unknown, tries to learn it for a while. Says when the
-    /// database has gone away.
+    /// Writes a batch. If the outcome is unknown, tries to learn it for a while. Logs when the database has gone away.
     async fn write(&mut self, part: &InFlight) -> Result<Written, StoreError> {
         let InFlight { batch, since, .. } = part;
         let mut result = self.writer.write(batch).await;
@@ -382,7 +385,7 @@ impl IngestTask {
             if since.elapsed() > RESOLVE_TIMEOUT {
                 break;
             }
-            // Those in the queue are certainly not stored: they need not wait for the outcome.
+            // The events in the queue are certainly not stored. They need not wait for the outcome.
             while let Some(submission) = self.take() {
                 submission.refuse(IngestError::Unavailable);
             }
@@ -407,7 +410,8 @@ impl IngestTask {
         }
     }
 
-    /// Says so once something is stored: a probe may succeed where events find no permit.
+    /// Notes that the database stores events again. A probe is not enough: it may succeed where events find no disk
+    /// space.
     fn came_back(&mut self) {
         self.available.store(true, Ordering::Relaxed);
         if std::mem::take(&mut self.logged_away) {
@@ -447,8 +451,8 @@ impl IngestTask {
 }
 
 impl IngestTask {
-    /// Says of duplicates when they are not what is stored. They are answered as duplicates all the same: the
-    /// contract has it so, and an error would make the device try for ever.
+    /// Logs duplicates that differ from what is stored. They are answered as duplicates all the same, as the contract
+    /// says: an error would make the device try for ever.
     fn note_conflicts(&self, batch: &Batch, written: &Written) {
         for Conflict { event, first, fields } in written.conflicts(batch) {
             self.metrics.event_id_conflict();
@@ -466,7 +470,7 @@ impl IngestTask {
     }
 }
 
-/// Tells those who wait that their events are not stored, or not known to be.
+/// Tells the waiters that their events are not stored, or not known to be stored.
 fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
     let answer = match error {
         StoreError::Unavailable(_)
@@ -485,7 +489,7 @@ fn refuse(waiters: Vec<Waiter>, error: &StoreError) {
     }
 }
 
-/// What to answer for each event of a batch, in order.
+/// The answer for each event of a batch, in order.
 fn receipts(written: Written, received: Timestamp) -> impl Iterator<Item = Receipt> {
     let mut duplicates = written.duplicates.into_iter().peekable();
     written.ids.into_iter().enumerate().map(move |(position, id)| {

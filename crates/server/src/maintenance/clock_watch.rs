@@ -1,6 +1,6 @@
-//! Notices within two seconds that the machine's clock has jumped while the server runs, and has the streaks counted again
-//! that a wrong date has changed. It also notices that reports are refused as from the future. It compares two clocks and
-//! two counters, so the way of an event does not become slower.
+//! Notices within two seconds that the machine's clock has jumped while the server runs. It then has the streaks
+//! recounted that a wrong date has changed. It also notices when reports are refused as dated in the future. `app` runs
+//! it. It only compares two clocks and two counters, so that ingest does not become slower.
 
 use std::{
     sync::Arc,
@@ -15,19 +15,19 @@ use crate::{
     store::{StoreError, Verification},
 };
 
-/// How often to look.
+/// How often to check.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often to try again when the database was away.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// See the module.
+/// Watches the clock for as long as the server runs.
 pub struct ClockWatch {
     store: Arc<dyn Verification>,
     clock: Arc<TrustedClock>,
     metrics: Arc<Metrics>,
     refusals: Refusals,
-    /// Streaks may have to be counted again once the clock is not behind.
+    /// Whether streaks must be recounted once the clock is no longer behind.
     is_recount_due: bool,
 }
 
@@ -49,7 +49,7 @@ impl ClockWatch {
             self.refusals.look(counts, self.clock.shown(), Instant::now());
             match self.look().await {
                 Ok(()) => continue,
-                // Ingest says so in the log.
+                // Ingest logs this already.
                 Err(StoreError::Unavailable(error)) => {
                     tracing::debug!(error, "cannot judge the clock while the database is away");
                 }
@@ -79,7 +79,7 @@ impl ClockWatch {
 /// Reports since the server's start.
 #[derive(Clone, Copy)]
 struct Counts {
-    /// Those that were refused because of a date in the future.
+    /// Reports that were refused because of a date in the future.
     refused: u64,
     stored: u64,
 }
@@ -90,19 +90,20 @@ impl Counts {
     }
 }
 
-/// Tells a server whose clock is behind from a device whose clock is ahead: by the former, most reports are refused.
+/// Distinguishes a server whose clock is behind from a device whose clock is ahead. If the server's clock is behind,
+/// most reports are refused.
 struct Refusals {
-    /// What is compared with, and since when.
+    /// The start of the period, and the counts at that time.
     since: Instant,
     before: Counts,
     said: bool,
 }
 
 impl Refusals {
-    /// Fewer tell nothing.
+    /// Fewer refusals say nothing.
     const FEWEST: u64 = 3;
 
-    /// How long to count before counting from zero again. Devices report every hour or more often.
+    /// How long to count before the counts start again from zero. Devices report every hour or more often.
     const PERIOD: Duration = Duration::from_secs(60 * 60);
 
     fn new(metrics: &Metrics, at: Instant) -> Self {
@@ -149,11 +150,11 @@ mod tests {
             // A device whose clock is ahead, among others.
             (2, 5, 9, false),
             (hour, 9, 20, false),
-            // Counted anew.
+            // The counts start again.
             (hour + 1, 12, 22, true),
             (2 * hour, 20, 23, true),
             (3 * hour, 21, 40, false),
-            // Reports that are few are counted for longer.
+            // With few reports, the period is longer.
             (4 * hour, 22, 40, false),
             (6 * hour, 23, 40, false),
             (9 * hour, 24, 40, true),

@@ -1,5 +1,6 @@
-//! How the machine's clock goes, measured against a clock that nobody sets: the time since the machine was
-//! switched on, suspension included. A difference between the two is a jump, whoever made it: NTP or a person.
+//! Measures the machine's clock against a clock that nobody sets: the time since the machine was switched on,
+//! suspension included. A difference between the two is a jump, whether NTP or a person made it. `trusted_clock` calls
+//! it. It reads no clock itself.
 
 use std::time::Duration;
 
@@ -7,19 +8,19 @@ use pisync_core::Timestamp;
 
 use crate::store::{LARGEST_STEP, NOTABLE_DIFFERENCE};
 
-/// See the module.
+/// The jumps of one clock.
 #[derive(Debug, Default)]
 pub(super) struct Course {
     /// What both clocks showed last.
     seen: Option<(Timestamp, Duration)>,
-    /// By how much it has jumped since it was last certain, in milliseconds; `None` while it has not. A small jump, which
-    /// may have been believed since, is remembered until the next one.
+    /// How far the clock has jumped since it was last certain, in milliseconds; `None` if it has not. A small jump may
+    /// have been believed since. It is therefore remembered until the next one.
     off: Option<i64>,
     is_back: bool,
 }
 
 impl Course {
-    /// By how many milliseconds the clock has jumped since `go_on` was last told, if it has.
+    /// How many milliseconds the clock has jumped since the last call of `go_on`, if it has jumped.
     pub(super) fn jump(&self, now: Timestamp, at: Duration) -> Option<i64> {
         let (before, before_at) = self.seen?;
         let elapsed = i64::try_from(at.saturating_sub(before_at).as_millis()).unwrap_or(i64::MAX);
@@ -27,8 +28,8 @@ impl Course {
         (by.abs() > NOTABLE_DIFFERENCE).then_some(by)
     }
 
-    /// Goes on from what both clocks show now, and answers the jump there was. `was_certain` tells whether nothing spoke
-    /// against the clock before it.
+    /// Notes what both clocks show now, and answers the jump since the last call. `was_certain` tells whether the clock
+    /// had passed every check before the jump.
     pub(super) fn go_on(&mut self, now: Timestamp, at: Duration, was_certain: bool) -> Option<i64> {
         let jump = self.jump(now, at);
         self.seen = Some((now, at));
@@ -45,7 +46,7 @@ impl Course {
         jump
     }
 
-    /// Whether its last jump took the clock back to where it was when nothing spoke against it.
+    /// Whether the last jump returned the clock to the time at which it had passed every check.
     pub(super) fn is_back(&self) -> bool {
         self.is_back
     }
@@ -57,7 +58,8 @@ mod tests {
 
     const YEAR: i64 = 365 * 24 * 60 * 60;
 
-    /// Shows a course seconds of the clock, given with those that have really passed and whether it was certain.
+    /// Passes seconds of the clock to a course. Each comes with the seconds that have really passed, and whether the
+    /// clock was certain.
     fn follow(looks: &[(i64, u64, bool)]) -> Vec<(Option<i64>, bool)> {
         let began = Duration::from_secs(90);
         let mut course = Course::default();
@@ -71,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_goes_on_has_not_jumped() {
-        // Also one that is set by less than a minute, again and again.
+        // This also finds a clock that is set by less than a minute again and again.
         let looks =
             [(0, 0, false), (1, 1, true), (51, 2, true), (110, 3, true), (3710, 3604, true)];
         assert!(follow(&looks).iter().all(|found| *found == (None, false)));
@@ -82,7 +84,7 @@ mod tests {
         let found = follow(&[
             (0, 0, true),
             (YEAR + 1, 1, true),
-            // It is set back, not quite, and then right.
+            // The clock is set back, first not quite, then correctly.
             (7202, 2, false),
             (8, 3, false),
             (9, 4, true),

@@ -1,5 +1,5 @@
-//! What the store needs from time to time. `app` runs it every hour. What is deleted for its age goes by [`trusted_clock`]:
-//! a wrong clock must delete nothing.
+//! What the store needs from time to time: aggregation, deletion of old events, and recounts. `app` runs it every hour.
+//! It deletes by the time of [`trusted_clock`], because a wrong clock must delete nothing.
 
 mod clock_watch;
 mod course;
@@ -19,14 +19,14 @@ use crate::{
     store::{self, Retention, Store, StoreError, TrustedTimeStore, Verification},
 };
 
-/// While there is more to aggregate or to drop: how many times as long as each step to wait after it, so
-/// that ingest has nineteen twentieths of the database.
+/// After each step, maintenance waits this many times as long as the step took. Ingest therefore has nineteen
+/// twentieths of the database while there is more to aggregate or to drop.
 pub(crate) const STEP_YIELD: u32 = 19;
 
 /// In milliseconds.
 const DAY: i64 = 86_400_000;
 
-/// See the module.
+/// Runs the maintenance of one server.
 pub struct Maintenance {
     store: Arc<dyn Store>,
     clock: Arc<TrustedClock>,
@@ -35,7 +35,7 @@ pub struct Maintenance {
 }
 
 impl Maintenance {
-    /// Of a server that keeps events as long as `retention` says, and their ids for so many days.
+    /// For a server with this `retention` of events. Event ids are kept for `event_id_retention_days`.
     #[must_use]
     pub fn new(
         store: Arc<dyn Store>,
@@ -47,7 +47,7 @@ impl Maintenance {
         Self { store, clock, retention, event_id_retention_days }
     }
 
-    /// What watches the clock in between.
+    /// The watch that checks the clock between two rounds.
     #[must_use]
     pub fn clock_watch(&self, metrics: &Arc<Metrics>) -> ClockWatch {
         ClockWatch::new(
@@ -57,7 +57,7 @@ impl Maintenance {
         )
     }
 
-    /// What must be done before events come.
+    /// Does what must be done before events arrive.
     ///
     /// # Errors
     /// When the database is away.
@@ -71,7 +71,7 @@ impl Maintenance {
     /// Does everything once. While the clock is not set, it does nothing and answers false.
     ///
     /// # Errors
-    /// When the database is away. What was done stays.
+    /// When the database is away. The steps that were done stay.
     pub async fn run(&mut self) -> Result<bool, StoreError> {
         let Some(BelievedTime { now, counting }) = self.clock.judge().await? else {
             return Ok(false);
@@ -87,7 +87,7 @@ impl Maintenance {
         Ok(true)
     }
 
-    /// Forgets the event ids of so many days ago, in small steps.
+    /// Forgets old event ids, in small steps.
     async fn forget_event_ids(&self, now: Timestamp) -> Result<(), StoreError> {
         let days = i64::from(self.event_id_retention_days);
         let oldest = now.saturating_add_milliseconds(-DAY * days);
@@ -101,7 +101,8 @@ impl Maintenance {
     }
 }
 
-/// Counts again what a clock that was ahead has put behind a date to come, and what such dates come to count in.
+/// Recounts jobs with events that are dated in the future, because a clock was ahead. Also recounts jobs whose
+/// future-dated events have come to count, because their dates have come.
 async fn recount_misdated(store: &dyn Verification, now: Timestamp) -> Result<(), StoreError> {
     let jobs = store.recount_misdated(now).await?;
     if jobs > 0 {
@@ -113,7 +114,7 @@ async fn recount_misdated(store: &dyn Verification, now: Timestamp) -> Result<()
     Ok(())
 }
 
-/// Drops what is too old, a little at a time, and yields to ingest in between.
+/// Drops old events in small steps, and yields to ingest in between.
 async fn drop_old_events(
     store: &dyn store::Maintenance,
     now: Timestamp,
@@ -128,7 +129,7 @@ async fn drop_old_events(
     }
 }
 
-/// The present, by whichever clock is behind: the server's or the database's.
+/// The present by the earlier of two clocks: the server's and the database's.
 pub(super) async fn earlier_time(
     store: &dyn TrustedTimeStore,
     clock: &Clock,

@@ -1,6 +1,6 @@
-//! What the machine's clock is worth. It is compared with the time that the database has believed (`store::TrustedTime`),
-//! with PostgreSQL's clock, and with how much time has passed. Maintenance deletes by [`BelievedTime`], `clock_watch` looks
-//! for jumps, and commands ask [`doubt`]. Nothing here dates events.
+//! Decides whether the machine's clock can be trusted. It compares the clock with the time that the database has
+//! believed (`store::TrustedTime`), with PostgreSQL's clock, and with the time that has passed. Maintenance deletes by
+//! [`BelievedTime`], `clock_watch` watches for jumps, and commands ask [`doubt`]. Nothing here dates events.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,20 +13,20 @@ use crate::{
     store::{NOTABLE_DIFFERENCE, Standing, StoreError, TrustedTimeStore},
 };
 
-/// How long to wait until a clock is judged again that is doubted: devices may have borne it out meanwhile.
+/// How long to wait before a doubted clock is judged again. Devices may have confirmed it by then.
 const DOUBT_INTERVAL: Duration = Duration::from_secs(10 * 60);
 
-/// What there is to go by.
+/// The times that maintenance works by.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BelievedTime {
     /// The time by which to delete.
     pub(super) now: Timestamp,
-    /// The time by which to count streaks, which go on as the clock does and can be counted again; `None` while the
-    /// clock is behind the believed time: then it is likely to be set ahead soon.
+    /// The time by which to count streaks; a recount can correct them later, so it follows the clock. `None` while the
+    /// clock is behind the believed time: then it will probably be set ahead soon.
     pub(super) counting: Option<Timestamp>,
 }
 
-/// See the module. One for each server.
+/// Judges the clock of one server; there is one for each server.
 pub(super) struct TrustedClock {
     clock: Clock,
     store: Arc<dyn TrustedTimeStore>,
@@ -37,7 +37,7 @@ pub(super) struct TrustedClock {
 struct State {
     /// When the clock was judged last.
     judged: Option<Duration>,
-    /// Whether nothing spoke against it then, PostgreSQL's clock included.
+    /// Whether the clock passed every check then, including the comparison with PostgreSQL's clock.
     is_undisputed: bool,
     course: Course,
     differs: Said,
@@ -45,12 +45,13 @@ struct State {
     behind: Said,
 }
 
-/// Whether the log has it last that something is wrong.
+/// Whether the last log line said that something is wrong.
 #[derive(Default)]
 struct Said(bool);
 
 impl Said {
-    /// Says what is wrong when it begins, and what is right again when it ends; unless the log is told anyway.
+    /// Logs when something becomes wrong, and when it is right again. It logs nothing if `is_told`: another line
+    /// reports it.
     fn say(&mut self, is_wrong: bool, is_told: bool, wrong: impl FnOnce(), right: impl FnOnce()) {
         if std::mem::replace(&mut self.0, is_wrong) != is_wrong && !is_told {
             if is_wrong { wrong() } else { right() }
@@ -68,10 +69,10 @@ impl TrustedClock {
         self.clock.now()
     }
 
-    /// Whether to judge the clock now: it has jumped, or was doubted a while ago. Reads two clocks, and no database.
+    /// Whether to judge the clock now: it has jumped, or was doubted a while ago. Reads two clocks and no database.
     pub(super) async fn is_due(&self) -> bool {
         let mut state = self.state.lock().await;
-        // The log hears at once of a clock that is not set.
+        // A clock that is not set is logged at once.
         let Ok(own) = self.clock.set_time() else { return false };
         let at = uptime();
         if state.course.jump(own, at).is_some() {
@@ -82,7 +83,7 @@ impl TrustedClock {
         doubted_since.is_some_and(|judged| at.saturating_sub(judged) >= DOUBT_INTERVAL)
     }
 
-    /// Judges the clock, and gives the time by which to delete; `None` while the clock is not set.
+    /// Judges the clock and answers the times to work by; `None` while the clock is not set.
     pub(super) async fn judge(&self) -> Result<Option<BelievedTime>, StoreError> {
         let mut state = self.state.lock().await;
         let Ok(own) = self.clock.set_time() else { return Ok(None) };
@@ -106,7 +107,7 @@ impl TrustedClock {
             let from = own.saturating_add_milliseconds(-by);
             tell_jump(from, own, database, is_doubted, course.is_back());
         }
-        // One line tells of a jump.
+        // Another line reports a jump.
         let is_told = jump.is_some();
         if let Some(database) = database {
             differs.say(
@@ -136,7 +137,7 @@ impl TrustedClock {
             ),
             || tracing::info!(clock = %now, "the clock is no longer behind the time that is believed"),
         );
-        // As `present` has it, by which figures are verified.
+        // The same as `present`, by which figures are verified.
         let shown = database.unwrap_or(own);
         let earliest = trusted.until.saturating_add_milliseconds(-NOTABLE_DIFFERENCE);
         let counting = (shown >= earliest || course.is_back()).then_some(shown);
@@ -144,7 +145,7 @@ impl TrustedClock {
     }
 }
 
-/// Says in the log that the clock has jumped while the server ran. `from` is what it would show otherwise.
+/// Logs that the clock has jumped while the server ran. `from` is what it would show without the jump.
 fn tell_jump(
     from: Timestamp,
     to: Timestamp,
@@ -164,8 +165,8 @@ fn tell_jump(
     }
 }
 
-/// The present for whoever compares dates with it: PostgreSQL's clock if there is one, and never a time that is past for
-/// certain, however far the machine's clock is behind.
+/// The present for comparisons with dates: PostgreSQL's clock if there is one. It is never a time that has certainly
+/// passed, however far the machine's clock is behind.
 pub(crate) async fn present(
     store: &dyn TrustedTimeStore,
     clock: &Clock,
@@ -176,8 +177,7 @@ pub(crate) async fn present(
     Ok(shown.max(believed).max(clock.earliest()))
 }
 
-/// What speaks against the clock of a command that uses `store`, in words for whoever started it; `None` when nothing
-/// does.
+/// Why the clock of a command that uses `store` is doubtful, in words for the user; `None` when nothing is wrong.
 pub(crate) async fn doubt(
     store: &dyn TrustedTimeStore,
     clock: &Clock,

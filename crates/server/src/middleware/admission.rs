@@ -127,8 +127,11 @@ fn conclude(
         None if is_foreign => (None, ""),
         Some(key) => (state.limits.check_key(policy.rate, key.id), "with this key"),
         None => {
+            // Metrics are not counted, guesses of their key are.
+            let is_refused = result.is_err() && policy.rate == RateClass::Uncounted;
+            let class = if is_refused { RateClass::General } else { policy.rate };
             let client = request.extensions().get::<Client>();
-            let rate = client.and_then(|client| state.limits.check(policy.rate, client.0));
+            let rate = client.and_then(|client| state.limits.check(class, client.0));
             (rate, "from this IP")
         }
     };

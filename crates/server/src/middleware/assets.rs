@@ -178,7 +178,10 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
     for coding in lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(',')) {
         let mut parts = coding.split(';').map(str::trim);
         let name = parts.next().unwrap_or_default();
-        let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse::<f64>().ok());
+        let weight = parts.find_map(|part| {
+            let weight = part.strip_prefix("q=").or_else(|| part.strip_prefix("Q="))?;
+            weight.trim().parse::<f64>().ok()
+        });
         let is_taken = weight.is_none_or(|weight| weight > 0.0);
         if name.eq_ignore_ascii_case("gzip") || name.eq_ignore_ascii_case("x-gzip") {
             return is_taken;
@@ -217,6 +220,7 @@ mod tests {
             ("identity", false),
             ("gzip;q=0, *", false),
             ("gzip; q=0.0", false),
+            ("gzip;Q=0", false),
             ("*;q=0", false),
         ] {
             assert_eq!(accepts_gzip(&headers(header::ACCEPT_ENCODING, sent)), takes, "{sent}");

@@ -1,24 +1,25 @@
-//! Who changes something: goes into the audit log with every change.
+//! Who changes something, from where and when. The API and the commands make an [`Actor`], and the stores write it into
+//! the audit log with every change. It must never hold a key, only the key's number.
 
 use std::net::IpAddr;
 
 use pisync_core::Timestamp;
 
-/// How whoever does something came in.
+/// How the actor was admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Via {
     /// With a key.
     Key(i64),
-    /// Without one, from the same machine.
+    /// Without a key, from the same machine.
     Local,
-    /// Without one, since nobody is asked (`AUTH=off`).
+    /// Without a key, because nobody is asked for one (`AUTH=off`).
     Open,
     /// By the program's own commands.
     CommandLine,
 }
 
 impl Via {
-    /// As it is stored and shown.
+    /// The form that is stored and shown.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -29,7 +30,7 @@ impl Via {
         }
     }
 
-    /// The key, if there was one.
+    /// The key, if one was used.
     #[must_use]
     pub fn key_id(self) -> Option<i64> {
         match self {
@@ -42,10 +43,10 @@ impl Via {
 /// Who does something, from where, and when.
 #[derive(Debug, Clone, Copy)]
 pub struct Actor {
-    /// How they came in.
+    /// How the actor was admitted.
     pub via: Via,
-    /// From where.
+    /// The address from which the actor came.
     pub address: Option<IpAddr>,
-    /// When.
+    /// When it was done.
     pub at: Timestamp,
 }

@@ -1,4 +1,5 @@
-//! The audit log: who changed what, and when. Each line is written in the transaction of the change that it tells.
+//! The audit log: who changed what, and when. The API reads it. Each line is written in the transaction of the change
+//! that it describes; no line may ever be changed or removed.
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, Timestamp};
@@ -12,32 +13,32 @@ pub trait AuditLog: Send + Sync {
     /// The newest lines, or those before the line `before`.
     async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditEntry>, StoreError>;
 
-    /// How many lines there are. They are counted up to `most`: the log only grows.
+    /// The number of lines. They are counted up to `most`, because the log only grows.
     async fn audit_length(&self, most: u32) -> Result<u64, StoreError>;
 }
 
 /// One line of the audit log.
 #[derive(Debug)]
 pub struct AuditEntry {
-    /// Grows with time.
+    /// The line's id; it grows with time.
     pub id: i64,
     /// When it was done.
     pub at: Timestamp,
-    /// How whoever did it came in; [`super::Via::as_str`].
+    /// How the actor was admitted; [`super::Via::as_str`].
     pub via: String,
-    /// Their key.
+    /// The actor's key.
     pub key_id: Option<i64>,
-    /// From where.
+    /// The address from which the actor came.
     pub address: Option<String>,
     /// What was done, for instance `device.delete`.
     pub action: String,
-    /// To what, for instance a device's id.
+    /// What was changed, for instance a device's id.
     pub subject: String,
-    /// More of it, a JSON object.
+    /// Details, as a JSON object.
     pub details: Value,
 }
 
-/// A line to be added, beside who did it.
+/// The content of a line; the actor is added to it.
 pub(super) struct NewAuditEntry {
     pub(super) action: &'static str,
     pub(super) subject: String,
@@ -73,7 +74,7 @@ impl NewAuditEntry {
     }
 }
 
-/// Details as they are stored; foreign SQL may have written something else than JSON.
+/// The details as they are stored. Foreign SQL may have written text that is no JSON.
 pub(super) fn stored_details(text: String) -> Value {
     serde_json::from_str(&text).unwrap_or(Value::String(text))
 }

@@ -1,26 +1,26 @@
-//! Backups of an SQLite database: into one file, and back from it. PostgreSQL has tools of its own for it. `pisync backup`
-//! and `pisync restore` call it.
+//! Backups of an SQLite database: into one file, and back from it. `pisync backup` and `pisync restore` call it.
+//! PostgreSQL has its own tools for this, so here it is only refused, with the command to use.
 
 use std::path::{Path, PathBuf};
 
 use super::{BackedUp, StoreError, Target, apply_journal, migrations::Migrator, postgres, sqlite};
 
-/// What came of restoring.
+/// The result of restoring a backup.
 #[derive(Debug)]
 pub struct Restored {
     /// What the backup holds.
     pub holds: BackedUp,
-    /// Migrations that the next start of a server applies to it.
+    /// Migrations that a server's next start applies to it.
     pub pending: Vec<String>,
     /// Where the database that was replaced is kept.
     pub replaced: Option<PathBuf>,
 }
 
-/// Copies the database, as it is at this moment, into `file`, whoever is using it meanwhile. The file is
-/// checked and on the disk before it has its name; `overwrite` says whether it may replace another.
+/// Copies the database, as it is at this moment, into `file`, even while others use it. The file is checked and on the
+/// disk before it gets its name. `overwrite` tells whether it may replace another file.
 ///
 /// # Errors
-/// When it cannot be made, with nothing left behind; and on PostgreSQL, with the command to use there.
+/// When the file cannot be made; nothing is left behind. On PostgreSQL always, with the command to use there.
 pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp, StoreError> {
     let database = match target {
         Target::Sqlite(database) => database,
@@ -43,12 +43,12 @@ pub fn backup(target: &Target, file: &Path, overwrite: bool) -> Result<BackedUp,
     Ok(holds)
 }
 
-/// Puts a copy of the backup `file` in the place of the database, which no server may be using;
-/// `overwrite` says whether there may be one. User migrations are looked for in `migrations`.
+/// Puts a copy of the backup `file` in the place of the database, which no server may be using. `overwrite` tells
+/// whether there may be a database already. User migrations are looked for in `migrations`.
 ///
 /// # Errors
-/// When `file` is not a whole database of this version or an earlier one, or the database is in use: then
-/// it stays as it was. On PostgreSQL, with the command to use there.
+/// When `file` is not a complete database of this version or an earlier one, or the database is in use. The database
+/// then stays as it was. On PostgreSQL always, with the command to use there.
 pub async fn restore(
     target: &Target,
     file: &Path,
@@ -70,13 +70,13 @@ pub async fn restore(
     if sqlite::files::holds_something(database) && !overwrite {
         return Err(sqlite::backup::exists(database));
     }
-    // What is replaced is kept, and shall be whole. It may be replaced because it is damaged.
+    // The replaced database is kept, and must be complete. It may be replaced because it is damaged.
     let applied = apply_journal(target);
     let claim = sqlite::claim::Claim::take(database)?;
     if let Err(error) = applied {
         tracing::warn!(%error, "the ingest journal of the database that is replaced cannot be applied");
     }
-    // A symbolic link goes on leading to where it did.
+    // A symbolic link continues to lead to the same place.
     let database = claim.database();
     if let Ok(Some((lost, kept))) = sqlite::log_check::salvage(database) {
         tracing::warn!(file = %kept.display(), "{lost}; the damaged file is kept");
@@ -90,7 +90,7 @@ pub async fn restore(
     Ok(Restored { holds, pending, replaced })
 }
 
-/// What a server would migrate in the database at `path`.
+/// The migrations that a server would apply to the database at `path`.
 async fn pending(path: &Path, migrations: &Path) -> Result<Vec<String>, String> {
     let target = Target::Sqlite(path.to_owned());
     let mut migrator =

@@ -1,4 +1,6 @@
-//! A batch of events on its way into a store, and what came of it.
+//! A batch of events that goes into a store, and the result of storing it. `ingest` and `import` make batches; both
+//! stores write them. The rules that both stores must follow stand here once: the order of rows, claims on groups, and
+//! deltas of figures.
 
 use std::{
     borrow::Cow,
@@ -17,23 +19,23 @@ use super::{ImportStep, OtherGroup, StoreError, StoredEvent};
 /// Events that are stored together, in the order in which they arrived.
 #[derive(Debug)]
 pub struct Batch {
-    /// Now: when the server received the events that have no `received_at` of their own.
+    /// The time at which the server received the events that have no `received_at` of their own.
     pub received: Timestamp,
-    /// When `received` was now, by a clock that nobody sets. It tells how long the batch has waited.
+    /// The same moment on a clock that nobody sets. It tells how long the batch has waited.
     pub stamped: Instant,
     /// At least one.
     pub events: Vec<SyncEvent>,
-    /// When each event was received, their `created_at`; empty when all of them arrive now.
+    /// When each event was received (its `created_at`); empty when all events arrive now.
     pub received_at: Vec<Timestamp>,
-    /// How far the import comes to which the events belong, stored with them; a step of an import may
-    /// also have no events.
+    /// The progress of the import that the events belong to, stored together with them. A step of an import may have no
+    /// events.
     pub import: Option<ImportStep>,
-    /// Of which events the devices must be in a group; most batches have none.
+    /// The events whose devices must be in a group; most batches have none.
     pub claims: Vec<GroupClaim>,
 }
 
-/// Events that were sent with a key of a group. All of them are stored, when each of their devices is in the group or
-/// new, and a new one is put in it; else none of them is.
+/// Events that were sent with a key of a group. All of them are stored if each of their devices is in the group or new.
+/// A new device is put into the group. Otherwise none of the events is stored.
 #[derive(Debug, Clone)]
 pub struct GroupClaim {
     /// Their positions in the batch.
@@ -42,21 +44,21 @@ pub struct GroupClaim {
     pub group: GroupName,
 }
 
-/// What became of a batch that was committed. It has no default: one without ids would answer for events that
+/// The result of a batch that was committed. It has no default, because one without ids would answer for events that
 /// nobody stored.
 #[derive(Debug)]
 pub struct Written {
-    /// The events' ids, in the batch's order; of a duplicate, the first event's.
+    /// The events' ids, in the batch's order. A duplicate has the first event's id.
     pub ids: Vec<i64>,
-    /// The events that were not stored, since their device had reported them before, by position.
+    /// The events that were not stored because their device had reported them before, by position.
     pub duplicates: Vec<Duplicate>,
     /// Devices that were seen for the first time.
     pub new_devices: Vec<DeviceId>,
-    /// Jobs that this batch made or kept failing.
+    /// Jobs that began or continued to fail with this batch.
     pub streaks: Vec<FailureStreak>,
 }
 
-/// What was learnt of devices when their events came into the tables, after these were acknowledged.
+/// What was learnt of devices when their acknowledged events were applied to the tables.
 #[derive(Debug, Default)]
 pub struct Observations {
     /// As in [`Written`].
@@ -72,7 +74,7 @@ impl Written {
         Self { ids, duplicates: Vec::new(), new_devices: Vec::new(), streaks: Vec::new() }
     }
 
-    /// Fails unless it answers for each event of `batch`, and for none twice.
+    /// Fails unless it answers for each event of `batch` exactly once.
     ///
     /// # Errors
     /// [`StoreError::Failed`], which says what is wrong.
@@ -103,8 +105,8 @@ impl Written {
 }
 
 impl Written {
-    /// The duplicates that are not what is stored: their device has given one id to two events, and the second
-    /// is not stored. Costs nothing when there are no duplicates.
+    /// The duplicates that differ from what is stored: their device has given one id to two events. The second one is
+    /// not stored. Costs nothing when there are no duplicates.
     pub fn conflicts<'a>(&'a self, batch: &'a Batch) -> impl Iterator<Item = Conflict<'a>> {
         self.duplicates.iter().filter_map(|duplicate| {
             let (event, first) = (&batch.events[duplicate.position], duplicate.first.as_ref()?);
@@ -114,12 +116,12 @@ impl Written {
     }
 }
 
-/// An event that came under the id of another.
+/// An event that came under the id of another event.
 #[derive(Debug)]
 pub struct Conflict<'a> {
-    /// What came.
+    /// The event that came.
     pub event: &'a SyncEvent,
-    /// What is stored, and stays.
+    /// The event that is stored and stays.
     pub first: &'a StoredEvent,
     /// The fields in which they differ.
     pub fields: Vec<&'static str>,
@@ -130,26 +132,26 @@ pub struct Conflict<'a> {
 pub struct Duplicate {
     /// Position in the batch.
     pub position: usize,
-    /// What the device had reported; `None` when that is no longer kept.
+    /// The event that the device had reported; `None` when it is no longer kept.
     pub first: Option<StoredEvent>,
 }
 
-/// A job's failures since its last success, after a batch that had failures of it.
+/// A job's failures since its last success, after a batch with failures of that job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailureStreak {
-    /// Whose job.
+    /// The device.
     pub device_id: DeviceId,
-    /// Which; `None` for events that name no job.
+    /// The job; `None` for events that name no job.
     pub job: Option<JobName>,
-    /// The streak before the batch, as far as its events followed each other.
+    /// The streak before the batch, provided that the batch's events directly followed the stored ones.
     pub before: i64,
     /// The streak now.
     pub after: i64,
 }
 
-/// What a batch adds to one device's job.
+/// The delta that a batch adds to one device's job.
 pub(super) struct JobDelta<'a> {
-    /// Position in the batch of one of its events.
+    /// Position in the batch of one of the job's events.
     pub(super) position: usize,
     pub(super) device_id: &'a DeviceId,
     pub(super) job: Option<&'a JobName>,
@@ -157,13 +159,13 @@ pub(super) struct JobDelta<'a> {
 }
 
 impl JobDelta<'_> {
-    /// The job as both stores key it: events without one share the empty name.
+    /// The job's key in both stores: events without a job have the empty name.
     pub(super) fn job_key(&self) -> &str {
         self.job.map_or("", JobName::as_str)
     }
 
-    /// The streak to report, given what it came to; none when a success that arrived before has
-    /// answered the batch's failures.
+    /// The streak to report, given the streak `after` the batch. `None` when the batch added no failures to a streak,
+    /// or when a success that arrived before is dated after them.
     pub(super) fn streak(&self, after: i64) -> Option<FailureStreak> {
         let added = self.figures.consecutive_failures;
         (added > 0 && after > 0).then(|| FailureStreak {
@@ -176,7 +178,7 @@ impl JobDelta<'_> {
 }
 
 impl Batch {
-    /// Events that arrive at `received`.
+    /// A batch of events that arrive at `received`.
     #[must_use]
     pub fn new(received: Timestamp, events: Vec<SyncEvent>) -> Self {
         Self {
@@ -189,7 +191,8 @@ impl Batch {
         }
     }
 
-    /// The devices that claims are about, in byte-wise order, each with the group that it is put in when it is new.
+    /// The devices that claims are about, in byte-wise order. Each comes with the group that it is put into if it is
+    /// new.
     pub(super) fn claimed_devices(&self) -> BTreeMap<&DeviceId, &GroupName> {
         let mut claimed = BTreeMap::new();
         for GroupClaim { events, group } in &self.claims {
@@ -200,8 +203,8 @@ impl Batch {
         claimed
     }
 
-    /// Looks at the claims one after the other, given the groups of those devices that there are; answers which devices
-    /// are to be registered, and in which group.
+    /// Checks the claims in order, given the groups of the devices that exist. Answers which devices to register, and
+    /// in which group.
     pub(super) fn check_claims(
         &self,
         groups: &HashMap<String, Option<String>>,
@@ -238,13 +241,13 @@ impl Batch {
         (times().min().unwrap_or(self.received), times().max().unwrap_or(self.received))
     }
 
-    /// The positions in `order`, those of each device by themselves.
+    /// The positions in `order`, grouped by device.
     pub(super) fn by_device<'a>(&self, order: &'a [usize]) -> impl Iterator<Item = &'a [usize]> {
         order.chunk_by(|left, right| self.events[*left].device_id == self.events[*right].device_id)
     }
 
-    /// The positions of the events in byte-wise order of device, job and event id, then of arrival. All
-    /// nodes lock rows in this order, so that they never wait for each other in a circle.
+    /// The positions of the events in byte-wise order of device, job and event id, then of arrival. All nodes lock rows
+    /// in this order, so that they never deadlock.
     pub(super) fn order(&self) -> Vec<usize> {
         let key = |position: usize| {
             let event = &self.events[position];
@@ -255,7 +258,7 @@ impl Batch {
         order
     }
 
-    /// The positions of events that repeat an earlier one of the batch, each with that one's position.
+    /// The positions of events that repeat an earlier event of the batch, each with the position of that one.
     pub(super) fn repeats(&self) -> HashMap<usize, usize> {
         let mut first: HashMap<(&DeviceId, &EventId), usize> = HashMap::new();
         let mut repeats = HashMap::new();
@@ -289,8 +292,8 @@ impl Batch {
         }
     }
 
-    /// What the batch adds to each device's job, given the [`Self::order`] of the events that count, whose ids
-    /// rise in the batch's order. Events dated before `streaks_since` change no streak.
+    /// The deltas of the batch, one for each device's job. `order` is the [`Self::order`] of the events that count;
+    /// their ids rise in the batch's order. Events dated before `streaks_since` change no streak.
     pub(super) fn job_deltas(
         &self,
         order: &[usize],
@@ -304,7 +307,7 @@ impl Batch {
             })
             .filter_map(|positions| {
                 let (_, received) = self.received_within(positions);
-                // Events with ids of their own stand in the order of those.
+                // In `order`, events that have an event id are sorted by it instead of by arrival.
                 let in_arrival_order = if positions.is_sorted() {
                     Cow::Borrowed(positions)
                 } else {

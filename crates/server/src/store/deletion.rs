@@ -1,10 +1,11 @@
-//! Deleting devices in steps: a history of millions of events takes many short transactions, between which others read and
-//! report.
+//! Deletes devices in steps. A history of millions of events takes many short transactions; between them, others read
+//! and report. The API calls it, and `app` resumes interrupted deletions. A deletion must never take events that were
+//! received after it began.
 //!
-//! A deletion is recorded in `device_deletions` before its first step, so an interrupted one goes on. Until the last step the
-//! device is listed with its totals, while its history and its part of the windows shrink. The last step deletes the device,
-//! in one transaction with its line of the audit log. Events that the device has reported since the deletion began are kept:
-//! the device then exists anew, with those events alone.
+//! A deletion is recorded in `device_deletions` before its first step, so an interrupted one continues. Until the last
+//! step the device is listed with its totals, while its history and its part of the windows shrink. The last step
+//! deletes the device, in one transaction with its line of the audit log. If the device has reported since the deletion
+//! began, it is created again with those events alone.
 
 use std::time::Instant;
 
@@ -13,34 +14,35 @@ use pisync_core::{DeviceId, Timestamp};
 
 use super::{Actor, AuditLog, StoreError, Via};
 
-/// In how many of the newest lines of the audit log to look for a deletion that has just ended.
+/// How many of the newest lines of the audit log are searched for a deletion that has just ended.
 const RECENT_LINES: u32 = 100;
 
-/// What came of a step. Each tells how many of the device's events are gone by now.
+/// The result of a step. Each variant tells how many of the device's events are deleted so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeletionStep {
     /// There is more to do.
     More(u64),
     /// That was the last one.
     Done(u64),
-    /// No deletion of this device is in progress: somebody else has done the rest.
+    /// No deletion of this device is in progress, because somebody else has done the rest.
     None,
 }
 
 /// Deletions of devices. Each required method is one transaction.
 #[async_trait]
 pub trait DeviceDeletions: AuditLog + Send + Sync {
-    /// Writes down that a device is to be deleted, and who wants it; false when it is unknown.
+    /// Records that a device is to be deleted, and who wants it; false when the device is unknown.
     async fn begin_deletion(&self, device_id: &DeviceId, by: &Actor) -> Result<bool, StoreError>;
 
     /// Does a small part of a deletion that has begun, in one transaction.
     async fn delete_some(&self, device_id: &DeviceId) -> Result<DeletionStep, StoreError>;
 
-    /// The devices that are being deleted, and how many of their events are gone.
+    /// The devices that are being deleted, and how many of their events are deleted so far.
     async fn deletions(&self) -> Result<Vec<(DeviceId, u64)>, StoreError>;
 
-    /// Removes a device with all its events and figures and tells how many events went; `None` when
-    /// it is unknown. The audit log says who did it. When the caller gives up, [`Self::deletions`] has what is left.
+    /// Deletes a device with all its events and figures, and answers how many events were deleted; `None` when the
+    /// device is unknown. The audit log records who did it. When the caller gives up, [`Self::deletions`] lists what is
+    /// left.
     async fn delete_device(
         &self,
         device_id: &DeviceId,
@@ -52,7 +54,7 @@ pub trait DeviceDeletions: AuditLog + Send + Sync {
         self.finish_deletion(device_id).await.map(Some)
     }
 
-    /// Goes on with a deletion until its end.
+    /// Continues a deletion until its end.
     async fn finish_deletion(&self, device_id: &DeviceId) -> Result<u64, StoreError> {
         let mut deleted = 0;
         loop {
@@ -60,7 +62,7 @@ pub trait DeviceDeletions: AuditLog + Send + Sync {
             match self.delete_some(device_id).await? {
                 DeletionStep::More(events) => deleted = events,
                 DeletionStep::Done(events) => return Ok(events),
-                // Somebody else has done the last step: what went then stands in the audit log.
+                // Somebody else has done the last step; the audit log tells how many events were deleted.
                 DeletionStep::None => {
                     let lines = self.audit(None, RECENT_LINES).await?;
                     let logged = lines
@@ -72,7 +74,7 @@ pub trait DeviceDeletions: AuditLog + Send + Sync {
                     return Ok(logged.unwrap_or(deleted));
                 }
             }
-            // Others have at least as much of the database.
+            // Others get at least as much of the database's time.
             tokio::time::sleep(started.elapsed()).await;
         }
     }
@@ -81,15 +83,15 @@ pub trait DeviceDeletions: AuditLog + Send + Sync {
 /// A deletion as it is stored.
 #[derive(Debug)]
 pub(super) struct Deletion {
-    /// Events received until then go.
+    /// Events with `received_at` up to this time are deleted.
     pub(super) received_until: Timestamp,
     /// Who asked for it.
     pub(super) by: Actor,
-    /// How many events are gone.
+    /// How many events are deleted so far.
     pub(super) deleted_events: u64,
 }
 
-/// An actor as a deletion keeps it.
+/// The actor in the form that a deletion stores.
 pub(super) fn stored_actor(
     via: &str,
     key_id: Option<i64>,

@@ -1,4 +1,5 @@
-//! Devices: how they are listed, looked up and changed. Deleting one takes many transactions; see [`super::deletion`].
+//! Devices: how they are listed, looked up and changed. The API calls it and both stores implement it. No method may
+//! create a device, because only reports do. Deleting one takes many transactions; see [`super::deletion`].
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName};
@@ -17,15 +18,15 @@ pub trait DeviceStore: Send + Sync {
     /// One device and its jobs; `None` when unknown.
     async fn device(&self, device_id: &DeviceId) -> Result<Option<DeviceWithJobs>, StoreError>;
 
-    /// One page of the ids of all devices, or those of a group, in byte-wise order, beginning after the
-    /// device `after`; empty behind the last.
+    /// One page of the ids of all devices, or of a group's devices, in byte-wise order. It begins after the device
+    /// `after`, and is empty behind the last.
     async fn device_ids(
         &self,
         group: Option<&GroupName>,
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError>;
 
-    /// Changes what people say of a device, and adds a line to the audit log; false when it is unknown.
+    /// Changes what people say about a device, and adds a line to the audit log; false when the device is unknown.
     async fn update_device(
         &self,
         device_id: &DeviceId,
@@ -37,30 +38,30 @@ pub trait DeviceStore: Send + Sync {
 /// Which devices to list, and in which order.
 #[derive(Debug, Clone)]
 pub struct DeviceQuery {
-    /// Part of the device id or name, whatever the case of ASCII letters.
+    /// A part of the device's id or name. The case of ASCII letters does not matter.
     pub search: Option<String>,
-    /// Only of this group.
+    /// Only devices of this group.
     pub group: Option<GroupName>,
-    /// By what.
+    /// The sort key.
     pub sort: DeviceSort,
     /// Largest or latest first.
     pub descending: bool,
-    /// At most so many.
+    /// The maximum number of devices.
     pub limit: u32,
-    /// After so many.
+    /// How many devices to skip.
     pub offset: u64,
 }
 
-/// What a list of devices can be sorted by. Ties go by device id; what is missing comes last.
+/// What a list of devices can be sorted by. Ties are sorted by device id; missing values come last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceSort {
-    /// Byte by byte.
+    /// By device id, byte by byte.
     DeviceId,
-    /// What people call it.
+    /// By the name that people gave it.
     Name,
-    /// First seen.
+    /// When the device was first seen.
     CreatedAt,
-    /// Last received from.
+    /// When the server last received an event of it.
     LastSeen,
     /// Latest sync by its own date.
     LastSync,
@@ -75,7 +76,7 @@ pub enum DeviceSort {
 }
 
 impl DeviceSort {
-    /// What to sort devices `d` by, in either store's SQL; and, when that is a figure, the sum over
+    /// The expression to sort devices `d` by, in either store's SQL. For a figure, it also answers the sum over
     /// `device_jobs` that must be joined as `f.key`.
     pub(super) fn expressions(self) -> (&'static str, Option<&'static str>) {
         match self {
@@ -95,7 +96,7 @@ impl DeviceSort {
 /// What to change about a device: `None` leaves a field alone, `Some(None)` empties it.
 #[derive(Debug, Clone, Default)]
 pub struct DeviceChange {
-    /// What people call it.
+    /// The name that people gave it.
     pub name: Option<Option<String>>,
     /// Its group.
     pub group: Option<Option<GroupName>>,

@@ -4,20 +4,20 @@
 /// What can go wrong in a store, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The database is away, busy or full, or is not fit to be used as it is: nothing was changed, and trying again
-    /// later may work. The text says which: a database that answers is not called unavailable.
+    /// The database is away, busy or full, or cannot be used as it is. Nothing was changed, and trying again later may
+    /// work. The text says which: a database that answers is not called unavailable.
     #[error("{0}")]
     Unavailable(String),
-    /// The database is there and gave this transaction up for a passing reason, such as a deadlock, a cancelled
-    /// statement or a lock that others hold. Nothing was changed, and trying again may work at once.
+    /// The database works, but rolled this transaction back for a passing reason. Examples are a deadlock, a cancelled
+    /// statement, and a lock that others hold. Nothing was changed, and trying again may work at once.
     #[error("the database gave the transaction up: {0}")]
     Transient(String),
-    /// The connection died while a transaction was being committed, so it may or may not have been.
-    /// Writing the same batch again finds out first.
+    /// The connection died during a commit, so the outcome of the transaction is unknown. Writing the same batch again
+    /// finds out first.
     #[error("the connection was lost during a commit: {0}")]
     OutcomeUnknown(String),
-    /// PostgreSQL has carried the change out, and warns that it may not be on the synchronous standby: somebody, or a
-    /// time-out, has ended the wait of its commit. Should the standby take over, the change may be missing.
+    /// PostgreSQL has carried the change out, but warns that the synchronous standby may lack it. Somebody, or a
+    /// time-out, has ended the commit's wait. The change may be lost if the standby takes over.
     #[error(
         "the change was made on this database server, but may not be replicated: the wait of its commit for the \
          synchronous standby was ended; see to the standby, and look whether the change is there before you repeat it"
@@ -29,13 +29,13 @@ pub enum StoreError {
     /// Devices are not in the groups that they must be in; nothing was changed.
     #[error(transparent)]
     OtherGroup(#[from] OtherGroup),
-    /// So much is being read that this had no turn. Nothing is wrong with the database.
+    /// Too many reads were in progress, so this one got no turn. Nothing is wrong with the database.
     #[error("{0}")]
     Busy(String),
-    /// A read took too long and was given up, so that others have their turn.
+    /// A read took too long and was given up, so that others get their turn.
     #[error("{0}")]
     TooSlow(String),
-    /// Whatever writes has come to its end; only a restart of the process helps.
+    /// The thread or task that writes has ended. Only a restart of the process helps.
     #[error("the writer has stopped")]
     Stopped,
     /// Anything else: a bug, a foreign schema, a damaged file.
@@ -47,6 +47,6 @@ pub enum StoreError {
 #[derive(Debug, thiserror::Error)]
 #[error("devices are not in the group that they must be in")]
 pub struct OtherGroup {
-    /// Where the events of the claims begin that were refused.
+    /// Where the events of the refused claims begin.
     pub refused: Vec<usize>,
 }

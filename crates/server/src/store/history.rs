@@ -1,4 +1,5 @@
-//! A device's history: what to read of it, and what comes back.
+//! A device's history: what to read of it, and what a read answers. The API and exports make a [`HistoryQuery`]; both
+//! stores answer it. Events may have been written by foreign SQL, so nothing here may take their ranges for granted.
 
 use pisync_core::{DeviceId, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
 use serde_json::value::RawValue;
@@ -8,26 +9,26 @@ use super::Figures;
 /// Which of a device's events to list.
 #[derive(Debug, Clone)]
 pub struct HistoryQuery {
-    /// Whose.
+    /// The device.
     pub device_id: DeviceId,
-    /// Only this job's.
+    /// Only events of this job.
     pub job: Option<JobName>,
     /// Not before this `timestamp`.
     pub from: Option<Timestamp>,
     /// Not after this `timestamp`.
     pub until: Option<Timestamp>,
-    /// Only what comes after this event.
+    /// Only events behind this position.
     pub after: Option<HistoryPosition>,
-    /// At most so many.
+    /// The maximum number of events.
     pub limit: u32,
-    /// After so many.
+    /// How many events to skip.
     pub offset: u64,
-    /// Oldest first instead of newest first; `after` is then a place in that order.
+    /// Oldest first instead of newest first. `after` is then a position in that order.
     pub oldest_first: bool,
 }
 
 impl HistoryQuery {
-    /// The device's newest events, so many of them.
+    /// The device's newest events, at most `limit`.
     #[must_use]
     pub fn newest(device_id: DeviceId, limit: u32) -> Self {
         Self {
@@ -42,7 +43,7 @@ impl HistoryQuery {
         }
     }
 
-    /// The position to begin after: before everything, when none was given.
+    /// The position to begin after. Without one, the position before all events.
     pub(super) fn start(&self) -> HistoryPosition {
         let first = if self.oldest_first {
             HistoryPosition::BEFORE_OLDEST
@@ -52,39 +53,39 @@ impl HistoryQuery {
         self.after.unwrap_or(first)
     }
 
-    /// What differs between the orders, in either store's SQL: how what comes behind a position compares
-    /// to it, and the direction.
+    /// The SQL that differs between the two orders, for either store: the operator for what lies behind a position, and
+    /// the direction.
     pub(super) fn order(&self) -> (&'static str, &'static str) {
         if self.oldest_first { (">", "asc") } else { ("<", "desc") }
     }
 }
 
-/// An event's place in a history, by `timestamp`, then by id. It stays where it is while others arrive.
+/// An event's position in a history, by `timestamp`, then by id. It stays the same while other events arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HistoryPosition {
-    /// Since 1970: foreign SQL can have written more digits into PostgreSQL than PiSync does.
+    /// Microseconds since 1970. Foreign SQL can have written more digits into PostgreSQL than PiSync does.
     pub microsecond: i64,
-    /// The event's.
+    /// The event's id.
     pub id: i64,
 }
 
 impl HistoryPosition {
-    /// Before the newest event that can be, when those come first.
+    /// Before the newest possible event, when the newest come first.
     const BEFORE_NEWEST: Self = Self { microsecond: i64::MAX, id: i64::MAX };
-    /// Before the oldest.
+    /// Before the oldest possible event.
     const BEFORE_OLDEST: Self = Self { microsecond: i64::MIN, id: i64::MIN };
 }
 
 /// A page of a device's history, with its figures.
 #[derive(Debug)]
 pub struct SyncHistory {
-    /// Over everything the device ever reported.
+    /// The figures over everything that the device ever reported.
     pub figures: Figures,
     /// Newest first by `timestamp`, then by id.
     pub events: Vec<StoredEvent>,
-    /// The last event's position, when there are more after it.
+    /// The last event's position, when more events follow.
     pub next: Option<HistoryPosition>,
-    /// How many events the query can page to, wherever it begins.
+    /// How many events the query can page to, whatever its `after` is.
     pub total_events: u64,
     /// Events received before this may be gone; `None` while all are kept.
     pub raw_since: Option<Timestamp>,
@@ -93,9 +94,9 @@ pub struct SyncHistory {
 /// A page of a device's events.
 #[derive(Debug)]
 pub struct EventPage {
-    /// In the order that was asked for.
+    /// The events in the requested order.
     pub events: Vec<StoredEvent>,
-    /// The last event's position, when there are more after it.
+    /// The last event's position, when more events follow.
     pub next: Option<HistoryPosition>,
 }
 
@@ -104,7 +105,7 @@ pub struct EventPage {
 pub struct StoredEvent {
     /// Unique over all devices.
     pub id: i64,
-    /// What the device calls it.
+    /// The device's own id for it.
     pub event_id: Option<String>,
     /// When the device says it ran.
     pub timestamp: Timestamp,
@@ -129,13 +130,13 @@ pub struct StoredEvent {
 }
 
 impl StoredEvent {
-    /// The fields in which `event`, which came under the same id, says something else. None when it is the same
-    /// report, sent again.
+    /// The fields in which `event`, which came under the same id, differs. Empty when it is the same report, sent
+    /// again.
     #[must_use]
     pub fn differences(&self, event: &SyncEvent) -> Vec<&'static str> {
         let metadata = event.metadata.as_ref().map(Metadata::as_str);
         let (kept, sent) = (self.metadata.as_deref().map(RawValue::get), metadata);
-        // What is dated by its arrival has another date each time; the device's own date is in the metadata.
+        // An event that is dated by its arrival has another date each time. The device's own date is in the metadata.
         let is_dated_by_arrival = is_dated_by_arrival(kept) && is_dated_by_arrival(sent);
         let comparisons = [
             ("timestamp", is_dated_by_arrival || self.timestamp == event.timestamp),
@@ -151,19 +152,19 @@ impl StoredEvent {
     }
 }
 
-/// Whether metadata has the date that a device without a trustworthy clock gave.
+/// Whether metadata has the date that was given by a device without a trustworthy clock.
 fn is_dated_by_arrival(metadata: Option<&str>) -> bool {
     metadata.is_some_and(|text| text.contains("\"device_timestamp\""))
 }
 
-/// Whether two texts mean the same: whoever writes JSON anew may put spaces and fields elsewhere.
+/// Whether two texts mean the same. A program that rewrites JSON may change spaces and the order of fields.
 fn is_same_json(left: Option<&str>, right: Option<&str>) -> bool {
     let (Some(left), Some(right)) = (left, right) else { return left == right };
     let read = |text| serde_json::from_str::<serde_json::Value>(text).ok();
     left == right || read(left).is_some_and(|left| Some(left) == read(right))
 }
 
-/// Metadata as it was stored; text that is no JSON (foreign SQL can write it) is given as a string.
+/// Metadata as it was stored. Text that is no JSON, which foreign SQL can write, is answered as a string.
 pub(super) fn stored_metadata(text: String) -> Option<Box<RawValue>> {
     RawValue::from_string(text).or_else(|_| RawValue::from_string("\"not JSON\"".to_owned())).ok()
 }

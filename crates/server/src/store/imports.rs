@@ -1,5 +1,5 @@
-//! How far imports have come. It is written in the transactions that store their events, so that an import
-//! that was interrupted can go on without storing any event twice.
+//! How far imports have come. `import` calls it. Progress is written in the transactions that store the events. An
+//! interrupted import can therefore continue without storing any event twice.
 
 use std::sync::Arc;
 
@@ -8,45 +8,45 @@ use pisync_core::Timestamp;
 
 use super::StoreError;
 
-/// The imports that there have been.
+/// The log of imports.
 #[async_trait]
 pub trait ImportLog: Send + Sync {
-    /// All of them.
+    /// All imports.
     async fn imports(&self) -> Result<Vec<ImportProgress>, StoreError>;
 }
 
-/// A SHA-256.
+/// A SHA-256 digest.
 pub type Digest = [u8; 32];
 
 /// An import, and how far it has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportProgress {
-    /// Random.
+    /// A random id.
     pub id: Digest,
     /// What the input was called.
     pub name: String,
-    /// Over the input's first records, by which it is recognised.
+    /// The digest of the input's first records, by which it is recognised.
     pub head: Digest,
-    /// Records taken so far, those that were rejected included.
+    /// Records taken so far, including those that were rejected.
     pub records: u64,
-    /// Over all of these.
+    /// The digest of all of these.
     pub digest: Digest,
     /// How many of them were rejected.
     pub rejected: u64,
-    /// Whether the input had come to its end.
+    /// Whether the import reached the end of the input.
     pub finished: bool,
     /// When this was noted.
     pub at: Timestamp,
 }
 
-/// How far an import comes with a batch, and what it knows of imports.
+/// The progress that an import makes with a batch, and what it knows of other imports.
 #[derive(Debug, Clone)]
 pub struct ImportStep {
-    /// How far it comes.
+    /// The progress after the batch.
     pub progress: ImportProgress,
-    /// How far it had come before: records, and the digest over them. `None` before its first step.
+    /// The progress before the batch: the number of records and their digest. `None` before its first step.
     pub before: Option<(u64, Digest)>,
-    /// The ids of all imports that there were when it began.
+    /// The ids of all imports that existed when this one began.
     pub known: Arc<[Digest]>,
 }
 
@@ -58,8 +58,8 @@ pub struct ImportStep {
 pub(super) struct SameImport;
 
 impl ImportStep {
-    /// Checks that nobody else is importing the same records. `stored` are the imports with the same head, and this one;
-    /// they must stay as they are until the transaction ends. `has_events` says whether the step stores any.
+    /// Checks that nobody else is importing the same records. `stored` are the imports with the same head, and this
+    /// one. They must not change until the transaction ends. `has_events` tells whether the step stores any events.
     pub(super) fn check<'a>(
         &self,
         stored: impl IntoIterator<Item = &'a ImportProgress>,
@@ -73,7 +73,7 @@ impl ImportStep {
                 return Err(SameImport);
             }
         }
-        // Noting the same again does no harm.
+        // Noting the same progress again does no harm.
         let is_noted = before == Some((self.progress.records, self.progress.digest));
         if before == self.before || is_noted && !has_events { Ok(()) } else { Err(SameImport) }
     }

@@ -1,9 +1,9 @@
-//! What `pisync journal` finds in an ingest journal and what it does about it. Only SQLite has one: on PostgreSQL an
-//! event is acknowledged once it is in the tables.
+//! What `pisync journal` finds in an ingest journal and what it does about it. The command line calls it. Only SQLite
+//! has a journal: PostgreSQL acknowledges an event once it is in the tables.
 
 use super::{JournalReport, JournalSalvage, StoreError, Target, sqlite};
 
-/// Looks into the ingest journal of `target`, and changes nothing.
+/// Inspects the ingest journal of `target` and changes nothing.
 ///
 /// # Errors
 /// When there is no such database, or it cannot be read.
@@ -11,11 +11,11 @@ pub fn inspect_journal(target: &Target) -> Result<JournalReport, StoreError> {
     sqlite::journal_commands::inspect_journal(sqlite_only(target)?)
 }
 
-/// Goes on with a damaged ingest journal: keeps what is whole, marks what is missing, and keeps the damaged files
-/// beside it. The database must be claimed.
+/// Salvages a damaged ingest journal. It keeps the complete records, marks the missing ones, and keeps the damaged
+/// files beside it. The database must be claimed.
 ///
 /// # Errors
-/// When there is no such database, or its files cannot be read or written; then it can be run again.
+/// When there is no such database, or its files cannot be read or written. The salvage can then be run again.
 pub fn salvage_journal(target: &Target) -> Result<JournalSalvage, StoreError> {
     sqlite::journal_commands::salvage_journal(sqlite_only(target)?)
 }

@@ -1,4 +1,5 @@
-//! API keys: what both stores keep of who may do what. The keys themselves are kept nowhere, only their hashes.
+//! API keys: what both stores keep of each key and its rights. The API, the command line and the keyring call it. A key
+//! itself must never be stored, only its hash.
 
 use std::str::FromStr;
 
@@ -10,12 +11,12 @@ use super::{Actor, StoreError};
 
 /// The SHA-256 of a key.
 ///
-/// A fast hash is right here, unlike for passwords: a key is 256 random bits, so there is no list of
-/// likely ones to try, and trying them all is hopeless at any speed. It also lets every request be
-/// checked for some hundred nanoseconds.
+/// A fast hash is right here, unlike for passwords. A key is 256 random bits: there is no list of likely keys, and
+/// trying all of them is hopeless at any speed. A fast hash also keeps the check of each request to some hundred
+/// nanoseconds.
 pub type KeyHash = [u8; 32];
 
-/// What a key opens.
+/// What a key permits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     /// Reporting sync runs, and nothing else.
@@ -27,10 +28,10 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// All of them, narrowest first.
+    /// All scopes, narrowest first.
     pub const ALL: [Self; 3] = [Self::Ingest, Self::Read, Self::Admin];
 
-    /// As it is typed and stored.
+    /// The form that is typed and stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -40,7 +41,7 @@ impl Scope {
         }
     }
 
-    /// Whether a key of this scope opens what asks for `needed`.
+    /// Whether a key of this scope permits what needs the scope `needed`.
     #[must_use]
     pub fn opens(self, needed: Self) -> bool {
         self == needed || self == Self::Admin
@@ -59,24 +60,24 @@ impl FromStr for Scope {
 /// A key to be made.
 #[derive(Debug, Clone)]
 pub struct NewKey {
-    /// Of the key.
+    /// The hash of the key.
     pub hash: KeyHash,
-    /// Its first characters.
+    /// The key's first characters.
     pub hint: String,
-    /// What people call it.
+    /// The name that people gave it.
     pub name: Option<String>,
-    /// What it opens.
+    /// What it permits.
     pub scope: Scope,
     /// The only device that it may report for.
     pub device_id: Option<DeviceId>,
-    /// The only group whose devices it may report for; a new device is put in it.
+    /// The only group whose devices it may report for. A new device is put into that group.
     pub group: Option<GroupName>,
-    /// From when on it opens nothing.
+    /// The time from which on it permits nothing.
     pub expires_at: Option<Timestamp>,
 }
 
 impl NewKey {
-    /// What the audit log says of it.
+    /// The details of its line in the audit log.
     pub(super) fn details(&self) -> Value {
         json!({
             "hint": self.hint,
@@ -92,15 +93,15 @@ impl NewKey {
 /// A key as it is kept.
 #[derive(Debug, Clone)]
 pub struct ApiKey {
-    /// Its number, by which it is named everywhere.
+    /// Its number, which identifies it everywhere.
     pub id: i64,
-    /// Of the key.
+    /// The hash of the key.
     pub hash: KeyHash,
-    /// Its first characters.
+    /// The key's first characters.
     pub hint: String,
-    /// What people call it.
+    /// The name that people gave it.
     pub name: Option<String>,
-    /// What it opens.
+    /// What it permits.
     pub scope: Scope,
     /// The only device that it may report for.
     pub device_id: Option<String>,
@@ -108,7 +109,7 @@ pub struct ApiKey {
     pub group: Option<String>,
     /// When it was made.
     pub created_at: Timestamp,
-    /// From when on it opens nothing.
+    /// The time from which on it permits nothing.
     pub expires_at: Option<Timestamp>,
     /// When it was revoked.
     pub revoked_at: Option<Timestamp>,
@@ -117,7 +118,7 @@ pub struct ApiKey {
 }
 
 impl ApiKey {
-    /// Whether it opens anything at `now`.
+    /// Whether it permits anything at `now`.
     #[must_use]
     pub fn is_valid(&self, now: Timestamp) -> bool {
         self.revoked_at.is_none() && self.expires_at.is_none_or(|expires_at| expires_at > now)
@@ -127,17 +128,17 @@ impl ApiKey {
 /// All keys, as of one version.
 #[derive(Debug)]
 pub struct Keys {
-    /// Another whenever a key is made or revoked, and never one that there has been. Of two, neither is known to
-    /// be the later.
+    /// A number that changes whenever a key is made or revoked, and never returns to an earlier value. Versions have no
+    /// order: two of them do not tell which is later.
     pub version: i64,
-    /// Revoked and expired ones included, oldest first.
+    /// All keys, including revoked and expired ones, oldest first.
     pub keys: Vec<ApiKey>,
 }
 
-/// What came of revoking a key.
+/// The result of revoking a key.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Revocation {
-    /// It opens nothing from now on.
+    /// The key permits nothing from now on.
     Revoked,
     /// It was revoked before.
     Already,
@@ -145,7 +146,7 @@ pub enum Revocation {
     Unknown,
 }
 
-/// A scope as it is stored; an unknown one opens next to nothing.
+/// Reads a stored scope. An unknown one permits next to nothing.
 pub(super) fn stored_scope(text: &str) -> Scope {
     text.parse().unwrap_or(Scope::Ingest)
 }
@@ -153,18 +154,18 @@ pub(super) fn stored_scope(text: &str) -> Scope {
 /// API keys. Each method is one transaction.
 #[async_trait]
 pub trait KeyStore: Send + Sync {
-    /// Keeps a new key and gives its number.
+    /// Stores a new key and answers its number.
     async fn create_key(&self, key: &NewKey, by: &Actor) -> Result<i64, StoreError>;
 
-    /// Makes a key open nothing any more.
+    /// Revokes a key.
     async fn revoke_key(&self, id: i64, by: &Actor) -> Result<Revocation, StoreError>;
 
-    /// What [`Keys::version`] is by now.
+    /// The current [`Keys::version`].
     async fn keys_version(&self) -> Result<i64, StoreError>;
 
     /// All keys.
     async fn keys(&self) -> Result<Keys, StoreError>;
 
-    /// Notes when keys were last used; never sets one back.
+    /// Notes when keys were last used. It never sets a time back.
     async fn keys_used(&self, used: &[(i64, Timestamp)]) -> Result<(), StoreError>;
 }

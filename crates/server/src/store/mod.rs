@@ -64,8 +64,8 @@ pub use trusted_time::{TrustedTime, TrustedTimeStore};
 pub use verify::{FigureDifference, JobDifference, SumDifference, Verification, Verified};
 pub use window::Window;
 
-/// An open database: everything the program keeps, one trait per resource. Its own methods are about the connection to
-/// the database, whatever is in it.
+/// An open database: everything that the program keeps, with one trait per resource. The methods of this trait concern
+/// the connection to the database, whatever is in it.
 #[async_trait]
 pub trait Store:
     DeviceStore
@@ -80,23 +80,23 @@ pub trait Store:
     + TrustedTimeStore
     + Maintenance
 {
-    /// Asks the database for a sign of life.
+    /// Checks that the database answers.
     async fn ping(&self) -> Result<(), StoreError>;
 
     /// How busy the connections for reading are.
     fn pool_usage(&self) -> PoolUsage;
 
-    /// Waits until a thread has ended that the store cannot do without, and tells which and how: from then on
-    /// the store is of no use.
+    /// Waits until a thread has ended that the store cannot work without, and answers which one and how. After that the
+    /// store cannot be used.
     async fn thread_end(&self) -> String {
-        // A store without threads.
+        // This store has no threads.
         std::future::pending().await
     }
 
-    /// Has a thread of the store panic, as a mistake of ours would.
+    /// Makes a thread of the store panic, as a mistake of ours would.
     #[cfg(test)]
     fn break_writer(&self) {}
 
-    /// Leaves everything in order at the end; nothing may be written afterwards.
+    /// Leaves everything in order at the end. Nothing may be written afterwards.
     async fn close(&self) -> Result<(), StoreError>;
 }

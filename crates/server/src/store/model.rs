@@ -1,9 +1,9 @@
-//! What several resources of the store share: figures, devices, pages of a list. The stores fill it and the rest of the
-//! program shows it.
+//! Types that several resources use: figures, devices, and pages of a list. The stores fill them and the rest of the
+//! program shows them. Nothing here may depend on one store.
 
 use pisync_core::Timestamp;
 
-/// What a device, or a fleet, adds up to.
+/// The figures of a device or of the fleet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Figures {
     /// Syncs reported.
@@ -14,9 +14,9 @@ pub struct Figures {
     pub total_files_synced: i64,
     /// Sum of errors.
     pub total_errors: i64,
-    /// Sum of the measured speeds, hundredths of Mbps.
+    /// Sum of the measured speeds, in hundredths of Mbps.
     pub speed_sum: i64,
-    /// How many syncs measured one.
+    /// How many syncs measured their speed.
     pub speed_count: i64,
     /// Earliest sync by its own date.
     pub first_sync: Option<Timestamp>,
@@ -39,21 +39,21 @@ impl Figures {
         self.total_syncs - self.failed_syncs
     }
 
-    /// Share of syncs without errors, 0 to 1, not rounded; `None` before the first sync.
+    /// The fraction of syncs without errors, 0 to 1, not rounded; `None` before the first sync.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "a ratio for people to read")]
     pub fn success_ratio(&self) -> Option<f64> {
         (self.total_syncs > 0).then(|| self.successful_syncs() as f64 / self.total_syncs as f64)
     }
 
-    /// Mean of the measured speeds in Mbps, rounded to 2 decimals; `None` when none was measured, and 0
-    /// only when all were 0.
+    /// Mean of the measured speeds in Mbps, rounded to 2 decimals. `None` when none was measured. It is 0 only when all
+    /// were 0.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "rounded to hundredths of a mean")]
     pub fn avg_internet_speed(&self) -> Option<f64> {
         (self.speed_count > 0).then(|| {
             let hundredths = (self.speed_sum as f64 / self.speed_count as f64).round();
-            // A slow line is not one that carries nothing.
+            // A slow line is not the same as a line that carries nothing.
             if self.speed_sum > 0 { hundredths.max(1.0) / 100.0 } else { hundredths / 100.0 }
         })
     }
@@ -62,15 +62,15 @@ impl Figures {
 /// A device and its figures over all jobs.
 #[derive(Debug, Clone)]
 pub struct Device {
-    /// What it calls itself.
+    /// The id that the device calls itself by.
     pub device_id: String,
-    /// What people call it.
+    /// The name that people gave it.
     pub name: Option<String>,
-    /// Which group people put it in.
+    /// The group that people put it in.
     pub group: Option<String>,
     /// When it was first seen.
     pub created_at: Timestamp,
-    /// Zeros and nothing while it has not reported.
+    /// Its figures; zeros and `None` until it has reported.
     pub figures: Figures,
 }
 
@@ -92,7 +92,7 @@ pub struct Page<T> {
     pub total: u64,
 }
 
-/// Connections for reading.
+/// The state of the connections for reading.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolUsage {
     /// The most there can be.

@@ -1,5 +1,5 @@
-//! Which of the two stores a target means, and what is done to a database before it is opened: creating it, claiming
-//! it for one process, and applying what a killed server has left in its journal. `app` and the commands call it.
+//! Chooses the store that a target means, and prepares a database before it is opened. It creates the database, claims
+//! it for one process, and applies what a killed server has left in its journal. `app` and the commands call it.
 
 use std::{path::Path, sync::Arc};
 
@@ -18,11 +18,11 @@ pub async fn open(target: &Target) -> Result<Arc<dyn Store>, StoreError> {
     }
 }
 
-/// Checks that there is a database at `target`, for whoever must not make an empty one in the place of one that was
-/// misnamed. PostgreSQL makes none, and says so when it is asked for one.
+/// Checks that there is a database at `target`. Commands call it that must not create an empty database when its name
+/// is misspelt. PostgreSQL creates none, and reports a missing database itself.
 ///
 /// # Errors
-/// When there is none.
+/// When there is no database.
 pub fn check_exists(target: &Target) -> Result<(), StoreError> {
     match target {
         Target::Sqlite(path) => sqlite::files::check_exists(path),
@@ -42,13 +42,13 @@ pub async fn create_database(target: &Target) -> Result<bool, StoreError> {
     }
 }
 
-/// Keeps others from changing the same SQLite file under a running server, for as long as it lives.
-/// PostgreSQL looks after itself.
+/// Keeps others from changing the same SQLite file under a running server, for as long as this value lives. PostgreSQL
+/// needs no claim.
 #[derive(Debug)]
 pub struct Claim(Option<sqlite::claim::Claim>);
 
 impl Claim {
-    /// Checks that what was claimed is still what is opened by its name.
+    /// Checks that the claimed file is still the one that its name leads to.
     ///
     /// # Errors
     /// When it is not.
@@ -68,7 +68,7 @@ pub fn claim(target: &Target) -> Result<Claim, StoreError> {
     }
 }
 
-/// Whether a server on this machine has claimed `target`. PostgreSQL looks after itself.
+/// Whether a server on this machine has claimed `target`. PostgreSQL needs no claim.
 #[must_use]
 pub fn is_claimed(target: &Target) -> bool {
     match target {
@@ -77,10 +77,10 @@ pub fn is_claimed(target: &Target) -> bool {
     }
 }
 
-/// Checks that `path` may be written to: it is no file of the database itself.
+/// Checks that `path` may be written to: it must not be a file of the database itself.
 ///
 /// # Errors
-/// When it is one.
+/// When it is such a file.
 pub fn check_output(target: &Target, path: &Path) -> Result<(), StoreError> {
     match target {
         Target::Sqlite(database) => sqlite::files::check_is_not_ours(database, path),
@@ -88,9 +88,8 @@ pub fn check_output(target: &Target, path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Returns once everything that a server has acknowledged by now is where other processes look for it. On
-/// SQLite a running server sees to that within a second, and what one has left behind that was killed is seen
-/// to here.
+/// Returns once everything that a server has acknowledged by now is where other processes look for it. On SQLite, a
+/// running server applies its journal within a second. What a killed server has left is applied here.
 ///
 /// # Errors
 /// When that is not possible.

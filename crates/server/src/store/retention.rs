@@ -1,10 +1,11 @@
-//! How long events are kept one by one.
+//! How long events are kept individually. The configuration makes a [`Retention`], and `maintenance` drops events by
+//! it. It must never be so short that the figures of the last 24 hours lack an event.
 
 use pisync_core::Timestamp;
 
 const DAY_SECONDS: i64 = 24 * 60 * 60;
 
-/// For how long to keep events, counted from when they were received.
+/// How long to keep events, counted from their `received_at`.
 #[derive(Debug, Clone, Copy)]
 pub struct Retention {
     days: u32,
@@ -12,28 +13,28 @@ pub struct Retention {
 }
 
 impl Retention {
-    /// Keeps events for so many days. An event may be dated ahead of its receipt by up to
-    /// `max_clock_skew_seconds`. `None` when that is too short: the last 24 hours are counted event by
-    /// event, so whatever is dated within them must be there.
+    /// Keeps events for `days` days. An event's date may be ahead of its `received_at` by up to
+    /// `max_clock_skew_seconds`. `None` when `days` is too short. The last 24 hours are counted event by event, so
+    /// every event dated within them must be there.
     #[must_use]
     pub fn new(days: u32, max_clock_skew_seconds: u32) -> Option<Self> {
         (days >= Self::fewest_days(max_clock_skew_seconds))
             .then_some(Self { days, max_clock_skew_seconds })
     }
 
-    /// The shortest time that is possible, in days.
+    /// The shortest possible retention, in days.
     #[must_use]
     pub fn fewest_days(max_clock_skew_seconds: u32) -> u32 {
         let skew = i64::from(max_clock_skew_seconds.max(1));
         u32::try_from(1 + (skew + DAY_SECONDS - 1) / DAY_SECONDS).unwrap_or(u32::MAX)
     }
 
-    /// What was received before this need not be kept.
+    /// Events received before this need not be kept.
     pub(super) fn oldest(&self, now: Timestamp) -> Timestamp {
         now.saturating_add_milliseconds(-i64::from(self.days) * DAY_SECONDS * 1000)
     }
 
-    /// How far ahead of its receipt an event may be dated, in milliseconds.
+    /// How far an event's date may be ahead of its `received_at`, in milliseconds.
     pub(super) fn longest_lead(&self) -> i64 {
         i64::from(self.max_clock_skew_seconds) * 1000
     }

@@ -1,4 +1,5 @@
-//! How much background work to do at a time, learnt from how long the last step took.
+//! Decides how much background work to do in one step, from the time that the last step took. Both stores call it for
+//! background work. It reads no clock.
 
 use std::{
     ops::RangeInclusive,
@@ -10,12 +11,13 @@ use std::{
 pub(super) struct StepSize {
     size: AtomicI64,
     range: RangeInclusive<i64>,
-    /// A step that takes more than twice as long is too large, one of less than half too small.
+    /// The target time of a step. A step that takes more than twice as long is too large. One that takes less than half
+    /// is too small.
     target: Duration,
 }
 
 impl StepSize {
-    /// Begins with the smallest of `range`.
+    /// Begins with the smallest size of `range`.
     pub(super) fn new(range: RangeInclusive<i64>, target: Duration) -> Self {
         Self { size: AtomicI64::new(*range.start()), range, target }
     }
@@ -24,7 +26,7 @@ impl StepSize {
         self.size.load(Ordering::Relaxed)
     }
 
-    /// Takes note that a full step took so long.
+    /// Notes how long a full step took.
     pub(super) fn learn(&self, took: Duration) {
         let size = self.get();
         let next = if took > self.target * 2 {

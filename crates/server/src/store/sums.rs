@@ -1,15 +1,15 @@
-//! The sums of events. The tables `device_jobs`, `device_days` and `fleet_hours` have a column for each, and this is the
-//! only list of them: both stores build their statements from it, and rows are read and written in its order.
+//! The sums of events. The tables `device_jobs`, `device_days` and `fleet_hours` have a column for each. Both stores
+//! build their statements from this list, and read and write rows in its order. It must stay the only list of them.
 
 use pisync_core::JobFigures;
 
 use super::Figures;
 
-/// Makes [`Sums`] out of the list of its columns, and what carries the sums to and from the structs that have fields of the
-/// same names.
+/// Makes [`Sums`] from the list of its columns. It also makes the conversions from and to structs that have fields of
+/// the same names.
 macro_rules! sums {
     ($($(#[$doc:meta])* $column:ident,)+) => {
-        /// What events add up to.
+        /// The sums of some events.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
         pub struct Sums {
             $($(#[$doc])* pub $column: i64,)+
@@ -20,12 +20,12 @@ macro_rules! sums {
             pub(super) const COLUMNS: [&'static str; [$(stringify!($column)),+].len()] =
                 [$(stringify!($column)),+];
 
-            /// In the order of the columns.
+            /// The values, in the order of the columns.
             pub(super) fn values(&self) -> [i64; Self::COUNT] {
                 [$(self.$column),+]
             }
 
-            /// Reads sums, given a function that reads the column with a number from 0 on.
+            /// Reads sums. `read` reads the column with the given number, from 0 on.
             pub(super) fn read<E>(
                 mut column: impl FnMut(usize) -> Result<i64, E>,
             ) -> Result<Self, E> {
@@ -34,7 +34,7 @@ macro_rules! sums {
                 Ok(Self { $($column: next()?),+ })
             }
 
-            /// Adds others. Foreign SQL may have written what does not fit: then the sum stays at the limit.
+            /// Adds other sums. Foreign SQL may have written values that do not fit; the sum then stays at the limit.
             pub(super) fn add(&mut self, other: &Self) {
                 $(self.$column = self.$column.saturating_add(other.$column);)+
             }
@@ -44,7 +44,7 @@ macro_rules! sums {
                 Self { $($column: figures.$column),+ }
             }
 
-            /// Puts these in the place of a job's.
+            /// Replaces a job's sums with these.
             pub(super) fn put_into(&self, figures: &mut JobFigures) {
                 $(figures.$column = self.$column;)+
             }
@@ -75,10 +75,10 @@ sums! {
 }
 
 impl Sums {
-    /// How many there are.
+    /// The number of columns.
     pub(super) const COUNT: usize = Self::COLUMNS.len();
 
-    /// The columns as SQL: what `expression` makes of each, with commas between.
+    /// SQL that applies `expression` to each column, with commas between.
     pub(super) fn sql(expression: impl Fn(&str) -> String) -> String {
         Self::COLUMNS.map(expression).join(", ")
     }
@@ -88,22 +88,22 @@ impl Sums {
         Self::COLUMNS.join(", ")
     }
 
-    /// The columns with the opposite sign, with commas between.
+    /// The names of the columns with a minus sign, with commas between.
     pub(super) fn negative() -> String {
         Self::sql(|column| format!("-{column}"))
     }
 
-    /// The end of an upsert that adds to the sums of the row that is there. `stored` is what the statement calls it.
+    /// The end of an upsert that adds to the sums of an existing row. The statement calls the table `stored`.
     pub(super) fn add_to(stored: &str) -> String {
         Self::sql(|column| format!("{column} = {stored}.{column} + excluded.{column}"))
     }
 
-    /// Each with the name of its column.
+    /// Each value with the name of its column.
     pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, i64)> {
         Self::COLUMNS.into_iter().zip(self.values())
     }
 
-    /// Whether these can be the sums of the events that are `left` and of others.
+    /// Whether these can be the sums of the events that are `left` and of other events.
     pub(super) fn hold(&self, left: &Self) -> bool {
         self.values().iter().zip(left.values()).all(|(sum, left)| *sum >= left)
     }

@@ -1,10 +1,10 @@
-//! Taking over a database that the Node PiSync made: its tables become ours, with every device and event.
-//! The command line calls this; a server that meets such a database leaves it alone.
+//! Takes over a database that the Node PiSync made: its tables become ours, with every device and event. The command
+//! line calls this. A server that meets such a database must leave it alone.
 //!
-//! All of it is one transaction, so there is nothing in between: whatever happens, the database is the Node
-//! service's as it was, or ours with everything in it. The Node service must be stopped meanwhile in any
-//! case, so steps that can be resumed would not shorten the time without it; they would only leave, after a
-//! power cut, a database that neither program can use.
+//! All of it is one transaction, so there is no state in between. Whatever happens, the database is the Node service's
+//! as it was, or ours with everything in it. The Node service must be stopped meanwhile in any case, so resumable steps
+//! would not shorten the time without it. After a power cut they would only leave a database that neither program can
+//! use.
 
 use pisync_core::Timestamp;
 
@@ -15,8 +15,8 @@ use super::{Target, postgres::take_over::PostgresTakeOver};
 pub struct TakeOver(PostgresTakeOver);
 
 impl TakeOver {
-    /// Connects to `target`; `None` when the Node service did not make that database, or it is taken over.
-    /// `time_zone` is the one in which the Node service wrote its times, by its IANA name.
+    /// Connects to `target`. `None` when the Node service did not make that database, or it was taken over before.
+    /// `time_zone` is the IANA name of the time zone in which the Node service wrote its times.
     ///
     /// # Errors
     /// When PostgreSQL cannot be reached or does not know the time zone.
@@ -35,7 +35,7 @@ impl TakeOver {
         self.0.time_zone()
     }
 
-    /// Looks at everything, tries a part of the work, and changes nothing. Works beside the Node service.
+    /// Checks everything, tries a part of the work, and changes nothing. It works beside the Node service.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -43,8 +43,7 @@ impl TakeOver {
         self.0.rehearse(now).await
     }
 
-    /// Takes the database over, and says on the way how far it is. False when another process has done it
-    /// meanwhile.
+    /// Takes the database over and reports its progress. False when another process has done it meanwhile.
     ///
     /// # Errors
     /// See [`TakeOverError`].
@@ -56,7 +55,7 @@ impl TakeOver {
         self.0.run(now, report).await
     }
 
-    /// Other programs that are connected: should the Node service be among them, it writes on.
+    /// Other programs that are connected. If the Node service is among them, it is still writing.
     ///
     /// # Errors
     /// When the database does not answer.

@@ -1,4 +1,5 @@
-//! Which database is meant. Parsed from the configuration, understood by `open` and the migrations.
+//! Names the database that is meant. `config` parses it from the settings; `open` and the migrations use it. It must
+//! never show a password.
 
 use std::{fmt, path::PathBuf};
 
@@ -27,9 +28,9 @@ pub struct PostgresTarget {
 pub enum SslMode {
     /// Never encrypt.
     Disable,
-    /// Encrypt when the server can; whoever the server is.
+    /// Encrypt when the server can. The server's identity is not checked.
     Prefer,
-    /// Always encrypt; whoever the server is, unless a root certificate is given.
+    /// Always encrypt. The server's identity is checked only if a root certificate is given.
     Require,
     /// Always encrypt, and the server's certificate must be signed by a trusted root.
     VerifyCa,
@@ -55,12 +56,12 @@ impl fmt::Display for PostgresTarget {
                 formatter.write_str(",")?;
             }
             match host {
-                // So that an IPv6 address's own colons are told from the port's.
+                // The colons of an IPv6 address must be distinguishable from the port's.
                 Host::Tcp(name) if name.contains(':') => write!(formatter, "[{name}]")?,
                 Host::Tcp(name) => formatter.write_str(name)?,
                 Host::Unix(path) => write!(formatter, "{}", path.display())?,
             }
-            // One port may stand for all hosts.
+            // One port may apply to all hosts.
             if let Some(port) = ports.get(position).or(ports.first()) {
                 write!(formatter, ":{port}")?;
             }

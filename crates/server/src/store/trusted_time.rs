@@ -1,11 +1,14 @@
-//! How far to believe the clock when something is deleted for its age. `maintenance` asks before it deletes event ids or old
-//! events. Both stores keep the answer; this module alone decides it.
+//! Decides how far the clock is believed when something is deleted for its age. `maintenance` asks before it deletes
+//! event ids or old events. Both stores keep the answer; this module alone decides it.
 //!
-//! A clock that jumps ahead would make everything look old. So the database keeps the latest time that was believed.
-//! A server that starts believes a clock that is a few days ahead of that: servers are switched off for a weekend. Beyond,
-//! and once the server runs, the believed time moves on only as fast as the server runs. That ends when devices confirm the
-//! clock, or after two weeks. A clock that is behind makes nothing look old. The believed time goes back when devices
-//! confirm that clock, or when it has run for five minutes and any device has reported by it.
+//! A clock that jumps ahead would make everything look old. The database therefore keeps the latest time that was
+//! believed. A server that starts believes a clock that is a few days ahead of that time, because servers are switched
+//! off for a weekend. A clock that is further ahead is doubted. A running server doubts one that is further ahead than
+//! its running time allows. The believed time then advances only as fast as the server runs. That ends when devices
+//! confirm the clock, or after two weeks.
+//!
+//! A clock that is behind makes nothing look old. The believed time goes back when devices confirm that clock. It also
+//! goes back when the clock has run for five minutes and any device has reported by it.
 
 use std::time::Duration;
 
@@ -16,91 +19,92 @@ use super::StoreError;
 
 const DAY: i64 = 24 * 60 * 60 * 1000;
 
-/// How far the clock may be ahead of the believed time when a server starts, in milliseconds. What it could cost to
-/// believe a wrong clock is the events of so many days.
+/// How far the clock may be ahead of the believed time when a server starts, in milliseconds. Believing a wrong clock
+/// costs at most the events of so many days.
 const LONGEST_PAUSE: i64 = 4 * DAY;
 
-/// How far the clock of a running server may get ahead of what its run accounts for, in milliseconds.
+/// How far the clock of a running server may get ahead of its running time, in milliseconds.
 pub(crate) const LARGEST_STEP: i64 = 60 * 60 * 1000;
 
-/// By how much two clocks may differ before anybody hears of it, in milliseconds. Servers on one PostgreSQL rely on
-/// their clocks to a minute, when they aggregate events.
+/// How far two clocks may differ before a warning, in milliseconds. When servers on one PostgreSQL aggregate events,
+/// they rely on their clocks to a minute.
 pub(crate) const NOTABLE_DIFFERENCE: i64 = 60_000;
 
-/// After how long a clock is believed that nothing has borne out, in milliseconds: by then somebody has read
-/// the warnings, and old events must not be kept for ever.
+/// After how long an unconfirmed clock is believed, in milliseconds. By then somebody has read the warnings, and old
+/// events must not be kept for ever.
 const LONGEST_DOUBT: i64 = 14 * DAY;
 
-/// After how long a clock is believed that is behind the believed time, in milliseconds, if devices have reported by
-/// it meanwhile: whatever sets a clock after a start has done it by then. To believe it deletes nothing, and what its
-/// going ahead again would change in streaks is counted again.
+/// After how long a clock behind the believed time is believed, in milliseconds, if devices have reported by it
+/// meanwhile. Whatever sets a clock after a start has done it by then. Believing it deletes nothing. If it goes ahead
+/// again, the streaks that this changes are counted again.
 const LONGEST_CONTRADICTION: i64 = 5 * 60 * 1000;
 
-/// By how much an event's own date may differ from when it was received to bear the server's clock out.
+/// How far an event's own date may differ from its `received_at` and still confirm the server's clock.
 pub(super) const AGREEMENT_MILLISECONDS: i64 = 60 * 60 * 1000;
 
-/// Of how many of the latest events to look at the dates.
+/// How many of the latest events are checked for their dates.
 pub(super) const WITNESSES: i64 = 1_000;
 
 /// The time that is believed when something is deleted for its age.
 #[async_trait]
 pub trait TrustedTimeStore: Send + Sync {
-    /// Moves the time on by which old events and event ids are deleted, given what the clock says and for how long
-    /// this server has run since it last did.
+    /// Advances the time by which old events and event ids are deleted. It is given what the clock says, and how long
+    /// this server has run since the last call.
     async fn trust_time(&self, now: Timestamp, ran: Duration) -> Result<TrustedTime, StoreError>;
 
-    /// The time that was believed last, which `trust_time` moves on; `None` before a server has.
+    /// The last believed time, which `trust_time` advances; `None` before any server has.
     async fn trusted_time(&self) -> Result<Option<TrustedTime>, StoreError>;
 
-    /// The database's own clock; `None` on SQLite, which goes by the server's.
+    /// The database's own clock; `None` on SQLite, which uses the server's.
     async fn database_time(&self) -> Result<Option<Timestamp>, StoreError>;
 }
 
-/// What the database keeps of it.
+/// The state of the believed time in the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrustedTime {
-    /// The latest time that was believed. Deletions go by it, or by the clock if that is behind.
+    /// The latest time that was believed. Deletions use it, or the clock if the clock is behind.
     pub until: Timestamp,
-    /// What the clock said last.
+    /// What the clock showed last.
     pub(super) seen: Timestamp,
-    /// For how long servers have run with a clock that is not believed, in milliseconds. Negative while that clock is
+    /// How long servers have run with a clock that is not believed, in milliseconds. Negative while that clock is
     /// behind.
     pub(super) doubted: i64,
 }
 
-/// How a clock stands to the believed time.
+/// How a clock compares with the believed time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
-    /// Nothing speaks against it.
+    /// It agrees with the believed time.
     Plausible,
     /// It is too far ahead to be believed.
     Ahead,
-    /// It has shown a later time before, or another server's has.
+    /// It is behind a time that it, or another server's clock, has shown before.
     Behind,
 }
 
-/// What devices say of the server's clock: those that were heard of within the last hour by it.
+/// What devices say about the server's clock. Only devices that were heard of within the last hour, by that clock,
+/// count.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Witnesses {
     pub(super) devices: i64,
-    /// Those with an event dated about when it was received, by a clock of their own.
+    /// Devices that use a clock of their own and have an event dated about its `received_at`.
     pub(super) agreeing: i64,
 }
 
 impl Witnesses {
-    /// One device could be the server itself.
+    /// A single device could run on the server itself.
     fn bear_out(self) -> bool {
         self.agreeing >= 2 && self.agreeing * 2 > self.devices
     }
 }
 
 impl TrustedTime {
-    /// What there is to go by the first time: when the last event was received.
+    /// The first state, when there is none. It starts from the time at which the last event was received.
     pub(super) fn first(newest: Option<Timestamp>, now: Timestamp) -> Self {
         Self { until: newest.map_or(now, |newest| newest.min(now)), seen: now, doubted: 0 }
     }
 
-    /// How a clock that shows `now` stands to it, for whoever has just come.
+    /// How a clock that shows `now` compares with it, for a process that has just started.
     pub(crate) fn standing(&self, now: Timestamp) -> Standing {
         if self.doubts(now, Duration::ZERO) {
             Standing::Ahead
@@ -111,8 +115,8 @@ impl TrustedTime {
         }
     }
 
-    /// Whether `now` is too far ahead to be believed as it is, by a server that has run for so long since it last
-    /// moved the believed time on.
+    /// Whether `now` is too far ahead to be believed. `ran` is how long the server has run since it last advanced the
+    /// believed time.
     fn doubts(&self, now: Timestamp, ran: Duration) -> bool {
         let lead = if ran.is_zero() {
             LONGEST_PAUSE
@@ -122,22 +126,22 @@ impl TrustedTime {
         now > self.until.saturating_add_milliseconds(lead)
     }
 
-    /// Whether the believed time is so far ahead of `now` that devices can tell which of them is right.
+    /// Whether the believed time is so far ahead of `now` that devices can tell which of the two is right.
     fn contradicts(&self, now: Timestamp) -> bool {
         now < self.until.saturating_add_milliseconds(-AGREEMENT_MILLISECONDS)
     }
 
-    /// Whether what devices say matters.
+    /// Whether the reports of devices are needed for the decision.
     pub(super) fn needs_witnesses(&self, now: Timestamp, ran: Duration) -> bool {
         self.doubts(now, ran) || self.contradicts(now)
     }
 
-    /// Moves the believed time on, after a server has run for so long since it last did.
+    /// Advances the believed time. `ran` is how long the server has run since it last did so.
     pub(super) fn advance(self, now: Timestamp, ran: Duration, witnesses: Witnesses) -> Self {
         if witnesses.bear_out() && self.contradicts(now) {
             return Self { until: now, seen: now, doubted: 0 };
         }
-        // Several servers do this for one database: together they count no hour twice.
+        // Several servers do this for one database. Together they must not count an hour twice.
         let elapsed = now.as_millisecond() - self.seen.as_millisecond();
         let elapsed = elapsed.clamp(0, milliseconds(ran));
         if self.contradicts(now) {
@@ -193,7 +197,7 @@ mod tests {
         let mut time = TrustedTime::first(Some(at(0)), at(ahead));
         time = time.advance(at(ahead), Duration::ZERO, Witnesses::default());
         assert_eq!(time.until, at(0), "an hour at most is believed of an hour");
-        // Two servers, whose clocks are both ahead.
+        // Two servers with clocks that are both ahead.
         for hour in 1..14 * 24 {
             for server in [0, 1] {
                 let now = at(ahead + hour * HOUR + server);
@@ -226,7 +230,7 @@ mod tests {
         }
     }
 
-    /// A server that runs knows how much time has passed. One that starts does not.
+    /// A running server knows how much time has passed. A starting one does not.
     #[test]
     fn a_running_server_believes_no_jump() {
         let time = TrustedTime::first(None, at(0));
@@ -252,7 +256,7 @@ mod tests {
         assert_eq!(unheard.until, at(400 * DAY));
         let witnesses = Witnesses { devices: 3, agreeing: 2 };
         assert_eq!(time.advance(at(0), hours(1), witnesses).until, at(0));
-        // They cannot tell within an hour.
+        // Devices cannot decide within an hour.
         let now = at(400 * DAY - HOUR);
         assert_eq!(time.advance(now, hours(1), witnesses).until, at(400 * DAY));
     }
@@ -263,7 +267,7 @@ mod tests {
         let minutes = |count: u64| Duration::from_secs(count * 60);
         let one = Witnesses { devices: 1, agreeing: 0 };
         let mut time = TrustedTime::first(None, at(400 * DAY));
-        // Starting again and again is no course.
+        // Starting again and again does not count as running.
         for start in 0..20 {
             time = time.advance(at(start * MINUTE), Duration::ZERO, one);
         }
@@ -271,7 +275,7 @@ mod tests {
         assert_eq!(time.until, at(400 * DAY));
         time = time.advance(at(24 * MINUTE), minutes(1), one);
         assert_eq!((time.until, time.doubted), (at(24 * MINUTE), 0));
-        // When it was behind nevertheless, nothing is deleted by it at once.
+        // If it was behind nevertheless, nothing is deleted by it at once.
         let set = time.advance(at(5 * DAY), minutes(10), one);
         assert!(set.until <= at(40 * MINUTE));
     }

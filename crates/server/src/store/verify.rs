@@ -1,5 +1,5 @@
-//! What a recount of raw events finds. This module alone decides which figures and sums can be compared; the stores read,
-//! count and write.
+//! What a recount of raw events finds. `pisync verify` and `maintenance` call it. This module alone decides which
+//! figures and sums can be compared; the stores read, count and write.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,23 +8,23 @@ use pisync_core::{JobFigures, Timestamp};
 
 use super::{StoreError, sums::Sums};
 
-/// Devices that are looked at in one transaction, at most.
+/// The maximum number of devices in one transaction.
 pub(super) const PAGE_DEVICES: u32 = 256;
 
-/// Events that are counted in one transaction, unless one device alone has more: a second's work, so that
-/// the snapshot keeps neither SQLite's log from being emptied nor PostgreSQL from cleaning up.
+/// Events that are counted in one transaction, unless one device alone has more. They take about a second. A longer
+/// snapshot would keep SQLite's log from being emptied and PostgreSQL from cleaning up.
 pub(super) const PAGE_EVENTS: i64 = 200_000;
 
-/// Days are those of UTC.
+/// Days are UTC days.
 pub(super) const DAY_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 
-/// Recounting figures and sums from raw events. Safe beside running servers.
+/// Recounts figures and sums from raw events. Safe beside running servers.
 #[async_trait]
 pub trait Verification: Send + Sync {
-    /// Recounts the figures and days of one page of devices, those after the device `after`, from their raw
-    /// events, as of one moment. With `repair` it then writes what the events add up to, each device in a short
-    /// transaction of its own; the answer still tells what was found. Where old events are no longer kept,
-    /// nothing is repaired. Events dated so far after `now` that a clock must have been wrong change no streak.
+    /// Recounts the figures and days of one page of devices from their raw events, as of one moment. The page begins
+    /// after the device `after`. With `repair` it then writes the recounted figures, each device in a short transaction
+    /// of its own. The answer still tells what was found. Nothing is repaired where old events are no longer kept.
+    /// Events dated so far after `now` that a clock must have been wrong change no streak.
     async fn verify(
         &self,
         after: Option<&str>,
@@ -32,79 +32,78 @@ pub trait Verification: Send + Sync {
         repair: bool,
     ) -> Result<Verified, StoreError>;
 
-    /// Counts the jobs again whose last events are dated, or were received, so far after `now` that a clock must have
-    /// been wrong then: what is reported later would be hidden behind them for good. Such events are set aside. Counts
-    /// the jobs again, too, whose events that were set aside are no longer dated so far ahead. Answers how many have changed.
+    /// Recounts jobs whose last event is dated, or was received, so far after `now` that a clock must have been wrong.
+    /// Such an event would hide every later report for good, so it is set aside. Also recounts jobs whose events were
+    /// set aside and are no longer dated so far ahead. Answers how many jobs have changed.
     async fn recount_misdated(&self, now: Timestamp) -> Result<u64, StoreError>;
 
-    /// Recounts the sums of the fleet's hours from all aggregated events, as of one moment: some second for a
-    /// million of them. Once old events were dropped, sums can only be found to be too small.
+    /// Recounts the sums of the fleet's hours from all aggregated events, as of one moment. A million events take about
+    /// a second. Once old events were dropped, sums can only be found to be too small.
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
 
-    /// Writes what was recounted in the place of an hour's sums; false, and nothing is changed, when they
-    /// are no longer what was found.
+    /// Replaces an hour's sums with the recounted ones. False, and nothing is changed, when the stored sums are no
+    /// longer what was found.
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError>;
 }
 
-/// What came of recounting one page of devices.
+/// The result of recounting one page of devices.
 #[derive(Debug, Default)]
 pub struct Verified {
-    /// Devices looked at, apart from those that are being deleted.
+    /// Devices that were checked. Those that are being deleted do not count.
     pub devices: u64,
-    /// Events counted.
+    /// Events that were counted.
     pub events: u64,
-    /// Jobs whose stored figures are not what their events add up to; all of a device's jobs are on the
-    /// same page.
+    /// Jobs whose stored figures differ from the sum of their events. All jobs of a device are on the same page.
     pub differences: Vec<JobDifference>,
-    /// Days of these devices whose sums are not what their aggregated events add up to.
+    /// Days of these devices whose sums differ from those of their aggregated events.
     pub days: Vec<SumDifference>,
-    /// Devices that the store has only a number of, although there are events or figures of them: SQL
-    /// that did not mind the foreign keys left them. They cannot be repaired here.
+    /// Devices that exist only as a number, although they have events or figures. SQL that ignored the foreign keys
+    /// left them. They cannot be repaired here.
     pub nameless_devices: u64,
-    /// Devices of the page that are being deleted. They are not compared: until the end they have their figures, and
-    /// fewer and fewer events.
+    /// Devices of the page that are being deleted. They are not compared: their figures stay until the end, while their
+    /// events disappear.
     pub being_deleted: u64,
-    /// Since when events are kept one by one; `None` while all are. Figures count older ones too, so they
-    /// can then only be too small, and nothing can be repaired.
+    /// Since when events are kept individually; `None` while all are kept. Figures count older events too. They can
+    /// then only be found too small, and nothing can be repaired.
     pub raw_since: Option<Timestamp>,
-    /// Where the next page begins: after this device. `None` after the last page.
+    /// The device after which the next page begins. `None` after the last page.
     pub next: Option<String>,
 }
 
-/// A job whose stored figures are not what its events add up to.
+/// A job whose stored figures differ from the sum of its events.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobDifference {
-    /// Whose job.
+    /// The device.
     pub device_id: String,
-    /// Which; `None` for events that name no job.
+    /// The job; `None` for events that name no job.
     pub job: Option<String>,
-    /// What the store has, if it knows the job.
+    /// The stored figures, if the store knows the job.
     pub stored: Option<JobFigures>,
-    /// What the events add up to, if there are any.
+    /// The recounted figures, if the job has events.
     pub recounted: Option<JobFigures>,
 }
 
-/// One figure that differs, in words.
+/// One figure that differs, as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FigureDifference {
     /// Its column in `device_jobs`.
     pub figure: &'static str,
-    /// What the store has.
+    /// The stored value.
     pub stored: String,
-    /// What the events add up to.
+    /// The recounted value.
     pub recounted: String,
 }
 
-/// A device's day, or the fleet's hour, whose sums are not what its aggregated events add up to.
+/// A device's day or the fleet's hour whose sums differ from those of its aggregated events.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SumDifference {
-    /// Whose day; `None` for an hour of the whole fleet.
+    /// The device of a day; `None` for an hour of the entire fleet.
     pub device_id: Option<String>,
     /// When it begins.
     pub begins: Timestamp,
-    /// What the store has.
+    /// The stored sums.
     pub stored: Sums,
-    /// What the events add up to.
+    /// The recounted sums.
     pub recounted: Sums,
 }
 
@@ -124,7 +123,7 @@ impl SumDifference {
     }
 }
 
-/// The stored and the recounted sums of days or hours, by whose and when they begin.
+/// The stored and the recounted sums of days or hours, by device and beginning.
 #[derive(Default)]
 pub(super) struct SumRecount(BTreeMap<(Option<String>, Timestamp), (Sums, Sums)>);
 
@@ -137,7 +136,7 @@ impl SumRecount {
         self.0.entry((device_id, begins)).or_default().1.add(&sums);
     }
 
-    /// The sums of hours by their days.
+    /// Adds the sums of hours up to days.
     fn by_day(self) -> Self {
         let mut days = Self::default();
         for ((device_id, begins), (stored, recounted)) in self.0 {
@@ -149,9 +148,9 @@ impl SumRecount {
         days
     }
 
-    /// What differs. While all events are kept (`all_kept`), sums must be what they add up to; later, those
-    /// of whole days must hold at least the events that are left: nobody knows any more in which hours a
-    /// deleted device's events were. No row is as good as one of zeros.
+    /// The sums that differ. While all events are kept (`all_kept`), sums must equal those of the events. Later, the
+    /// sums of each day must be at least those of the remaining events. Hours are not compared then, because nobody
+    /// knows in which hours a deleted device's events were. A missing row equals a row of zeros.
     pub(super) fn differences(self, all_kept: bool) -> Vec<SumDifference> {
         let sums = if all_kept { self } else { self.by_day() };
         let differs = |(stored, recounted): &(Sums, Sums)| {
@@ -206,8 +205,8 @@ impl Recount {
         recounted.map(|figures| figures.total_syncs.cast_unsigned()).sum()
     }
 
-    /// What differs. While all events are kept (`all_kept`), every figure must be what they add up to;
-    /// later, the figures must hold at least those that are left.
+    /// The figures that differ. While all events are kept (`all_kept`), every figure must equal that of the events.
+    /// Later, it must be at least that of the remaining events.
     pub(super) fn differences(self, all_kept: bool) -> Vec<JobDifference> {
         let differs = |(stored, recounted): &(Option<JobFigures>, Option<JobFigures>)| {
             if all_kept {
@@ -232,7 +231,7 @@ impl Recount {
     }
 }
 
-/// Whether `stored` can be the figures of the events that are `left` and of others. Streaks cannot be told.
+/// Whether `stored` can be the figures of the `left` events together with other events. Streaks are not compared.
 fn holds(stored: &JobFigures, left: &JobFigures) -> bool {
     Sums::of(stored).hold(&Sums::of(left))
         && stored.first_sync <= left.first_sync
@@ -242,13 +241,13 @@ fn holds(stored: &JobFigures, left: &JobFigures) -> bool {
         && stored.last_received >= left.last_received
 }
 
-/// The devices of a page that need repair, each once.
+/// The devices of a page that need repair, each of them once.
 pub(super) fn devices_to_repair(page: &Verified) -> BTreeSet<String> {
     let by_jobs = page.differences.iter().map(|job| job.device_id.clone());
     by_jobs.chain(page.days.iter().filter_map(|day| day.device_id.clone())).collect()
 }
 
-/// How many of these devices, given with their stored numbers of events, make a page: at least one.
+/// How many of these devices make a page, given their stored numbers of events. At least one.
 pub(super) fn page_length(events: impl Iterator<Item = i64>) -> usize {
     let mut sum = 0_i64;
     let fits = events.take_while(|events| {
@@ -258,7 +257,7 @@ pub(super) fn page_length(events: impl Iterator<Item = i64>) -> usize {
     fits.count().max(1)
 }
 
-/// Figures by the name of their column, in words.
+/// Each figure as text, by the name of its column.
 fn columns(figures: Option<JobFigures>) -> Vec<(&'static str, String)> {
     let none = || "none".to_owned();
     let sums = figures.as_ref().map(|figures| Sums::of(figures).values());

@@ -1,11 +1,12 @@
-//! Stretches of time that figures are asked for, by the events' own dates.
+//! Windows of time for which figures are requested, by the events' own dates. The API makes a [`Window`] and both
+//! stores answer it. A window always covers complete hours or complete UTC days, because sums exist only for those.
 
 use pisync_core::Timestamp;
 
 const HOUR: i64 = 60 * 60 * 1000;
 const DAY: i64 = 24 * HOUR;
 
-/// A stretch of whole hours, or of whole days, in UTC.
+/// A window of complete hours or complete days, in UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     from: Timestamp,
@@ -14,13 +15,13 @@ pub struct Window {
 }
 
 impl Window {
-    /// The hour in which `now` lies, and the 23 before it.
+    /// The hour of `now` and the 23 hours before it.
     #[must_use]
     pub fn last_24_hours(now: Timestamp) -> Self {
         Self { whole_days: false, ..Self::ending_with(now, HOUR, 24) }
     }
 
-    /// The day in which `now` lies, and so many altogether.
+    /// The day of `now` and the days before it, `days` in total.
     #[must_use]
     pub fn last_days(now: Timestamp, days: i64) -> Self {
         Self { whole_days: true, ..Self::ending_with(now, DAY, days) }
@@ -43,13 +44,13 @@ impl Window {
         self.from
     }
 
-    /// Its end, which is no longer in it.
+    /// Its end, which does not belong to it.
     #[must_use]
     pub fn until(&self) -> Timestamp {
         self.until
     }
 
-    /// Whether it can be told from sums by day.
+    /// Whether sums by day can answer it.
     pub(super) fn is_whole_days(&self) -> bool {
         self.whole_days
     }

@@ -267,6 +267,12 @@ async fn new_keys_are_not_kept_out_by_the_limit_of_their_address() {
         device.report(&event(&format!("pi-{number}"))).await.data(201);
     }
     guess.report(&event("pi")).await.error(429);
+    // Nor can they be guessed where requests are not counted.
+    for status in [401, 401, 429, 429] {
+        guess.get("/metrics").await.error(status);
+    }
+    let (_, key) = server.database.make_key(key_request(Scope::Read)).await;
+    assert_eq!(server.with_key(&key).get("/metrics").await.status, 200);
     server.stop().await;
 }
 

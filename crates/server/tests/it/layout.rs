@@ -218,7 +218,10 @@ fn cycle(
         return None;
     }
     way.push(at.clone());
-    let found = dependencies[at].iter().find_map(|next| cycle(next, dependencies, way, done));
+    // A module may be split: those within it may use what it declares.
+    let is_within = |next: &&Module| at.len() > next.len() && at.starts_with(next);
+    let next = dependencies[at].iter().filter(|next| !is_within(next));
+    let found = next.into_iter().find_map(|next| cycle(next, dependencies, way, done));
     way.pop();
     found
 }

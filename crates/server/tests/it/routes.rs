@@ -100,7 +100,9 @@ async fn unknown_paths_are_answered_404() {
             assert_eq!(answer.error(404), "Route not found", "{name} {path}");
         }
     }
-    for path in ["/api-docs/nothing.js", "/api-docs/../Cargo.toml", "/api-docs/%2e%2e/x"] {
+    for path in
+        ["/api-docs/nothing.js", "/api-docs/%ff", "/api-docs/../Cargo.toml", "/api-docs/%2e%2e/x"]
+    {
         let mut connection = server.connect().await;
         connection.write(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
         let answer = connection.answer().await;

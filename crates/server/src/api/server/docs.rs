@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, io, sync::Arc};
 
 use axum::{
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     http::{HeaderMap, HeaderName, HeaderValue},
     response::{IntoResponse, Redirect, Response},
     routing::get,
@@ -181,7 +181,8 @@ pub(crate) fn declare_headers(document: &mut Document, policies: &Policies) {
                         "RequestId" => true,
                         "RetryAfter" => matches!(status.as_str(), "429" | "503"),
                         "WwwAuthenticate" => matches!(status.as_str(), "401" | "403"),
-                        _ => is_counted,
+                        // Refused requests are counted everywhere.
+                        _ => is_counted || matches!(status.as_str(), "401" | "403" | "429"),
                     };
                     if is_carried {
                         let header = Ref::new(format!("#/components/headers/{component}"));
@@ -201,14 +202,18 @@ pub(crate) fn routes(document: &Document) -> Result<Routes, io::Error> {
     let assets = Arc::new(files(document)?);
     let file = |name: Option<&'static str>| {
         let assets = Arc::clone(&assets);
-        get(move |path: Option<Path<String>>, headers: HeaderMap, State(_): State<SharedState>| {
-            let name =
-                name.map_or_else(|| path.map(|path| path.0).unwrap_or_default(), str::to_owned);
-            let answer = assets.respond(&name, &headers);
-            std::future::ready(
-                answer.unwrap_or_else(|| ApiError::NotFound("Route").into_response()),
-            )
-        })
+        get(
+            move |path: Result<Path<String>, PathRejection>,
+                  headers: HeaderMap,
+                  State(_): State<SharedState>| {
+                let name =
+                    name.map_or_else(|| path.map(|path| path.0).unwrap_or_default(), str::to_owned);
+                let answer = assets.respond(&name, &headers);
+                std::future::ready(
+                    answer.unwrap_or_else(|| ApiError::NotFound("Route").into_response()),
+                )
+            },
+        )
     };
     Ok(Routes::default()
         .and_undocumented("/api-docs", get(to_page), POLICY)

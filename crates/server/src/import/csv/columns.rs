@@ -1,4 +1,6 @@
-//! What the first line of CSV says: which cell of a record becomes which field of an event.
+//! Maps the columns of CSV to the fields of an event, as the first line names them. The cutter of `csv` calls it. It
+//! decides whether lines in quotation marks are one record, and turns a record into JSON. It must not guess: a name
+//! that is unknown is reported and its column ignored.
 
 use pisync_core::event_fields::{EVENT_FIELDS, EventField, FieldKind};
 use serde_json::{Number, Value, value::RawValue};
@@ -6,10 +8,10 @@ use serde_json::{Number, Value, value::RawValue};
 use super::row::{Cell, Reading, Row, ends_line};
 use crate::import::{ImportError, records::Record};
 
-/// When a server received the event: a column besides the event's own fields.
+/// When a server received the event. This column exists besides the event's own fields.
 const CREATED_AT: EventField =
     EventField { name: "created_at", kind: FieldKind::Text, is_required: false };
-/// Columns of exports that are not read: the database gives both anew.
+/// Columns of exports that are not read, because the database assigns new values to both.
 const NOT_READ: [&str; 2] = ["id", "updated_at"];
 
 /// The columns that are read.
@@ -17,7 +19,7 @@ fn readable() -> impl Iterator<Item = EventField> {
     EVENT_FIELDS.into_iter().chain([CREATED_AT])
 }
 
-/// The columns without which no line is an event.
+/// The required columns: a line without them is no event.
 fn required() -> impl Iterator<Item = EventField> {
     EVENT_FIELDS.into_iter().filter(|field| field.is_required)
 }
@@ -27,24 +29,24 @@ fn names(fields: &[EventField]) -> String {
     names.join(", ")
 }
 
-/// What others put between cells, and what it is called.
+/// Separators of other CSV dialects, with their names.
 const OTHER_SEPARATORS: [(char, &str); 3] =
     [(';', "semicolons"), ('\t', "tabs"), ('|', "vertical bars")];
 
-/// What a first line says.
+/// The columns that a first line names.
 #[derive(Default)]
 pub(super) struct Columns {
-    /// What each column holds; `None` for what is not known.
+    /// The field of each column; `None` for an unknown column.
     pub(super) known: Vec<Option<EventField>>,
     pub(super) names: ColumnNames,
 }
 
-/// What is special about the names of columns.
+/// Unusual names of columns.
 #[derive(Debug, Clone, Default)]
 pub struct ColumnNames {
-    /// Those that nobody knows.
+    /// Names that are unknown.
     pub ignored: Vec<String>,
-    /// Those that are known, but for capital letters.
+    /// Names that are known, but differ in capital letters.
     pub capital: Vec<String>,
 }
 
@@ -64,7 +66,8 @@ impl Columns {
                     columns.names.capital.push(name.to_owned());
                 }
             } else if !NOT_READ.into_iter().any(is_name) {
-                columns.names.ignored.push(name.to_owned());
+                // It is shown on a terminal, which must not obey it.
+                columns.names.ignored.push(name.escape_debug().to_string());
             }
             columns.known.push(column);
         }
@@ -90,7 +93,7 @@ impl Columns {
         let may_have_lines = |(column, (place, cell)): (&Option<EventField>, (&Cell, &[u8]))| {
             !place.has_lines
                 || match column.map(|field| field.kind) {
-                    // Whatever it is, it is not read.
+                    // An unknown column is not read, so it may contain anything.
                     None => true,
                     Some(FieldKind::Object) => serde_json::from_slice::<&RawValue>(cell).is_ok(),
                     Some(FieldKind::Text | FieldKind::Number) => false,
@@ -104,7 +107,7 @@ impl Columns {
             && !lines.any(|line| self.could_be_event(line))
     }
 
-    /// Whether a line, taken by itself, has what an event must have.
+    /// Whether a line, read by itself, has everything that an event must have.
     fn could_be_event(&self, line: &[u8]) -> bool {
         let mut row = Row::default();
         if row.read(line) == Reading::Open {
@@ -121,7 +124,7 @@ impl Columns {
         has.count() == required().count()
     }
 
-    /// A line as the JSON object that a client would have sent. An empty cell is an absent field.
+    /// Turns a line into the JSON object that a client would have sent. An empty cell is an absent field.
     pub(super) fn record(&self, row: &Row) -> Record {
         if row.cells.len() > self.known.len() {
             return Record::wrong("has more cells than the first line", &row.text());
@@ -142,7 +145,7 @@ impl Columns {
     }
 }
 
-/// What stands between the cells of a first line instead of commas, when it names columns that way.
+/// The separator of a first line that names columns without using commas.
 fn other_separator(line: &[u8]) -> Option<&'static str> {
     let line = String::from_utf8_lossy(line);
     let names_columns = |separator: char| {
@@ -162,7 +165,8 @@ pub(super) fn no_events() -> ImportError {
     ))
 }
 
-/// A cell as JSON. What should be a number or an object and is none becomes text, and is refused as such.
+/// Turns a cell into JSON. A cell that should be a number or an object, but is neither, becomes text and is refused as
+/// text.
 fn value(kind: FieldKind, cell: &str) -> String {
     let is_json = match kind {
         FieldKind::Text => false,

@@ -1,9 +1,9 @@
-//! CSV into JSON: each line becomes the object that a client would have sent, so that both are checked by the
-//! same rules.
+//! Turns CSV into JSON. Each line becomes the object that a client would have sent, so that both are checked by the
+//! same rules. `records` calls it. Its memory must stay bounded.
 //!
-//! A cell in quotation marks may contain line breaks, and a quotation mark that somebody forgot to close would take in the
-//! lines that follow. So several lines are one record only when that is certain. Otherwise the first line is a wrong record,
-//! and the next line is read by itself.
+//! A cell in quotation marks may contain line breaks. If somebody forgot to close a quotation mark, it would swallow
+//! the lines that follow. Several lines are therefore one record only when that is certain. Otherwise the first line is
+//! a wrong record, and the next line is read by itself.
 
 mod columns;
 mod row;
@@ -20,18 +20,18 @@ use pisync_core::event_stream::{MAX_BEGINNING_BYTES, MAX_EVENT_BYTES};
 
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// The longest line, or lines, of one record. What is not shorter is too long.
+/// The maximum length of one record, in one or several lines. A record must be shorter than this.
 const MAX_RECORD: usize = MAX_EVENT_BYTES + 1;
 
 /// Cuts CSV into records.
 pub(super) struct CsvCutter {
-    /// What was read and is not cut yet.
+    /// Text that was read and is not cut yet.
     text: Vec<u8>,
     place: Place,
-    /// What each column holds, once the first line is there.
+    /// The columns, once the first line was read.
     columns: Option<Columns>,
     row: Row,
-    /// How the line begins that is too long.
+    /// The beginning of a line that is too long.
     long_beginning: Vec<u8>,
 }
 
@@ -42,22 +42,22 @@ enum Place {
     Start,
     /// At the beginning of a line.
     Line,
-    /// Within a line that is too long and of which only the beginning is kept.
+    /// Within a line that is too long. Only its beginning is kept.
     LongLine,
     /// Within NUL bytes.
     Nuls,
 }
 
-/// What begins at the beginning of a line, and how many bytes it has.
+/// What was found at the beginning of a line, and its length in bytes.
 #[derive(Clone, Copy)]
 enum Line {
     /// No record.
     Blank(usize),
-    /// A record, which is in the row, without the end of its last line.
+    /// A record, which is in the row. The length excludes the end of its last line.
     Record(usize),
-    /// A line in which a quotation mark is opened that is not closed, without its end.
+    /// A line that opens a quotation mark and does not close it. The length excludes the end of the line.
     Unclosed(usize),
-    /// One that is too long.
+    /// A line that is too long.
     Long,
     /// NUL bytes.
     Nuls,
@@ -74,7 +74,7 @@ impl CsvCutter {
         }
     }
 
-    /// What is special about the names of columns, once the first line is there.
+    /// Unusual names of columns, once the first line was read.
     pub(super) fn column_names(&self) -> Option<&ColumnNames> {
         self.columns.as_ref().map(|columns| &columns.names)
     }
@@ -89,7 +89,7 @@ impl CsvCutter {
         self.cut(false, found)
     }
 
-    /// Says that nothing follows.
+    /// Ends the input.
     pub(super) fn finish(&mut self, found: &mut VecDeque<Record>) -> Result<(), ImportError> {
         self.cut(true, found)?;
         if self.columns.is_none() {
@@ -98,7 +98,7 @@ impl CsvCutter {
         Ok(())
     }
 
-    /// Cuts what is there. `is_all` says that nothing follows.
+    /// Cuts the text that is there. `is_all` says that nothing follows.
     fn cut(&mut self, is_all: bool, found: &mut VecDeque<Record>) -> Result<(), ImportError> {
         let text = std::mem::take(&mut self.text);
         let mut rest = &text[..];
@@ -129,7 +129,7 @@ impl CsvCutter {
                     end => {
                         self.place = Place::Line;
                         self.columns.as_ref().ok_or_else(no_events)?;
-                        // At the end they may yet become lines.
+                        // NUL bytes at the end of the input may yet be overwritten with lines.
                         found.push_back(Record { may_be_cut_off: end.is_none(), ..Record::nuls() });
                         end.unwrap_or(rest.len())
                     }
@@ -141,7 +141,7 @@ impl CsvCutter {
         Ok(())
     }
 
-    /// Takes what begins at the beginning of a line, and tells how many bytes are done with.
+    /// Handles what was found at the beginning of a line, and answers how many bytes were used.
     fn take(
         &mut self,
         line: Line,
@@ -181,7 +181,7 @@ impl CsvCutter {
         })
     }
 
-    /// What begins with `rest`, which is not empty; `None` when more must be read before that can be told.
+    /// Finds what `rest` begins with; `rest` is not empty. `None` when more text is needed to decide.
     fn line(&mut self, rest: &[u8], is_all: bool) -> Option<Line> {
         if rest[0] == 0 {
             return Some(Line::Nuls);
@@ -196,7 +196,7 @@ impl CsvCutter {
         }
         let line = &rest[..length];
         if line.iter().all(|byte| is_blank(*byte)) {
-            // Its end belongs to it, unless that is a NUL byte, which is reported.
+            // The line's end belongs to it, unless that is a NUL byte, which is reported.
             let has_end = rest.get(length).is_some_and(|byte| *byte != 0);
             return Some(Line::Blank(length + usize::from(has_end)));
         }
@@ -204,7 +204,7 @@ impl CsvCutter {
             return Some(Line::Record(length));
         }
         let reach = rest.len().min(MAX_RECORD);
-        // Where the text ends, the record does only if nothing follows.
+        // A record that ends with the text is complete only if nothing follows.
         let ends_within = |end: usize| end < reach || (is_all && reach == rest.len());
         match self.row.read(&rest[..reach]) {
             Reading::Closed { end } if ends_within(end) => {

@@ -1,6 +1,7 @@
-//! One record of CSV: its cells, and whether its quotation marks are closed.
+//! Reads one record of CSV: its cells, and whether its quotation marks are closed. The cutter of `csv` and `columns`
+//! call it. It knows no columns, and must not read beyond the text that it is given.
 
-/// A NUL byte ends a line too: after a power cut a file may have some where the end of its last line was to be.
+/// A NUL byte ends a line too. After a power cut a file may contain NUL bytes where the end of its last line should be.
 pub(super) fn ends_line(byte: u8) -> bool {
     matches!(byte, b'\n' | b'\r' | 0)
 }
@@ -12,31 +13,32 @@ pub(super) fn is_blank(byte: u8) -> bool {
 /// The cells of one record.
 #[derive(Default)]
 pub(super) struct Row {
-    /// One after the other.
+    /// The text of the cells, one after the other.
     pub(super) bytes: Vec<u8>,
     pub(super) cells: Vec<Cell>,
 }
 
 pub(super) struct Cell {
-    /// Where it ends.
+    /// Where the cell ends in `bytes`.
     pub(super) end: usize,
-    /// It goes on over several lines.
+    /// Whether the cell continues over several lines.
     pub(super) has_lines: bool,
 }
 
-/// What came of reading a record.
+/// The result of reading a record.
 #[derive(PartialEq, Eq)]
 pub(super) enum Reading {
-    /// It ends before this place, with a line or with the text.
+    /// The record ends before this position, at the end of a line or of the text.
     Closed { end: usize },
-    /// The text ends in quotation marks.
+    /// The text ends inside quotation marks.
     Open,
-    /// Several lines with something behind a closing quotation mark: most likely that mark was to open a cell.
+    /// The record has several lines, and text behind a closing quotation mark. That mark was probably meant to open a
+    /// cell.
     Doubtful,
 }
 
 impl Row {
-    /// Reads the record with which `text` begins. Blanks around cells, outside of quotation marks, mean nothing.
+    /// Reads the record at the beginning of `text`. Blanks around cells, outside of quotation marks, are ignored.
     pub(super) fn read(&mut self, text: &[u8]) -> Reading {
         self.bytes.clear();
         self.cells.clear();
@@ -58,7 +60,7 @@ impl Row {
             let behind = &text[unquoted..];
             let length = behind.iter().position(|byte| *byte == b',' || ends_line(*byte));
             let length = length.unwrap_or(behind.len());
-            // Behind a closing quotation mark there is nothing else, usually.
+            // Usually there is nothing behind a closing quotation mark.
             let plain = behind[..length].trim_ascii_end();
             if unquoted > start && !plain.is_empty() && has_lines {
                 return Reading::Doubtful;
@@ -74,7 +76,7 @@ impl Row {
         }
     }
 
-    /// Reads on up to the closing quotation mark and tells where it is; `None` when there is none.
+    /// Reads up to the closing quotation mark and answers its position; `None` when there is none.
     fn quoted(&mut self, text: &[u8], has_lines: &mut bool) -> Option<usize> {
         let mut position = 0;
         loop {
@@ -84,7 +86,7 @@ impl Row {
             *has_lines |= part.iter().any(|byte| ends_line(*byte));
             self.bytes.extend_from_slice(part);
             position += length;
-            // Two of them stand for one.
+            // Two quotation marks stand for one.
             if text.get(position + 1) != Some(&b'"') {
                 return Some(position);
             }
@@ -100,7 +102,7 @@ impl Row {
             .map(move |cell| &self.bytes[std::mem::replace(&mut start, cell.end)..cell.end])
     }
 
-    /// All of it, for whoever looks what is wrong.
+    /// The entire text, for error messages.
     pub(super) fn text(&self) -> Vec<u8> {
         self.cells().collect::<Vec<_>>().join(&b',')
     }

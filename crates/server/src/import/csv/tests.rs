@@ -1,4 +1,5 @@
-//! Cutting CSV into records, whatever is wrong with it.
+//! Tests of cutting CSV into records. The input may be wrong in any way, and may arrive in chunks of any size. Every
+//! line that is an event must become a record exactly once.
 
 use proptest::prelude::*;
 
@@ -16,7 +17,7 @@ fn cut(text: &[u8], step: usize) -> Result<(Vec<Record>, Columns), ImportError> 
     Ok((found.into(), cutter.columns.unwrap()))
 }
 
-/// What is told of a record: its text or what is wrong with it.
+/// What is reported of a record: its text, or what is wrong with it.
 fn told(record: &Record) -> String {
     let text = String::from_utf8_lossy(&record.text);
     let end = if record.may_be_cut_off { " (cut off)" } else { "" };
@@ -26,7 +27,7 @@ fn told(record: &Record) -> String {
     }
 }
 
-/// The records of lines behind the first, which are the same however the text arrives.
+/// The records of the lines behind the first. They must be the same however the text is cut into chunks.
 fn records(lines: &[u8]) -> Vec<String> {
     let whole = [HEADER.as_bytes(), lines].concat();
     let all: Vec<Vec<String>> = [1, 7, 10_000]
@@ -104,13 +105,13 @@ fn a_quotation_mark_that_is_not_closed_costs_its_line_alone() {
             }
         }
     }
-    // Text far away makes no difference.
+    // Text that follows much later makes no difference.
     let text = format!("1,pi,0,1,\"x\n{}1,pi,0,1,\"x\",,\n", "1,pi,0,1\n".repeat(20_000));
     let found = records_of(text.as_bytes(), 60_000);
     assert_eq!(found.len(), 20_002);
     assert_eq!(found[0], unclosed("1,pi,0,1,\"x"));
     assert!(found[1..].iter().all(|told| told == event));
-    // Nor does the end, except that it may be where the input breaks off.
+    // Nor does the end, unless the input may be cut off there.
     assert_eq!(records(b"1,pi,0,1,\"x\n"), [unclosed("1,pi,0,1,\"x")]);
     assert_eq!(records(b"1,pi,0,1,\"x"), [unclosed("1,pi,0,1,\"x") + " (cut off)"]);
 }
@@ -207,7 +208,7 @@ fn a_first_line_must_name_the_columns() {
     assert_eq!(records.iter().map(told).collect::<Vec<_>>(), [expected]);
 }
 
-/// A line that is an event by itself, of a device whose name nobody else has.
+/// A line that is an event by itself, of a device with a unique name.
 fn event_line() -> impl Strategy<Value = String> {
     let note = prop_oneof![
         "[a-z ;']{0,6}",
@@ -218,14 +219,14 @@ fn event_line() -> impl Strategy<Value = String> {
     (note, metadata).prop_map(|(note, metadata)| format!("2025,DEVICE,0,1,{note},{metadata},"))
 }
 
-/// A line that is none, or perhaps is one.
+/// A line that is no event, or may be one.
 fn other_line() -> impl Strategy<Value = String> {
     prop_oneof!["[ab1,\" ]{0,12}", "2025,x,[01],1,[ab\",]{0,8}", Just("\0\0".to_owned())]
 }
 
 proptest! {
-    /// Whatever stands between them, each line that is an event becomes a record, once; and chunks make no
-    /// difference.
+    /// Each line that is an event becomes one record, whatever stands between such lines. The size of the chunks makes
+    /// no difference.
     #[test]
     fn no_event_vanishes(
         lines in prop::collection::vec((event_line(), prop::option::of(other_line())), 1..8),
@@ -250,12 +251,12 @@ proptest! {
         prop_assert_eq!(records.iter().map(told).collect::<Vec<_>>(), chunked.iter().map(told).collect::<Vec<_>>());
     }
 
-    /// Whatever arrives: no panic, and each line that is not blank is in a record.
+    /// No input causes a panic, and each line that is not blank is in a record.
     #[test]
     fn no_line_vanishes(text in "[a1,\"\r\n\0 ]{0,60}", step in 1usize..9) {
         let whole = format!("{HEADER}{text}\n");
         let (records, _) = cut(whole.as_bytes(), step).unwrap();
-        // Cells of a column that is not read are no part of a record's text: so the lines are counted.
+        // Cells of an ignored column are not part of a record's text, so the test counts lines.
         let (mut rows, mut cutter, mut found) = (0, CsvCutter::new(), VecDeque::new());
         cutter.push(HEADER.as_bytes(), &mut found).unwrap();
         let mut rest = format!("{text}\n").into_bytes();

@@ -1,10 +1,11 @@
-//! How copied rows are compared: by a checksum that does not depend on their order.
+//! Compares copied rows by a checksum that does not depend on their order. `run` calls it for both sides. Two equal
+//! rows must not cancel each other out.
 
 use sha2::{Digest, Sha256};
 
 use super::tables::{Column, Kind, Row, Value};
 
-/// Cuts times to what the destination can tell apart, as the server does with what it shows.
+/// Cuts times to the precision of the destination, as the server does with the times that it shows.
 pub(super) fn cut_times(row: &mut Row, columns: &[&Column], step: i64) {
     for (value, column) in row.iter_mut().zip(columns) {
         if let (Value::Integer(time), Kind::Time) = (value, column.kind) {
@@ -13,8 +14,7 @@ pub(super) fn cut_times(row: &mut Row, columns: &[&Column], step: i64) {
     }
 }
 
-/// What a table's rows add up to, in whatever order they come: how many there are, and the sum of what
-/// SHA-256 makes of each.
+/// The checksum of a table's rows, in any order: the number of rows, and the sum of their SHA-256 digests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Checksum {
     pub(super) rows: u64,

@@ -1,8 +1,8 @@
-//! A whole database copied into another, whichever store each is in. `tables` says what there is to copy, in a form of rows
-//! that is the same for both stores; `sides` says what each store does of it; `run` copies and compares.
+//! Copies an entire database into another one, whichever store each is in. `tables` lists what is copied, in a form of
+//! rows that is the same for both stores. `sides` says what each store must do; `run` copies and compares.
 //!
-//! The source is read as of one moment, beside its servers. The destination is filled where nobody sees it and appears as
-//! a whole, or not at all.
+//! The source is read as of one moment, beside its servers. The destination is filled where nobody sees it. It appears
+//! complete, or not at all.
 
 mod checksum;
 mod run;

@@ -1,4 +1,5 @@
-//! Copies a database table by table, and compares the copy with what was read. `pisync copy` calls it.
+//! Copies a database table by table, and compares the copy with what was read. `pisync copy` calls it. It must never
+//! change the source, nor a destination that is not empty.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -15,21 +16,21 @@ use crate::store::{
     postgres, sqlite,
 };
 
-/// How far copying has come.
+/// The progress of a copy.
 #[derive(Debug, Clone, Copy)]
 pub enum CopyProgress {
     /// A table is begun.
     Table {
         /// Its name.
         name: &'static str,
-        /// Whether it is being compared, rather than copied.
+        /// Whether the table is being compared rather than copied.
         comparing: bool,
-        /// How many rows it has; of sums, about so many.
+        /// How many rows it has; for sums, about how many.
         rows: u64,
     },
-    /// So many more rows of it are done.
+    /// This many more rows of the table are done.
     Rows(u64),
-    /// All of them are done: so many.
+    /// All rows of the table are done; this is their number.
     Done(u64),
 }
 
@@ -38,57 +39,57 @@ pub enum CopyProgress {
 pub struct Copied {
     /// Rows by the names of their tables.
     pub rows: BTreeMap<&'static str, u64>,
-    /// Tables and columns of the source that are not PiSync's, and were not copied.
+    /// Tables and columns of the source that are not PiSync's. They were not copied.
     pub left_out: Vec<String>,
 }
 
-/// Why nothing was copied: the destination is as it was, but for an empty schema that it may have got.
+/// Why nothing was copied. The destination is as it was, except that it may have got an empty schema.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
-    /// There and back are the same.
+    /// Source and destination are the same.
     #[error("{0} cannot be copied to itself")]
     Same(String),
     /// The source is not a database that can be copied.
     #[error("{0}")]
     Source(String),
-    /// There is something in the destination.
+    /// The destination is not empty.
     #[error("{0} is not empty: {1} has rows; name a database that has not been used yet")]
     NotEmpty(String, &'static str),
-    /// A side failed, with what it is called.
+    /// A side failed.
     #[error("{database}: {error}")]
     Store {
-        /// Which.
+        /// The name of that side's database.
         database: String,
-        /// What it said.
+        /// The store's error.
         error: StoreError,
     },
-    /// The destination's schema is somebody else's, newer, or cannot be made.
+    /// The destination's schema belongs to another program, is newer, or cannot be made.
     #[error("{database}: {error}")]
     Migration {
-        /// Which.
+        /// The destination.
         database: String,
         /// What is wrong.
         error: MigrationError,
     },
-    /// What was written is not what was read.
+    /// The rows that were written differ from those that were read.
     #[error(
         "the copy of the table {table} differs from it ({read} rows were read, {found} are there); nothing was kept of the copy"
     )]
     Differs {
-        /// Which.
+        /// The table.
         table: &'static str,
-        /// Rows of the source.
+        /// Number of rows in the source.
         read: u64,
-        /// Rows of the destination.
+        /// Number of rows in the destination.
         found: u64,
     },
 }
 
-/// Copies everything from one database, as it is at this moment, into an empty one, and compares the two.
-/// `now` is that moment. Servers may go on using the source.
+/// Copies everything from one database, as it is at this moment, into an empty one, and compares the two. `now` is that
+/// moment. Servers may continue to use the source.
 ///
 /// # Errors
-/// When the source is not whole, the destination is not empty or is in use, or the two differ in the end.
+/// When the source is incomplete, the destination is not empty or is in use, or the two differ in the end.
 pub async fn copy(
     from: &Target,
     to: &Target,
@@ -118,7 +119,7 @@ pub async fn copy(
     Ok(Copied { rows, left_out })
 }
 
-/// What both ends are called, and what is agreed between them.
+/// The names of both sides, and which events the sums are of.
 struct Sides<'a> {
     from: &'a Target,
     to: &'a Target,
@@ -137,7 +138,7 @@ impl Sides<'_> {
         report(CopyProgress::Table { name: table.name, comparing: false, rows: expected });
         let mut last_id = 0;
         if table.rows == Rows::Numbered {
-            // Before there are rows: a server that starts meanwhile gets its ids from behind them.
+            // Set before there are rows: a server that starts meanwhile gets higher ids.
             last_id = source.last_id(table).await.map_err(at(self.from))?;
             destination.set_last_id(table, last_id).await.map_err(at(self.to))?;
         }
@@ -159,7 +160,7 @@ impl Sides<'_> {
             report(CopyProgress::Rows(count));
         }
         if table.rows == Rows::Numbered {
-            // Other programs may have written ids that the database never gave.
+            // Other programs may have written ids that the database never assigned.
             destination.set_last_id(table, last_id).await.map_err(at(self.to))?;
         }
         // Events that were not aggregated yet may have added days and hours.
@@ -196,12 +197,12 @@ impl Sides<'_> {
     }
 }
 
-/// The columns that can be copied: SQLite has no place for some.
+/// The columns that the destination can hold. SQLite lacks some.
 fn kept_columns(table: &'static Table, destination: &dyn CopyWriter) -> Vec<&'static Column> {
     table.columns.iter().filter(|column| destination.keeps(table, column)).collect()
 }
 
-/// Says at which end it happened.
+/// Adds the name of the database to an error.
 fn at(target: &Target) -> impl Fn(StoreError) -> CopyError {
     move |error| CopyError::Store { database: target.to_string(), error }
 }
@@ -209,13 +210,13 @@ fn at(target: &Target) -> impl Fn(StoreError) -> CopyError {
 fn is_same(from: &Target, to: &Target) -> bool {
     match (from, to) {
         (Target::Sqlite(from), Target::Sqlite(to)) => sqlite::files::is_same_file(from, to),
-        // One server under two names is found out by the destination's not being empty.
+        // One server under two names is noticed later, because the destination is not empty.
         (Target::Postgres(from), Target::Postgres(to)) => from.to_string() == to.to_string(),
         _ => false,
     }
 }
 
-/// Nothing is migrated that others are using: the source must be of this version.
+/// Checks that the source has this version's schema. It is never migrated here, because others may be using it.
 async fn check_source(from: &Target) -> Result<(), CopyError> {
     if let Target::Sqlite(path) = from
         && !path.is_file()
@@ -241,7 +242,7 @@ async fn check_source(from: &Target) -> Result<(), CopyError> {
     Ok(())
 }
 
-/// With PiSync's own migrations alone: users' are in one store's SQL, and `migrate up` runs them later.
+/// Applies PiSync's own migrations alone. Users' migrations are in one store's SQL; `migrate up` runs them later.
 async fn migrator(target: &Target) -> Result<Migrator, CopyError> {
     Migrator::new(target, Path::new(""))
         .await
@@ -260,7 +261,7 @@ async fn open_source(from: &Target) -> Result<Box<dyn CopyReader>, StoreError> {
     })
 }
 
-/// An empty database with the newest schema, which nobody else is going to use until it is filled.
+/// An empty database with the newest schema. Nobody else uses it until it is filled.
 async fn open_destination(to: &Target, now: Timestamp) -> Result<Box<dyn CopyWriter>, CopyError> {
     let refused = |table| CopyError::NotEmpty(to.to_string(), table);
     match to {
@@ -281,7 +282,7 @@ async fn open_destination(to: &Target, now: Timestamp) -> Result<Box<dyn CopyWri
         }
         Target::Postgres(target) => {
             if let Some(table) = postgres::copy::first_filled_table(target).await.map_err(at(to))? {
-                // Somebody else's database, or a newer one, has a better message.
+                // A database that is newer or belongs to another program has a better message.
                 migrator(to)
                     .await?
                     .check()

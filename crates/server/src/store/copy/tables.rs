@@ -1,11 +1,12 @@
-//! What there is to copy: the tables and columns that both stores have, and the form of their rows on the way.
+//! Lists what is copied: the tables and columns that both stores have, and the form of their rows on the way. `run` and
+//! both stores use it. Tables of sums must be listed with all sums.
 
 /// How a column's values look in a [`Row`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) enum Kind {
     /// An integer.
     Integer,
-    /// An integer that PostgreSQL keeps in 32 bits.
+    /// An integer that PostgreSQL stores in 32 bits.
     Integer32,
     /// A text.
     Text,
@@ -15,7 +16,7 @@ pub(in crate::store) enum Kind {
     Time,
     /// Days since 1970-01-01.
     Day,
-    /// A decimal fraction, in units of this many decimals.
+    /// A decimal fraction, as an integer in units of its last decimal. The number of decimals is given.
     Decimal(u32),
     /// 1 for yes, 0 for no.
     Boolean,
@@ -36,16 +37,16 @@ pub(in crate::store) struct Table {
     pub(in crate::store) rows: Rows,
 }
 
-/// What kind of rows a table has.
+/// What is special about a table's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) enum Rows {
     /// Nothing special.
     Plain,
-    /// Their first column is an id that is never given twice.
+    /// Their first column is an id that is never assigned twice.
     Numbered,
-    /// Sums of events, which are to be in step with what is aggregated.
+    /// Sums of events, which must match what is aggregated.
     Sums,
-    /// There is one, which migrations have made.
+    /// There is one row, which migrations have made.
     Single,
 }
 
@@ -57,12 +58,11 @@ pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
     Column { name, kind }
 }
 
-/// Everything that is copied, in an order in which each row finds what it refers to.
+/// Everything that is copied, in an order in which each row finds the rows that it refers to.
 ///
-/// Left out are `pisync_migrations`, which the destination has of its own; `pisync_take_over`, for the copy
-/// was never the Node service's; how far events are aggregated,
-/// which the stores count differently (see [`super::Sums`]); and when the end of old events was announced, which
-/// only concerns servers that are running.
+/// Some tables are not copied. The destination has its own `pisync_migrations`. `pisync_take_over` does not apply,
+/// because the copy was never the Node service's. The stores count differently how far events are aggregated (see
+/// [`super::Sums`]). The announcement that old events end concerns only running servers.
 pub(in crate::store) const TABLES: &[Table] = &[
     table(
         "devices",
@@ -222,17 +222,17 @@ pub(in crate::store) const TABLES: &[Table] = &[
 
 pub(in crate::store) const SYNC_EVENTS: &str = "sync_events";
 
-/// What stands in a column.
+/// A value of a column.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::store) enum Value {
     Null,
-    /// A number, or whatever [`Kind`] says it counts.
+    /// A number, or what its [`Kind`] counts.
     Integer(i64),
     Text(String),
     Bytes(Vec<u8>),
 }
 
-/// A row's values, in the order of the columns that were asked for.
+/// A row's values, in the order of the requested columns.
 pub(in crate::store) type Row = Vec<Value>;
 
 #[cfg(test)]

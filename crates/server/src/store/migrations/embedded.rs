@@ -1,5 +1,5 @@
-//! The program's own migrations. Their names stand here and nowhere else: each is a pair of files in `migrations/sqlite`
-//! and one in `migrations/postgres`.
+//! The program's own migrations. `migrator` runs them. Each is a pair of files in `migrations/sqlite` and one in
+//! `migrations/postgres`. Their names must stand here and nowhere else.
 
 use super::migration::{Migration, Source};
 
@@ -57,8 +57,8 @@ embedded!(
     "2026-11-25-15-set-aside-events",
 );
 
-/// Rolls a take-over back: the `down` of the first migration where that has moved the Node service's rows
-/// into its tables.
+/// Rolls a take-over back: the `down` of the first migration, in a database whose first rows were the Node service's.
+/// It moves the rows back into the tables of the Node service.
 pub(super) const GIVE_BACK: &str = include_str!("../../../migrations/node-service/give-back.sql");
 
 /// The program's own migrations for SQLite.

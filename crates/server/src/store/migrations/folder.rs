@@ -1,4 +1,5 @@
-//! The users' own migrations: a folder of pairs of files.
+//! Reads the users' own migrations: a folder of pairs of files. `migrator` and `pisync migrate new` call it. It must
+//! never overwrite a file.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -9,10 +10,10 @@ use pisync_core::Timestamp;
 
 use super::migration::{Migration, MigrationError, Source};
 
-/// Makes an empty pair of files for a migration of the user's own and returns their paths.
+/// Creates an empty pair of files for a user's own migration and answers their paths.
 ///
 /// # Errors
-/// When the name has other characters than letters, digits and hyphens, or a file cannot be made.
+/// When the name contains characters other than letters, digits and hyphens, or a file cannot be created.
 pub fn create_pair(
     folder: &Path,
     name: &str,
@@ -42,7 +43,7 @@ pub fn create_pair(
     let mut paths = [PathBuf::new(), PathBuf::new()];
     for (path, (file, text)) in paths.iter_mut().zip(files) {
         *path = folder.join(file);
-        // Only where there is nothing yet, not even a link.
+        // Fails if something is there already, even a symbolic link.
         std::fs::File::create_new(&*path)
             .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
             .map_err(|error| cannot(path, error))?;
@@ -50,7 +51,7 @@ pub fn create_pair(
     Ok(paths)
 }
 
-/// The users' migrations in `folder`, by name; none when there is no such folder.
+/// The users' migrations in `folder`, by name; none when the folder does not exist.
 pub(super) fn read_folder(folder: &Path) -> Result<Vec<Migration>, MigrationError> {
     let bad = |path: &Path, why: &dyn std::fmt::Display| {
         MigrationError::BadFile(format!("{}: {why}", path.display()))
@@ -60,12 +61,12 @@ pub(super) fn read_folder(folder: &Path) -> Result<Vec<Migration>, MigrationErro
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(bad(folder, &error)),
     };
-    // By name, each direction's text.
+    // The text of each direction, by name.
     let mut texts: BTreeMap<String, HashMap<&'static str, String>> = BTreeMap::new();
     for entry in entries {
         let path = entry.map_err(|error| bad(folder, &error))?.path();
         let Some(file) = path.file_name().and_then(|file| file.to_str()) else { continue };
-        // Other files, such as a README, may stand beside.
+        // The folder may contain other files, such as a README.
         if !file.ends_with(".sql") {
             continue;
         }

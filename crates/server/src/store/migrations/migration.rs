@@ -1,4 +1,5 @@
-//! What a migration is, and what the migrator needs of a store. Both stores implement [`MigrationDatabase`].
+//! What a migration is, and what the migrator needs of a store. Both stores implement [`MigrationDatabase`] and
+//! `migrator` calls it. A migration and its record must be written in one transaction.
 
 use async_trait::async_trait;
 use pisync_core::Timestamp;
@@ -6,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::store::StoreError;
 
-/// The file name that the Node service's own migration left in its table `migrations`.
+/// The file name of the Node service's own migration, which it left in its table `migrations`.
 pub(in crate::store) const NODE_MIGRATION: &str = "001_create_devices_and_sync_events_tables.js";
 
 /// Where a migration comes from.
@@ -19,12 +20,12 @@ pub enum Source {
 }
 
 impl Source {
-    /// Reads what [`Self::as_str`] wrote.
+    /// Reads what [`Self::as_str`] has written.
     pub(in crate::store) fn parse(text: &str) -> Self {
         if text == Self::User.as_str() { Self::User } else { Self::Embedded }
     }
 
-    /// As it is stored.
+    /// The form that is stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -58,13 +59,13 @@ impl Migration {
         hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// What rolling it back loses for good, as its `down` file says in lines `-- loses: …`.
+    /// What rolling it back loses for good. Its `down` file says so in lines `-- loses: …`.
     pub fn losses(&self) -> impl Iterator<Item = &str> {
         self.down.lines().filter_map(|line| line.strip_prefix("-- loses:")).map(str::trim)
     }
 }
 
-/// A migration that the database has seen.
+/// A migration that was applied to the database.
 #[derive(Debug, Clone)]
 pub struct Applied {
     /// Its name.
@@ -73,46 +74,47 @@ pub struct Applied {
     pub source: Source,
     /// Its checksum when it was applied.
     pub checksum: String,
-    /// Migrations that one command applied share a number.
+    /// The number of the command that applied it. Migrations that one command applied share a number.
     pub batch: i64,
-    /// When.
+    /// When it was applied.
     pub applied_at: Timestamp,
 }
 
-/// What a database holds before anything is done to it.
+/// What a database contains before the migrator changes it.
 #[derive(Debug)]
 pub(in crate::store) enum Contents {
-    /// Ours, or nothing yet.
+    /// Ours, or empty.
     Ours(Ours),
     /// The Node service's tables.
     NodeService,
-    /// Somebody else's table of one of our names.
+    /// A table of another program that has one of our names.
     Foreign(&'static str),
 }
 
 /// What is known of a database of ours.
 #[derive(Debug, Default)]
 pub(in crate::store) struct Ours {
-    /// The migrations applied so far, in that order.
+    /// The applied migrations, in that order.
     pub applied: Vec<Applied>,
-    /// Whether its first rows were the Node service's, whose tables the first migration then gives back.
+    /// Whether its first rows came from the Node service. Rolling back the first migration then restores that service's
+    /// tables.
     pub taken_over: bool,
 }
 
-/// What the runner needs of a store.
+/// What the migrator needs of a store.
 #[async_trait]
 pub(in crate::store) trait MigrationDatabase: Send {
-    /// Looks without changing anything.
+    /// Inspects the database and changes nothing.
     async fn contents(&mut self) -> Result<Contents, StoreError>;
 
-    /// Whether the schema may be changed: what was acknowledged and is not in the tables yet must be known to
-    /// find its way into those of this version.
+    /// Whether the schema may be changed. Acknowledged events that are not in the tables yet must be applicable to this
+    /// version's tables.
     fn may_change(&self) -> Result<(), StoreError> {
         Ok(())
     }
 
-    /// Runs a migration's `up` and records it, in one transaction under the lock; false when another
-    /// process has applied it meanwhile.
+    /// Runs a migration's `up` and records it, in one transaction under the lock. False when another process has
+    /// applied it meanwhile.
     async fn apply(
         &mut self,
         migration: &Migration,
@@ -120,19 +122,19 @@ pub(in crate::store) trait MigrationDatabase: Send {
         now: Timestamp,
     ) -> Result<bool, StoreError>;
 
-    /// Runs a migration's `down` and forgets it, likewise; false when it is no longer applied.
+    /// Runs a migration's `down` and removes its record, in the same way. False when it is no longer applied.
     async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError>;
 }
 
-/// Why migrations do not run.
+/// Why migrations cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
-    /// See [`NODE_MIGRATION`].
+    /// The database belongs to the Node service; see [`NODE_MIGRATION`].
     #[error(
         "this database was made by the Node PiSync and is left untouched: take it over with `pisync migrate up`, after a backup and a rehearsal with `pisync migrate up --dry-run` (see docs/coming-from-node.md)"
     )]
     NodeService,
-    /// Not a database of ours.
+    /// The database is not one of ours.
     #[error(
         "the table {0} exists, but PiSync did not make it; use a database of its own, for instance another DB_NAME"
     )]
@@ -155,15 +157,15 @@ pub enum MigrationError {
         "{0:?} is no name for a migration: use letters, digits and hyphens, for instance add-site-column"
     )]
     BadName(String),
-    /// A file in the folder is not what it should be.
+    /// A file in the folder is invalid.
     #[error("{0}")]
     BadFile(String),
-    /// Running one failed; it left nothing behind.
+    /// A migration failed; it left nothing behind.
     #[error("migration {name} failed and was undone: {error}")]
     Run {
-        /// Which.
+        /// The migration.
         name: String,
-        /// What the database said.
+        /// The database's error.
         error: StoreError,
     },
     /// The database cannot be reached or opened.

@@ -1,4 +1,5 @@
-//! Runs migrations on one database. Servers at their start and `pisync migrate` call it.
+//! Runs migrations on one database. Servers at their start and `pisync migrate` call it. It must change nothing in a
+//! database that is newer, edited, or not ours.
 
 use std::path::Path;
 
@@ -31,7 +32,7 @@ pub struct Migrator {
 }
 
 impl Migrator {
-    /// Prepares to work on `target`, with the users' migrations from `folder` if it exists.
+    /// Prepares to work on `target`. The users' migrations come from `folder`, if it exists.
     ///
     /// # Errors
     /// When the folder has files that are not pairs of migrations, or PostgreSQL cannot be reached.
@@ -46,7 +47,7 @@ impl Migrator {
         let users = read_folder(folder)?;
         let is_taken = |user: &&Migration| embedded.iter().any(|own| own.name == user.name);
         if let Some(taken) = users.iter().find(is_taken) {
-            // It would count as applied without ever having run.
+            // Otherwise it would count as applied without ever having run.
             return Err(MigrationError::BadFile(format!(
                 "{}: PiSync has a migration of this name itself; give yours another",
                 folder.join(&taken.name).display()
@@ -56,11 +57,11 @@ impl Migrator {
         Ok(Self { known, database })
     }
 
-    /// What is applied, in that order, then what is pending.
+    /// The applied migrations in order, then the pending ones.
     ///
     /// # Errors
-    /// When the database is not ours or cannot be read. Edited and missing migrations are no errors
-    /// here but [`Status::problem`]s.
+    /// When the database is not ours or cannot be read. Edited and missing migrations are reported as
+    /// [`Status::problem`], not as errors.
     pub async fn status(&mut self) -> Result<Vec<Status>, MigrationError> {
         let applied = self.ours().await?.applied;
         let pending = self.pending(&applied);
@@ -84,19 +85,19 @@ impl Migrator {
         Ok(applied.iter().map(describe).chain(waiting).collect())
     }
 
-    /// The names of the migrations that are still to run.
+    /// The names of the pending migrations.
     ///
     /// # Errors
-    /// When the database is not ours, newer than this program, or has edited migrations.
+    /// When the database is not ours, is newer than this program, or has edited migrations.
     pub async fn check(&mut self) -> Result<Vec<String>, MigrationError> {
         let applied = self.checked().await?.applied;
         Ok(self.pending(&applied).into_iter().map(|migration| migration.name).collect())
     }
 
-    /// Applies what is pending and returns the names.
+    /// Applies the pending migrations and answers their names.
     ///
     /// # Errors
-    /// As [`Self::check`], or when one fails; those before it stay applied.
+    /// The errors of [`Self::check`], or when a migration fails. Those before it stay applied.
     pub async fn up(&mut self, now: Timestamp) -> Result<Vec<String>, MigrationError> {
         let applied = self.checked().await?.applied;
         let batch = applied.iter().map(|applied| applied.batch).max().unwrap_or(0) + 1;
@@ -114,7 +115,7 @@ impl Migrator {
     /// The last `count` applied migrations, latest first: what [`Self::down`] would roll back.
     ///
     /// # Errors
-    /// As [`Self::check`], or when a user's migration among them has no files any more.
+    /// The errors of [`Self::check`], or when a user's migration among them has no files any more.
     pub async fn last(&mut self, count: usize) -> Result<Vec<Migration>, MigrationError> {
         let ours = self.checked().await?;
         self.files_of(&ours, |_| true, count)
@@ -130,10 +131,10 @@ impl Migrator {
         self.files_of(&ours, |applied| Some(applied.batch) == batch, usize::MAX)
     }
 
-    /// Rolls migrations back in the order given and returns the names.
+    /// Rolls migrations back in the given order and answers their names.
     ///
     /// # Errors
-    /// When one fails; those before it stay rolled back.
+    /// When a migration fails. Those before it stay rolled back.
     pub async fn down(&mut self, migrations: &[Migration]) -> Result<Vec<String>, MigrationError> {
         let mut done = Vec::new();
         for migration in migrations {
@@ -154,7 +155,7 @@ impl Migrator {
         }
     }
 
-    /// What is applied, when all of it is known and unchanged.
+    /// The applied migrations, if all of them are known and unchanged.
     async fn checked(&mut self) -> Result<Ours, MigrationError> {
         let ours = self.ours().await?;
         let applied = &ours.applied;
@@ -185,7 +186,7 @@ impl Migrator {
         self.known.iter().find(|known| known.source == applied.source && known.name == applied.name)
     }
 
-    /// The latest `count` applied migrations that are `wanted`, latest first, up to one that is not.
+    /// The latest `count` applied migrations, latest first, up to the first that is not `wanted`.
     fn files_of(
         &self,
         ours: &Ours,

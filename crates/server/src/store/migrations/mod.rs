@@ -1,8 +1,8 @@
 //! Changes of the database's schema: plain SQL in pairs of files named `YYYY-MM-DD-NN-name.up.sql` and `.down.sql`. The
-//! program's own are embedded, one set per store; those of the users' own come from a folder and run after them.
+//! program's own are embedded, one set per store. Users' own migrations come from a folder and run after them.
 //!
-//! Each runs in a transaction of its own, under a lock of the database, so that two servers starting
-//! together are safe. What was applied stands in the table `pisync_migrations` with a checksum.
+//! Each runs in a transaction of its own, under a lock of the database. Two servers may therefore start together. The
+//! table `pisync_migrations` records what was applied, with a checksum.
 
 mod embedded;
 mod folder;

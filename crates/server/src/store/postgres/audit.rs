@@ -1,4 +1,5 @@
-//! The audit log in PostgreSQL.
+//! The audit log in PostgreSQL. The modules that change something call it, within their transaction. It must never
+//! change or remove a line.
 
 use async_trait::async_trait;
 use deadpool_postgres::Transaction;
@@ -28,7 +29,7 @@ impl AuditLog for PostgresStore {
     }
 }
 
-/// Adds a line to the audit log, in the transaction of what it tells.
+/// Adds a line to the audit log, in the transaction of the change that it describes.
 pub(super) async fn record(
     transaction: &Transaction<'_>,
     by: &Actor,

@@ -1,5 +1,5 @@
-//! A batch as parameters of ingest's statements, a vector per column, and what runs the statements with them.
-//! `transactions` calls it in the order in which rows are to be locked.
+//! A batch as parameters of ingest's statements, with one vector per column. It also runs the statements with them.
+//! `transactions` calls it, and must do so in the order in which rows are locked.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::store::{Batch, StoredEvent, Sums, batch::JobDelta};
 
-/// The device that a row begins with, which is one of the batch's.
+/// The device in the first column of a row. It must be one of the batch's devices.
 fn device_of(row: &Row) -> Result<DeviceId, WriteError> {
     let device_id: &str = row.try_get(0)?;
     DeviceId::new(device_id).map_err(|_| {
@@ -32,8 +32,8 @@ pub(super) struct DeviceColumns<'a> {
 }
 
 impl<'a> DeviceColumns<'a> {
-    /// The devices of the events at the positions `upserted`; all of them when events have a `received_at` of their own. Both
-    /// positions and the whole batch's `order` are sorted by device.
+    /// The devices of the events at the positions `upserted`. These are all devices when events have a `received_at` of
+    /// their own. `upserted` and the batch's `order` are both sorted by device.
     pub(super) fn of(batch: &'a Batch, order: &[usize], upserted: &[usize]) -> Self {
         let (mut first_received, mut last_received) = (Vec::new(), Vec::new());
         if !batch.received_at.is_empty() {
@@ -51,7 +51,7 @@ impl<'a> DeviceColumns<'a> {
         self.device_ids.is_empty()
     }
 
-    /// Registers them or moves their `updated_at` on; answers the new ones.
+    /// Registers the devices or advances their `updated_at`. Answers the new ones.
     pub(super) async fn upsert(
         &self,
         client: &Client,
@@ -70,7 +70,7 @@ impl<'a> DeviceColumns<'a> {
     }
 }
 
-/// The shares of a batch, a vector per column.
+/// The deltas of a batch, a vector per column.
 pub(super) struct JobColumns<'a> {
     device_ids: Vec<&'a str>,
     jobs: Vec<&'a str>,
@@ -114,7 +114,8 @@ impl<'a> JobColumns<'a> {
         }
     }
 
-    /// Adds the shares; answers the jobs that are failing. The events are inserted already.
+    /// Adds the deltas to the stored figures, and answers the jobs that are failing. The events must be inserted
+    /// already.
     pub(super) async fn upsert(
         &self,
         client: &Client,
@@ -148,7 +149,7 @@ impl<'a> JobColumns<'a> {
     }
 }
 
-/// Stores a batch and commits it; answers the jobs that are failing, and the devices that are new. See
+/// Stores a batch and commits it. Answers the jobs that are failing and the devices that are new. See
 /// [`store_statement`].
 pub(super) async fn store(
     client: &Client,
@@ -261,7 +262,7 @@ impl<'a> EventColumns<'a> {
         ]
     }
 
-    /// Aggregates those events that are below the watermark.
+    /// Aggregates the events that are below the watermark.
     pub(super) async fn aggregate_below_watermark(
         &self,
         client: &Client,
@@ -280,7 +281,7 @@ impl<'a> EventColumns<'a> {
         statements.below_watermark.aggregate(client, &parameters).await
     }
 
-    /// Inserts the keys of those that have one; fails when one is there already.
+    /// Inserts the keys of the events that have one. Fails when a key exists already.
     pub(super) async fn insert_keys(
         &self,
         client: &Client,
@@ -291,7 +292,7 @@ impl<'a> EventColumns<'a> {
         check_written("event_keys", written, self.event_ids.iter().flatten().count())
     }
 
-    /// Inserts the keys that are not there yet.
+    /// Inserts the keys that do not exist yet.
     pub(super) async fn insert_new_keys(
         &self,
         client: &Client,
@@ -315,7 +316,7 @@ impl<'a> EventColumns<'a> {
         client.execute(statement, &parameters).await
     }
 
-    /// What is kept under their keys.
+    /// Finds what is kept under their keys.
     pub(super) async fn find_keys(
         &self,
         client: &Client,
@@ -334,8 +335,8 @@ impl<'a> EventColumns<'a> {
         Ok(kept)
     }
 
-    /// Fails unless all keys were found, which were inserted or there before. One that was there may have been
-    /// forgotten meanwhile: then it is to be inserted once more. If that does not help, a trigger drops it.
+    /// Fails unless every key was found. Each was inserted now or existed before. An existing one may have been
+    /// forgotten meanwhile; it is then inserted at the next attempt. If that does not help, a trigger drops it.
     pub(super) fn check_found(&self, kept: &KeptEvents) -> Result<(), WriteError> {
         for (device_id, event_id) in self.device_ids.iter().zip(&self.event_ids) {
             let Some(event_id) = event_id else { continue };
@@ -362,7 +363,7 @@ impl<'a> EventColumns<'a> {
     }
 }
 
-/// Fails when a statement has written fewer rows than were sent: a trigger has dropped the others.
+/// Fails when a statement has written fewer rows than were sent, because a trigger has dropped some.
 pub(super) fn check_written(
     table: &'static str,
     written: u64,
@@ -371,7 +372,7 @@ pub(super) fn check_written(
     if written == sent as u64 { Ok(()) } else { Err(WriteError::Dropped { table, written, sent }) }
 }
 
-/// A column that may be without any value; then it is empty.
+/// A column without any value is passed as an empty vector.
 fn optional<T>(values: impl Iterator<Item = Option<T>>) -> Vec<Option<T>> {
     let column: Vec<Option<T>> = values.collect();
     if column.iter().any(Option::is_some) { column } else { Vec::new() }

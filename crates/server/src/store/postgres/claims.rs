@@ -1,5 +1,6 @@
-//! Whether devices are in the group that a key reports for. That is decided in the transaction that stores the events. The
-//! rows of the devices stay locked until its end, so nobody moves or deletes a device in between.
+//! Checks whether devices are in the group that a key reports for. `transactions` calls it in the transaction that
+//! stores the events. The rows of the devices stay locked until its end, so nobody can move or delete a device in
+//! between.
 
 use std::collections::HashMap;
 
@@ -10,8 +11,8 @@ use tokio_postgres::{Client, Error, Statement, types::ToSql};
 use super::errors::WriteError;
 use crate::store::Batch;
 
-/// Registers the devices that are new, and locks the others without changing them, all in byte-wise order: nodes don't
-/// wait for each other in a circle. Should a claim not hold, what was registered goes with the transaction.
+/// Registers new devices and locks the others without changing them. It does so in byte-wise order, so that nodes never
+/// deadlock. If a claim does not hold, the rollback also removes the registered devices.
 const REGISTER_AND_LOCK: &str = r#"
     insert into devices as stored (device_id, "group", created_at, updated_at)
     select device_id, "group", $3, $3
@@ -22,12 +23,12 @@ const REGISTER_AND_LOCK: &str = r#"
     returning device_id
 "#;
 
-/// A statement of its own, whose snapshot is taken after the locks.
+/// A separate statement, whose snapshot is taken after the locks.
 const SELECT_GROUPS: &str = r#"
     select device_id, "group" from devices where device_id = any($1::text[])
 "#;
 
-/// The statements as the server has parsed them.
+/// The prepared statements.
 pub(super) struct ClaimStatements {
     register_and_lock: Statement,
     select_groups: Statement,
@@ -41,7 +42,7 @@ impl ClaimStatements {
         })
     }
 
-    /// Registers the devices of claims that are new, and looks whether the claims of `batch` hold; answers the new devices.
+    /// Registers the claims' new devices and checks the claims of `batch`. Answers the new devices.
     pub(super) async fn check(
         &self,
         client: &Client,
@@ -54,13 +55,13 @@ impl ClaimStatements {
             .unzip();
         let received = batch.received.to_jiff();
         let columns: [&(dyn ToSql + Sync); 3] = [&device_ids, &groups, &received];
-        // Sent one behind the other.
+        // Both are sent without waiting for the first answer.
         let (registered, found) = future::join(
             client.query(&self.register_and_lock, &columns),
             client.query(&self.select_groups, &[&device_ids]),
         )
         .await;
-        // The first one's error says more than that of what came behind it.
+        // The error of the first one says more than that of the second.
         let registered = registered?;
         let mut groups: HashMap<String, Option<String>> = HashMap::new();
         for row in found? {

@@ -1,7 +1,7 @@
-//! Connecting: which host is asked, and for how long.
+//! Makes connections: it decides which host is asked, and for how long.
 //!
-//! The writer, the pool and every command get their sessions here, so that each session is looked at before
-//! anything is sent on it (see `session`). A host that is silent never keeps the others from being tried.
+//! The writer, the pool and every command get their sessions here. Each session is therefore checked before anything is
+//! sent on it (see `session`). A silent host must never keep the others from being tried.
 
 use std::{
     net::IpAddr,
@@ -32,40 +32,39 @@ use crate::{
     store::{PostgresTarget, SslMode, StoreError},
 };
 
-/// How long one address of a host may take to give a session: to take the connection, to encrypt it, to let
-/// us in and to answer the first query. `connect_timeout` in the URL goes before it.
+/// How long one address of a host may take to give a session. This includes the connection, encryption, sign-in and the
+/// first query. `connect_timeout` in the URL overrides it.
 const HOST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long what was sent may stay without the other machine's receipt, and a connection idle before the other
-/// machine is asked for a sign of life. The URL's settings go before these.
+/// How long sent data may stay unacknowledged, and how long a connection may be idle before keepalive probes begin. The
+/// URL's settings override these.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVES_IDLE: Duration = Duration::from_secs(30);
 
-/// How long to wait for one of the pool's connections while all are in use.
+/// How long to wait for a pooled connection while all are in use.
 const POOL_WAIT: Duration = Duration::from_secs(5);
 
-/// Connections in the pool. Reads are short; a small pool keeps PostgreSQL's memory small, with
-/// several nodes before it.
+/// Connections in the pool. Reads are short. A small pool saves PostgreSQL's memory, also with several nodes.
 const POOL_SIZE: usize = 8;
 
 /// Makes connections.
 #[derive(Clone)]
 pub(super) struct Connector {
-    /// What is the same for all hosts.
+    /// The settings that are the same for all hosts.
     config: tokio_postgres::Config,
     hosts: Arc<Hosts>,
-    /// For each address of a host.
+    /// The time-out for each address of a host.
     timeout: Duration,
-    /// Whether a host that takes no writes is skipped.
+    /// Whether to skip a host that takes no writes.
     needs_primary: bool,
-    /// Whether the database must be in UTF8: any but the one from which others are created.
+    /// Whether the database must be in UTF-8. Every database must be, except the one from which others are created.
     needs_utf8: bool,
-    /// Marks this connector's sessions, and how many there have been.
+    /// A mark for this connector's sessions, and the number of sessions so far.
     mark: Arc<(String, AtomicU64)>,
     tls: MakeRustlsConnect,
 }
 
-/// Every host, and why it gave no session.
+/// Each host, with the reason why it gave no session.
 struct Failures(Vec<(String, NoSession)>);
 
 impl From<Failures> for StoreError {
@@ -92,10 +91,10 @@ pub(super) type Object = managed::Object<Sessions>;
 /// Makes the pool's connections.
 pub(super) struct Sessions(Connector);
 
-/// A connection as the pool keeps it.
+/// A connection in the pool.
 pub(super) struct Pooled {
     client: ClientWrapper,
-    /// See [`Connection`].
+    /// See [`Connection::unreplicated`].
     unreplicated: Arc<AtomicBool>,
 }
 
@@ -134,7 +133,7 @@ impl Connector {
         let mark = mark[..8].iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {
             config,
-            // Of several hosts, the one that takes writes: failover without a proxy.
+            // With several hosts, use the one that takes writes. This gives failover without a proxy.
             needs_primary: hosts.places().len() > 1
                 || given.get_target_session_attrs() == TargetSessionAttrs::ReadWrite,
             hosts,
@@ -149,7 +148,7 @@ impl Connector {
         Pool::builder(Sessions(self.clone()))
             .max_size(POOL_SIZE)
             .runtime(Runtime::Tokio1)
-            // Making a connection has time-outs of its own, one for each host.
+            // Making a connection has its own time-outs, one for each host.
             .timeouts(Timeouts { wait: Some(POOL_WAIT), create: None, recycle: Some(POOL_WAIT) })
             .build()
             .map_err(|error| StoreError::Failed(describe(&error)))
@@ -160,7 +159,7 @@ impl Connector {
         self.try_hosts().await.map_err(StoreError::from)
     }
 
-    /// Whether there is the database, and it can be used.
+    /// Whether the database exists and can be used.
     pub(super) async fn database_exists(&self) -> Result<bool, StoreError> {
         match self.try_hosts().await {
             Ok(_) => Ok(true),
@@ -187,7 +186,7 @@ impl Connector {
         Err(Failures(failures))
     }
 
-    /// The same server, another database: one from which databases are created, however it is encoded.
+    /// A connector to another database of the same server, whatever its encoding. Databases are created from it.
     pub(super) fn with_database(&self, name: &str) -> Self {
         let mut other = self.clone();
         other.config.dbname(name);
@@ -199,7 +198,7 @@ impl Connector {
     async fn connect_to(&self, place: &Place) -> Result<Connection, NoSession> {
         let mut reason = None;
         for address in place.addresses(self.timeout).await? {
-            // On the heap: it is large, and part of every call that may need a connection.
+            // On the heap, because it is large and part of every call that may need a connection.
             match Box::pin(self.connect_at(place, address)).await {
                 Ok(connection) => {
                     place.note_answered(address);
@@ -211,7 +210,7 @@ impl Connector {
         Err(reason.unwrap_or_else(|| NoSession::Unfit("the name has no address".into())))
     }
 
-    /// A session at one address, looked at and fit for use.
+    /// A session at one address, checked and fit for use.
     async fn connect_at(
         &self,
         place: &Place,
@@ -226,7 +225,7 @@ impl Connector {
 
         let (connection, state) = match self.session(&direct).await {
             Ok((connection, state)) if state.has_mark(&mark) => (connection, state),
-            // The options did not come through: something stands between PostgreSQL and us.
+            // The options did not arrive: a pooler stands between PostgreSQL and us.
             Ok((other, _)) => self.behind_pooler(&config, Some(other)).await?,
             Err(NoSession::Error(error)) if session::refuses_options(&error) => {
                 self.behind_pooler(&config, None).await?
@@ -243,8 +242,8 @@ impl Connector {
         Ok(connection)
     }
 
-    /// A session by way of a connection pooler that keeps options from PostgreSQL, if each of our connections has
-    /// a session of its own there. `other` is a connection by the same way.
+    /// A session through a connection pooler that keeps options from PostgreSQL. Fails unless each of our connections
+    /// has a session of its own there. `other` is a connection through the same pooler.
     async fn behind_pooler(
         &self,
         config: &tokio_postgres::Config,
@@ -264,12 +263,12 @@ impl Connector {
         Ok((connection, state))
     }
 
-    /// Connects and hears what the session is like.
+    /// Connects and reads the state of the session.
     async fn session(
         &self,
         config: &tokio_postgres::Config,
     ) -> Result<(Connection, State), NoSession> {
-        // The driver's own future is large, and would make every caller's so.
+        // The driver's own future is large. On the heap, it does not enlarge every caller's future.
         self.in_time(Box::pin(async {
             let (client, connection) = config.connect(self.tls.clone()).await?;
             let unreplicated = Arc::new(AtomicBool::new(false));
@@ -281,7 +280,7 @@ impl Connector {
         .await
     }
 
-    /// Runs `work` for as long as a host may take.
+    /// Runs `work` within the time-out of a host.
     async fn in_time<T>(
         &self,
         work: impl Future<Output = Result<T, NoSession>>,
@@ -347,7 +346,8 @@ impl managed::Manager for Sessions {
             return Err(managed::RecycleError::message("the connection is closed"));
         }
         if pooled.confirm_change().is_err() {
-            // Whoever had it gave up before the warning came, and the next one has changed nothing.
+            // The previous user gave up before the warning came. The next user has changed nothing and must not get the
+            // error.
             return Err(managed::RecycleError::message("its last commit may not be replicated"));
         }
         Ok(())

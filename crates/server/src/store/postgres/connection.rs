@@ -1,5 +1,5 @@
-//! One connection to PostgreSQL, and the process that serves it there. `connect` makes connections; the writer, the pool
-//! and commands own them.
+//! One connection to PostgreSQL, and the process that serves it there. `connect` makes connections; the writer, the
+//! pool and commands own them. No commit may count as done while PostgreSQL warns that it may not be replicated.
 
 use std::{
     future::poll_fn,
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::store::StoreError;
 
-/// How long to wait for a session's end that has been asked for.
+/// How long to wait until a session has ended after it was told to.
 const BACKEND_END_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Fails when PostgreSQL has warned of a commit that may not be replicated.
@@ -27,7 +27,7 @@ pub(super) fn confirm_change(unreplicated: &AtomicBool) -> Result<(), StoreError
     if unreplicated.load(Ordering::Acquire) { Err(StoreError::Unreplicated) } else { Ok(()) }
 }
 
-/// A connection of one's own. Dropping it closes it at once.
+/// A connection outside the pool. Dropping it closes it at once.
 pub(super) struct Connection {
     pub(super) client: Client,
     pub(super) driver: Driver,
@@ -35,7 +35,7 @@ pub(super) struct Connection {
     pub(super) unreplicated: Arc<AtomicBool>,
 }
 
-/// The task that carries a connection's messages; it ends with its owner.
+/// The task that carries a connection's messages. It ends with its owner.
 pub(super) struct Driver(pub(super) Option<tokio::task::JoinHandle<()>>);
 
 impl Drop for Driver {
@@ -47,8 +47,8 @@ impl Drop for Driver {
 }
 
 impl Connection {
-    /// Fails when a commit in this session may not be replicated, although PostgreSQL has answered that it was
-    /// carried out. The warning comes before the answer.
+    /// Fails when a commit in this session may not be replicated, although PostgreSQL answered that it was carried out.
+    /// The warning arrives before the answer.
     pub(super) fn check_replicated(&self) -> Result<(), WriteError> {
         if self.unreplicated.load(Ordering::Acquire) {
             return Err(WriteError::Unreplicated);
@@ -56,13 +56,13 @@ impl Connection {
         Ok(())
     }
 
-    /// The same for a change that somebody is told of, other than events. The session is of no more use when it
-    /// fails.
+    /// The same check for changes other than events that are reported to somebody. After a failure the session must not
+    /// be used any more.
     pub(super) fn confirm_change(&self) -> Result<(), StoreError> {
         confirm_change(&self.unreplicated)
     }
 
-    /// Ends it: whoever still waits for an answer hears that the connection is closed.
+    /// Closes it. Every call that still waits for an answer fails.
     pub(super) fn close(&self) {
         if let Some(task) = &self.driver.0 {
             task.abort();
@@ -86,7 +86,7 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    /// The one that serves `client`.
+    /// The process that serves `client`.
     pub(super) async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
         const SELECT: &str =
             "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()";
@@ -94,7 +94,7 @@ impl Backend {
         Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)? })
     }
 
-    /// Tells it to end, through the session of another, and does not wait until it has.
+    /// Tells the process to end, through another session. It does not wait for the end.
     pub(super) async fn tell_to_end(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
         const END: &str = "
             select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2
@@ -102,9 +102,9 @@ impl Backend {
         client.query_opt(END, &[&self.pid, &self.started]).await.map(drop)
     }
 
-    /// Ends it, through the session of another, so that nothing that it was sent takes effect any more; false
-    /// when it is still there after some seconds. Another server, such as a standby that has taken over, does
-    /// not have it.
+    /// Ends the process through another session. After that, nothing that was sent to it takes effect. False when it is
+    /// still there after some seconds. On another server, such as a standby that has taken over, the process does not
+    /// exist.
     pub(super) async fn end(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
         let end = format!(
             "select pg_terminate_backend(pid, {})
@@ -119,7 +119,7 @@ impl Backend {
     }
 }
 
-/// Carries a connection's messages until it ends, and notes a commit that may not be replicated.
+/// Carries a connection's messages until it ends. It notes a warning that a commit may not be replicated.
 pub(super) async fn drive<S, T>(
     mut connection: tokio_postgres::Connection<S, T>,
     unreplicated: Arc<AtomicBool>,

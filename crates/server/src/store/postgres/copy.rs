@@ -1,5 +1,6 @@
-//! Both ends of copying a database, in PostgreSQL: reading in one snapshot, and filling an empty database in
-//! one transaction, with COPY in both directions.
+//! Both sides of copying a database, in PostgreSQL, with COPY in both directions. `store::copy` calls it. It reads in
+//! one snapshot, and fills an empty database in one transaction. Nothing may be visible before that transaction
+//! commits.
 
 use std::{collections::HashSet, error::Error as StdError, sync::Arc, time::Duration};
 
@@ -32,20 +33,20 @@ use crate::store::{
     },
 };
 
-/// A copy takes as long as it takes.
+/// A copy may take any time.
 const NO_TIME_LIMITS: &str = "
     set statement_timeout = 0; set idle_in_transaction_session_timeout = 0
 ";
 
-/// How long to wait for whoever uses the tables that are to be filled.
+/// How long to wait for others that use the tables to be filled.
 const LOCK_TIMEOUT: &str = "set local lock_timeout = '3s'";
 
-/// How often to look whether servers use the database, and how long between: a connection that was just
-/// closed is still there for a moment.
+/// How often to check whether servers use the database, and the pause in between. A connection that was just closed is
+/// still visible for a moment.
 const LOOKS: u32 = 7;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
-/// 2000-01-01 in days since 1970-01-01; PostgreSQL counts from there.
+/// 2000-01-01 in days since 1970-01-01. PostgreSQL counts days from there.
 const YEAR_2000_DAYS: i64 = 10_957;
 
 /// 2000-01-01T00:00Z in milliseconds since 1970.
@@ -58,7 +59,7 @@ pub(crate) struct PostgresCopyReader {
 
 impl PostgresCopyReader {
     pub(crate) async fn open(target: &PostgresTarget) -> Result<Self, StoreError> {
-        // The first read fixes the moment.
+        // The first read fixes the snapshot.
         const BEGIN: &str = "
             begin isolation level repeatable read read only; select from roll_up_state
         ";
@@ -88,7 +89,7 @@ impl CopyReader for PostgresCopyReader {
     }
 }
 
-/// The first table with rows in the database, whoever made it.
+/// The first table with rows in the database, even if another program made it.
 pub(crate) async fn first_filled_table(
     target: &PostgresTarget,
 ) -> Result<Option<&'static str>, StoreError> {
@@ -96,17 +97,17 @@ pub(crate) async fn first_filled_table(
     first_filled(&connection.client).await.map_err(store_error)
 }
 
-/// Fills an empty database. Until the transaction ends, others wait who want to write.
+/// Fills an empty database. Other writers wait until the transaction ends.
 pub(crate) struct PostgresCopyWriter {
     connection: Arc<Connection>,
     /// Months whose partition is known to exist.
     months: HashSet<Date>,
-    /// What PostgreSQL takes for the present.
+    /// The present by PostgreSQL's clock.
     database_time: Timestamp,
 }
 
 impl PostgresCopyWriter {
-    /// Or else the table that is not empty. The database has the newest schema.
+    /// Opens a database with the newest schema. Answers the name of a table instead if that table is not empty.
     pub(crate) async fn open(
         target: &PostgresTarget,
         now: Timestamp,
@@ -123,7 +124,7 @@ impl PostgresCopyWriter {
         Ok(Ok(Self { connection: Arc::new(connection), months: HashSet::new(), database_time }))
     }
 
-    /// Sees to the partitions of these events.
+    /// Makes the partitions for these events.
     async fn make_partitions(
         &mut self,
         columns: &[&'static Column],
@@ -161,8 +162,8 @@ impl CopyWriter for PostgresCopyWriter {
         1
     }
 
-    /// What is younger than that, servers aggregate as they do with what they receive. By a clock that is ahead it would
-    /// be long before they do.
+    /// Events received later than this are aggregated by servers, like those they receive. The earlier clock decides,
+    /// because with a clock that is ahead these events would have to wait a long time.
     fn sums(&self, now: Timestamp) -> Sums {
         Sums::ReceivedUntil(roll_ups::final_until(now.min(self.database_time)))
     }
@@ -209,12 +210,12 @@ impl CopyWriter for PostgresCopyWriter {
             store_error(error)
         })?;
         self.connection.confirm_change()?;
-        // Queries are planned by what is there; the next servers need not wait for autovacuum.
+        // Queries are planned by statistics. With them, the next servers need not wait for autovacuum.
         client.batch_execute("analyze").await.map_err(store_error)
     }
 }
 
-/// A server has taken ids already, which would be given twice.
+/// Fails while servers are connected. They may have reserved ids, which would then be assigned twice.
 async fn refuse_servers(client: &Client) -> Result<(), StoreError> {
     const SESSIONS: &str = "
         select count(*)
@@ -236,7 +237,7 @@ async fn refuse_servers(client: &Client) -> Result<(), StoreError> {
     ))
 }
 
-/// Begins the transaction, in which nobody else writes.
+/// Begins the transaction and locks all tables against other writers.
 async fn lock_tables(client: &Client) -> Result<(), StoreError> {
     let names: Vec<_> = TABLES.iter().map(|table| table.name).collect();
     let statements = format!(
@@ -334,7 +335,7 @@ async fn send_rows(
         if batch.len() == BATCH_ROWS {
             let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH_ROWS));
             if sender.send(full).await.is_err() {
-                // Nobody wants the rest.
+                // The receiver is gone, so the rest is not needed.
                 return Ok(());
             }
         }
@@ -368,12 +369,12 @@ fn copy_out(selection: &Selection) -> String {
         Sums::ReceivedUntil(until) => roll_ups::as_of(selection.table.name, Some(until)),
     };
     let expressions = expressions.join(", ");
-    // SQLite takes a line of this table only behind all others.
+    // SQLite accepts a line of the audit log only behind all others, so they are sent in order.
     let order = if selection.table.name == "audit_log" { " order by t.id" } else { "" };
     format!("copy (select {expressions} from {table} t{order}) to stdout (format binary)")
 }
 
-/// As what a column comes: see [`copy_out`].
+/// The form in which a column's values arrive: see [`copy_out`].
 fn read_type(column: &Column) -> Type {
     match column.kind {
         Kind::Text => Type::TEXT,
@@ -394,7 +395,7 @@ impl FromSql<'_> for Value {
         Ok(match *ty {
             Type::TEXT => Self::Text(str::from_utf8(raw)?.to_owned()),
             Type::BYTEA => Self::Bytes(raw.to_owned()),
-            // A time is sent as the number that we take it for.
+            // A time is sent as the number that was read for it.
             _ => Self::Integer(i64::from_be_bytes(raw.try_into()?)),
         })
     }
@@ -416,7 +417,7 @@ async fn copy_in(
 ) -> Result<(), Error> {
     let names: Vec<_> = columns.iter().map(|column| format!(r#""{}""#, column.name)).collect();
     let copy = format!("copy {} ({}) from stdin (format binary)", table.name, names.join(", "));
-    // `Cell` writes each as its column's kind says.
+    // `Cell` writes each value as its column's kind requires.
     let types = vec![Type::UNKNOWN; columns.len()];
     let writer = BinaryCopyInWriter::new(client.copy_in(&copy).await?, &types);
     pin_mut!(writer);
@@ -454,7 +455,7 @@ fn cells<'a>(
     row.iter().zip(columns).map(|(value, column)| Cell { value, kind: column.kind })
 }
 
-/// A value on its way into a column.
+/// A value with the kind of the column that it is written to.
 #[derive(Debug)]
 struct Cell<'a> {
     value: &'a Value,
@@ -489,13 +490,14 @@ impl ToSql for Cell<'_> {
     to_sql_checked!();
 }
 
-/// Writes `units` of `scale` decimals, at most 4, in the form of PostgreSQL's `numeric_send`: how many
-/// digits to the base of 10,000, the place of the first, the sign, the decimals, the digits.
+/// Writes `units`, an amount with `scale` decimals (at most 4), in the form of PostgreSQL's `numeric_send`. That form
+/// is the number of digits in base 10,000, the weight of the first digit, the sign, the number of decimals, and the
+/// digits.
 fn put_numeric(units: i64, scale: u32, out: &mut BytesMut) {
     const BASE: u64 = 10_000;
     let sign: i16 = if units < 0 { 0x4000 } else { 0 };
     let (units, unit) = (units.unsigned_abs(), 10_u64.pow(scale));
-    // Less than BASE, all of them; the least first.
+    // Digits in base 10,000; the least significant one comes first.
     let mut digits = vec![units % unit * (BASE / unit)];
     let mut whole = units / unit;
     while whole > 0 {

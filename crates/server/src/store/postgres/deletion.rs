@@ -1,5 +1,5 @@
-//! Deleting a device in steps (see `store/deletion.rs`). Only the last step locks the device, which ingest would
-//! wait for; what has been deleted leaves the sums by day and hour in the same transaction.
+//! Deletes a device in steps (see `store/deletion.rs`). Only the last step locks the device, because ingest waits for
+//! that lock. Each step must also subtract the deleted events from the sums by day and hour, in the same transaction.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::store::{
     deletion::{Deletion, stored_actor},
 };
 
-/// How often a step that met a deadlock is tried again.
+/// How many times a step is retried after a deadlock.
 const RETRIES: u32 = 5;
 
 #[async_trait]
@@ -32,7 +32,7 @@ impl DeviceDeletions for PostgresStore {
                 let mut attempt = 0;
                 loop {
                     match delete_some(connection, device_id, most).await {
-                        // Ingest locks rows in another order; one of the two tries again.
+                        // Ingest locks rows in another order. One of the two transactions fails and tries again.
                         Err(error)
                             if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED)
                                 && attempt < RETRIES =>
@@ -67,7 +67,7 @@ impl DeviceDeletions for PostgresStore {
 
 async fn begin(connection: &mut Object, device_id: &DeviceId, by: &Actor) -> Result<bool, Error> {
     const EXISTS: &str = "select exists (select from devices where device_id = $1)";
-    // Events whose receipt lies ahead, by a clock that was wrong, go too.
+    // Events whose `received_at` is in the future, because a clock was wrong, are deleted too.
     const BEGIN: &str = "
         insert into device_deletions (
             device_id, received_until, requested_at, via, key_id, address, deleted_events
@@ -90,7 +90,7 @@ async fn begin(connection: &mut Object, device_id: &DeviceId, by: &Actor) -> Res
     Ok(true)
 }
 
-/// Deletes at most `most` events, or event ids, or what is left when those are fewer.
+/// Deletes at most `most` events, or at most `most` event ids. When fewer are left, it does the last step.
 async fn delete_some(
     connection: &mut Object,
     device_id: &DeviceId,
@@ -109,7 +109,7 @@ async fn delete_some(
                    select ctid from event_keys where device_id = $1 and created_at <= $2 limit $3
                ))
     ";
-    // Of a device that has named each run another job, they are as many.
+    // A device that has given each run another job name has as many jobs as events.
     const DELETE_JOBS: &str = "
         delete from device_jobs
          where ctid = any (array(select ctid from device_jobs where device_id = $1 limit $2))
@@ -145,7 +145,7 @@ async fn delete_some(
         return more(transaction, deleted_events).await;
     }
 
-    // The device before its events: its row lock keeps ingest from adding events meanwhile.
+    // Locks the device before its events: the lock keeps ingest from adding events meanwhile.
     let is_there = transaction.query_opt(LOCK_DEVICE, &[&id]).await?.is_some();
     let mut deleted_events = deleted_events;
     if is_there {
@@ -179,7 +179,7 @@ async fn deletion(
     Ok(Some(Deletion { received_until: time(0)?, by, deleted_events }))
 }
 
-/// The last step: takes the device out of sight, or has it stand there anew when it has reported since. State and
+/// The last step removes the device. If it has reported since, it is created again with the new events. State and
 /// device are locked.
 async fn delete_device(
     transaction: &Transaction<'_>,
@@ -191,7 +191,7 @@ async fn delete_device(
     const DELETE_DEVICE: &str = "delete from devices where device_id = $1";
     const DELETE_JOBS: &str = "delete from device_jobs where device_id = $1";
     const LAST_RECEIVED: &str = "select max(created_at) from sync_events where device_id = $1";
-    // The group stays: a key of that group, with which it may have reported, would be locked out.
+    // The group stays. Otherwise a key of that group, with which the device may have reported, would be refused.
     const BEGIN_ANEW: &str = "
         update devices
            set name = null, created_at = events.first, updated_at = events.last

@@ -1,4 +1,5 @@
-//! Devices in PostgreSQL. Statements are prepared once per connection.
+//! Devices in PostgreSQL: how they are listed, looked up and changed. The API calls it through `DeviceStore`. Deleting
+//! one is in `deletion`. Statements are prepared once per connection.
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName};
@@ -50,7 +51,7 @@ async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<De
         and ($2::text is null or d."group" = $2)
     "#;
     let direction = if query.descending { "desc" } else { "asc" };
-    // Figures are summed for the whole fleet only when it is sorted by them, else for the page alone.
+    // Figures of the entire fleet are summed only for a sort by a figure. Otherwise only those of the page are.
     let (key, join) = query.sort.expressions();
     let join = join.map_or_else(String::new, |expression| {
         format!(
@@ -128,7 +129,7 @@ async fn device_ids(
     let rows = connection
         .query(&select, &[&after, &group.map(GroupName::as_str), &i64::from(DEVICE_IDS)])
         .await?;
-    // What foreign SQL has named so that nobody can ask for it has no history either.
+    // Foreign SQL may have written a device id that nobody can request. Such a device has no history either.
     let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
     rows.iter().filter_map(|row| device_id(row).transpose()).collect()
 }

@@ -1,4 +1,5 @@
-//! What to use for backups: PostgreSQL's own tools, which know it better. Lines for a shell, for people to copy.
+//! The commands with which PostgreSQL's own tools make and restore backups. `store::backup` shows them to people, who
+//! copy them into a shell. They must never contain a password.
 
 use std::path::Path;
 
@@ -7,7 +8,7 @@ use tokio_postgres::config::Host;
 
 use crate::store::{PostgresTarget, SslMode};
 
-/// What stands in a URL as it is.
+/// Characters that need no encoding in a URL.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// The command that makes a backup of the database.
@@ -19,13 +20,13 @@ pub(crate) fn dump_instead(target: &PostgresTarget, file: &Path) -> String {
     )
 }
 
-/// The commands that restore what [`dump_instead`]'s has written.
+/// The commands that restore a backup made with [`dump_instead`].
 ///
-/// Into a new database, which takes the other's name once all is in it: `pg_restore --clean` would drop what it can
-/// of a database in use and then mix the rest with the backup, because partitions, whatever else refers to our tables
-/// and other people's extensions keep tables from being dropped. In a new one nothing stands in the way, all of it
-/// is one transaction, and what was there before is kept. Comments on extensions are not restored: only their owner,
-/// who is an administrator, may make them.
+/// They restore into a new database, which takes the old one's name once everything is in it. `pg_restore --clean`
+/// would drop what it can of a database in use, and then mix the rest with the backup. Partitions, other objects that
+/// refer to our tables, and foreign extensions keep tables from being dropped. In a new database nothing is in the way.
+/// All of it is one transaction, and the old database is kept. Comments on extensions are not restored, because only
+/// the extension's owner, an administrator, may write them.
 pub(crate) fn restore_instead(target: &PostgresTarget, file: &Path) -> String {
     let name = name(target);
     let (restored, replaced) = (format!("{name}_restored"), format!("{name}_replaced"));
@@ -52,7 +53,7 @@ fn name(target: &PostgresTarget) -> &str {
     target.config.get_dbname().unwrap_or_default()
 }
 
-/// Where a database is, as one word of a shell; without the password, for which the tools ask.
+/// The URL of a database, as one word for a shell. It lacks the password, for which the tools ask.
 fn url(target: &PostgresTarget, database: &str) -> String {
     let encoded = |text: &str| utf8_percent_encode(text, PLAIN).to_string();
     let config = &target.config;
@@ -70,7 +71,7 @@ fn url(target: &PostgresTarget, database: &str) -> String {
     let user = config.get_user().map(|user| encoded(user) + "@").unwrap_or_default();
     let mode = match target.ssl_mode {
         SslMode::Disable => Some("disable"),
-        // What the tools do, too.
+        // The tools do the same.
         SslMode::Prefer => None,
         SslMode::Require => Some("require"),
         SslMode::VerifyCa => Some("verify-ca"),
@@ -94,12 +95,12 @@ fn url(target: &PostgresTarget, database: &str) -> String {
     quoted(&format!("postgresql://{user}{}/{}{query}", hosts.join(","), encoded(database)))
 }
 
-/// As SQL names something.
+/// Quotes a name as an SQL identifier.
 fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// As one word of a shell.
+/// Quotes a text as one word for a shell.
 fn quoted(text: &str) -> String {
     let plain =
         |character: char| character.is_ascii_alphanumeric() || "._-/:@%+".contains(character);

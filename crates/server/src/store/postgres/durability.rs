@@ -1,5 +1,6 @@
-//! Whether what is committed stays: the settings and tables that an acknowledgement relies on. Every session is
-//! secured before its first statement, by `connect`; the writer looks again from time to time, and at its tables.
+//! Ensures that a commit is durable: the settings and tables that an acknowledgement relies on. `connect` secures every
+//! session before its first statement. The writer repeats this from time to time, and checks its tables. No event may
+//! be acknowledged on a session that was not secured.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,17 +8,17 @@ use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::store::StoreError;
 
-/// What has been warned of. A process says it once, however many sessions and stores it opens.
+/// What was already warned of. A process warns once, however many sessions and stores it opens.
 static WARNED_OF_COMMITS: AtomicBool = AtomicBool::new(false);
 static WARNED_OF_SERVER: AtomicBool = AtomicBool::new(false);
 
 /// Commits a record of the write-ahead log that changes nothing. Its commit waits for the disk and for the standbys
-/// as every other does, and the log is in order: what was committed before is safe, too, once it returns. Seeing a
-/// row is not enough: a commit whose waiting for a standby was ended is visible, and lost in a failover.
+/// like every other. The log is ordered, so everything that was committed before is safe once it returns. Seeing a row
+/// is not enough: if a commit's wait for a standby was ended, its row is visible, but a failover loses it.
 pub(super) const CONFIRM: &str = "select pg_logical_emit_message(true, 'pisync', '')";
 
-/// Where in PostgreSQL a commit says that it did not wait for its standby to the end. The text of the warning is
-/// translated, this is not.
+/// The routine of PostgreSQL in which a commit warns that it did not wait for its standby to the end. The warning's
+/// text is translated; this name is not.
 const UNREPLICATED: &str = "SyncRepWaitForLSN";
 
 /// Whether a warning says that the commit before it may not be replicated.
@@ -25,11 +26,11 @@ pub(super) fn is_unreplicated(notice: &tokio_postgres::error::DbError) -> bool {
     notice.routine() == Some(UNREPLICATED)
 }
 
-/// Makes commits of the session durable: `synchronous_commit` is `on` or the stronger `remote_apply` from now on,
-/// whatever the role, the database, the URL or the server say, and whatever they are changed to. What the session
-/// cannot set is only warned of.
+/// Makes commits of the session durable: sets `synchronous_commit` to `on`, or leaves the stronger `remote_apply`. This
+/// overrides the role, the database, the URL and the server, and later changes of those. For settings that a session
+/// cannot change, it only warns.
 pub(super) async fn secure(client: &Client) -> Result<(), Error> {
-    // Two statements: the first sees the setting as it was.
+    // Two statements, so that the first sees the setting as it was.
     const SECURE: &str = "
         select current_setting('synchronous_commit'), current_setting('fsync'), current_setting('full_page_writes');
         select set_config(
@@ -68,7 +69,7 @@ pub(super) async fn secure(client: &Client) -> Result<(), Error> {
     Ok(())
 }
 
-/// Fails when a table that acknowledged events are in is emptied by a crash, and not replicated.
+/// Fails when a table that holds acknowledged events is unlogged: a crash would empty it, and it is not replicated.
 pub(super) async fn check_tables(client: &Client) -> Result<(), StoreError> {
     const UNLOGGED: &str = "
         select string_agg(format('alter table %s set logged', found.oid::regclass), '; ')

@@ -1,5 +1,5 @@
-//! What PostgreSQL's errors mean to us. Every SQLSTATE that decides what happens next stands in one table here;
-//! whoever runs a statement asks [`class_of`], [`is_connection_lost`] or [`store_error`].
+//! Classifies PostgreSQL's errors. Every SQLSTATE that decides what happens next must stand in the one table here. Code
+//! that runs a statement calls [`class_of`], [`is_connection_lost`] or [`store_error`].
 
 use std::{error::Error, fmt};
 
@@ -7,40 +7,40 @@ use tokio_postgres::error::{DbError, Severity};
 
 use crate::store::{OtherGroup, StoreError};
 
-/// PostgreSQL's errors by what can be done about them.
+/// PostgreSQL's errors, by what can be done about them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ErrorClass {
-    /// The session has ended. Whether a commit that was in flight took effect is not known.
+    /// The session has ended. The outcome of a commit in flight is unknown.
     ConnectionLost,
-    /// The statement failed and so would the next: a full disk, no more connections, a standby.
+    /// The statement failed and the next one would fail, too: a full disk, no more connections, a standby.
     Unavailable,
-    /// The transaction was rolled back for a passing reason. The same may succeed at once.
+    /// The transaction was rolled back for a passing reason. The same transaction may succeed at once.
     Transient,
-    /// The database, or a rule of its owner's, refused the data. The same will be refused again.
+    /// The database, or a rule of its owner, refused the data. It will be refused again.
     Rejected,
     /// A mistake of ours, a foreign schema, a damaged table.
     Failed,
 }
 
-/// The class of a SQLSTATE. `ends_session` says whether the error's severity was FATAL or PANIC: then PostgreSQL
-/// closes the connection, whatever the code.
+/// The class of a SQLSTATE. `ends_session` tells whether the error's severity was FATAL or PANIC. PostgreSQL then
+/// closes the connection, whatever the code is.
 fn class_of_code(code: &str, ends_session: bool) -> ErrorClass {
     use ErrorClass::{ConnectionLost, Failed, Rejected, Transient, Unavailable};
     if ends_session {
         return ConnectionLost;
     }
     match code {
-        // statement_completion_unknown: the answer to a commit was lost behind a pooler or a proxy.
+        // statement_completion_unknown: a pooler or proxy has lost the answer to a commit.
         "40003" => ConnectionLost,
-        // Idle sessions and transactions that PostgreSQL ended, and transactions that took too long.
+        // PostgreSQL ended an idle session, an idle transaction, or a transaction that took too long.
         "25P03" | "25P04" | "57P05" => ConnectionLost,
-        // Shutdown by an administrator, after a crash, before the start; the database was dropped.
+        // Shutdown by an administrator, shutdown after a crash, or not started yet; or the database was dropped.
         "57P01" | "57P02" | "57P03" | "57P04" => ConnectionLost,
-        // query_canceled: somebody or a time-out cancelled the statement. It is rolled back, and the session lives.
+        // query_canceled: a person or a time-out cancelled the statement. It is rolled back, and the session lives.
         "57014" => Transient,
         // object_in_use, lock_not_available.
         "55006" | "55P03" => Transient,
-        // A server that has become a standby, or that its owner made read-only.
+        // The server has become a standby, or its owner made it read-only.
         "25006" => Unavailable,
         // with_check_option_violation.
         "44000" => Rejected,
@@ -49,10 +49,10 @@ fn class_of_code(code: &str, ends_session: bool) -> ErrorClass {
             Some("08") => ConnectionLost,
             // Deadlocks, serialization failures and other rollbacks.
             Some("40") => Transient,
-            // Lack of disk, memory or connections; objects not in the needed state; other interventions by an
+            // Lack of disk space, memory or connections; objects not in the required state; other interventions by an
             // operator; errors of the operating system.
             Some("53" | "55" | "57" | "58") => Unavailable,
-            // Data exceptions; constraints; `raise exception` in a trigger of the owner's.
+            // Data exceptions; constraints; `raise exception` in an owner's trigger.
             Some("22" | "23" | "P0") => Rejected,
             _ => Failed,
         },
@@ -62,38 +62,38 @@ fn class_of_code(code: &str, ends_session: bool) -> ErrorClass {
 fn ends_session(error: &DbError) -> bool {
     match error.parsed_severity() {
         Some(severity) => matches!(severity, Severity::Fatal | Severity::Panic),
-        // Before PostgreSQL 9.6, or something else that speaks its protocol.
+        // PostgreSQL before 9.6, or another program that speaks its protocol.
         None => matches!(error.severity(), "FATAL" | "PANIC"),
     }
 }
 
-/// What can be done about an error. One without a SQLSTATE comes from the driver: the connection broke, or its
-/// bytes made no sense, perhaps after a commit. It therefore counts as lost.
+/// What can be done about an error. An error without a SQLSTATE comes from the driver: the connection broke, or its
+/// bytes made no sense. That may have happened after a commit, so the connection counts as lost.
 pub(super) fn class_of(error: &tokio_postgres::Error) -> ErrorClass {
     let Some(answered) = error.as_db_error() else { return ErrorClass::ConnectionLost };
     if is_raised(error) {
         return ErrorClass::Rejected;
     }
     match class_of_code(answered.code().code(), ends_session(answered)) {
-        // Inside a function of the owner's, which fails for this data and perhaps not for other.
+        // A function of the owner failed. It fails for this data, but perhaps not for other data.
         ErrorClass::Failed if answered.where_().is_some() => ErrorClass::Rejected,
         class => class,
     }
 }
 
-/// Whether a rule of the database's owner has said no with `raise`, such as a trigger. It may do so under any code,
-/// which then says nothing about the database. The name is that of PostgreSQL's own function for it.
+/// Whether a rule of the database's owner, such as a trigger, has refused with `raise`. It may use any code, which then
+/// says nothing about the database. The name is that of PostgreSQL's own function for `raise`.
 pub(super) fn is_raised(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|error| error.routine() == Some("exec_stmt_raise"))
 }
 
-/// Whether the connection is no longer of use, and the outcome of a commit that was in flight not known.
+/// Whether the connection cannot be used any more, and the outcome of a commit in flight is unknown.
 pub(super) fn is_connection_lost(error: &tokio_postgres::Error) -> bool {
     class_of(error) == ErrorClass::ConnectionLost
 }
 
-/// Whether a server that works has refused a session: the password, the database's name or a setting is wrong. The
-/// severity is FATAL whatever the reason, so the code alone tells.
+/// Whether a working server has refused a session, because the password, the database's name or a setting is wrong. The
+/// severity is FATAL for any reason, so only the code tells.
 pub(super) fn is_refusal(error: &tokio_postgres::Error) -> bool {
     match error.code() {
         Some(code) => {
@@ -101,17 +101,17 @@ pub(super) fn is_refusal(error: &tokio_postgres::Error) -> bool {
             matches!(class, ErrorClass::Failed | ErrorClass::Rejected)
                 && !code.code().starts_with("XX")
         }
-        // Certificates, or no TLS where it is required.
+        // Certificates are wrong, or TLS is required but not available.
         None => error.to_string().starts_with("error performing TLS handshake"),
     }
 }
 
-/// An error as the rest of the program sees it.
+/// Converts an error for the rest of the program.
 #[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
 pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
     let text = describe(&error);
     match class_of(&error) {
-        // A value that the driver could not read or write says nothing about the database.
+        // The driver could not read or write a value. That says nothing about the database.
         ErrorClass::ConnectionLost if error.as_db_error().is_none() && !is_broken(&error) => {
             StoreError::Failed(text)
         }
@@ -122,33 +122,33 @@ pub(super) fn store_error(error: tokio_postgres::Error) -> StoreError {
     }
 }
 
-/// PostgreSQL is away, or can do nothing for now.
+/// PostgreSQL is away, or cannot do anything for now.
 pub(super) fn unavailable(why: &str) -> StoreError {
     StoreError::Unavailable(format!("the database is unavailable: {why}"))
 }
 
-/// Why a batch was not written, or is not known to be.
+/// Why a batch was not written, or is not known to be written.
 pub(super) enum WriteError {
-    /// The driver or PostgreSQL said so.
+    /// The driver or PostgreSQL reported an error.
     Sql(tokio_postgres::Error),
-    /// Another transaction came between two statements of ours, if trying again works. If it does not, the database
-    /// refuses the data.
+    /// Another transaction may have come between two of our statements; then a retry succeeds. If the retry fails, the
+    /// database refuses the data.
     Conflict(&'static str),
     /// Fewer rows were written than were sent.
     Dropped { table: &'static str, written: u64, sent: usize },
     /// Devices are not in the groups that they must be in.
     OtherGroup(OtherGroup),
-    /// We don't want it to be stored. Nothing was committed.
+    /// We refuse to store it. Nothing was committed.
     Refused(String),
-    /// The commit was carried out, and may not be replicated.
+    /// The commit was carried out, but may not be replicated.
     Unreplicated,
-    /// A mistake of ours, or a database that answers what it was not asked. While a commit is in flight the batch
-    /// is in doubt, as if the connection had been lost.
+    /// A mistake of ours, or an answer that does not fit the query. While a commit is in flight the batch is in doubt,
+    /// as if the connection had been lost.
     Impossible(String),
 }
 
 impl WriteError {
-    /// Whether a commit that was in flight may have taken effect all the same.
+    /// Whether a commit in flight may have taken effect despite this error.
     pub(super) fn leaves_doubt(&self) -> bool {
         match self {
             Self::Sql(error) => is_connection_lost(error),
@@ -208,7 +208,7 @@ fn is_broken(error: &tokio_postgres::Error) -> bool {
     error.is_closed() || error.source().is_some_and(<dyn Error>::is::<std::io::Error>)
 }
 
-/// An error with all its causes, in one line; the driver's own text leaves out what matters.
+/// An error with all its causes, in one line. The driver's own text omits the causes.
 pub(super) fn describe(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -220,7 +220,7 @@ pub(super) fn describe(error: &dyn Error) -> String {
         }
         cause = inner.source();
     }
-    // PostgreSQL's details and hints are lines of their own.
+    // PostgreSQL's details and hints are separate lines.
     text.replace('\n', "; ")
 }
 
@@ -231,7 +231,7 @@ mod tests {
         class_of_code,
     };
 
-    /// Each SQLSTATE that PostgreSQL may answer a statement of ours with, and what it must mean.
+    /// Each SQLSTATE that PostgreSQL may answer to our statements, and its expected class.
     const CLASSES: [(&str, &str, ErrorClass); 46] = [
         ("08000", "connection_exception", ConnectionLost),
         ("08003", "connection_does_not_exist", ConnectionLost),

@@ -1,4 +1,5 @@
-//! Events in PostgreSQL: how they are written, and their history.
+//! Events in PostgreSQL: it opens their writer and reads their history. `ingest`, `import`, the API and exports call it
+//! through `EventStore`. The work is in `writer` and `history`.
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;

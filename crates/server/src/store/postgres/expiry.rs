@@ -1,5 +1,5 @@
-//! Old events go by whole months: a partition is detached and dropped, once all of it is past and
-//! aggregated. It is announced beforehand, so that every node knows when it counts streaks.
+//! Drops old events by entire months. `maintenance` calls it. It detaches and drops a partition once its month is past
+//! and aggregated. A drop must be announced beforehand, so that every node knows since when it counts streaks.
 
 use deadpool_postgres::GenericClient;
 use jiff::{ToSpan, civil::Date, tz::TimeZone};
@@ -9,19 +9,19 @@ use tokio_postgres::{Client, Error};
 use super::{locks::EXPIRY_LOCK, partitions::month_of};
 use crate::store::Retention;
 
-/// How long before events go it is announced. Writers look every 10 s.
+/// How long before the drop of events it is announced. Writers check every 10 s.
 const NOTICE_MILLISECONDS: i64 = 5 * 60_000;
 
-/// How long to wait for a lock. Dropping a month takes one on `devices`, too, because of the foreign
-/// key, and ingest waits behind it: better to try again later.
+/// How long to wait for a lock. Dropping a month locks `devices`, too, because of the foreign key, and ingest waits
+/// behind that lock. It is better to try again later.
 const LOCK_TIMEOUT: &str = "set lock_timeout = '300ms'";
 
-/// Marks a table that is to be dropped, for whoever finds it detached: the server may have ended in
-/// between, and a table that somebody else has detached is none of ours.
+/// Marks a table that is to be dropped. A server may end between detaching and dropping; the next attempt finds the
+/// table by this mark. A table that somebody else has detached is not ours.
 const MARK: &str = "PiSync is dropping this";
 
-/// Announces the months that are past, or drops one that was announced; whether there may be another.
-/// The connection is not for others afterwards: it has settings of its own.
+/// Announces the months that are past, or drops one that was announced. Answers whether there may be another. The
+/// connection keeps settings of its own and must not be used for anything else afterwards.
 pub(super) async fn drop_month(
     client: &Client,
     now: Timestamp,
@@ -32,7 +32,7 @@ pub(super) async fn drop_month(
         return Ok(false);
     }
     let result = drop_month_under_lock(client, now, retention).await;
-    // Should this fail, the lock goes with the connection, if a little later.
+    // If this fails, closing the connection releases the lock a little later.
     let _ = client.execute("select pg_advisory_unlock($1)", &[&EXPIRY_LOCK]).await;
     result
 }
@@ -61,7 +61,7 @@ async fn drop_month_under_lock(
     let Some(oldest) = client.query_opt(MONTHS, &[&MARK]).await? else { return Ok(false) };
     let table: String = oldest.try_get(0)?;
     let detach_pending: Option<bool> = oldest.try_get(1)?;
-    // Everything before the month in which the oldest events to keep were received.
+    // The end of the drop: the month in which the oldest events to keep were received.
     let kept_since = month_of(retention.oldest(now));
     let Some(end) = end_of(&table).filter(|end| *end <= kept_since) else { return Ok(false) };
 
@@ -84,7 +84,7 @@ async fn drop_month_under_lock(
     if announced_at.is_some_and(|announced_at| announced_at > notice) {
         return Ok(false);
     }
-    // One statement at a time: the first cannot run within a transaction.
+    // Each statement is sent separately, because the first cannot run within a transaction.
     client.batch_execute(LOCK_TIMEOUT).await?;
     client.batch_execute("set statement_timeout = 0").await?;
     match detach_pending {
@@ -93,7 +93,7 @@ async fn drop_month_under_lock(
             let detach = format!("alter table sync_events detach partition {table} concurrently");
             client.batch_execute(&detach).await?;
         }
-        // An attempt before this one waited in vain for a lock.
+        // An earlier attempt waited for a lock and gave up.
         Some(true) => {
             let finish = format!("alter table sync_events detach partition {table} finalize");
             client.batch_execute(&finish).await?;
@@ -105,7 +105,7 @@ async fn drop_month_under_lock(
     Ok(true)
 }
 
-/// The day after the month whose events a partition holds.
+/// The day after the last day of a partition's month.
 fn end_of(table: &str) -> Option<Date> {
     let month = table.strip_prefix("sync_events_")?;
     let first = Date::strptime("%Y_%m_%d", format!("{month}_01")).ok()?;
@@ -117,19 +117,19 @@ fn midnight(day: Date) -> Timestamp {
     zoned.map_or(Timestamp::MIN, |zoned| Timestamp::truncate(zoned.timestamp()))
 }
 
-/// Events received before this are gone or about to go; `None` while all are kept.
+/// Events received before this are dropped or about to be; `None` while all are kept.
 pub(super) async fn raw_since(client: &impl GenericClient) -> Result<Option<Timestamp>, Error> {
     let select = client.prepare_cached("select raw_since from roll_up_state").await?;
     let since: Option<jiff::Timestamp> = client.query_one(&select, &[]).await?.try_get(0)?;
     Ok(since.map(Timestamp::truncate))
 }
 
-/// What a writer must know of events that it does not store itself.
+/// What a writer must know about events of other writers.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Watermarks {
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
-    /// Events received until then are aggregated; `None` before the first.
+    /// Events received up to this time are aggregated; `None` before the first aggregation.
     pub(super) aggregated_until: Option<Timestamp>,
 }
 

@@ -1,4 +1,5 @@
-//! A device's history, read through the index `(device_id, timestamp, id, created_at)` of each month.
+//! Reads a device's history through the index `(device_id, timestamp, id, created_at)` of each month. `events` calls
+//! it. A page far down must cost as much as the first one.
 
 use deadpool_postgres::GenericClient;
 use pisync_core::{JobName, Timestamp};
@@ -13,7 +14,7 @@ use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,
 };
 
-/// What [`stored_event`] reads of `sync_events event`.
+/// The columns that [`stored_event`] reads from `sync_events event`.
 pub(super) const EVENT_COLUMNS: &str = "
     event.id, event.timestamp, event.total_files_synced, event.total_errors,
     (event.internet_speed * 100)::bigint, event.job, (event.duration_seconds * 1000)::bigint,
@@ -56,7 +57,7 @@ async fn exists(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<b
 }
 
 async fn page(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<EventPage, Error> {
-    // The position's time bounds the index, so that a page far down costs as much as the first one.
+    // The position's time bounds the index scan. A page far down therefore costs as much as the first one.
     let (behind, direction) = query.order();
     let select_events = format!(
         "select {EVENT_COLUMNS}
@@ -70,7 +71,7 @@ async fn page(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<Eve
     );
     let (device_id, job) = (query.device_id.as_str(), query.job.as_ref().map(JobName::as_str));
     let HistoryPosition { microsecond, id } = query.start();
-    // PostgreSQL's times end earlier than the time library's.
+    // PostgreSQL's times end earlier than those of the time library.
     let bounds = Timestamp::MIN.to_jiff()..=jiff::Timestamp::MAX;
     let bound = if microsecond < 0 { *bounds.start() } else { *bounds.end() };
     let start =
@@ -81,7 +82,7 @@ async fn page(snapshot: &impl GenericClient, query: &HistoryQuery) -> Result<Eve
     } else {
         until = until.min(start);
     }
-    // One more tells whether there is a next page.
+    // One more event is read, to learn whether there is a next page.
     let (limit, offset) = (i64::from(query.limit) + 1, query.offset.cast_signed());
 
     let select = snapshot.prepare_cached(&select_events).await?;
@@ -112,7 +113,7 @@ async fn count(
     ";
     let (device_id, job) = (query.device_id.as_str(), query.job.as_ref().map(JobName::as_str));
     if query.from.is_none() && query.until.is_none() && is_complete {
-        // Known without counting rows, so that a long history costs no more than a short one.
+        // This is known without counting rows. A long history therefore costs no more than a short one.
         let jobs = jobs(snapshot, device_id).await?;
         let asked_for = jobs.iter().filter(|(name, _)| job.is_none() || name.as_deref() == job);
         return Ok(asked_for.map(|(_, figures)| figures.total_syncs).sum());

@@ -1,7 +1,7 @@
-//! The hosts of a database, and which of them is asked first. `connect` calls this.
+//! The hosts of a database, and which of them is asked first. `connect` calls this. It opens no connection itself.
 //!
-//! Which host answered last is remembered for the whole process. A server connects to migrate, then to serve, and a
-//! command may connect several times: a silent host costs its time-out once, not once for each of them.
+//! The host that answered last is remembered for the entire process. A server connects to migrate, then to serve, and a
+//! command may connect several times. A silent host should cost its time-out only once.
 
 use std::{
     fmt,
@@ -20,10 +20,10 @@ use super::no_session::NoSession;
 /// Each list of hosts that this process has connected to. A process has one or two.
 static KNOWN: Mutex<Vec<Arc<Hosts>>> = Mutex::new(Vec::new());
 
-/// The hosts that a configuration names, in its order.
+/// The hosts of a configuration, in its order.
 pub(super) struct Hosts {
     places: Vec<Place>,
-    /// Position of the host to ask first: the one that gave the last session, or the one behind a host that gave
+    /// Position of the host to ask first. It is the host that gave the last session, or the one behind a host that gave
     /// none. A caller that gives up waiting for a silent host therefore begins with another one the next time.
     first: AtomicUsize,
 }
@@ -31,15 +31,15 @@ pub(super) struct Hosts {
 /// Where a server listens.
 pub(super) struct Place {
     host: Option<Host>,
-    /// The host's address, when it need not be looked up.
+    /// The host's address, if it need not be looked up.
     address: Option<IpAddr>,
     port: u16,
-    /// Of several addresses that its name has, the one that gave the last session.
+    /// The address that gave the last session, if the name has several.
     answered: Mutex<Option<IpAddr>>,
 }
 
 impl Hosts {
-    /// The hosts of `given`; the same ones for each configuration that names the same hosts in the same order.
+    /// The hosts of `given`. Configurations that name the same hosts in the same order get the same value.
     pub(super) fn of(given: &Config) -> Arc<Self> {
         let places = places(given);
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -59,20 +59,21 @@ impl Hosts {
         &self.places
     }
 
-    /// Positions of all hosts, from the one to ask first to the end and on from the beginning.
+    /// Positions of all hosts: from the one to ask first to the end, then from the beginning.
     pub(super) fn in_order(&self) -> impl Iterator<Item = usize> + use<> {
         let (first, count) = (self.first.load(Ordering::Relaxed), self.places.len());
         (first..first + count).map(move |position| position % count)
     }
 
-    /// The host at `position` is being asked.
+    /// Begins to ask the host at `position`.
     pub(super) fn ask(&self, position: usize) -> Asking<'_> {
         Asking { hosts: self, position, has_answered: false }
     }
 }
 
-/// A host that is being asked. Unless it answers, the next one is asked first from then on: also when whoever asks
-/// gives up waiting. Until it is known, others ask the same host, for it may be the one that works.
+/// A host that is being asked. If it is dropped without an answer, the next host is asked first from then on. That
+/// includes a caller that gave up waiting. Until the outcome is known, others ask the same host, because it may be the
+/// one that works.
 pub(super) struct Asking<'a> {
     hosts: &'a Hosts,
     position: usize,
@@ -80,7 +81,7 @@ pub(super) struct Asking<'a> {
 }
 
 impl Asking<'_> {
-    /// It has given a session, and is asked first from now on.
+    /// The host has given a session. It is asked first from now on.
     pub(super) fn answered(mut self) {
         self.has_answered = true;
         self.hosts.first.store(self.position, Ordering::Relaxed);
@@ -93,12 +94,12 @@ impl Drop for Asking<'_> {
             return;
         }
         let (first, next) = (&self.hosts.first, (self.position + 1) % self.hosts.places.len());
-        // Whoever has found out more meanwhile has changed it already.
+        // A caller that has learnt more meanwhile has already changed the position.
         let _ = first.compare_exchange(self.position, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 
-/// The hosts that a configuration names. One port may stand for all.
+/// Reads the hosts of a configuration. One port may apply to all of them.
 fn places(given: &Config) -> Vec<Place> {
     let (hosts, addresses, ports) = (given.get_hosts(), given.get_hostaddrs(), given.get_ports());
     let place = |position: usize| Place {
@@ -111,12 +112,12 @@ fn places(given: &Config) -> Vec<Place> {
 }
 
 impl Place {
-    /// Whether both name the same.
+    /// Whether both name the same host and port.
     fn is_at(&self, other: &Self) -> bool {
         (&self.host, self.address, self.port) == (&other.host, other.address, other.port)
     }
 
-    /// Where to connect to; `None` for a socket in the file system.
+    /// The name and port to look up; `None` for a socket in the file system.
     pub(super) async fn addresses(
         &self,
         timeout: Duration,
@@ -136,21 +137,21 @@ impl Place {
         }
     }
 
-    /// The addresses in their order, but the one that answered last first.
+    /// The addresses in their order, except that the one that answered last comes first.
     fn answered_first(&self, found: impl Iterator<Item = IpAddr>) -> Vec<Option<IpAddr>> {
         let mut addresses: Vec<_> = found.map(Some).collect();
         let answered = *self.answered.lock().unwrap_or_else(PoisonError::into_inner);
-        // A stable sort leaves the others in their order.
+        // A stable sort keeps the order of the others.
         addresses.sort_by_key(|address| answered.is_none() || *address != answered);
         addresses
     }
 
-    /// A session was had at `address`.
+    /// Notes that `address` has given a session.
     pub(super) fn note_answered(&self, address: Option<IpAddr>) {
         *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = address;
     }
 
-    /// Makes `config` lead here alone.
+    /// Makes `config` lead to this host alone.
     pub(super) fn put_into(&self, config: &mut Config, address: Option<IpAddr>) {
         match &self.host {
             Some(Host::Tcp(name)) => config.host(name),
@@ -215,7 +216,7 @@ mod tests {
         assert_eq!(order(&first), [0, 1, 2]);
     }
 
-    /// Several connections are made at once, and not all of them at the silent host.
+    /// Several connections are made at once, but not all of them at the silent host.
     #[test]
     fn a_host_that_is_being_asked_stays_the_first() {
         let hosts = hosts(&["silent.test", "good.test"]);
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(now(), order([0, 1, 2]));
         place.note_answered(Some(found[1]));
         assert_eq!(now(), order([1, 0, 2]));
-        // It may have gone.
+        // The client may have gone.
         place.note_answered(Some("192.0.2.1".parse().unwrap()));
         assert_eq!(now(), order([0, 1, 2]));
     }

@@ -1,4 +1,5 @@
-//! How far imports have come, in PostgreSQL.
+//! How far imports have come, in PostgreSQL. `transactions` writes the progress and `import` reads it. A step must be
+//! written in the transaction that stores its events.
 
 use async_trait::async_trait;
 use tokio_postgres::{Client, Error, Row};
@@ -16,14 +17,14 @@ impl ImportLog for PostgresStore {
     }
 }
 
-/// Notes how far an import comes with the transaction that is open on `client`, unless another one imports the same.
-/// `has_events` says whether it stores any.
+/// Notes the progress of an import in the transaction that is open on `client`. Fails if another import stores the same
+/// records. `has_events` tells whether the step stores any events.
 pub(super) async fn advance(
     client: &Client,
     step: &ImportStep,
     has_events: bool,
 ) -> Result<(), WriteError> {
-    // Imports that begin alike take turns, each with its whole transaction.
+    // Imports that begin alike take turns: each holds the lock until its transaction ends.
     const LOCK: &str = "select pg_advisory_xact_lock(hashtextextended(encode($1, 'hex'), 0))";
     const SAME: &str = "
         select id, name, head, records, digest, rejected, finished, updated_at
@@ -71,7 +72,7 @@ async fn imports(connection: &Object) -> Result<Vec<ImportProgress>, Error> {
     rows.iter().filter_map(|row| import(row).transpose()).collect()
 }
 
-/// An import; `None` for a row that is none of ours.
+/// Reads an import; `None` for a row that another program wrote.
 fn import(row: &Row) -> Result<Option<ImportProgress>, Error> {
     let digest = |column| Ok::<_, Error>(Digest::try_from(row.try_get::<_, &[u8]>(column)?).ok());
     let (Some(id), Some(head), Some(sum)) = (digest(0)?, digest(2)?, digest(4)?) else {

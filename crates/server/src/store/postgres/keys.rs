@@ -1,4 +1,5 @@
-//! API keys in PostgreSQL.
+//! API keys in PostgreSQL. The API, the command line and the keyring call it through `KeyStore`. Making or revoking a
+//! key must give the keys a new version, or running servers do not notice it.
 
 use async_trait::async_trait;
 use deadpool_postgres::Transaction;
@@ -107,10 +108,9 @@ async fn revoke_key(connection: &mut Object, id: i64, by: &Actor) -> Result<Revo
     Ok(Revocation::Revoked)
 }
 
-/// Gives the keys another version, which nobody can have given them before: the lower half is random. A standby
-/// that has taken over may lack the last change, and the next one there must not lead to the version of
-/// the change that is lost. The upper half counts up, because servers of before 2026-11-25 take over no lower
-/// version.
+/// Gives the keys a new version that they cannot have had before, because its lower half is random. A standby that has
+/// taken over may lack the last change. The next change there must not lead to the version of the lost change. The
+/// upper half counts up, because servers from before 2026-11-25 ignore lower versions.
 async fn count_change(transaction: &Transaction<'_>) -> Result<(), Error> {
     const CHANGE_VERSION: &str = "
         update api_key_changes
@@ -142,7 +142,7 @@ async fn keys(connection: &mut Object) -> Result<Keys, Error> {
 fn api_key(row: &Row) -> Result<ApiKey, Error> {
     Ok(ApiKey {
         id: row.try_get(0)?,
-        // A hash of another length was not written by us; this one fits no key.
+        // A hash of another length was not written by us. This value matches no key.
         hash: row.try_get::<_, Vec<u8>>(1)?.try_into().unwrap_or_default(),
         hint: row.try_get(2)?,
         name: row.try_get(3)?,

@@ -1,4 +1,5 @@
-//! The numbers of PiSync's advisory locks: "pisync" and a number for the purpose, which nobody else is likely to use.
+//! The numbers of PiSync's advisory locks: "pisync" and a number for the purpose. Another program is unlikely to use
+//! them. They must never change: servers of two versions may share a database.
 
 /// Held while migrations run.
 pub(super) const MIGRATION_LOCK: i64 = 0x7069_7379_6e63_0001;

@@ -1,4 +1,5 @@
-//! Upkeep of PostgreSQL: partitions are made ahead of need, events are aggregated and dropped.
+//! Upkeep of PostgreSQL: it makes partitions ahead of need, and aggregates and drops events. `maintenance` and `app`
+//! call it through the traits of `store`. Each call does one small step, because ingest shares the database.
 
 use std::time::Instant;
 
@@ -52,7 +53,7 @@ impl Maintenance for PostgresStore {
 }
 
 async fn forget_event_ids(connection: &Object, before: Timestamp) -> Result<bool, Error> {
-    // Old ones lie together, and the BRIN index knows where.
+    // Old keys are stored together, and the BRIN index finds them.
     const FORGET: &str = "
         delete from event_keys
          where ctid = any (array(

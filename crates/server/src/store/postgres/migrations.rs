@@ -1,4 +1,5 @@
-//! Migrations on PostgreSQL, and making the database they run in.
+//! Migrations on PostgreSQL, and creating the database that they run in. `migrator` and `open` call it. Only one
+//! process may migrate at a time; an advisory lock ensures it.
 
 use async_trait::async_trait;
 use pisync_core::Timestamp;
@@ -15,7 +16,7 @@ use crate::store::{
     migrations::{Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Ours, Source},
 };
 
-/// Of what was applied.
+/// Creates the table that records what was applied.
 pub(super) const CREATE_TABLE: &str = "
     create table if not exists pisync_migrations (
         id         bigint generated always as identity primary key,
@@ -27,14 +28,14 @@ pub(super) const CREATE_TABLE: &str = "
     )
 ";
 
-/// Who asks, in which database, and in which schema tables are made.
+/// The role, the database, and the schema in which tables are made.
 const NAMES: &str = "
     select quote_ident(current_user),
            quote_ident(current_database()),
            quote_ident(coalesce(current_schema(), 'public'))
 ";
 
-/// One connection, for as long as the command runs.
+/// One connection, for the entire command.
 pub(crate) struct PostgresMigrations {
     pub(super) connection: Connection,
 }
@@ -42,7 +43,7 @@ pub(crate) struct PostgresMigrations {
 impl PostgresMigrations {
     pub(crate) async fn connect(target: &PostgresTarget) -> Result<Self, StoreError> {
         let connection = Connector::new(target)?.connect().await?;
-        // A migration of a large table may take its time.
+        // Migrating a large table may take any time.
         connection
             .client
             .batch_execute("set statement_timeout = 0; set idle_in_transaction_session_timeout = 0")
@@ -51,14 +52,14 @@ impl PostgresMigrations {
         Ok(Self { connection })
     }
 
-    /// A transaction that only one process has at a time.
+    /// Begins a transaction that only one process has at a time.
     pub(super) async fn locked(&mut self) -> Result<Transaction<'_>, tokio_postgres::Error> {
         let transaction = self.connection.client.transaction().await?;
         transaction.execute("select pg_advisory_xact_lock($1)", &[&MIGRATION_LOCK]).await?;
         Ok(transaction)
     }
 
-    /// What is in the database.
+    /// Finds out what is in the database.
     pub(super) async fn look(&self) -> Result<Contents, StoreError> {
         match contents(&self.connection.client).await {
             Ok(contents) => Ok(contents),
@@ -66,7 +67,7 @@ impl PostgresMigrations {
         }
     }
 
-    /// Adds what to do about missing rights, which only an administrator can mend.
+    /// Adds to a missing right what an administrator can do about it.
     async fn explain(&self, error: tokio_postgres::Error) -> StoreError {
         let code = error.code().cloned();
         let text = describe(&error);
@@ -74,7 +75,7 @@ impl PostgresMigrations {
         if !missing_right && code != Some(SqlState::INVALID_SCHEMA_NAME) {
             return store_error(error);
         }
-        // What has failed is rolled back by now, so that the session can be asked.
+        // The failed transaction is rolled back by now, so the session can be queried.
         let names = self.connection.client.query_one(NAMES, &[]).await;
         let name = |column: usize| -> String {
             let found = names.as_ref().ok().and_then(|row| row.try_get(column).ok());
@@ -187,8 +188,8 @@ pub(super) async fn contents(
             table_of_our_name = Some(table);
         }
     }
-    // Looked for last: another server may be making them all just now, in one transaction, and must
-    // not be taken for somebody else.
+    // Searched for last. Another server may be making all of them at this moment, in one transaction. It must not be
+    // taken for another program.
     if has_table(client, "pisync_migrations").await? {
         let rows = client.query(APPLIED, &[]).await?;
         let applied: Result<Vec<_>, _> = rows
@@ -204,8 +205,8 @@ pub(super) async fn contents(
             })
             .collect();
         let applied = applied?;
-        // A table without a row is what is left after all was rolled back, and the Node service's tables may
-        // have been given back.
+        // An empty table remains after everything was rolled back. The Node service's tables may have been restored
+        // then.
         if !applied.is_empty() {
             let taken_over = has_table(client, "pisync_take_over").await?;
             return Ok(Contents::Ours(Ours { applied, taken_over }));
@@ -244,8 +245,8 @@ async fn is_applied(
     transaction.query_one(EXISTS, &[&name]).await?.try_get(0)
 }
 
-/// Creates the database that `target` names, from one that every server has; false when it was there
-/// already, and can be used.
+/// Creates the database that `target` names, from one that every server has. False when it existed already and can be
+/// used.
 pub(crate) async fn create_database(target: &PostgresTarget) -> Result<bool, StoreError> {
     let connector = Connector::new(target)?;
     if connector.database_exists().await? {
@@ -254,7 +255,7 @@ pub(crate) async fn create_database(target: &PostgresTarget) -> Result<bool, Sto
     let name = target.config.get_dbname().unwrap_or("pisync");
     let maintenance = match connector.with_database("postgres").connect().await {
         Ok(maintenance) => maintenance,
-        // It is there by default, but may have been dropped.
+        // That database exists by default, but may have been dropped.
         Err(error) => connector.with_database("template1").connect().await.map_err(|_| {
             StoreError::Unavailable(format!(
                 "the database {name} does not exist, and the database postgres, from which it would be created, \
@@ -266,7 +267,7 @@ pub(crate) async fn create_database(target: &PostgresTarget) -> Result<bool, Sto
     let create = format!("create database {quoted} encoding 'UTF8' template template0");
     let mut created = maintenance.client.batch_execute(&create).await;
     if matches!(&created, Err(error) if error.code() == Some(&SqlState::INVALID_PARAMETER_VALUE)) {
-        // The server's locale is bound to another encoding. What PiSync sorts, it sorts byte by byte.
+        // The server's locale may require another encoding. PiSync sorts byte by byte and needs no locale.
         let create = format!("{create} lc_collate 'C' lc_ctype 'C'");
         created = maintenance.client.batch_execute(&create).await;
     }

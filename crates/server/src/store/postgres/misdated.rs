@@ -1,6 +1,6 @@
-//! Jobs whose last event has a date that cannot be, because a clock was wrong when it came. Maintenance counts such a job
-//! again without that event. `set_aside_until` says when the first event that does not count comes to count; the job is
-//! then counted once more.
+//! Recounts jobs whose last event has an impossible date, because a clock was wrong when the event arrived.
+//! `maintenance` calls it. Such a job is recounted without that event. `set_aside_until` tells when the first skipped
+//! event begins to count; the job is then recounted once more. Nothing here changes an event.
 
 use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
@@ -8,11 +8,11 @@ use tokio_postgres::{Error, error::SqlState};
 
 use super::{connect::Object, statements::unanswered_failures};
 
-/// How often a device that met a deadlock is tried again.
+/// How many times a device is retried after a deadlock.
 const RETRIES: u32 = 5;
 
-/// Of a job's events, when the first comes to count that are dated, or were received, after the parameter `latest`; null
-/// when there are none.
+/// SQL for the time when the first skipped event of a job begins to count. Events that are dated, or were received,
+/// after the parameter `latest` are skipped. Null when there are none.
 fn set_aside_until(latest: &str) -> String {
     format!(
         "least(min(timestamp) filter (where timestamp > {latest}),
@@ -20,8 +20,8 @@ fn set_aside_until(latest: &str) -> String {
     )
 }
 
-/// Counts all jobs again that show a date after `latest`, or have events set aside that are dated before; answers how
-/// many have changed.
+/// Recounts all jobs that show a date after `latest`, and all jobs with skipped events whose date is no longer after
+/// it. Answers how many jobs have changed.
 pub(super) async fn recount(connection: &mut Object, latest: Timestamp) -> Result<u64, Error> {
     const FIND: &str = "
         select distinct device_id
@@ -60,8 +60,8 @@ async fn recount_device(
          order by job
            for update
     ";
-    // Where all dates are wrong, they are all there is to show, until ingest brings the first that is right. Without
-    // any right time of receipt, the last sync's own date is nearest to it.
+    // If all dates of a job are wrong, it shows them until ingest brings the first correct one. If no `received_at` is
+    // correct, the date of the last sync is the best estimate.
     let write = format!(
         "update device_jobs stored
             set last_sync = coalesce(dated.last_sync, stored.last_sync),
@@ -95,13 +95,13 @@ async fn recount_device(
     let latest = latest.to_jiff();
     let locked = transaction.query(LOCK_JOBS, &[&device_id, &latest]).await?;
     let jobs: Vec<&str> = locked.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    // A later statement sees what others had committed before we got the locks.
+    // A later statement sees what others committed before we got the locks.
     let recounted = transaction.execute(&write, &[&device_id, &jobs, &latest]).await?;
     transaction.commit().await?;
     Ok(recounted)
 }
 
-/// Notes when a device's jobs are to be counted again, which have just been counted with what is dated up to `latest`.
+/// Notes when a device's jobs must be recounted. They were just recounted from the events dated up to `latest`.
 pub(super) async fn note_set_aside(
     transaction: &Transaction<'_>,
     device_id: &str,

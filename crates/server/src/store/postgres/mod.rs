@@ -1,5 +1,5 @@
-//! The production store. `store` opens it; each resource is read and changed in a file of its name. An event's way is
-//! `writer`, `transactions`, `statements`.
+//! The production store. `store` opens it; each resource is read and changed in the file of its name. An event passes
+//! through `writer`, `transactions` and `statements`. Nothing outside `store` may depend on this module.
 
 mod audit;
 mod batch_columns;

@@ -1,4 +1,5 @@
-//! Why there is no session, in words for whoever looks after the server.
+//! Explains why there is no session, in words for the person who runs the server. `connect`, `session` and `hosts` call
+//! it. A message must never show the password.
 
 use std::{fmt, time::Duration};
 
@@ -8,13 +9,13 @@ use super::errors::{describe, is_refusal};
 
 /// Why there is no session.
 pub(super) enum NoSession {
-    /// Whoever was asked said nothing in time.
+    /// The host did not answer in time.
     Silent(Duration),
-    /// The driver or PostgreSQL said why.
+    /// The driver or PostgreSQL reported an error.
     Error(tokio_postgres::Error),
-    /// It could be had, but is of no use for now.
+    /// A session is possible, but cannot be used for now.
     Unfit(String),
-    /// It could be had, but is not used until somebody has changed what is wrong.
+    /// A session is possible, but is not used until somebody has corrected what is wrong.
     Refused(String),
 }
 
@@ -23,7 +24,7 @@ impl NoSession {
         matches!(self, Self::Error(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME))
     }
 
-    /// Whether PostgreSQL works, and something in it or in the settings must be changed.
+    /// Whether PostgreSQL works, but something in it or in the settings must be changed.
     pub(super) fn is_refusal(&self) -> bool {
         match self {
             Self::Silent(_) | Self::Unfit(_) => false,
@@ -57,7 +58,7 @@ impl fmt::Display for NoSession {
     }
 }
 
-/// What to do about an error that keeps us from having a session.
+/// What to do about an error that prevents a session.
 fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
     let Some(code) = error.code() else {
         let missing = std::error::Error::source(error)

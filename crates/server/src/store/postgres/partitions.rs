@@ -1,4 +1,5 @@
-//! Monthly partitions of `sync_events` by `created_at`, made ahead of need.
+//! Makes monthly partitions of `sync_events` by `created_at`, ahead of need. `maintenance`, the writer and copies call
+//! it. It must never hold a lock for long, because ingest waits behind it.
 
 use jiff::{ToSpan, civil::Date, tz::TimeZone};
 use pisync_core::Timestamp;
@@ -10,11 +11,11 @@ use super::{
 };
 use crate::store::StoreError;
 
-/// Months beyond the present one to have ready: a server that nobody looks after for two months still
-/// has somewhere to put its events, and each node looks every hour.
+/// Months to have ready beyond the present one. A server that nobody attends to for two months still has a place for
+/// its events. Each node checks every hour.
 const MONTHS_AHEAD: i32 = 2;
 
-/// How long to wait for the locks that attaching needs. Ingest waits behind a waiting lock, so this is
+/// How long to wait for the locks that attaching needs. Ingest waits behind a waiting lock. The limit is therefore
 /// short, and the next round tries again.
 const LOCK_TIMEOUT: &str = "2s";
 
@@ -23,12 +24,12 @@ pub(super) fn month_of(instant: Timestamp) -> Date {
     instant.to_jiff().to_zoned(TimeZone::UTC).date().first_of_month()
 }
 
-/// This month and those to come, for which there must be partitions.
+/// This month and the following months that need partitions.
 pub(super) fn months_ahead(now: Timestamp) -> impl Iterator<Item = Date> {
     (0..=MONTHS_AHEAD).filter_map(move |ahead| month_of(now).checked_add(ahead.months()).ok())
 }
 
-/// Makes the partitions of this month and those to come.
+/// Makes the partitions of these months.
 pub(super) async fn ensure_ahead(client: &mut Client, now: Timestamp) -> Result<(), StoreError> {
     for month in months_ahead(now) {
         ensure(client, month).await?;
@@ -42,8 +43,8 @@ pub(super) async fn ensure(client: &mut Client, month: Date) -> Result<(), Store
     create(client, &partition).await.map_err(store_error)
 }
 
-/// The table of a month's events: made as a table of its own and attached then, for `create table …
-/// partition of` would lock the parent against everything, a long export included.
+/// The table of a month's events. It is made as a separate table and attached then. `create table … partition of` would
+/// lock the parent against everything, even a long export.
 pub(super) struct Partition {
     pub(super) table: String,
     first: Date,
@@ -52,7 +53,7 @@ pub(super) struct Partition {
 }
 
 impl Partition {
-    /// That of the month that begins with `first`; `None` for the last one that the calendar knows.
+    /// The partition of the month that begins with `first`; `None` for the last month of the calendar.
     pub(super) fn of(first: Date) -> Option<Self> {
         let end = first.checked_add(1.month()).ok()?;
         Some(Self { table: format!("sync_events_{}", first.strftime("%Y_%m")), first, end })
@@ -63,12 +64,12 @@ impl Partition {
         self.first
     }
 
-    /// The month's beginning and end, as PostgreSQL reads them.
+    /// The month's beginning and end, as SQL text.
     pub(super) fn bounds(&self) -> (String, String) {
         (format!("{} 00:00+00", self.first), format!("{} 00:00+00", self.end))
     }
 
-    /// Makes the table. The check spares attaching a scan.
+    /// Makes the table. Its check constraint saves a scan when it is attached.
     pub(super) fn create(&self) -> String {
         let (table, (first, end)) = (&self.table, self.bounds());
         format!(
@@ -79,7 +80,7 @@ impl Partition {
         )
     }
 
-    /// Makes it a partition.
+    /// Attaches it as a partition.
     pub(super) fn attach(&self) -> String {
         let (table, (first, end)) = (&self.table, self.bounds());
         format!(
@@ -101,7 +102,7 @@ async fn create(client: &mut Client, partition: &Partition) -> Result<(), tokio_
     transaction.commit().await
 }
 
-/// Makes the partition, if it is missing, in the transaction of the caller, which keeps others from doing the
+/// Makes the partition, if it is missing, in the caller's transaction. That transaction must keep others from doing the
 /// same.
 pub(super) async fn create_within(
     client: &Client,
@@ -109,7 +110,7 @@ pub(super) async fn create_within(
 ) -> Result<(), tokio_postgres::Error> {
     let mut found = state(client, partition).await?;
     if matches!(found, State::Leaving | State::Detached) {
-        // Whoever is about to drop it has done so once this lock is ours, or was killed before.
+        // With this lock, any process that was about to drop the partition has done so, or was killed.
         client.execute("select pg_advisory_xact_lock($1)", &[&EXPIRY_LOCK]).await?;
         found = state(client, partition).await?;
     }
@@ -126,14 +127,14 @@ pub(super) async fn create_within(
     client.batch_execute(&partition.attach()).await
 }
 
-/// What there is of a month's partition.
+/// The state of a month's partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Its rows are found, and new ones go there.
+    /// Queries find its rows, and new rows go there.
     Attached,
-    /// It is being detached, and takes no rows any more. It stays so when that is interrupted.
+    /// It is being detached and takes no more rows. If detaching is interrupted, it stays in this state.
     Leaving,
-    /// It is a table of its own, perhaps about to be dropped.
+    /// It is a separate table, perhaps about to be dropped.
     Detached,
     Missing,
 }

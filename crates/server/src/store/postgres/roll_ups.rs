@@ -1,9 +1,11 @@
-//! The roll-ups: sums by device and day, and by hour of the whole fleet. Events are aggregated into them in the background,
-//! deleted events are subtracted, and windows are answered from them.
+//! The roll-ups: sums by device and day, and by hour of the entire fleet. `maintenance` aggregates events into them in
+//! small steps, deletions subtract from them, and statistics read them. Whoever locks devices as well must take the
+//! lock of `roll_up_state` first.
 //!
-//! The watermark is an instant: all events that were received until then are aggregated. Several nodes commit in any order,
-//! so it stays about a minute behind the present. Whoever stores events below it aggregates them in the same transaction.
-//! Readers add the events above the watermark in the same snapshot, so answers are always exact.
+//! The watermark is an instant. All events that were received up to it are aggregated. Several nodes commit in any
+//! order, so it stays about a minute behind the present. A transaction that stores events below the watermark
+//! aggregates them itself. Readers add the events above the watermark in the same snapshot, so answers are always
+//! exact.
 
 use std::time::Duration;
 
@@ -19,15 +21,16 @@ use super::{
 };
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
-/// Events received longer ago than this are final, once the transactions that began before are over: a batch's
-/// transaction begins within 55 s of its stamp (see `writer::LONGEST_WAIT`), and the rest is for servers whose clocks
-/// disagree a little. What has waited for longer, or what a slower clock or an import has stamped, its writer
-/// aggregates (see [`may_be_below_watermark`]).
+/// Events received longer ago than this are final, once older transactions have ended. A batch's transaction begins
+/// within 55 s of its stamp (see `writer::LONGEST_WAIT`). The rest of the minute allows for servers whose clocks differ
+/// a little. The writer itself aggregates batches that have waited longer, come from a slower clock, or belong to an
+/// import (see [`may_be_below_watermark`]).
 const FINAL_AFTER_MILLISECONDS: i64 = 60_000;
 
-/// When the oldest transaction began that may still store events. It has written something, or it waits for a lock
-/// before it can; readers and dumps do neither. One that waits for a standby is visible to nobody yet, however
-/// long ago it was committed here. Other roles' transactions show only to `pg_read_all_stats`.
+/// The start of the oldest transaction that may still store events. Such a transaction has written something, or waits
+/// for a lock before it can. Readers and dumps do neither. A transaction that waits for a standby counts as well: its
+/// rows are not visible yet, however long ago it was committed locally. Transactions of other roles are visible only to
+/// members of `pg_read_all_stats`.
 const OLDEST_WRITE: &str = "
     select min(xact_start)
       from pg_stat_activity
@@ -35,24 +38,24 @@ const OLDEST_WRITE: &str = "
        and (backend_xid is not null or wait_event_type = 'Lock')
 ";
 
-/// A batch that is received less than this after what a writer knows to be aggregated may be below the watermark before it
-/// is committed. Clocks that agree are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it; the rest is for
-/// those that differ by some seconds. Not seen is a slow clock whose batch is on its way at the very moment
-/// at which aggregation, having been behind, catches up.
+/// A batch may be below the watermark before it is committed, if it was received less than this after the last known
+/// watermark. With equal clocks, batches are at least [`FINAL_AFTER_MILLISECONDS`] ahead of it. The rest allows for
+/// clocks that differ by some seconds. One case is not detected: a slow clock's batch is in flight at the moment when
+/// aggregation, having been behind, catches up.
 const SAFE_AFTER_MILLISECONDS: i64 = 50_000;
 
-/// How far ahead of its receipt an event may be dated and still be found among the events of a window.
-/// It spares looking into the months before; `MAX_CLOCK_SKEW_SECONDS` is 5 minutes unless set.
+/// How far an event's date may be ahead of its `received_at` so that a window still finds the event. The bound saves
+/// searching earlier months. `MAX_CLOCK_SKEW_SECONDS` is 5 minutes by default.
 const LONGEST_LEAD_MILLISECONDS: i64 = 31 * 24 * 60 * 60 * 1000;
 
-/// A step sums up many events at most; only one over rows that foreign SQL gave the same `created_at`
-/// could take long.
+/// A step sums up a limited number of events. It can take long only if foreign SQL gave very many rows the same
+/// `created_at`.
 const STEP_TIMEOUT: &str = "set local statement_timeout = '10min'";
 
-/// The most that a step over the network may take, altogether.
+/// The maximum time of a step, including the network.
 pub(super) const AGGREGATION_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// What rows of `sync_events` add up to, in the order of [`Sums::COLUMNS`].
+/// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
 const EVENT_SUMS: [&str; Sums::COUNT] = [
     "count(*)",
     "count(*) filter (where total_errors > 0)",
@@ -62,7 +65,7 @@ const EVENT_SUMS: [&str; Sums::COUNT] = [
     "count(internet_speed)",
 ];
 
-/// What rows of `sync_events` add up to, with commas between.
+/// The sums of rows of `sync_events`, with commas between.
 pub(super) fn event_sums() -> String {
     EVENT_SUMS.join(", ")
 }
@@ -73,7 +76,7 @@ pub(super) fn named_event_sums() -> String {
     named.map(|(sum, column)| format!("{sum} as {column}")).collect::<Vec<_>>().join(", ")
 }
 
-/// What an insertion of sums is made of: the columns, what events add up to, and how that is added to a row that is there.
+/// The parts of an insertion of sums: the columns, the sums of the events, and the addition to an existing row.
 fn insertion() -> (String, String, String) {
     (Sums::names(), event_sums(), add())
 }
@@ -81,12 +84,12 @@ fn insertion() -> (String, String, String) {
 const DAY: &str = "(timestamp at time zone 'UTC')::date";
 const HOUR: &str = "date_trunc('hour', timestamp, 'UTC')";
 
-/// The end of an insertion of sums where there may be some already.
+/// The end of an insertion of sums, for rows that may exist already.
 fn add() -> String {
     format!("do update set {}", Sums::add_to("stored"))
 }
 
-/// Adds the events that `source`, the rest of a `from` clause, names to the sums by day.
+/// Adds events to the sums by day. `source`, the rest of a `from` clause, names the events.
 fn aggregate_days_of(source: &str) -> String {
     let (names, event_sums, add) = insertion();
     format!(
@@ -112,7 +115,7 @@ fn aggregate_hours_of(source: &str) -> String {
     )
 }
 
-/// What the aggregated events that `filter` finds add up to by day, then the day and the device.
+/// The sums by day of the aggregated events that match `filter`, then the day and the device.
 pub(super) fn recounted_days(filter: &str) -> String {
     let event_sums = event_sums();
     format!(
@@ -129,7 +132,7 @@ pub(super) fn recounted_hours(filter: &str) -> String {
     format!("select {event_sums}, {HOUR} as hour from sync_events where {filter} group by hour")
 }
 
-/// Sums a device's days up anew. The state is locked, and events are aggregated until `watermark`.
+/// Recomputes the sums of a device's days. The state is locked, and events are aggregated up to `watermark`.
 pub(super) async fn aggregate_days_again(
     transaction: &Transaction<'_>,
     device_id: &str,
@@ -141,7 +144,7 @@ pub(super) async fn aggregate_days_again(
     transaction.execute(&aggregate, &[&device_id, &watermark]).await.map(|_| ())
 }
 
-/// Adds what is aggregated of a device's events to the sums by hour. The state is locked.
+/// Adds a device's aggregated events to the sums by hour. The state is locked.
 pub(super) async fn aggregate_hours_again(
     transaction: &Transaction<'_>,
     device_id: &str,
@@ -152,8 +155,9 @@ pub(super) async fn aggregate_hours_again(
     transaction.execute(&aggregate, &[&device_id, &watermark]).await.map(|_| ())
 }
 
-/// Deletes events of a device that were received until then, up to `last` (date and id) in the order of the index,
-/// or all of them, and takes them out of the sums by day and hour; tells how many. The state is locked.
+/// Deletes a device's events with `created_at` up to `received_until`, and subtracts them from the sums by day and
+/// hour. With `last` (date and id), it deletes only the events up to that one, in the order of the index. Answers how
+/// many. The state is locked.
 pub(super) async fn delete_events(
     transaction: &Transaction<'_>,
     device_id: &str,
@@ -201,8 +205,8 @@ pub(super) async fn delete_events(
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
-/// Those events of a batch that are below the watermark, as of this statement. `received_at` is an empty array when events
-/// arrive now, and nulls take its place.
+/// The events of a batch that are below the watermark, as of this statement. `received_at` is an empty array when
+/// events arrive now, and nulls take its place.
 const BELOW_WATERMARK: &str = "(
     select device_id, timestamp, total_files_synced, total_errors,
            speed_hundredths * 0.01 as internet_speed
@@ -215,12 +219,11 @@ const BELOW_WATERMARK: &str = "(
      where coalesce(received_at, $7) <= (select folded_until from roll_up_state)
 ) below_watermark";
 
-/// Begins the transaction of a writer whose events may be below the watermark. The lock, which other
-/// writers may hold too, keeps aggregation from going on until the transaction ends, and statements after it
-/// see how far it has come.
+/// Begins the transaction of a writer whose events may be below the watermark. Its lock stops aggregation until the
+/// transaction ends; other writers may hold it at the same time. Later statements see the current watermark.
 pub(super) const BEGIN_WITHOUT_AGGREGATION: &str = "begin; select from roll_up_state for share";
 
-/// What such a writer sends once its events are inserted.
+/// The statements that such a writer runs once its events are inserted.
 pub(super) struct BelowWatermarkStatements {
     aggregate_days: Statement,
     aggregate_hours: Statement,
@@ -234,7 +237,7 @@ impl BelowWatermarkStatements {
         })
     }
 
-    /// Aggregates those of the events that `parameters` hold which are below the watermark.
+    /// Aggregates the events in `parameters` that are below the watermark.
     pub(super) async fn aggregate(
         &self,
         client: &Client,
@@ -245,8 +248,8 @@ impl BelowWatermarkStatements {
     }
 }
 
-/// Aggregates the events received in the next so many milliseconds; false when there is nothing more that
-/// is final, or another node is at it.
+/// Aggregates the events received in the next `milliseconds`. False when there are no more final events, or another
+/// node is aggregating.
 pub(super) async fn aggregate(
     connection: &mut Object,
     now: Timestamp,
@@ -259,14 +262,14 @@ pub(super) async fn aggregate(
     if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
         return Ok(false);
     }
-    // Before the events are looked at, which is in later snapshots: whoever ends in between is seen there.
+    // Read before the events. The events are read in later snapshots, which see every transaction that ends in between.
     let oldest_write = transaction.query_one(OLDEST_WRITE, &[]).await?;
     let oldest_write =
         oldest_write.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate);
     let last = final_until(oldest_write.map_or(now, |oldest| oldest.min(now)));
     let watermark = match lock_state(&transaction).await? {
         Some(watermark) => Some(watermark),
-        // The first aggregate of all begins just before the oldest event.
+        // The first aggregation of all begins just before the oldest event.
         None => transaction
             .query_one(OLDEST, &[])
             .await?
@@ -283,9 +286,9 @@ pub(super) async fn aggregate(
     Ok(until < last)
 }
 
-/// The rows of `device_days` or `fleet_hours`, as they would be if exactly the events received until
-/// `until` were aggregated, or all of them: what is stored, with the events that are not aggregated yet, and
-/// without those that were received later.
+/// SQL for the rows of `device_days` or `fleet_hours`, as if exactly the events received up to `until` were aggregated;
+/// without `until`, all events. It adds the events that are not aggregated yet to the stored rows. It subtracts
+/// aggregated events that were received later than `until`.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     const WATERMARK: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
     let (key, of_event) = match table {
@@ -330,13 +333,14 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     )
 }
 
-/// Whatever was received until then is committed or given up, unless a transaction that began before `now` is
-/// still in progress.
+/// Every event received up to this time is committed or given up, unless a transaction that began before `now` is still
+/// in progress.
 pub(super) fn final_until(now: Timestamp) -> Timestamp {
     now.saturating_add_milliseconds(-FINAL_AFTER_MILLISECONDS)
 }
 
-/// Aggregates what was received after `after` up to `until`. The state is locked, or nobody else is there.
+/// Aggregates the events received after `after` and up to `until`. The state is locked, or nobody else uses the
+/// database.
 pub(super) async fn aggregate_between(
     transaction: &tokio_postgres::Transaction<'_>,
     after: Timestamp,
@@ -350,15 +354,15 @@ pub(super) async fn aggregate_between(
     Ok(())
 }
 
-/// Keeps events from being aggregated until the transaction ends, and tells until when they are. Whoever
-/// locks devices as well takes this lock first.
+/// Stops aggregation until the transaction ends, and answers the watermark. A caller that also locks devices must take
+/// this lock first.
 pub(super) async fn lock_state(transaction: &Transaction<'_>) -> Result<Option<Timestamp>, Error> {
     const LOCK_STATE: &str = "select folded_until from roll_up_state for update";
     aggregated_until(&transaction.query_one(LOCK_STATE, &[]).await?)
 }
 
-/// Whether events that arrive at `received` may be below the watermark before they are committed, given what was
-/// `watermark` some seconds ago.
+/// Whether events that arrive at `received` may be below the watermark before they are committed. `watermark` is a
+/// value of some seconds ago.
 pub(super) fn may_be_below_watermark(received: Timestamp, watermark: Option<Timestamp>) -> bool {
     watermark.is_some_and(|watermark| {
         received < watermark.saturating_add_milliseconds(SAFE_AFTER_MILLISECONDS)
@@ -369,16 +373,16 @@ fn aggregated_until(state: &Row) -> Result<Option<Timestamp>, Error> {
     Ok(state.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate))
 }
 
-/// Takes a device that is to be deleted out of the fleet's sums; `device_days` goes with the device.
+/// Subtracts a device that will be deleted from the fleet's sums. `device_days` is deleted together with the device.
 /// The state and the device are locked.
 pub(super) async fn forget(
     transaction: &Transaction<'_>,
     device_id: &DeviceId,
     watermark: Option<Timestamp>,
 ) -> Result<(), Error> {
-    // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
-    // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
-    // So whole days stay right, and nothing else is asked for of days that long ago.
+    // The events that are kept are subtracted hour by hour. The rest of the device's days comes from events that were
+    // dropped, whose hours are unknown. It is subtracted from the first hour of each day. Sums of entire days stay
+    // correct, and queries use only entire days that far back.
     let (names, event_sums, add) = insertion();
     let negative = Sums::negative();
     let negative_sums = Sums::sql(|column| format!("-sum({column})"));
@@ -411,14 +415,14 @@ pub(super) async fn forget(
     Ok(())
 }
 
-/// Until when events are aggregated, as this snapshot has it. It is given to the queries as a value, for
-/// they are planned by it: the events after it are few.
+/// The watermark, as of this snapshot. It is passed to queries as a value, so that the planner sees how few events
+/// follow it.
 pub(super) async fn watermark(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
     let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
     Ok(aggregated_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
 }
 
-/// What the whole fleet's events within a window add up to.
+/// The sums of the entire fleet's events within a window.
 pub(super) async fn window_figures(
     connection: &mut Object,
     window: &Window,
@@ -444,12 +448,12 @@ pub(super) async fn window_figures(
     self::sums(&row).map(Figures::from)
 }
 
-/// A row that begins with the sums.
+/// Reads a row that begins with the sums.
 pub(super) fn sums(row: &Row) -> Result<Sums, Error> {
     Sums::read(|column| row.try_get(column))
 }
 
-/// Devices that failed within a window, whose number of failures in it stands in for that of all time.
+/// Devices that failed within a window. Their number of failures in it replaces that of all time.
 pub(super) async fn repeated_failures(
     connection: &mut Object,
     query: &FailureQuery,
@@ -469,7 +473,7 @@ pub(super) async fn repeated_failures(
           ) failures
          group by device_id
     ";
-    // Through the index of failed events.
+    // Uses the index of failed events.
     const BY_EVENT: &str = "
         select device_id, count(*) as failed_syncs
           from sync_events
@@ -517,7 +521,7 @@ pub(super) async fn repeated_failures(
     let total: i64 = match rows.first() {
         Some(row) => row.try_get(DEVICE_ROW + 1)?,
         None if query.offset == 0 => 0,
-        // Behind the last page no row tells.
+        // Behind the last page no row carries the total.
         None => snapshot.query_one(&count, &parameters).await?.try_get(0)?,
     };
     let device = |row: &Row| -> Result<Device, Error> {

@@ -1,4 +1,5 @@
-//! How rows of PostgreSQL's tables become devices, figures and times. All queries of the resources use it.
+//! Converts rows of PostgreSQL's tables into devices, figures and times. All queries of the resources use it. It runs
+//! only queries about one device.
 
 use deadpool_postgres::GenericClient;
 use pisync_core::Timestamp;
@@ -7,10 +8,10 @@ use tokio_postgres::{Error, IsolationLevel, Row};
 use super::connect::Object;
 use crate::store::{Device, Figures, Sums};
 
-/// A device's columns, as [`device_row`] reads them, then [`job_sums`].
+/// The columns of a device, as [`device_row`] reads them before [`job_sums`].
 pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
-/// What [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has none.
+/// The columns that [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has no jobs.
 pub(super) fn job_sums() -> String {
     let sums = Sums::sql(|column| format!("sum(j.{column})::bigint"));
     format!(
@@ -19,10 +20,10 @@ pub(super) fn job_sums() -> String {
     )
 }
 
-/// How many columns [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
+/// The number of columns that [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
 pub(super) const DEVICE_ROW: usize = 4 + Sums::COUNT + 6;
 
-/// A transaction that sees one moment throughout.
+/// A transaction that sees a single moment.
 pub(super) async fn snapshot(
     connection: &mut Object,
 ) -> Result<deadpool_postgres::Transaction<'_>, Error> {

@@ -1,6 +1,6 @@
-//! What a new session must be before anything is sent on it: an own session of PostgreSQL, with our settings,
-//! in a database that can hold any letter. Called by `connect` for every session, since after a failover the
-//! same name may lead elsewhere.
+//! Checks a new session before anything is sent on it. It must be a PostgreSQL session of its own, with our settings,
+//! in a database that can hold any letter. `connect` calls it for every session, because after a failover the same name
+//! may lead to another server.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
 
 use super::{connection::Connection, no_session::NoSession};
 
-/// Settings of every session. Compiling queries to machine code costs more than ours take; a
-/// statement that takes half a minute has gone wrong; a transaction left open would hold its locks; without its warnings
-/// PostgreSQL would not say that a commit is not replicated; and statements are written for this isolation.
+/// Settings of every session. Compiling queries to machine code costs more than running ours. A statement that takes
+/// half a minute has gone wrong. A transaction that is left open would hold its locks. Without warnings, PostgreSQL
+/// would not report a commit that is not replicated. Our statements are written for this isolation level.
 const SETTINGS: [(&str, &str); 7] = [
     ("jit", "off"),
     ("timezone", "UTC"),
@@ -21,11 +21,11 @@ const SETTINGS: [(&str, &str); 7] = [
     ("default_transaction_isolation", "read committed"),
 ];
 
-/// A setting that PostgreSQL knows nothing of. Each session is begun with a value of its own: one that has it
-/// was begun for us, and one without it was begun by something between.
+/// A setting that PostgreSQL does not know. Each session starts with a value of its own. A session with that value was
+/// started for us. One without it was started by a pooler in between.
 const MARK: &str = "pisync.session";
 
-/// How long a session may be idle that is to end, in milliseconds, and how long to wait for its end.
+/// The idle time after which the test session ends, in milliseconds, and how long to wait for its end.
 const IDLE_MILLISECONDS: u32 = 100;
 const IDLE_WAIT: Duration = Duration::from_secs(2);
 
@@ -34,24 +34,24 @@ const SHARES_SESSIONS: &str = "a connection pooler in transaction or statement m
      and prepared statements do not stay with a connection: use its session mode (of pgbouncer: \
      pool_mode=session for this database or user), or connect to PostgreSQL directly";
 
-/// Why options do not go together with a pooler.
+/// Why a pooler does not work together with options in the URL.
 pub(super) const OPTIONS_LOST: &str = "a connection pooler answers that keeps `options` from PostgreSQL: leave \
      them out of the URL and set them with `alter role … set …`, or connect to PostgreSQL directly";
 
-/// The startup option `options` of a session, with the user's own behind ours.
+/// The startup option `options` of a session: our settings, then the user's own.
 pub(super) fn options(mark: &str, own: Option<&str>) -> String {
-    // A space within a value is written so.
+    // A space within a value is escaped.
     let ours =
         SETTINGS.map(|(name, value)| format!("-c {name}={} ", value.replace(' ', "\\ "))).concat();
     format!("{ours}-c {MARK}={mark} {}", own.unwrap_or_default())
 }
 
-/// The same settings as statements, for where options do not come through.
+/// The same settings as statements, for sessions that the options do not reach.
 pub(super) fn set_statements() -> String {
     SETTINGS.map(|(name, value)| format!("set {name} = '{value}';")).concat()
 }
 
-/// Whether a pooler wants to hear nothing of options.
+/// Whether a pooler refuses options.
 pub(super) fn refuses_options(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|error| {
         *error.code() == SqlState::PROTOCOL_VIOLATION
@@ -59,7 +59,7 @@ pub(super) fn refuses_options(error: &tokio_postgres::Error) -> bool {
     })
 }
 
-/// What a session says of itself.
+/// What a session reports about itself.
 pub(super) struct State {
     is_read_only: bool,
     encoding: String,
@@ -68,7 +68,7 @@ pub(super) struct State {
 }
 
 impl State {
-    /// As a simple query, which passes through whatever stands between.
+    /// A simple query, because poolers pass it through.
     pub(super) async fn of(client: &Client) -> Result<Self, NoSession> {
         let select = format!(
             "select current_setting('transaction_read_only'),
@@ -94,18 +94,18 @@ impl State {
         })
     }
 
-    /// Whether the session was begun with this mark.
+    /// Whether the session was started with this mark.
     pub(super) fn has_mark(&self, mark: &str) -> bool {
         self.mark == mark
     }
 
-    /// Whether nothing can be written.
+    /// Whether the session cannot write.
     pub(super) fn is_read_only(&self) -> bool {
         self.is_read_only
     }
 
-    /// Fails unless the database can hold any letter. `SQL_ASCII` takes all bytes, but counts and cuts bytes
-    /// where letters are meant.
+    /// Fails unless the database can hold any letter. `SQL_ASCII` accepts all bytes, but counts and cuts bytes instead
+    /// of letters.
     pub(super) fn check_encoding(&self) -> Result<(), NoSession> {
         if self.encoding == "UTF8" {
             return Ok(());
@@ -120,10 +120,10 @@ impl State {
     }
 }
 
-/// Finds out whether a pooler gives each connection a session of its own, and fails if not. A session that is
-/// told to end when it is idle takes its connection along. Where the connection outlives it, the session was
-/// lent for a transaction. `connection` is used up; whoever else was lent the session finds it gone at most while
-/// nothing is done in it.
+/// Finds out whether a pooler gives each connection a session of its own, and fails if not. It tells the session to end
+/// when idle. An own session takes its connection with it. If the connection outlives the session, the pooler had lent
+/// the session for one transaction only. `connection` is used up. Another user of a lent session can lose it only while
+/// nothing runs in it.
 pub(super) async fn check_pooler(
     mut connection: Connection,
     timeout: Duration,

@@ -1,4 +1,5 @@
-//! Ingest's statements. `batch_columns` makes their parameters and runs them; each session of the writer prepares them once.
+//! Ingest's statements. `batch_columns` makes their parameters and runs them. Each session of the writer prepares them
+//! once.
 //!
 //! A batch goes into a statement as one array per column. Arrays are unnested side by side in a select list, which makes
 //! rows as they are needed. `from unnest(…)` would store each column first, which costs an eighth of the whole.
@@ -11,8 +12,8 @@ use crate::store::Sums;
 const TAKE_IDS: &str =
     "select array_agg(nextval('sync_events_id_seq')) from generate_series(1, $1::bigint)";
 
-/// Registers devices or moves their `updated_at` on. A row is new when no transaction has locked or replaced a
-/// version of it before: its `xmax` is 0.
+/// Registers devices or advances their `updated_at`. A row is new when no transaction has locked or replaced an earlier
+/// version of it: its `xmax` is 0.
 const UPSERT_DEVICES: &str = "
     insert into devices (device_id, created_at, updated_at)
     select device_id, coalesce(first_received, $2), coalesce(last_received, $2)
@@ -24,14 +25,14 @@ const UPSERT_DEVICES: &str = "
     returning device_id, xmax = 0 as is_new
 ";
 
-/// Answers the devices that are new.
+/// Answers the new devices.
 fn upsert_devices_statement() -> String {
     format!("with upserted as ({UPSERT_DEVICES}) select device_id from upserted where is_new")
 }
 
-/// The upsert of figures, of events that are inserted already. The rule is that of `pisync_core::JobFigures::add`.
-/// Where the figures cannot tell a streak, `pisync_streak` counts it, by then under the lock of the job's row; `first`
-/// is what must have happened before. Answers all of the batch's jobs.
+/// The upsert of figures, for events that are already inserted. The rule is that of `pisync_core::JobFigures::add`. If
+/// the figures alone do not give a streak, `pisync_streak` counts it. The job's row is locked by then. `first` is what
+/// must have happened before. Answers all of the batch's jobs.
 fn upsert_jobs(first: &str) -> String {
     let types =
         [vec!["text"; 2], vec!["bigint"; Sums::COUNT], TIMES_AND_STREAK.1.to_vec()].concat();
@@ -124,10 +125,9 @@ fn upsert_jobs_statement() -> String {
     )
 }
 
-/// True when the part of a statement that writes to `table` has written as many rows as were sent. Otherwise it
-/// fails the statement: a trigger may drop a row without an error (`return null`), and that refuses the data as much
-/// as one that raises an error. The cast is what PostgreSQL has for raising one within a statement, and its message
-/// shows the text.
+/// True when the part of a statement that writes to `table` has written as many rows as were sent. Otherwise it fails
+/// the statement. A trigger may drop a row without an error (`return null`). That refuses the data as much as a trigger
+/// that raises an error. Only a failing cast can raise an error within a statement; its message shows the text.
 fn all_written(part: &str, table: &str, sent: &str) -> String {
     format!(
         "(select case
@@ -139,9 +139,9 @@ fn all_written(part: &str, table: &str, sent: &str) -> String {
     )
 }
 
-/// A whole batch, and its commit, in a single statement, with or without devices to register and event ids.
-/// Answers the jobs that are failing, and the devices that are new, which have no job. Its parts come in the order
-/// of `transactions`, each when the one before has been carried out for all of its rows.
+/// A batch and its commit in a single statement, with or without devices to register and event ids. Answers the failing
+/// jobs, and the new devices, which have no job. Its parts run in the order of `transactions`. Each part starts when
+/// the one before has finished with all of its rows.
 fn store_statement(with_devices: bool, with_keys: bool) -> String {
     let mut parts = Vec::new();
     let mut answer =
@@ -152,7 +152,7 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
         let upsert = renumbered(UPSERT_DEVICES, JOB_PARAMETERS + EVENT_PARAMETERS);
         parts.push(format!("registered as ({upsert})"));
         answer.push_str(" union all select device_id, null, null from registered where is_new");
-        // A device that a trigger drops has no place for its events.
+        // Events of a device that a trigger drops cannot be stored.
         first = "(select count(*) from registered) is not null".to_owned();
     }
     if with_keys {
@@ -172,13 +172,13 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
     format!("with {} {answer}", parts.join(", "))
 }
 
-/// How many parameters there are in [`upsert_jobs`]: a device, a job, its figures, and since when streaks count.
+/// The number of parameters of [`upsert_jobs`]: a device, a job, its figures, and since when streaks count.
 pub(super) const JOB_PARAMETERS: usize = 2 + Sums::COUNT + TIMES_AND_STREAK.0.len() + 1;
 
-/// How many there are in [`INSERT_EVENTS`].
+/// The number of parameters of [`INSERT_EVENTS`].
 pub(super) const EVENT_PARAMETERS: usize = 13;
 
-/// A statement whose parameters come after `before` others.
+/// A statement whose parameters follow `before` other parameters.
 fn renumbered(statement: &str, before: usize) -> String {
     let mut parts = statement.split('$');
     let mut text = parts.next().unwrap_or_default().to_owned();
@@ -191,7 +191,7 @@ fn renumbered(statement: &str, before: usize) -> String {
     text
 }
 
-/// A column that no event of the batch has a value for is an empty array, and nulls take its place.
+/// An empty array stands for a column that has no value in this batch. Nulls take its place.
 const INSERT_EVENTS: &str = "
     insert into sync_events (
         id, device_id, timestamp, total_files_synced, total_errors, internet_speed, job,
@@ -210,9 +210,9 @@ const INSERT_EVENTS: &str = "
            ) as batch
 ";
 
-/// Counts the stored failures of a job after its last success, by date and then by id, given the name under which
-/// the statement around it knows the job's `device_id`, `job`, `last_success` and `last_failure`. The rule is that of
-/// [`pisync_core::StreakCount::Recount`], and the function `pisync_streak` states it for ingest.
+/// SQL that counts the stored failures of a job after its last success, by date and then by id. The surrounding
+/// statement calls the job `job`. It must know the job's `device_id`, `job`, `last_success` and `last_failure`. The
+/// rule is that of [`pisync_core::StreakCount::Recount`]; the function `pisync_streak` states it for ingest.
 pub(super) fn unanswered_failures(job: &str) -> String {
     format!(
         "select count(*)
@@ -232,12 +232,11 @@ pub(super) fn unanswered_failures(job: &str) -> String {
     )
 }
 
-/// The parameters of [`INSERT_EVENTS`] that make a key: device, event id, id, timestamp, and when it was
-/// received.
+/// The parameters of [`INSERT_EVENTS`] that make a key: device, event id, id, timestamp, and `received_at`.
 const KEYS_AMONG_EVENTS: [usize; 5] = [2, 11, 1, 3, 12];
 
-/// Inserts the keys of those events that have one, given the numbers of its parameters. Fails when an event
-/// was reported before, which is rare, and costs least when it was not.
+/// Inserts the keys of the events that have one. `numbers` are the numbers of its parameters. It fails when an event
+/// was reported before. That is rare, and otherwise this form costs least.
 fn insert_keys_statement(numbers: [usize; 5]) -> String {
     let [device_id, event_id, id, timestamp, received] = numbers;
     format!(
@@ -251,7 +250,7 @@ fn insert_keys_statement(numbers: [usize; 5]) -> String {
     )
 }
 
-/// Leaves out the keys that are there already. Whose they are, this statement cannot see: one after it does, in a
+/// Skips keys that exist already. This statement cannot see which event they belong to. A later statement can, in a
 /// later snapshot.
 fn insert_new_keys_statement() -> String {
     format!("{} on conflict do nothing", insert_keys_statement([1, 2, 3, 4, 5]))
@@ -269,7 +268,7 @@ fn find_keys_statement() -> String {
     )
 }
 
-/// Whether any of a batch's events is stored: then all are.
+/// Whether any event of a batch is stored. If one is, all are.
 const ARE_STORED: &str = "
     select exists (
         select
@@ -278,13 +277,13 @@ const ARE_STORED: &str = "
     )
 ";
 
-/// The statements as the server has parsed them.
+/// The prepared statements.
 pub(super) struct Statements {
     pub(super) take_ids: Statement,
     pub(super) upsert_devices: Statement,
     pub(super) upsert_jobs: Statement,
     pub(super) insert_events: Statement,
-    /// By whether there are devices to register, then by whether there are event ids.
+    /// Indexed by whether there are devices to register, then by whether there are event ids.
     pub(super) store: [[Statement; 2]; 2],
     pub(super) insert_keys: Statement,
     pub(super) insert_new_keys: Statement,

@@ -1,5 +1,6 @@
-//! The production store: PostgreSQL 14 or newer, through one connection that ingest owns and a pool for everything else.
-//! What is done with each resource is beside its SQL.
+//! The production store: PostgreSQL 14 or newer. Ingest owns one connection, and a pool serves everything else. The
+//! files of the resources call it to run their SQL. No call may wait for PostgreSQL without a limit, except those that
+//! must take any time.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -15,46 +16,45 @@ use super::{
 };
 use crate::store::{PoolUsage, PostgresTarget, Store, StoreError, step_size::StepSize};
 
-/// How long a sign of life may take.
+/// How long a check that the database answers may take.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Longest time that one read or change may take on our side. PostgreSQL gives up a little earlier
-/// (see `connect`); this is for when it does not answer at all.
+/// The maximum time of one read or change on our side. PostgreSQL gives up a little earlier (see `connect`). This limit
+/// is for a server that does not answer at all.
 const CALL_TIMEOUT: Duration = Duration::from_secs(35);
 
-/// How many connections of the pool may do reads whose cost grows with a history. The others are kept for the
-/// rest, such as what the dashboard shows, or whether a key may report for a device.
+/// How many pooled connections may run reads whose cost grows with a history. The others are reserved for the rest,
+/// such as the dashboard, or the check whether a key may report for a device.
 const LONG_READS: usize = 5;
 
-/// How long such a read waits for its turn, as for a connection.
+/// How long such a read waits for its turn; the same as for a connection.
 const LONG_READ_WAIT: Duration = Duration::from_secs(5);
 
-/// Bounds of the stretch of time whose events are aggregated at once. The largest passes over empty months
-/// quickly.
+/// Bounds of the time span whose events are aggregated at once. The largest span skips empty months quickly.
 const AGGREGATION_MILLISECONDS: RangeInclusive<i64> = 1_000..=31 * 24 * 60 * 60 * 1000;
 
-/// How long that should take: long enough to be worth a commit, and short for whoever waits for it,
+/// How long one aggregation should take. It is long enough to be worth a commit, and short for those who wait for it,
 /// such as the deletion of a device.
 const AGGREGATION_TARGET: Duration = Duration::from_millis(200);
 
-/// Bounds of the number of events of a device that are deleted at once, and how long that should take: aggregation, and
-/// reports that come late, wait for it.
+/// Bounds of the number of a device's events that are deleted at once, and how long that should take. Aggregation and
+/// late reports wait for it.
 const DELETE_EVENTS: RangeInclusive<i64> = 500..=20_000;
 const DELETE_TARGET: Duration = Duration::from_millis(100);
 
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 
-/// A PostgreSQL database that is open.
+/// An open PostgreSQL database.
 pub(in crate::store) struct PostgresStore {
     pub(super) connector: Connector,
     pub(super) pool: Pool,
-    /// Reads whose cost grows with a history; some connections of the pool are kept for the rest.
+    /// Permits for reads whose cost grows with a history. Some pooled connections are reserved for the rest.
     pub(super) long_reads: Semaphore,
-    /// A connection for signs of life alone, which must not wait for what others read.
+    /// A connection that only checks that the database answers. It must not wait for other reads.
     pub(super) pulse: Mutex<Option<Connection>>,
-    /// The stretch of time whose events are aggregated at once, in milliseconds.
+    /// The time span whose events are aggregated at once, in milliseconds.
     pub(super) aggregation_step: StepSize,
-    /// Events of a device to delete at a time.
+    /// How many events of a device are deleted at a time.
     pub(super) delete_step: StepSize,
 }
 
@@ -72,7 +72,7 @@ impl PostgresStore {
             aggregation_step,
             delete_step,
         };
-        // Not within the time of a sign of life: a host that is silent may come before the one that answers.
+        // Done before the ping, whose time limit is too short: a silent host may come before the one that answers.
         drop(store.connection().await?);
         store.ping().await?;
         Ok(store)
@@ -85,7 +85,7 @@ impl PostgresStore {
         })
     }
 
-    /// Runs `work` on a pooled connection, for a bounded time.
+    /// Runs `work` on a pooled connection, for a limited time.
     pub(super) async fn call<T>(
         &self,
         work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
@@ -93,7 +93,8 @@ impl PostgresStore {
         self.call_within(CALL_TIMEOUT, work).await
     }
 
-    /// Runs `work` whose cost grows with a history: so many at a time that others still find a connection.
+    /// Runs `work` whose cost grows with a history. Only some may run at a time, so that others still find a
+    /// connection.
     pub(super) async fn call_long<T>(
         &self,
         work: impl AsyncFnOnce(&mut Object) -> Result<T, tokio_postgres::Error>,
@@ -131,8 +132,8 @@ impl PostgresStore {
         self.call_unbounded(work).await
     }
 
-    /// Runs `work` on a pooled connection, for as long as it takes. Everything that is committed on the pool's
-    /// connections is committed in here, so nobody is told of a change that may not be replicated as if it were.
+    /// Runs `work` on a pooled connection, without a time limit. Every commit on the pool's connections happens in
+    /// here. A change that may not be replicated is therefore never reported as done.
     pub(super) async fn call_unbounded<T>(
         &self,
         work: impl AsyncFnOnce(&mut Object) -> Result<T, StoreError>,
@@ -141,7 +142,7 @@ impl PostgresStore {
         let result = work(&mut connection).await;
         let confirmed = connection.confirm_change();
         if confirmed.is_err() || matches!(&result, Err(StoreError::Unavailable(_))) {
-            // Whoever got it next would wait for the same silence, or hear of a change that is none of theirs.
+            // The next user would wait for the same silence, or get an error about a change that is not its own.
             drop(Object::take(connection));
         }
         confirmed.and(result)
@@ -154,7 +155,7 @@ impl Store for PostgresStore {
         const SIGN_OF_LIFE: &str = "select exists (select from devices)";
         let ping = async {
             let mut pulse = self.pulse.lock().await;
-            // One that does not answer is dropped, and so closed.
+            // A connection that does not answer is dropped and thereby closed.
             let connection = match pulse.take().filter(|pulse| !pulse.client.is_closed()) {
                 Some(connection) => connection,
                 None => self.connector.connect().await?,

@@ -1,5 +1,5 @@
-//! Encryption towards PostgreSQL, with libpq's meaning of `sslmode`: `prefer` and `require` keep
-//! eavesdroppers out but trust whoever answers; `verify-ca` and `verify-full` ask for a certificate.
+//! Encryption of connections to PostgreSQL, with libpq's meaning of `sslmode`. `connect` calls it. `prefer` and
+//! `require` keep eavesdroppers out but trust any server; `verify-ca` and `verify-full` check its certificate.
 
 use std::{fmt, path::Path, sync::Arc};
 

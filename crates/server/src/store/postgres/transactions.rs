@@ -1,14 +1,14 @@
-//! How a batch is written: as a single statement, which commits by itself, or as one transaction of several statements. The
+//! Writes a batch: as a single statement, which commits by itself, or as one transaction of several statements. The
 //! writer decides which, and what to do when one fails.
 //!
-//! Rows are locked in the same order everywhere: devices, event ids, events, figures. So servers never wait for each other
-//! in a circle.
+//! Rows must be locked in the same order everywhere: devices, event ids, events, figures. Servers therefore never
+//! deadlock.
 //!
-//! Figures alone cannot always tell a streak. The upsert of figures then calls the function `pisync_streak`, once it has
-//! locked the job's row. The function sees what other servers have committed meanwhile, and this batch's events.
+//! Figures alone do not always give a streak. The upsert of figures then calls the function `pisync_streak`, once it
+//! has locked the job's row. The function sees what other servers have committed meanwhile, and this batch's events.
 //!
-//! A batch with an event that was reported before fails as a single statement. It then takes the deduplicating path: first
-//! the event ids are inserted, then the events that are new.
+//! A batch with an event that was reported before fails as a single statement. It then takes the deduplicating path:
+//! first the event ids are inserted, then the new events.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -26,35 +26,35 @@ use super::{
 };
 use crate::store::{Batch, Duplicate, FailureStreak, Written, batch::JobDelta};
 
-/// Ids taken from the sequence at a time. Other servers take theirs from the same sequence, so ids rise with time
-/// only roughly.
+/// Ids taken from the sequence at a time. Other servers take theirs from the same sequence, so ids only roughly follow
+/// time.
 pub(super) const ID_BLOCK: i64 = 4_096;
 
-/// A connection with what has been prepared on it.
+/// A connection with its prepared statements.
 pub(super) struct Session {
     pub(super) connection: Connection,
     pub(super) statements: Statements,
     pub(super) backend: Backend,
 }
 
-/// How far a transaction has come when something goes wrong.
+/// How far a transaction has come when something fails.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Transaction {
-    /// Whether it was begun by a statement of its own: an error leaves it open.
+    /// Whether it was begun by a separate statement. An error then leaves it open.
     pub(super) open: bool,
-    /// Whether it has been asked to commit.
+    /// Whether the commit was sent.
     pub(super) committing: bool,
 }
 
-/// What a batch that is a single statement comes to.
+/// The result of a batch that is a single statement.
 pub(super) struct Stored {
     pub(super) new_devices: Vec<DeviceId>,
     pub(super) streaks: Vec<FailureStreak>,
     pub(super) taken_ids: Vec<i64>,
 }
 
-/// Stores a batch in a single statement. Given the positions of its events in order, their ids, and those whose
-/// devices are to be upserted.
+/// Stores a batch in a single statement. It is given the order of its events, their ids, and the positions of events
+/// whose devices are upserted.
 pub(super) async fn write_single(
     session: Arc<Session>,
     batch: Arc<Batch>,
@@ -77,11 +77,11 @@ pub(super) async fn write_single(
     let (failing, new_devices) = stored?;
     connection.check_replicated()?;
     let streaks = streaks(&deltas, &failing)?;
-    // They can be taken later, too.
+    // If taking ids failed, they can be taken later.
     Ok(Stored { new_devices, streaks, taken_ids: taken.unwrap_or_default() })
 }
 
-/// A batch that is to be written in several statements.
+/// A batch that is written in several statements.
 pub(super) struct Work<'a> {
     pub(super) session: &'a Session,
     pub(super) batch: &'a Batch,
@@ -89,7 +89,7 @@ pub(super) struct Work<'a> {
     pub(super) ids: &'a [i64],
     /// See [`Batch::order`].
     pub(super) order: Vec<usize>,
-    /// The events whose devices are to be upserted.
+    /// The events whose devices are upserted.
     pub(super) upserted: &'a [usize],
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
@@ -98,8 +98,7 @@ pub(super) struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Sends everything but the commit without waiting for an answer. Answers ids for later, too, if some are to
-    /// be taken.
+    /// Sends everything but the commit without waiting for answers. Also answers ids for later batches, if `take_ids`.
     pub(super) async fn write_multi(
         self,
         take_ids: bool,
@@ -118,7 +117,7 @@ impl Work<'_> {
         };
 
         transaction.open = true;
-        // Polled in this order, so sent in this order, without waiting for each other's answers.
+        // Polled in this order, and therefore sent in this order. Nothing waits for the answer of another.
         let ((begun, new_devices, keyed, inserted, failing), taken) = future::join(
             future::join5(
                 client.batch_execute(self.begin()),
@@ -141,8 +140,8 @@ impl Work<'_> {
         Ok((Written { new_devices, streaks, ..Written::new(ids.to_vec()) }, taken))
     }
 
-    /// Finds out which events were reported before, and stores the others. `repeats` are those that repeat an
-    /// earlier one of the same batch.
+    /// Finds out which events were reported before, and stores the others. `repeats` are events that repeat an earlier
+    /// one of the same batch.
     pub(super) async fn write_deduplicating(
         mut self,
         repeats: &HashMap<usize, usize>,
@@ -185,7 +184,7 @@ impl Work<'_> {
         if self.may_be_below_watermark { roll_ups::BEGIN_WITHOUT_AGGREGATION } else { "begin" }
     }
 
-    /// Does what comes after the figures, and commits.
+    /// Does what follows the figures, and commits.
     async fn finish(
         &self,
         events: &EventColumns<'_>,
@@ -202,7 +201,8 @@ impl Work<'_> {
             imports::advance(client, step, !events.is_empty()).await?;
         }
         if events.is_empty() {
-            // The transaction may have changed nothing, and would not wait for what it has found either.
+            // The transaction may have changed nothing. Its commit would then not wait until the rows that it has found
+            // are durable.
             client.batch_execute(durability::CONFIRM).await?;
         }
         transaction.committing = true;
@@ -213,8 +213,8 @@ impl Work<'_> {
     }
 }
 
-/// Which events of a batch count, given what is kept under their event ids: those that are kept under
-/// their own id.
+/// Decides which events of a batch count: those that are kept under their own id. `kept` holds what is kept under their
+/// event ids.
 pub(super) fn resolve(
     batch: &Batch,
     ids: &[i64],
@@ -229,7 +229,7 @@ pub(super) fn resolve(
         if *id == ids[position] {
             continue;
         }
-        // The batch's own first event is not always read back: it may not be inserted yet.
+        // The first event may be in this batch. It is then not always read back, because it may not be inserted yet.
         let own = repeats.get(&position).filter(|first| ids[**first] == *id);
         let first = own.map(|first| batch.stored_event(*first, *id)).or_else(|| stored.clone());
         written.ids[position] = *id;
@@ -238,7 +238,7 @@ pub(super) fn resolve(
     written
 }
 
-/// The streaks that a batch made or prolonged, given what the upsert answered of failing jobs.
+/// The streaks that a batch began or continued. `failing` is what the upsert answered about failing jobs.
 fn streaks(deltas: &[JobDelta<'_>], failing: &[Row]) -> Result<Vec<FailureStreak>, WriteError> {
     let mut streaks = Vec::new();
     for row in failing {

@@ -1,4 +1,5 @@
-//! The time by which to delete, kept in one row; and PostgreSQL's own clock.
+//! Stores the time by which old events are deleted, in one row, and reads PostgreSQL's own clock. `maintenance` calls
+//! it. `store::trusted_time` decides; nothing here may.
 
 use std::time::Duration;
 
@@ -28,13 +29,13 @@ impl TrustedTimeStore for PostgresStore {
     }
 }
 
-/// Moves the time on by which to delete, and answers it.
+/// Advances the time by which old events are deleted, and answers it.
 pub(super) async fn advance(
     connection: &mut Object,
     now: Timestamp,
     ran: Duration,
 ) -> Result<TrustedTime, Error> {
-    // Servers that find none at the same moment wait here for each other.
+    // Servers that find no row at the same moment wait here for each other.
     const ADD: &str = "
         insert into trusted_time (id, until, seen, doubted)
         select 1, $1::timestamptz, $2::timestamptz, 0
@@ -65,7 +66,7 @@ pub(super) async fn advance(
     Ok(after)
 }
 
-/// The time that was believed last.
+/// The last believed time.
 pub(super) async fn read(client: &Client) -> Result<Option<TrustedTime>, Error> {
     const SELECT: &str = "select until, seen, doubted from trusted_time";
     client.query_opt(SELECT, &[]).await?.as_ref().map(trusted_time).transpose()
@@ -80,7 +81,7 @@ fn trusted_time(row: &Row) -> Result<TrustedTime, Error> {
 }
 
 async fn witnesses(transaction: &Transaction<'_>, now: Timestamp) -> Result<Witnesses, Error> {
-    // What has the very date of its receipt was dated by the server itself.
+    // An event whose date equals its `received_at` was dated by the server itself.
     const WITNESSES_OF: &str = "
         select count(distinct device_id),
                count(distinct device_id) filter (
@@ -102,7 +103,7 @@ async fn witnesses(transaction: &Transaction<'_>, now: Timestamp) -> Result<Witn
     Ok(Witnesses { devices: row.try_get(0)?, agreeing: row.try_get(1)? })
 }
 
-/// What PostgreSQL takes for the present.
+/// The present by PostgreSQL's clock.
 pub(super) async fn database_time(client: &Client) -> Result<Timestamp, Error> {
     let time = client.query_one("select clock_timestamp()", &[]).await?.try_get(0)?;
     Ok(Timestamp::truncate(time))

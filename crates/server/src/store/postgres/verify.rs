@@ -1,5 +1,5 @@
-//! Recounting figures from raw events: a page of devices in one snapshot, a repair in one short transaction per device.
-//! No request waits for a recount, so it has no time limit.
+//! Recounts figures from raw events. A page of devices is counted in one snapshot; a repair is one short transaction
+//! per device. `pisync verify` and `maintenance` call it. No request waits for a recount, so it has no time limit.
 
 use std::collections::HashSet;
 
@@ -21,10 +21,10 @@ use crate::store::{
     verify::{PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
 };
 
-/// How often the repair of a device that met a deadlock is tried again.
+/// How many times the repair of a device is retried after a deadlock.
 const RETRIES: u32 = 5;
 
-/// The columns of `device_jobs`, in the order in which [`recounted`] has them.
+/// The columns of `device_jobs`, in the order of [`recounted`].
 pub(super) fn job_columns() -> String {
     format!(
         "device_id, job, {}, first_sync, last_sync, last_success, last_failure, consecutive_failures,
@@ -35,12 +35,12 @@ pub(super) fn job_columns() -> String {
 
 const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
 
-/// A page: the devices after $1 up to $2, those that are not registered included; null means no bound.
+/// A page: the devices after $1 up to $2, including those that are not registered. Null means no bound.
 const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null or device_id <= $2)";
 
-/// What the events that `filter` finds add up to, in the order of [`job_columns`]. Those dated after the parameter
-/// `latest` change no streak, and are not shown as the last while there are others. So it is with times of receipt: the
-/// last date stands in for one that cannot be.
+/// The sums of the events that match `filter`, in the order of [`job_columns`]. Events dated after the parameter
+/// `latest` change no streak. They are shown as the last event only if there are no others. A `received_at` after
+/// `latest` is skipped in the same way; the last date replaces it.
 pub(super) fn recounted(filter: &str, latest: &str) -> String {
     let (names, sums) = (Sums::names(), roll_ups::named_event_sums());
     format!(
@@ -76,7 +76,7 @@ impl Verification for PostgresStore {
         repair: bool,
     ) -> Result<Verified, StoreError> {
         let latest = now.saturating_add_milliseconds(LONGEST_LEAD);
-        // Not `call`: a long history takes as long as it takes.
+        // Not `call`, because a long history may take any time.
         self.call_unbounded(async |connection| {
             let verified = page(connection, after, latest).await.map_err(store_error)?;
             if repair && verified.raw_since.is_none() {
@@ -190,7 +190,7 @@ async fn page(
     })
 }
 
-/// Writes what the events of a device add up to in the place of its figures, and registers it if need be.
+/// Replaces a device's figures with the sums of its events. Registers the device if it is missing.
 async fn repair_device(
     connection: &mut Object,
     device_id: &str,
@@ -223,8 +223,8 @@ async fn try_repair(
             on conflict (device_id) do nothing
     ";
     const LOCK_DEVICE: &str = "select from devices where device_id = $1 for key share";
-    // Empty figures, so that there is a row to lock: a server that stores the job's first event at the same
-    // moment has its row here, or waits for ours.
+    // Inserts empty figures, so that there is a row to lock. A server that stores the job's first event at the same
+    // moment has inserted its row, or waits for ours.
     let add_jobs = format!(
         "insert into device_jobs (
              device_id, job, {}, first_sync, last_sync, consecutive_failures, last_received
@@ -268,16 +268,16 @@ async fn try_repair(
     transaction.batch_execute(NO_TIME_LIMIT).await?;
     let watermark = roll_ups::lock_state(&transaction).await?;
     transaction.execute(REGISTER_DEVICE, &[&device_id]).await?;
-    // In the order in which servers lock: the device, then its jobs.
+    // Locks in the same order as servers: the device, then its jobs.
     if transaction.query_opt(LOCK_DEVICE, &[&device_id]).await?.is_none() {
-        // Somebody has deleted it meanwhile.
+        // Another session has deleted it meanwhile.
         return Ok(());
     }
     transaction.execute(&add_jobs, &[&device_id]).await?;
     let locked = transaction.query(LOCK_JOBS, &[&device_id]).await?;
     let jobs: Vec<&str> = locked.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    // Later statements see what others had committed before we got the locks; who comes after waits. A job
-    // that another server has made since is not ours to change.
+    // Later statements see what others committed before we got the locks. Later transactions wait. A job that another
+    // server has added since must not be changed.
     transaction.execute(REMOVE_JOBS, &[&device_id, &jobs]).await?;
     let latest = latest.to_jiff();
     transaction.execute(&write_figures, &[&device_id, &jobs, &latest]).await?;
@@ -302,8 +302,7 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
     Ok(hours.differences(expiry::raw_since(&snapshot).await?.is_none()))
 }
 
-/// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
-/// were `seen`; then false.
+/// Replaces an hour's sums with the sums of its events. False if they have changed since they were `seen`.
 async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bool, Error> {
     let numbered = |first: usize| {
         (first..first + Sums::COUNT).map(|number| format!("${number}")).collect::<Vec<_>>()
@@ -327,7 +326,7 @@ async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bo
     Ok(connection.execute(&write, &parameters).await? == 1)
 }
 
-/// One moment, without the usual limits of time.
+/// A snapshot without the usual time limit.
 async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
     let snapshot = connection
         .build_transaction()
@@ -339,7 +338,7 @@ async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
     Ok(snapshot)
 }
 
-/// When the day or hour after those begins.
+/// The beginning of the day or hour, in the column behind the sums.
 fn begins(row: &Row) -> Result<Timestamp, Error> {
     row.try_get(Sums::COUNT).map(Timestamp::truncate)
 }
@@ -349,7 +348,7 @@ fn job_figures(row: &Row) -> Result<JobFigures, Error> {
     let optional_time = |column| -> Result<Option<Timestamp>, Error> {
         Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
     };
-    // After the device and the job.
+    // The columns behind the device, the job and the sums.
     let after = 2 + Sums::COUNT;
     let mut figures = JobFigures::none(time(after)?, time(after + 5)?);
     Sums::read(|column| row.try_get::<_, i64>(2 + column))?.put_into(&mut figures);

@@ -1,8 +1,9 @@
-//! The writer's own connection: when it is made, which batch is written how, and what is done when a write fails. Ingest
-//! owns one, imports another. How a batch becomes statements is in `transactions`.
+//! The writer of events, with a connection of its own. It decides when to connect, how each batch is written, and what
+//! to do when a write fails. Ingest owns one and each import another. `transactions` turns a batch into statements. It
+//! must never report a batch as stored while its outcome is in doubt.
 //!
-//! A batch that is a single statement can be pipelined: PostgreSQL goes on with it while the answer to the one before is
-//! still on its way. A pipelined batch that fails is written again by itself.
+//! A batch that is a single statement can be pipelined: PostgreSQL starts on it before the answer to the previous one
+//! has arrived. A pipelined batch that fails is written again by itself.
 
 mod recovery;
 
@@ -35,47 +36,47 @@ use super::{
 };
 use crate::store::{Batch, EventWriter, StoreError, Written};
 
-/// Longest time for one batch, all attempts included, before the connection is given up. Far more than any batch
-/// takes; it is for a server that has stopped answering.
+/// Maximum time for one batch with all its attempts. After that the connection is given up. Batches take far less; the
+/// limit is for a server that has stopped answering.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a statement waits for a lock that others hold. PostgreSQL then gives it up, and the batch is tried again:
-/// what waits for a lock has failed for certain when it is given up, and is not in doubt. Transactions of servers and
-/// commands hold such locks for a fraction of this.
+/// How long a statement waits for a lock that others hold. PostgreSQL then cancels it, and the batch is tried again. A
+/// statement that is cancelled while it waits for a lock has certainly failed and is not in doubt. Transactions of
+/// servers and commands hold such locks for a fraction of this time.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(2_500);
 
-/// A batch that has waited for longer since it was stamped is aggregated by its own transaction, as if it were below the
+/// If a batch has waited longer than this since its stamp, its own transaction aggregates it, as if it were below the
 /// watermark. Aggregation relies on every other transaction beginning within a minute of its batch's stamp (see
-/// `roll_ups`): this long, and what an attempt may take, and the statement ahead of it on the same connection, which
-/// PostgreSQL cancels after 30 s.
+/// `roll_ups`). The minute covers this wait, an attempt, and the statement ahead of it on the same connection.
+/// PostgreSQL cancels that statement after 30 s.
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 
-/// How often a batch is tried again after a deadlock or another passing conflict.
+/// How many times a batch is retried after a deadlock or another passing conflict.
 const RETRIES: u32 = 5;
 
-/// `devices.updated_at` is moved on when it is older than this. Each move rewrites the row, and a
-/// burst of one device's events should not rewrite it each time.
+/// `devices.updated_at` is advanced when it is older than this. Each update rewrites the row. A burst of one device's
+/// events should not rewrite it each time.
 const LAST_SEEN_STEP_MILLISECONDS: i64 = 60_000;
 
-/// How long the [`Watermarks`] is remembered. What streaks count from is announced 5 minutes before it moves;
-/// what is aggregated moves on all the time, a minute behind.
+/// How long the [`Watermarks`] are remembered. The start of streaks is announced 5 minutes before it moves. The
+/// aggregation watermark advances constantly, a minute behind the present.
 const WATERMARKS_MILLISECONDS: i64 = 10_000;
 
-/// Devices whose last move is remembered, some 10 MiB of them. Beyond, all are forgotten.
+/// Devices whose last update is remembered; they take some 10 MiB. Beyond this number all are forgotten.
 const REMEMBERED_DEVICES: usize = 100_000;
 
-/// Ids to have left before more are taken.
+/// More ids are taken when fewer than this are left.
 const ID_RESERVE: usize = 2_048;
 
-/// Batches that take the deduplicating path after one that held an event reported before: devices send again when
-/// answers were lost, and then many do.
+/// How many batches take the deduplicating path after one that contained a repeated event. When answers were lost, many
+/// devices send again.
 const DEDUPLICATING_BATCHES: u32 = 32;
 
 const NO_ANSWER: &str = "PostgreSQL does not answer";
 const NO_SESSION: &str = "a mistake in PiSync: a batch was to be written without a session";
 
-/// Takes some space where the database's tables are, in a table that nobody else sees and that goes with the
-/// transaction.
+/// Allocates some space where the database's tables are. It uses a temporary table, which no other session sees and
+/// which the commit drops.
 const RESERVE_SPACE: &str = "
     begin;
     create temporary table pisync_probe on commit drop as
@@ -83,31 +84,31 @@ const RESERVE_SPACE: &str = "
     commit
 ";
 
-/// See the module.
+/// Writes batches through one connection.
 pub(super) struct PostgresEventWriter {
     connector: Connector,
     session: Option<Arc<Session>>,
     /// Batches in flight, the oldest first.
     sent: VecDeque<Sent>,
-    /// When each device's `updated_at` was last moved on by this node.
+    /// When this node last advanced the `updated_at` of each device.
     last_seen: HashMap<DeviceId, Timestamp>,
     /// Months whose partition is known to exist.
     months: HashSet<Date>,
     /// Ids taken from the sequence and not used yet.
     ids: VecDeque<i64>,
-    /// Whether a batch in flight brings more of them.
+    /// Whether a batch in flight brings more ids.
     ids_are_coming: bool,
-    /// How far back others have come, by and by.
+    /// How far the other nodes have come. It is refreshed from time to time.
     watermarks: Watermarks,
-    /// When that was looked up.
+    /// When `watermarks` was read.
     watermarks_read: Option<Timestamp>,
-    /// Batches that may or may not have been committed.
+    /// Batches whose outcome is in doubt.
     in_doubt: Vec<InDoubt>,
-    /// Sessions that were given up while PostgreSQL may still be at work in them, or waits there for a standby.
+    /// Sessions that were given up. PostgreSQL may still be working in them, or waiting there for a standby.
     abandoned: Vec<Backend>,
-    /// How many batches are still to take the deduplicating path.
+    /// How many of the next batches take the deduplicating path.
     deduplicating_batches: u32,
-    /// How far the transaction has come that is being written.
+    /// How far the current transaction has come.
     transaction: Transaction,
     /// Whether the last batch found the disk full.
     disk_full: bool,
@@ -117,17 +118,18 @@ pub(super) struct PostgresEventWriter {
 struct Sent {
     batch: Arc<Batch>,
     ids: Vec<i64>,
-    /// The events whose devices it registers or moves on.
+    /// The events whose devices it registers or updates.
     upserted: Vec<usize>,
     brings_ids: bool,
     session: Arc<Session>,
-    /// When it is given up.
+    /// When to give up waiting for its answer.
     deadline: Instant,
     outcome: BoxFuture<'static, Result<Stored, WriteError>>,
 }
 
 impl PostgresEventWriter {
-    /// Connects ahead of the first batch: whoever starts a server hears at once what is wrong with the database.
+    /// Connects before the first batch. A person who starts a server then learns at once what is wrong with the
+    /// database.
     pub(super) async fn ready(mut self) -> Result<Self, StoreError> {
         self.connect().await?;
         Ok(self)
@@ -153,12 +155,12 @@ impl PostgresEventWriter {
     }
 
     async fn connect(&mut self) -> Result<(), StoreError> {
-        // A connection that a restarted server has closed shows here, before anything is sent on it.
+        // Detects a connection that a restarted server has closed, before anything is sent on it.
         self.session.take_if(|session| session.connection.client.is_closed());
         if self.session.is_none() {
             let connection = self.connector.connect().await?;
             let client = &connection.client;
-            // They would pile up, and keep from others what they have locked.
+            // Abandoned sessions would pile up, and keep their locks.
             for backend in std::mem::take(&mut self.abandoned) {
                 backend.tell_to_end(client).await.map_err(store_error)?;
             }
@@ -168,17 +170,17 @@ impl PostgresEventWriter {
             let backend = Backend::of(client).await.map_err(store_error)?;
             let statements = Statements::prepare(client).await.map_err(store_error)?;
             self.session = Some(Arc::new(Session { connection, statements, backend }));
-            // The server may be another one, or one that has crashed; see `write`.
+            // The server may be another one, or may have crashed; see `write`.
             self.ids.clear();
             self.ids_are_coming = false;
         }
         Ok(())
     }
 
-    /// Connects if need be, sees to the months' partitions and to enough ids.
+    /// Connects if necessary. Then makes the partitions of the batch's months, and takes enough ids.
     async fn prepare(&mut self, batch: &Batch) -> Result<(), StoreError> {
         self.connect().await?;
-        // Nothing is in flight, so nobody else has the session.
+        // Nothing is in flight, so no other task holds the session.
         let Some(session) = self.session.as_mut().and_then(Arc::get_mut) else {
             return Err(StoreError::Failed(NO_SESSION.into()));
         };
@@ -202,7 +204,7 @@ impl PostgresEventWriter {
         Ok(())
     }
 
-    /// Uses up as many ids as the batch has events.
+    /// Takes an id for each event of the batch.
     fn use_ids(&mut self, batch: &Batch) -> Result<Vec<i64>, StoreError> {
         let (events, ids) = (batch.events.len(), self.ids.len());
         if ids < events {
@@ -217,7 +219,7 @@ impl PostgresEventWriter {
         self.session.clone().ok_or_else(|| WriteError::Impossible(NO_SESSION.into()))
     }
 
-    /// Whether there is nothing to prepare for the batch.
+    /// Whether nothing must be prepared for the batch.
     fn is_prepared(&self, batch: &Batch) -> bool {
         is_fresh(self.watermarks_read, batch.received)
             && months_of(batch).is_subset(&self.months)
@@ -229,7 +231,7 @@ impl PostgresEventWriter {
         batch.import.is_none() && batch.claims.is_empty() && !self.may_be_below_watermark(batch)
     }
 
-    /// Whether to look first which events of the batch were reported before.
+    /// Whether to check first which events of the batch were reported before.
     fn needs_deduplication(&self, batch: &Batch, repeats: &HashMap<usize, usize>) -> bool {
         let has_keys = || batch.events.iter().any(|event| event.event_id.is_some());
         !repeats.is_empty() || self.deduplicating_batches > 0 && has_keys()
@@ -257,14 +259,14 @@ impl PostgresEventWriter {
             deadline: Instant::now() + WRITE_TIMEOUT,
             outcome: outcome.boxed(),
         };
-        // The first look at it sends it. There is nothing to be had yet, and nobody to wake.
+        // The first poll sends it. It cannot be ready yet, and there is no task to wake.
         if let Some(outcome) = (&mut sent.outcome).now_or_never() {
             sent.outcome = future::ready(outcome).boxed();
         }
         sent
     }
 
-    /// What is known once a batch that was in flight is stored.
+    /// Notes what follows from a stored batch, and answers its result.
     fn was_stored(&mut self, sent: Sent, stored: Stored) -> Written {
         self.disk_full = false;
         self.ids.extend(stored.taken_ids);
@@ -273,11 +275,11 @@ impl PostgresEventWriter {
         Written { new_devices, streaks, ..Written::new(sent.ids) }
     }
 
-    /// One transaction. `ids` are the events' ids in the batch's order.
+    /// Writes the batch in one transaction. `ids` are the events' ids in the batch's order.
     async fn transact(&mut self, batch: &Arc<Batch>, ids: &[i64]) -> Result<Written, WriteError> {
         let session = self.session()?;
         let repeats = batch.repeats();
-        // Claims are looked at on that path.
+        // The deduplicating path also checks claims.
         let needs_deduplication =
             self.needs_deduplication(batch, &repeats) || !batch.claims.is_empty();
         if !needs_deduplication && self.is_plain(batch) {
@@ -320,8 +322,8 @@ impl PostgresEventWriter {
             || roll_ups::may_be_below_watermark(batch.received, self.watermarks.aggregated_until)
     }
 
-    /// An event of each of the batch's devices that may be new, or whose `updated_at` is due; of all of them
-    /// when events have a `received_at` of their own, which may be older than what is known of their devices.
+    /// One event of each device that may be new, or whose `updated_at` is due. If events have a `received_at` of their
+    /// own, one of every device. Such a time may be earlier than what is stored for the device.
     fn devices_to_upsert(&self, batch: &Batch, order: &[usize]) -> Vec<usize> {
         let due = batch.received.saturating_add_milliseconds(-LAST_SEEN_STEP_MILLISECONDS);
         let is_due = |device_id| self.last_seen.get(device_id).is_none_or(|seen| *seen < due);
@@ -359,7 +361,7 @@ impl EventWriter for PostgresEventWriter {
                 Ok(Some(written)) => return Ok(written),
                 Ok(None) => {}
                 Err(error) => {
-                    // Still not known.
+                    // The outcome is still unknown.
                     self.abandon_session();
                     self.in_doubt.push(in_doubt);
                     return Err(StoreError::OutcomeUnknown(error.to_string()));
@@ -371,7 +373,7 @@ impl EventWriter for PostgresEventWriter {
         loop {
             self.transaction = Transaction::default();
             let reuses_session = self.session.is_some();
-            // Others at each attempt: a server that has crashed may hand out again what it had handed out last.
+            // Each attempt uses other ids. A server that has crashed may hand out its last ids again.
             let mut ids = Vec::new();
             let work = async {
                 self.prepare(batch).await?;
@@ -389,7 +391,7 @@ impl EventWriter for PostgresEventWriter {
                     attempt += 1;
                     continue;
                 }
-                // An idle connection that a restarted server has closed shows only now.
+                // Only the first statement shows that a restarted server has closed an idle connection.
                 Ok(Err(StoreError::Unavailable(_))) if attempt == 0 && reuses_session => {
                     self.abandon_session();
                     attempt += 1;
@@ -423,7 +425,7 @@ impl EventWriter for PostgresEventWriter {
         {
             return false;
         }
-        // None is used up when there are too few.
+        // If there are too few ids, none is taken.
         let Ok(ids) = self.use_ids(batch) else { return false };
         let sent = self.send_single(&session, batch, ids);
         self.sent.push_back(sent);
@@ -449,11 +451,11 @@ impl EventWriter for PostgresEventWriter {
         self.connect().await?;
         let session = self.session()?;
         let client = &session.connection.client;
-        // Whoever has no space for events can still answer, and so can who cannot commit.
+        // A server without space for events can still answer, and so can one that cannot commit.
         let statement = if self.disk_full { RESERVE_SPACE } else { durability::CONFIRM };
         let work = async {
             match client.batch_execute(statement).await {
-                // Not being allowed to make such a table says nothing about the disk.
+                // A missing right to create such a table says nothing about the disk.
                 Err(error)
                     if self.disk_full
                         && error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) =>
@@ -476,7 +478,7 @@ impl EventWriter for PostgresEventWriter {
     }
 }
 
-/// Whether what was looked up at `read` may be used at `now`.
+/// Whether a value that was read at `read` may be used at `now`.
 fn is_fresh(read: Option<Timestamp>, now: Timestamp) -> bool {
     let due = now.saturating_add_milliseconds(-WATERMARKS_MILLISECONDS);
     read.is_some_and(|read| (due..=now).contains(&read))

@@ -1,6 +1,6 @@
-//! Applying the ingest journal: acknowledged events are stored in the tables. The writer thread calls it, before whatever
-//! looks for events in the tables and whenever enough of them wait; so does a command that finds a journal without a
-//! server.
+//! Applies the ingest journal: acknowledged events are stored in the tables. The writer thread calls it when enough
+//! events wait, and before every call that needs events in the tables. A command that finds a journal without a server
+//! calls it, too. It must never lose an acknowledged event: one that the tables refuse is quarantined.
 
 use std::{ops::Range, sync::Arc};
 
@@ -14,14 +14,14 @@ use super::{
 };
 use crate::store::{Batch, Observations};
 
-/// Ids that are reserved at a time, before they are given: those of a full ingest buffer and of the largest batch
-/// after it, twice. A crash loses what is left of them.
+/// Ids that are reserved at a time, before they are assigned. They are twice as many as a full ingest buffer and the
+/// largest batch after it need. A crash loses those that are left.
 pub(super) const RESERVED_IDS: i64 = 262_144;
 
-/// With fewer left, more are reserved.
+/// When fewer are left, more are reserved.
 const FEWEST_RESERVED_IDS: i64 = RESERVED_IDS / 2;
 
-/// Applies everything that is in the journal by now; nothing when the connection is no server's.
+/// Applies everything that is in the journal by now. Does nothing when the connection does not belong to a server.
 pub(super) fn apply_journal(writer: &mut WriteConnection) -> rusqlite::Result<()> {
     let Some(buffer) = writer.buffer() else { return Ok(()) };
     let wanted = buffer.state().last;
@@ -38,14 +38,14 @@ pub(super) fn apply_journal(writer: &mut WriteConnection) -> rusqlite::Result<()
     if left < FEWEST_RESERVED_IDS { reserve_ids(&buffer, writer) } else { Ok(()) }
 }
 
-/// Up to which id events may be aggregated: all of those that are stored later have a higher one.
+/// The last id up to which events may be aggregated. All events that are stored later have a higher id.
 pub(super) fn last_aggregatable_id(writer: &mut WriteConnection) -> rusqlite::Result<i64> {
     let Some(buffer) = writer.buffer() else { return Ok(i64::MAX) };
     pass_other_writers(&buffer, writer)?;
     Ok(buffer.lowest_open_id() - 1)
 }
 
-/// Reserves more ids. They follow those that are left, unless somebody else has taken ids meanwhile.
+/// Reserves more ids. They directly follow those that are left, unless another program has taken ids meanwhile.
 fn reserve_ids(buffer: &IngestBuffer, writer: &mut WriteConnection) -> rusqlite::Result<()> {
     let Some((first, last)) = more_ids(buffer, writer)? else { return Ok(()) };
     let mut state = buffer.state();
@@ -62,7 +62,7 @@ fn pass_other_writers(buffer: &IngestBuffer, writer: &mut WriteConnection) -> ru
     if highest < buffer.state().next_id {
         return Ok(());
     }
-    // Somebody else has taken ids above ours, or without asking from among them.
+    // Another program has taken ids above ours, or has used some of ours without reserving them.
     if let Some((first, last)) = more_ids(buffer, writer)? {
         let mut state = buffer.state();
         (state.next_id, state.last_reserved_id) = (first, last);
@@ -70,8 +70,8 @@ fn pass_other_writers(buffer: &IngestBuffer, writer: &mut WriteConnection) -> ru
     Ok(())
 }
 
-/// Reserves more ids; `None` when there are no more. Those that are left are then given, and no event is acknowledged
-/// after them.
+/// Reserves more ids; `None` when there are no more. The ids that are left are still assigned. After them no event is
+/// acknowledged.
 fn more_ids(
     buffer: &IngestBuffer,
     writer: &mut WriteConnection,
@@ -94,15 +94,15 @@ fn more_ids(
     reserved.map(|ids| Some(ids.into_inner()))
 }
 
-/// Applies a batch in one transaction, and passes on what is learnt. What the tables refuse is
-/// looked for among its events and quarantined. Events are checked before they are acknowledged, so this is for the
-/// unforeseen.
+/// Applies a batch in one transaction, and passes on what is learnt. If the tables refuse it, the refused events are
+/// searched for and quarantined. Events are checked before they are acknowledged, so this happens only in unforeseen
+/// cases.
 pub(super) fn apply_batch(
     connection: &mut WriteConnection,
     batches: &[Arc<JournaledBatch>],
     mut tell: impl FnMut(Observations),
 ) -> rusqlite::Result<()> {
-    // What an attempt before this one has stored, which may have been interrupted anywhere.
+    // What an earlier attempt has stored. It may have been interrupted anywhere.
     let IngestState { journal, applied_events } = ingest_state::read(&connection.connection)?;
     let done = batches.iter().take_while(|accepted| accepted.number <= journal.applied).count();
     let batches = &batches[done..];
@@ -142,7 +142,7 @@ pub(super) fn apply_batch(
     Ok(())
 }
 
-/// Applies a batch in one transaction; of its first record only the events with these indexes.
+/// Applies a batch in one transaction. Of its first record, it applies only the events with the indexes in `events`.
 fn apply_in_one_transaction(
     connection: &mut WriteConnection,
     batches: &[Arc<JournaledBatch>],
@@ -167,7 +167,7 @@ fn apply_in_one_transaction(
     let through =
         if batches.len() == 1 { last.through(events.end) } else { last.through(usize::MAX) };
     let written = connection.store(&batch, Some(&Journaled { ids, through }))?;
-    // Its event_id was free when it was acknowledged.
+    // The event id was unused when the event was acknowledged.
     for duplicate in &written.duplicates {
         let event = &batch.events[duplicate.position];
         if duplicate.first.as_ref().is_some_and(|first| !first.differences(event).is_empty()) {

@@ -1,4 +1,5 @@
-//! When the ingest buffer is applied: the journal appender and readers ask the writer thread for it here.
+//! Decides when the ingest buffer is applied. The journal appender and readers ask the writer thread for it here. It
+//! must not queue a second request while one waits.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -10,7 +11,7 @@ use super::{
 };
 use crate::store::StoreError;
 
-/// A server's ingest buffer, with the writer that applies it.
+/// A server's ingest buffer, and the writer that applies it.
 #[derive(Clone)]
 pub(super) struct ApplyScheduler {
     pub(super) buffer: Arc<IngestBuffer>,
@@ -19,8 +20,8 @@ pub(super) struct ApplyScheduler {
 }
 
 impl ApplyScheduler {
-    /// Returns once everything that is acknowledged by now is applied, or an attempt has failed: then whoever reads does
-    /// not see what is in the journal alone.
+    /// Returns once everything that is acknowledged by now is applied, or an attempt has failed. After a failure,
+    /// readers do not see the events that are in the journal alone.
     pub(super) async fn wait_until_applied(&self) {
         let mut attempts = self.buffer.attempts();
         let wanted = self.buffer.state().last;
@@ -38,7 +39,7 @@ impl ApplyScheduler {
         }
     }
 
-    /// Has the writer apply what is in the journal, if it has not been called already.
+    /// Asks the writer to apply the journal, unless it has been asked already.
     pub(super) fn call_writer(&self, state: &mut State) {
         if state.called {
             return;
@@ -46,14 +47,14 @@ impl ApplyScheduler {
         let buffer = Arc::clone(&self.buffer);
         let call: Call = Box::new(move |writer| {
             buffer.state().called = false;
-            // Whoever waits is told.
+            // The waiters learn the result from the buffer.
             let _ = apply_journal(writer);
         });
-        // Someone else has work for it; it is called again.
+        // If this fails, the writer's queue is full; it is asked again later.
         state.called = self.writer.try_send(call);
     }
 
-    /// Removes the journal once nothing is in it alone. Nobody may write any more.
+    /// Removes the journal if all of it is applied. Nobody may write any more.
     pub(super) fn remove_journal(&self) -> Result<(), StoreError> {
         let state = self.buffer.state();
         if let Some(error) = &state.failed {

@@ -1,4 +1,5 @@
-//! The audit log in SQLite.
+//! The audit log in SQLite. The modules that change something call it, within their transaction. It must never change
+//! or remove a line.
 
 use async_trait::async_trait;
 use rusqlite::{Connection, Transaction, params};
@@ -25,7 +26,7 @@ impl AuditLog for SqliteStore {
     }
 }
 
-/// Adds a line to the audit log, in the transaction of what it tells.
+/// Adds a line to the audit log, in the transaction of the change that it describes.
 pub(super) fn record(
     transaction: &Transaction<'_>,
     by: &Actor,

@@ -1,4 +1,5 @@
-//! Whole copies of the file: out of a database that may be in use, and into the place of one that is not.
+//! Complete copies of the database file. They are taken from a database that may be in use, and replace one that is
+//! not. `store::backup` and `store::copy` call it. At every moment there must be a complete database under the name.
 
 use std::{
     fs::{self, File},
@@ -21,28 +22,28 @@ use crate::{
     temporary::TemporaryFile,
 };
 
-/// What a backup holds.
+/// The contents of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackedUp {
     /// Registered devices.
     pub devices: u64,
-    /// Events that are kept one by one.
+    /// Events that are kept individually.
     pub events: u64,
 }
 
-/// How long to wait for somebody who is using the database that is to be replaced.
+/// How long to wait for others that use the database to be replaced.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A checked copy of a database, on the disk under a name that nobody knows; it goes with this value until
-/// it is put in its place.
+/// A checked copy of a database, on the disk under a temporary name. Dropping this value removes it, unless it was put
+/// in its place.
 pub(crate) struct Copy {
     file: TemporaryFile,
     pub(crate) holds: BackedUp,
 }
 
 impl Copy {
-    /// Copies the database at `source`, as it is at this moment, to beside `destination`. Whoever writes
-    /// meanwhile is not disturbed.
+    /// Copies the database at `source`, as it is at this moment, to a file beside `destination`. Writers are not
+    /// disturbed.
     pub(crate) fn make(source: &Path, destination: &Path) -> Result<Self, StoreError> {
         if !source.is_file() {
             return Err(failed(format!("there is no database file {}", source.display())));
@@ -68,18 +69,18 @@ impl Copy {
         Ok(Self { file, holds })
     }
 
-    /// An empty file beside `destination`, for a database that is put there once it is made.
+    /// An empty file beside `destination`. A database is made in it and then put in place.
     pub(crate) fn empty(destination: &Path) -> Result<Self, StoreError> {
         let file = new_file(destination)?;
         Ok(Self { file, holds: BackedUp { devices: 0, events: 0 } })
     }
 
-    /// Where the copy is.
+    /// The path of the copy.
     pub(crate) fn path(&self) -> &Path {
         self.file.path()
     }
 
-    /// Gives the copy its name, at once and for good.
+    /// Gives the copy its name, atomically and durably.
     pub(crate) fn put_at(self, destination: &Path, overwrite: bool) -> Result<(), StoreError> {
         let put = if overwrite {
             self.file.persist(destination)
@@ -95,8 +96,8 @@ impl Copy {
         synced.map_err(|error| failed(format!("cannot sync {}: {error}", folder.display())))
     }
 
-    /// Puts the copy in the place of `database`, which no server uses, and tells where what was there is
-    /// kept. At every moment there is the one or the other.
+    /// Puts the copy in the place of `database`, which no server uses. Answers where the replaced database is kept. At
+    /// every moment one of the two is there.
     pub(crate) fn replace(self, database: &Path) -> Result<Option<PathBuf>, StoreError> {
         let kept = if holds_something(database) {
             empty_log(database)?;
@@ -108,7 +109,7 @@ impl Copy {
         Ok(kept)
     }
 
-    /// Puts the copy where there is no database, or one with nothing in it.
+    /// Puts the copy where there is no database, or an empty one.
     pub(crate) fn take_empty_place(self, database: &Path) -> Result<(), StoreError> {
         if database.exists() {
             empty_log(database)?;
@@ -122,14 +123,14 @@ impl Copy {
     fn take_place(self, database: &Path) -> Result<(), StoreError> {
         let cannot =
             |error: io::Error| failed(format!("cannot replace {}: {error}", database.display()));
-        // A log that is left over would be taken for the new file's own.
+        // SQLite would take an old log for the new file's own.
         for ending in [WRITE_AHEAD_LOG, LOG_INDEX, ROLLBACK_JOURNAL] {
             match fs::remove_file(beside(database, ending)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
                 _ => {}
             }
         }
-        // Whoever could apply it has removed it.
+        // A journal that could be applied was already applied and removed.
         for kept in journal::set_all_aside(database).map_err(cannot)? {
             tracing::warn!(
                 file = %kept.display(),
@@ -140,15 +141,15 @@ impl Copy {
         self.put_at(database, true)
     }
 
-    /// Gives the copy the owner of `database`, or of its folder: whoever restores may be root, and the server
-    /// is not.
+    /// Gives the copy the owner of `database`, or of its folder. The user who restores may be root, while the server is
+    /// not.
     fn belong_like(&self, database: &Path) -> io::Result<()> {
         let model = if database.exists() { database } else { folder_of(database) };
         permissions::give_to_owner_of(model, self.file.as_file())
     }
 }
 
-/// Whoever asked for it has to say so.
+/// The user must ask for a replacement explicitly.
 pub(crate) fn exists(path: &Path) -> StoreError {
     failed(format!("{} exists; --force replaces it", path.display()))
 }
@@ -187,7 +188,8 @@ fn copy_and_check(source: &Path, destination: &str) -> Result<BackedUp, CopyErro
     Ok(BackedUp { devices: devices.cast_unsigned(), events: events.cast_unsigned() })
 }
 
-/// The journal beside the source is not the copy's, whatever version made the tables that tell of it.
+/// Clears what the copied tables say about the journal, whatever version made them. The journal beside the source is
+/// not the copy's.
 fn leave_journal(copy: &Connection) -> rusqlite::Result<()> {
     const COLUMNS: &str = "select name from pragma_table_info('ingest_state')";
     const WITHOUT_JOURNAL: [(&str, &str); 4] = [
@@ -206,17 +208,17 @@ fn leave_journal(copy: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// Sees to it that nobody has the database open and that nothing of it is left in its log.
+/// Ensures that nobody has the database open and that its log is empty.
 fn empty_log(database: &Path) -> Result<(), StoreError> {
     let leave_log = || -> rusqlite::Result<String> {
         let connection = Connection::open_with_flags(database, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
         connection.busy_timeout(RELEASE_TIMEOUT)?;
-        // Succeeds for the only one who has the file open.
+        // This succeeds only if nobody else has the file open.
         connection.query_row("pragma journal_mode = delete", [], |row| row.get(0))
     };
     match leave_log().map_err(|error| (error.sqlite_error_code(), error)) {
         Ok(mode) if mode == "delete" => Ok(()),
-        // It is because it is damaged that it is replaced.
+        // A damaged database may be replaced.
         Err((Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt), _)) => Ok(()),
         Ok(_) | Err((Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked), _)) => {
             Err(failed(format!(
@@ -228,8 +230,8 @@ fn empty_log(database: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Gives the file a second name, under which it stays beside those that were replaced before; `None` on a file system
-/// that cannot.
+/// Gives the file a second name, beside the databases that were replaced before. `None` on a file system without hard
+/// links.
 fn keep_replaced(database: &Path) -> Option<PathBuf> {
     for name in replaced_names(database) {
         match fs::hard_link(database, &name) {
@@ -241,7 +243,7 @@ fn keep_replaced(database: &Path) -> Option<PathBuf> {
     None
 }
 
-/// A file beside `destination`.
+/// A temporary file beside `destination`.
 fn new_file(destination: &Path) -> Result<TemporaryFile, StoreError> {
     let folder = folder_of(destination);
     TemporaryFile::beside(destination)

@@ -1,7 +1,8 @@
-//! Checkpoints: the write-ahead log is copied into the database's file by a thread of its own, beside the writer.
+//! Checkpoints: a separate thread copies the write-ahead log into the database's file, beside the writer.
+//! `writer_thread` starts it. It must not make events wait.
 //!
-//! SQLite itself would do it within the commit that fills the log, and every event would wait for it. Here the writer copies
-//! only the pages that were added meanwhile. After that the log is empty and begins anew.
+//! SQLite itself would do it within the commit that fills the log, and every event would wait for it. Here the writer
+//! copies only the pages that were added meanwhile. After that the log is empty and starts from its beginning.
 
 use std::{
     path::Path,
@@ -13,24 +14,24 @@ use rusqlite::Connection;
 use super::connection::{CHECKPOINT_PAGES, open_for_checkpoints};
 use crate::{store::StoreError, threads::Threads};
 
-/// A log that has grown to this many times [`CHECKPOINT_PAGES`] is copied by the writer itself, so that
-/// events wait rather than that the log grows for ever.
+/// When the log has grown to this many times [`CHECKPOINT_PAGES`], the writer itself copies it. Events then wait, but
+/// the log does not grow for ever.
 const LONGEST_LOG: u32 = 4;
 
-/// While a long read keeps the log from beginning anew, it is looked at again after it has grown by this
-/// part of [`CHECKPOINT_PAGES`].
+/// A long read can keep the log from starting again. The log is then checked again each time it has grown by this
+/// fraction of [`CHECKPOINT_PAGES`].
 const AGAIN_AFTER: u32 = 4;
 
-/// How many pages the writer may be left to copy, a few milliseconds of work. What comes while the log is
-/// copied is a part of what came before, and less each time.
+/// How many pages may be left for the writer to copy; they take a few milliseconds. Each pass leaves fewer pages than
+/// the one before, because fewer are added while it runs.
 const REST_PAGES: i64 = 500;
 
-/// How often the log is copied beside the writer at the most. Where the disk is slower than the writer,
-/// what is left does not become less.
+/// The maximum number of passes beside the writer. If the disk is slower than the writer, the rest does not become
+/// smaller.
 const PASSES: usize = 8;
 
-/// Has `connection`, the writer's, report its log to a thread that copies it. `copy_rest` has the writer copy what is
-/// left, and answers false once there is no writer. The thread ends with the connection.
+/// Makes `connection`, the writer's, report the length of its log to a thread that copies it. `copy_rest` makes the
+/// writer copy the rest; it answers false once there is no writer. The thread ends with the connection.
 pub(super) fn checkpoint_beside(
     connection: &mut Connection,
     path: &Path,
@@ -48,13 +49,13 @@ pub(super) fn checkpoint_beside(
     watch_log(connection, filled).map_err(|error| failed(&error))
 }
 
-/// Looks at the log's length after each commit.
+/// Checks the log's length after each commit.
 fn watch_log(connection: &mut Connection, filled: SyncSender<()>) -> rusqlite::Result<()> {
     let (mut longest, mut due) = (0, CHECKPOINT_PAGES);
     connection.wal_hook(Some(move |log: &mut rusqlite::hooks::Wal, pages: i32| {
         let pages = pages.unsigned_abs();
         if pages < longest {
-            // It has begun anew.
+            // The log has started again from its beginning.
             due = CHECKPOINT_PAGES;
         }
         longest = pages;
@@ -62,9 +63,10 @@ fn watch_log(connection: &mut Connection, filled: SyncSender<()>) -> rusqlite::R
             return Ok(());
         }
         due = pages.saturating_add(CHECKPOINT_PAGES / AGAIN_AFTER);
-        // One request that waits is enough.
+        // One waiting request is enough.
         let _ = filled.try_send(());
-        // An error here would fail a transaction that is committed; the log merely stays as long.
+        // An error here would fail a transaction that is already committed. Without one, the log merely stays as long
+        // as it is.
         if pages >= LONGEST_LOG * CHECKPOINT_PAGES {
             let _ = log.checkpoint();
         }
@@ -101,7 +103,7 @@ fn pages_left(connection: &Connection) -> rusqlite::Result<i64> {
     })
 }
 
-/// Copies what no reader needs to find in the log, without waiting for anybody.
+/// Copies the pages that no reader needs from the log. It waits for nobody.
 pub(super) fn copy_log(connection: &Connection) -> rusqlite::Result<()> {
     connection.query_row("pragma wal_checkpoint(passive)", [], |_| Ok(()))
 }
@@ -135,7 +137,7 @@ mod tests {
             Self { _folder: folder, path, writer }
         }
 
-        /// Commits some bytes and tells how many pages the log holds.
+        /// Commits some bytes and answers how many pages the log holds.
         async fn fill(&self, bytes: u32) -> u32 {
             let pages = self.writer.call(move |writer| {
                 let connection = &writer.connection;
@@ -145,7 +147,7 @@ mod tests {
             pages.await.unwrap()
         }
 
-        /// Fills until the log has begun anew.
+        /// Fills until the log has started again.
         async fn fill_until_it_begins_anew(&self) {
             let began = Instant::now();
             loop {
@@ -166,7 +168,7 @@ mod tests {
         database.fill_until_it_begins_anew().await;
     }
 
-    /// A log in which somebody still reads grows meanwhile, and events go on.
+    /// While somebody still reads, the log grows and events go on.
     #[tokio::test]
     async fn a_long_read_only_delays_it() {
         let database = Database::make();

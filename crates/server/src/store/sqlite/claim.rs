@@ -1,10 +1,10 @@
-//! The lock that says whose a database is. Everything that opens a database comes through here first: servers claim it,
-//! others find its file with [`find`].
+//! The lock that says which process owns a database. Everything that opens a database comes through here first: servers
+//! claim it, others find its file with [`find`].
 //!
-//! The lock is on the database file itself (`flock`), not on a file beside it: whatever path somebody comes by,
-//! a symbolic link or a mount, it is the same lock, and nobody can delete it. SQLite's own locks are POSIX
-//! locks, which do not meet it. But a process loses those once it closes *any* descriptor of the file, so a
-//! descriptor that is opened here is never closed while the file has a name ([`HANDLES`]).
+//! The lock is on the database file itself (`flock`), not on a file beside it. It is therefore the same lock for every
+//! path, symbolic link or mount, and nobody can delete it. SQLite's own locks are POSIX locks, which do not conflict
+//! with it. A process loses its POSIX locks once it closes *any* descriptor of the file. A descriptor that is opened
+//! here must therefore stay open while the file has a name ([`HANDLES`]).
 
 use std::{
     fs::{self, File, TryLockError},
@@ -27,21 +27,21 @@ use crate::{
     temporary::{self, Placeholder},
 };
 
-/// The lock of programs before this one, which kept it in a file of its own.
+/// The lock file of earlier versions, which did not lock the database file.
 const FORMER_LOCK: &str = ".lock";
 
-/// How long to try again when the lock is held: whoever looks for a server holds it for a moment.
+/// How long to retry while the lock is held. A process that looks for a server holds it for a moment.
 const CLAIM_PATIENCE: Duration = Duration::from_millis(300);
 
 const CLAIM_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long a server may take from its claim to the first use of its log.
+/// The time that a server may take between its claim and the first use of its log.
 const LOG_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The database file that `path` leads to, for whoever opens it without having claimed it.
+/// The database file that `path` leads to, for callers that open it without claiming it.
 ///
 /// # Errors
-/// When it cannot be opened without damage.
+/// When opening it could do damage.
 pub(super) fn find(path: &Path) -> Result<PathBuf, StoreError> {
     let database = find_unchecked(path)?;
     let is_held = Handle::open(&database, false).is_ok_and(|(handle, _)| handle.is_held(false));
@@ -51,29 +51,28 @@ pub(super) fn find(path: &Path) -> Result<PathBuf, StoreError> {
     Ok(database)
 }
 
-/// The same for whoever looks for damage in its log.
+/// The same, without checking its log for damage. For callers that check the log themselves.
 pub(super) fn find_unchecked(path: &Path) -> Result<PathBuf, StoreError> {
     let database = resolve(path)?;
     check_common_log(&database)?;
     Ok(database)
 }
 
-/// The database files that this process has opened to look at their locks. They stay open until the file has
-/// no name any more: closing one would drop the locks that SQLite holds on it in this process.
+/// The database files that this process has opened to check their locks. Each stays open while the file has a name.
+/// Closing it would drop the locks that SQLite holds on it in this process.
 static HANDLES: Mutex<Vec<Arc<Handle>>> = Mutex::new(Vec::new());
 
 #[derive(Debug)]
 struct Handle {
     file: File,
     identity: Identity,
-    /// Whether this process has claimed the file. The lock is of the descriptor, so it would not keep
-    /// somebody in the same process out.
+    /// Whether this process has claimed the file. The lock belongs to the descriptor, so it does not exclude others in
+    /// the same process.
     is_claimed: Mutex<bool>,
 }
 
 impl Handle {
-    /// The one for the file that is at `database`; with `create` it is made when there is none. Tells whether
-    /// it was.
+    /// The handle of the file at `database`. With `create`, a missing file is created. Also answers whether it was.
     fn open(database: &Path, create: bool) -> io::Result<(Arc<Self>, bool)> {
         let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
         let found = match Identity::at(database) {
@@ -87,7 +86,7 @@ impl Handle {
         let file = if is_new {
             permissions::create_for_server(database, PRIVATE)?
         } else {
-            // For writing where that is possible: on an overlay the file is then the one that is written.
+            // Opened for writing where possible. On an overlay file system, this gives the file that is written.
             match File::options().read(true).write(true).open(database) {
                 Err(error)
                     if matches!(
@@ -107,7 +106,7 @@ impl Handle {
         Ok((handle, is_new))
     }
 
-    /// How many names the file has; none when it was deleted.
+    /// How many names the file has; 0 when it was deleted.
     fn names(&self) -> u64 {
         self.file.metadata().map_or(0, |metadata| metadata.nlink())
     }
@@ -130,7 +129,7 @@ impl Handle {
         Ok(*is_claimed)
     }
 
-    /// Whether another process holds the lock, or, if this one does, what `ours` says.
+    /// Whether another process holds the lock. If this process holds it, answers `ours`.
     fn is_held(&self, ours: bool) -> bool {
         let is_claimed = self.claimed();
         if *is_claimed {
@@ -138,7 +137,7 @@ impl Handle {
         }
         match self.file.try_lock_shared() {
             Ok(()) => {
-                // It goes with the process at the latest.
+                // If this fails, the lock ends with the process.
                 let _ = self.file.unlock();
                 false
             }
@@ -154,18 +153,18 @@ impl Handle {
     }
 }
 
-/// Keeps others from changing the database, for as long as it lives or the process does.
+/// Keeps others from changing the database, for as long as this value or the process lives.
 #[derive(Debug)]
 pub(in crate::store) struct Claim {
     database: PathBuf,
     handle: Arc<Handle>,
-    /// What was made for the lock, when there was no file before.
+    /// The file that was created for the lock, if there was none before.
     placeholder: Option<Placeholder>,
     _former: Option<File>,
 }
 
 impl Claim {
-    /// Claims the database that `path` leads to. Its files are made private.
+    /// Claims the database that `path` leads to. Makes its files private.
     ///
     /// # Errors
     /// When a server holds it.
@@ -181,7 +180,7 @@ impl Claim {
             })?;
             if is_ours {
                 let former = lock_former(&database);
-                // Another file may have come there while the lock was taken.
+                // Another file may have taken its name while the lock was taken.
                 let is_there = Identity::at(&database).is_ok_and(|at| at == handle.identity);
                 if is_there && let Some(former) = former {
                     let placeholder = is_new.then(|| Placeholder::new(&database));
@@ -201,7 +200,7 @@ impl Claim {
         }
     }
 
-    /// Takes away what an interrupted restore has left, and what others may do with the files.
+    /// Removes what an interrupted restore has left, and the permissions of others on the files.
     fn tidy(&self) -> Result<(), StoreError> {
         let there = fs::metadata(&self.database).ok();
         if let Some(other) = there.and_then(|there| half_replaced(&self.database, &there)) {
@@ -231,10 +230,10 @@ impl Claim {
         Ok(())
     }
 
-    /// Checks that the path still leads to the file that was claimed.
+    /// Checks that the path still leads to the claimed file.
     ///
     /// # Errors
-    /// When somebody has put another one there.
+    /// When another file has taken its place.
     pub(in crate::store) fn check(&self) -> Result<(), StoreError> {
         if Identity::at(&self.database).is_ok_and(|at| at == self.handle.identity) {
             return Ok(());
@@ -253,7 +252,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // What was made for the lock alone goes with it.
+        // A file that was created for the lock alone is removed with it.
         if self.placeholder.is_some()
             && !beside(&self.database, WRITE_AHEAD_LOG).exists()
             && fs::metadata(&self.database)
@@ -265,7 +264,7 @@ impl Drop for Claim {
     }
 }
 
-/// Takes the lock of former programs, if it is there; `None` when one of them holds it.
+/// Takes the lock of earlier versions, if its file exists; `None` when one of them holds it.
 #[expect(clippy::option_option, reason = "whether it may be taken, and what was")]
 fn lock_former(database: &Path) -> Option<Option<File>> {
     let Ok(file) = File::open(beside(database, FORMER_LOCK)) else { return Some(None) };
@@ -281,14 +280,14 @@ pub(in crate::store) fn is_claimed(path: &Path) -> bool {
     if temporary::is_being_made(&database) {
         return false;
     }
-    // Without a file there is no server, and nothing is left behind by asking.
+    // Without a file there is no server. Asking must create nothing.
     Handle::open(&database, false).is_ok_and(|(handle, _)| handle.is_held(true))
         || File::open(beside(&database, FORMER_LOCK))
             .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
-/// Checks that another process that has claimed `database` finds its log where we do. It does not when the file
-/// alone is mounted somewhere else: then each would miss what the other writes.
+/// Checks that another process that has claimed `database` finds its log where we do. It does not if the file alone is
+/// mounted elsewhere. Each process would then miss what the other writes.
 fn check_common_log(database: &Path) -> Result<(), StoreError> {
     if temporary::is_being_made(database) {
         return Ok(());

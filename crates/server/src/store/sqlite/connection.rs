@@ -1,4 +1,5 @@
-//! Opening the file, the settings every connection gets, and the connections for reading.
+//! Opens the database file and applies the settings of every connection. Also keeps the connections for reading. The
+//! store and the commands call it. The path of a database must come through `claim` first.
 
 use std::{
     path::{Path, PathBuf},
@@ -15,54 +16,53 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::files;
 use crate::store::{PoolUsage, StoreError};
 
-/// How long a command, or a server that starts, waits for another process (an import, a backup) before it gives up. On
-/// a card that is busy, one sync of a large log to the disk may take many seconds.
+/// How long a command, or a starting server, waits for another process, such as an import or a backup. On a busy SD
+/// card, one sync of a large log to the disk may take many seconds.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The same once requests wait for the answer.
+/// The same, once requests wait for the answer.
 pub(super) const SERVING_BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes in a page of a new file, SQLite's default. A file keeps the size that it was made with.
+/// Bytes per page of a new file, SQLite's default. A file keeps the page size that it was created with.
 const PAGE_BYTES: u32 = 4_096;
 
-/// Pages in the write-ahead log before it is copied back, 64 MiB. The default of 1,000 pages makes
-/// ingest a third slower: random pages are written once per checkpoint, so fewer checkpoints write
-/// fewer of them.
+/// Pages in the write-ahead log before it is copied back, 64 MiB. The default of 1,000 pages makes ingest a third
+/// slower. Each checkpoint writes random pages once, so fewer checkpoints write fewer of them.
 pub(super) const CHECKPOINT_PAGES: u32 = 64 * 1_024 * 1_024 / PAGE_BYTES;
 
-/// Connections for reading. Queries are short, and two cores cannot use more than a few at a time.
+/// Connections for reading. Queries are short, and two cores can use only a few at a time.
 const READERS: usize = 6;
 
-/// How many of them may do reads whose cost grows with a history. The others are kept for the rest, such as what
-/// the dashboard shows, or whether a key may report for a device.
+/// How many of them may run reads whose cost grows with a history. The others are reserved for the rest, such as the
+/// dashboard, or the check whether a key may report for a device.
 const LONG_READS: usize = 4;
 
-/// How long a read may take that somebody waits for, as on PostgreSQL (`statement_timeout`).
+/// How long a read may take that a request waits for; the same as on PostgreSQL (`statement_timeout`).
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a read looks at the time, in steps of SQLite's virtual machine: some tenths of a millisecond.
+/// How often a read checks the time, in steps of SQLite's virtual machine. These take some tenths of a millisecond.
 const STEPS_BETWEEN_LOOKS: i32 = 10_000;
 
 /// How long a request waits for a connection for reading.
 const READER_WAIT: Duration = Duration::from_secs(5);
 
-/// Opens the file for writing; it is made, with its folder, when it is missing.
+/// Opens the file for writing. Creates the file and its folder when they are missing.
 pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
     files::create(path)?;
     let open = || -> rusqlite::Result<Connection> {
         let connection = Connection::open(path)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
-        // Before anything is written: a file cannot be changed to these later without rewriting it.
+        // Set before anything is written. Later they can be changed only by rewriting the file.
         connection.pragma_update(None, "page_size", PAGE_BYTES)?;
         connection.pragma_update(None, "auto_vacuum", "incremental")?;
         connection.pragma_update(None, "journal_mode", "wal")?;
-        // An acknowledged event survives a power cut: every commit is synced to the disk.
+        // An acknowledged event survives a power cut, because every commit is synced to the disk.
         connection.pragma_update(None, "synchronous", "full")?;
         connection.pragma_update(None, "foreign_keys", true)?;
         connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
-        // The log is cut back to this size after a checkpoint that a long read had delayed.
+        // After a checkpoint that a long read has delayed, the log is cut back to this size.
         connection.pragma_update(None, "journal_size_limit", 128 << 20)?;
-        // Negative: kibibytes.
+        // A negative value means kibibytes.
         connection.pragma_update(None, "cache_size", -16_384)?;
         connection.pragma_update(None, "temp_store", "memory")?;
         connection.set_prepared_statement_cache_capacity(32);
@@ -71,16 +71,16 @@ pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
     open().map_err(|error| files::sqlite_cannot_open(path, &error))
 }
 
-/// Opens the file, which exists, for copying the log into it.
+/// Opens the existing file, for copying the log into it.
 pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> {
     let connection = open_for_requests(path)?;
-    // The log is synced before it is copied, and the file before the log is given up.
+    // The log is synced before it is copied. The file is synced before the log is reused.
     connection.pragma_update(None, "synchronous", "full")?;
     Ok(connection)
 }
 
-/// Opens the file, which exists. Who only reads may have to wait, too: while another process reads the log after a
-/// crash, or copies it into the file because it is the last to close it.
+/// Opens the existing file. Even a reader may have to wait for another process. That process may be reading the log
+/// after a crash, or copying it into the file because it closes last.
 pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
@@ -88,7 +88,7 @@ pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Opens the file, which exists, for a server whose clients wait.
+/// Opens the existing file, for a server whose clients wait.
 pub(super) fn open_for_requests(path: &Path) -> rusqlite::Result<Connection> {
     let connection = open_existing(path)?;
     connection.busy_timeout(SERVING_BUSY_TIMEOUT)?;
@@ -98,21 +98,21 @@ pub(super) fn open_for_requests(path: &Path) -> rusqlite::Result<Connection> {
 /// What a read may cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cost {
-    /// Little, whatever there is.
+    /// The cost is low, whatever the database holds.
     Short,
-    /// The more, the longer a history is.
+    /// The cost grows with the length of a history.
     Long,
-    /// As much as it takes: no request waits for it.
+    /// The read may take any time, because no request waits for it.
     Unbounded,
 }
 
-/// A few connections for reading, opened when first needed.
+/// A few connections for reading. Each is opened when it is first needed.
 pub(super) struct Readers {
     path: PathBuf,
     permits: Arc<Semaphore>,
     long_permits: Arc<Semaphore>,
     idle: Mutex<Vec<Connection>>,
-    /// For signs of life alone, which must not wait for what others read.
+    /// A connection that only checks that the file can be read. It must not wait for other reads.
     pulse: Mutex<Option<Connection>>,
     waiting: AtomicUsize,
     timeout: Duration,
@@ -131,7 +131,7 @@ impl Readers {
         }
     }
 
-    /// Whether the file can be read, however busy the connections for reading are.
+    /// Checks that the file can be read, however busy the connections for reading are.
     pub(super) async fn ping(self: Arc<Self>) -> Result<(), StoreError> {
         const SIGN_OF_LIFE: &str = "select exists (select 1 from devices)";
         let ping = tokio::task::spawn_blocking(move || {
@@ -147,8 +147,7 @@ impl Readers {
         ping.await.map_err(|error| StoreError::Failed(format!("a read failed: {error}")))?
     }
 
-    /// Runs `read` on a thread that may block. The connection comes back also when the caller has
-    /// gone away meanwhile.
+    /// Runs `read` on a thread that may block. The connection is returned even if the caller goes away meanwhile.
     pub(super) async fn run<T: Send + 'static>(
         self: Arc<Self>,
         cost: Cost,
@@ -179,7 +178,7 @@ impl Readers {
         task.await.map_err(|error| StoreError::Failed(format!("a read failed: {error}")))?
     }
 
-    /// What to hold while reading; `None` when there is nothing to be had any more.
+    /// The permits to hold while reading; `None` when the semaphores are closed.
     async fn permits(&self, cost: Cost) -> Option<[Option<OwnedSemaphorePermit>; 2]> {
         let _waiting = Waiting::one(&self.waiting);
         let long = match cost {
@@ -208,7 +207,7 @@ impl Readers {
     }
 }
 
-/// One who waits, for as long as this lives.
+/// Counts one waiter, for as long as this value lives.
 struct Waiting<'a>(&'a AtomicUsize);
 
 impl<'a> Waiting<'a> {
@@ -228,7 +227,7 @@ fn too_slow(timeout: Duration) -> StoreError {
     StoreError::TooSlow(format!("a read took longer than {} s", timeout.as_secs_f32()))
 }
 
-/// Sorts SQLite's errors by what can be done about them.
+/// Classifies SQLite's errors by what can be done about them.
 #[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
 pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
     let message = error.to_string();
@@ -250,13 +249,13 @@ pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
     }
 }
 
-/// Fails when a statement that was to write one row of `table` has written none: a trigger may drop a row without
-/// an error (`raise(ignore)`), and that refuses the data as much as one that raises an error.
+/// Fails when a statement that should write one row of `table` has written none. A trigger may drop a row without an
+/// error (`raise(ignore)`). That refuses the data as much as a trigger that raises an error.
 pub(super) fn expect_row(table: &str, written: usize) -> rusqlite::Result<()> {
     if written > 0 { Ok(()) } else { Err(row_dropped(table)) }
 }
 
-/// A trigger has dropped a row of `table`.
+/// The error for a row of `table` that a trigger has dropped.
 pub(super) fn row_dropped(table: &str) -> rusqlite::Error {
     let refused = ffi::Error {
         code: ErrorCode::ConstraintViolation,
@@ -307,7 +306,7 @@ mod tests {
             let (began, ends) = (began.clone(), Arc::clone(&ends));
             long.push(tokio::spawn(Arc::clone(&readers).run(Cost::Long, move |_| {
                 began.send(()).unwrap();
-                // Until the test lets go.
+                // Runs until the test lets it end.
                 let _ = ends.lock().unwrap().recv();
                 Ok(())
             })));
@@ -336,7 +335,7 @@ mod tests {
             let given_up = Arc::clone(&readers).run(Cost::Long, endless).await.unwrap_err();
             assert!(matches!(given_up, StoreError::TooSlow(_)), "{given_up}");
         }
-        // The connection is as good as ever.
+        // The connection can still be used.
         let short = |connection: &Connection| {
             connection.query_row("select 1", [], |row| row.get::<_, i64>(0))
         };

@@ -1,5 +1,5 @@
-//! Both ends of copying a database, in SQLite: reading in one long read transaction, and filling a new file
-//! that gets its name when it is whole.
+//! Both sides of copying a database, in SQLite. `store::copy` calls it. Reading is one long read transaction. Filling
+//! writes a new file, which must not get its name before it is complete.
 
 use std::{
     collections::HashSet,
@@ -39,7 +39,7 @@ pub(crate) struct SqliteCopyReader {
     connection: SharedConnection,
 }
 
-/// Used by one task at a time; shared because they run on threads of their own.
+/// Used by one task at a time. It is shared because its work runs on other threads.
 type SharedConnection = Arc<Mutex<Connection>>;
 
 impl SqliteCopyReader {
@@ -48,7 +48,7 @@ impl SqliteCopyReader {
         let open = || -> rusqlite::Result<Connection> {
             let connection = open_existing(&path)?;
             connection.pragma_update(None, "query_only", true)?;
-            // The first read fixes the moment.
+            // The first read fixes the snapshot.
             connection.execute_batch("begin; select count(*) from roll_up_state;")?;
             Ok(connection)
         };
@@ -76,7 +76,7 @@ impl CopyReader for SqliteCopyReader {
     }
 }
 
-/// Where a new database is going to stand; nobody else uses it meanwhile.
+/// The place where a new database will be. Nobody else uses it meanwhile.
 pub(crate) struct Place {
     claim: claim::Claim,
     new: Copy,
@@ -96,7 +96,7 @@ impl Place {
         self.new.path()
     }
 
-    /// The first table with rows in the database that stands there already.
+    /// The first table with rows in a database that is there already.
     pub(crate) fn first_filled_table(&self) -> Result<Option<&'static str>, StoreError> {
         const EXISTS: &str = "select exists (select 1 from sqlite_schema where name = ?1)";
         let look = || -> rusqlite::Result<Option<&'static str>> {
@@ -119,20 +119,20 @@ impl Place {
 pub(crate) struct SqliteCopyWriter {
     connection: SharedConnection,
     place: Place,
-    /// Statements that make the indexes of events again, which are filled in one go.
+    /// Statements that recreate the indexes of events. Each index is built in one go at the end.
     indexes: Vec<String>,
 }
 
 impl SqliteCopyWriter {
-    /// `place` has been migrated.
+    /// Begins to fill `place`, whose file has been migrated.
     pub(crate) fn open(place: Place) -> Result<Self, StoreError> {
         let connection = open_for_writing(place.path())?;
         let begin = || -> rusqlite::Result<Vec<String>> {
-            // What is half-done is thrown away, whatever the reason.
+            // An unfinished file is thrown away for any reason, so it need not survive a crash.
             connection.pragma_update(None, "journal_mode", "off")?;
             connection.pragma_update(None, "synchronous", "off")?;
             connection.pragma_update(None, "locking_mode", "exclusive")?;
-            // An index is sorted in files, however many events there are.
+            // An index is sorted in temporary files, however many events there are.
             connection.pragma_update(None, "temp_store", "file")?;
             connection.execute_batch("begin immediate")?;
             take_indexes(&connection)
@@ -185,13 +185,13 @@ impl CopyWriter for SqliteCopyWriter {
             for index in &indexes {
                 connection.execute_batch(index)?;
             }
-            // All events are aggregated, and the next one gets the next id.
+            // All events are aggregated, and the next event gets the next id.
             let watermark = last_id(connection, events_table())?;
             connection.execute("update roll_up_state set folded_id = ?1", [watermark])?;
             connection.execute_batch("commit; pragma optimize = 0x10002;")
         })
         .await?;
-        // Nobody else has it: reading what was written has come to its end.
+        // Nobody else has the connection: reading back has ended.
         drop(connection);
         tokio::task::spawn_blocking(move || place.new.take_empty_place(place.claim.database()))
             .await
@@ -211,13 +211,13 @@ async fn run<T: Send + 'static>(
     task.await.map_err(|error| StoreError::Failed(format!("a statement failed: {error}")))?
 }
 
-/// Where SQLite has what PostgreSQL has in a column.
+/// Where SQLite stores what PostgreSQL stores in a column.
 enum ColumnPlace {
     /// In a column of this name.
     Own(&'static str),
-    /// Devices are a number here, in the column `device`.
+    /// SQLite stores devices as a number, in the column `device`.
     DeviceNumber,
-    /// Nowhere; this says what comes closest, of a row of the table `t`.
+    /// Not stored. This is the closest expression, over a row of the table `t`.
     Derived(&'static str),
 }
 
@@ -306,7 +306,7 @@ fn rows(connection: &SharedConnection, selection: Selection) -> RowStream {
 
 enum ReadError {
     Sqlite(rusqlite::Error),
-    /// SQL that did not mind the foreign keys has left it.
+    /// SQL that ignored the foreign keys has left it.
     NamelessDevice,
 }
 
@@ -329,7 +329,7 @@ fn send_rows(
         if batch.len() == BATCH_ROWS {
             let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH_ROWS));
             if sender.blocking_send(full).is_err() {
-                // Nobody wants the rest.
+                // The receiver is gone, so the rest is not needed.
                 return Ok(());
             }
         }
@@ -414,7 +414,7 @@ fn write_statement(table: &Table, columns: &[&'static Column]) -> String {
                 "device".to_owned(),
                 format!("(select id from devices where device_id = ?{number})"),
             ),
-            // It is not among the columns that this store keeps.
+            // This store does not keep the column.
             ColumnPlace::Derived(_) => (String::new(), String::new()),
         }
     });
@@ -448,8 +448,8 @@ fn stored(value: Value, column: &Column) -> rusqlite::Result<SqliteValue> {
     })
 }
 
-/// Drops the indexes of events, and tells how to make them again. An index that is made of all rows is
-/// sorted first, and then written from its beginning to its end.
+/// Drops the indexes of events, and answers the statements that recreate them. An index that is built from all rows is
+/// sorted first, and then written from start to end.
 fn take_indexes(connection: &Connection) -> rusqlite::Result<Vec<String>> {
     const INDEXES: &str = "
         select name, sql from sqlite_schema where type = 'index' and tbl_name = ?1 and sql is not null

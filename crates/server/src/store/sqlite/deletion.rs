@@ -1,5 +1,6 @@
-//! Deleting a device in steps (see `store/deletion.rs`). Each step is one transaction of the writer's, which ingest
-//! waits for, so it is short; what has been deleted leaves the sums by day and hour in the same transaction.
+//! Deletes a device in steps (see `store/deletion.rs`). Each step is one transaction of the writer, for which ingest
+//! waits, so it must be short. It must also subtract the deleted events from the sums by day and hour, in the same
+//! transaction.
 
 use std::time::Instant;
 
@@ -61,7 +62,7 @@ fn deletions(connection: &Connection) -> rusqlite::Result<Vec<(DeviceId, u64)>> 
 }
 
 fn begin(writer: &mut WriteConnection, device_id: &DeviceId, by: &Actor) -> rusqlite::Result<bool> {
-    // Events whose receipt lies ahead, by a clock that was wrong, go too.
+    // Events whose `received_at` is in the future, because a clock was wrong, are deleted too.
     const BEGIN: &str = "
         insert into device_deletions (
             device_id, received_until, requested_at, via, key_id, address, deleted_events
@@ -71,7 +72,7 @@ fn begin(writer: &mut WriteConnection, device_id: &DeviceId, by: &Actor) -> rusq
          where device = ?2
             on conflict (device_id) do nothing
     ";
-    // What was acknowledged before goes with the device.
+    // Events that were acknowledged before are deleted with the device.
     apply_journal(writer)?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -91,7 +92,7 @@ fn begin(writer: &mut WriteConnection, device_id: &DeviceId, by: &Actor) -> rusq
     Ok(true)
 }
 
-/// Deletes at most `most` events, or event ids, or what is left when those are fewer.
+/// Deletes at most `most` events, or at most `most` event ids. When fewer are left, it does the last step.
 fn delete_some(
     writer: &mut WriteConnection,
     device_id: &DeviceId,
@@ -118,7 +119,7 @@ fn delete_some(
     };
     let until = received_until.as_millisecond();
     let Some(device) = device_number(&transaction, device_id)? else {
-        // Other SQL has deleted the rest.
+        // Foreign SQL has deleted the rest.
         end(&transaction, device_id, &by, deleted_events)?;
         transaction.commit()?;
         return Ok(DeletionStep::Done(deleted_events));
@@ -131,7 +132,7 @@ fn delete_some(
             transaction.prepare_cached(DELETE_KEYS)?.execute(params![device, until, most])?;
         i64::try_from(keys).is_ok_and(|keys| keys == most)
     };
-    // Of a device that has named each run another job, they are as many.
+    // A device that has given each run another job name has as many jobs as events.
     let is_more = keys_left
         || number_of_jobs(&transaction, device)? > most && {
             transaction.prepare_cached(DELETE_JOBS)?.execute(params![device, most])? > 0
@@ -180,8 +181,8 @@ fn number_of_jobs(transaction: &Transaction<'_>, device: i64) -> rusqlite::Resul
         .query_row([device], |row| row.get(0))
 }
 
-/// Deletes the next events in the order of the index, out of the sums too; tells how many, and whether there may
-/// be more.
+/// Deletes the next events in the order of the index, and subtracts them from the sums. Answers how many, and whether
+/// there may be more.
 fn delete_events(
     transaction: &Transaction<'_>,
     device: i64,
@@ -209,11 +210,11 @@ fn delete_events(
     Ok((deleted as u64, is_more))
 }
 
-/// The last step: takes the device out of sight, or has it stand there anew when it has reported since.
+/// The last step removes the device. If it has reported since, it is created again with the new events.
 fn delete_device(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
     const HAS_REPORTED: &str = "select exists (select 1 from sync_events where device = ?1)";
     const LAST_RECEIVED: &str = "select max(created_at) from sync_events where device = ?1";
-    // The group stays: a key of that group, with which it may have reported, would be locked out.
+    // The group stays. Otherwise a key of that group, with which the device may have reported, would be refused.
     const BEGIN_ANEW: &str = "
         update devices
            set name = null,

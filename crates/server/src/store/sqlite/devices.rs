@@ -1,5 +1,6 @@
-//! Devices in SQLite. Each query runs on one connection for reading, in one read transaction where it asks more than
-//! once.
+//! Devices in SQLite: how they are listed, looked up and changed. The API calls it through `DeviceStore`. Each query
+//! runs on one connection for reading, in one read transaction where it needs several statements. Deleting a device is
+//! in `deletion`.
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName};
@@ -62,7 +63,7 @@ fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Pag
         and (:group is null or d."group" = :group)
     "#;
     let direction = if query.descending { "desc" } else { "asc" };
-    // Figures are summed for the whole fleet only when it is sorted by them, else for the page alone.
+    // Figures of the entire fleet are summed only for a sort by a figure. Otherwise only those of the page are.
     let (key, join) = query.sort.expressions();
     let join = join.map_or_else(String::new, |expression| {
         format!(
@@ -142,7 +143,7 @@ fn device_ids(
     let mut select = connection.prepare_cached(DEVICE_IDS_AFTER)?;
     let parameters = named_params! { ":after": after, ":group": group.map(GroupName::as_str), ":limit": DEVICE_IDS };
     let rows = select.query_map(parameters, |row| row.get::<_, String>(0))?;
-    // What foreign SQL has named so that nobody can ask for it has no history either.
+    // Foreign SQL may have written a device id that nobody can request. Such a device has no history either.
     rows.filter_map(|id| id.map(|id| DeviceId::new(&id).ok()).transpose()).collect()
 }
 

@@ -1,5 +1,6 @@
-//! Writes batches straight into the tables, past the ingest journal: what the command line imports, and what comes with a
-//! key of a group, whose claims hold only in the transaction that stores the events.
+//! Writes batches straight into the tables, past the ingest journal. The command line's imports use it. Events with a
+//! key of a group use it, too, because their claims hold only in the transaction that stores the events. It must apply
+//! the journal first.
 
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use async_trait::async_trait;
 use super::{apply::apply_journal, write_connection::WriteConnection, writer_thread::WriterThread};
 use crate::store::{Batch, EventWriter, OtherGroup, StoreError, Written};
 
-/// The way of events to the thread that go straight into the tables.
+/// The writer of events that are stored straight in the tables.
 pub(super) struct SqliteEventWriter {
     thread: WriterThread,
 }

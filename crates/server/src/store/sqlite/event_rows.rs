@@ -1,5 +1,5 @@
 //! The rows that a batch of events adds: devices, events and event ids. The write connection calls it within the
-//! transaction of the batch; nothing here begins or ends one.
+//! transaction of the batch. Nothing here may begin or end a transaction.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::store::{Batch, Duplicate, StoredEvent, Written};
 
-/// A device's number, and whether the device is new.
+/// Answers a device's number, and whether the device is new.
 pub(super) fn find_or_add(
     transaction: &Transaction<'_>,
     device_id: &DeviceId,
@@ -34,7 +34,7 @@ pub(super) fn find_or_add(
     Ok((transaction.last_insert_rowid(), true))
 }
 
-/// The groups of those devices that there are which the claims of `batch` are about.
+/// The groups of the existing devices that the claims of `batch` are about.
 pub(super) fn groups_of(
     transaction: &Transaction<'_>,
     batch: &Batch,
@@ -69,7 +69,7 @@ pub(super) fn register(
     Ok(())
 }
 
-/// Moves `created_at` of devices back to when the first of their events were received.
+/// Moves `created_at` of devices back to the `received_at` of their first event.
 pub(super) fn move_devices_back(
     transaction: &Transaction<'_>,
     batch: &Batch,
@@ -85,17 +85,16 @@ pub(super) fn move_devices_back(
     Ok(())
 }
 
-/// The ids of a batch's events.
+/// The ids for a batch's events.
 #[derive(Clone, Copy)]
 pub(super) enum Ids<'a> {
-    /// This one and those after it, without gaps.
+    /// This id and the following ones, without gaps.
     From(i64),
-    /// One for each event.
+    /// An id for each event.
     Given(&'a [i64]),
 }
 
-/// Inserts a batch's events, whose devices have these `numbers`, apart from those that were reported
-/// before.
+/// Inserts a batch's events, except those that were reported before. `numbers` are the numbers of their devices.
 pub(super) fn insert_events(
     transaction: &Transaction<'_>,
     batch: &Batch,
@@ -115,7 +114,7 @@ pub(super) fn insert_events(
     let mut last_id = 0;
     let mut positions: Vec<usize> = (0..batch.events.len()).collect();
     if let Ids::Given(_) = ids {
-        // In the order in which they stand in the index and among the keys, so that places follow each other.
+        // In the order of the index and of the event ids. Writes then go to neighbouring places.
         positions.sort_unstable_by_key(|position| {
             (numbers[*position], batch.events[*position].timestamp, *position)
         });
@@ -153,7 +152,7 @@ pub(super) fn insert_events(
         };
         let id = match insert_as(id) {
             Err(error) if is_id_taken(&error) => {
-                // An event that was acknowledged is stored, whatever its id.
+                // An acknowledged event is stored, even under another id.
                 let new_id = ids::next_or_free(transaction, id)?;
                 insert_as(new_id)?;
                 if let Some(event_id) = &event.event_id {
@@ -179,25 +178,25 @@ pub(super) fn insert_events(
     Ok(())
 }
 
-/// Whether a row was refused since another one has its id.
+/// Whether a row was refused because another row has its id.
 fn is_id_taken(error: &rusqlite::Error) -> bool {
     error.sqlite_error().is_some_and(|error| {
         matches!(error.extended_code, SQLITE_CONSTRAINT_PRIMARYKEY | SQLITE_CONSTRAINT_ROWID)
     })
 }
 
-/// The id of the event that a device reported under an id of its own.
+/// Finds the id of an event by its device and the device's own id for it.
 pub(super) const FIND_KEY: &str = "select id from event_keys where device = ?1 and event_id = ?2";
 
 /// The ids that devices gave their events.
 struct EventKeys<'a> {
     transaction: &'a Transaction<'a>,
-    /// Looked up when the first event of a batch has an id of its own.
+    /// Prepared at the first event of a batch that has an id of its own.
     add: Option<CachedStatement<'a>>,
 }
 
 impl EventKeys<'_> {
-    /// False, and nothing is changed, when the device has reported such an event before.
+    /// Adds an event id. False, and nothing is changed, when the device has reported it before.
     fn add(
         &mut self,
         device: i64,
@@ -217,7 +216,7 @@ impl EventKeys<'_> {
         Ok(self.add.insert(add).execute(key)? > 0)
     }
 
-    /// The event has another id.
+    /// Changes the id of the event to which the event id leads.
     fn change(&self, device: i64, event_id: &EventId, id: i64) -> rusqlite::Result<()> {
         self.transaction
             .prepare_cached("update event_keys set id = ?3 where device = ?1 and event_id = ?2")?
@@ -225,7 +224,7 @@ impl EventKeys<'_> {
             .map(drop)
     }
 
-    /// The id of the event that was first reported, and the event if it is still kept.
+    /// The id of the event that was first reported, and that event if it is still kept.
     fn find(
         &self,
         device: i64,
@@ -236,7 +235,7 @@ impl EventKeys<'_> {
             .prepare_cached(FIND_KEY)?
             .query_row(params![device, event_id.as_str()], |row| row.get(0))
             .optional()?;
-        // It was not added, and is not there either.
+        // The event id was not added, and does not exist either.
         let Some(id) = id else { return Err(row_dropped("event_keys")) };
         Ok((id, kept_event(self.transaction, id)?))
     }

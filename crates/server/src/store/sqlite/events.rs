@@ -1,4 +1,5 @@
-//! Events in SQLite: the two ways to write them, and their history.
+//! Events in SQLite: it opens the two writers and reads the history. `ingest`, `import`, the API and exports call it
+//! through `EventStore`. The work is in `journal_writer`, `direct_writer` and `history`.
 
 use std::sync::Arc;
 

@@ -1,23 +1,23 @@
-//! Old events go in small steps, once they are aggregated into the sums by day and hour, and the file gives
-//! their pages back.
+//! Drops old events in small steps, once they are aggregated into the sums by day and hour. The file then gives their
+//! pages back. `maintenance` calls it. No step may take long, because ingest waits for it.
 
 use pisync_core::Timestamp;
 use rusqlite::{Connection, TransactionBehavior, params};
 
 use super::{roll_ups::watermark, rows::optional_time};
 
-/// Empty pages are given back when they are more than this part of the file: those that the next events
-/// will need had better stay.
+/// Empty pages are given back when they exceed this fraction of the file. It is better to keep those that the next
+/// events will need.
 const MOST_EMPTY: i64 = 4;
 
-/// Pages that are given back at a time. Each is a page moved from the end of the file.
+/// Pages that are given back at a time. Each may move a page from the end of the file.
 const VACUUM_PAGES: u32 = 128;
 
-/// Drops the next `most` events that were received before `before`; false when there are no more. They
-/// may be dated by `lead` milliseconds after they were received.
+/// Drops the next `most` events that were received before `before`; false when there are no more. Their date may be up
+/// to `lead` milliseconds after their `received_at`.
 ///
-/// They go in the order of their ids. What was received after `now`, while the clock was ahead, is as old as what
-/// came next, and goes with that.
+/// Events are dropped in the order of their ids. An event with a `received_at` after `now` came while the clock was
+/// ahead. It is as old as the next event, and is dropped together with it.
 pub(super) fn drop_events(
     connection: &mut Connection,
     now: Timestamp,
@@ -57,7 +57,7 @@ pub(super) fn drop_events(
     Ok(events == most)
 }
 
-/// Gives some empty pages at the end of the file back; false when there are few, or they stay.
+/// Gives some empty pages at the end of the file back. False when there are few, or they cannot be given back.
 pub(super) fn shrink(connection: &Connection) -> rusqlite::Result<bool> {
     let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let empty = pragma("freelist_count")?;
@@ -75,7 +75,7 @@ pub(super) fn streaks_since(connection: &Connection) -> rusqlite::Result<Timesta
         .query_row([], |row| Ok(optional_time(row, 0)?.unwrap_or(Timestamp::MIN)))
 }
 
-/// Events received before this are gone; `None` while all are kept.
+/// Events received before this are dropped; `None` while all are kept.
 pub(super) fn raw_since(connection: &Connection) -> rusqlite::Result<Option<Timestamp>> {
     connection
         .prepare_cached("select raw_since from roll_up_state")?

@@ -1,4 +1,6 @@
-//! The database's file: which one a path leads to, how it is made, and what to say when it cannot be opened.
+//! The database's file: which one a path leads to, how it is created, and what to say when it cannot be opened.
+//! `claim`, `connection` and the commands call it. A path must always be resolved here first, because SQLite keeps a
+//! log for each name of a file.
 
 use std::{
     fs::{self, Metadata},
@@ -15,14 +17,14 @@ use crate::{
     store::StoreError,
 };
 
-/// Symbolic links that may lead from one to the next, as many as Linux follows.
+/// The maximum number of symbolic links to follow, the same as in Linux.
 const MOST_LINKS: usize = 40;
 
-/// The database file that `path` leads to through whatever symbolic links, whether it is there already or not.
-/// SQLite keeps its log beside that file, and so do we with everything else.
+/// The database file that `path` leads to through symbolic links. The file may be missing. SQLite keeps its log beside
+/// that file, and we keep all other files there.
 ///
 /// # Errors
-/// When it leads nowhere, or to a file with several names: each name would have a log of its own.
+/// When it leads nowhere, or to a file with several names. Each name would have a log of its own.
 pub(in crate::store) fn resolve(path: &Path) -> Result<PathBuf, StoreError> {
     let failed = |problem: &dyn std::fmt::Display| {
         StoreError::Failed(format!("cannot open {}: {problem}", path.display()))
@@ -43,7 +45,7 @@ pub(in crate::store) fn resolve(path: &Path) -> Result<PathBuf, StoreError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound && links == 0 => {
             std::path::absolute(&file).map_err(|error| failed(&error))?
         }
-        // Probably a disk that is not mounted. A new database in its place would look like a loss.
+        // The disk is probably not mounted. A new database in its place would look like a loss.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(failed(&format!(
                 "it is a symbolic link to {}, and there is no such folder; is the disk mounted?",
@@ -70,8 +72,8 @@ fn check_names(database: &Path, there: &Metadata) -> Result<(), StoreError> {
     )))
 }
 
-/// Whether a restore is at work, or was killed, between giving the database its second name and taking its
-/// first.
+/// Whether a restore is between two steps: the database has its second name already, and the copy not yet the first.
+/// The restore may have been killed.
 fn is_half_replaced(database: &Path, there: &Metadata) -> bool {
     half_replaced(database, there).is_some()
 }
@@ -85,7 +87,8 @@ pub(super) fn half_replaced(database: &Path, there: &Metadata) -> Option<PathBuf
     replaced_names(database).take_while(|name| name.exists()).find(is_it)
 }
 
-/// What databases are called that restores have replaced, the oldest first: an ending, and from the second on a number.
+/// The names of databases that restores have replaced, the oldest first. Each has an ending; from the second one on, a
+/// number follows.
 pub(super) fn replaced_names(database: &Path) -> impl Iterator<Item = PathBuf> {
     let first = beside(database, REPLACED);
     let later = (2..).map({
@@ -100,8 +103,7 @@ pub(in crate::store) fn is_same_file(left: &Path, right: &Path) -> bool {
     matches!((Identity::at(left), Identity::at(right)), (Ok(left), Ok(right)) if left == right)
 }
 
-/// Checks that what is written to `path` would not take the place of the database at `database`, or of a file that
-/// belongs to it.
+/// Checks that a file written to `path` would not replace the database at `database`, or a file that belongs to it.
 ///
 /// # Errors
 /// When it would.
@@ -119,8 +121,8 @@ pub(in crate::store) fn check_is_not_ours(database: &Path, path: &Path) -> Resul
     Ok(())
 }
 
-/// Makes an empty file for a database that is not there yet, with its folder: for its owner alone. SQLite
-/// gives its log the same owner and mode.
+/// Creates an empty file for a new database, with its folder. Only its owner can open it; SQLite gives its log the same
+/// owner and mode.
 pub(super) fn create(database: &Path) -> Result<(), StoreError> {
     create_folder(database)?;
     match permissions::create_for_server(database, PRIVATE) {
@@ -144,7 +146,7 @@ pub(super) fn cannot_open(file: &Path, error: &io::Error) -> StoreError {
     StoreError::Failed(format!("cannot open {}: {error}{way_on}", file.display()))
 }
 
-/// What to do about a file or folder that cannot be opened or made, if anything is known; follows the error.
+/// Advice, if any, about a file or folder that cannot be opened or created. It follows the error.
 fn way_on(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DISK_FULL,
@@ -160,7 +162,7 @@ fn way_on(error: &io::Error) -> &'static str {
 const DISK_FULL: &str = "; make room on its disk";
 const NOT_WRITABLE: &str = "; set DATA_DIR to a folder that the server may write";
 
-/// Why SQLite could not open the database at `path`, or read what it begins with, and what to do about it.
+/// Why SQLite could not open the database at `path`, or read its beginning, and what to do about it.
 pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreError {
     let way_on = match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => DISK_FULL,
@@ -175,12 +177,13 @@ pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreE
     StoreError::Failed(format!("cannot open {}: {error}{way_on}", path.display()))
 }
 
-/// Whether there is a database: an empty file is what a start leaves that was killed at once.
+/// Whether there is a database. A start that was killed at once leaves an empty file.
 pub(in crate::store) fn holds_something(database: &Path) -> bool {
     fs::metadata(database).is_ok_and(|there| there.len() > 0)
 }
 
-/// See [`store::check_exists`](crate::store::check_exists). What cannot be looked at is left to whoever opens it.
+/// See [`store::check_exists`](crate::store::check_exists). A path that cannot be inspected passes; opening it will
+/// report the error.
 pub(in crate::store) fn check_exists(path: &Path) -> Result<(), StoreError> {
     let database = resolve(path)?;
     let is_missing = match fs::metadata(&database) {

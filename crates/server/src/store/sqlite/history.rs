@@ -1,4 +1,5 @@
-//! A device's history, read through the index `(device, timestamp)` whose entries end with the id.
+//! Reads a device's history through the index `(device, timestamp)`, whose entries end with the id. `events` calls it.
+//! A page far down must cost as much as the first one.
 
 use pisync_core::{JobName, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
@@ -11,7 +12,7 @@ use crate::store::{
     EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory, history::stored_metadata,
 };
 
-/// What [`stored_event`] reads.
+/// The columns that [`stored_event`] reads.
 pub(super) const EVENT_COLUMNS: &str = "
     id, timestamp, total_files_synced, total_errors, internet_speed, job, duration, bytes_synced,
     metadata, created_at, event_id
@@ -54,7 +55,7 @@ pub(super) fn events(
 }
 
 fn page(snapshot: &Connection, device: i64, query: &HistoryQuery) -> rusqlite::Result<EventPage> {
-    // The position's time bounds the index, so that a page far down costs as much as the first one.
+    // The position's time bounds the index scan. A page far down therefore costs as much as the first one.
     let (behind, direction) = query.order();
     let select_events = format!(
         "select {EVENT_COLUMNS}
@@ -85,7 +86,7 @@ fn page(snapshot: &Connection, device: i64, query: &HistoryQuery) -> rusqlite::R
                 ":start": start_millisecond,
                 ":start_id": start.id,
                 ":job": query.job.as_ref().map(JobName::as_str),
-                // One more tells whether there is a next page.
+                // One more event is read, to learn whether there is a next page.
                 ":limit": i64::from(query.limit) + 1,
                 ":offset": query.offset.cast_signed(),
             },
@@ -113,7 +114,7 @@ fn count(snapshot: &Connection, device: i64, query: &HistoryQuery) -> rusqlite::
     let job = query.job.as_ref().map(JobName::as_str);
     let is_complete = raw_since(snapshot)?.is_none();
     if query.from.is_none() && query.until.is_none() && is_complete {
-        // Known without counting rows, so that a long history costs no more than a short one.
+        // This is known without counting rows. A long history therefore costs no more than a short one.
         let jobs = jobs(snapshot, device)?;
         let asked_for = jobs.iter().filter(|(name, _)| job.is_none() || name.as_deref() == job);
         return Ok(asked_for.map(|(_, figures)| figures.total_syncs).sum());

@@ -1,18 +1,18 @@
-//! The ids of rows. SQLite counts them in `sqlite_sequence` and never gives one twice (`autoincrement`). Here a server
-//! reserves ids for its events, and here is said what to do when none are left. Another program may have given a row the
-//! highest id there is: SQLite then reports a full disk, and our arithmetic must not overflow.
+//! The ids of rows. SQLite counts them in `sqlite_sequence` and never assigns one twice (`autoincrement`). The writer
+//! reserves ids for a server's events here. This module also explains what to do when none are left. Another program
+//! may have given a row the highest possible id. SQLite then reports a full disk, and our arithmetic must not overflow.
 
 use std::{fmt, ops::RangeInclusive};
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Transaction, params};
 
-/// No ids are left in a table, and nothing that gets one can be added.
+/// No ids are left in a table, so no row that needs one can be added.
 #[derive(Debug)]
 pub(super) struct NoIdsLeft {
     table: String,
-    /// The highest id that was given, by what SQLite has noted.
+    /// The highest id that was ever assigned, according to SQLite.
     used: i64,
-    /// The row in the way, if it is still there.
+    /// The row with the highest id, if it still exists.
     highest: Option<i64>,
 }
 
@@ -49,13 +49,13 @@ impl From<NoIdsLeft> for rusqlite::Error {
     }
 }
 
-/// Whether that is what an error says.
+/// Whether an error says that no ids are left.
 pub(super) fn are_used_up(error: &rusqlite::Error) -> bool {
     matches!(error, rusqlite::Error::ToSqlConversionFailure(error) if error.is::<NoIdsLeft>())
 }
 
-/// Reserves `count` ids of events above `at_least` and above all that were ever given or reserved, by whomever. Rows
-/// that other programs insert without an id get higher ones from then on.
+/// Reserves `count` ids of events above `at_least`, and above all that were ever assigned or reserved by any program.
+/// Rows that other programs insert without an id get higher ones from then on.
 pub(super) fn reserve(
     transaction: &Transaction<'_>,
     count: i64,
@@ -71,13 +71,13 @@ pub(super) fn reserve(
     Ok(first..=last)
 }
 
-/// The first of `count` ids of events above `at_least` and above all that were ever given or reserved.
+/// The first of `count` ids of events above `at_least`, and above all that were ever assigned or reserved.
 pub(super) fn first_of(
     transaction: &Transaction<'_>,
     count: i64,
     at_least: i64,
 ) -> rusqlite::Result<i64> {
-    // Whatever somebody has written there is taken for a number.
+    // Other programs may have written a value of any type there; it is read as a number.
     const USED: &str = "
         select ifnull(max(cast(seq as integer)), (select ifnull(max(id), 0) from sync_events))
           from sqlite_sequence
@@ -91,8 +91,9 @@ pub(super) fn first_of(
     Ok(used + 1)
 }
 
-/// An id for an event whose own, `id`, somebody has taken: the next one, or, when there are no ids above all others,
-/// one above `id` that no row has. SQLite is not asked for it, since it would roll the whole transaction back.
+/// Another id for an event whose own, `id`, another program has taken. It is the next id above all others. If there is
+/// none, it is an unused id above `id`. SQLite cannot choose it, because a failure there would roll the entire
+/// transaction back.
 pub(super) fn next_or_free(transaction: &Transaction<'_>, id: i64) -> rusqlite::Result<i64> {
     const FREE: &str = "
         select id + 1
@@ -110,7 +111,8 @@ pub(super) fn next_or_free(transaction: &Transaction<'_>, id: i64) -> rusqlite::
     }
 }
 
-/// Says which table has no ids left when SQLite says that the disk is full, for that is its word for both.
+/// SQLite reports a full disk as well when a table has no ids left. This finds out whether that is so, and names the
+/// table.
 pub(super) fn explain(connection: &Connection, error: rusqlite::Error) -> rusqlite::Error {
     const USED_UP: &str = "
         select name, cast(seq as integer)
@@ -130,16 +132,16 @@ pub(super) fn explain(connection: &Connection, error: rusqlite::Error) -> rusqli
     };
     match found() {
         Ok(Some(used_up)) => used_up.into(),
-        // What has failed first is what matters.
+        // The first error is the one that matters.
         Ok(None) | Err(_) => error,
     }
 }
 
 fn no_ids_left(connection: &Connection, table: &str, used: i64) -> rusqlite::Result<NoIdsLeft> {
-    // Names of tables come from SQLite itself.
+    // The names of tables come from SQLite itself.
     let highest: Option<i64> =
         connection.query_row(&format!("select max(id) from \"{table}\""), [], |row| row.get(0))?;
-    // A lower one did not raise the counter.
+    // A lower id has not raised the counter.
     let highest = highest.filter(|highest| *highest >= used);
     Ok(NoIdsLeft { table: table.to_owned(), used, highest })
 }

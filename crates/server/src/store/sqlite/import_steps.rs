@@ -1,12 +1,13 @@
-//! How far imports have come, as rows of `imports`. A step is written in the transaction that stores its events.
+//! How far imports have come, as rows of `imports`. The write connection writes them and `imports` reads them. A step
+//! must be written in the transaction that stores its events.
 
 use rusqlite::{Row, Transaction, params};
 
 use super::{connection::expect_row, rows::time};
 use crate::store::{ImportProgress, ImportStep};
 
-/// Notes how far an import comes with the transaction, unless another one imports the same. `has_events` says whether
-/// it stores any.
+/// Notes the progress of an import in the transaction. Fails if another import stores the same records. `has_events`
+/// tells whether the step stores any events.
 pub(super) fn advance(
     transaction: &Transaction<'_>,
     step: &ImportStep,

@@ -1,4 +1,4 @@
-//! The log of imports in SQLite.
+//! The log of imports in SQLite. `import` reads it through `ImportLog`. Nothing here writes; `import_steps` does.
 
 use async_trait::async_trait;
 use rusqlite::Connection;

@@ -1,9 +1,10 @@
-//! The ingest buffer of a server: events that are acknowledged, because they are in the journal, and not yet applied to the
-//! tables. The journal appender fills it, `apply` empties it, and readers wait for it. It does no I/O.
+//! The ingest buffer of a server. It holds events that are acknowledged, because they are in the journal, but not yet
+//! applied to the tables. The journal appender fills it, `apply` empties it, and readers wait for it. It must not do
+//! I/O.
 //!
-//! An event changes a page of the index, one of the figures and, with an id, one of the event ids. Applying thousands of
-//! events together changes each page once for several of them. Whoever reads waits until everything that was
-//! acknowledged before is applied.
+//! An event changes a page of the index, one of the figures and, with an id, one of the event ids. Applying thousands
+//! of events together changes each page once for several of them. A reader waits until everything that was acknowledged
+//! before is applied.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -17,19 +18,19 @@ use tokio::sync::{mpsc, watch};
 use super::{ingest_state::Through, journal::Record};
 use crate::store::{Batch, Observations};
 
-/// Events that may be in the journal alone, and their bytes there. Beyond, events wait, and then find the
-/// queue before them full.
+/// The maximum number of events that are in the journal alone, and of their bytes there. Beyond it, events wait. The
+/// queue before them then fills up.
 const MOST_EVENTS: usize = 65_536;
 const MOST_BYTES: usize = 32 << 20;
 
-/// Events that are in the journal.
+/// Events of one record of the journal.
 #[derive(Debug)]
 pub(super) struct JournaledBatch {
-    /// The journal's record.
+    /// The number of the journal's record.
     pub(super) number: u64,
     pub(super) first_id: i64,
     pub(super) batch: Arc<Batch>,
-    /// Positions of the events in the batch, without duplicates. Their ids follow the first.
+    /// Positions of the events in the batch, without duplicates. Their ids are consecutive, from `first_id` on.
     pub(super) positions: Vec<usize>,
     pub(super) bytes: usize,
 }
@@ -39,7 +40,7 @@ impl From<Record> for JournaledBatch {
         let Record { number, first_id, received, events } = record;
         let positions = (0..events.len()).collect();
         let batch = Arc::new(Batch::new(received, events));
-        // How long it was matters little: it is applied at once.
+        // The true waiting time does not matter, because the batch is applied at once.
         Self { number, first_id, batch, positions, bytes: 0 }
     }
 }
@@ -49,7 +50,7 @@ impl JournaledBatch {
         (self.first_id..).take(self.positions.len())
     }
 
-    /// How far the journal is applied with the first `events` of these.
+    /// How far the journal is applied after the first `events` events of this record.
     pub(super) fn through(&self, events: usize) -> Through {
         if events < self.positions.len() {
             Through { record: self.number - 1, events }
@@ -59,7 +60,7 @@ impl JournaledBatch {
     }
 }
 
-/// Where an event with an id of its device's is, that is not in the tables yet.
+/// An event that has an event id and is not in the tables yet.
 #[derive(Debug, Clone)]
 pub(super) struct PendingEvent {
     pub(super) id: i64,
@@ -75,22 +76,22 @@ pub(super) struct State {
     pub(super) next_id: i64,
     /// The last id that is reserved for this server's events.
     pub(super) last_reserved_id: i64,
-    /// The first id of the batch that is being written into the journal.
+    /// The first id of the batch that is being written to the journal.
     pub(super) in_flight: Option<i64>,
-    /// In the journal alone.
+    /// Batches that are in the journal alone.
     pub(super) accepted: VecDeque<Arc<JournaledBatch>>,
     pending_events: PendingEvents,
-    /// When the first of them came.
+    /// When the first of them arrived.
     pub(super) since: Option<Instant>,
-    /// Those that are being applied, or whose last attempt has failed.
+    /// Batches that are being applied, or whose last attempt has failed.
     applying: Vec<Arc<JournaledBatch>>,
     applying_events: PendingEvents,
     pub(super) events: usize,
     pub(super) bytes: usize,
-    /// The last record in the tables, and in the journal.
+    /// The last record in the tables, and the last one in the journal.
     pub(super) applied: u64,
     pub(super) last: u64,
-    /// Changes when the numbers of devices may have: one was deleted, or another process has written.
+    /// Changes when numbers of devices may have changed: a device was deleted, or another process has written.
     pub(super) devices_epoch: u64,
     /// Whether the writer has been asked to apply.
     pub(super) called: bool,
@@ -101,12 +102,12 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Nothing is in the journal alone, whose records up to `applied` are in the tables.
+    /// The state with no event in the journal alone. The records up to `applied` are in the tables.
     pub(super) fn new(applied: u64) -> Self {
         Self { applied, last: applied, ..Self::default() }
     }
 
-    /// The lowest id that an event may have that is not in the tables.
+    /// The lowest id that an event outside the tables may have.
     pub(super) fn lowest_open_id(&self) -> i64 {
         let apply_batch = self.applying.first().or(self.accepted.front());
         apply_batch.map(|accepted| accepted.first_id).or(self.in_flight).unwrap_or(self.next_id)
@@ -131,7 +132,7 @@ impl State {
         self.accepted.push_back(Arc::new(accepted));
     }
 
-    /// Gives `count` ids that follow each other, and answers the first; `None` when so many are not reserved.
+    /// Assigns `count` consecutive ids and answers the first; `None` when too few are reserved.
     pub(super) fn take_ids(&mut self, count: usize) -> Option<i64> {
         let (first, next) = (self.next_id, self.next_id.checked_add(i64::try_from(count).ok()?)?);
         if next - 1 > self.last_reserved_id {
@@ -146,19 +147,19 @@ impl State {
     }
 }
 
-/// What the threads and readers share.
+/// The state that the threads and readers share.
 pub(super) struct IngestBuffer {
     state: Mutex<State>,
-    /// Notified when a batch is applied, or could not be.
+    /// Notified when a batch is applied, or could not be applied.
     pub(super) attempted: Condvar,
     /// How often it was notified.
     attempts: watch::Sender<u64>,
-    /// Tells ingest what applying has learnt.
+    /// Passes to ingest what applying has learnt.
     observations: mpsc::UnboundedSender<Observations>,
 }
 
 impl IngestBuffer {
-    /// A buffer with what a journal holds. What applying learns of devices goes to `observations`.
+    /// A buffer with the contents of a journal. What applying learns of devices goes to `observations`.
     pub(super) fn new(state: State, observations: mpsc::UnboundedSender<Observations>) -> Self {
         Self {
             state: Mutex::new(state),
@@ -168,9 +169,9 @@ impl IngestBuffer {
         }
     }
 
-    /// Tells ingest what applying has learnt.
+    /// Passes to ingest what applying has learnt.
     pub(super) fn tell(&self, observations: Observations) {
-        // Nobody listens any more when the server stops.
+        // The receiver is gone while the server stops.
         let _ = self.observations.send(observations);
     }
 
@@ -183,13 +184,13 @@ impl IngestBuffer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The ids that were reserved and never given. Nobody may take any more.
+    /// The reserved ids that were never assigned. Nobody may take ids any more.
     pub(super) fn unused_ids(&self) -> std::ops::RangeInclusive<i64> {
         let state = self.state();
         state.next_id..=state.last_reserved_id
     }
 
-    /// What is to be applied next, until the record `wanted` is.
+    /// The batches to apply next; `None` once the record `wanted` is applied.
     pub(super) fn next_apply_batch(&self, wanted: u64) -> Option<Vec<Arc<JournaledBatch>>> {
         let mut state = self.state();
         let state = &mut *state;
@@ -205,7 +206,7 @@ impl IngestBuffer {
         Some(state.applying.clone())
     }
 
-    /// Notes what came of applying a batch, and wakes whoever waits for it.
+    /// Notes the result of applying a batch, and wakes the waiters.
     pub(super) fn apply_ended(
         &self,
         apply_batch: Vec<Arc<JournaledBatch>>,
@@ -226,7 +227,7 @@ impl IngestBuffer {
             }
             Some(error) => {
                 state.failed = Some(error.to_string());
-                // When to try again.
+                // The time from which the next attempt is counted.
                 state.since = Some(Instant::now());
                 None
             }
@@ -234,21 +235,21 @@ impl IngestBuffer {
         drop(state);
         self.attempted.notify_all();
         self.attempts.send_modify(|attempts| *attempts += 1);
-        // Thousands of events are not dropped while others wait for the state.
+        // Dropped after the lock is released. Others need not wait while thousands of events are dropped.
         drop((done, apply_batch));
     }
 
-    /// All events that are going to be stored by the server, and are not, have at least this id.
+    /// All events that the server is going to store have at least this id.
     pub(super) fn lowest_open_id(&self) -> i64 {
         self.state().lowest_open_id()
     }
 
-    /// Numbers of devices may not be what they were.
+    /// Notes that numbers of devices may have changed.
     pub(super) fn forget_devices(&self) {
         self.state().devices_epoch += 1;
     }
 
-    /// Gives `count` ids to events that don't go through the journal; answers the first.
+    /// Assigns `count` ids to events that skip the journal, and answers the first.
     pub(super) fn take_ids(&self, count: usize) -> Option<i64> {
         self.state().take_ids(count)
     }

@@ -1,27 +1,29 @@
-//! What the table `ingest_state` says: whose the ingest journal is, how far it is applied, and whether it is in use.
+//! Reads and writes the table `ingest_state`: which ingest journal belongs to the database, how far it is applied, and
+//! whether it is in use. `apply`, the journal's modules and the write connection call it. Progress must be written in
+//! the transaction that stores the events.
 
 use rusqlite::{Connection, Row, params};
 
 use super::journal::JournalState;
 
-/// How far events have come into the tables.
+/// How far events are applied to the tables.
 pub(super) struct IngestState {
-    /// The journal they come from.
+    /// The journal that they come from.
     pub(super) journal: JournalState,
-    /// So many events of the record after the last one in the tables are there, too, or kept in a file.
+    /// How many events of the next record, which is not complete in the tables, are stored or quarantined.
     pub(super) applied_events: usize,
 }
 
-/// How far the journal is in the tables.
+/// How far the journal is applied.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Through {
-    /// Up to this record.
+    /// The last record that is completely applied.
     pub(super) record: u64,
-    /// And so many events of the one after it.
+    /// How many events of the next record are applied.
     pub(super) events: usize,
 }
 
-/// How far events have come into the tables.
+/// Reads how far events are applied to the tables.
 pub(super) fn read(connection: &Connection) -> rusqlite::Result<IngestState> {
     const STATE: &str = "select journal, settled, journal_in_use, settled_events from ingest_state";
     connection.prepare_cached(STATE)?.query_row([], |row| {
@@ -32,13 +34,13 @@ pub(super) fn read(connection: &Connection) -> rusqlite::Result<IngestState> {
     })
 }
 
-/// Notes whether both files of the journal must be there from now on.
+/// Notes whether both files of the journal must exist from now on.
 pub(super) fn set_journal_in_use(connection: &Connection, in_use: bool) -> rusqlite::Result<()> {
     const SET: &str = "update ingest_state set journal_in_use = ?1 where journal_in_use <> ?1";
     connection.execute(SET, [in_use]).map(drop)
 }
 
-/// Whether [`read`] can be asked for: an older version's tables lack some of it.
+/// Whether [`read`] can be called. The tables of older versions lack some of the columns.
 pub(super) fn is_current(connection: &Connection) -> rusqlite::Result<bool> {
     const EXISTS: &str = "
         select exists (
@@ -48,7 +50,7 @@ pub(super) fn is_current(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row(EXISTS, [], |row| row.get(0))
 }
 
-/// What the columns `journal`, `settled` and `journal_in_use` of `ingest_state` say, in this order.
+/// Reads the columns `journal`, `settled` and `journal_in_use` of `ingest_state`, in this order.
 pub(super) fn journal_state(row: &Row<'_>) -> rusqlite::Result<JournalState> {
     Ok(JournalState {
         identity: row.get(0)?,
@@ -57,7 +59,7 @@ pub(super) fn journal_state(row: &Row<'_>) -> rusqlite::Result<JournalState> {
     })
 }
 
-/// Notes how far the journal is in the tables.
+/// Notes how far the journal is applied.
 pub(super) fn record_applied(connection: &Connection, through: Through) -> rusqlite::Result<()> {
     connection
         .prepare_cached("update ingest_state set settled = ?1, settled_events = ?2")?

@@ -1,5 +1,5 @@
-//! The rows of `device_jobs`: a job's figures, to which each batch adds what it has of the job. The write connection,
-//! `verify` and nobody else changes them.
+//! The rows of `device_jobs`: the figures of a job, to which each batch adds its deltas. The write connection and
+//! `verify` call it. Nothing else may change these rows.
 
 use std::sync::LazyLock;
 
@@ -51,10 +51,10 @@ static UPDATE: LazyLock<String> = LazyLock::new(|| {
     format!("update device_jobs set {} where device = ?1 and job = ?2", set.join(", "))
 });
 
-/// The number of the first figure among the parameters of [`INSERT`] and [`UPDATE`], after the device and the job.
+/// The number of the first figure among the parameters of [`INSERT`] and [`UPDATE`], behind the device and the job.
 const FIRST_FIGURE: usize = 3;
 
-/// The statements on `device_jobs`, looked up once per batch.
+/// The statements on `device_jobs`, prepared once per batch.
 pub(super) struct JobStatements<'a> {
     select: CachedStatement<'a>,
     insert: CachedStatement<'a>,
@@ -83,7 +83,7 @@ impl<'a> JobStatements<'a> {
         })
     }
 
-    /// Adds `new` to what is stored of a job, whose events are already inserted, and returns the sum.
+    /// Adds `new` to the stored figures of a job and answers the sum. The job's events are already inserted.
     pub(super) fn add(
         &mut self,
         device: i64,

@@ -1,5 +1,5 @@
-//! What commands do with the ingest journal of a database: apply what a killed server has left, look into it, salvage it.
-//! Migrations ask here whether the schema may change.
+//! What commands do with the ingest journal of a database: apply what a killed server has left, inspect it, salvage it.
+//! Migrations ask here whether the schema may change. A journal must never be removed before all of it is applied.
 
 use std::{
     path::{Path, PathBuf},
@@ -23,7 +23,7 @@ use crate::store::{JournalReport, JournalSalvage, StoreError};
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns once everything that a server has acknowledged by now is in the tables, where other processes look for it. A
-/// running server applies its journal within a second. The journal of a server that was killed is applied here.
+/// running server applies its journal within a second. The journal of a killed server is applied here.
 pub(in crate::store) fn apply_journal(database: &Path) -> Result<(), StoreError> {
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
     let database = &claim::find(database)?;
@@ -31,7 +31,7 @@ pub(in crate::store) fn apply_journal(database: &Path) -> Result<(), StoreError>
         return Ok(());
     }
     if !claim::is_claimed(database) {
-        // Whoever claims it meanwhile is a server that starts, and does the same.
+        // A process that claims it meanwhile is a starting server, which does the same.
         let _claim = claim::Claim::take(database)?;
         return recover(database);
     }
@@ -55,13 +55,13 @@ pub(in crate::store) fn apply_journal(database: &Path) -> Result<(), StoreError>
     Ok(())
 }
 
-/// Keeps the schema from being changed while there are acknowledged events in the ingest journal that this
-/// version could not apply to the new tables.
+/// Prevents a change of the schema while the ingest journal has acknowledged events that this version could not apply
+/// to the new tables.
 ///
 /// # Errors
-/// When the journal is damaged or a newer version's; then nothing was changed.
+/// When the journal is damaged, or a newer version has written it. Nothing was changed.
 pub(super) fn check_journal(database: &Path) -> Result<(), StoreError> {
-    /// Under a running server, what is read may be of several moments.
+    /// A running server may write between two reads, so a wrong result is checked again.
     const ATTEMPTS: usize = 3;
     if !has_journal(database)? {
         return Ok(());
@@ -87,14 +87,14 @@ fn has_journal(database: &Path) -> Result<bool, StoreError> {
     }
     match journal_state(database) {
         Ok(state) => Ok(state.is_some_and(|state| state.in_use)),
-        // It is no database, or cannot be read: whoever is to use it says so.
+        // It is no database, or cannot be read. The next code that uses it reports that.
         Err(StoreError::Failed(_)) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// What the tables of the database at `database` say of its journal, whatever version made them; `None` where there
-/// is no such thing.
+/// What the tables of the database at `database` say about its journal, whatever version made them. `None` if they say
+/// nothing.
 fn journal_state(database: &Path) -> Result<Option<JournalState>, StoreError> {
     const COLUMNS: &str = "select count(*), ifnull(sum(name = 'journal_in_use'), 0) from pragma_table_info('ingest_state')";
     let read = || -> rusqlite::Result<Option<JournalState>> {
@@ -111,7 +111,7 @@ fn journal_state(database: &Path) -> Result<Option<JournalState>, StoreError> {
     read().map_err(store_error)
 }
 
-/// What is in the ingest journal of the database at `database`. Changes nothing.
+/// Inspects the ingest journal of the database at `database`. Changes nothing.
 pub(in crate::store) fn inspect_journal(database: &Path) -> Result<JournalReport, StoreError> {
     let (database, state) = existing_journal(database)?;
     let database = &database;
@@ -133,7 +133,7 @@ pub(in crate::store) fn salvage_journal(database: &Path) -> Result<JournalSalvag
         salvaged.result.doubtful = Some(file);
     }
     if state.in_use && salvaged.result.damage.is_some() {
-        // What is left is in one file.
+        // Everything that is left is in one file.
         let writer = WriteConnection::open(database)?;
         set_journal_in_use(&writer.connection, false).map_err(store_error)?;
     }
@@ -158,7 +158,8 @@ fn existing_journal(database: &Path) -> Result<(PathBuf, JournalState), StoreErr
     Ok((file, state))
 }
 
-/// Applies the journal that a server has left beside the database at `database`, and removes it. The server must not run.
+/// Applies the journal that a server has left beside the database at `database`, and removes it. No server may be
+/// running.
 fn recover(database: &Path) -> Result<(), StoreError> {
     let mut connection = WriteConnection::open(database)?;
     if !ingest_state::is_current(&connection.connection).map_err(store_error)? {
@@ -176,7 +177,7 @@ fn recover(database: &Path) -> Result<(), StoreError> {
     journal::remove(database).map_err(|error| unusable(database, &error))
 }
 
-/// The number of the journal's last record. A server may be writing it.
+/// The number of the journal's last record. A server may be writing the journal.
 fn last_record(connection: &mut WriteConnection, database: &Path) -> Result<u64, StoreError> {
     let journal = ingest_state::read(&connection.connection).map_err(store_error)?.journal;
     let survey = Survey::read(database, journal).map_err(|error| unusable(database, &error))?;

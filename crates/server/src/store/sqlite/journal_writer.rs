@@ -1,4 +1,5 @@
-//! How a server starts to acknowledge events from the ingest journal, and ingest's way to the thread that appends to it.
+//! Starts a server's ingest journal, and is ingest's way to the thread that appends to it. `events` calls it. It must
+//! not report a batch as stored before the appender has answered.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,7 +30,7 @@ use crate::store::{Batch, EventWriter, Observations, StoreError, Written};
 /// Batches that may be in flight before the first of them is in the journal.
 const BATCHES_IN_FLIGHT: usize = 2;
 
-/// Goes on with the journal of the database at `database`, whose writer is `writer`. What applying learns of devices goes
+/// Continues the journal of the database at `database`, whose writer is `writer`. What applying learns of devices goes
 /// to `observations`.
 pub(super) async fn start(
     database: &Path,
@@ -42,7 +43,7 @@ pub(super) async fn start(
     writer
         .call(|writer| {
             set_journal_in_use(&writer.connection, true)?;
-            // Whoever copies or mounts the database's file alone must find it there, too.
+            // A copy or mount of the database's file alone must show this, too.
             copy_log(&writer.connection)
         })
         .await?;
@@ -88,7 +89,7 @@ pub(super) async fn start(
 pub(super) struct JournalWriter {
     writer: WriterThread,
     requests: SyncSender<(Arc<Batch>, Reply)>,
-    /// Of batches in flight, the oldest first.
+    /// The answers for the batches in flight, the oldest first.
     replies: VecDeque<oneshot::Receiver<Result<Written, StoreError>>>,
 }
 
@@ -97,7 +98,7 @@ impl EventWriter for JournalWriter {
     async fn write(&mut self, batch: &Arc<Batch>) -> Result<Written, StoreError> {
         self.writer.presence().check()?;
         let (reply, result) = oneshot::channel();
-        // None is in flight, so this does not block.
+        // No batch is in flight, so this does not block.
         self.requests.send((Arc::clone(batch), reply)).map_err(|_| StoreError::Stopped)?;
         result.await.map_err(|_| StoreError::Stopped)?
     }

@@ -1,4 +1,5 @@
-//! API keys in SQLite.
+//! API keys in SQLite. The API, the command line and the keyring call it through `KeyStore`. Making or revoking a key
+//! must give the keys a new version, or running servers do not notice it.
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName, Timestamp};
@@ -82,9 +83,9 @@ fn revoke_key(connection: &mut Connection, id: i64, by: &Actor) -> rusqlite::Res
     Ok(Revocation::Revoked)
 }
 
-/// Gives the keys another version, which nobody can have given them before: the lower half is random. A file
-/// that is put back lacks the last changes, and the next one there must not lead to the version of a change
-/// that is lost. The upper half counts up, as on PostgreSQL.
+/// Gives the keys a new version that they cannot have had before, because its lower half is random. A restored file
+/// lacks the last changes. The next change there must not lead to the version of a lost change. The upper half counts
+/// up, as on PostgreSQL.
 fn count_change(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
     const CHANGE_VERSION: &str = "
         update api_key_changes

@@ -1,7 +1,7 @@
-//! Whether SQLite's write-ahead log is whole, checked before SQLite opens the database. SQLite takes the first frame whose
-//! checksum is wrong for the end of the log. That is right after a power cut. When the disk has damaged a frame, it would
-//! silently drop the transactions behind it. `claim::find` refuses such a database; `pisync journal salvage` goes on without
-//! what is lost.
+//! Checks that SQLite's write-ahead log is complete, before SQLite opens the database. SQLite takes the first frame
+//! with a wrong checksum for the end of the log. That is right after a power cut. If the disk has damaged a frame,
+//! SQLite would silently drop the transactions behind it. `claim::find` refuses such a database; `pisync journal
+//! salvage` goes on without the lost transactions.
 //!
 //! The format: <https://www.sqlite.org/fileformat2.html#the_write_ahead_log>.
 
@@ -25,25 +25,25 @@ use crate::{
 const HEADER_BYTES: usize = 32;
 const FRAME_HEADER_BYTES: usize = 24;
 
-/// The header begins with this number; the lowest bit says that checksums add up big-endian words.
+/// The header begins with this number. Its lowest bit says that checksums add up big-endian words.
 const MAGIC: u32 = 0x377f_0682;
 
-/// Another process may be writing the log: what is read may be of several moments.
+/// Another process may write the log between two reads, so damage is checked again.
 const ATTEMPTS: usize = 3;
 const ATTEMPT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What a damaged log has lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct LogDamage {
-    /// Where the first damaged frame begins, or the header, in bytes.
+    /// The position of the first damaged frame, or of the header, in bytes.
     at: u64,
-    /// The end of the last transaction before it, in bytes.
+    /// The end of the last transaction before the damage, in bytes.
     whole: u64,
-    /// Transactions behind it of which the end can be seen.
+    /// How many transactions behind the damage still show their last frame.
     lost: u64,
 }
 
-/// The numbers that tell one generation of frames from the last, as they stand in the header and in each frame.
+/// The numbers that distinguish one generation of frames from the next. They stand in the header and in each frame.
 type Salts = [u8; 8];
 
 /// SQLite's checksum: two sums, of the even and the odd words.
@@ -67,7 +67,7 @@ impl Checksum {
         self.sums = [first, second];
     }
 
-    /// Whether it is the one that stands at `place` in `bytes`.
+    /// Whether this checksum is stored at `place` in `bytes`.
     fn stands_at(&self, bytes: &[u8], place: usize) -> bool {
         self.sums == [word_at(bytes, place), word_at(bytes, place + 4)]
     }
@@ -83,12 +83,12 @@ fn salts_at(bytes: &[u8], place: usize) -> Salts {
     bytes.get(place..place + 8).and_then(|salts| salts.try_into().ok()).unwrap_or_default()
 }
 
-/// The header of the log at `path`; `None` when there is no log, or nothing in it.
+/// The header of the log at `path`; `None` when there is no log, or it is empty.
 fn read_header(path: &Path) -> io::Result<Option<[u8; HEADER_BYTES]>> {
     let mut header = [0; HEADER_BYTES];
     let read = File::open(path).and_then(|mut log| log.read_exact(&mut header));
     match read {
-        // Zeros are what a power cut leaves of a log that was just begun.
+        // A power cut leaves zeros in a log that was just begun.
         Ok(()) => Ok((header != [0; HEADER_BYTES]).then_some(header)),
         Err(error)
             if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) =>
@@ -99,8 +99,8 @@ fn read_header(path: &Path) -> io::Result<Option<[u8; HEADER_BYTES]>> {
     }
 }
 
-/// Looks for damage in the log of the database at `database`. A transaction that a power cut has interrupted is none: it
-/// is the last, and nobody was told that it is committed.
+/// Searches for damage in the log of the database at `database`. A transaction that a power cut has interrupted is no
+/// damage. It is the last one, and nobody was told that it is committed.
 fn find_damage(database: &Path) -> io::Result<Option<LogDamage>> {
     let path = beside(database, WRITE_AHEAD_LOG);
     let mut found = None;
@@ -109,7 +109,7 @@ fn find_damage(database: &Path) -> io::Result<Option<LogDamage>> {
             thread::sleep(ATTEMPT_INTERVAL);
         }
         let Some(header) = read_header(&path)? else { return Ok(None) };
-        // A log that begins anew meanwhile has another header: then somebody uses it.
+        // If the header changes meanwhile, the log has started again: another process uses it.
         found = survey(&path, &header)?
             .filter(|_| matches!(read_header(&path), Ok(Some(now)) if now == header));
         if found.is_none() {
@@ -132,7 +132,7 @@ fn survey(path: &Path, header: &[u8; HEADER_BYTES]) -> io::Result<Option<LogDama
         && page_bytes.is_power_of_two()
         && (512..=65_536).contains(&page_bytes);
     if !is_header {
-        // Frames say by themselves to which generation they belong.
+        // The frames themselves tell which generation they belong to.
         let mut first = [0; FRAME_HEADER_BYTES];
         if let Err(error) = log.read_exact(&mut first) {
             let is_short = error.kind() == io::ErrorKind::UnexpectedEof;
@@ -163,7 +163,7 @@ fn survey(path: &Path, header: &[u8; HEADER_BYTES]) -> io::Result<Option<LogDama
     Ok(frames.is_damage().then_some(LogDamage { at, whole, lost: frames.ends }))
 }
 
-/// Whether a frame is the last of a transaction: then it says how large the database is after it.
+/// Whether a frame is the last of a transaction. Such a frame holds the size of the database after it.
 fn ends_transaction(frame: &[u8]) -> bool {
     word_at(frame, 4) != 0
 }
@@ -182,19 +182,19 @@ fn read_up_to(log: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(read)
 }
 
-/// The frames of one generation behind a place, wherever they begin.
+/// The frames of one generation behind a position, wherever they begin.
 #[derive(Debug, Default)]
 struct Frames {
-    /// Of so many transactions there is the last frame.
+    /// The number of transactions whose last frame was found.
     ends: u64,
-    /// Whether there is a frame behind one of those.
+    /// Whether another frame was found behind the end of a transaction.
     goes_on: bool,
 }
 
 impl Frames {
-    /// Looks for frames with these `salts` in `begin` and in what is left of the log.
+    /// Searches for frames with these `salts`, first in `begin` and then in the rest of the log.
     fn behind(begin: &[u8], salts: Salts, log: &mut impl Read) -> io::Result<Self> {
-        /// What stands before the salts in a frame.
+        /// Bytes of a frame before its salts.
         const BEFORE: usize = 8;
         const CHUNK_BYTES: usize = 1 << 20;
         let mut frames = Self::default();
@@ -207,7 +207,7 @@ impl Frames {
                 frames.goes_on |= frames.ends > 0;
                 frames.ends += u64::from(ends_transaction(&bytes[place..]));
             }
-            // What may be the beginning of a window.
+            // The end of the chunk may be the beginning of a window.
             let kept = bytes.len().min(BEFORE + salts.len() - 1);
             bytes.drain(..bytes.len() - kept);
             bytes.resize(kept + CHUNK_BYTES, 0);
@@ -219,13 +219,14 @@ impl Frames {
         }
     }
 
-    /// A transaction is on the disk before the next one is begun, so only the last can have been interrupted.
+    /// A transaction is on the disk before the next one begins, so only the last can have been interrupted.
     fn is_damage(&self) -> bool {
         self.goes_on
     }
 }
 
-/// Refuses a database whose log is damaged. Looks once in the life of the process: from then on SQLite has it open.
+/// Refuses a database whose log is damaged. It checks once in the life of the process, because after that SQLite has
+/// the log open.
 ///
 /// # Errors
 /// When the log is damaged or cannot be read; nothing is changed.
@@ -262,9 +263,9 @@ impl LogDamage {
     }
 }
 
-/// Cuts a damaged log off behind the last transaction before the damage, and keeps the damaged one beside it: says what
-/// is lost, and where it is. `None`, and nothing is changed, when the log is whole. Killed at any point, it can be run
-/// again.
+/// Cuts a damaged log off behind the last transaction before the damage, and keeps the damaged log beside it. Answers
+/// what is lost, and where the damaged log is. `None`, and nothing is changed, when the log is complete. If it is
+/// killed at any point, it can be run again.
 pub(in crate::store) fn salvage(database: &Path) -> io::Result<Option<(String, PathBuf)>> {
     let Some(damage) = find_damage(database)? else { return Ok(None) };
     let path = beside(database, WRITE_AHEAD_LOG);
@@ -298,7 +299,7 @@ mod tests {
     }
 
     impl Killed {
-        /// Of a process that did `work`.
+        /// A database of a killed process that did `work`.
         fn after(work: impl FnOnce(&Connection)) -> Self {
             let origin = tempfile::tempdir().unwrap();
             let path = origin.path().join("test.db");
@@ -321,7 +322,7 @@ mod tests {
             self.folder.path().join("test.db")
         }
 
-        /// What is found in its log once it is `bytes`.
+        /// What is found in its log, if the log consists of `bytes`.
         fn damage_of(&self, bytes: &[u8]) -> Option<LogDamage> {
             fs::write(self.folder.path().join("test.db-wal"), bytes).unwrap();
             find_damage(&self.database()).unwrap()
@@ -333,7 +334,7 @@ mod tests {
         }
     }
 
-    /// So many commits of one row each.
+    /// Makes this many commits of one row each.
     fn insert(connection: &Connection, commits: u32) {
         for number in 0..commits {
             connection.execute("insert into t values (?1)", [number]).unwrap();
@@ -348,7 +349,7 @@ mod tests {
     fn what_a_power_cut_leaves_is_no_damage() {
         let killed = Killed::after(|connection| {
             insert(connection, 20);
-            // Frames of the generation before stand behind those of the next.
+            // Frames of the earlier generation stand behind those of the next.
             connection.query_row("pragma wal_checkpoint(restart)", [], |_| Ok(())).unwrap();
             insert(connection, 6);
         });
@@ -358,7 +359,7 @@ mod tests {
         for length in (0..=whole).step_by(97) {
             assert_eq!(killed.damage_of(&killed.log[..length]), None, "cut at {length}");
         }
-        // The last transaction, some of which has not come to the disk.
+        // Only a part of the last transaction is on the disk.
         for place in [4, 9, 17, 30, FRAME - 1] {
             let mut log = killed.log.clone();
             log[whole - FRAME + place] ^= 1;
@@ -390,8 +391,8 @@ mod tests {
     fn damage_before_the_last_transaction_is_found_wherever_it_is() {
         let killed = Killed::after(|connection| insert(connection, 6));
         let frames = frames(&killed.log);
-        // The header, and each part of each frame but the last. A frame whose salts are damaged looks like one of an older
-        // generation, and then there must be two behind it.
+        // Damages the header, and each part of each frame except the last. A frame with damaged salts looks like one of
+        // an older generation. Two frames must then follow it.
         let parts = [0, 5, 17, 24, FRAME - 1].map(|place| (place, frames - 1));
         let places = (0..HEADER_BYTES).chain(parts.into_iter().chain([(9, frames - 2)]).flat_map(
             |(place, frames)| (0..frames).map(move |frame| HEADER_BYTES + frame * FRAME + place),
@@ -405,7 +406,7 @@ mod tests {
             let at = if is_header { 0 } else { HEADER_BYTES + frame * FRAME };
             assert_eq!(damage.at, at as u64, "{place}");
         }
-        // A stretch that is gone, of any length.
+        // Removes a stretch of any length.
         for gone in [1, 100, FRAME, FRAME + 1] {
             let mut log = killed.log.clone();
             log.drain(HEADER_BYTES + FRAME..HEADER_BYTES + FRAME + gone);

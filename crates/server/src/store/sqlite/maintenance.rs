@@ -1,4 +1,5 @@
-//! Upkeep of SQLite: events are aggregated and dropped in small steps of the writer's, which ingest waits for.
+//! Upkeep of SQLite: it aggregates and drops events in small steps. `maintenance` and `app` call it through the traits
+//! of `store`. Each step runs on the writer's thread, so it must be short: ingest waits for it.
 
 use std::time::Instant;
 
@@ -65,7 +66,7 @@ impl Maintenance for SqliteStore {
     }
 }
 
-/// Forgets some of the event ids received before `before`; true when there may be more.
+/// Forgets some of the event ids received before `before`. True when there may be more.
 fn forget_event_ids(writer: &mut WriteConnection, before: Timestamp) -> rusqlite::Result<bool> {
     const FORGET: &str = "
         delete from event_keys
@@ -82,9 +83,9 @@ fn forget_event_ids(writer: &mut WriteConnection, before: Timestamp) -> rusqlite
     Ok(forgotten == usize::from(FORGOTTEN_AT_ONCE))
 }
 
-/// Lets SQLite refresh its statistics where they have become stale.
+/// Lets SQLite refresh its statistics where they are out of date.
 fn optimize(writer: &mut WriteConnection) -> rusqlite::Result<()> {
-    // By itself it begins as a read and writes then, which fails at once when another process is writing.
+    // By default it begins with a read and then writes. That fails at once while another process is writing.
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     transaction.execute_batch("pragma optimize")?;

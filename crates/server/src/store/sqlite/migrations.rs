@@ -1,4 +1,5 @@
-//! Migrations on the embedded store.
+//! Migrations on SQLite. `migrator` calls it through `MigrationDatabase`. Everything here blocks, so a running server
+//! must not call it.
 
 use std::path::{Path, PathBuf};
 
@@ -18,8 +19,8 @@ use crate::store::{
     migrations::{Applied, Contents, Migration, MigrationDatabase, Ours, Source},
 };
 
-/// The file is opened for each step, and made by the first that writes. Everything here blocks: it
-/// runs from the command line and before a server starts.
+/// Opens the file for each step; the first step that writes creates it. Everything here blocks: it runs from the
+/// command line and before a server starts.
 pub(crate) struct SqliteMigrations {
     path: PathBuf,
 }
@@ -29,14 +30,14 @@ impl SqliteMigrations {
         Self { path: path.to_owned() }
     }
 
-    /// Runs `change` in one transaction that no other writer can be in the middle of.
+    /// Runs `change` in one transaction. No other writer can be in the middle of one.
     fn change(
         &self,
         change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<bool>,
     ) -> Result<bool, StoreError> {
         let mut connection = open_for_writing(&claim::find(&self.path)?)?;
         let run = || {
-            // Off while tables are rebuilt; what refers to what is checked before the commit.
+            // Foreign keys are off while tables are rebuilt. References are checked before the commit.
             connection.pragma_update(None, "foreign_keys", false)?;
             let transaction =
                 connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -64,7 +65,7 @@ impl MigrationDatabase for SqliteMigrations {
         }
         let read = || -> rusqlite::Result<Contents> {
             let connection = open_existing(&path)?;
-            // One moment throughout: another server may be making the tables just now.
+            // A single snapshot, because another server may be making the tables at this moment.
             let snapshot = connection.unchecked_transaction()?;
             let exists = |table: &str| has_table(&snapshot, table);
             if exists("pisync_migrations")? {

@@ -1,23 +1,25 @@
-//! Jobs whose last event has a date that cannot be, because a clock was wrong when it came. Maintenance counts such a job
-//! again without that event. `set_aside_until` says when the first event that does not count comes to count; the job is
-//! then counted once more.
+//! Recounts jobs whose last event has an impossible date, because a clock was wrong when the event arrived.
+//! `maintenance` calls it. Such a job is recounted without that event. `set_aside_until` tells when the first skipped
+//! event begins to count; the job is then recounted once more. Nothing here changes an event.
 
 use pisync_core::Timestamp;
 use rusqlite::{Transaction, TransactionBehavior, params};
 
 use super::{apply::apply_journal, write_connection::WriteConnection};
 
-/// Devices at a time: all of a device's events are read, while ingest waits.
+/// Devices in one step. All events of each device are read while ingest waits.
 const DEVICES: u32 = 4;
 
-/// Of a job's events, when the first comes to count that are dated, or were received, after `?2`; null when there are none.
+/// SQL for the time when the first skipped event of a job begins to count. Events that are dated, or were received,
+/// after `?2` are skipped. Null when there are none.
 const SET_ASIDE_UNTIL: &str = "
     min(ifnull(min(timestamp) filter (where timestamp > ?2), min(created_at) filter (where created_at > ?2)),
         ifnull(min(created_at) filter (where created_at > ?2), min(timestamp) filter (where timestamp > ?2)))
 ";
 
-/// Counts the jobs of some devices again, those after the device number `after`, when they show a date after `latest`,
-/// or have events set aside that are dated before. Answers how many have changed, and after which device to go on.
+/// Recounts jobs of some devices, those after the device number `after`. These are jobs that show a date after
+/// `latest`, and jobs with skipped events whose date is no longer after it. Answers how many have changed, and after
+/// which device to continue.
 pub(super) fn recount_some(
     writer: &mut WriteConnection,
     after: Option<i64>,
@@ -30,8 +32,8 @@ pub(super) fn recount_some(
          order by device
          limit ?3
     ";
-    // Where all dates are wrong, they are all there is to show, until ingest brings the first that is right. Without
-    // any right time of receipt, the last sync's own date is nearest to it.
+    // If all dates of a job are wrong, it shows them until ingest brings the first correct one. If no `received_at` is
+    // correct, the date of the last sync is the best estimate.
     let recount = format!(
         "
         with dates as (
@@ -96,7 +98,7 @@ pub(super) fn recount_some(
     Ok((recounted, next))
 }
 
-/// Notes when a device's jobs are to be counted again, which have just been counted with what is dated up to `latest`.
+/// Notes when a device's jobs must be recounted. They were just recounted from the events dated up to `latest`.
 pub(super) fn note_set_aside(
     transaction: &Transaction<'_>,
     device: i64,

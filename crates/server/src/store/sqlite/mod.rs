@@ -1,5 +1,6 @@
-//! The embedded store. `store` opens it; each resource is read and changed in a file of its name. An event's way is
-//! `journal_writer`, `journal_appender`, `journal`, `ingest_buffer`, `apply_scheduler`, `apply`, `write_connection`.
+//! The embedded store. `store` opens it; each resource is read and changed in the file of its name. An event passes
+//! through `journal_writer`, `journal_appender`, `journal`, `ingest_buffer`, `apply_scheduler`, `apply` and
+//! `write_connection`. Nothing outside `store` may depend on this module.
 
 mod apply;
 mod apply_scheduler;

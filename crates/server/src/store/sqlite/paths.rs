@@ -1,5 +1,5 @@
-//! What the files of a database are called, what tells one from another, and how a file gets another name. Everything that
-//! works with files of a database uses it; nothing here opens a database.
+//! The names of a database's files, what distinguishes one file from another, and how a file gets another name.
+//! Everything that works with files of a database uses it. Nothing here may open a database.
 
 use std::{
     fs::{self, File, Metadata},
@@ -10,11 +10,11 @@ use std::{
 
 use crate::permissions::{folder_of, with_ending};
 
-/// SQLite's write-ahead log and the index of it, which are there while somebody has the database open.
+/// SQLite's write-ahead log and its index. They exist while somebody has the database open.
 pub(super) const WRITE_AHEAD_LOG: &str = "-wal";
 pub(super) const LOG_INDEX: &str = "-shm";
 
-/// SQLite's journal of a transaction, where there is no write-ahead log.
+/// SQLite's rollback journal, which it uses without a write-ahead log.
 pub(super) const ROLLBACK_JOURNAL: &str = "-journal";
 
 /// Acknowledged events that the tables refuse.
@@ -26,7 +26,7 @@ pub(super) const DOUBTFUL_EVENTS: &str = ".doubtful.ndjson";
 /// The database that `pisync restore` has replaced.
 pub(super) const REPLACED: &str = ".replaced";
 
-/// What the names of the ingest journal's two files end in.
+/// The endings of the ingest journal's two files.
 pub(super) const INGEST_JOURNAL: [&str; 2] = [".ingest-1", ".ingest-2"];
 
 /// What the names of files that belong to a database end in, behind the database's own name. It is the only list of them.
@@ -85,12 +85,12 @@ pub(super) fn files_of(database: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The file beside `database`, a resolved path, whose name has this ending.
+/// The file beside `database` (a resolved path) whose name has this ending.
 pub(super) fn beside(database: &Path, ending: &str) -> PathBuf {
     with_ending(database, ending)
 }
 
-/// What tells one file from all others, whatever it is called.
+/// Identifies a file, whatever its name is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Identity {
     device: u64,
@@ -102,13 +102,13 @@ impl Identity {
         Self { device: metadata.dev(), inode: metadata.ino() }
     }
 
-    /// Of the file that `path` leads to.
+    /// The identity of the file that `path` leads to.
     pub(super) fn at(path: &Path) -> io::Result<Self> {
         fs::metadata(path).map(|metadata| Self::of(&metadata))
     }
 }
 
-/// Gives a file a second name, in the place of no other.
+/// Gives a file a second name without replacing another file.
 pub(super) fn second_name(path: &Path) -> io::Result<PathBuf> {
     for number in 1.. {
         let mut aside = path.as_os_str().to_owned();
@@ -121,7 +121,7 @@ pub(super) fn second_name(path: &Path) -> io::Result<PathBuf> {
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(_) if !aside.exists() => {
-                // A file system without hard links.
+                // The file system has no hard links.
                 fs::copy(path, &aside)?;
                 File::open(&aside)?.sync_all()?;
                 sync_folder(path)?;
@@ -133,7 +133,7 @@ pub(super) fn second_name(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("no name is free"))
 }
 
-/// Puts the names in the folder of `path` on the disk.
+/// Syncs the folder of `path`, so that its names are on the disk.
 pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(folder_of(path))?.sync_all()
 }

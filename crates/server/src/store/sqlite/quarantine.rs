@@ -1,5 +1,5 @@
-//! Events that were acknowledged and cannot be stored as they are: they are kept in files beside the database, which
-//! `pisync import` reads.
+//! Quarantines acknowledged events that cannot be stored as they are, in files beside the database. `pisync import`
+//! reads these files. `apply` and `journal_commands` call it. It must only append to a file.
 
 use std::{
     io::Write as _,
@@ -15,8 +15,7 @@ use crate::{
     store::{Batch, StoreError},
 };
 
-/// Keeps an event that was acknowledged and that the tables refuse, in a file from which it can be imported
-/// once the reason is gone.
+/// Keeps an acknowledged event that the tables refuse in a file. It can be imported from there once the reason is gone.
 pub(super) fn quarantine(
     database: &Path,
     batch: &Batch,
@@ -42,8 +41,8 @@ pub(super) fn quarantine(
     }
 }
 
-/// Keeps events that were found in a damaged stretch of the journal in a file, as `pisync import` reads it, and
-/// answers where. Nobody knows whether they are as they were, nor when they were received.
+/// Keeps events from a damaged stretch of the journal in a file, as `pisync import` reads it. Answers the file's path.
+/// Nobody knows whether the events are as they were, or when they were received.
 pub(super) fn keep_doubtful(
     database: &Path,
     events: Vec<SyncEvent>,
@@ -64,7 +63,7 @@ pub(super) fn keep_doubtful(
     Ok(path)
 }
 
-/// Puts lines at the end of a file, which is made when it is missing, and on the disk.
+/// Appends lines to a file and syncs it. Creates a missing file.
 fn append_lines(path: &Path, lines: &[Value]) -> std::io::Result<()> {
     let mut file = permissions::append(path, PRIVATE)?;
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();

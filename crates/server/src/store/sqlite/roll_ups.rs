@@ -1,7 +1,7 @@
-//! The roll-ups: sums by device and day, and by hour of the whole fleet. Events are aggregated into them in the background,
-//! deleted events are subtracted, and windows are answered from them.
+//! The roll-ups: sums by device and day, and by hour of the entire fleet. `maintenance` aggregates events into them in
+//! small steps, deletions subtract from them, and statistics read them. Every event must count exactly once.
 //!
-//! The watermark is an id. All events up to it are aggregated, and all events that are stored later have a higher one.
+//! The watermark is an id. All events up to it are aggregated, and all events that are stored later have a higher id.
 //! Readers add the events above the watermark in the same snapshot, so answers are always exact.
 
 use pisync_core::Timestamp;
@@ -10,7 +10,7 @@ use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, 
 use super::rows::{DEVICE_COLUMNS, DEVICE_ROW, device_row, job_sums};
 use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
 
-/// What rows of `sync_events` add up to, in the order of [`Sums::COLUMNS`].
+/// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
 const EVENT_SUMS: [&str; Sums::COUNT] = [
     "count(*)",
     "ifnull(sum(total_errors > 0), 0)",
@@ -24,7 +24,7 @@ fn event_sums() -> String {
     EVENT_SUMS.join(", ")
 }
 
-/// What an insertion of sums is made of: the columns, what events add up to, and how that is added to a row that is there.
+/// The parts of an insertion of sums: the columns, the sums of the events, and the addition to an existing row.
 fn insertion() -> (String, String, String) {
     (Sums::names(), event_sums(), add())
 }
@@ -33,7 +33,7 @@ fn insertion() -> (String, String, String) {
 const DAY: &str = "timestamp - (timestamp % 86400000 + 86400000) % 86400000";
 const HOUR: &str = "timestamp - (timestamp % 3600000 + 3600000) % 3600000";
 
-/// The end of an insertion of sums, into a table called `stored`, where there may be some already.
+/// The end of an insertion of sums, for rows that may exist already. The table is called `stored`.
 fn add() -> String {
     format!("do update set {}", Sums::add_to("stored"))
 }
@@ -79,9 +79,9 @@ pub(super) fn aggregate(
     Ok(events == most)
 }
 
-/// The rows of `device_days` or `fleet_hours`, as they would be if exactly the events received until
-/// `until` were aggregated, or all of them: what is stored, with the events that are not aggregated yet, and
-/// without those that were received later.
+/// SQL for the rows of `device_days` or `fleet_hours`, as if exactly the events received up to `until` were aggregated;
+/// without `until`, all events. It adds the events that are not aggregated yet to the stored rows. It subtracts
+/// aggregated events that were received later than `until`.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     const WATERMARK: &str = "(select folded_id from roll_up_state)";
     let (key, of_event) = match table {
@@ -132,11 +132,11 @@ pub(super) fn watermark(connection: &Connection) -> rusqlite::Result<i64> {
         .query_row([], |row| row.get(0))
 }
 
-/// Takes a device that is to be deleted out of the fleet's sums; `device_days` goes with the device.
+/// Subtracts a device that will be deleted from the fleet's sums. `device_days` is deleted together with the device.
 pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
-    // Hour by hour, as far as its events are kept. What its days have beyond those comes from events
-    // that are gone, and nobody knows their hours any more: it is taken from each day's first hour.
-    // So whole days stay right, and nothing else is asked for of days that long ago.
+    // The events that are kept are subtracted hour by hour. The rest of the device's days comes from events that were
+    // dropped, whose hours are unknown. It is subtracted from the first hour of each day. Sums of entire days stay
+    // correct, and queries use only entire days that far back.
     let (names, event_sums, add) = insertion();
     let negative = Sums::negative();
     let negative_sums = Sums::sql(|column| format!("-sum({column})"));
@@ -169,7 +169,8 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
     Ok(())
 }
 
-/// Events of a device that are to be deleted: those received until then, up to this one in the order of the index.
+/// Events of a device that are to be deleted. They were received up to `received_until`, and come up to this one in the
+/// order of the index.
 pub(super) struct DeletedEvents {
     pub(super) device: i64,
     pub(super) received_until: i64,
@@ -177,12 +178,12 @@ pub(super) struct DeletedEvents {
     pub(super) id: i64,
 }
 
-/// The condition on them, with their fields as parameters 1 to 4.
+/// The condition for these events. Their fields are the parameters 1 to 4.
 pub(super) const DELETED_EVENTS: &str = "
     device = ?1 and created_at <= ?2 and timestamp <= ?3 and (timestamp < ?3 or id <= ?4)
 ";
 
-/// Takes events that are to be deleted out of the sums by day and hour.
+/// Subtracts events that are to be deleted from the sums by day and hour.
 pub(super) fn subtract(
     transaction: &Transaction<'_>,
     events: &DeletedEvents,
@@ -214,7 +215,7 @@ pub(super) fn subtract(
     Ok(())
 }
 
-/// Adds what is aggregated of a device's events to the sums by hour.
+/// Adds a device's aggregated events to the sums by hour.
 pub(super) fn aggregate_hours_again(
     transaction: &Transaction<'_>,
     device: i64,
@@ -231,14 +232,14 @@ pub(super) fn aggregate_hours_again(
     transaction.execute(&aggregate, params![device, watermark(transaction)?]).map(|_| ())
 }
 
-/// What the whole fleet's events within a window add up to.
+/// The sums of the entire fleet's events within a window.
 pub(super) fn window_figures(
     connection: &Connection,
     window: &Window,
 ) -> rusqlite::Result<Figures> {
     let (names, event_sums) = (Sums::names(), event_sums());
     let sums = Sums::sql(|column| format!("ifnull(sum({column}), 0)"));
-    // The plus signs keep SQLite from searching the events by their dates, device by device.
+    // The plus signs keep SQLite from searching the events by date, device by device.
     let select = format!(
         "select {sums}
            from (
@@ -260,12 +261,12 @@ pub(super) fn window_figures(
     )
 }
 
-/// A row that begins with the sums.
+/// Reads a row that begins with the sums.
 pub(super) fn sums(row: &Row<'_>) -> rusqlite::Result<Sums> {
     Sums::read(|column| row.get(column))
 }
 
-/// Devices that failed within a window, whose number of failures in it stands in for that of all time.
+/// Devices that failed within a window. Their number of failures in it replaces that of all time.
 pub(super) fn repeated_failures(
     connection: &Connection,
     query: &FailureQuery,
@@ -285,7 +286,7 @@ pub(super) fn repeated_failures(
           )
          group by device
     ";
-    // Through the index of failed events.
+    // Uses the index of failed events.
     const BY_EVENT: &str = "
         select device, count(*) as failed_syncs
           from sync_events
@@ -332,7 +333,7 @@ pub(super) fn repeated_failures(
             },
         )?
         .collect::<rusqlite::Result<_>>()?;
-    // Behind the last page no row tells.
+    // Behind the last page no row carries the total.
     if items.is_empty() && query.offset > 0 {
         let parameters =
             named_params! { ":from": from, ":until": until, ":threshold": query.threshold };

@@ -1,14 +1,15 @@
-//! How rows of SQLite's tables become devices, figures and times. All queries of the resources use it.
+//! Converts rows of SQLite's tables into devices, figures and times. All queries of the resources use it. It runs only
+//! queries that look up one device's rows.
 
 use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, types::Type};
 
 use crate::store::{Device, Figures, Sums};
 
-/// A device's columns, as [`device_row`] reads them, then [`job_sums`].
+/// The columns of a device, as [`device_row`] reads them before [`job_sums`].
 pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
-/// What [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has none.
+/// The columns that [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has no jobs.
 pub(super) fn job_sums() -> String {
     let sums = Sums::sql(|column| format!("sum(j.{column})"));
     format!(
@@ -17,10 +18,10 @@ pub(super) fn job_sums() -> String {
     )
 }
 
-/// How many columns [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
+/// The number of columns that [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
 pub(super) const DEVICE_ROW: usize = 4 + Sums::COUNT + 6;
 
-/// The number that stands for a device in the other tables.
+/// The number of a device, which stands for it in the other tables.
 pub(super) fn device_number(
     connection: &Connection,
     device_id: &DeviceId,

@@ -1,4 +1,5 @@
-//! Statistics in SQLite: sums over `device_jobs`, and over roll-ups within a window.
+//! Statistics in SQLite: sums over `device_jobs`, and over roll-ups within a window. The API calls it through
+//! `StatsStore`. It changes nothing.
 
 use async_trait::async_trait;
 use pisync_core::Timestamp;

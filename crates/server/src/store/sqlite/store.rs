@@ -1,5 +1,6 @@
-//! The embedded store: one file, one thread that owns the only connection for writing, and a few connections for reading,
-//! which the write-ahead log keeps from waiting for it. What is done with each resource is beside its SQL.
+//! The embedded store: one file, one thread that owns the only connection for writing, and a few connections for
+//! reading. Thanks to the write-ahead log, readers need not wait for the writer. The files of the resources call it to
+//! run their SQL. No call may read or write while the database's files are away.
 
 use std::{
     ops::RangeInclusive,
@@ -24,29 +25,29 @@ use super::{
 };
 use crate::store::{PoolUsage, Store, StoreError, step_size::StepSize};
 
-/// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than
-/// the 50 ms that nobody would notice.
+/// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than 50 ms, which
+/// nobody would notice.
 const STEP_TARGET: Duration = Duration::from_millis(15);
 
 /// Bounds of the number of events that are aggregated, dropped or deleted at a time.
 const STEP_EVENTS: RangeInclusive<i64> = 250..=16_000;
 
-/// A database of SQLite's that is open.
+/// An open SQLite database.
 pub(in crate::store) struct SqliteStore {
     pub(super) path: PathBuf,
-    /// The file that was opened.
+    /// Identifies the file that was opened.
     pub(super) identity: Identity,
-    /// Looks at the files; empty when this is no server's.
+    /// Watches the files; empty unless this is a server's store.
     pub(super) watch: OnceLock<Watch>,
     pub(super) writer: WriterThread,
-    /// What is acknowledged and not yet applied; empty when this is no server's.
+    /// Events that are acknowledged and not yet applied; empty unless this is a server's store.
     pub(super) ingest: OnceLock<ApplyScheduler>,
     pub(super) readers: Arc<Readers>,
-    /// Events to aggregate at a time.
+    /// How many events are aggregated at a time.
     pub(super) aggregation_step: StepSize,
-    /// Events to drop at a time.
+    /// How many events are dropped at a time.
     pub(super) drop_step: StepSize,
-    /// Events of a device to delete at a time.
+    /// How many events of a device are deleted at a time.
     pub(super) delete_step: StepSize,
 }
 
@@ -68,7 +69,7 @@ impl SqliteStore {
         })
     }
 
-    /// Runs `read` on a connection for reading, off the async threads, once every event that is acknowledged
+    /// Runs `read` on a connection for reading, off the async threads. It waits until every event that is acknowledged
     /// by now is in the tables.
     pub(super) async fn read_events<T: Send + 'static>(
         &self,
@@ -78,17 +79,17 @@ impl SqliteStore {
         if let Some(ingest) = self.ingest.get() {
             ingest.wait_until_applied().await;
         }
-        // A connection that is opened now would be to another file.
+        // A connection that is opened now could lead to another file.
         self.writer.presence().check()?;
         Arc::clone(&self.readers).run(cost, read).await
     }
 
-    /// Runs `read`, which has nothing to do with events, on a connection for reading.
+    /// Runs `read`, which needs no events, on a connection for reading.
     pub(super) async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
-        // A connection that is opened now would be to another file.
+        // A connection that is opened now could lead to another file.
         self.writer.presence().check()?;
         Arc::clone(&self.readers).run(Cost::Short, read).await
     }
@@ -121,12 +122,12 @@ impl Store for SqliteStore {
         assert!(self.writer.try_send(Box::new(|_| panic!("broken by a test"))));
     }
 
-    /// Brings everything from the journal and the log into the file, which can then be copied by itself.
+    /// Moves everything from the journal and the log into the file. The file can then be copied by itself.
     async fn close(&self) -> Result<(), StoreError> {
         if let Some(watch) = self.watch.get() {
             watch.stop();
         }
-        // Also when the files are away: they may only have been renamed.
+        // Done even when the files are away, because they may only have been renamed.
         self.writer
             .call_anyway(|writer| {
                 apply_journal(writer)?;
@@ -135,7 +136,7 @@ impl Store for SqliteStore {
                 writer.checkpoint()
             })
             .await?;
-        // The journal that is there now may be another database's.
+        // The journal that is there now may belong to another database.
         self.writer.presence().check()?;
         self.ingest.get().map_or(Ok(()), ApplyScheduler::remove_journal)
     }

@@ -1,4 +1,5 @@
-//! The time by which to delete, kept in one row.
+//! Stores the time by which old events are deleted, in one row. `maintenance` calls it. `store::trusted_time` decides;
+//! nothing here may.
 
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ impl TrustedTimeStore for SqliteStore {
     }
 }
 
-/// Moves the time on by which to delete, and answers it.
+/// Advances the time by which old events are deleted, and answers it.
 pub(super) fn advance(
     connection: &mut Connection,
     now: Timestamp,
@@ -60,7 +61,7 @@ pub(super) fn advance(
     Ok(after)
 }
 
-/// The time that was believed last.
+/// The last believed time.
 pub(super) fn read(connection: &Connection) -> rusqlite::Result<Option<TrustedTime>> {
     const SELECT: &str = "select until, seen, doubted from trusted_time";
     let trusted_time = |row: &Row<'_>| {
@@ -76,7 +77,7 @@ fn newest(connection: &Connection) -> rusqlite::Result<Option<Timestamp>> {
 }
 
 fn witnesses(connection: &Connection, now: Timestamp) -> rusqlite::Result<Witnesses> {
-    // What has the very date of its receipt was dated by the server itself.
+    // An event whose date equals its `received_at` was dated by the server itself.
     const WITNESSES_OF: &str = "
         select count(distinct device),
                count(distinct iif(

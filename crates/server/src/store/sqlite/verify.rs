@@ -1,5 +1,5 @@
-//! Recounting figures from raw events: a page of devices in one read transaction, a repair in one short
-//! write transaction per device.
+//! Recounts figures from raw events. A page of devices is counted in one read transaction; a repair is one short write
+//! transaction per device. `pisync verify` and `maintenance` call it. A recount must not keep long histories in memory.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -140,25 +140,25 @@ fn page(
     })
 }
 
-/// Writes what the events of a device add up to in the place of its figures.
+/// Replaces a device's figures with the sums of its events.
 fn repair_device(
     writer: &mut WriteConnection,
     device_id: &str,
     latest: Timestamp,
 ) -> rusqlite::Result<()> {
-    // Nothing can be written between the counting and the writing.
+    // This transaction excludes writes between counting and writing.
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let number: Option<i64> = transaction
         .query_row("select id from devices where device_id = ?1", [device_id], |row| row.get(0))
         .optional()?;
-    // Somebody may have deleted it meanwhile.
+    // Another caller may have deleted it meanwhile.
     let Some(number) = number else { return Ok(()) };
     write_recounted(&transaction, number, latest)?;
     transaction.commit()
 }
 
-/// Counts a device's events, and writes what they add up to in the place of its figures and days.
+/// Counts a device's events, and replaces its figures and days with the result.
 pub(super) fn write_recounted(
     transaction: &Transaction<'_>,
     number: i64,
@@ -215,8 +215,7 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     Ok(hours.differences(expiry::raw_since(&snapshot)?.is_none()))
 }
 
-/// Writes what the events add up to in the place of an hour's sums, unless those have changed since they
-/// were `seen`; then false.
+/// Replaces an hour's sums with the sums of its events. False if they have changed since they were `seen`.
 fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::Result<bool> {
     let numbered = |first: usize| {
         (first..first + Sums::COUNT).map(|number| format!("?{number}")).collect::<Vec<_>>()
@@ -238,12 +237,12 @@ fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::
     Ok(changed == 1)
 }
 
-/// The beginning of the day or hour, `length` milliseconds long, that an event is dated in.
+/// The beginning of the day or hour of an event. `length` is the length of the day or hour in milliseconds.
 fn beginning(timestamp: Timestamp, length: i64) -> Timestamp {
     timestamp.saturating_add_milliseconds(-timestamp.as_millisecond().rem_euclid(length))
 }
 
-/// What one event adds.
+/// The sums of a single event.
 fn sums_of(files: i64, errors: i64, speed: Option<i64>) -> Sums {
     Sums {
         total_syncs: 1,
@@ -255,16 +254,16 @@ fn sums_of(files: i64, errors: i64, speed: Option<i64>) -> Sums {
     }
 }
 
-/// What a device's events add up to.
+/// The recounted figures of a device.
 #[derive(Default)]
 struct Recounted {
     jobs: BTreeMap<String, JobFigures>,
-    /// By their beginning, of aggregated events alone.
+    /// The sums of aggregated events, by the beginning of their day.
     days: BTreeMap<Timestamp, Sums>,
 }
 
-/// Counts a device's events, of which those up to the id `watermark` are aggregated. They pass one by one, in the
-/// order of their dates and ids, so that neither a long history nor a streak takes memory.
+/// Counts a device's events. Those up to the id `watermark` are aggregated. Events are read one by one, in the order of
+/// their dates and ids. Neither a long history nor a streak therefore takes memory.
 fn recount(
     transaction: &Transaction<'_>,
     device: i64,
@@ -298,7 +297,7 @@ fn recount(
         event.count_into(figures, latest);
     }
     for figures in recounted.jobs.values_mut() {
-        // The last date stands in for a time of receipt that cannot be.
+        // The date of the last event replaces an impossible `received_at`.
         if figures.last_received > latest && figures.last_sync <= latest {
             figures.last_received = figures.last_sync;
         }
@@ -306,7 +305,7 @@ fn recount(
     Ok(recounted)
 }
 
-/// What of an event counts. Foreign SQL may have written it, so ranges are not taken for granted.
+/// The fields of an event that count. Foreign SQL may have written it, so ranges are not taken for granted.
 struct Event {
     total_files_synced: i64,
     total_errors: i64,
@@ -320,8 +319,8 @@ impl Event {
         JobFigures::none(self.timestamp, self.received)
     }
 
-    /// Adds an event that comes, by its date and then by its id, after all that were added before. One dated after
-    /// `latest` changes no streak.
+    /// Adds an event that follows all added ones, by its date and then by its id. An event dated after `latest` changes
+    /// no streak.
     fn count_into(&self, figures: &mut JobFigures, latest: Timestamp) {
         let mut sums = Sums::of(figures);
         sums.add(&sums_of(self.total_files_synced, self.total_errors, self.speed));
@@ -341,9 +340,9 @@ impl Event {
     }
 }
 
-/// How many devices are only a number: their row is gone, or never was.
+/// How many devices consist of a number alone: their row was deleted, or never existed.
 fn nameless_devices(transaction: &Transaction<'_>) -> rusqlite::Result<u64> {
-    // From device to device through the index, rather than over all events.
+    // Goes from device to device through the index, instead of reading all events.
     const COUNT: &str = "
         with recursive reporting (device) as (
             select min(device) from sync_events

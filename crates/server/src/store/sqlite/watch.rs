@@ -1,6 +1,6 @@
-//! Whether the files of a running server's database are still where they were. Somebody may remove the folder, replace a
-//! file or unmount a disk; the server would then write into files that nobody finds again. A thread looks several times a
-//! second, and the store refuses everything while a file is away.
+//! Watches whether the files of a running server's database are still in their places. Somebody may remove the folder,
+//! replace a file or unmount a disk. The server would then write into files that nobody finds again. A thread checks
+//! several times a second. While a file is away, the store must refuse everything.
 
 use std::{
     fs, io,
@@ -17,14 +17,14 @@ use std::{
 use super::paths::{INGEST_JOURNAL, Identity, LOG_INDEX, WRITE_AHEAD_LOG, beside};
 use crate::{store::StoreError, threads::Threads};
 
-/// How often to look. Events that are acknowledged in between may be lost with the files.
+/// How often to check. Events that are acknowledged in between may be lost with the files.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// Whether the files are where they were. Looking at it costs one read of memory.
+/// Whether the files are in their places. Checking it costs one read of memory.
 #[derive(Debug, Default)]
 pub(super) struct Presence {
     is_lost: AtomicBool,
-    /// What is wrong while it is.
+    /// What is wrong, while something is.
     problem: Mutex<String>,
 }
 
@@ -34,7 +34,7 @@ impl Presence {
     }
 
     /// # Errors
-    /// While a file is away, with what is wrong.
+    /// While a file is away. The error says what is wrong.
     pub(super) fn check(&self) -> Result<(), StoreError> {
         if self.is_lost() {
             let problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,7 +52,7 @@ impl Presence {
     }
 }
 
-/// A thread that looks at the files. It ends with this value.
+/// A thread that checks the files. It ends with this value.
 pub(super) struct Watch {
     files: Arc<Mutex<Files>>,
     presence: Arc<Presence>,
@@ -60,7 +60,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Watches the database at `database`, which is this file, and tells `presence`.
+    /// Watches the database at `database`, whose file has this identity, and reports to `presence`.
     pub(super) fn start(
         database: &Path,
         identity: Identity,
@@ -68,7 +68,7 @@ impl Watch {
         threads: &Threads,
     ) -> Result<Self, StoreError> {
         let mut files = Files::new(database, identity);
-        // What is there now is known from now on.
+        // The files that exist now are remembered from the start.
         files.look(&presence);
         let files = Arc::new(Mutex::new(files));
         let (running, ended) = channel();
@@ -79,7 +79,7 @@ impl Watch {
         Ok(Self { files, presence, _running: running })
     }
 
-    /// Looks once more, and then leaves things as they are: files are about to be removed.
+    /// Checks once more and then stops checking, because files are about to be removed.
     pub(super) fn stop(&self) {
         let mut files = locked(&self.files);
         files.look(&self.presence);
@@ -102,7 +102,7 @@ fn watch(files: &Mutex<Files>, presence: &Presence, ended: &Receiver<()>) {
 
 struct Files {
     database: PathBuf,
-    /// Each file and what it was when it was first seen.
+    /// Each file, with its identity when it was first seen.
     known: Vec<(PathBuf, Option<Identity>)>,
     stopped: bool,
     warned_of_names: bool,
@@ -136,7 +136,7 @@ impl Files {
         self.warn_of_names();
     }
 
-    /// What is wrong with the first file with which something is.
+    /// What is wrong with the first file that has a problem.
     fn problem(&mut self) -> Option<String> {
         for (path, known) in &mut self.known {
             let problem = match (Identity::at(path), *known) {
@@ -154,7 +154,7 @@ impl Files {
         None
     }
 
-    /// A second name would be another database to SQLite, with a log of its own.
+    /// SQLite would treat a second name as another database, with a log of its own.
     fn warn_of_names(&mut self) {
         let names = fs::metadata(&self.database).map_or(0, |there| there.nlink());
         if names > 1 && !self.warned_of_names {

@@ -1,5 +1,5 @@
-//! The only connection that writes events, with what it remembers between transactions. The writer thread owns it; commands
-//! that work without a server open one of their own.
+//! The only connection that writes events, with what it remembers between transactions. The writer thread owns it.
+//! Commands that work without a server open one of their own. A server must never have a second one.
 
 use std::{
     collections::HashMap,
@@ -21,32 +21,32 @@ use super::{
 };
 use crate::store::{Batch, OtherGroup, StoreError, Written};
 
-/// Devices whose numbers are remembered, some 10 MiB of them. Beyond, all are forgotten and read again.
+/// Devices whose numbers are remembered; they take some 10 MiB. Beyond this number, all are forgotten and read again.
 pub(super) const REMEMBERED_DEVICES: usize = 100_000;
 
-/// Space that must be on the disk before events are taken again: what a full batch of small events takes.
+/// Space that must be available on the disk before events are accepted again: that of a full batch of small events.
 const PROBE_BYTES: u32 = 4 << 20;
 
 /// The connection, with what it remembers between transactions.
 pub(super) struct WriteConnection {
     pub(super) connection: Connection,
-    /// The file.
+    /// The path of the file.
     path: PathBuf,
-    /// How events are taken in by the server to which the connection belongs, if it is one's.
+    /// The ingest buffer of the server, if the connection belongs to one.
     buffer: Option<Arc<IngestBuffer>>,
-    /// The numbers of devices, as far as committed.
+    /// The numbers of devices that are committed.
     devices: HashMap<DeviceId, i64>,
-    /// Changes when another process has written to the file.
+    /// SQLite's counter of writes by other processes.
     data_version: Option<i64>,
     /// Events dated before this no longer change streaks.
     pub(super) streaks_since: Timestamp,
 }
 
-/// What events are in the journal under.
+/// How a batch of events is recorded in the journal.
 pub(super) struct Journaled {
-    /// Their ids, which rise.
+    /// The events' ids, in rising order.
     pub(super) ids: Vec<i64>,
-    /// How far the journal is in the tables with them.
+    /// How far the journal is applied once these events are stored.
     pub(super) through: Through,
 }
 
@@ -67,17 +67,17 @@ impl WriteConnection {
         }
     }
 
-    /// The file.
+    /// The path of the file.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The events of this server that are in the journal alone, if the connection is a server's.
+    /// The events of this server that are in the journal alone, if the connection belongs to a server.
     pub(super) fn buffer(&self) -> Option<Arc<IngestBuffer>> {
         self.buffer.clone()
     }
 
-    /// From now on, events come through `buffer`.
+    /// Makes events come through `buffer` from now on.
     pub(super) fn use_buffer(&mut self, buffer: &Arc<IngestBuffer>) {
         self.buffer = Some(Arc::clone(buffer));
     }
@@ -89,7 +89,7 @@ impl WriteConnection {
             .query_row([], |row| row.get(0))
     }
 
-    /// Reserves `count` ids above `at_least` and above all that were ever given or reserved, by whomever. Rows
+    /// Reserves `count` ids above `at_least`, and above all that were ever assigned or reserved by any program. Rows
     /// that other programs insert without an id get higher ones from then on.
     pub(super) fn reserve_ids(
         &mut self,
@@ -103,8 +103,8 @@ impl WriteConnection {
         Ok(reserved)
     }
 
-    /// Gives ids back that were reserved last and never given, so that a proper stop leaves no gap. Everything
-    /// must be in the tables, and nobody may take ids any more.
+    /// Returns the ids that were reserved last and never assigned, so that a proper stop leaves no gap. Everything must
+    /// be in the tables, and nobody may take ids any more.
     pub(super) fn return_unused_ids(&mut self) -> rusqlite::Result<()> {
         const RETURN: &str =
             "update sqlite_sequence set seq = ?1 - 1 where name = 'sync_events' and seq = ?2";
@@ -156,7 +156,7 @@ impl WriteConnection {
                     register(&transaction, &new, batch.received)?;
                     written.new_devices.extend(new.into_keys().cloned());
                 }
-                // What the transaction has done goes with it: nothing yet.
+                // The transaction is rolled back; it has changed nothing yet.
                 Err(refused) => return Ok(Err(refused)),
             }
         }
@@ -224,12 +224,12 @@ impl WriteConnection {
         Ok(Ok(written))
     }
 
-    /// For what has nothing to do with events.
+    /// For changes that do not concern events.
     pub(super) fn connection(&mut self) -> &mut Connection {
         &mut self.connection
     }
 
-    /// A device is deleted: its number is nobody's any more.
+    /// Forgets a deleted device, whose number is not valid any more.
     pub(super) fn forget_device(&mut self, device_id: &DeviceId) {
         self.devices.remove(device_id);
         if let Some(buffer) = &self.buffer {
@@ -237,8 +237,8 @@ impl WriteConnection {
         }
     }
 
-    /// Takes the write lock and some space on the disk: on a full one a small transaction may still find
-    /// a place, and events would not.
+    /// Takes the write lock and allocates some disk space. On a full disk, a small transaction may still succeed where
+    /// events would not.
     pub(super) fn probe(&mut self) -> rusqlite::Result<()> {
         const RESERVE_SPACE: &str = "
             drop table if exists pisync_probe;
@@ -248,7 +248,7 @@ impl WriteConnection {
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         transaction.execute_batch(RESERVE_SPACE)?;
         transaction.execute("insert into pisync_probe values (zeroblob(?1))", [PROBE_BYTES])?;
-        // Committed, or it would never be written.
+        // Committed, because otherwise it would never be written.
         transaction.commit()?;
         self.connection.execute_batch("drop table pisync_probe")
     }

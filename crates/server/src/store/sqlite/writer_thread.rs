@@ -1,5 +1,5 @@
-//! The thread that owns the connection for writing. Whoever changes something sends it a call; calls run one after the
-//! other.
+//! The thread that owns the connection for writing. Every change is sent to it as a call; calls run one after the
+//! other. The files of the resources use it. A call must be short, because ingest waits behind it.
 
 use std::{path::Path, sync::Arc};
 
@@ -15,25 +15,24 @@ use super::{
 };
 use crate::{store::StoreError, threads::Threads};
 
-/// Calls that may wait for the thread. Ingest has one in flight at a time; the rest are rare changes
-/// that people make.
+/// Calls that may wait for the thread. Ingest has one in flight at a time. The rest are rare changes that people make.
 const WAITING_CALLS: usize = 64;
 
-/// What the thread does next.
+/// A call for the thread.
 pub(super) type Call = Box<dyn FnOnce(&mut WriteConnection) + Send>;
 
-/// A handle on the thread, which ends when the last handle is gone.
+/// A handle to the thread, which ends when the last handle is dropped.
 #[derive(Clone)]
 pub(super) struct WriterThread {
     calls: mpsc::Sender<Call>,
     /// All threads of the store.
     threads: Threads,
-    /// Whether the files are where they were.
+    /// Whether the files are in their places.
     presence: Arc<Presence>,
 }
 
 impl WriterThread {
-    /// `connection` is to the file at `path`.
+    /// Starts the thread. `connection` leads to the file at `path`.
     pub(super) fn start(mut connection: Connection, path: &Path) -> Result<Self, StoreError> {
         let (calls, mut waiting) = mpsc::channel::<Call>(WAITING_CALLS);
         let threads = Threads::new();
@@ -41,7 +40,7 @@ impl WriterThread {
         let copy_rest = move || {
             let Some(calls) = reach.upgrade() else { return false };
             let rest: Call = Box::new(|writer| {
-                // Reported by the checkpoints when there is something to report.
+                // The checkpoint thread reports an error of its own, so this one is ignored.
                 let _ = copy_log(&writer.connection);
             });
             calls.blocking_send(rest).is_ok()
@@ -58,17 +57,17 @@ impl WriterThread {
         Ok(Self { calls, threads, presence: Arc::default() })
     }
 
-    /// All threads of the store: none of them may end before it.
+    /// All threads of the store. None of them may end before the store.
     pub(super) fn threads(&self) -> &Threads {
         &self.threads
     }
 
-    /// Has the thread do something, unless there is too much for it to do already; then the answer is false.
+    /// Sends a call to the thread; false when too many calls are waiting.
     pub(super) fn try_send(&self, call: Call) -> bool {
         self.calls.try_send(call).is_ok()
     }
 
-    /// Whether the files are where they were; what is written is lost otherwise.
+    /// Whether the files are in their places. If they are not, everything that is written is lost.
     pub(super) fn presence(&self) -> &Arc<Presence> {
         &self.presence
     }
@@ -82,14 +81,14 @@ impl WriterThread {
         self.call_anyway(work).await
     }
 
-    /// Runs `work` on the thread, wherever the files are.
+    /// Runs `work` on the thread, even when the files are away.
     pub(super) async fn call_anyway<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut WriteConnection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (reply, result) = oneshot::channel();
         let call: Call = Box::new(move |connection| {
-            // The caller may have gone away; the work is done all the same.
+            // The caller may have gone away. The work is done all the same.
             let result = work(connection);
             let _ = reply.send(result.map_err(|error| ids::explain(&connection.connection, error)));
         });

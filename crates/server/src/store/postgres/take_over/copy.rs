@@ -1,4 +1,4 @@
-//! The work itself, step by step within the one transaction.
+//! The steps of taking over, within the one transaction. `run` calls them in order. They must never commit.
 
 use std::collections::BTreeSet;
 
@@ -21,7 +21,7 @@ use crate::store::{
     },
 };
 
-/// An event's columns in ours, and what they are read from in the Node service's. $1 is the time zone.
+/// The columns of an event in our table, with their sources in the Node service's table. $1 is the time zone.
 const EVENT: &str = "
     id, device_id, timestamp, total_files_synced, total_errors, internet_speed, created_at, updated_at
 ";
@@ -31,12 +31,12 @@ const EVENT_READ: &str = "
     coalesce(updated_at, created_at, timestamp) at time zone $1
 ";
 
-/// Puts the Node service's tables aside, and makes ours with the migrations of an empty database.
+/// Renames the Node service's tables, and makes ours with the migrations of an empty database.
 pub(super) async fn make_tables(
     transaction: &Transaction<'_>,
     now: Timestamp,
 ) -> Result<(), Error> {
-    /// Tables, their indexes and their sequences: each is called `node_…` from here on.
+    /// Tables, their indexes and their sequences. Each is called `node_…` from here on.
     const PUT_ASIDE: &str = "
         do $$
         declare
@@ -62,7 +62,7 @@ pub(super) async fn make_tables(
         end
         $$
     ";
-    /// What others may do with the tables, as statements that say it again of ours.
+    /// The privileges of others on the tables, as statements that grant them on our tables.
     const GRANTS: &str = "
         select format('grant %s on %s %I to %s%s', privilege_type,
                       case relkind when 'S' then 'sequence' else 'table' end, relname,
@@ -83,8 +83,8 @@ pub(super) async fn make_tables(
     transaction.batch_execute(&grants.join(";\n")).await
 }
 
-/// Copies devices, then events month by month: each month is filled as a table without an index, and
-/// indexed and checked when it becomes a partition.
+/// Copies devices, then events month by month. Each month's table is filled without an index. It is indexed and checked
+/// when it becomes a partition.
 pub(super) async fn copy(
     transaction: &Transaction<'_>,
     time_zone: &str,
@@ -117,7 +117,7 @@ pub(super) async fn copy(
     transaction.execute(DEVICES, &[&time_zone, &now.to_jiff()]).await?;
     let months = transaction.query(MONTHS, &[&time_zone]).await?;
     let months = months.iter().map(|row| row.try_get(0)).collect::<Result<BTreeSet<Date>, _>>()?;
-    // Whoever waits for the tables finds partitions for what comes now.
+    // Clients that wait for the tables find partitions for new events.
     let months: BTreeSet<_> = months.into_iter().chain(months_ahead(now)).collect();
     let mut so_far = 0;
     for partition in months.into_iter().filter_map(Partition::of) {
@@ -140,8 +140,8 @@ async fn fill(
 ) -> Result<u64, Error> {
     let (first, end) = partition.bounds();
     let table = &partition.table;
-    // The first two conditions are for the index on created_at. They reach a day further, for the
-    // beginning of a month may be a time that a clock had twice.
+    // The first two conditions use the index on created_at. They reach one day further, because the beginning of a
+    // month may be a time that a clock had twice.
     let fill = format!(
         "insert into {table} ({EVENT})
          select {EVENT_READ}
@@ -160,14 +160,14 @@ async fn fill(
     transaction.execute(&fill, &[&time_zone]).await
 }
 
-/// Counts what ingest and the background task would have kept up to date.
+/// Counts the figures that ingest and the background task would have kept up to date.
 pub(super) async fn count_figures(
     transaction: &Transaction<'_>,
     now: Timestamp,
     report: &mut (dyn FnMut(&Progress<'_>) + Send),
 ) -> Result<(), Error> {
     report(&Progress::Counting);
-    // So that the queries after it are planned for what is there.
+    // Gives the planner statistics for the next queries.
     transaction.batch_execute("analyze devices, sync_events").await?;
     let count = format!(
         "insert into device_jobs ({}) select * from ({}) jobs",
@@ -181,14 +181,14 @@ pub(super) async fn count_figures(
     transaction.batch_execute("analyze device_jobs, device_days, fleet_hours").await
 }
 
-/// Goes on with ids where the Node service ended, drops its tables, and writes down that they were here.
+/// Continues ids where the Node service ended, drops its tables, and records that they were here.
 pub(super) async fn finish(
     transaction: &Transaction<'_>,
     time_zone: &str,
     now: Timestamp,
 ) -> Result<(), Error> {
     for table in ["devices", "sync_events"] {
-        // Ids of rows that are gone do not come back either.
+        // Ids of deleted rows are not assigned again either.
         let set_sequence = format!(
             "select setval('{table}_id_seq', greatest(last, 1), last > 0)
                from (
@@ -218,8 +218,8 @@ pub(super) async fn finish(
     Ok(())
 }
 
-/// Copies up to `most` events into tables of this session's own, as they would be in ours, and sums them up
-/// by day; tells how many that were, and how many bytes they take.
+/// Copies up to `most` events into tables of this session, in our form, and sums them up by day. Answers how many
+/// events there were, and how many bytes they take.
 pub(super) async fn sample(
     transaction: &Transaction<'_>,
     time_zone: &str,

@@ -1,5 +1,5 @@
-//! Taking over the Node service's tables in one transaction. `survey` looks at them, `copy` fills ours, and `run` does both
-//! in order.
+//! Takes over the Node service's tables in one transaction. `store::take_over` calls it. `survey` checks them, `copy`
+//! fills ours, and `run` does both in order. Nothing may be left in between: all of it commits, or nothing.
 
 mod copy;
 mod report;

@@ -1,4 +1,5 @@
-//! What taking over a database of the Node service finds and says.
+//! What taking over a database of the Node service finds and reports. The other files of `take_over` fill it in; the
+//! command line shows it. It contains no logic.
 
 use std::time::Duration;
 
@@ -22,38 +23,38 @@ pub struct Survey {
     pub months: u64,
     /// Size of the tables with their indexes.
     pub bytes: u64,
-    /// What is unusual, each with how often it was found, and what becomes of it.
+    /// Unusual data: each kind with its number, and what becomes of it.
     pub odd: Vec<(u64, &'static str)>,
-    /// Indexes that the Node service did not make: they go with its tables.
+    /// Indexes that the Node service did not make. They are dropped with its tables.
     pub own_indexes: Vec<String>,
-    /// What must be put right before the database can be taken over, in words.
+    /// Obstacles that must be removed before the database can be taken over, in words.
     pub obstacles: Vec<String>,
 }
 
-/// What taking over takes, judged by doing a part of it.
+/// The expected cost of taking over, judged from a part of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Estimate {
     /// How long.
     pub time: Duration,
-    /// Bytes of disk for the new tables; the old ones go at the end.
+    /// Bytes of disk space for the new tables. The old ones are dropped at the end.
     pub bytes: u64,
 }
 
-/// What a rehearsal finds out.
+/// The result of a rehearsal.
 #[derive(Debug)]
 pub struct Rehearsal {
-    /// What is there.
+    /// What the database contains.
     pub survey: Survey,
-    /// What to expect; `None` when there are obstacles.
+    /// The expected cost; `None` when there are obstacles.
     pub estimate: Option<Estimate>,
-    /// Other programs that are connected, and would have to be stopped.
+    /// Other connected programs that would have to be stopped.
     pub others: Vec<String>,
 }
 
-/// How far it is.
+/// The progress of taking over.
 #[derive(Debug)]
 pub enum Progress<'a> {
-    /// The tables are locked and looked through.
+    /// The tables are locked and checked.
     Found(&'a Survey),
     /// The events received in a month are copied.
     Copied {
@@ -70,10 +71,10 @@ pub enum Progress<'a> {
     Aggregating,
 }
 
-/// Why a database is not taken over. In every case but [`Self::OutcomeUnknown`] it is as it was.
+/// Why a database was not taken over. Except after [`Self::OutcomeUnknown`], it is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeOverError {
-    /// PostgreSQL does not know it.
+    /// PostgreSQL does not know the time zone.
     #[error(
         "unknown time zone {0:?}: give --source-timezone a name such as UTC, Europe/Berlin or Asia/Kolkata"
     )]
@@ -83,12 +84,12 @@ pub enum TakeOverError {
         "the Node service's database cannot be taken over as it is: {}; nothing was changed", .0.join("; ")
     )]
     Obstacles(Vec<String>),
-    /// Somebody writes, or could at any moment.
+    /// Another program writes, or could write at any moment.
     #[error(
         "the Node service seems to be running, for somebody else is connected to its database: {}; stop it, close other programs, and run this again; nothing was changed", .0.join(", ")
     )]
     InUse(Vec<String>),
-    /// Somebody reads, such as `pg_dump`.
+    /// Another program reads, such as `pg_dump`.
     #[error(
         "the tables are in use by {}; wait for it to end, or end it, and run this again; nothing was changed", .0.join(", ")
     )]
@@ -98,7 +99,7 @@ pub enum TakeOverError {
         "the connection was lost at the very end: run `pisync migrate up` again, which finds out whether the database was taken over"
     )]
     OutcomeUnknown,
-    /// It failed on the way.
+    /// A step failed.
     #[error("taking over failed and was undone, the database is as it was: {0}")]
     Failed(StoreError),
     /// The database cannot be reached.

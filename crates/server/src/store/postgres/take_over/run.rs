@@ -1,5 +1,6 @@
-//! Taking over the Node service's tables in one transaction: they are renamed, ours are made by our own
-//! migrations, filled from them, counted, and the old ones dropped.
+//! Takes over the Node service's tables in one transaction. It renames them, makes ours with our own migrations, fills
+//! ours from them, counts, and drops the old ones. `store::take_over` calls it. Every failure must leave the Node
+//! service's database unchanged.
 
 use std::time::{Duration, Instant};
 
@@ -17,24 +18,25 @@ use crate::store::postgres::{
 };
 use crate::store::{PostgresTarget, StoreError, migrations::Contents};
 
-/// How long to wait for whoever has the tables in use. The Node service's own statements are short.
+/// How long to wait for others that use the tables. The Node service's own statements are short.
 const LOCK_TIMEOUT: &str = "set local lock_timeout = '3s'";
 
-/// How long a service that was just stopped may take to end its sessions: so often, and so long each time.
+/// How long a service that was just stopped may take to end its sessions: the number of checks, and the pause in
+/// between.
 const LOOKS: u32 = 12;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(250);
 
-/// Events that a rehearsal copies to see how long that takes.
+/// How many events a rehearsal copies to measure the time.
 const SAMPLE_EVENTS: i64 = 50_000;
 
-/// How much longer everything takes than what a rehearsal does: 4 to 6 times, with a million events of
-/// hourly and of daily reports.
+/// How much longer everything takes than a rehearsal's own work. It was 4 to 6 times with a million events, of hourly
+/// and of daily reports.
 const WHOLE_TO_SAMPLE: f64 = 5.0;
 
 /// A connection to a database of the Node service.
 pub(crate) struct PostgresTakeOver {
     migrations: PostgresMigrations,
-    /// As PostgreSQL spells it.
+    /// The time zone's name, as PostgreSQL spells it.
     time_zone: String,
 }
 
@@ -43,8 +45,8 @@ impl PostgresTakeOver {
         target: &PostgresTarget,
         time_zone: &str,
     ) -> Result<Option<Self>, TakeOverError> {
-        // An abbreviation such as EST, or an offset, would be understood too, and the latter the wrong way
-        // round: only names of places, and UTC, say which clock was meant.
+        // PostgreSQL would also accept an abbreviation such as EST, or an offset, and would read the offset with the
+        // opposite sign. Only names of places, and UTC, say clearly which clock was meant.
         const FIND: &str = "select name from pg_timezone_names where lower(name) = lower($1)";
         let migrations = PostgresMigrations::connect(target).await?;
         let client = &migrations.connection.client;
@@ -55,7 +57,7 @@ impl PostgresTakeOver {
             return Err(TakeOverError::UnknownTimeZone(time_zone.to_owned()));
         };
         let time_zone = found.try_get(0).map_err(store_error)?;
-        // Should this process be killed, PostgreSQL notices it within a statement. Not every system can.
+        // If this process is killed, PostgreSQL then notices it within a statement. Some systems do not support it.
         let _ = client.batch_execute("set client_connection_check_interval = '1s'").await;
         Ok(Some(Self { migrations, time_zone }))
     }
@@ -114,7 +116,7 @@ impl PostgresTakeOver {
     }
 }
 
-/// In a transaction that is rolled back.
+/// Rehearses in a transaction that is rolled back.
 async fn rehearse(
     client: &mut Client,
     time_zone: &str,
@@ -150,7 +152,7 @@ async fn take_over(
     copy::finish(transaction, time_zone, now).await.map_err(failed)
 }
 
-/// Keeps everybody away, readers too: tables are renamed.
+/// Locks everybody out, even readers, because tables are renamed.
 async fn lock_tables(transaction: &Transaction<'_>) -> Result<(), Error> {
     const LOCK: &str = "lock table devices, sync_events in access exclusive mode";
     transaction.batch_execute(LOCK_TIMEOUT).await?;
@@ -158,7 +160,7 @@ async fn lock_tables(transaction: &Transaction<'_>) -> Result<(), Error> {
     transaction.batch_execute("set local lock_timeout = 0").await
 }
 
-/// Nothing may be missing: rows are counted again where they are now.
+/// Checks that nothing is missing, by counting the rows in the new tables.
 async fn check(transaction: &Transaction<'_>, survey: &Survey) -> Result<(), TakeOverError> {
     const COUNT: &str = "
         select (select count(*) from devices), (select count(*) from sync_events),
@@ -177,8 +179,8 @@ async fn check(transaction: &Transaction<'_>, survey: &Survey) -> Result<(), Tak
     ))))
 }
 
-/// Other sessions in this database that may be the Node service's: they sign in as we do, or have spoken
-/// of its tables. Our own are none of them.
+/// Other sessions in this database that may be the Node service's. They use our role, or have named its tables. Our own
+/// sessions are not among them.
 async fn others(client: &Client) -> Result<Vec<String>, TakeOverError> {
     const OTHERS: &str = r"
         select format('process %s (%s from %s, %s)', pid,
@@ -196,9 +198,9 @@ async fn others(client: &Client) -> Result<Vec<String>, TakeOverError> {
     Ok(survey::column(&rows).map_err(store_error)?)
 }
 
-/// Those who do not go.
+/// The other sessions that remain after the wait.
 async fn lasting_others(client: &Client) -> Result<Vec<String>, TakeOverError> {
-    /// Within a transaction, who is there is else looked up once.
+    /// Within a transaction, the statistics would otherwise be read only once.
     const LOOK_AGAIN: &str = "select pg_stat_clear_snapshot()";
     let mut looks = 0;
     loop {
@@ -212,7 +214,7 @@ async fn lasting_others(client: &Client) -> Result<Vec<String>, TakeOverError> {
     }
 }
 
-/// Who keeps us from the tables.
+/// The sessions that hold locks on the tables.
 async fn lock_holders(client: &Client) -> Result<Vec<String>, Error> {
     const HOLDERS: &str = "
         select distinct format('process %s (%s of %s from %s, %s)', pid,
@@ -227,7 +229,7 @@ async fn lock_holders(client: &Client) -> Result<Vec<String>, Error> {
     Ok(if holders.is_empty() { vec!["a process that has just ended".to_owned()] } else { holders })
 }
 
-/// Copies and indexes some events, and says what all of them would take.
+/// Copies and indexes some events, and estimates the cost of all of them.
 async fn estimate(
     transaction: &Transaction<'_>,
     time_zone: &str,

@@ -1,4 +1,5 @@
-//! What the Node service's tables hold, what is odd about it, and what is in the way of taking them over.
+//! Surveys the Node service's tables: what they hold, what is unusual, and what prevents taking them over. `run` calls
+//! it. It changes nothing.
 
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, GenericClient, Row, types::ToSql};
@@ -6,11 +7,10 @@ use tokio_postgres::{Error, GenericClient, Row, types::ToSql};
 use super::report::Survey;
 use crate::store::migrations::embedded_for_postgres;
 
-/// What remembers that the database was the Node service's, and in which time zone its times are to be
-/// given back.
+/// Records that the database was the Node service's, and in which time zone its times must be restored.
 pub(super) const TAKE_OVER_TABLE: &str = "pisync_take_over";
 
-/// Events that the store cannot hold: what is taken for a time must be one in every time zone.
+/// Events that the store cannot hold. A time must be valid in every time zone.
 const OUT_OF_RANGE: &str = "
     select count(*)
       from sync_events
@@ -19,7 +19,7 @@ const OUT_OF_RANGE: &str = "
         or not (coalesce(updated_at, timestamp) between '0001-01-02' and '9999-12-29')
 ";
 
-/// What may be odd about an event, and what becomes of it. $1 is the time zone, $2 the present.
+/// Unusual properties of an event, and what becomes of it. $1 is the time zone, $2 the present.
 const ODD_EVENTS: [(&str, &str); 9] = [
     ("created_at is null", "events without created_at: their timestamp stands in"),
     ("updated_at is null", "events without updated_at: their created_at stands in"),
@@ -56,8 +56,8 @@ const ODD_DEVICES: [(&str, &str); 3] = [
     ),
 ];
 
-/// Sentences about what is in the way. $1 are the names of tables and sequences that are to be made, $2
-/// those of columns and their types. What is left would be refused, and undone, on the way.
+/// Sentences about obstacles. $1 are the names of tables and sequences to be made, $2 the names of columns and their
+/// types. Obstacles that this misses make the take-over fail later, and it is rolled back.
 const OBSTACLES: &str = r"
     with node (relation, name, owner, kind) as (
         select oid, relname::text, relowner, relkind
@@ -165,12 +165,12 @@ const OWN_INDEXES: &str = "
      order by 1
 ";
 
-/// What is in the way, in words, as far as it can be told without reading the tables.
+/// The obstacles, in words, as far as they are visible without reading the tables.
 pub(super) async fn obstacles(client: &impl GenericClient) -> Result<Vec<String>, Error> {
     column(&client.query(OBSTACLES, &[&embedded_relations(), &&COLUMNS[..]]).await?)
 }
 
-/// Looks through the tables. What is in the way ends it early: nothing is known of other columns then.
+/// Surveys the tables. Obstacles end it early, because the columns of the tables are not known then.
 pub(super) async fn survey(
     client: &impl GenericClient,
     time_zone: &str,
@@ -219,7 +219,7 @@ pub(super) async fn survey(
     })
 }
 
-/// Adds to `found` what there is of `kinds` in a table.
+/// Adds to `found` the `kinds` that occur in a table.
 async fn count_odd(
     client: &impl GenericClient,
     table: &str,
@@ -254,7 +254,7 @@ pub(super) fn column(rows: &[Row]) -> Result<Vec<String>, Error> {
     rows.iter().map(|row| row.try_get(0)).collect()
 }
 
-/// The names of the tables and sequences that our migrations make, but for those that the Node service has.
+/// The names of the tables and sequences that our migrations make, except those that the Node service has as well.
 fn embedded_relations() -> Vec<String> {
     let migrations = embedded_for_postgres();
     let statements = migrations.iter().flat_map(|migration| migration.up.lines());

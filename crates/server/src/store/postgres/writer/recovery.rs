@@ -1,5 +1,5 @@
-//! What the writer does when a write fails: it tries again, writes the batch in another way, or resolves what is in doubt.
-//! Only the writer calls it. A batch in doubt is never written again before it is known whether it was stored.
+//! What the writer does when a write fails. It tries again, writes the batch in another way, or resolves a batch in
+//! doubt. Only the writer calls it. A batch in doubt must never be written again before its outcome is known.
 
 use std::sync::Arc;
 
@@ -22,12 +22,12 @@ use crate::store::{
 pub(super) struct InDoubt {
     pub(super) batch: Arc<Batch>,
     pub(super) ids: Vec<i64>,
-    /// Who may still be storing it.
+    /// The process that may still be storing it.
     pub(super) backend: Backend,
 }
 
 impl PostgresEventWriter {
-    /// Whether a batch was stored by an attempt whose outcome was lost, and how.
+    /// Finds out whether an attempt whose outcome was lost has stored a batch, and answers the result.
     pub(super) async fn find_stored(
         &mut self,
         in_doubt: &InDoubt,
@@ -36,7 +36,7 @@ impl PostgresEventWriter {
         let Session { connection, statements, .. } = &*session;
         let client = &connection.client;
         let InDoubt { batch, ids, backend } = in_doubt;
-        // What was sent to it may still be on its way through it.
+        // The process may still be working on what was sent to it.
         if !backend.end(client).await.map_err(store_error)? {
             return Err(StoreError::Unavailable("a session that was lost does not end".into()));
         }
@@ -50,7 +50,7 @@ impl PostgresEventWriter {
         Ok(Some(resolve(batch, ids, &batch.repeats(), &kept)))
     }
 
-    /// Remembers that `batch` may be stored under `ids`, by `session`, of which nothing more can be had.
+    /// Remembers that `session` may store `batch` under `ids`. The session cannot be used any more.
     pub(super) fn leave_in_doubt(
         &mut self,
         batch: &Arc<Batch>,
@@ -59,14 +59,14 @@ impl PostgresEventWriter {
     ) {
         session.connection.close();
         self.session.take_if(|current| Arc::ptr_eq(current, session));
-        // Of others that have been given up, nobody is going to ask.
+        // Nobody will ask for other batches that were given up.
         let nobody_asks = |in_doubt: &mut InDoubt| Arc::strong_count(&in_doubt.batch) == 1;
         let given_up = self.in_doubt.extract_if(.., nobody_asks);
         self.abandoned.extend(given_up.map(|in_doubt| in_doubt.backend));
         self.in_doubt.push(InDoubt { batch: Arc::clone(batch), ids, backend: session.backend });
     }
 
-    /// Gives the session up, in which PostgreSQL may still be at work.
+    /// Gives the session up. PostgreSQL may still be working in it.
     pub(super) fn abandon_session(&mut self) {
         if let Some(session) = self.session.take() {
             session.connection.close();
@@ -74,7 +74,7 @@ impl PostgresEventWriter {
         }
     }
 
-    /// What to do about a failed transaction: `Ok` to try again.
+    /// Decides what to do about a failed transaction. `Ok` means to try again.
     pub(super) async fn recover(
         &mut self,
         error: WriteError,
@@ -83,7 +83,7 @@ impl PostgresEventWriter {
     ) -> Result<(), StoreError> {
         if error.leaves_doubt() {
             self.abandon_session();
-            // An idle connection that a restarted server has closed shows only now.
+            // Only the first statement shows that a restarted server has closed an idle connection.
             let may_have_been_idle = attempt == 0 && matches!(error, WriteError::Sql(_));
             return if may_have_been_idle { Ok(()) } else { Err(error.into()) };
         }
@@ -104,33 +104,33 @@ impl PostgresEventWriter {
             | WriteError::Unreplicated
             | WriteError::Impossible(_) => 0,
         };
-        // An attempt that may be cut off while it waits for a lock would leave the batch in doubt.
+        // An attempt that the deadline ends while it waits for a lock would leave the batch in doubt.
         let has_time = deadline.saturating_duration_since(Instant::now()) > LOCK_TIMEOUT;
         if attempt < retries && has_time { Ok(()) } else { Err(error.into()) }
     }
 
-    /// Draws from what PostgreSQL says of a batch how to write it; tells how often that is worth trying.
+    /// Learns from PostgreSQL's error how to write the batch. Answers how many retries are worth trying.
     pub(super) fn classify(&mut self, error: &Error) -> u32 {
         let Some(code) = error.code().filter(|_| !is_raised(error)) else { return 0 };
         self.disk_full = *code == SqlState::DISK_FULL;
         if class_of(error) == ErrorClass::Transient {
             RETRIES
         } else if *code == SqlState::FOREIGN_KEY_VIOLATION {
-            // A device was deleted behind our back, perhaps after the deletion and this batch had
-            // met in a deadlock: register it again.
+            // A device was deleted behind our back, perhaps after a deadlock between the deletion and this batch. It
+            // must be registered again.
             self.last_seen.clear();
             RETRIES
         } else if *code == SqlState::UNIQUE_VIOLATION && names(error, "event_keys_pkey") {
             self.deduplicating_batches = DEDUPLICATING_BATCHES;
             RETRIES
         } else if *code == SqlState::CHECK_VIOLATION && names_no_constraint(error) {
-            // The month's partition is missing after all: somebody has dropped or detached it.
+            // The month's partition is missing: somebody has dropped or detached it.
             if std::mem::take(&mut self.months).is_empty() { 0 } else { RETRIES }
         } else if *code == SqlState::FEATURE_NOT_SUPPORTED
             || *code == SqlState::INVALID_SQL_STATEMENT_NAME
             || *code == SqlState::READ_ONLY_SQL_TRANSACTION
         {
-            // A statement that outlived a migration, or a server that has become a standby.
+            // A statement outlived a migration, or the server has become a standby.
             self.abandon_session();
             1
         } else {
@@ -139,12 +139,12 @@ impl PostgresEventWriter {
     }
 }
 
-/// A row that no partition takes violates a check that has no name.
+/// A row without a partition violates a check that has no name.
 fn names_no_constraint(error: &Error) -> bool {
     error.as_db_error().is_some_and(|error| error.constraint().is_none())
 }
 
-/// Whether the error is about this constraint.
+/// Whether the error concerns this constraint.
 fn names(error: &Error, constraint: &str) -> bool {
     error.as_db_error().is_some_and(|error| error.constraint() == Some(constraint))
 }

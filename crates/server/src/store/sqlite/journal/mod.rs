@@ -1,14 +1,15 @@
-//! The ingest journal: two files beside the database in which events are on the disk, in the order of their
-//! ids, before they are in its tables.
+//! The ingest journal: two files beside the database. Events are on the disk there, in the order of their ids, before
+//! they are in the database's tables. `journal_writer` and `journal_commands` call it. A record must be on the disk
+//! before its events are acknowledged.
 //!
-//! A record is a batch ([`record`]). Records are numbered without gaps, and `ingest_state` says up to which
-//! of them the journal is applied; the records after that one are what a crash has left to do. A file is
-//! written from its beginning again once all its records are applied, so old records may follow the newest:
-//! they have lower numbers.
+//! A record is a batch ([`record`]). Records are numbered without gaps. `ingest_state` says up to which record the
+//! journal is applied. After a crash, the records behind that one must still be applied. Once all records of a file are
+//! applied, it is written from its beginning again. Old records may therefore follow the newest one; their numbers are
+//! lower.
 //!
-//! A record that is not whole, with no later one anywhere, is one that a power cut interrupted: nobody was
-//! told that it is stored. When a later one is there, or a number is missing, the disk has lost what was
-//! acknowledged ([`survey`]); then nothing goes on before a person has looked.
+//! If the last record is incomplete, a power cut has interrupted it, and its events were not acknowledged. If a later
+//! record exists, or a number is missing, the disk has lost acknowledged events ([`survey`]). Nothing goes on then
+//! before a person has checked it.
 
 mod place;
 mod record;

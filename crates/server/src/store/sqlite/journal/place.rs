@@ -1,4 +1,5 @@
-//! Where a journal is and what the tables say of it: what reading and writing one have in common.
+//! Where a journal's files are, and what the tables say about the journal. Reading and writing a journal both use it.
+//! Nothing here reads the contents of the files.
 
 use std::{
     fs, io,
@@ -10,27 +11,27 @@ use crate::store::{
     sqlite::paths::{INGEST_JOURNAL, beside, second_name, sync_folder},
 };
 
-/// A file grows by this much, filled with zeros: syncing what overwrites them changes nothing but data, and
+/// A file grows by this much at a time, filled with zeros. Syncing an overwrite of these zeros changes only data. It
 /// costs the disk one write instead of several.
 pub(super) const GROWTH_BYTES: u64 = 1 << 20;
 
-/// What the tables say of the journal (`ingest_state`).
+/// What the tables say about the journal (`ingest_state`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) struct JournalState {
-    /// Whose it is: records of another database are none of this one's.
+    /// Identifies the journal. Records of another database do not belong to this one.
     pub(in super::super) identity: i64,
     /// The last record that is in the tables.
     pub(in super::super) applied: u64,
-    /// Whether a server had both files when it ended, without a proper stop: then they must be there.
+    /// Whether a server had both files and ended without a proper stop. Both files must then exist.
     pub(in super::super) in_use: bool,
 }
 
-/// Whether the database has a journal: none is left when a server has stopped properly.
+/// Whether the database has a journal. A proper stop of a server removes it.
 pub(in super::super) fn exists(database: &Path) -> bool {
     paths(database).iter().any(|path| path.exists())
 }
 
-/// Removes the journal of a database, all of which is applied.
+/// Removes the journal of a database. All of it must be applied.
 pub(in super::super) fn remove(database: &Path) -> io::Result<()> {
     for path in paths(database) {
         match fs::remove_file(&path) {
@@ -41,7 +42,7 @@ pub(in super::super) fn remove(database: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Renames the journal of a database, for a person to look at, and answers the new names.
+/// Renames the journal of a database, so that a person can inspect it. Answers the new names.
 pub(in super::super) fn set_all_aside(database: &Path) -> io::Result<Vec<PathBuf>> {
     paths(database).iter().filter(|path| path.exists()).map(|path| set_aside(path)).collect()
 }

@@ -1,5 +1,5 @@
-//! What a record of the ingest journal looks like on the disk, in the version that is written and in every
-//! version that ever was. Pure: bytes in, records out.
+//! The format of a record of the ingest journal on the disk, in the current version and every earlier one. The other
+//! files of `journal` call it. It must not do I/O: bytes in, records out.
 //!
 //! A record is a header and then each event as one line of JSON. Integers are little-endian.
 //!
@@ -11,43 +11,43 @@
 //! | 8–11 | length of the lines | number, to byte 15 |
 //! | 12–15 | checksum | |
 //! | 16–23 | number | id of the first event |
-//! | 24–31 | id of the first event | time of receipt |
-//! | 32–39 | time of receipt | – |
+//! | 24–31 | id of the first event | `received_at` |
+//! | 32–39 | `received_at` | – |
 //! | 40–47 | whose journal: `ingest_state.journal` | – |
 //!
-//! Version 1 was written until 2026-11-25. Later versions keep bytes 0 to 15 and what the checksum covers as
-//! they are in version 2, so that an older program can tell a newer record from a damaged one.
+//! Version 1 was written until 2026-11-25. Later versions keep bytes 0 to 15 and the extent of the checksum as they are
+//! in version 2. An older program can therefore tell a newer record from a damaged one.
 
 use pisync_core::{DeviceId, EventId, JobName, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
 
-/// The version that is written.
+/// The current version.
 pub(super) const VERSION: u16 = 2;
 
-/// What a record begins with since version 2. As the length of a record of version 1 it would be 1.2 GB.
+/// The first bytes of a record since version 2. As the length of a record of version 1 they would mean 1.2 GB.
 const MAGIC: [u8; 4] = *b"PiSJ";
 
 /// Length of a header.
 pub(super) const HEADER_BYTES: usize = 48;
 const HEADER_BYTES_1: usize = 32;
 
-/// The most bytes that a record's lines can have. 10,000 events of the largest size, 64 KiB each as JSON text,
-/// would be ten times as much as a request may hold; a length beyond this one is no length.
+/// The maximum length of a record's lines, in bytes. A longer one is not a valid length. 10,000 events of the largest
+/// size, 64 KiB each as JSON text, would already be ten times as much as a request may hold.
 const MOST_LINES_BYTES: usize = 256 << 20;
 
 /// Events that were acknowledged together.
 #[derive(Debug)]
 pub(in super::super) struct Record {
-    /// One more than that of the record before.
+    /// The number of the record before, plus one.
     pub(in super::super) number: u64,
-    /// The first event's id; the others follow it.
+    /// The first event's id. The ids of the others follow without gaps.
     pub(in super::super) first_id: i64,
-    /// When they were received.
+    /// The `received_at` of all events.
     pub(in super::super) received: Timestamp,
-    /// None in a mark for records that are lost; see [`encode_lost`].
+    /// Empty in a mark for lost records; see [`encode_lost`].
     pub(in super::super) events: Vec<SyncEvent>,
 }
 
-/// An event in the journal; see [`SyncEvent`] for what the fields are, in the units of the tables.
+/// An event in the journal. For the fields see [`SyncEvent`]; their units are those of the tables.
 type Line<Text> = (
     Text,         // device_id
     Option<Text>, // event_id
@@ -61,23 +61,23 @@ type Line<Text> = (
     Option<Text>, // metadata
 );
 
-/// What stands at a place of a file.
+/// What was found at a position of a file.
 #[derive(Debug)]
 pub(super) enum Found {
-    /// A whole record, and its length with the header.
+    /// A complete record, and its length with the header.
     Record(Record, usize),
-    /// A whole record of another database, and its length.
+    /// A complete record of another database, and its length.
     Foreign(usize),
-    /// A whole record that this version cannot read.
+    /// A complete record that this version cannot read.
     Newer {
-        /// In which version it was written.
+        /// The version in which it was written.
         version: u16,
     },
-    /// No whole record.
+    /// No complete record.
     Nothing,
 }
 
-/// Puts a record of the journal `journal` into `buffer`, in the place of what was there.
+/// Encodes a record of the journal `journal` into `buffer`, and replaces the buffer's contents.
 pub(super) fn encode<'a>(
     buffer: &mut Vec<u8>,
     journal: i64,
@@ -105,8 +105,8 @@ pub(super) fn encode<'a>(
     Ok(())
 }
 
-/// Puts a mark into `buffer` that stands for records which are lost (`pisync journal salvage`): a record without
-/// events that has the last one's number, and the first one's in the place of an id.
+/// Encodes a mark that stands for lost records (`pisync journal salvage`). It is a record without events that has the
+/// number of the last lost record. In the place of an event's id it has the number of the first.
 pub(super) fn encode_lost(
     buffer: &mut Vec<u8>,
     journal: i64,
@@ -116,14 +116,14 @@ pub(super) fn encode_lost(
     encode(buffer, journal, last, first, Timestamp::MIN, std::iter::empty())
 }
 
-/// Puts a mark into `buffer` for the beginning of a new file, which shows that nobody has emptied it: a record without
-/// events that has the number of the last one in the tables, and is written over by the next.
+/// Encodes a mark for the beginning of a new file. The mark shows that nobody has emptied the file. It is a record
+/// without events and has the number of the last record in the tables. The next record overwrites it.
 pub(super) fn encode_begun(buffer: &mut Vec<u8>, journal: i64, last: u64) -> std::io::Result<()> {
     encode_lost(buffer, journal, last..last + 1)
 }
 
 impl Record {
-    /// Which records it stands for: itself, or those that are lost.
+    /// The records that it stands for: itself, or the lost records.
     pub(super) fn numbers(&self) -> std::ops::RangeInclusive<u64> {
         let is_mark = self.events.is_empty();
         if is_mark {
@@ -134,24 +134,24 @@ impl Record {
     }
 }
 
-/// What stands at the beginning of `bytes`, in the journal `journal`.
+/// What is found at the beginning of `bytes`, in the journal `journal`.
 pub(super) fn decode(bytes: &[u8], journal: i64) -> Found {
     if bytes.starts_with(&MAGIC) { decode_2(bytes, journal) } else { decode_1(bytes, journal) }
 }
 
-/// The next place at or after `from` where a record may begin.
+/// The next position at or after `from` where a record may begin.
 pub(super) fn next_candidate(bytes: &[u8], from: usize) -> Option<usize> {
     let step = bytes.get(from..)?.windows(HEADER_BYTES_1).position(may_begin_record)?;
     Some(from + step)
 }
 
-/// Version 1 has no mark: it begins with a length, and its number is below 2^32.
+/// A record of version 1 has no magic bytes. It begins with a length, and its number is below 2^32.
 fn may_begin_record(window: &[u8]) -> bool {
     window.starts_with(&MAGIC)
         || (window[12..16] == [0; 4] && window[8..12] != [0; 4] && window[..4] != [0; 4])
 }
 
-/// Whether a record begins here, whole or not; one of version 1 cannot be told.
+/// Whether a record begins here, complete or not. A record of version 1 is not recognised.
 pub(super) fn is_begun(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC)
 }
@@ -181,7 +181,7 @@ fn decode_2(bytes: &[u8], journal: i64) -> Found {
             let first_id = i64::from_le_bytes(array(header, 24));
             Found::Record(Record { number, first_id, received, events }, record.len())
         }
-        // Its checksum says that it is as it was written.
+        // The checksum proves that the record is as it was written.
         _ => Found::Newer { version },
     }
 }
@@ -208,14 +208,13 @@ fn decode_1(bytes: &[u8], journal: i64) -> Found {
     }
 }
 
-/// The events of a record; `None` when one of the lines is none.
+/// The events of a record; `None` when one of the lines is not an event.
 fn read_lines(lines: &[u8]) -> Option<Vec<SyncEvent>> {
     let lines = serde_json::Deserializer::from_slice(lines).into_iter();
     lines.map(|line| line.ok().and_then(event)).collect()
 }
 
-/// The events that can be read in a stretch of a file whose record is damaged. Nothing says that they are as
-/// they were written.
+/// The events that can be read in a stretch of a file with a damaged record. They may differ from what was written.
 pub(super) fn legible_events(bytes: &[u8]) -> Vec<SyncEvent> {
     let from_bracket = |line: &[u8]| -> Option<SyncEvent> {
         // The first line follows the header.
@@ -229,7 +228,7 @@ fn array<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
     std::array::from_fn(|index| header[at + index])
 }
 
-/// CRC-32 of a record, apart from the checksum itself.
+/// CRC-32 of a record, without the checksum itself.
 pub(super) fn checksum(record: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(&record[..12]);
@@ -237,7 +236,7 @@ pub(super) fn checksum(record: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// CRC-32 of whose journal it is and of a record, apart from its length and the checksum itself.
+/// CRC-32 of the journal's identity and of a record, without its length and the checksum itself.
 fn checksum_1(journal: i64, record: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(&journal.to_le_bytes());
@@ -260,9 +259,9 @@ fn line(event: &SyncEvent) -> Line<&str> {
     )
 }
 
-/// What [`line`] has written; `None` for anything else.
+/// Reads what [`line`] has written; `None` for anything else.
 fn event(line: Line<String>) -> Option<SyncEvent> {
-    /// `None` for a value that is there and cannot be read.
+    /// `None` for a value that exists and cannot be read.
     fn read<T, V>(value: Option<T>, read: impl FnOnce(T) -> Option<V>) -> Option<Option<V>> {
         match value {
             None => Some(None),

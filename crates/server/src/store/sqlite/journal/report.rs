@@ -1,8 +1,9 @@
-//! What `pisync journal` says of a journal.
+//! What `pisync journal` reports about a journal. `survey` and `salvage` fill it in, and the command line shows it. It
+//! contains no logic.
 
 use std::{ops::Range, path::PathBuf};
 
-/// What is in an ingest journal.
+/// The contents of an ingest journal.
 #[derive(Debug)]
 pub struct JournalReport {
     /// The last record that is in the tables.
@@ -11,53 +12,52 @@ pub struct JournalReport {
     pub files: Vec<JournalFileReport>,
     /// Acknowledged events that are in the journal alone and can be read.
     pub unapplied_events: usize,
-    /// What is missing, in words; `None` when nothing is.
+    /// What is missing, in words; `None` when nothing is missing.
     pub damage: Option<String>,
-    /// In which format there are records that this version cannot read.
+    /// The version of records that this program cannot read, if there are any.
     pub newer_version: Option<u16>,
 }
 
-/// What is in one file of an ingest journal.
+/// The contents of one file of an ingest journal.
 #[derive(Debug)]
 pub struct JournalFileReport {
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
-    /// How long it is.
+    /// Its length in bytes.
     pub bytes: u64,
-    /// Stretches of whole records that are not in the tables: the first and last record's number, how many events
-    /// they hold, and the bytes of the file where they stand.
+    /// Stretches of complete records that are not in the tables. Each has the numbers of its first and last record, its
+    /// number of events, and its bytes in the file.
     pub records: Vec<JournalStretch>,
-    /// How many whole records are in the tables already.
+    /// How many complete records are in the tables already.
     pub applied_records: usize,
-    /// Whole records of another database.
+    /// Complete records of another database.
     pub foreign_records: usize,
-    /// Stretches that are no record and not empty. What was written before, and is in the tables, leaves such
-    /// remains.
+    /// Stretches that are neither a record nor empty. Older records that are in the tables leave such remains.
     pub other: Vec<Range<usize>>,
 }
 
-/// Records that follow each other.
+/// Consecutive records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JournalStretch {
-    /// The first one's number.
+    /// The number of the first record.
     pub first: u64,
-    /// The last one's number.
+    /// The number of the last record.
     pub last: u64,
     /// How many events they hold.
     pub events: usize,
-    /// Where they stand.
+    /// Their bytes in the file.
     pub bytes: Range<usize>,
 }
 
-/// What came of a salvage.
+/// The result of a salvage.
 #[derive(Debug, Default)]
 pub struct JournalSalvage {
-    /// What is missing, in words; `None` when nothing is, and then nothing was changed.
+    /// What is missing, in words. `None` when nothing is missing; nothing was changed then.
     pub damage: Option<String>,
-    /// Acknowledged events that are in the journal and go into the tables with the next start.
+    /// Acknowledged events that are in the journal and will be applied at the next start.
     pub events: usize,
     /// Where the damaged files are kept.
     pub kept: Vec<PathBuf>,
-    /// Where events are that could be read in damaged stretches: nobody knows whether they are as they were.
+    /// The file with the events that could be read in damaged stretches. Nobody knows whether they are as they were.
     pub doubtful: Option<PathBuf>,
 }

@@ -1,5 +1,5 @@
-//! Going on with a damaged journal: what is whole is kept, what is missing is marked, and the damaged files stay
-//! beside it.
+//! Salvages a damaged journal: it keeps the complete records and marks the missing ones. `journal_commands` calls it.
+//! The damaged files must be kept beside it.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use crate::{
     store::JournalSalvage,
 };
 
-/// What came of a salvage.
+/// The result of a salvage.
 #[derive(Debug)]
 pub(in super::super) struct Salvaged {
     pub(in super::super) result: JournalSalvage,
@@ -29,8 +29,8 @@ pub(in super::super) struct Salvaged {
     pub(in super::super) doubtful: Vec<SyncEvent>,
 }
 
-/// Makes a journal of what is left of the one of the database at `database`, whose tables say `state`. Killed at any
-/// point, it can be run again.
+/// Makes a new journal from what is left of the journal of the database at `database`. `state` is what the database's
+/// tables say. If it is killed at any point, it can be run again.
 pub(in super::super) fn salvage(database: &Path, state: JournalState) -> io::Result<Salvaged> {
     let JournalState { identity, applied, .. } = state;
     let survey = Survey::read(database, state)?;
@@ -56,7 +56,7 @@ pub(in super::super) fn salvage(database: &Path, state: JournalState) -> io::Res
             result.kept.push(second_name(path)?);
         }
     }
-    // From here on everything is in the first file. Until the second is gone, it has some of it, too.
+    // From here on everything is in the first file. Until the second file is removed, some of it is in both.
     write_all(&first, identity, applied, &records)?;
     match fs::remove_file(&second) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -66,7 +66,7 @@ pub(in super::super) fn salvage(database: &Path, state: JournalState) -> io::Res
     Ok(Salvaged { result, doubtful })
 }
 
-/// Writes `records` into the file at `path`, with a mark in the place of those that are missing.
+/// Writes `records` into the file at `path`, with a mark in the place of the missing ones.
 fn write_all(path: &Path, identity: i64, applied: u64, records: &[Record]) -> io::Result<()> {
     let mut file = NamedTempFile::new_in(folder_of(path))?;
     permissions::give_to_owner_of(folder_of(path), file.as_file())?;
@@ -81,7 +81,7 @@ fn write_all(path: &Path, identity: i64, applied: u64, records: &[Record]) -> io
         file.write_all(&buffer)?;
         expected = number + 1;
     }
-    // As long as a file is that was never cut.
+    // The length that a file has if it was never cut.
     let length = file.as_file().metadata()?.len();
     file.as_file().set_len(length.next_multiple_of(GROWTH_BYTES))?;
     file.as_file().sync_all()?;

@@ -1,5 +1,5 @@
-//! What is in the files of an ingest journal, whatever has become of them: whole records, wherever they stand,
-//! and stretches that are none.
+//! Surveys the files of an ingest journal, whatever has happened to them. It finds complete records at any position,
+//! and stretches that are no record. Opening, salvage and `pisync journal` call it. It changes nothing.
 
 use std::{
     fmt, fs, io,
@@ -15,55 +15,55 @@ use super::{
 };
 use crate::store::{JournalFileReport, JournalReport, JournalStretch, StoreError};
 
-/// What both files hold.
+/// The contents of both files.
 #[derive(Debug)]
 pub(in super::super) struct Survey {
     pub(super) database: PathBuf,
-    /// What the tables say of it.
+    /// What the tables say about the journal.
     pub(super) state: JournalState,
     pub(in super::super) files: [FileSurvey; 2],
 }
 
-/// What one file holds.
+/// The contents of one file.
 #[derive(Debug)]
 pub(in super::super) struct FileSurvey {
     pub(in super::super) path: PathBuf,
     pub(in super::super) exists: bool,
-    /// How long it is.
+    /// The file's length.
     pub(in super::super) bytes: u64,
-    /// Whole records, by their place in the file.
+    /// Complete records, in the order of their positions.
     pub(in super::super) records: Vec<Placed>,
-    /// Stretches that are no record and not all zeros. The remains of older, longer records are among them.
+    /// Stretches that are neither a record nor all zeros. They include the remains of older, longer records.
     pub(in super::super) other: Vec<Range<usize>>,
-    /// Whole records of another database.
+    /// Complete records of another database.
     pub(in super::super) foreign: usize,
     /// The version of a record that this program cannot read.
     pub(in super::super) newer: Option<u16>,
     contents: Vec<u8>,
 }
 
-/// A record and where it stands.
+/// A record and its position.
 #[derive(Debug)]
 pub(in super::super) struct Placed {
     pub(in super::super) at: Range<usize>,
     pub(in super::super) record: Record,
 }
 
-/// Acknowledged records that are not there.
+/// Acknowledged records that are missing.
 #[derive(Debug, PartialEq, Eq)]
 pub(in super::super) struct Damage {
-    /// Their numbers, in stretches.
+    /// The numbers of the missing records, as ranges.
     pub(in super::super) missing: Vec<Range<u64>>,
-    /// Stretches of the files that are no record, before a later one.
+    /// Stretches of the files that are no record and stand before a later record.
     pub(in super::super) places: Vec<(PathBuf, Range<usize>)>,
-    /// Files that something else than a crash has changed: cut off, or written over from their beginning.
+    /// Files that were changed by something other than a crash: cut off, or overwritten from their beginning.
     pub(in super::super) spoilt: Vec<PathBuf>,
-    /// Files that a server had when it ended, and that are not there, or not what they were.
+    /// Files that a server had when it ended, and that are missing now or hold nothing of it.
     pub(in super::super) gone: Vec<PathBuf>,
 }
 
 impl Survey {
-    /// Reads the journal of the database at `database`, whose tables say `state`. Changes nothing.
+    /// Reads the journal of the database at `database`. `state` is what the database's tables say. Changes nothing.
     pub(in super::super) fn read(database: &Path, state: JournalState) -> io::Result<Self> {
         let [first, second] = paths(database);
         let read = |path| FileSurvey::read(path, state.identity);
@@ -75,19 +75,19 @@ impl Survey {
         self.records().map(|record| record.number).max().unwrap_or(0)
     }
 
-    /// The whole records that are not in the tables, in order.
+    /// The complete records that are not in the tables, in order.
     pub(in super::super) fn into_unapplied(self) -> Vec<Record> {
         let applied = self.state.applied;
         let records = self.files.into_iter().flat_map(|file| file.records);
         let mut records: Vec<_> =
             records.map(|placed| placed.record).filter(|record| record.number > applied).collect();
         records.sort_by_key(|record| record.number);
-        // A salvage that was interrupted leaves some in both files.
+        // An interrupted salvage leaves some records in both files.
         records.dedup_by_key(|record| record.number);
         records
     }
 
-    /// What there is, for a person to read.
+    /// The contents, for a person to read.
     pub(in super::super) fn report(&self) -> JournalReport {
         let applied = self.state.applied;
         let files = self.files.iter().filter(|file| file.exists);
@@ -108,7 +108,7 @@ impl Survey {
         self.files.iter().flat_map(|file| &file.records).map(|placed| &placed.record)
     }
 
-    /// What is missing of the records that are not in the tables, and where it may have been.
+    /// Which records outside the tables are missing, and where they may have been.
     pub(in super::super) fn damage(&self) -> Option<Damage> {
         let applied = self.state.applied;
         let mut there: Vec<_> = self.records().map(Record::numbers).collect();
@@ -140,7 +140,7 @@ impl Survey {
         Some(Damage { missing, places, spoilt, gone })
     }
 
-    /// Whether everything that was acknowledged and is not in the tables can be read.
+    /// Checks that everything that was acknowledged and is not in the tables can be read.
     ///
     /// # Errors
     /// When it cannot; the message says what to do.
@@ -160,7 +160,7 @@ impl Survey {
         }
     }
 
-    /// Events in the stretches that are damaged, as far as they can be read.
+    /// The events in the damaged stretches, as far as they can be read.
     pub(super) fn doubtful_events(&self, damage: &Damage) -> Vec<SyncEvent> {
         let of_file = |(path, place): &(PathBuf, Range<usize>)| {
             let file = self.files.iter().find(|file| file.path == *path);
@@ -169,7 +169,7 @@ impl Survey {
         damage.places.iter().flat_map(of_file).collect()
     }
 
-    /// The format of records that this program is too old for.
+    /// The version of records that are too new for this program.
     pub(in super::super) fn newer_version(&self) -> Option<u16> {
         self.files.iter().find_map(|file| file.newer)
     }
@@ -198,10 +198,10 @@ impl FileSurvey {
 
     fn find_records(&mut self, identity: i64) {
         let mut contents = std::mem::take(&mut self.contents);
-        // A file is filled with zeros before it is written. A mark for lost records may end with some.
+        // A file is filled with zeros before it is written. A mark for lost records may end with some zeros.
         let filled = contents.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         contents.truncate(filled + record::HEADER_BYTES);
-        // Where the stretch began that is no record so far.
+        // The start of the stretch that has been no record so far.
         let (mut at, mut begun) = (0, 0);
         while let Some(place) = record::next_candidate(&contents, at) {
             let length = match record::decode(&contents[place..], identity) {
@@ -271,32 +271,33 @@ impl FileSurvey {
         }
     }
 
-    /// Whether the file has no record of this database, nor the beginning of one. A server that has it open never
-    /// leaves it like that.
+    /// Whether the file has neither a record of this database nor the beginning of one. A server that has the file open
+    /// never leaves it like that.
     pub(super) fn is_empty(&self) -> bool {
         self.records.is_empty() && (self.foreign > 0 || !record::is_begun(&self.contents))
     }
 
-    /// Whether the file is as this or another database's server has made it, before the first record.
+    /// Whether the file is as the server of this or another database has created it, before the first record.
     fn is_new(&self) -> bool {
         self.records.len() + self.foreign == 1
             && record::is_begun(&self.contents)
             && self.contents.iter().skip(record::HEADER_BYTES).all(|byte| *byte == 0)
     }
 
-    /// Whether the file holds something, and nothing of this database.
+    /// Whether the file holds something, but nothing of this database.
     pub(super) fn is_strange(&self) -> bool {
         self.records.is_empty() && (self.foreign > 0 || !self.other.is_empty())
     }
 
-    /// Where the next record goes, and the number of the last one.
+    /// The position of the next record, and the number of the last one.
     pub(super) fn end(&self) -> (u64, u64) {
         let last = self.records.iter().max_by_key(|placed| placed.record.number);
         last.map_or((0, 0), |placed| (placed.at.end as u64, placed.record.number))
     }
 
-    /// Whether something else than a crash has changed the file. A crash leaves whole records and at most one that
-    /// is not, in a part of the file that was filled with zeros before, and that begins with a mark or with zeros.
+    /// Whether something other than a crash has changed the file. A crash leaves complete records and at most one
+    /// incomplete record. The incomplete one is in a part that was filled with zeros before. The file begins with a
+    /// mark or with zeros.
     fn is_spoilt(&self) -> bool {
         let length = usize::try_from(self.bytes).unwrap_or(usize::MAX);
         let step = usize::try_from(GROWTH_BYTES).unwrap_or(usize::MAX);
@@ -308,7 +309,7 @@ impl FileSurvey {
         is_cut || is_garbage
     }
 
-    /// How many bytes there are of a record that a power cut has interrupted behind the last one.
+    /// The length of an incomplete record behind the last complete one, which a power cut has interrupted.
     pub(super) fn torn_tail(&self) -> Option<usize> {
         let end = usize::try_from(self.end().0).ok()?;
         let behind = self.contents.get(end..)?;
@@ -317,7 +318,7 @@ impl FileSurvey {
             .then(|| behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1))
     }
 
-    /// Events in a stretch that is no whole record, as far as they can be read.
+    /// The events in a stretch that is no complete record, as far as they can be read.
     fn legible_events(&self, place: &Range<usize>) -> Vec<SyncEvent> {
         self.contents.get(place.clone()).map(record::legible_events).unwrap_or_default()
     }

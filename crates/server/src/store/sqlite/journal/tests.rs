@@ -1,4 +1,5 @@
-//! What the journal gives back, whatever has become of its files.
+//! Tests of what the journal gives back, whatever has happened to its files. Files are cut, flipped, emptied, exchanged
+//! and removed. No acknowledged record may be dropped without a message.
 
 use std::{
     fs::{self, File},
@@ -38,7 +39,7 @@ impl Place {
         Journal::open(&self.database, state(IDENTITY, applied)).unwrap()
     }
 
-    /// What opening says when it fails.
+    /// The error of opening the journal.
     fn refusal(&self, applied: u64) -> String {
         Journal::open(&self.database, state(IDENTITY, applied)).unwrap_err().to_string()
     }
@@ -95,7 +96,7 @@ fn full() -> SyncEvent {
     }
 }
 
-/// Appends one event of about so many bytes.
+/// Appends one event of about this many bytes.
 fn append(journal: &mut Journal, bytes: usize, applied: u64) -> u64 {
     let text = format!("{{\"x\":\"{}\"}}", "x".repeat(bytes.min(4_000)));
     let event = SyncEvent { metadata: Some(Metadata::new(&text).unwrap()), ..plain() };
@@ -116,7 +117,7 @@ fn events_come_back_as_they_were() {
     assert_eq!(found.iter().map(what).collect::<Vec<_>>(), [(1, 5, time(7)), (2, 7, time(8))]);
     assert_eq!(found[0].events, [plain(), full()]);
     assert_eq!(found[1].events, [full()]);
-    // It goes on where it was.
+    // Writing continues at the same position.
     assert_eq!(append(&mut journal, 1, 0), 3);
     assert_eq!(place.found(0), [1, 2, 3]);
     assert_eq!(place.found(2), [3]);
@@ -125,7 +126,7 @@ fn events_come_back_as_they_were() {
     remove(&place.database).unwrap();
 }
 
-/// A power cut leaves a record that is not whole, and none after it: that was not acknowledged.
+/// A power cut leaves an incomplete record with none behind it. Such a record was not acknowledged.
 #[test]
 fn a_record_that_is_not_whole_ends_it() {
     let place = Place::make();
@@ -147,13 +148,13 @@ fn a_record_that_is_not_whole_ends_it() {
         torn.resize(contents.len(), 0);
         fs::write(place.path(0), &torn).unwrap();
     }
-    // The next record takes its place.
+    // The next record overwrites it.
     let (mut journal, _) = place.open(0);
     assert_eq!(append(&mut journal, 10, 0), 2);
     assert_eq!(place.found(0), [1, 2]);
 }
 
-/// Whichever bit is flipped, and wherever the middle is cut out: what is behind it is not dropped in silence.
+/// Whichever bit is flipped or whichever part is cut out, the records behind it are not dropped without a message.
 #[test]
 fn damage_before_a_whole_record_stops_the_start() {
     for version in [1, record::VERSION] {
@@ -184,7 +185,7 @@ fn damage_before_a_whole_record_stops_the_start() {
             let said = place.refusal(0);
             let missing = format!("acknowledged events are missing (record {number})");
             assert!(said.contains(&missing) && said.contains("salvage"), "{bit}: {said}");
-            // What is in the tables already may be damaged.
+            // Records that are in the tables already may be damaged.
             assert_eq!(place.found(3), [4], "{bit}");
         }
         for end in (1..ends[2]).step_by(29) {
@@ -230,7 +231,7 @@ fn salvage_keeps_what_is_whole_and_says_what_is_not() {
         found.iter().map(events).collect::<Vec<_>>(),
         [(1, 1, 2), (3, 2, 0), (4, 7, 2), (5, 9, 2)]
     );
-    // The mark goes on standing for what was lost.
+    // The mark continues to stand for the lost records.
     append(&mut journal, 1, 0);
     assert_eq!(place.found(0), [1, 3, 4, 5, 6]);
     let again = salvage(&place.database, state(IDENTITY, 0)).unwrap().result;
@@ -264,7 +265,7 @@ fn another_databases_journal_is_not_written_over() {
     assert!(records.is_empty());
     journal.append(1, time(0), std::iter::once(&plain()), 0).unwrap();
     assert_eq!(place.names(), ["test.db.ingest-1", "test.db.ingest-1.aside-1"]);
-    // What has no mark of anybody's was something else.
+    // A file without any mark was not a journal.
     let mut garbage = b"what is this?".to_vec();
     garbage.resize(1 << 20, 0);
     fs::write(place.path(1), garbage).unwrap();
@@ -281,7 +282,7 @@ fn what_is_applied_is_written_over() {
     for number in 1..=3 {
         assert_eq!(append(&mut journal, 1_000 * number, 0), number as u64);
     }
-    // Longer and shorter than what was there.
+    // Longer and shorter than the record before.
     assert_eq!(append(&mut journal, 1_500, 3), 4);
     assert_eq!(place.found(3), [4]);
     assert_eq!(append(&mut journal, 1, 3), 5);
@@ -301,7 +302,7 @@ fn the_files_take_turns() {
     for number in 1..=60 {
         assert_eq!(append(&mut journal, large, applied), number);
         assert_eq!(place.found(applied), (applied + 1..=number).collect::<Vec<_>>());
-        // Never all of it.
+        // Never the entire record.
         applied = number.saturating_sub(3);
     }
     for file in 0..2 {
@@ -322,12 +323,12 @@ fn one_that_failed_is_followed_by_another_in_its_place() {
     let large = usize::try_from(FILE_BYTES).unwrap();
     append(&mut journal, large, 0);
     append(&mut journal, large, 0);
-    // As if the disk had refused: the file is open for reading alone.
+    // As if the disk had refused the write: the file is open only for reading.
     let file = journal.files[1].file.replace(File::open(place.path(1)).unwrap());
     let event = plain();
     journal.append(9, time(0), std::iter::once(&event), 0).unwrap_err();
     journal.files[1].file = file;
-    // Not into the other file, although that is free now: what failed might be found in this one.
+    // The retry does not use the other file, although that is free now. The failed record might be found in this file.
     let length = journal.files[1].end;
     assert_eq!(append(&mut journal, 1, 1), 3);
     assert!(journal.files[1].end > length);
@@ -337,7 +338,7 @@ fn one_that_failed_is_followed_by_another_in_its_place() {
     assert_eq!(place.found(1), [2, 3, 4]);
 }
 
-/// Whole, and not to be read: it is as it was written, so a newer version has written it.
+/// A complete record that cannot be read: it is as it was written, so a newer version has written it.
 #[test]
 fn what_a_newer_version_wrote_is_not_passed_over() {
     let place = Place::make();

@@ -1,4 +1,5 @@
-//! Writing the journal: records are appended to one of its two files, and are on the disk when that returns.
+//! Writes the journal: records are appended to one of its two files. The journal appender calls it. `append` must not
+//! return before the record is on the disk.
 
 use std::{
     fs::{File, OpenOptions},
@@ -19,19 +20,19 @@ use crate::{
     store::{StoreError, sqlite::paths::sync_folder},
 };
 
-/// A file that is as long as this is left for the other one, as soon as that is free.
+/// A file of this length is full. Writing then switches to the other file, as soon as that one is free.
 pub(super) const FILE_BYTES: u64 = 4 << 20;
 
-/// A database's journal. There is one per database, and only whoever has claimed the database writes it.
+/// A database's journal. There is one per database. Only the process that has claimed the database writes it.
 #[derive(Debug)]
 pub(in super::super) struct Journal {
-    /// `ingest_state.journal`.
+    /// The column `ingest_state.journal`.
     identity: i64,
     pub(super) files: [JournalFile; 2],
-    /// Which of them is being written.
+    /// The index of the file that is being written.
     current: usize,
     last_number: u64,
-    /// Whether the next record takes the place of one that failed, which may be there all the same.
+    /// Whether the next record overwrites one whose write failed. That record may be on the disk all the same.
     retries: bool,
     record: Vec<u8>,
 }
@@ -39,25 +40,25 @@ pub(in super::super) struct Journal {
 #[derive(Debug)]
 pub(super) struct JournalFile {
     path: PathBuf,
-    /// Made when it is first needed.
+    /// Opened or created when it is first needed.
     pub(super) file: Option<File>,
-    /// How long it is.
+    /// The file's length.
     bytes: u64,
-    /// Where the next record goes.
+    /// The position of the next record.
     pub(super) end: u64,
-    /// The last record's number; 0 before the first.
+    /// The last record's number; 0 before the first record.
     last_number: u64,
-    /// Whether it begins with a record or a mark, without which a file in use counts as emptied.
+    /// Whether the file begins with a record or a mark. A file in use without one counts as emptied.
     is_marked: bool,
 }
 
 impl Journal {
-    /// Opens the journal of the database at `database`, whose tables say `state`. Answers the records that are not
-    /// in the tables, in order.
+    /// Opens the journal of the database at `database`. `state` is what the database's tables say. Answers the records
+    /// that are not in the tables, in order.
     ///
     /// # Errors
-    /// When acknowledged records are missing or damaged, or were written by a newer version: the message says
-    /// what to do, and nothing is changed.
+    /// When acknowledged records are missing or damaged, or were written by a newer version. The message says what to
+    /// do, and nothing is changed.
     pub(in super::super) fn open(
         database: &Path,
         state: JournalState,
@@ -77,8 +78,8 @@ impl Journal {
         Ok((journal, records))
     }
 
-    /// Makes the files that are not there, and marks those that are empty. Whoever watches them can then tell when one
-    /// is gone, and the next start when one was emptied.
+    /// Creates the missing files, and marks the empty ones. The watch can then notice when a file is gone, and the next
+    /// start when one was emptied.
     pub(in super::super) fn create_files(&mut self) -> io::Result<()> {
         for journal in &mut self.files {
             let file = match &journal.file {
@@ -95,12 +96,12 @@ impl Journal {
         Ok(())
     }
 
-    /// Puts events on the disk, whose ids begin at `first_id`, and answers their record's number and length.
-    /// Records up to `applied` are in the tables, and that is on the disk, too.
+    /// Writes events to the disk, with ids from `first_id` on. Answers their record's number and length. Records up to
+    /// `applied` are in the tables, durably.
     ///
     /// # Errors
-    /// When that fails: then the next record takes the place of this one. A crash before that may find it
-    /// written all the same.
+    /// When the write fails. The next record then overwrites this one. After a crash before that, this record may be
+    /// found all the same.
     pub(in super::super) fn append<'a>(
         &mut self,
         first_id: i64,
@@ -130,7 +131,7 @@ impl Journal {
 }
 
 impl JournalFile {
-    /// Goes on with a file. One in which nothing is this database's is renamed rather than written over.
+    /// Continues a file. A file with nothing of this database is renamed instead of overwritten.
     fn open(found: &FileSurvey) -> io::Result<Self> {
         let path = found.path.clone();
         let none =
@@ -155,7 +156,7 @@ impl JournalFile {
         }
         let file = OpenOptions::new().write(true).open(&path)?;
         let (end, last_number) = found.end();
-        // A full disk may have kept it from growing by as much as it should.
+        // A full disk may have cut its last growth short.
         let bytes = found.bytes - found.bytes % GROWTH_BYTES;
         let is_marked = !found.is_empty();
         Ok(Self { path, file: Some(file), bytes, end, last_number, is_marked })
@@ -169,7 +170,7 @@ impl JournalFile {
         };
         if end > self.bytes {
             let bytes = end.next_multiple_of(GROWTH_BYTES);
-            // A new file keeps its mark until the first record takes its place.
+            // A new file keeps its mark until the first record overwrites it.
             let from = self.bytes.max(record::HEADER_BYTES as u64);
             let growth = usize::try_from(bytes - from).map_err(io::Error::other)?;
             file.write_all_at(&vec![0; growth], from)?;
@@ -183,7 +184,7 @@ impl JournalFile {
     }
 }
 
-/// Makes a file that is still there after a power cut. Events are nobody else's to read.
+/// Creates a file that survives a power cut. Only its owner may read the events.
 fn create(path: &Path) -> io::Result<File> {
     match permissions::create_for_server(path, PRIVATE) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
