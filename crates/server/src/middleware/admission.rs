@@ -42,7 +42,7 @@ pub(crate) async fn layer(
     let policy = state.policies.of(route, request.method());
     let mut admission = admit(&state, &policy, &mut request);
     if admission.has_unknown_key {
-        admission = admit_new_key(&state, &policy, &mut request, admission).await;
+        admission = admit_new_key(&state, &policy, &mut request).await;
     }
     let Admission { rate, entry, is_foreign, .. } = admission;
     let mut response = match entry {
@@ -66,7 +66,7 @@ pub(crate) struct Admission {
     pub(crate) entry: Result<Option<Slot>, ApiError>,
     /// True if a third party made this machine's own user send it.
     pub(crate) is_foreign: bool,
-    /// True if the request is refused and has a key that may have been made a moment ago.
+    /// True if the request's key may have been made a moment ago: [`admit_new_key`] tells.
     pub(crate) has_unknown_key: bool,
 }
 
@@ -78,36 +78,41 @@ pub(crate) const MOST_LOOK_UPS: usize = 256;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Foreign;
 
-/// Checks a request against its route's policy. The request then carries its key.
+/// Checks a request against its route's policy. The request then carries its key. One with an unknown key is not counted
+/// yet: [`admit_new_key`] counts it against its key or its address.
 pub(crate) fn admit(state: &SharedState, policy: &RoutePolicy, request: &mut Request) -> Admission {
     let verdict = state.gate.check(request, policy);
+    if is_of_unknown_key(&verdict) {
+        let Verdict { result, is_foreign, .. } = verdict;
+        let entry = result.map(|()| None);
+        return Admission { rate: None, entry, is_foreign, has_unknown_key: true };
+    }
     conclude(state, policy, request, verdict)
 }
 
-/// Checks again a request with an unknown key. The key may have been made a moment ago, without this server's knowledge.
-/// A new key is admitted also while its address is over its limit: many devices with new keys may share one address.
+/// Checks a request with an unknown key again, once the database was asked. The key may have been made a moment ago,
+/// without this server's knowledge.
 pub(crate) async fn admit_new_key(
     state: &SharedState,
     policy: &RoutePolicy,
     request: &mut Request,
-    refused: Admission,
 ) -> Admission {
-    let Some(_place) = state.look_ups.take() else {
-        let is_limited = matches!(refused.entry, Err(ApiError::TooManyRequests { .. }));
-        let entry = if is_limited { refused.entry } else { Err(ApiError::Overloaded) };
-        return Admission { entry, ..refused };
+    let looked = match state.look_ups.take() {
+        Some(_place) => state.gate.look_up_keys(&*state.store).await.map_err(ApiError::from),
+        None => Err(ApiError::Overloaded),
     };
-    if let Err(error) = state.gate.look_up_keys(&*state.store).await {
-        return Admission { entry: Err(error.into()), ..refused };
+    let mut verdict = state.gate.check(request, policy);
+    if let Err(error) = looked
+        && is_of_unknown_key(&verdict)
+    {
+        // The key may be good.
+        verdict.result = Err(error);
     }
-    match state.gate.check(request, policy) {
-        // The first check counted it. The error may now say that the key is revoked.
-        Verdict { key: None, result: Err(error), .. } => match refused.entry {
-            Err(ApiError::TooManyRequests { .. }) => refused,
-            _ => Admission { entry: Err(error), ..refused },
-        },
-        verdict => conclude(state, policy, request, verdict),
-    }
+    conclude(state, policy, request, verdict)
+}
+
+fn is_of_unknown_key(verdict: &Verdict) -> bool {
+    matches!(verdict.result, Err(ApiError::WrongKey(KeyFault::Unknown)))
 }
 
 fn conclude(
@@ -117,7 +122,6 @@ fn conclude(
     verdict: Verdict,
 ) -> Admission {
     let Verdict { key, result, is_foreign } = verdict;
-    let has_unknown_key = matches!(result, Err(ApiError::WrongKey(KeyFault::Unknown)));
     // Load balancers use OPTIONS to check whether a server is there.
     let is_options = *request.method() == Method::OPTIONS;
     // Refused requests are counted too, so that nobody can guess keys quickly. A request that a third party caused must
@@ -146,7 +150,7 @@ fn conclude(
         (None, Ok(())) if policy.rate == RateClass::Uncounted || is_options => Ok(None),
         (None, Ok(())) => state.slots.take().map(Some).ok_or(ApiError::Overloaded),
     };
-    Admission { rate, entry, is_foreign, has_unknown_key }
+    Admission { rate, entry, is_foreign, has_unknown_key: false }
 }
 
 /// The limit of requests in flight.

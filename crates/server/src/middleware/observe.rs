@@ -182,7 +182,7 @@ where
             admission::admit(&state, &seen.policy, &mut request)
         };
         if admission.has_unknown_key {
-            let answering = answer_new_key(state, self.inner.clone(), seen, request, admission);
+            let answering = answer_new_key(state, self.inner.clone(), seen, request);
             return Box::pin(answering.map(Ok));
         }
         let Admission { rate, entry, is_foreign, .. } = admission;
@@ -214,12 +214,11 @@ async fn answer_new_key<S>(
     inner: S,
     seen: Seen,
     mut request: Request,
-    refused: Admission,
 ) -> Response
 where
     S: Service<Request, Response = Response, Error = Infallible>,
 {
-    let admission = admission::admit_new_key(&state, &seen.policy, &mut request, refused).await;
+    let admission = admission::admit_new_key(&state, &seen.policy, &mut request).await;
     let Admission { rate, entry, is_foreign, .. } = admission;
     match entry {
         Ok(slot) => {
