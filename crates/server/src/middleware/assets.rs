@@ -15,6 +15,8 @@ use bytes::Bytes;
 use flate2::{Compression, read::GzDecoder, write::GzEncoder};
 use sha2::{Digest as _, Sha256};
 
+use crate::api::wire::weights::weighted;
+
 /// Smaller files gain nothing from compression: headers alone are that large.
 const WORTH_COMPRESSING: usize = 512;
 
@@ -173,16 +175,9 @@ fn is_text(content_type: &str) -> bool {
 
 /// True if the client accepts gzip (RFC 9110, 12.5.3).
 fn accepts_gzip(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(header::ACCEPT_ENCODING).iter();
     let mut any = false;
-    for coding in lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(',')) {
-        let mut parts = coding.split(';').map(str::trim);
-        let name = parts.next().unwrap_or_default();
-        let weight = parts.find_map(|part| {
-            let weight = part.strip_prefix("q=").or_else(|| part.strip_prefix("Q="))?;
-            weight.trim().parse::<f64>().ok()
-        });
-        let is_taken = weight.is_none_or(|weight| weight > 0.0);
+    for (name, weight) in weighted(headers, header::ACCEPT_ENCODING) {
+        let is_taken = weight > 0.0;
         if name.eq_ignore_ascii_case("gzip") || name.eq_ignore_ascii_case("x-gzip") {
             return is_taken;
         }

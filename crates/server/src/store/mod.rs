@@ -14,6 +14,7 @@ mod deletion;
 mod devices;
 mod error;
 mod events;
+mod figure_columns;
 mod history;
 mod imports;
 mod journal;

@@ -257,6 +257,28 @@ pub(super) fn page_length(events: impl Iterator<Item = i64>) -> usize {
     fits.count().max(1)
 }
 
+/// Replaces an hour's sums unless they have changed. The parameters, which begin with `placeholder`, are the hour, its new
+/// sums, and the sums that must still be stored.
+pub(super) fn repair_hour_statement(placeholder: char) -> String {
+    let numbered = |first: usize| {
+        (first..first + Sums::COUNT)
+            .map(|number| format!("{placeholder}{number}"))
+            .collect::<Vec<_>>()
+    };
+    let (recounted, expected) = (numbered(2), numbered(2 + Sums::COUNT).join(", "));
+    let set: Vec<_> = Sums::COLUMNS
+        .iter()
+        .zip(&recounted)
+        .map(|(column, number)| format!("{column} = {number}"))
+        .collect();
+    let (names, recounted, set) = (Sums::names(), recounted.join(", "), set.join(", "));
+    let stored = Sums::sql(|column| format!("stored.{column}"));
+    format!(
+        "insert into fleet_hours as stored (hour, {names}) values ({placeholder}1, {recounted})
+             on conflict (hour) do update set {set} where ({stored}) = ({expected})"
+    )
+}
+
 /// Each figure as text, by the name of its column.
 fn columns(figures: Option<JobFigures>) -> Vec<(&'static str, String)> {
     let none = || "none".to_owned();

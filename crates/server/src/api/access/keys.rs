@@ -6,7 +6,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header, request::Parts},
     response::Response,
 };
-use pisync_core::{DeviceId, GroupName, Timestamp, Violation, ViolationCode, text::check_text};
+use pisync_core::{DeviceId, GroupName, Timestamp, Violation, ViolationCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -19,7 +19,7 @@ use crate::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, WithBody, WithQuery},
             extract::{JsonBody, NoQuery, Query},
-            fields::Fields,
+            fields::{Fields, text},
             page::{DEFAULT_LIMIT, Pagination},
             routes::Routes,
         },
@@ -311,13 +311,12 @@ async fn revoke_key(
 }
 
 fn read_key_request(body: &[u8], now: Timestamp) -> Result<KeyRequest, ApiError> {
-    let short = |text: &str, most| check_text(text, most).map(|()| text.to_owned());
     let mut fields = Fields::of(body)?;
     let scope = fields.required("scope", str::parse::<Scope>);
     let key_request = KeyRequest {
         // A missing or invalid scope is reported by itself. It must not cause further violations.
         scope: scope.unwrap_or(Scope::Ingest),
-        name: fields.optional("name", |text| short(text, MAX_NAME)),
+        name: fields.optional("name", text(MAX_NAME)),
         device_id: fields.optional("device_id", DeviceId::new),
         group: fields.optional("group", GroupName::new),
         expires_at: fields.optional("expires_at", Timestamp::from_iso8601),

@@ -18,6 +18,7 @@ use crate::{
         wire::{
             error::ApiError,
             large::{ENCODER_BYTES, Held},
+            weights::weighted,
         },
     },
     event_format::{Format, HistoryEvent},
@@ -41,19 +42,14 @@ pub(crate) fn wanted(headers: &HeaderMap) -> Option<Format> {
     // Among equal weights a named type wins over a wildcard, and an earlier type over a later one. A wildcard selects
     // JSON.
     let mut best = (0.0, false, None);
-    let lines = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    for range in lines.flat_map(|line| line.split(',')) {
-        let mut parts = range.split(';').map(str::trim);
-        let media_type = parts.next().unwrap_or_default().to_ascii_lowercase();
-        let (named, format) = match media_type.as_str() {
+    for (media_type, weight) in weighted(headers, header::ACCEPT) {
+        let (named, format) = match media_type.to_ascii_lowercase().as_str() {
             "text/csv" => (true, Some(Format::Csv)),
             "application/x-ndjson" | "application/ndjson" => (true, Some(Format::Ndjson)),
             "application/json" => (true, None),
             "*/*" | "application/*" => (false, None),
             _ => continue,
         };
-        let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok());
-        let weight: f64 = weight.unwrap_or(1.0);
         if weight > best.0 || (weight == best.0 && named && !best.1 && weight > 0.0) {
             best = (weight, named, format);
         }
@@ -238,6 +234,7 @@ mod tests {
             ("application/json;q=0.5, text/csv", Some(Format::Csv)),
             ("application/json, text/csv", None),
             ("text/csv;q=0", None),
+            ("text/csv;Q=0", None),
             ("text/csv;q=0.2, application/x-ndjson;q=0.3", Some(Format::Ndjson)),
             ("application/x-ndjson, application/json", Some(Format::Ndjson)),
             ("application/*, application/x-ndjson", Some(Format::Ndjson)),

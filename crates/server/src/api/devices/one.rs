@@ -1,7 +1,7 @@
 //! `GET|PATCH|DELETE /api/device/{device_id}`: one device and its jobs. Reports create devices; nothing here does.
 
 use axum::extract::{Request, State};
-use pisync_core::{GroupName, Timestamp, text::check_text};
+use pisync_core::{GroupName, Timestamp};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -13,7 +13,7 @@ use crate::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, OfDevice, WithBody},
             extract::{DevicePath, DevicePathParameter, JsonBody, NoQuery},
-            fields::Fields,
+            fields::{Fields, text},
             figures::DeviceFigures,
             routes::Routes,
         },
@@ -212,10 +212,9 @@ async fn delete_device(
 }
 
 fn read_change(body: &[u8]) -> Result<DeviceChange, ApiError> {
-    let short = |text: &str, most| check_text(text, most).map(|()| text.to_owned());
     let mut fields = Fields::of(body)?;
     let change = DeviceChange {
-        name: fields.nullable("name", |text| short(text, MAX_NAME)),
+        name: fields.nullable("name", text(MAX_NAME)),
         group: fields.nullable("group", GroupName::new),
     };
     fields.finish()?;

@@ -1,7 +1,10 @@
 //! Reads the fields of a JSON object. It serves every request body except reports, which `pisync_core` reads. Each
 //! field is read by its rule, and every invalid field is named at once.
 
-use pisync_core::{TimestampError, Violation, ViolationCode, text::TextError};
+use pisync_core::{
+    TimestampError, Violation, ViolationCode,
+    text::{TextError, check_text},
+};
 use serde_json::{Map, Value};
 
 use crate::api::wire::{error::ApiError, extract::read_object};
@@ -31,6 +34,11 @@ impl From<String> for Rule {
     fn from(words: String) -> Self {
         Self { code: ViolationCode::Format, words }
     }
+}
+
+/// A reader of texts that have 1 to `most` characters and no control characters.
+pub(crate) fn text(most: usize) -> impl FnOnce(&str) -> Result<String, TextError> {
+    move |text| check_text(text, most).map(|()| text.to_owned())
 }
 
 /// The unread fields, and the violations of those already read.
@@ -116,13 +124,7 @@ impl Fields {
 
 #[cfg(test)]
 mod tests {
-    use pisync_core::text::check_text;
-
     use super::*;
-
-    fn short(text: &str) -> Result<String, TextError> {
-        check_text(text, 5).map(|()| text.to_owned())
-    }
 
     fn codes(fields: Fields) -> Vec<(String, &'static str)> {
         let Err(ApiError::Validation(violations)) = fields.finish() else { return Vec::new() };
@@ -136,13 +138,13 @@ mod tests {
     fn every_wrong_field_is_named_once() {
         let body = br#"{"a": 1, "b": null, "c": "too long", "d": null, "e": null, "z": 7}"#;
         let mut fields = Fields::of(body).unwrap();
-        assert_eq!(fields.required("a", short), None);
-        assert_eq!(fields.required("b", short), None);
-        assert_eq!(fields.required("missing", short), None);
-        assert_eq!(fields.optional("c", short), None);
-        assert_eq!(fields.optional("d", short), None);
-        assert_eq!(fields.nullable("e", short), Some(None));
-        assert_eq!(fields.nullable("absent", short), None);
+        assert_eq!(fields.required("a", text(5)), None);
+        assert_eq!(fields.required("b", text(5)), None);
+        assert_eq!(fields.required("missing", text(5)), None);
+        assert_eq!(fields.optional("c", text(5)), None);
+        assert_eq!(fields.optional("d", text(5)), None);
+        assert_eq!(fields.nullable("e", text(5)), Some(None));
+        assert_eq!(fields.nullable("absent", text(5)), None);
         let expected = [
             ("a", "type"),
             ("b", "type"),
@@ -156,8 +158,8 @@ mod tests {
     #[test]
     fn what_is_right_is_read() {
         let mut fields = Fields::of(br#"{"a": "one", "b": "two"}"#).unwrap();
-        assert_eq!(fields.required("a", short).as_deref(), Some("one"));
-        assert_eq!(fields.nullable("b", short), Some(Some("two".to_owned())));
+        assert_eq!(fields.required("a", text(5)).as_deref(), Some("one"));
+        assert_eq!(fields.nullable("b", text(5)), Some(Some("two".to_owned())));
         assert!(codes(fields).is_empty());
     }
 }

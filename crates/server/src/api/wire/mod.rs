@@ -12,4 +12,5 @@ pub(crate) mod large;
 pub(crate) mod page;
 pub mod query;
 pub(crate) mod routes;
+pub(crate) mod weights;
 pub(crate) mod window;

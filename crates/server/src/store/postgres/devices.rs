@@ -8,13 +8,14 @@ use tokio_postgres::{Error, Row};
 use super::{
     audit,
     connect::Object,
-    rows::{DEVICE_COLUMNS, device_row, job_sums, jobs, snapshot},
+    rows::{device_row, job_sums, jobs, snapshot},
     store::PostgresStore,
 };
 use crate::store::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
     audit::NewAuditEntry,
     devices::{DEVICE_IDS, like_pattern},
+    figure_columns::DEVICE_COLUMNS,
 };
 
 #[async_trait]

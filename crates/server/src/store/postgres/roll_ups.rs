@@ -17,9 +17,12 @@ use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 use super::{
     connect::Object,
     locks::ROLL_UP_LOCK,
-    rows::{DEVICE_COLUMNS, DEVICE_ROW, device_row, job_sums, snapshot},
+    rows::{device_row, job_sums, snapshot},
 };
-use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
+use crate::store::{
+    Device, FailureQuery, Figures, Page, Sums, Window,
+    figure_columns::{DEVICE_COLUMNS, DEVICE_ROW},
+};
 
 /// Events received longer ago than this are final, once older transactions have ended. A batch's transaction begins
 /// within 55 s of its stamp (see `writer::LONGEST_WAIT`). The rest of the minute allows for servers whose clocks differ

@@ -6,22 +6,12 @@ use pisync_core::Timestamp;
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use super::connect::Object;
-use crate::store::{Device, Figures, Sums};
-
-/// The columns of a device, as [`device_row`] reads them before [`job_sums`].
-pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+use crate::store::{Device, Figures, figure_columns};
 
 /// The columns that [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has no jobs.
 pub(super) fn job_sums() -> String {
-    let sums = Sums::sql(|column| format!("sum(j.{column})::bigint"));
-    format!(
-        "{sums}, min(j.first_sync), max(j.last_sync), max(j.last_success), max(j.last_failure),
-         max(j.consecutive_failures), max(j.last_received)"
-    )
+    figure_columns::over_jobs(|column| format!("sum(j.{column})::bigint"))
 }
-
-/// The number of columns that [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
-pub(super) const DEVICE_ROW: usize = 4 + Sums::COUNT + 6;
 
 /// A transaction that sees a single moment.
 pub(super) async fn snapshot(
@@ -50,6 +40,7 @@ pub(super) async fn jobs(
     rows.iter().map(|row| Ok((row.try_get(0)?, figures(row, 1)?))).collect()
 }
 
+/// Reads `DEVICE_COLUMNS` and then [`job_sums`].
 pub(super) fn device_row(row: &Row) -> Result<Device, Error> {
     Ok(Device {
         device_id: row.try_get(0)?,
@@ -62,19 +53,10 @@ pub(super) fn device_row(row: &Row) -> Result<Device, Error> {
 
 /// Reads [`job_sums`] from column `first` on.
 pub(super) fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
-    let number = |column: usize| -> Result<i64, Error> {
-        Ok(row.try_get::<_, Option<i64>>(first + column)?.unwrap_or(0))
-    };
-    let after = first + Sums::COUNT;
-    Ok(Figures {
-        first_sync: optional_time(row, after)?,
-        last_sync: optional_time(row, after + 1)?,
-        last_success: optional_time(row, after + 2)?,
-        last_failure: optional_time(row, after + 3)?,
-        consecutive_failures: number(Sums::COUNT + 4)?,
-        last_seen: optional_time(row, after + 5)?,
-        ..Sums::read(number)?.into()
-    })
+    figure_columns::read(
+        |column| row.try_get(first + column),
+        |column| optional_time(row, first + column),
+    )
 }
 
 pub(super) fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {

@@ -7,7 +7,7 @@
 use tokio_postgres::{Client, Error, Statement};
 
 use super::{claims::ClaimStatements, history::EVENT_COLUMNS, roll_ups::BelowWatermarkStatements};
-use crate::store::Sums;
+use crate::store::{Sums, figure_columns::TIMES_AND_STREAK};
 
 const TAKE_IDS: &str =
     "select array_agg(nextval('sync_events_id_seq')) from generate_series(1, $1::bigint)";
@@ -35,7 +35,7 @@ fn upsert_devices_statement() -> String {
 /// must have happened before. Answers all of the batch's jobs.
 fn upsert_jobs(first: &str) -> String {
     let types =
-        [vec!["text"; 2], vec!["bigint"; Sums::COUNT], TIMES_AND_STREAK.1.to_vec()].concat();
+        [vec!["text"; 2], vec!["bigint"; Sums::COUNT], TIMES_AND_STREAK_TYPES.to_vec()].concat();
     let arrays: Vec<_> = types
         .iter()
         .enumerate()
@@ -94,25 +94,16 @@ fn upsert_jobs(first: &str) -> String {
                 end
          returning device_id, job, consecutive_failures",
         names = Sums::names(),
-        times = TIMES_AND_STREAK.0.join(", "),
+        times = TIMES_AND_STREAK.join(", "),
         arrays = arrays.join(", "),
         sums = Sums::add_to("stored"),
         since = format_args!("${JOB_PARAMETERS}"),
     )
 }
 
-/// The columns of `device_jobs` behind the sums, and their types.
-const TIMES_AND_STREAK: ([&str; 6], [&str; 6]) = (
-    [
-        "first_sync",
-        "last_sync",
-        "last_success",
-        "last_failure",
-        "consecutive_failures",
-        "last_received",
-    ],
-    ["timestamptz", "timestamptz", "timestamptz", "timestamptz", "bigint", "timestamptz"],
-);
+/// The types of the columns of `device_jobs` behind the sums.
+const TIMES_AND_STREAK_TYPES: [&str; TIMES_AND_STREAK.len()] =
+    ["timestamptz", "timestamptz", "timestamptz", "timestamptz", "bigint", "timestamptz"];
 
 /// Answers the jobs that are failing.
 fn upsert_jobs_statement() -> String {
@@ -173,7 +164,7 @@ fn store_statement(with_devices: bool, with_keys: bool) -> String {
 }
 
 /// The number of parameters of [`upsert_jobs`]: a device, a job, its figures, and since when streaks count.
-pub(super) const JOB_PARAMETERS: usize = 2 + Sums::COUNT + TIMES_AND_STREAK.0.len() + 1;
+pub(super) const JOB_PARAMETERS: usize = 2 + Sums::COUNT + TIMES_AND_STREAK.len() + 1;
 
 /// The number of parameters of [`INSERT_EVENTS`].
 pub(super) const EVENT_PARAMETERS: usize = 13;

@@ -8,11 +8,12 @@ use tokio_postgres::Error;
 use super::{
     connect::Object,
     roll_ups,
-    rows::{DEVICE_COLUMNS, device_row, figures, job_sums, snapshot},
+    rows::{device_row, figures, job_sums, snapshot},
     store::PostgresStore,
 };
 use crate::store::{
     Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
+    figure_columns::DEVICE_COLUMNS,
 };
 
 #[async_trait]

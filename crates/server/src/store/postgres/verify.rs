@@ -13,12 +13,15 @@ use super::{
     errors::store_error,
     expiry, misdated,
     roll_ups::{self, sums, watermark},
+    rows::{optional_time, time},
     statements::unanswered_failures,
     store::PostgresStore,
 };
 use crate::store::{
-    StoreError, SumDifference, Sums, Verification, Verified,
-    verify::{PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
+    StoreError, SumDifference, Sums, Verification, Verified, figure_columns,
+    verify::{
+        PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length, repair_hour_statement,
+    },
 };
 
 /// How many times the repair of a device is retried after a deadlock.
@@ -26,11 +29,7 @@ const RETRIES: u32 = 5;
 
 /// The columns of `device_jobs`, in the order of [`recounted`].
 pub(super) fn job_columns() -> String {
-    format!(
-        "device_id, job, {}, first_sync, last_sync, last_success, last_failure, consecutive_failures,
-         last_received",
-        Sums::names()
-    )
+    format!("device_id, job, {}", figure_columns::job_columns().join(", "))
 }
 
 const NO_TIME_LIMIT: &str = "set local statement_timeout = 0";
@@ -304,21 +303,7 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
 
 /// Replaces an hour's sums with the sums of its events. False if they have changed since they were `seen`.
 async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bool, Error> {
-    let numbered = |first: usize| {
-        (first..first + Sums::COUNT).map(|number| format!("${number}")).collect::<Vec<_>>()
-    };
-    let (recounted, stored) = (numbered(2), numbered(2 + Sums::COUNT).join(", "));
-    let set: Vec<_> = Sums::COLUMNS
-        .iter()
-        .zip(&recounted)
-        .map(|(column, number)| format!("{column} = {number}"))
-        .collect();
-    let (names, recounted, set) = (Sums::names(), recounted.join(", "), set.join(", "));
-    let seen_sums = Sums::sql(|column| format!("stored.{column}"));
-    let write = format!(
-        "insert into fleet_hours as stored (hour, {names}) values ($1, {recounted})
-             on conflict (hour) do update set {set} where ({seen_sums}) = ({stored})"
-    );
+    let write = repair_hour_statement('$');
     let hour = seen.begins.to_jiff();
     let sums = [seen.recounted.values(), seen.stored.values()].concat();
     let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&hour];
@@ -344,17 +329,11 @@ fn begins(row: &Row) -> Result<Timestamp, Error> {
 }
 
 fn job_figures(row: &Row) -> Result<JobFigures, Error> {
-    let time = |column| row.try_get(column).map(Timestamp::truncate);
-    let optional_time = |column| -> Result<Option<Timestamp>, Error> {
-        Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
-    };
-    // The columns behind the device, the job and the sums.
-    let after = 2 + Sums::COUNT;
-    let mut figures = JobFigures::none(time(after)?, time(after + 5)?);
-    Sums::read(|column| row.try_get::<_, i64>(2 + column))?.put_into(&mut figures);
-    figures.last_sync = time(after + 1)?;
-    figures.last_success = optional_time(after + 2)?;
-    figures.last_failure = optional_time(after + 3)?;
-    figures.consecutive_failures = row.try_get(after + 4)?;
-    Ok(figures)
+    // Behind the device and the job.
+    const FIRST: usize = 2;
+    figure_columns::read_job(
+        |column| row.try_get(FIRST + column),
+        |column| time(row, FIRST + column),
+        |column| optional_time(row, FIRST + column),
+    )
 }

@@ -10,7 +10,7 @@ use super::{
     apply::apply_journal,
     audit,
     connection::Cost,
-    rows::{DEVICE_COLUMNS, device_number, device_row, job_sums, jobs},
+    rows::{device_number, device_row, job_sums, jobs},
     store::SqliteStore,
     write_connection::WriteConnection,
 };
@@ -18,6 +18,7 @@ use crate::store::{
     Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
     audit::NewAuditEntry,
     devices::{DEVICE_IDS, like_pattern},
+    figure_columns::DEVICE_COLUMNS,
 };
 
 #[async_trait]

@@ -10,30 +10,21 @@ use super::{
     connection::expect_row,
     rows::{optional_time, time},
 };
-use crate::store::Sums;
+use crate::store::{
+    Sums,
+    figure_columns::{job_columns, read_job},
+};
 
 /// A job's figures, as [`job_figures`] reads them.
-pub(super) static JOB_COLUMNS: LazyLock<String> =
-    LazyLock::new(|| [&Sums::COLUMNS[..], &TIMES_AND_STREAK].concat().join(", "));
-
-/// The columns of `device_jobs` behind the sums.
-const TIMES_AND_STREAK: [&str; 6] = [
-    "first_sync",
-    "last_sync",
-    "last_success",
-    "last_failure",
-    "consecutive_failures",
-    "last_received",
-];
+pub(super) static JOB_COLUMNS: LazyLock<String> = LazyLock::new(|| job_columns().join(", "));
 
 static SELECT: LazyLock<String> = LazyLock::new(|| {
     format!("select {} from device_jobs where device = ?1 and job = ?2", *JOB_COLUMNS)
 });
 
 static INSERT: LazyLock<String> = LazyLock::new(|| {
-    let numbers: Vec<_> = (0..Sums::COUNT + TIMES_AND_STREAK.len())
-        .map(|position| format!("?{}", FIRST_FIGURE + position))
-        .collect();
+    let numbers: Vec<_> =
+        (0..job_columns().len()).map(|position| format!("?{}", FIRST_FIGURE + position)).collect();
     format!(
         "insert into device_jobs (device, job, {}) values (?1, ?2, {})",
         *JOB_COLUMNS,
@@ -42,8 +33,7 @@ static INSERT: LazyLock<String> = LazyLock::new(|| {
 });
 
 static UPDATE: LazyLock<String> = LazyLock::new(|| {
-    let columns = [&Sums::COLUMNS[..], &TIMES_AND_STREAK].concat();
-    let set: Vec<_> = columns
+    let set: Vec<_> = job_columns()
         .iter()
         .enumerate()
         .map(|(position, column)| format!("{column} = ?{}", FIRST_FIGURE + position))
@@ -131,12 +121,9 @@ impl<'a> JobStatements<'a> {
 
 /// Reads a row that begins with [`JOB_COLUMNS`].
 pub(super) fn job_figures(row: &Row<'_>) -> rusqlite::Result<JobFigures> {
-    let after = Sums::COUNT;
-    let mut figures = JobFigures::none(time(row, after)?, time(row, after + 5)?);
-    Sums::read(|column| row.get(column))?.put_into(&mut figures);
-    figures.last_sync = time(row, after + 1)?;
-    figures.last_success = optional_time(row, after + 2)?;
-    figures.last_failure = optional_time(row, after + 3)?;
-    figures.consecutive_failures = row.get(after + 4)?;
-    Ok(figures)
+    read_job(
+        |column| row.get(column),
+        |column| time(row, column),
+        |column| optional_time(row, column),
+    )
 }

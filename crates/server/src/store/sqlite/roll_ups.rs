@@ -7,8 +7,11 @@
 use pisync_core::Timestamp;
 use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, params};
 
-use super::rows::{DEVICE_COLUMNS, DEVICE_ROW, device_row, job_sums};
-use crate::store::{Device, FailureQuery, Figures, Page, Sums, Window};
+use super::rows::{device_row, job_sums};
+use crate::store::{
+    Device, FailureQuery, Figures, Page, Sums, Window,
+    figure_columns::{DEVICE_COLUMNS, DEVICE_ROW},
+};
 
 /// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
 const EVENT_SUMS: [&str; Sums::COUNT] = [

@@ -4,22 +4,12 @@
 use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, types::Type};
 
-use crate::store::{Device, Figures, Sums};
-
-/// The columns of a device, as [`device_row`] reads them before [`job_sums`].
-pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
+use crate::store::{Device, Figures, figure_columns};
 
 /// The columns that [`figures`] reads: a device's sums over its jobs `j`, or nulls when it has no jobs.
 pub(super) fn job_sums() -> String {
-    let sums = Sums::sql(|column| format!("sum(j.{column})"));
-    format!(
-        "{sums}, min(j.first_sync), max(j.last_sync), max(j.last_success), max(j.last_failure),
-         max(j.consecutive_failures), max(j.last_received)"
-    )
+    figure_columns::over_jobs(|column| format!("sum(j.{column})"))
 }
-
-/// The number of columns that [`device_row`] reads: [`DEVICE_COLUMNS`] and [`job_sums`].
-pub(super) const DEVICE_ROW: usize = 4 + Sums::COUNT + 6;
 
 /// The number of a device, which stands for it in the other tables.
 pub(super) fn device_number(
@@ -53,6 +43,7 @@ pub(super) fn jobs(
         .collect()
 }
 
+/// Reads `DEVICE_COLUMNS` and then [`job_sums`].
 pub(super) fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
     Ok(Device {
         device_id: row.get(0)?,
@@ -65,19 +56,10 @@ pub(super) fn device_row(row: &Row<'_>) -> rusqlite::Result<Device> {
 
 /// Reads [`job_sums`] from column `first` on.
 pub(super) fn figures(row: &Row<'_>, first: usize) -> rusqlite::Result<Figures> {
-    let number = |column: usize| -> rusqlite::Result<i64> {
-        Ok(row.get::<_, Option<i64>>(first + column)?.unwrap_or(0))
-    };
-    let after = first + Sums::COUNT;
-    Ok(Figures {
-        first_sync: optional_time(row, after)?,
-        last_sync: optional_time(row, after + 1)?,
-        last_success: optional_time(row, after + 2)?,
-        last_failure: optional_time(row, after + 3)?,
-        consecutive_failures: number(Sums::COUNT + 4)?,
-        last_seen: optional_time(row, after + 5)?,
-        ..Sums::read(number)?.into()
-    })
+    figure_columns::read(
+        |column| row.get(first + column),
+        |column| optional_time(row, first + column),
+    )
 }
 
 pub(super) fn optional_time(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<Timestamp>> {

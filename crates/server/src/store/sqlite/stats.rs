@@ -8,11 +8,12 @@ use rusqlite::{Connection, params};
 use super::{
     connection::Cost,
     roll_ups,
-    rows::{DEVICE_COLUMNS, device_row, figures, job_sums},
+    rows::{device_row, figures, job_sums},
     store::SqliteStore,
 };
 use crate::store::{
     Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
+    figure_columns::DEVICE_COLUMNS,
 };
 
 #[async_trait]

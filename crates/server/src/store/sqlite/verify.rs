@@ -21,7 +21,10 @@ use super::{
 };
 use crate::store::{
     StoreError, SumDifference, Sums, Verification, Verified,
-    verify::{DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length},
+    verify::{
+        DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length,
+        repair_hour_statement,
+    },
 };
 
 const HOUR: i64 = 60 * 60 * 1000;
@@ -217,20 +220,7 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
 
 /// Replaces an hour's sums with the sums of its events. False if they have changed since they were `seen`.
 fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::Result<bool> {
-    let numbered = |first: usize| {
-        (first..first + Sums::COUNT).map(|number| format!("?{number}")).collect::<Vec<_>>()
-    };
-    let (recounted, stored) = (numbered(2), numbered(2 + Sums::COUNT).join(", "));
-    let set: Vec<_> = Sums::COLUMNS
-        .iter()
-        .zip(&recounted)
-        .map(|(column, number)| format!("{column} = {number}"))
-        .collect();
-    let (names, recounted, set) = (Sums::names(), recounted.join(", "), set.join(", "));
-    let write = format!(
-        "insert into fleet_hours (hour, {names}) values (?1, {recounted})
-             on conflict (hour) do update set {set} where ({names}) = ({stored})"
-    );
+    let write = repair_hour_statement('?');
     let sums = [seen.recounted.values(), seen.stored.values()].concat();
     let numbers = [seen.begins.as_millisecond()].into_iter().chain(sums);
     let changed = writer.connection.prepare_cached(&write)?.execute(params_from_iter(numbers))?;
