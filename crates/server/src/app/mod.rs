@@ -107,9 +107,7 @@ async fn serve(
 
     let died = |error: &dyn std::fmt::Display| AppError::Died(error.to_string());
     let addresses = listeners.addresses().map_err(|error| died(&error))?;
-    // The rules of access depend on whether other machines can reach the server.
-    let reaches_out = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
-    let address = addresses.iter().find(reaches_out).or(addresses.first()).copied();
+    let address = most_reachable(&addresses);
     let address = address.ok_or_else(|| died(&"there is no address to listen on"))?;
     let (tls, tls_watch) = match settings.http.tls.clone().map(Tls::load).transpose() {
         Ok(tls) => tls.unzip(),
@@ -121,7 +119,9 @@ async fn serve(
     }
     let keyring = Arc::new(Keyring::default());
     keyring.refresh(&*store).await?;
-    check_keys(settings.http.auth, address, keyring.has_admin(clock.now()))?;
+    let has_admin = keyring.has_admin(clock.now());
+    check_admin_key(settings.http.auth, address, has_admin)?;
+    warn_of_access(settings.http.auth, address, has_admin);
     let metrics = Arc::new(Metrics::new().map_err(|error| died(&error))?);
     let (tell, observations) = mpsc::unbounded_channel();
     let writers = Writers { any: store.ingest_writer(tell).await?, grouped: store.event_writer() };
@@ -189,13 +189,36 @@ async fn forever(task: impl Future<Output = ()>) -> Result<(), String> {
     Ok(())
 }
 
+/// The address that decides the rules of access: one that other machines can reach, if there is one.
+pub(crate) fn most_reachable(addresses: &[SocketAddr]) -> Option<SocketAddr> {
+    let is_reachable = |address: &&SocketAddr| !is_loopback(address);
+    addresses.iter().find(is_reachable).or(addresses.first()).copied()
+}
+
+fn is_loopback(address: &SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
+}
+
 /// Checks whether a server may listen at `address`. It must not be open to the network by mistake, or closed to
-/// everybody.
-fn check_keys(auth: AuthMode, address: SocketAddr, has_admin: bool) -> Result<(), AppError> {
-    let is_loopback = address.ip().to_canonical().is_loopback();
+/// everybody. `pisync doctor` asks the same.
+///
+/// # Errors
+/// [`AppError::NoAdminKey`].
+pub(crate) fn check_admin_key(
+    auth: AuthMode,
+    address: SocketAddr,
+    has_admin: bool,
+) -> Result<(), AppError> {
+    if auth == AuthMode::Auto && !is_loopback(&address) && !has_admin {
+        return Err(AppError::NoAdminKey(address));
+    }
+    Ok(())
+}
+
+/// Logs what a server's owner should know of who may do what.
+fn warn_of_access(auth: AuthMode, address: SocketAddr, has_admin: bool) {
     match auth {
-        AuthMode::Auto if !is_loopback && !has_admin => return Err(AppError::NoAdminKey(address)),
-        AuthMode::Off if !is_loopback => tracing::warn!(
+        AuthMode::Off if !is_loopback(&address) => tracing::warn!(
             "listening beyond this machine with AUTH=off: whoever reaches the server can read and write everything"
         ),
         AuthMode::Required if !has_admin => tracing::warn!(
@@ -203,7 +226,6 @@ fn check_keys(auth: AuthMode, address: SocketAddr, has_admin: bool) -> Result<()
         ),
         AuthMode::Auto | AuthMode::Off | AuthMode::Required => {}
     }
-    Ok(())
 }
 
 /// Brings the schema up to date, or says why the server cannot start with it.

@@ -34,6 +34,7 @@ mod import;
 mod interrupt;
 mod journal;
 mod key;
+mod listen;
 mod man;
 mod masked;
 mod migrate;

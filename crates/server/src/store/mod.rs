@@ -53,7 +53,8 @@ pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
 pub use model::{Device, DeviceWithJobs, Figures, Page, PoolUsage};
 pub use open::{
-    Claim, apply_journal, check_exists, check_output, claim, create_database, is_claimed, open,
+    Claim, apply_journal, check_exists, check_output, claim, create_database, exists, is_claimed,
+    open,
 };
 pub use retention::Retention;
 pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};

@@ -18,11 +18,22 @@ pub async fn open(target: &Target) -> Result<Arc<dyn Store>, StoreError> {
     }
 }
 
-/// Checks that there is a database at `target`. Commands call it that must not create an empty database when its name
-/// is misspelt. PostgreSQL creates none, and reports a missing database itself.
+/// Whether there is a database at `target`. PostgreSQL says so by itself when it is asked for one that is not there.
 ///
 /// # Errors
-/// When there is no database.
+/// When something is in the way of finding out.
+pub fn exists(target: &Target) -> Result<bool, StoreError> {
+    match target {
+        Target::Sqlite(path) => sqlite::files::exists(path),
+        Target::Postgres(_) => Ok(true),
+    }
+}
+
+/// Checks that there is a database at `target`, for whoever must not make an empty one in the place of one that was
+/// misnamed. PostgreSQL makes none, and says so when it is asked for one.
+///
+/// # Errors
+/// When there is none, or something is in the way of finding out.
 pub fn check_exists(target: &Target) -> Result<(), StoreError> {
     match target {
         Target::Sqlite(path) => sqlite::files::check_exists(path),

@@ -1,14 +1,20 @@
 //! `pisync doctor`: it finds what would keep a server from working, says what to do, changes nothing, and shows no password.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+};
 
 use serde_json::{Value, json};
+use tokio::net::TcpSocket;
 
 use crate::{
     json_output::documented,
     support::{
         http::event,
         node_service::SCHEMA,
+        postgres::is_root,
         program::{Ended, Installed, Program, url},
         server::unused_address,
         store::TestDatabase,
@@ -20,6 +26,7 @@ both_stores!(
     what_is_looked_at_stays_as_it_is,
     a_schema_that_is_not_current,
     a_database_that_is_not_to_be_used,
+    access_is_judged_as_the_server_judges_it,
 );
 
 /// The state and the message of a check.
@@ -264,4 +271,114 @@ fn folders_files_and_passwords() {
     }
     assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
     assert_ne!(document["state"], Value::Null);
+}
+
+/// Where other machines can reach it, a server wants an admin key. `doctor` says so beforehand.
+async fn access_is_judged_as_the_server_judges_it(installed: &Installed) {
+    let Installed { program, .. } = installed;
+    let needs_key = " needs a key, and there is none yet: make one with `pisync key create";
+    let refuses = |host: &str, auth: &str| {
+        let words = ["--host", host, "--auth", auth, "--log-dir", "none"];
+        let ended = program.run(&[&["doctor"][..], &words].concat());
+        let served = program.run(&[&["serve"][..], &words].concat());
+        assert!(served.failure().contains(needs_key), "{served:?}");
+        let (state, message) = found(&ended, "API keys");
+        assert!(state == "failed" && message.contains(needs_key), "{ended:?}");
+        assert_eq!(ended.code(), 1, "{ended:?}");
+    };
+    let accepts = |host: &str, auth: &str| {
+        let words = ["--host", host, "--auth", auth, "--log-dir", "none"];
+        let ended = program.run(&[&["doctor"][..], &words].concat());
+        assert_eq!(ended.code(), 0, "{ended:?}");
+        assert!(!ended.stdout.contains("API keys"), "{ended:?}");
+        program.serve(&[&["serve"][..], &words].concat()).stop();
+    };
+    // With nothing there yet, and with all tables.
+    refuses("0.0.0.0", "auto");
+    program.run(&["db", "setup"]).success();
+    refuses("0.0.0.0", "auto");
+    program.run(&["key", "create", "--scope", "read"]).made_key();
+    refuses("0.0.0.0", "auto");
+    accepts("127.0.0.1", "auto");
+    accepts("0.0.0.0", "off");
+    program.run(&["key", "create", "--scope", "admin"]).made_key();
+    accepts("0.0.0.0", "auto");
+    program.run(&["key", "revoke", "2"]).success();
+    refuses("0.0.0.0", "auto");
+}
+
+#[tokio::test]
+async fn an_address_that_cannot_be_listened_on_is_a_finding() {
+    // Bound and not listened on: nobody answers there, and nobody else can have it.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let taken = socket.local_addr().unwrap().port().to_string();
+    for (host, port) in [("nonexistent.invalid", "0"), ("", "0"), ("127.0.0.1", taken.as_str())] {
+        let program = Program::new();
+        let words = [&format!("--host={host}"), "--port", port, "--log-dir", "none"];
+        let ended = program.run(&[&["doctor"][..], &words].concat());
+        let (state, message) = found(&ended, "address");
+        assert_eq!((ended.code(), state), (1, "failed"), "{ended:?}");
+        assert_eq!(program.run(&[&["serve"][..], &words].concat()).failure(), message);
+        assert!(message.ends_with("; set HOST and PORT to others"), "{ended:?}");
+    }
+    drop(socket);
+    let ended = Program::new().run(&["doctor", "--port", &taken]);
+    assert_eq!((ended.code(), found(&ended, "address").0), (0, "ok"), "{ended:?}");
+}
+
+/// What is in the way of the database is said by every command, and none makes anything.
+#[test]
+fn what_is_in_the_way_of_a_database_is_said() {
+    let link = |program: &Program| symlink("/nonexistent/disk", program.path("data")).unwrap();
+    let file = |program: &Program| fs::write(program.path("data"), "").unwrap();
+    let closed = |program: &Program| {
+        fs::create_dir(program.path("data")).unwrap();
+        fs::write(program.path("data/pisync.db"), "x").unwrap();
+        fs::set_permissions(program.path("data"), fs::Permissions::from_mode(0o000)).unwrap();
+    };
+    let cases: [(&dyn Fn(&Program), &str); 3] = [
+        (&link, "data is a symbolic link that leads to no folder; is the disk mounted?"),
+        (&file, "data/pisync.db: Not a directory (os error 20); set DATA_DIR to a folder"),
+        (&closed, "data/pisync.db: Permission denied (os error 13); set DATA_DIR to a folder"),
+    ];
+    for (prepare, expected) in cases {
+        let mut program = Program::new();
+        prepare(&program);
+        if is_root() {
+            // Root may search any folder.
+            fs::set_permissions(program.path(""), fs::Permissions::from_mode(0o777)).unwrap();
+            let nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
+            program = program.run_by(&nobody);
+        }
+        let before = program.names_in(".");
+        for words in [
+            &["migrate", "status"][..],
+            &["migrate", "down", "--yes"],
+            &["key", "list"],
+            &["verify"],
+            &["export"],
+            &["backup", "copy.db"],
+            &["journal", "inspect"],
+        ] {
+            let ended = program.run(words);
+            assert!(ended.refusal().contains(expected), "{words:?}: {ended:?}");
+            assert_eq!(ended.stdout, "", "{words:?}");
+        }
+        let ended = program.run(&["doctor", "--port", "0", "--log-dir", "none"]);
+        assert_eq!(ended.code(), 1, "{ended:?}");
+        let (state, message) = found(&ended, "database");
+        assert!(state == "failed" && message.contains(expected), "{ended:?}");
+        assert_eq!(found(&ended, "data folder").0, "failed", "{ended:?}");
+        assert!(
+            !ended.stdout.contains("pending")
+                && !ended.stdout.contains("SQLite data/pisync.db answers")
+        );
+        assert_eq!(program.names_in("."), before);
+        if program.path("data").is_dir() {
+            let open = fs::Permissions::from_mode(0o755);
+            fs::set_permissions(program.path("data"), open).unwrap();
+            assert_eq!(program.names_in("data"), ["pisync.db"]);
+        }
+    }
 }

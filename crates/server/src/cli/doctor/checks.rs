@@ -1,14 +1,19 @@
 //! The checks of `doctor` in their order: configuration, database, schema, journal, clock, folders, server. A check that has
 //! no database to look at is not made, since the line above it says why.
 
+use std::{net::SocketAddr, sync::Arc};
+
 use super::{Report, folders};
 use crate::{
+    app,
     cli::{
         health::{self, Health},
+        listen,
         settings::SettingsFile,
     },
     clock::Clock,
-    config::{ListenArgs, ServeArgs, Settings},
+    config::{ListenArgs, ServeArgs, Settings, http::AuthMode},
+    keys::Keyring,
     maintenance,
     net::Tls,
     store::{
@@ -20,12 +25,45 @@ use crate::{
 pub(super) async fn all(report: &mut Report<'_>, serve: &ServeArgs, settings_file: &SettingsFile) {
     let Some(settings) = configuration(report, serve, settings_file) else { return };
     let clock = Clock::system();
-    let store = database(report, &settings).await;
-    clock_check(report, &clock, store.as_deref()).await;
+    let database = database(report, &settings).await;
+    clock_check(report, &clock, database.store()).await;
     folders::check(report, &settings.target, serve.log_folder().as_deref());
+    let has_admin = has_admin(&database, &clock).await;
     // It is dropped and not closed, which would apply a journal that is the server's.
-    drop(store);
-    server(report, serve.listen(), &settings.target).await;
+    drop(database);
+    server(report, serve.listen(), &settings, has_admin).await;
+}
+
+/// What is known of the database.
+enum Database {
+    /// It can be used.
+    Open(Arc<dyn Store>),
+    /// There is none, or nothing is in it: the next start makes the tables.
+    New,
+    /// It is not as it should be; the report says why.
+    Unusable,
+}
+
+impl Database {
+    fn store(&self) -> Option<&dyn Store> {
+        match self {
+            Self::Open(store) => Some(&**store),
+            Self::New | Self::Unusable => None,
+        }
+    }
+}
+
+/// Whether there is an admin key that opens something; `None` when that cannot be known.
+async fn has_admin(database: &Database, clock: &Clock) -> Option<bool> {
+    match database {
+        Database::Open(store) => {
+            let keyring = Keyring::default();
+            keyring.refresh(&**store).await.ok()?;
+            Some(keyring.has_admin(clock.now()))
+        }
+        Database::New => Some(false),
+        Database::Unusable => None,
+    }
 }
 
 /// The settings, if they make sense.
@@ -60,29 +98,30 @@ fn configuration(
     Some(settings)
 }
 
-/// The database, if it is there and its schema is that of this version.
-async fn database(
-    report: &mut Report<'_>,
-    settings: &Settings,
-) -> Option<std::sync::Arc<dyn Store>> {
+/// The database, which can be used if it is there and its schema is that of this version.
+async fn database(report: &mut Report<'_>, settings: &Settings) -> Database {
     const CHECK: &str = "database";
     let target = &settings.target;
-    if let Target::Sqlite(path) = target
-        && path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
-    {
-        let path = path.display();
-        report.warn(CHECK, format!("no database at {path}; `pisync serve` makes one there"));
-        return None;
-    }
     let look = async {
-        store::check_exists(target)?;
-        Migrator::new(target, &settings.migrations_dir).await
+        if store::exists(target)? {
+            Migrator::new(target, &settings.migrations_dir).await.map(Some)
+        } else {
+            Ok(None)
+        }
     };
     let mut migrator = match look.await {
-        Ok(migrator) => migrator,
+        Ok(Some(migrator)) => migrator,
+        Ok(None) => {
+            if let Target::Sqlite(path) = target {
+                let path = path.display();
+                report
+                    .warn(CHECK, format!("no database at {path}; `pisync serve` makes one there"));
+            }
+            return Database::New;
+        }
         Err(error) => {
             report.fail(CHECK, error.to_string());
-            return None;
+            return Database::Unusable;
         }
     };
     // An older program's database is found and read before its schema is judged.
@@ -90,27 +129,28 @@ async fn database(
         Ok(status) => status,
         Err(error) => {
             report.fail(CHECK, error.to_string());
-            return None;
+            return Database::Unusable;
         }
     };
     if !schema(report, settings, &status) {
         report.ok(CHECK, format!("{target} answers"));
-        return None;
+        let is_new = status.iter().all(|line| line.applied_at.is_none());
+        return if is_new { Database::New } else { Database::Unusable };
     }
     journal(report, target);
     match open(target).await {
         Ok(store) => {
             report.ok(CHECK, format!("{target} answers"));
-            Some(store)
+            Database::Open(store)
         }
         Err(error) => {
             report.fail(CHECK, error.to_string());
-            None
+            Database::Unusable
         }
     }
 }
 
-async fn open(target: &Target) -> Result<std::sync::Arc<dyn Store>, StoreError> {
+async fn open(target: &Target) -> Result<Arc<dyn Store>, StoreError> {
     let store = store::open(target).await?;
     store.ping().await?;
     Ok(store)
@@ -194,18 +234,69 @@ async fn clock_check(report: &mut Report<'_>, clock: &Clock, store: Option<&dyn 
     }
 }
 
-async fn server(report: &mut Report<'_>, listen: &ListenArgs, target: &Target) {
+/// The server of this configuration: may it listen where it should, and how is it?
+async fn server(
+    report: &mut Report<'_>,
+    listen: &ListenArgs,
+    settings: &Settings,
+    has_admin: Option<bool>,
+) {
     const CHECK: &str = "server";
     let url = listen.url();
     let health = match health::ask(listen).await {
         Ok(health) => health,
         Err(error) => return report.fail(CHECK, error),
     };
+    if let Some(address) = address(report, listen, &health).await {
+        admin_key(report, settings.http.auth, address, has_admin);
+    }
     match (health.problem(&url), health) {
         (None, _) => report.ok(CHECK, format!("{url} is ready")),
-        (Some(problem), Health::Silent(_)) if !store::is_claimed(target) => {
+        (Some(problem), Health::Silent(_)) if !store::is_claimed(&settings.target) => {
             report.warn(CHECK, problem);
         }
         (Some(problem), _) => report.fail(CHECK, problem),
+    }
+}
+
+/// The address that decides who may do what. Where no server answers, it is listened on for a moment, which tells more
+/// than any rule would: whether the host is this machine's, and whether the port is free and not for root alone.
+async fn address(
+    report: &mut Report<'_>,
+    listen: &ListenArgs,
+    health: &Health,
+) -> Option<SocketAddr> {
+    const CHECK: &str = "address";
+    let addresses = match health {
+        Health::Silent(_) => listen::listen(listen).await.and_then(|listeners| {
+            listeners.addresses().map_err(|error| format!("cannot listen: {error}"))
+        }),
+        Health::Ready | Health::Unready | Health::Foreign(_) => listen::addresses(listen).await,
+    };
+    match addresses {
+        Ok(addresses) => {
+            if matches!(health, Health::Silent(_)) {
+                let (host, port) = listen.address();
+                report.ok(CHECK, format!("a server can listen on {host}:{port}"));
+            }
+            app::most_reachable(&addresses)
+        }
+        Err(problem) => {
+            report.fail(CHECK, problem);
+            None
+        }
+    }
+}
+
+/// A server that other machines can reach does not start without an admin key.
+fn admin_key(
+    report: &mut Report<'_>,
+    auth: AuthMode,
+    address: SocketAddr,
+    has_admin: Option<bool>,
+) {
+    let Some(has_admin) = has_admin else { return };
+    if let Err(error) = app::check_admin_key(auth, address, has_admin) {
+        report.fail("API keys", error.to_string());
     }
 }

@@ -40,10 +40,11 @@ pub(super) fn check(report: &mut Report<'_>, target: &Target, logs: Option<&Path
     }
 }
 
-/// The folder itself, or the one that it would be made in.
+/// The folder itself, or the one that it would be made in. A symbolic link that leads nowhere is there, too: no folder
+/// can be made in its place.
 fn existing(folder: &Path) -> PathBuf {
     let mut there = folder;
-    while !there.exists() {
+    while there.symlink_metadata().is_err() {
         match there.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => there = parent,
             _ => return PathBuf::from("."),
@@ -55,6 +56,13 @@ fn existing(folder: &Path) -> PathBuf {
 fn folder_check(report: &mut Report<'_>, check: &'static str, folder: &Path, setting: &str) {
     let there = existing(folder);
     let shown = folder.display();
+    if there.is_symlink() && !there.exists() {
+        let there = there.display();
+        return report.fail(
+            check,
+            format!("{there} is a symbolic link that leads to no folder; mount its disk, or set {setting} to another folder"),
+        );
+    }
     if !there.is_dir() {
         let there = there.display();
         return report.fail(check, format!("{there} is not a folder; set {setting} to one"));

@@ -43,6 +43,14 @@ pub(in crate::store) fn resolve(path: &Path) -> Result<PathBuf, StoreError> {
     let resolved = match folder_of(&file).canonicalize() {
         Ok(folder) => folder.join(name),
         Err(error) if error.kind() == io::ErrorKind::NotFound && links == 0 => {
+            // The folder is still to be made, unless a link stands in its place.
+            let mut folders = folder_of(&file).ancestors();
+            if let Some(link) = folders.find(|folder| folder.is_symlink() && !folder.exists()) {
+                let link = link.display();
+                return Err(failed(&format!(
+                    "{link} is a symbolic link that leads to no folder; is the disk mounted?"
+                )));
+            }
             std::path::absolute(&file).map_err(|error| failed(&error))?
         }
         // The disk is probably not mounted. A new database in its place would look like a loss.
@@ -182,19 +190,30 @@ pub(in crate::store) fn holds_something(database: &Path) -> bool {
     fs::metadata(database).is_ok_and(|there| there.len() > 0)
 }
 
-/// See [`store::check_exists`](crate::store::check_exists). A path that cannot be inspected passes; opening it will
-/// report the error.
-pub(in crate::store) fn check_exists(path: &Path) -> Result<(), StoreError> {
+/// Whether there is anything at `path`.
+///
+/// # Errors
+/// When that cannot be known: a folder may be no folder, or one that this user may not search.
+pub(super) fn is_there(path: &Path) -> Result<bool, StoreError> {
+    path.try_exists().map_err(|error| cannot_open(path, &error))
+}
+
+/// See [`store::exists`](crate::store::exists).
+pub(in crate::store) fn exists(path: &Path) -> Result<bool, StoreError> {
     let database = resolve(path)?;
-    let is_missing = match fs::metadata(&database) {
-        Ok(there) => there.is_file() && there.len() == 0,
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    };
-    if is_missing {
-        let path = path.display();
-        return Err(StoreError::Failed(format!(
-            "no database at {path}; set DATA_DIR or run pisync serve once"
-        )));
+    if !is_there(&database)? {
+        return Ok(false);
     }
-    Ok(())
+    // An empty file is no database yet.
+    let there = fs::metadata(&database).map_err(|error| cannot_open(&database, &error))?;
+    Ok(!there.is_file() || there.len() > 0)
+}
+
+/// See [`store::check_exists`](crate::store::check_exists).
+pub(in crate::store) fn check_exists(path: &Path) -> Result<(), StoreError> {
+    if exists(path)? {
+        return Ok(());
+    }
+    let path = path.display();
+    Err(StoreError::Failed(format!("no database at {path}; set DATA_DIR or run pisync serve once")))
 }

@@ -11,6 +11,7 @@ use super::{
     apply::apply_batch,
     claim,
     connection::{self, store_error},
+    files,
     ingest_buffer::JournaledBatch,
     ingest_state::{self, set_journal_in_use},
     journal::{self, Journal, JournalState, Survey, unusable},
@@ -79,7 +80,7 @@ pub(super) fn check_journal(database: &Path) -> Result<(), StoreError> {
 
 /// Whether the database at `database` has an ingest journal, or must have one.
 fn has_journal(database: &Path) -> Result<bool, StoreError> {
-    if !database.exists() {
+    if !files::is_there(database)? {
         return Ok(false);
     }
     if journal::exists(database) {
@@ -150,7 +151,7 @@ pub(in crate::store) fn salvage_journal(database: &Path) -> Result<JournalSalvag
 fn existing_journal(database: &Path) -> Result<(PathBuf, JournalState), StoreError> {
     let missing =
         || StoreError::Failed(format!("there is no PiSync database at {}", database.display()));
-    if !database.exists() {
+    if !files::is_there(database)? {
         return Err(missing());
     }
     let file = claim::find(database)?;

@@ -60,7 +60,7 @@ impl SqliteMigrations {
 impl MigrationDatabase for SqliteMigrations {
     async fn contents(&mut self) -> Result<Contents, StoreError> {
         let path = claim::find(&self.path)?;
-        if !path.exists() {
+        if !files::is_there(&path)? {
             return Ok(Contents::Ours(Ours::default()));
         }
         let read = || -> rusqlite::Result<Contents> {
