@@ -53,6 +53,11 @@ impl Failure {
         Self { status: ExitStatus::Usage, message: message.into() }
     }
 
+    /// Whether what was typed or set is why.
+    pub(super) fn is_usage(&self) -> bool {
+        self.status == ExitStatus::Usage
+    }
+
     /// Some of it is done.
     pub(super) fn partly(message: impl Into<String>) -> Self {
         Self { status: ExitStatus::Partly, message: message.into() }

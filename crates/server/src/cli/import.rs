@@ -51,7 +51,8 @@ Examples:
   pisync export | ssh new-server pisync import -
 
 Exit status: 0 when every record is stored, 1 on failure, 2 on wrong usage, 3
-when some records were rejected and the others are stored.")]
+when some records were rejected and the others are stored. Records that an
+earlier run of the same import has rejected count, too.")]
 pub(super) struct ImportCommand {
     /// What to import; - for standard input
     file: PathBuf,
@@ -131,6 +132,9 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
     }
     let Status { stored, duplicates, rejected, .. } = status;
     let json = command.json;
+    // Those that the same command has rejected before are still not stored.
+    let rejected_before = status.resumed.as_ref().map_or(0, |before| before.rejected);
+    let all_rejected = rejected_before + rejected;
     json.document(|| document(&status, &target, &name, command));
     if let Some(before) = status.resumed.as_ref().filter(|before| before.finished)
         && stored + duplicates + rejected == 0
@@ -140,7 +144,7 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
             "{name} was imported already, at {}, and nothing was done; import it once more with --again",
             before.at
         );
-        return Ok(());
+        return outcome(command, all_rejected, before.records > rejected_before);
     }
     say!(
         json,
@@ -159,12 +163,18 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
             "pisync: {name} ends in the middle of a record, the last of those rejected; import it again once it is whole"
         );
     }
+    let is_any_stored = stored + duplicates > 0 || status.passed > rejected_before;
+    outcome(command, all_rejected, is_any_stored)
+}
+
+/// How the command ends when so many of the input's records were rejected, by this run and by those before it.
+fn outcome(command: &ImportCommand, rejected: u64, is_any_stored: bool) -> Result<(), Failure> {
     if rejected == 0 {
         return Ok(());
     }
     let file = command.rejected();
     let file = file.display();
-    if stored + duplicates + status.passed == 0 {
+    if !is_any_stored {
         return Err(format!("no record is an event; {file} says why").into());
     }
     Err(Failure::partly(format!("{rejected} records were rejected; {file} says why")))

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, builder::RangedU64ValueParser};
 use serde_json::json;
 
 use super::{database, exit::Failure, output::JsonArgs, take_over};
@@ -40,7 +40,11 @@ enum Action {
     /// Roll back the last N applied migrations
     Down {
         /// How many
-        #[arg(default_value_t = 1, value_name = "N")]
+        #[arg(
+            default_value_t = 1,
+            value_name = "N",
+            value_parser = RangedU64ValueParser::<usize>::new().range(1..)
+        )]
         count: usize,
         /// Go on although data will be lost
         #[arg(long)]

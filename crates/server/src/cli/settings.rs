@@ -137,6 +137,28 @@ impl SettingsFile {
         Ok(Some(typed))
     }
 
+    /// Where the setting that a message complains of was set, if it was not typed: the message may name a flag that nobody
+    /// remembers to have used.
+    pub(super) fn origin(&self, message: &str) -> Option<String> {
+        if message.contains(".env") || message.contains("environment") {
+            return None;
+        }
+        let mut definition = super::definition();
+        definition.build();
+        let mut settings = Vec::new();
+        collect(&definition, &mut settings);
+        let mut found = settings.into_iter().filter(|(name, flag)| {
+            (is_named(message, name) || is_named(message, flag)) && !is_typed(flag)
+        });
+        let (name, _) = found
+            .find(|(name, _)| std::env::var_os(name).is_some() || self.file.get(name).is_some())?;
+        if std::env::var_os(&name).is_some() {
+            return Some(format!("{name} is set in the environment"));
+        }
+        let line = self.file.get(&name)?.line;
+        Some(format!("{name} is set in line {line} of .env"))
+    }
+
     /// Whether the database is named by a URL, so that the settings of its parts are not read: what they say must not
     /// end the command.
     fn names_database_url(&self, command: &Command, found: &ArgMatches) -> bool {
@@ -177,6 +199,32 @@ impl SettingsFile {
         let line = setting.line;
         Err(Failure::usage(format!("the value of {name} in line {line} of .env {problem}")))
     }
+}
+
+/// The variables and flags of all settings.
+fn collect(command: &Command, settings: &mut Vec<(String, String)>) {
+    for argument in command.get_arguments() {
+        if let (Some(name), Some(flag)) = (argument.get_env(), argument.get_long()) {
+            settings.push((name.to_string_lossy().into_owned(), format!("--{flag}")));
+        }
+    }
+    command.get_subcommands().for_each(|inner| collect(inner, settings));
+}
+
+/// Whether a text names a variable or a flag: not as a part of a longer name.
+fn is_named(text: &str, name: &str) -> bool {
+    let is_part = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-');
+    text.match_indices(name).any(|(at, _)| {
+        !text[..at].ends_with(is_part) && !text[at + name.len()..].starts_with(is_part)
+    })
+}
+
+/// Whether a flag was typed.
+fn is_typed(flag: &str) -> bool {
+    std::env::args_os().any(|word| {
+        let word = word.to_string_lossy();
+        word.strip_prefix(flag).is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    })
 }
 
 /// What is odd about the quotation marks of a setting. It is read as dotenv reads it all the same.

@@ -250,51 +250,38 @@ impl ServeArgs {
     /// What the server is to be.
     ///
     /// # Errors
-    /// When a setting makes no sense.
+    /// When settings make no sense: it names all of them.
     pub fn settings(&self) -> Result<Settings, ConfigError> {
-        self.listen.check()?;
-        let auth = match self.auth.as_str() {
-            "" | "auto" => AuthMode::Auto,
-            "off" => AuthMode::Off,
-            "required" => AuthMode::Required,
-            other => return wrong(format!("AUTH={other}: expected auto, off or required")),
-        };
-        let tls = match (self.listen.certificate(), given(self.tls_key.as_ref())) {
-            (None, None) => None,
-            (Some(certificate), Some(key)) => {
-                Some(TlsFiles { certificate: certificate.into(), key: key.into() })
-            }
-            (Some(_), None) => return wrong("TLS_CERT is set, but TLS_KEY is not"),
-            (None, Some(_)) => return wrong("TLS_KEY is set, but TLS_CERT is not"),
-        };
-        let mut trusted_proxies = Vec::new();
-        for item in items(self.trusted_proxies.as_ref()) {
-            match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
-                Ok(net) => trusted_proxies.push(net),
-                Err(_) => {
-                    return wrong(format!(
-                        "TRUSTED_PROXIES: {item:?} is neither an address nor a network such as 10.0.0.0/8"
-                    ));
-                }
-            }
+        /// What a setting says, or `None` and one more problem.
+        fn noted<T>(problems: &mut Vec<String>, read: Result<T, ConfigError>) -> Option<T> {
+            read.map_err(|problem| problems.push(problem.0)).ok()
         }
-        let mut cors_origins = Vec::new();
-        for item in items(self.cors_origins.as_ref()) {
-            match origin(item) {
-                Some(origin) => cors_origins.push(origin),
-                None => {
-                    return wrong(format!(
-                        "CORS_ORIGINS: {item:?} is no origin such as https://fleet.example (no path, no *)"
-                    ));
-                }
-            }
-        }
+        let mut problems = Vec::new();
+        let host = noted(&mut problems, self.listen.check());
+        let auth = noted(&mut problems, self.auth());
+        let tls = noted(&mut problems, self.tls());
+        let trusted_proxies = noted(&mut problems, self.trusted_proxies());
+        let cors_origins = noted(&mut problems, self.cors_origins());
+        let target = noted(&mut problems, self.database.target());
+        let retention = noted(&mut problems, self.retention());
+        let (
+            Some(()),
+            Some(auth),
+            Some(tls),
+            Some(trusted_proxies),
+            Some(cors_origins),
+            Some(target),
+            Some(retention),
+        ) = (host, auth, tls, trusted_proxies, cors_origins, target, retention)
+        else {
+            return wrong(problems.join("; "));
+        };
         Ok(Settings {
-            target: self.database.target()?,
+            target,
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,
             event_id_retention_days: self.event_id_retention_days,
-            retention: self.retention()?,
+            retention,
             http: HttpSettings {
                 auth,
                 max_clock_skew_seconds: self.clock_skew.max_clock_skew_seconds,
@@ -310,6 +297,48 @@ impl ServeArgs {
                 timeouts: Timeouts::default(),
             },
         })
+    }
+
+    fn auth(&self) -> Result<AuthMode, ConfigError> {
+        match self.auth.as_str() {
+            "" | "auto" => Ok(AuthMode::Auto),
+            "off" => Ok(AuthMode::Off),
+            "required" => Ok(AuthMode::Required),
+            other => wrong(format!("AUTH={other}: expected auto, off or required")),
+        }
+    }
+
+    fn tls(&self) -> Result<Option<TlsFiles>, ConfigError> {
+        match (self.listen.certificate(), given(self.tls_key.as_ref())) {
+            (None, None) => Ok(None),
+            (Some(certificate), Some(key)) => {
+                Ok(Some(TlsFiles { certificate: certificate.into(), key: key.into() }))
+            }
+            (Some(_), None) => wrong("TLS_CERT is set, but TLS_KEY is not; set both or neither"),
+            (None, Some(_)) => wrong("TLS_KEY is set, but TLS_CERT is not; set both or neither"),
+        }
+    }
+
+    fn trusted_proxies(&self) -> Result<Vec<IpNet>, ConfigError> {
+        let network = |item: &str| {
+            let read = item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from));
+            read.or_else(|_| {
+                wrong(format!(
+                    "TRUSTED_PROXIES: {item:?} is neither an address nor a network such as 10.0.0.0/8"
+                ))
+            })
+        };
+        items(self.trusted_proxies.as_ref()).map(network).collect()
+    }
+
+    fn cors_origins(&self) -> Result<Vec<HeaderValue>, ConfigError> {
+        let read = |item: &str| match origin(item) {
+            Some(origin) => Ok(origin),
+            None => wrong(format!(
+                "CORS_ORIGINS: {item:?} is no origin such as https://fleet.example (no path, no *)"
+            )),
+        };
+        items(self.cors_origins.as_ref()).map(read).collect()
     }
 }
 

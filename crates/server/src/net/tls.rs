@@ -52,7 +52,10 @@ impl TlsFiles {
     fn read(&self) -> Result<Contents, String> {
         let read = |name: &str, path: &PathBuf| {
             std::fs::read(path)
-                .map_err(|error| format!("cannot read {name} {}: {error}", path.display()))
+                .map_err(|error| {
+                    let path = path.display();
+                    format!("cannot read {name} {path}: {error}; set {name} to a PEM file that the server may read")
+                })
         };
         let certificate = read("TLS_CERT", &self.certificate)?;
         let key = read("TLS_KEY", &self.key)?;
@@ -64,7 +67,10 @@ impl TlsFiles {
 
     fn parse(&self, contents: &Contents) -> Result<CertifiedKey, String> {
         let bad_certificate = |error: &dyn std::fmt::Display| {
-            format!("TLS_CERT {} is no PEM certificate: {error}", self.certificate.display())
+            format!(
+                "TLS_CERT {} is no PEM certificate: {error}; set TLS_CERT to the certificate's file",
+                self.certificate.display()
+            )
         };
         let chain = CertificateDer::pem_slice_iter(&contents.certificate)
             .collect::<Result<Vec<_>, _>>()
@@ -73,10 +79,13 @@ impl TlsFiles {
             return Err(bad_certificate(&"there is none in it"));
         }
         let key = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|error| {
-            format!("TLS_KEY {} is no PEM private key: {error}", self.key.display())
+            format!(
+                "TLS_KEY {} is no PEM private key: {error}; set TLS_KEY to the private key's file",
+                self.key.display()
+            )
         })?;
         CertifiedKey::from_der(chain, key, &provider())
-            .map_err(|error| format!("TLS_CERT and TLS_KEY do not fit together: {error}"))
+            .map_err(|error| format!("TLS_CERT and TLS_KEY do not fit together: {error}; set both to the files of one pair"))
     }
 }
 

@@ -201,13 +201,29 @@ fn settings_that_make_no_sense_are_a_finding() {
         let set = Program::new().with(name, value).run(&["doctor"]);
         let in_file =
             Program::new().with_file(".env", &format!("{name}={value}\n")).run(&["doctor"]);
-        for ended in [set, in_file] {
+        for (ended, origin) in
+            [(set, "is set in the environment"), (in_file, "is set in line 1 of .env")]
+        {
             assert_eq!(ended.code(), 1, "{ended:?}");
             let (state, message) = found(&ended, "configuration");
             assert!(state == "failed" && message.contains(expected), "{ended:?}");
+            assert!(message.ends_with(&format!("; {name} {origin}")), "{ended:?}");
             assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
         }
     }
+    // All of them are named.
+    let several = "AUTH=maybe\nTLS_KEY=key.pem\nRETENTION_DAYS=1\nCORS_ORIGINS=*\n";
+    let ended = Program::new().with_file(".env", several).run(&["doctor"]);
+    let (_, message) = found(&ended, "configuration");
+    for name in ["AUTH=maybe", "TLS_KEY is set, but TLS_CERT", "RETENTION_DAYS=1", "CORS_ORIGINS:"]
+    {
+        assert!(message.contains(name), "{ended:?}");
+    }
+    let pem = [("TLS_CERT", "absent.pem"), ("TLS_KEY", "absent.pem")];
+    let program =
+        pem.into_iter().fold(Program::new(), |program, (name, file)| program.with(name, file));
+    let ended = program.run(&["doctor"]);
+    assert!(ended.stdout.contains("; set TLS_CERT to a PEM file that the server may read\n"));
     // What is typed is wrong usage.
     assert_eq!(Program::new().run(&["doctor", "--port", "http"]).code(), 2);
     let broken = Program::new().with_file(".env", "DB_PASSWORD=s3cret-word\0\n").run(&["doctor"]);
@@ -225,7 +241,11 @@ fn folders_files_and_passwords() {
     let closed = unused_address();
     let secret = format!("postgres://u:s3cret-word@{closed}/pisync");
     let ended = Program::new().with("DATABASE_URL", &secret).run(&["doctor"]);
-    assert_eq!((ended.code(), found(&ended, "database").0), (1, "failed"), "{ended:?}");
+    let (state, message) = found(&ended, "database");
+    assert_eq!((ended.code(), state), (1, "failed"), "{ended:?}");
+    let advice =
+        "; start PostgreSQL there, or name the host and the port where it listens in DATABASE_URL";
+    assert!(message.ends_with(advice), "{ended:?}");
     assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
 
     let program = Program::new()
@@ -262,7 +282,7 @@ fn folders_files_and_passwords() {
         ),
         ("database file", "warning", "everybody may read data/pisync.db"),
         ("data folder", "ok", "data can be written to"),
-        ("log folder", "failed", "file is not a folder; set LOG_DIR to one"),
+        ("log folder", "failed", "file is not a folder; set LOG_DIR to another folder"),
     ] {
         let is_it = |one: &&(&str, &str, &str)| {
             one.0 == check && one.1 == state && one.2.starts_with(message)

@@ -117,6 +117,7 @@ fn a_bad_value_of_any_option_ends_with_2() {
     }
     for operand in [
         &["migrate", "down", "-1"][..],
+        &["migrate", "down", "0"],
         &["migrate", "new", "two words"],
         &["key", "revoke", "first"],
         &["backup", "postgres://localhost/pisync"],
@@ -125,6 +126,22 @@ fn a_bad_value_of_any_option_ends_with_2() {
         is_refused(operand);
     }
     assert_eq!(program.names_in("."), ["data", "events"]);
+}
+
+/// A flag that nobody has typed is traced to where it was set.
+#[test]
+fn a_bad_value_is_traced_to_where_it_was_set() {
+    for (name, value) in [("PORT", "http"), ("AUTH", "maybe"), ("RETENTION_DAYS", "1")] {
+        let ended = Program::new().with_file(".env", &format!("# ours\n{name}={value}\n")).run(&[]);
+        assert_eq!(ended.code(), 2, "{ended:?}");
+        let origin = format!("{name} is set in line 2 of .env\n");
+        assert!(ended.stderr.ends_with(&origin), "{ended:?}");
+        let ended = Program::new().with(name, value).run(&[]);
+        assert!(ended.stderr.ends_with(&format!("{name} is set in the environment\n")));
+        let flag = format!("--{}", name.to_lowercase().replace('_', "-"));
+        let ended = Program::new().with(name, "7").run(&["serve", &flag, value]);
+        assert!(ended.code() == 2 && !ended.stderr.contains("is set in"), "{ended:?}");
+    }
 }
 
 /// Every command that has exit statuses of its own says so.
@@ -181,8 +198,12 @@ fn commands_on_a_database_that_is_not_there_create_nothing() {
         let program = Program::new().with_file("events", "");
         let check = |arguments: &[&str], file: &str| {
             let ended = program.run(&[words, arguments].concat());
+            // The setting that is in use: beside a URL nobody reads DATA_DIR.
+            let is_url = arguments.contains(&"--database-url");
+            let advice =
+                if is_url { "name another database in DATABASE_URL" } else { "set DATA_DIR" };
             let said =
-                format!("pisync: no database at {file}; set DATA_DIR or run pisync serve once\n");
+                format!("pisync: no database at {file}; {advice} or run pisync serve once\n");
             assert_eq!((ended.code(), ended.stderr.as_str()), (code, said.as_str()), "{words:?}");
             assert_eq!(ended.stdout, "");
         };

@@ -106,6 +106,20 @@ fn manual_pages_of_every_command() {
     for part in [".TH pisync-key-create 1", ".SH OPTIONS", "scope", "DATABASE_URL"] {
         assert!(create.contains(part), "{part}: {create}");
     }
+    // Examples stand as they were written, so that somebody can copy them.
+    let copy = String::from_utf8(text("pisync-copy.1")).unwrap();
+    let example = "pisync copy \\-\\-from sqlite:data/pisync.db \\e\n";
+    let (_, examples) = copy.split_once(".SH \"EXAMPLES\"\n.PP\n.nf\n").expect(&copy);
+    let (examples, _) = examples.split_once("\n.fi\n").expect(&copy);
+    assert!(examples.contains(example), "{copy}");
+    for page in &pages {
+        let page = String::from_utf8(text(page)).unwrap();
+        assert!(!page.contains(".SH EXTRA"), "{page}");
+    }
+    for part in [".SH \"EXIT STATUS\"\n", ".SH \"EXAMPLES\"\n", ".SH VERSION\n"] {
+        let page = String::from_utf8(text("pisync.1")).unwrap();
+        assert!(page.contains(part), "{part}: {page}");
+    }
     // The same again, byte for byte.
     let before: Vec<_> = pages.iter().map(|name| text(name)).collect();
     program.run(&["man", "share/man1"]).success();

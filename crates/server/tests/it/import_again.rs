@@ -15,6 +15,7 @@ use crate::{
 };
 
 both_stores!(
+    what_was_rejected_before_is_said_again,
     what_comes_before_damage_is_imported,
     a_damaged_input_that_begins_like_another,
     what_was_imported_is_known_again,
@@ -281,4 +282,33 @@ async fn killed_again_and_again(installed: &Installed) {
         whole.remove().await;
         killed.remove().await;
     }
+}
+
+/// A second run finds the same records rejected: a script that looks at the status alone must not take them for stored.
+async fn what_was_rejected_before_is_said_again(installed: &Installed) {
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    const GOOD: &str =
+        r#"{"device_id":"pi","timestamp":"2025-06-17","total_files_synced":1,"total_errors":0}"#;
+    let write = |name: &str, text: &str| std::fs::write(program.path(name), text).unwrap();
+    write("mixed", &format!("{GOOD}\n{{}}\n{{}}\n"));
+    let said = "pisync: 2 records were rejected; mixed.rejected says why\n";
+    for _ in 0..3 {
+        let ended = program.run(&["import", "mixed"]);
+        assert_eq!((ended.code(), ended.stderr.as_str()), (3, said), "{ended:?}");
+    }
+    // It grows, with nothing wrong in what is new.
+    write("mixed", &format!("{GOOD}\n{{}}\n{{}}\n{GOOD}\n"));
+    let ended = program.run(&["import", "mixed"]);
+    assert!(ended.code() == 3 && ended.stdout.starts_with("imported 1 events"), "{ended:?}");
+    write("bad", "{}\n{\"a\": 1}\n");
+    for _ in 0..2 {
+        let ended = program.run(&["import", "bad"]);
+        assert_eq!(ended.failure(), "no record is an event; bad.rejected says why");
+    }
+    write("good", &format!("{GOOD}\n"));
+    for _ in 0..2 {
+        program.run(&["import", "good"]).success();
+    }
+    assert_eq!(total(&database.target).await, 3);
 }

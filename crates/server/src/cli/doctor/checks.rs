@@ -76,7 +76,10 @@ fn configuration(
     let settings = match serve.settings() {
         Ok(settings) => settings,
         Err(error) => {
-            report.fail(CHECK, error.to_string());
+            let problem = error.to_string();
+            let origin = settings_file.origin(&problem);
+            let problem = [problem].into_iter().chain(origin).collect::<Vec<_>>().join("; ");
+            report.fail(CHECK, problem);
             return None;
         }
     };

@@ -65,7 +65,8 @@ fn folder_check(report: &mut Report<'_>, check: &'static str, folder: &Path, set
     }
     if !there.is_dir() {
         let there = there.display();
-        return report.fail(check, format!("{there} is not a folder; set {setting} to one"));
+        return report
+            .fail(check, format!("{there} is not a folder; set {setting} to another folder"));
     }
     if access(&there, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_err() {
         let there = there.display();

@@ -109,7 +109,12 @@ async fn exchange(
 
 /// Speaks TLS with whoever has the first certificate of the file, and its key.
 fn connector(path: &Path) -> Result<TlsConnector, String> {
-    let failed = |error: &dyn Display| format!("cannot read TLS_CERT {}: {error}", path.display());
+    let failed = |error: &dyn Display| {
+        let path = path.display();
+        format!(
+            "cannot read TLS_CERT {path}: {error}; set TLS_CERT to the server's certificate, a PEM file"
+        )
+    };
     let mut found = CertificateDer::pem_file_iter(path).map_err(|error| failed(&error))?;
     let certificate = found.next().ok_or_else(|| failed(&"there is no PEM certificate in it"))?;
     let certificate = certificate.map_err(|error| failed(&error))?;

@@ -1,7 +1,7 @@
 //! Explains why there is no session, in words for the person who runs the server. `connect`, `session` and `hosts` call
 //! it. A message must never show the password.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use tokio_postgres::error::SqlState;
 
@@ -49,7 +49,7 @@ impl fmt::Display for NoSession {
             Self::Unfit(reason) | Self::Refused(reason) => formatter.write_str(reason),
             Self::Error(error) => {
                 formatter.write_str(&describe(error))?;
-                match advice(error) {
+                match advice(error).or_else(|| advice_when_away(error)) {
                     Some(advice) => write!(formatter, "; {advice}"),
                     None => Ok(()),
                 }
@@ -58,7 +58,16 @@ impl fmt::Display for NoSession {
     }
 }
 
-/// What to do about an error that prevents a session.
+/// What to do when nobody listens where PostgreSQL should be. It may come back by itself, so this is no refusal.
+fn advice_when_away(error: &tokio_postgres::Error) -> Option<&'static str> {
+    let cause = std::error::Error::source(error)?.downcast_ref::<std::io::Error>()?;
+    let is_nobody_there =
+        matches!(cause.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+    is_nobody_there
+        .then_some("start PostgreSQL there, or set DB_HOST and DB_PORT to where it listens")
+}
+
+/// What to do about an error that keeps us from having a session.
 fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
     let Some(code) = error.code() else {
         let missing = std::error::Error::source(error)
