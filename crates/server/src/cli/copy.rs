@@ -9,7 +9,7 @@ use super::{database, exit::Failure, output::JsonArgs, progress::Progress};
 use crate::{
     clock::Clock,
     config::CopyArgs,
-    store::{self, Copied, CopyProgress, NamedBy, Target},
+    store::{self, Copied, CopyProgress, Target},
 };
 
 #[derive(Debug, Args)]
@@ -47,12 +47,7 @@ pub(super) async fn run(command: &CopyCommand) -> Result<(), Failure> {
     {
         table.progress.finish();
     }
-    let copied = copied.map_err(|error| {
-        let message = error.to_string();
-        let is_of = |side: &Target| message.starts_with(&side.to_string());
-        let named_by = if is_of(&to) && !is_of(&from) { "--to" } else { "--from" };
-        Failure::from(NamedBy::Option(named_by).advise(&message))
-    })?;
+    let copied = copied?;
     say(json, &from, &to, &copied);
     // Only now is it known that the source can be opened. A copy that is there must not fail for that.
     if let Ok(store) = store::open(&from).await {

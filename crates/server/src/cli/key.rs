@@ -5,7 +5,11 @@ use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, GroupName, Timestamp, text::check_text};
 use serde_json::{Value, json};
 
-use super::{database, exit::Failure, output::JsonArgs};
+use super::{
+    database,
+    exit::Failure,
+    output::{self, JsonArgs},
+};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
@@ -114,6 +118,14 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
                 });
             } else {
                 println!("{}", secret.as_str());
+            }
+            if output::is_incomplete() {
+                // A key that nobody has seen must not open anything.
+                store.revoke_key(id, &by).await?;
+                return Err(format!(
+                    "cannot write to standard output; key {id} was revoked, make another one"
+                )
+                .into());
             }
             Ok(())
         }

@@ -58,9 +58,8 @@ use self::{
 };
 use crate::{
     build_info,
-    config::{DatabaseArgs, LogLevelArgs, ServeArgs},
+    config::{LogLevelArgs, ServeArgs},
     logs::{self, LogLevel},
-    store::NamedBy,
 };
 
 /// Did every device sync? A server that Raspberry Pi fleets report their file-sync runs to.
@@ -156,7 +155,7 @@ impl Command {
 /// Runs the command that was typed.
 #[must_use]
 pub fn main() -> ExitCode {
-    let Typed { cli, settings_file, masks, named_by, problem } = match typed() {
+    let Typed { cli, settings_file, masks, problem } = match typed() {
         Ok(typed) => typed,
         Err(code) => return code,
     };
@@ -182,7 +181,7 @@ pub fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.command {
             Some(Command::Serve(arguments)) => {
-                serve::run(&arguments, &cli.log, &settings_file, named_by).await
+                serve::run(&arguments, &cli.log, &settings_file).await
             }
             Some(Command::Migrate(command)) => migrate::run(&command).await,
             Some(Command::Db(command)) => db::run(&command).await,
@@ -195,7 +194,7 @@ pub fn main() -> ExitCode {
             Some(Command::Journal(command)) => journal::run(&command),
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Doctor(command)) => {
-                doctor::run(&command, &settings_file, problem.as_deref(), &masks, named_by).await
+                doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
             }
             Some(Command::Health(command)) => health::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
@@ -211,7 +210,7 @@ pub fn main() -> ExitCode {
         }
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let message = named_by.advise(&masks.mask(&failure.message));
+            let message = masks.mask(&failure.message);
             let origin = settings_file.origin(&message).filter(|_| failure.is_usage());
             let message = [message].into_iter().chain(origin).collect::<Vec<_>>().join("; ");
             fail(&Failure { message, ..failure })
@@ -268,7 +267,6 @@ struct Typed {
     cli: Cli,
     settings_file: SettingsFile,
     masks: Masks,
-    named_by: NamedBy,
     /// Why the settings could not be read, for `doctor` alone: to others that is the end.
     problem: Option<String>,
 }
@@ -285,8 +283,7 @@ fn typed() -> Result<Typed, ExitCode> {
             return match doctor_alone(&typed) {
                 Some(cli) => {
                     let masks = Masks::of(&typed);
-                    let named_by = NamedBy::Parts;
-                    Ok(Typed { cli, settings_file, masks, named_by, problem: Some(message) })
+                    Ok(Typed { cli, settings_file, masks, problem: Some(message) })
                 }
                 None => Err(fail(&Failure { message, ..failure })),
             };
@@ -302,18 +299,17 @@ fn typed() -> Result<Typed, ExitCode> {
     let masks = Masks::of(&words);
     let read = command.try_get_matches_from_mut(words).and_then(|matches| {
         refuse_misplaced_urls(&mut command, &matches)?;
-        Ok((Cli::from_arg_matches(&matches)?, named_by(&matches)))
+        Cli::from_arg_matches(&matches)
     });
-    let (cli, named_by) = match (read, doctor_alone(&typed)) {
-        (Ok(read), _) => read,
+    let cli = match (read, doctor_alone(&typed)) {
+        (Ok(cli), _) => cli,
         (Err(error), Some(cli)) if is_complete => {
             let text = error.to_string();
             let problem = text.lines().next().unwrap_or_default();
             let problem = problem.strip_prefix("error: ").unwrap_or(problem).to_owned();
             let origin = settings_file.origin(&problem);
             let problem = [problem].into_iter().chain(origin).collect::<Vec<_>>().join("; ");
-            let named_by = NamedBy::Parts;
-            return Ok(Typed { cli, settings_file, masks, named_by, problem: Some(problem) });
+            return Ok(Typed { cli, settings_file, masks, problem: Some(problem) });
         }
         (Err(error), _) => {
             let code = say(&error, &masks);
@@ -331,18 +327,7 @@ fn typed() -> Result<Typed, ExitCode> {
             eprintln!("pisync: {warning}");
         }
     }
-    Ok(Typed { cli, settings_file, masks, named_by, problem: None })
-}
-
-/// The setting that names the database of the command that was typed.
-fn named_by(matches: &ArgMatches) -> NamedBy {
-    let mut found = matches;
-    while let Some((_, inner)) = found.subcommand() {
-        found = inner;
-    }
-    let url = found.try_get_raw(DatabaseArgs::URL).ok().flatten();
-    let is_url = url.is_some_and(|mut url| url.any(|url| !url.is_empty()));
-    if is_url { NamedBy::Url } else { NamedBy::Parts }
+    Ok(Typed { cli, settings_file, masks, problem: None })
 }
 
 /// What was typed, if that makes sense by itself and is `doctor`.

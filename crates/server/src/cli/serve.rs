@@ -11,7 +11,6 @@ use crate::{
     clock::Clock,
     config::{LogLevelArgs, ServeArgs},
     logs::{self, LogGuard},
-    store::NamedBy,
 };
 
 /// Open files that are no clients': the database's, the logs'.
@@ -21,7 +20,6 @@ pub(super) async fn run(
     arguments: &ServeArgs,
     level: &LogLevelArgs,
     settings_file: &SettingsFile,
-    named_by: NamedBy,
 ) -> Result<(), Failure> {
     let mut settings = arguments.settings()?;
     let log = logs::init(&arguments.log_settings(level))?;
@@ -39,12 +37,11 @@ pub(super) async fn run(
         result = app::run(settings, Clock::system(), listeners, shutdown) => result,
         never = reopen_logs(&log, &mut hang_ups) => match never {},
     };
-    let result = result.map_err(|error| named_by.advise(&error.to_string()));
     match &result {
         Ok(()) => tracing::info!("stopped; everything that was accepted is stored"),
         Err(error) => tracing::error!(%error, "stopped"),
     }
-    result.map_err(Failure::from)
+    result.map_err(|error| error.to_string().into())
 }
 
 /// Raises the limit of open files, each connection being one, as far as the system lets the process; gives

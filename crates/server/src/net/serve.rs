@@ -68,7 +68,10 @@ pub async fn serve(
             && warned.is_none_or(|warned| warned.elapsed() >= WARNING_INTERVAL)
         {
             warned = Some(Instant::now());
-            tracing::warn!(max_connections, "the limit of connections is reached; new ones wait");
+            tracing::warn!(
+                max_connections,
+                "the limit of connections is reached; new ones wait: set MAX_CONNECTIONS higher, and the limit of open files with it"
+            );
         }
         let place = tokio::select! {
             () = &mut shutdown => break,

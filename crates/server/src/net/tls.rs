@@ -157,7 +157,7 @@ impl TlsWatch {
             Err(error) => {
                 tracing::error!(
                     error,
-                    "the TLS files have changed, but are of no use; the certificate stays"
+                    "the TLS files have changed, but cannot be used; the certificate stays: put back a certificate and its key"
                 );
             }
         }

@@ -62,10 +62,16 @@ pub async fn restore(
         }
     };
     if !file.is_file() {
-        return Err(StoreError::Failed(format!("there is no backup file {}", file.display())));
+        return Err(StoreError::Failed(format!(
+            "there is no backup file {}; name one that `pisync backup` wrote",
+            file.display()
+        )));
     }
     if sqlite::files::is_same_file(file, database) {
-        return Err(StoreError::Failed(format!("{} is the database itself", file.display())));
+        return Err(StoreError::Failed(format!(
+            "{} is the database itself; name a file that `pisync backup` wrote",
+            file.display()
+        )));
     }
     if sqlite::files::holds_something(database) && !overwrite {
         return Err(sqlite::backup::exists(database));

@@ -6,7 +6,6 @@
 //! between them (`open`, `migrations`, `copy`, `backup`, `journal`, `take_over`).
 
 mod actor;
-mod advice;
 mod audit;
 mod backup;
 mod batch;
@@ -39,7 +38,6 @@ mod window;
 use async_trait::async_trait;
 
 pub use actor::{Actor, Via};
-pub use advice::NamedBy;
 pub use audit::{AuditEntry, AuditLog};
 pub use backup::{Restored, backup, restore};
 pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, Observations, Written};

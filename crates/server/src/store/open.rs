@@ -29,11 +29,11 @@ pub fn exists(target: &Target) -> Result<bool, StoreError> {
     }
 }
 
-/// Checks that there is a database at `target`, for whoever must not make an empty one in the place of one that was
-/// misnamed. PostgreSQL makes none, and says so when it is asked for one.
+/// Checks that there is a database at `target`. Commands call it that must not create an empty database when its name
+/// is misspelt. PostgreSQL creates none, and reports a missing database itself.
 ///
 /// # Errors
-/// When there is none, or something is in the way of finding out.
+/// When there is no database, or something is in the way of finding out.
 pub fn check_exists(target: &Target) -> Result<(), StoreError> {
     match target {
         Target::Sqlite(path) => sqlite::files::check_exists(path),

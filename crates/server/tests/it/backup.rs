@@ -262,7 +262,7 @@ async fn what_is_no_backup_is_refused() {
     let refused = program.run(&["backup", DATABASE, "--force"]);
     assert!(refused.failure().starts_with("data/pisync.db is the database itself"), "{refused:?}");
     let nothing = Program::new().run(&["backup", "backup.db"]);
-    let expected = "no database at data/pisync.db; set DATA_DIR or run pisync serve once";
+    let expected = "no database at data/pisync.db; name another with DATA_DIR or DATABASE_URL, or run `pisync serve` once";
     assert_eq!(nothing.failure(), expected);
 }
 

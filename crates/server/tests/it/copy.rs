@@ -594,12 +594,3 @@ async fn a_full_disk_leaves_nothing_behind() {
     let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.is_empty(), "{left:?}");
 }
-
-/// Nobody reads DATA_DIR here: a side is named by its option.
-#[test]
-fn advice_of_a_copy_names_the_side() {
-    let program = Program::new().with_file("a.csv", "device_id,timestamp\npi,2025-06-17\n");
-    let refused = program.run(&["copy", "--from", "sqlite:a.csv", "--to", "sqlite:new.db"]);
-    assert!(refused.failure().ends_with("name another database behind --from"), "{refused:?}");
-    assert_eq!(program.names_in("."), ["a.csv"]);
-}

@@ -243,8 +243,7 @@ fn folders_files_and_passwords() {
     let ended = Program::new().with("DATABASE_URL", &secret).run(&["doctor"]);
     let (state, message) = found(&ended, "database");
     assert_eq!((ended.code(), state), (1, "failed"), "{ended:?}");
-    let advice =
-        "; start PostgreSQL there, or name the host and the port where it listens in DATABASE_URL";
+    let advice = "; start PostgreSQL there, or set DB_HOST and DB_PORT, or DATABASE_URL, to where it listens";
     assert!(message.ends_with(advice), "{ended:?}");
     assert!(!format!("{ended:?}").contains("s3cret-word"), "{ended:?}");
 
@@ -350,17 +349,24 @@ async fn an_address_that_cannot_be_listened_on_is_a_finding() {
 /// What is in the way of the database is said by every command, and none makes anything.
 #[test]
 fn what_is_in_the_way_of_a_database_is_said() {
-    let link = |program: &Program| symlink("/nonexistent/disk", program.path("data")).unwrap();
-    let file = |program: &Program| fs::write(program.path("data"), "").unwrap();
-    let closed = |program: &Program| {
+    type Prepare = fn(&Program);
+    let link: Prepare = |program| symlink("/nonexistent/disk", program.path("data")).unwrap();
+    let file: Prepare = |program| fs::write(program.path("data"), "").unwrap();
+    let closed: Prepare = |program| {
         fs::create_dir(program.path("data")).unwrap();
         fs::write(program.path("data/pisync.db"), "x").unwrap();
         fs::set_permissions(program.path("data"), fs::Permissions::from_mode(0o000)).unwrap();
     };
-    let cases: [(&dyn Fn(&Program), &str); 3] = [
-        (&link, "data is a symbolic link that leads to no folder; is the disk mounted?"),
-        (&file, "data/pisync.db: Not a directory (os error 20); set DATA_DIR to a folder"),
-        (&closed, "data/pisync.db: Permission denied (os error 13); set DATA_DIR to a folder"),
+    let cases = [
+        (link, "data is a symbolic link that leads to no folder; is the disk mounted?"),
+        (
+            file,
+            "data/pisync.db: Not a directory (os error 20); set DATA_DIR or DATABASE_URL to a place",
+        ),
+        (
+            closed,
+            "data/pisync.db: Permission denied (os error 13); set DATA_DIR or DATABASE_URL to a place",
+        ),
     ];
     for (prepare, expected) in cases {
         let mut program = Program::new();

@@ -116,7 +116,7 @@ fn starts_that_cannot_be() {
 
     let program = Program::new().with("PORT", 0).with_file("data", "no folder");
     let ended = program.run(&["serve"]);
-    assert!(ended.failure().contains("; set DATA_DIR to a folder"), "{ended:?}");
+    assert!(ended.failure().contains("; set DATA_DIR or DATABASE_URL to a place"), "{ended:?}");
 }
 
 fn integrity(file: &Path) -> String {

@@ -383,10 +383,7 @@ async fn what_is_wrong_with_the_way_to_postgresql_is_named() {
             "cannot read sslrootcert empty.pem: there is no PEM certificate in it",
         ),
         ("there_is_none".to_owned(), "create it with `pisync db setup`"),
-        (
-            "postgres?user=nobody_here".to_owned(),
-            "check the user and the password in the URL of DATABASE_URL",
-        ),
+        ("postgres?user=nobody_here".to_owned(), "check DB_USER and DB_PASSWORD"),
         ("postgres?options=-c%20nonsense%3D1".to_owned(), "nonsense"),
     ] {
         let url = format!("postgres://pisync:hunter@127.0.0.1:{port}/{rest}");

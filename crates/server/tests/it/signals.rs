@@ -9,6 +9,7 @@ use std::{
 };
 
 use pisync::store::{self, Target};
+use serde_json::Value;
 
 use crate::{
     import::{events, lines},
@@ -281,6 +282,19 @@ fn output_that_cannot_be_written() {
         let ended = run(arguments, writer.into(), Stdio::piped());
         assert_eq!(ended.status.code(), Some(0), "{ended:?}");
     }
+    // A key that nobody has seen opens nothing.
+    for arguments in
+        [&["key", "create", "--scope", "read"][..], &["key", "create", "--scope", "read", "--json"]]
+    {
+        let ended = run(arguments, full().into(), Stdio::piped());
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert!(said.contains("was revoked, make another one"), "{said}");
+    }
+    let keys: Value =
+        serde_json::from_str(program.run(&["key", "list", "--json"]).success()).unwrap();
+    let keys = keys["keys"].as_array().unwrap();
+    assert_eq!(keys.len(), 2, "{keys:?}");
+    assert!(keys.iter().all(|key| key["revoked_at"].is_string()), "{keys:?}");
     fs::write(program.path("half"), format!("{}nonsense\n", lines(&events(11, false)))).unwrap();
     let ended = run(&["import", "half", "--again"], full().into(), full().into());
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");

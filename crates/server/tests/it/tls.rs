@@ -154,7 +154,7 @@ async fn a_changed_certificate_is_taken_over() {
     assert_eq!(shown(&connect(port, &both, &[]).await), old.der);
     // One file before the other: the old pair stays until both fit.
     let program = program.with_file("cert.pem", &new.certificate);
-    serving.wait_for("but are of no use; the certificate stays");
+    serving.wait_for("but cannot be used; the certificate stays");
     assert_eq!(shown(&connect(port, &both, &[]).await), old.der);
     let program = program.with_file("key.pem", &new.key);
     serving.wait_for("the TLS certificate has changed");

@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{exit::Failure, masked::Masks, output::JsonArgs, settings::SettingsFile};
-use crate::{config::ServeArgs, store::NamedBy};
+use crate::config::ServeArgs;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -59,13 +59,12 @@ struct Finding {
 struct Report<'a> {
     json: JsonArgs,
     masks: &'a Masks,
-    named_by: NamedBy,
     findings: Vec<Finding>,
 }
 
 impl Report<'_> {
     fn add(&mut self, check: &'static str, state: State, message: impl AsRef<str>) {
-        let message = self.named_by.advise(&self.masks.mask(message.as_ref()));
+        let message = self.masks.mask(message.as_ref());
         let mark = state.as_str();
         say!(self.json, "{mark:<8} {check:<14} {message}");
         self.findings.push(Finding { check, state, message });
@@ -90,9 +89,8 @@ pub(super) async fn run(
     settings_file: &SettingsFile,
     problem: Option<&str>,
     masks: &Masks,
-    named_by: NamedBy,
 ) -> Result<(), Failure> {
-    let mut report = Report { json: command.json, masks, named_by, findings: Vec::new() };
+    let mut report = Report { json: command.json, masks, findings: Vec::new() };
     match problem {
         // Which database, and where the server listens, is anybody's guess.
         Some(problem) => report.fail("configuration", problem),

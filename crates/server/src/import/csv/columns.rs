@@ -85,7 +85,9 @@ impl Columns {
             return Err(no_events());
         }
         let missing = names(&missing);
-        Err(ImportError(format!("its first line does not name the columns {missing}")))
+        Err(ImportError(format!(
+            "its first line does not name the columns {missing}; add them to it"
+        )))
     }
 
     /// Whether several lines are certainly one record.

@@ -47,7 +47,7 @@ pub struct Copied {
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
     /// Source and destination are the same.
-    #[error("{0} cannot be copied to itself")]
+    #[error("{0} cannot be copied to itself; name another database with --to")]
     Same(String),
     /// The source is not a database that can be copied.
     #[error("{0}")]
@@ -231,7 +231,9 @@ async fn check_source(from: &Target) -> Result<(), CopyError> {
     let pending = migrator.check().await.map_err(wrong)?;
     let status = migrator.status().await.map_err(wrong)?;
     if status.iter().all(|migration| migration.applied_at.is_none()) {
-        return Err(CopyError::Source(format!("{from} is not a PiSync database")));
+        return Err(CopyError::Source(format!(
+            "{from} is not a PiSync database; name another with --from"
+        )));
     }
     if !pending.is_empty() {
         return Err(CopyError::Source(format!(

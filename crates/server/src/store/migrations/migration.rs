@@ -136,7 +136,7 @@ pub enum MigrationError {
     NodeService,
     /// The database is not one of ours.
     #[error(
-        "the table {0} exists, but PiSync did not make it; use a database of its own, for instance another DB_NAME"
+        "the table {0} exists, but PiSync did not make it; name a database of its own with DB_NAME or DATABASE_URL"
     )]
     Foreign(&'static str),
     /// Made by a later version.
@@ -150,7 +150,9 @@ pub enum MigrationError {
     )]
     Edited(String),
     /// A user's migration cannot be rolled back without its file.
-    #[error("the files of the applied migration {0} are missing from the migrations folder")]
+    #[error(
+        "the files of the applied migration {0} are missing from the migrations folder; put them back, or name the folder that has them with MIGRATIONS_DIR"
+    )]
     Missing(String),
     /// A new migration cannot have this name.
     #[error(

@@ -130,10 +130,12 @@ impl Place {
         let found = tokio::net::lookup_host((name.as_str(), self.port));
         match tokio::time::timeout(timeout, found).await {
             Ok(Ok(found)) => Ok(self.answered_first(found.map(|address| address.ip()))),
-            Ok(Err(error)) => {
-                Err(NoSession::Unfit(format!("the name cannot be looked up: {error}")))
-            }
-            Err(_) => Err(NoSession::Unfit("the name cannot be looked up in time".into())),
+            Ok(Err(error)) => Err(NoSession::Unfit(format!(
+                "the name cannot be looked up: {error}; set DB_HOST or DATABASE_URL to a host that is there"
+            ))),
+            Err(_) => Err(NoSession::Unfit(
+                "the name cannot be looked up in time; check this machine's name servers".into(),
+            )),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Explains why there is no session, in words for the person who runs the server. `connect`, `session` and `hosts` call
 //! it. A message must never show the password.
 
-use std::{fmt, io, time::Duration};
+use std::{error::Error as _, fmt, io, time::Duration};
 
 use tokio_postgres::error::SqlState;
 
@@ -60,14 +60,15 @@ impl fmt::Display for NoSession {
 
 /// What to do when nobody listens where PostgreSQL should be. It may come back by itself, so this is no refusal.
 fn advice_when_away(error: &tokio_postgres::Error) -> Option<&'static str> {
-    let cause = std::error::Error::source(error)?.downcast_ref::<std::io::Error>()?;
+    let cause = error.source()?.downcast_ref::<io::Error>()?;
     let is_nobody_there =
         matches!(cause.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
-    is_nobody_there
-        .then_some("start PostgreSQL there, or set DB_HOST and DB_PORT to where it listens")
+    is_nobody_there.then_some(
+        "start PostgreSQL there, or set DB_HOST and DB_PORT, or DATABASE_URL, to where it listens",
+    )
 }
 
-/// What to do about an error that keeps us from having a session.
+/// What to do about an error that prevents a session.
 fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
     let Some(code) = error.code() else {
         let missing = std::error::Error::source(error)
@@ -77,7 +78,9 @@ fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
         );
     };
     if *code == SqlState::INVALID_CATALOG_NAME {
-        return Some("create it with `pisync db setup`, or set DB_NAME to another");
+        return Some(
+            "create it with `pisync db setup`, or name another with DB_NAME or DATABASE_URL",
+        );
     }
     if *code == SqlState::INVALID_PASSWORD || *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION
     {

@@ -57,7 +57,9 @@ impl Copy {
             failed(match error {
                 CopyError::Damaged(problem) => format!("{from} is damaged: {problem}"),
                 CopyError::Sqlite(error) => match error.sqlite_error_code() {
-                    Some(ErrorCode::NotADatabase) => format!("{from} is not a PiSync database"),
+                    Some(ErrorCode::NotADatabase) => {
+                        format!("{from} is not a PiSync database; name another file")
+                    }
                     Some(ErrorCode::DatabaseCorrupt) => format!("{from} is damaged: {error}"),
                     _ => format!("cannot copy {from} to {}: {error}", folder.display()),
                 },

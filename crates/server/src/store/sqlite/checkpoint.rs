@@ -85,7 +85,7 @@ fn copy_when_filled(
                 Ok(left) if left > REST_PAGES => {}
                 Ok(_) => break,
                 Err(error) => {
-                    tracing::warn!(%error, "the write-ahead log cannot be copied into the database file");
+                    tracing::warn!(%error, "the write-ahead log cannot be copied into the database file and grows; check the disk: the next attempt follows");
                     break;
                 }
             }

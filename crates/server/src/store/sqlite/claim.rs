@@ -192,7 +192,7 @@ impl Claim {
             }
             if began.elapsed() > CLAIM_PATIENCE {
                 return Err(StoreError::Failed(format!(
-                    "{} is in use by a running PiSync server; stop that one first, or set DATA_DIR to another folder",
+                    "{} is in use by a running PiSync server; stop that one first, or name another database with DATA_DIR or DATABASE_URL",
                     path.display()
                 )));
             }
@@ -210,7 +210,7 @@ impl Claim {
         }
         let files = files_of(&self.database).unwrap_or_else(|error| {
             let folder = folder_of(&self.database).display();
-            tracing::warn!(%folder, %error, "cannot look whether others may open the database's files");
+            tracing::warn!(%folder, %error, "cannot look whether others may open the database's files; check the folder's owner and mode");
             Vec::new()
         });
         for path in files {
@@ -223,7 +223,7 @@ impl Claim {
                 Err(error) => tracing::warn!(
                     file = %path.display(),
                     %error,
-                    "others may open this file, and that cannot be changed"
+                    "others may open this file, and that cannot be changed; take their rights away with chmod 600"
                 ),
             }
         }

@@ -168,7 +168,7 @@ fn way_on(error: &io::Error) -> &'static str {
 }
 
 const DISK_FULL: &str = "; make room on its disk";
-const NOT_WRITABLE: &str = "; set DATA_DIR to a folder that the server may write";
+const NOT_WRITABLE: &str = "; set DATA_DIR or DATABASE_URL to a place that the server may write";
 
 /// Why SQLite could not open the database at `path`, or read its beginning, and what to do about it.
 pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreError {
@@ -178,7 +178,7 @@ pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreE
             NOT_WRITABLE
         }
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-            "; bring back a backup with `pisync restore`, or set DATA_DIR to another folder"
+            "; bring back a backup with `pisync restore`, or name another database with DATA_DIR or DATABASE_URL"
         }
         _ => "",
     };
@@ -214,6 +214,8 @@ pub(in crate::store) fn check_exists(path: &Path) -> Result<(), StoreError> {
     if exists(path)? {
         return Ok(());
     }
-    let path = path.display();
-    Err(StoreError::Failed(format!("no database at {path}; set DATA_DIR or run pisync serve once")))
+    Err(StoreError::Failed(format!(
+        "no database at {}; name another with DATA_DIR or DATABASE_URL, or run `pisync serve` once",
+        path.display()
+    )))
 }
