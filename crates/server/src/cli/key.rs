@@ -1,7 +1,10 @@
 //! `pisync key`: makes, lists and revokes API keys, also beside a running server. A key is shown once, alone on standard output,
 //! and never logged.
 
-use clap::{Args, Subcommand};
+use clap::{
+    Args, Subcommand,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use pisync_core::{DeviceId, GroupName, Timestamp, text::check_text};
 use serde_json::{Value, json};
 
@@ -47,7 +50,7 @@ enum Action {
     /// Make a key; it is shown this once and kept nowhere
     Create {
         /// What it opens: ingest (reporting), read (everything but keys and the audit log) or admin
-        #[arg(long, value_name = "SCOPE")]
+        #[arg(long, value_name = "SCOPE", hide_possible_values = true, value_parser = scopes())]
         scope: Scope,
         /// The only device that it may report for
         #[arg(long, value_name = "ID", conflicts_with = "group")]
@@ -176,6 +179,11 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
             Err(format!("no such key: {unknown}; `pisync key list` lists them").into())
         }
     }
+}
+
+/// The scopes, which a shell can complete.
+fn scopes() -> impl TypedValueParser<Value = Scope> {
+    PossibleValuesParser::new(Scope::ALL.map(Scope::as_str)).try_map(|scope| scope.parse())
 }
 
 /// The name of a group that was typed.

@@ -347,7 +347,8 @@ fn origin(text: &str) -> Option<HeaderValue> {
     let uri: Uri = text.parse().ok()?;
     let (scheme, authority) = (uri.scheme_str()?, uri.authority()?);
     let exact = format!("{scheme}://{authority}");
-    (exact == text).then(|| HeaderValue::try_from(exact).ok())?
+    let names_user = authority.as_str().contains('@');
+    (exact == text && !names_user).then(|| HeaderValue::try_from(exact).ok())?
 }
 
 #[cfg(test)]
@@ -443,6 +444,7 @@ mod tests {
             ["--trusted-proxies", "proxy"],
             ["--cors-origins", "*"],
             ["--cors-origins", "https://fleet.example/"],
+            ["--cors-origins", "https://user:password@fleet.example"],
             ["--auth", "maybe"],
         ] {
             assert!(parse(&bad).settings().is_err(), "{bad:?}");

@@ -2,6 +2,7 @@
 //! what a request asks for.
 
 mod connection;
+mod http2_frames;
 mod listeners;
 mod serve;
 mod timeouts;

@@ -52,11 +52,11 @@ pub async fn serve(
     let ConnectionSettings { max_connections, timeouts, tls } = settings;
     let tls = tls.map(Arc::new);
     let bound = if max_connections == 0 { Semaphore::MAX_PERMITS } else { max_connections };
-    let room = Arc::new(Semaphore::new(bound.min(Semaphore::MAX_PERMITS)));
+    let permits = Arc::new(Semaphore::new(bound.min(Semaphore::MAX_PERMITS)));
     let shared = Arc::new(Shared {
         router,
         timeouts,
-        places: Arc::clone(&room),
+        places: Arc::clone(&permits),
         heads: Arc::default(),
         unread: Arc::default(),
     });
@@ -64,7 +64,7 @@ pub async fn serve(
     let (stop, _) = watch::channel(());
     tokio::pin!(shutdown);
     loop {
-        if room.available_permits() == 0
+        if permits.available_permits() == 0
             && warned.is_none_or(|warned| warned.elapsed() >= WARNING_INTERVAL)
         {
             warned = Some(Instant::now());
@@ -75,7 +75,7 @@ pub async fn serve(
         }
         let place = tokio::select! {
             () = &mut shutdown => break,
-            place = Arc::clone(&room).acquire_owned() => place,
+            place = Arc::clone(&permits).acquire_owned() => place,
         };
         let (stream, peer) = tokio::select! {
             () = &mut shutdown => break,

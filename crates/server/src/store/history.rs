@@ -168,3 +168,42 @@ fn is_same_json(left: Option<&str>, right: Option<&str>) -> bool {
 pub(super) fn stored_metadata(text: String) -> Option<Box<RawValue>> {
     RawValue::from_string(text).or_else(|_| RawValue::from_string("\"not JSON\"".to_owned())).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use pisync_core::{Arrival, event_fields::EVENT_FIELDS};
+
+    use super::*;
+
+    /// A field that is added to events must be compared, too.
+    #[test]
+    fn every_field_of_an_event_is_compared() {
+        let body = r#"{"device_id": "pi", "event_id": "1", "timestamp": "2025-06-17T10:30:00.000Z",
+            "total_files_synced": 1, "total_errors": 2, "internet_speed": 3, "job": "nightly",
+            "duration_seconds": 4, "bytes_synced": 5, "metadata": {"tool": "rsync"}}"#;
+        let now = Timestamp::parse_iso8601("2025-06-17T10:31:00.000Z").unwrap();
+        let event =
+            SyncEvent::from_json(body.as_bytes(), Arrival { received: now, latest: now }).unwrap();
+        let other = StoredEvent {
+            id: 1,
+            event_id: Some("1".to_owned()),
+            timestamp: now,
+            total_files_synced: 0,
+            total_errors: 0,
+            internet_speed: None,
+            job: None,
+            duration: None,
+            bytes_synced: None,
+            metadata: None,
+            created_at: now,
+            updated_at: now,
+        };
+        let names: Vec<_> = EVENT_FIELDS
+            .into_iter()
+            .map(|field| field.name)
+            // An event is found by the first two. Of the clock, the dates tell.
+            .filter(|name| !["device_id", "event_id", "clock"].contains(name))
+            .collect();
+        assert_eq!(other.differences(&event), names);
+    }
+}

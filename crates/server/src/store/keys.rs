@@ -53,7 +53,7 @@ impl FromStr for Scope {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|scope| scope.as_str() == text);
-        found.ok_or_else(|| "must be one of [ingest, read, admin]".to_owned())
+        found.ok_or_else(|| format!("must be one of [{}]", Self::ALL.map(Self::as_str).join(", ")))
     }
 }
 

@@ -204,7 +204,11 @@ fn the_fields_of_an_event_are_documented() {
     let history = &document["components"]["schemas"]["HistoryEvent"]["properties"];
     let kept: BTreeSet<_> = kept.into_iter().chain(["updated_at"]).collect();
     assert_eq!(keys(history).into_iter().collect::<BTreeSet<_>>(), kept);
-    let columns = pisync::event_format::Format::Csv.heading().trim().split(',');
+    let heading = pisync::event_format::Format::Csv.heading();
+    let answer = &document["paths"]["/api/device/{device_id}/sync-history"]["get"]["responses"];
+    let example = &answer["200"]["content"]["text/csv"]["example"];
+    assert!(example.as_str().unwrap().starts_with(heading), "{example}");
+    let columns = heading.trim().split(',');
     assert_eq!(columns.collect::<BTreeSet<_>>(), kept);
     let page = include_str!("../../../../docs/reporting.md");
     let rows = page.lines().skip_while(|line| !line.starts_with("| field |")).skip(2);

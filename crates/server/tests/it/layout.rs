@@ -267,7 +267,7 @@ fn a_trait_of_the_store_has_fewer_than_fifteen_methods() {
 }
 
 /// Words that PiSync once had for what the field calls otherwise. Columns keep theirs, in quotation marks.
-const WORDS_OF_BEFORE: &str = r"(?i)\b(lump|settled?|unsettled|intake|heed|namesake|horizons?|folded|folding|sent off|kept aside|gives? way)\b";
+const WORDS_OF_BEFORE: &str = r"(?i)\b(bell|desk|news|careful(ly)?|lump|settled?|unsettled|intake|heed|namesake|horizons?|folded|folding|sent off|kept aside|gives? way)\b";
 
 #[test]
 fn code_uses_the_terms_of_the_field() {

@@ -9,7 +9,7 @@ use crate::support::http::{Answer, event, send};
 use crate::support::server::TestServer;
 
 /// Every route, its methods, and a path to it.
-const ROUTES: [(&str, &str, &[&str]); 19] = [
+const ROUTES: [(&str, &str, &[&str]); 20] = [
     ("/", "/", &["GET", "HEAD"]),
     ("/api", "/api", &["GET", "HEAD"]),
     ("/api/sync-event", "/api/sync-event", &["POST"]),
@@ -27,6 +27,7 @@ const ROUTES: [(&str, &str, &[&str]); 19] = [
     ("/health/ready", "/health/ready", &["GET", "HEAD"]),
     ("/metrics", "/metrics", &["GET", "HEAD"]),
     ("/api-docs", "/api-docs", &["GET", "HEAD"]),
+    ("/api-docs/", "/api-docs/", &["GET", "HEAD"]),
     ("/api-docs/openapi.json", "/api-docs/openapi.json", &["GET", "HEAD"]),
     ("/api-docs/{*rest}", "/api-docs/swagger-ui.css", &["GET", "HEAD"]),
 ];
