@@ -80,7 +80,9 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     hours.iter().for_each(|hour| findings.add_sums(hour, "hour"));
     let hours = hours.len();
     let wrong = jobs + days + hours > 0;
-    let is_repaired = wrong && repairs;
+    // They are made from figures that are kept, whatever events are.
+    let derived = store.verify_summaries(command.repair).await?;
+    let is_repaired = wrong && repairs || derived.any() && command.repair;
     let repaired = if is_repaired { " (repaired)" } else { "" };
     findings.json.document(|| {
         json!({
@@ -90,6 +92,9 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
             "differing_jobs": jobs,
             "differing_days": days,
             "differing_hours": hours,
+            "differing_summaries": derived.summaries,
+            "differing_counts": derived.counts,
+            "differing_totals": derived.totals,
             "is_repaired": is_repaired,
             "devices_being_deleted": sum.being_deleted,
             "unregistered_devices": sum.nameless_devices,
@@ -99,9 +104,10 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     });
     say!(
         command.json,
-        "devices: {}, events: {}; differing jobs: {jobs}, days: {days}, hours: {hours}{repaired}",
+        "devices: {}, events: {}; differing jobs: {jobs}, days: {days}, hours: {hours}, summaries: {}{repaired}",
         sum.devices,
-        sum.events
+        sum.events,
+        derived.summaries + derived.counts + derived.totals
     );
     if sum.being_deleted > 0 {
         say!(
@@ -121,7 +127,7 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
             "some figures are too small, and cannot be counted again: events received before {raw_since} are no longer kept"
         )));
     }
-    if wrong && !command.repair {
+    if (wrong || derived.any()) && !command.repair {
         let problem = "some figures are wrong; repair them with `pisync verify --repair`";
         return Ok(Some(problem.to_owned()));
     }

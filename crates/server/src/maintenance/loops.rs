@@ -83,7 +83,11 @@ pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
         let aggregated = async {
             // Later events were received by a clock that was ahead. Aggregation does not wait for their time.
             let now = earlier_time(&*store, &clock).await?;
-            store.aggregate_events(now).await
+            let more = store.aggregate_events(now).await?;
+            if !more {
+                store.refresh_summaries().await?;
+            }
+            Ok(more)
         };
         let pause = match aggregated.await {
             Ok(true) => started.elapsed() * STEP_YIELD,

@@ -4,7 +4,7 @@
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName};
 
-use super::{Actor, Device, DeviceWithJobs, Page, StoreError};
+use super::{Actor, Device, DeviceWithJobs, KeyPart, Page, Place, StoreError};
 
 /// The most devices on a page of [`DeviceStore::device_ids`].
 pub(super) const DEVICE_IDS: u32 = 1_000;
@@ -50,6 +50,8 @@ pub struct DeviceQuery {
     pub limit: u32,
     /// How many devices to skip.
     pub offset: u64,
+    /// Only devices behind this place.
+    pub after: Option<Place>,
 }
 
 /// What a list of devices can be sorted by. Ties are sorted by device id; missing values come last.
@@ -76,20 +78,25 @@ pub enum DeviceSort {
 }
 
 impl DeviceSort {
-    /// The expression to sort devices `d` by, in either store's SQL. For a figure, it also answers the sum over
-    /// `device_jobs` that must be joined as `f.key`.
-    pub(super) fn expressions(self) -> (&'static str, Option<&'static str>) {
-        match self {
-            Self::DeviceId => ("d.device_id", None),
-            Self::Name => ("d.name", None),
-            Self::CreatedAt => ("d.created_at", None),
-            Self::LastSeen => ("f.key", Some("max(last_received)")),
-            Self::LastSync => ("f.key", Some("max(last_sync)")),
-            Self::LastSuccess => ("f.key", Some("max(last_success)")),
-            Self::TotalSyncs => ("f.key", Some("sum(total_syncs)")),
-            Self::FailedSyncs => ("f.key", Some("sum(failed_syncs)")),
-            Self::ConsecutiveFailures => ("f.key", Some("max(consecutive_failures)")),
-        }
+    /// Whether `place` can be in a list that is sorted by this.
+    #[must_use]
+    pub fn has(self, place: &Place) -> bool {
+        let (parts, may_be_missing) = match self {
+            Self::DeviceId => (0, false),
+            Self::CreatedAt => (1, false),
+            Self::Name
+            | Self::LastSeen
+            | Self::LastSync
+            | Self::LastSuccess
+            | Self::TotalSyncs
+            | Self::FailedSyncs
+            | Self::ConsecutiveFailures => (1, true),
+        };
+        place.key.as_ref().map_or(may_be_missing, |key| {
+            let is_right =
+                |part: &KeyPart| matches!(part, KeyPart::Text(_)) == (self == Self::Name);
+            key.len() == parts && key.iter().all(is_right)
+        })
     }
 }
 

@@ -23,8 +23,8 @@ pub(super) fn job_columns() -> Vec<&'static str> {
 /// The columns of a device, which stand before its figures.
 pub(super) const DEVICE_COLUMNS: &str = r#"d.device_id, d.name, d."group", d.created_at"#;
 
-/// The number of columns of a device and its figures.
-pub(super) const DEVICE_ROW: usize = 4 + Sums::COUNT + TIMES_AND_STREAK.len();
+/// The number of columns of figures.
+pub(super) const FIGURES: usize = Sums::COUNT + TIMES_AND_STREAK.len();
 
 /// A device's figures over its jobs `j`, as [`read`] reads them; nulls when it has no jobs. `sum` makes SQL that adds up a
 /// column.

@@ -12,6 +12,10 @@ pub trait RollUps: Send + Sync {
     /// Aggregates a small number of stored events into the sums by day and hour. Answers whether there is more to do at
     /// once. Reads are always exact, and quicker after it.
     async fn aggregate_events(&self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// Brings the summaries of all devices up to date whose events were aggregated since the last time. Reads are exact
+    /// without it, and quicker after it.
+    async fn refresh_summaries(&self) -> Result<(), StoreError>;
 }
 
 /// Upkeep. Each call does a small part of the work in one transaction.

@@ -11,6 +11,7 @@ mod backup;
 mod batch;
 mod copy;
 mod deletion;
+mod device_list;
 mod devices;
 mod error;
 mod events;
@@ -23,11 +24,13 @@ mod maintenance;
 pub mod migrations;
 mod model;
 mod open;
+mod ordered_scan;
 mod postgres;
 mod retention;
 mod sqlite;
 mod stats;
 mod step_size;
+mod summaries;
 mod sums;
 pub mod take_over;
 mod target;
@@ -51,11 +54,12 @@ pub use imports::{Digest, ImportLog, ImportProgress, ImportStep};
 pub use journal::{inspect_journal, salvage_journal};
 pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
-pub use model::{Device, DeviceWithJobs, Figures, Page, PoolUsage};
+pub use model::{Count, Device, DeviceWithJobs, Figures, Page, PoolUsage};
 pub use open::{
     Claim, apply_journal, check_exists, check_output, claim, create_database, exists, is_claimed,
     open,
 };
+pub use ordered_scan::{KeyPart, Place};
 pub use retention::Retention;
 pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};
 pub use stats::{FailureQuery, FleetStats, StatsStore};
@@ -63,7 +67,9 @@ pub use sums::Sums;
 pub use target::{PostgresTarget, SslMode, Target};
 pub(crate) use trusted_time::{LARGEST_STEP, NOTABLE_DIFFERENCE, Standing};
 pub use trusted_time::{TrustedTime, TrustedTimeStore};
-pub use verify::{FigureDifference, JobDifference, SumDifference, Verification, Verified};
+pub use verify::{
+    FigureDifference, JobDifference, SumDifference, SummaryDifferences, Verification, Verified,
+};
 pub use window::Window;
 
 /// An open database: everything that the program keeps, with one trait per resource. The methods of this trait concern

@@ -3,6 +3,8 @@
 
 use pisync_core::Timestamp;
 
+use super::Place;
+
 /// The figures of a device or of the fleet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Figures {
@@ -89,7 +91,36 @@ pub struct Page<T> {
     /// What is on the page.
     pub items: Vec<T>,
     /// How many there are on all pages.
-    pub total: u64,
+    pub total: Count,
+    /// The place of the last item, when more follow.
+    pub next: Option<Place>,
+}
+
+/// How many there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Count {
+    /// So many.
+    Exactly(u64),
+    /// At least so many. Counting the rest would take too long.
+    AtLeast(u64),
+}
+
+impl Count {
+    /// The count, when `counted` ended after `most`.
+    #[must_use]
+    pub fn up_to(most: u32, counted: u64) -> Self {
+        let most = u64::from(most);
+        if counted > most { Self::AtLeast(most) } else { Self::Exactly(counted) }
+    }
+
+    /// The number, when it is known.
+    #[must_use]
+    pub fn exact(self) -> Option<u64> {
+        match self {
+            Self::Exactly(count) => Some(count),
+            Self::AtLeast(_) => None,
+        }
+    }
 }
 
 /// The state of the connections for reading.

@@ -4,7 +4,14 @@
 use async_trait::async_trait;
 use pisync_core::Timestamp;
 
-use super::{Device, Figures, Page, StoreError, Window};
+use super::{
+    Device, Figures, KeyPart, Page, Place, StoreError, Window,
+    ordered_scan::{Direction, Part},
+    summaries::{Measure, SummaryOrder},
+};
+
+/// How many devices with the latest syncs are part of the fleet's figures.
+pub(super) const RECENT_DEVICES: u32 = 10;
 
 /// Statistics over devices. Each method is one transaction.
 #[async_trait]
@@ -32,6 +39,57 @@ pub struct FailureQuery {
     pub limit: Option<u32>,
     /// How many devices to skip.
     pub offset: u64,
+    /// Only devices behind this place.
+    pub after: Option<Place>,
+}
+
+impl FailureQuery {
+    /// Whether `place` can be in a list of failing devices.
+    #[must_use]
+    pub fn has(place: &Place) -> bool {
+        let is_number = |part: &KeyPart| matches!(part, KeyPart::Number(_));
+        place.key.as_ref().is_some_and(|key| key.len() == 2 && key.iter().all(is_number))
+    }
+
+    /// The part of the list that is asked for.
+    pub(super) fn part(&self) -> Part {
+        Part {
+            direction: Direction::Descending,
+            after: self.after.clone(),
+            offset: self.offset,
+            limit: self.limit,
+        }
+    }
+
+    /// The order of the list over all time, and the figure that the threshold is for.
+    pub(super) fn of_all_time(&self) -> (SummaryOrder, Measure) {
+        if self.consecutive {
+            (SummaryOrder::LongestStreaks, Measure::ConsecutiveFailures)
+        } else {
+            (SummaryOrder::MostFailures, Measure::FailedSyncs)
+        }
+    }
+
+    /// The place of a device that failed within the window.
+    pub(super) fn place(&self, failing: Failing) -> Place {
+        let count =
+            if self.consecutive { failing.consecutive_failures } else { failing.failed_syncs };
+        let last_failure = failing.last_failure.map_or(i64::MIN, Timestamp::as_millisecond);
+        let key = [count, last_failure].map(KeyPart::Number);
+        Place { key: Some(key.into()), device_id: failing.device_id }
+    }
+}
+
+/// A device that failed within a window.
+#[derive(Debug)]
+pub(super) struct Failing {
+    pub(super) device_id: String,
+    /// Failures within the window.
+    pub(super) failed_syncs: i64,
+    /// The current streak.
+    pub(super) consecutive_failures: i64,
+    /// The latest failure of all time.
+    pub(super) last_failure: Option<Timestamp>,
 }
 
 /// The entire fleet.

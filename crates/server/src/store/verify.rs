@@ -41,9 +41,32 @@ pub trait Verification: Send + Sync {
     /// a second. Once old events were dropped, sums can only be found to be too small.
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
 
+    /// Compares the summaries of devices, the counts of devices and the totals with what they are made from, as of one
+    /// moment. With `repair` it makes all of them anew, when any differs. Answers how many differ.
+    async fn verify_summaries(&self, repair: bool) -> Result<SummaryDifferences, StoreError>;
+
     /// Replaces an hour's sums with the recounted ones. False, and nothing is changed, when the stored sums are no
     /// longer what was found.
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError>;
+}
+
+/// How many rows differ from what they are made from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SummaryDifferences {
+    /// Summaries of devices that are missing or wrong.
+    pub summaries: u64,
+    /// Counts of devices that are missing or wrong.
+    pub counts: u64,
+    /// Totals of the fleet that are wrong.
+    pub totals: u64,
+}
+
+impl SummaryDifferences {
+    /// Whether any row differs.
+    #[must_use]
+    pub fn any(&self) -> bool {
+        *self != Self::default()
+    }
 }
 
 /// The result of recounting one page of devices.

@@ -207,10 +207,14 @@ async fn searching(server: &TestServer) {
         assert_eq!(listed(server, &format!("q={query}")).await, expected, "{query}");
     }
     let data = server.get("/api/devices?q=cam&limit=1").await.data(200);
+    let cursor = data["pagination"]["next_cursor"].as_str().unwrap();
     assert_eq!(
         data["pagination"],
-        json!({"limit": 1, "offset": 0, "total": 2, "total_devices": 2})
+        json!({"limit": 1, "offset": 0, "total": 2, "next_cursor": cursor, "total_devices": 2})
     );
+    let next = format!("q=cam&limit=1&cursor={cursor}");
+    let both = [listed(server, "q=cam&limit=1").await, listed(server, &next).await].concat();
+    assert_eq!(both, listed(server, "q=cam").await);
 }
 
 async fn groups(server: &TestServer) {
@@ -228,7 +232,7 @@ async fn groups(server: &TestServer) {
     assert_eq!(column(&data["devices"], "device_id"), ["c"]);
     assert_eq!(
         data["pagination"],
-        json!({"limit": 50, "offset": 1, "total": 2, "total_devices": 2})
+        json!({"limit": 50, "offset": 1, "total": 2, "next_cursor": null, "total_devices": 2})
     );
 }
 
@@ -293,7 +297,7 @@ async fn pages(server: &TestServer) {
     let data = server.get("/api/devices?limit=7&offset=55").await.data(200);
     assert_eq!(
         data["pagination"],
-        json!({"limit": 7, "offset": 55, "total": 60, "total_devices": 60})
+        json!({"limit": 7, "offset": 55, "total": 60, "next_cursor": null, "total_devices": 60})
     );
 }
 

@@ -18,6 +18,7 @@ use crate::support::{
 both_stores!(
     up_fill_down_to_nothing_and_up_again,
     up_twice_is_up_once,
+    up_between_two_steps_of_down_ends_it,
     status_lists_what_is_applied_then_what_is_pending,
     users_migrations_run_after_the_programs_own,
     each_up_is_a_batch_of_its_own,
@@ -131,6 +132,25 @@ async fn up_twice_is_up_once(database: &TestDatabase) {
         assert_eq!(migrator.status().await.unwrap()[0].applied_at, Some(now()));
     }
     assert_eq!(database.tables().await, tables);
+}
+
+/// Each migration has the lock by itself. A server that starts meanwhile must not be rolled back half.
+async fn up_between_two_steps_of_down_ends_it(database: &TestDatabase) {
+    let mut going_down = database.migrator(no_folder()).await;
+    going_down.up(now()).await.unwrap();
+    let all = going_down.last(usize::MAX).await.unwrap();
+    going_down.down(&all[..2]).await.unwrap();
+    let mut going_up = database.migrator(no_folder()).await;
+    assert_eq!(going_up.up(now()).await.unwrap().len(), 2);
+    let error = going_down.down(&all[2..]).await.unwrap_err().to_string();
+    assert!(error.contains("another process has applied"), "{error}");
+    assert_eq!(going_up.check().await.unwrap(), Vec::<String>::new());
+    let status = status(&mut going_up).await;
+    assert!(status.iter().all(|(_, state)| *state == "applied"), "{status:?}");
+    // Nothing is missing: all of it can be rolled back.
+    let all = going_up.last(usize::MAX).await.unwrap();
+    going_up.down(&all).await.unwrap();
+    assert_eq!(database.tables().await, ["pisync_migrations"]);
 }
 
 async fn status_lists_what_is_applied_then_what_is_pending(database: &TestDatabase) {

@@ -258,12 +258,12 @@ async fn repeated_failures(server: &TestServer) {
                     "device_registered": "2026-11-22T12:00:00.000Z",
                     "last_seen": "2026-11-22T12:00:00.000Z",
                 }],
-                "pagination": {"limit": null, "offset": 0, "total": 1},
+                "pagination": {"limit": null, "offset": 0, "total": 1, "next_cursor": null},
             },
         })
     );
     let data = server.get("/api/devices/repeated-failures").await.data(200);
-    let pagination = json!({"limit": null, "offset": 0, "total": 0});
+    let pagination = json!({"limit": null, "offset": 0, "total": 0, "next_cursor": null});
     assert_eq!(
         data,
         json!({"threshold": 3, "total_devices": 0, "devices": [], "pagination": pagination})

@@ -55,7 +55,7 @@ async fn devices_with_enough_failures(server: &TestServer) {
                 "device_registered": at(5),
                 "last_seen": at(7),
             }],
-            "pagination": {"limit": null, "offset": 0, "total": 1},
+            "pagination": {"limit": null, "offset": 0, "total": 1, "next_cursor": null},
         })
     );
     assert_eq!(listed(server, "threshold=2").await, ["thrice", "twice"]);

@@ -239,6 +239,14 @@ const VERSIONS: &[Version] = &[
         count: "(select count(*) from device_jobs where set_aside_until is not null)",
         rows: 1,
     },
+    Version {
+        name: "2026-11-26-16-device-summaries",
+        // What the background task has made of the rows above.
+        sqlite: "",
+        postgres: "",
+        count: "(select count(*) from device_summaries)",
+        rows: 2,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.
@@ -395,6 +403,7 @@ async fn assert_figures(store: &Arc<dyn Store>, filled: usize) {
             window: Some(window),
             limit: None,
             offset: 0,
+            after: None,
         };
         let failing = store.repeated_failures(&query).await.unwrap();
         assert_eq!(failing.items[0].figures.failed_syncs, 2 + later);

@@ -348,14 +348,14 @@ async fn the_command(installed: &Installed) {
     assert!(ended.unanswered().contains(expected), "{ended:?}");
     assert!(database.file().is_none_or(|file| !file.exists()), "looking made a file");
     program.run(&["migrate", "up"]).success();
-    let clean = "devices: 0, events: 0; differing jobs: 0, days: 0, hours: 0\n";
+    let clean = "devices: 0, events: 0; differing jobs: 0, days: 0, hours: 0, summaries: 0\n";
     assert_eq!(program.run(&["verify"]).success(), clean);
 
     let serving = program.serve(&[]);
     for job in ["hourly", "nightly"] {
         serving.client.store(&with(event("pi"), &json!({"job": job}))).await;
     }
-    let right = "devices: 1, events: 2; differing jobs: 0, days: 0, hours: 0\n";
+    let right = "devices: 1, events: 2; differing jobs: 0, days: 0, hours: 0, summaries: 0\n";
     assert_eq!(program.run(&["verify"]).success(), right);
 
     let corrupt = "update device_jobs set total_errors = 4, last_failure = last_success
@@ -366,7 +366,7 @@ async fn the_command(installed: &Installed) {
     let found = format!(
         "pi, job nightly: total_errors is 4, recounted 0\n\
          pi, job nightly: last_failure is {}, recounted none\n\
-         devices: 1, events: 2; differing jobs: 1, days: 0, hours: 0",
+         devices: 1, events: 2; differing jobs: 1, days: 0, hours: 0, summaries: 0",
         at(-60)
     );
     assert_eq!(ended.stdout, format!("{found}\n"));

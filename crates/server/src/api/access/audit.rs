@@ -20,7 +20,7 @@ use crate::{
         },
     },
     middleware::route_policy::RoutePolicy,
-    store::AuditEntry,
+    store::{AuditEntry, Count},
 };
 
 /// The most lines that are counted for `total`, because the log only grows. Counting them takes some milliseconds.
@@ -133,7 +133,7 @@ async fn list_audit(
     entries.truncate(limit as usize);
     let next_before = entries.last().map(|entry| entry.id).filter(|_| has_more);
     let counted = state.store.audit_length(MOST_COUNTED + 1).await?;
-    let pagination = Pagination::counted_up_to(MOST_COUNTED, counted, limit)
+    let pagination = Pagination::by_offset(Some(limit), 0, Count::up_to(MOST_COUNTED, counted))
         .with_next(next_before.map(|id| id.to_string()));
     let entries = entries.into_iter().map(AuditData::from).collect();
     let data = AuditPage { entries, next_before, pagination };

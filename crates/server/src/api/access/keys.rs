@@ -30,7 +30,7 @@ use crate::{
         auth::{self, By},
         route_policy::RoutePolicy,
     },
-    store::{ApiKey, Revocation, Scope},
+    store::{ApiKey, Count, Revocation, Scope},
 };
 
 const BODY_LIMIT: usize = 64 << 10;
@@ -230,7 +230,8 @@ async fn list_keys(
         .skip(usize::try_from(offset).unwrap_or(usize::MAX));
     let keys: Vec<_> = rest.by_ref().take(limit as usize).map(KeyData::from).collect();
     let next = keys.last().map(|key| key.id.to_string()).filter(|_| rest.next().is_some());
-    let page = Pagination::by_offset(Some(limit), offset, total_keys).with_next(next);
+    let page =
+        Pagination::by_offset(Some(limit), offset, Count::Exactly(total_keys)).with_next(next);
     let data = KeyList { keys, pagination: KeyPagination { page, total_keys } };
     Ok(Success::new("Keys retrieved successfully", data))
 }

@@ -27,7 +27,7 @@ use crate::{
     },
     event_format::HistoryEvent,
     middleware::{auth::WithKey, route_policy::RoutePolicy},
-    store::{HistoryQuery, SyncHistory},
+    store::{Count, HistoryQuery, SyncHistory},
 };
 
 const CSV_EXAMPLE: &str = "id,device_id,event_id,timestamp,total_files_synced,total_errors,internet_speed,job,duration_seconds,bytes_synced,metadata,created_at,updated_at\r\n412,pi-device-001,run-412,2025-06-17T10:30:00.000Z,150,2,45.6,nightly-backup,73.25,104857600,\"{\"\"tool\"\":\"\"restic\"\"}\",2025-06-17T10:30:02.417Z,2025-06-17T10:30:02.417Z\r\n";
@@ -168,8 +168,12 @@ async fn one_page(
         raw_since,
         sync_history: events.into_iter().map(|event| HistoryEvent::new(device_id, event)).collect(),
         pagination: HistoryPagination {
-            page: Pagination::by_offset(Some(query.limit), query.offset, total_events)
-                .with_next(next.map(cursor_text)),
+            page: Pagination::by_offset(
+                Some(query.limit),
+                query.offset,
+                Count::Exactly(total_events),
+            )
+            .with_next(next.map(cursor_text)),
             total_events,
         },
     };

@@ -15,6 +15,7 @@ use crate::{
             error::{AnyTime, ApiError, WithQuery},
             extract::Query,
             page::{DEFAULT_LIMIT, Pagination},
+            query::place_text,
             routes::Routes,
         },
     },
@@ -71,6 +72,9 @@ struct DeviceParameters {
     /// The number of devices to skip.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
+    /// Continue after this device: the `next_cursor` of the previous page, which had the same `sort`.
+    #[param(pattern = "^([0-9a-f]{2})+$")]
+    cursor: Option<String>,
 }
 
 /// The names in [`SORTS`], for the OpenAPI document.
@@ -99,9 +103,10 @@ struct DeviceList {
 struct DevicePagination {
     #[serde(flatten)]
     page: Pagination,
-    /// The same as `total`.
+    /// The same as `total`; absent with it.
     #[schema(example = 5000)]
-    total_devices: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_devices: Option<u64>,
 }
 
 /// List devices
@@ -123,7 +128,8 @@ async fn list_devices(
     State(state): State<SharedState>,
     Query(mut query): Query,
 ) -> Result<Success<DeviceList>, ApiError> {
-    let (sort, descending) = query.choice("sort", &SORTS).unwrap_or((DeviceSort::DeviceId, false));
+    let order = query.choice("sort", &SORTS.map(|(name, order)| (name, (name, order))));
+    let (list, (sort, descending)) = order.unwrap_or(SORTS[0]);
     let device_query = DeviceQuery {
         search: query.text("q", MAX_SEARCH),
         group: query.name("group", GroupName::new),
@@ -131,14 +137,16 @@ async fn list_devices(
         descending,
         limit: query.limit().unwrap_or(DEFAULT_LIMIT),
         offset: query.offset(),
+        after: query.place(list, |place| sort.has(place)),
     };
     query.finish()?;
     let page = state.store.devices(&device_query).await?;
     let data = DeviceList {
         devices: page.items.into_iter().map(DeviceData::from).collect(),
         pagination: DevicePagination {
-            page: Pagination::by_offset(Some(device_query.limit), device_query.offset, page.total),
-            total_devices: page.total,
+            total_devices: page.total.exact(),
+            page: Pagination::by_offset(Some(device_query.limit), device_query.offset, page.total)
+                .with_next(page.next.map(|place| place_text(list, &place))),
         },
     };
     Ok(Success::new("Devices retrieved successfully", data))

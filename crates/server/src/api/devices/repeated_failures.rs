@@ -14,6 +14,7 @@ use crate::{
             error::{AnyTime, ApiError, WithQuery},
             extract::Query,
             page::Pagination,
+            query::place_text,
             routes::Routes,
             window::WindowName,
         },
@@ -50,6 +51,10 @@ struct FailureParameters {
     /// The number of the worst devices to skip.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0)]
     offset: Option<u64>,
+    /// Continue after this device: the `next_cursor` of the previous page, which had the same `consecutive` and
+    /// `window`.
+    #[param(pattern = "^([0-9a-f]{2})+$")]
+    cursor: Option<String>,
 }
 
 /// The devices that failed at least `threshold` times.
@@ -132,12 +137,15 @@ async fn get_repeated_failures(
 ) -> Result<Success<FailureData>, ApiError> {
     let threshold = query.integer("threshold", 1..=100).and_then(|value| u32::try_from(value).ok());
     let window = query.window(state.clock.now());
+    let consecutive = query.boolean("consecutive");
+    let list = if consecutive { "streaks" } else { "failures" };
     let failure_query = FailureQuery {
         threshold: threshold.unwrap_or(DEFAULT_THRESHOLD),
-        consecutive: query.boolean("consecutive"),
+        consecutive,
         window: window.map(|(_, window)| window),
         limit: query.limit(),
         offset: query.offset(),
+        after: query.place(list, FailureQuery::has),
     };
     query.finish_ignoring_others()?;
     let page = state.store.repeated_failures(&failure_query).await?;
@@ -145,9 +153,10 @@ async fn get_repeated_failures(
         threshold: failure_query.threshold,
         window: window.map(|(name, _)| name),
         window_start: window.map(|(_, window)| window.from()),
-        total_devices: page.total,
+        total_devices: page.total.exact().unwrap_or_default(),
         devices: page.items.into_iter().map(FailingDevice::from).collect(),
-        pagination: Pagination::by_offset(failure_query.limit, failure_query.offset, page.total),
+        pagination: Pagination::by_offset(failure_query.limit, failure_query.offset, page.total)
+            .with_next(page.next.map(|place| place_text(list, &place))),
     };
     Ok(Success::new("Devices with repeated failures retrieved successfully", data))
 }

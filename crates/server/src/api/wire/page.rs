@@ -3,6 +3,8 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::store::Count;
+
 /// The page size when the client does not choose one.
 pub(crate) const DEFAULT_LIMIT: u32 = 50;
 
@@ -30,20 +32,12 @@ pub(crate) struct Pagination {
 
 impl Pagination {
     /// A page of a list without cursors.
-    pub(crate) fn by_offset(limit: Option<u32>, offset: u64, total: u64) -> Self {
-        Self { limit, offset, total: Some(total), total_is_at_least: None, next_cursor: None }
-    }
-
-    /// A page of a list without offsets that was counted up to one more than `most`.
-    pub(crate) fn counted_up_to(most: u32, counted: u64, limit: u32) -> Self {
-        let is_all = counted <= u64::from(most);
-        Self {
-            limit: Some(limit),
-            offset: 0,
-            total: is_all.then_some(counted),
-            total_is_at_least: (!is_all).then_some(most.into()),
-            next_cursor: None,
-        }
+    pub(crate) fn by_offset(limit: Option<u32>, offset: u64, total: Count) -> Self {
+        let (total, total_is_at_least) = match total {
+            Count::Exactly(total) => (Some(total), None),
+            Count::AtLeast(total) => (None, Some(total)),
+        };
+        Self { limit, offset, total, total_is_at_least, next_cursor: None }
     }
 
     /// The same page with a cursor.
@@ -58,7 +52,7 @@ mod tests {
 
     #[test]
     fn what_is_not_counted_to_its_end_says_so() {
-        let page = |counted| Pagination::counted_up_to(10, counted, 5);
+        let page = |counted| Pagination::by_offset(Some(5), 0, Count::up_to(10, counted));
         let totals = |page: Pagination| (page.total, page.total_is_at_least);
         assert_eq!(totals(page(0)), (Some(0), None));
         assert_eq!(totals(page(10)), (Some(10), None));

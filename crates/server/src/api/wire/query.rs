@@ -11,7 +11,7 @@ use pisync_core::{
 };
 use serde_json::Value;
 
-use crate::store::{HistoryPosition, Window};
+use crate::store::{HistoryPosition, Place, Window};
 
 /// The largest offset: the largest integer that every JSON reader holds exactly.
 pub const MAX_OFFSET: u64 = (1 << 53) - 1;
@@ -210,6 +210,15 @@ impl QueryString {
         self.cursor_of(|text| text.parse().ok().filter(|id| *id > 0))
     }
 
+    /// The place in a sorted list to continue from. `list` names the order, and `is_of_list` knows its keys.
+    pub(crate) fn place(
+        &mut self,
+        list: &str,
+        is_of_list: impl FnOnce(&Place) -> bool,
+    ) -> Option<Place> {
+        self.cursor_of(|text| read_place(list, text).filter(is_of_list))
+    }
+
     fn cursor_of<T>(&mut self, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         const RULE: &str = "must be a next_cursor of this list";
         let text = self.get("cursor")?;
@@ -282,6 +291,32 @@ fn read_cursor(text: &str) -> Option<HistoryPosition> {
     let (microsecond, id) = text.split_at(CURSOR_HALF);
     let half = |text: &str| u64::from_str_radix(text, 16).ok().map(u64::cast_signed);
     Some(HistoryPosition { microsecond: half(microsecond)?, id: half(id)? })
+}
+
+/// An opaque text for a place in the list with this name.
+pub(crate) fn place_text(list: &str, place: &Place) -> String {
+    let json = serde_json::json!([list, place.key, place.device_id]).to_string();
+    json.bytes().fold(String::with_capacity(2 * json.len()), |mut text, byte| {
+        let digits = [byte >> 4, byte & 15].map(|digit| char::from_digit(digit.into(), 16));
+        text.extend(digits.into_iter().flatten());
+        text
+    })
+}
+
+fn read_place(list: &str, text: &str) -> Option<Place> {
+    let digit = |byte: &u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    let bytes = pairs.iter().map(|[high, low]| Some(digit(high)? << 4 | digit(low)?));
+    let json: Vec<u8> = bytes.collect::<Option<_>>()?;
+    let (name, key, device_id): (String, _, String) = serde_json::from_slice(&json).ok()?;
+    let place = Place { key, device_id };
+    // PostgreSQL takes no text with a zero in it.
+    let is_whole = rest.is_empty() && name == list && !text.contains("5c7530303030");
+    is_whole.then_some(place)
 }
 
 #[cfg(test)]

@@ -11,4 +11,4 @@ mod tables;
 
 pub use run::{Copied, CopyError, CopyProgress, copy};
 pub(super) use sides::{BATCH_ROWS, CopyReader, CopyWriter, RowStream, Selection, Sums};
-pub(super) use tables::{Column, Kind, Row, Rows, SYNC_EVENTS, TABLES, Table, Value};
+pub(super) use tables::{Column, Kind, REBUILT, Row, Rows, SYNC_EVENTS, TABLES, Table, Value};

@@ -58,6 +58,10 @@ pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
     Column { name, kind }
 }
 
+/// Tables that are not copied but made anew from the others.
+pub(in crate::store) const REBUILT: &[&str] =
+    &["device_summaries", "device_counts", "stale_summaries", "fleet_totals"];
+
 /// Everything that is copied, in an order in which each row finds the rows that it refers to.
 ///
 /// Some tables are not copied. The destination has its own `pisync_migrations`. `pisync_take_over` does not apply,

@@ -113,17 +113,50 @@ pub(in crate::store) trait MigrationDatabase: Send {
         Ok(())
     }
 
-    /// Runs a migration's `up` and records it, in one transaction under the lock. False when another process has
-    /// applied it meanwhile.
+    /// Runs a migration's `up` and records it, in one transaction under the lock, in which [`may_apply`] allows it.
+    /// False when another process has applied it meanwhile.
     async fn apply(
         &mut self,
         migration: &Migration,
+        before: &[String],
         batch: i64,
         now: Timestamp,
     ) -> Result<bool, StoreError>;
 
-    /// Runs a migration's `down` and removes its record, in the same way. False when it is no longer applied.
+    /// Runs a migration's `down` and removes its record, in the same way, if [`may_revert`] allows it. False when it is
+    /// no longer applied.
     async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError>;
+}
+
+/// Whether the migration `name` may be applied now that those in `applied` are. Each migration has the lock by itself, so
+/// another process may have rolled back some of those that must come `before`.
+pub(in crate::store) fn may_apply(
+    applied: &[String],
+    name: &str,
+    before: &[String],
+) -> Result<bool, StoreError> {
+    if applied.iter().any(|one| one == name) {
+        return Ok(false);
+    }
+    match before.iter().find(|one| !applied.contains(one)) {
+        Some(missing) => Err(StoreError::Failed(format!(
+            "another process has rolled {missing} back meanwhile; let it end, look with `pisync migrate status`, and run this again"
+        ))),
+        None => Ok(true),
+    }
+}
+
+/// Whether the migration `name` may be rolled back. It must be the last one of those in `applied`.
+pub(in crate::store) fn may_revert(applied: &[String], name: &str) -> Result<bool, StoreError> {
+    if !applied.iter().any(|one| one == name) {
+        return Ok(false);
+    }
+    match applied.last().filter(|last| *last != name) {
+        Some(last) => Err(StoreError::Failed(format!(
+            "another process has applied {last} meanwhile; let it end, look with `pisync migrate status`, and run this again"
+        ))),
+        None => Ok(true),
+    }
 }
 
 /// Why migrations cannot run.
@@ -173,4 +206,23 @@ pub enum MigrationError {
     /// The database cannot be reached or opened.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_process_is_noticed_between_two_migrations() {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let applied = names(&["a", "b"]);
+        assert!(may_apply(&applied, "c", &names(&["a", "b"])).unwrap());
+        assert!(!may_apply(&applied, "b", &names(&["a"])).unwrap(), "it is applied already");
+        let error = may_apply(&names(&["a"]), "c", &applied).unwrap_err().to_string();
+        assert!(error.starts_with("another process has rolled b back meanwhile"), "{error}");
+        assert!(may_revert(&applied, "b").unwrap());
+        assert!(!may_revert(&applied, "c").unwrap(), "it is rolled back already");
+        let error = may_revert(&applied, "a").unwrap_err().to_string();
+        assert!(error.starts_with("another process has applied b meanwhile"), "{error}");
+    }
 }

@@ -102,12 +102,14 @@ impl Migrator {
         let applied = self.checked().await?.applied;
         let batch = applied.iter().map(|applied| applied.batch).max().unwrap_or(0) + 1;
         let mut done = Vec::new();
+        let mut before: Vec<_> = applied.iter().map(|applied| applied.name.clone()).collect();
         for migration in self.pending(&applied) {
             self.database.may_change()?;
-            let result = self.database.apply(&migration, batch, now).await;
+            let result = self.database.apply(&migration, &before, batch, now).await;
             if result.map_err(|error| failure(&migration.name, error))? {
-                done.push(migration.name);
+                done.push(migration.name.clone());
             }
+            before.push(migration.name);
         }
         Ok(done)
     }

@@ -13,5 +13,7 @@ pub use embedded::EMBEDDED;
 pub(super) use embedded::embedded_for_postgres;
 pub use folder::create_pair;
 pub use migration::{Applied, Migration, MigrationError, Source};
-pub(super) use migration::{Contents, MigrationDatabase, NODE_MIGRATION, Ours};
+pub(super) use migration::{
+    Contents, MigrationDatabase, NODE_MIGRATION, Ours, may_apply, may_revert,
+};
 pub use migrator::{Migrator, Status};

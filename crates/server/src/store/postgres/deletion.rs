@@ -8,7 +8,7 @@ use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{audit, connect::Object, misdated, roll_ups, store::PostgresStore, verify};
+use super::{audit, connect::Object, misdated, roll_ups, store::PostgresStore, summaries, verify};
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
     audit::NewAuditEntry,
@@ -128,6 +128,7 @@ async fn delete_some(
     let until = received_until.to_jiff();
     let more = async |transaction: Transaction<'_>, deleted: u64| -> Result<DeletionStep, Error> {
         transaction.execute(COUNT, &[&id, &deleted.cast_signed()]).await?;
+        summaries::note_stale(&transaction, id).await?;
         transaction.commit().await?;
         Ok(DeletionStep::More(deleted))
     };
@@ -206,9 +207,11 @@ async fn delete_device(
     roll_ups::forget(transaction, device_id, watermark).await?;
     if !transaction.query_one(HAS_REPORTED, &[&id]).await?.try_get::<_, bool>(0)? {
         transaction.execute(DELETE_KEYS, &[&id]).await?;
+        summaries::forget(transaction, id).await?;
         transaction.execute(DELETE_DEVICE, &[&id]).await?;
         return Ok(());
     }
+    summaries::note_stale(transaction, id).await?;
     transaction.execute(DELETE_JOBS, &[&id]).await?;
     let insert = format!(
         "insert into device_jobs ({}) {}",

@@ -10,12 +10,15 @@ use super::{
     connect::Object,
     rows::{device_row, job_sums, jobs, snapshot},
     store::PostgresStore,
+    summaries,
 };
 use crate::store::{
-    Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
+    Actor, Count, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
     audit::NewAuditEntry,
-    devices::{DEVICE_IDS, like_pattern},
+    device_list::{COUNTED, Filter, Order},
+    devices::DEVICE_IDS,
     figure_columns::DEVICE_COLUMNS,
+    ordered_scan::Part,
 };
 
 #[async_trait]
@@ -47,47 +50,18 @@ impl DeviceStore for PostgresStore {
 }
 
 async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<Device>, Error> {
-    const FILTER: &str = r#"
-        ($1::text is null or d.device_id ilike $1 or d.name ilike $1)
-        and ($2::text is null or d."group" = $2)
-    "#;
-    let direction = if query.descending { "desc" } else { "asc" };
-    // Figures of the entire fleet are summed only for a sort by a figure. Otherwise only those of the page are.
-    let (key, join) = query.sort.expressions();
-    let join = join.map_or_else(String::new, |expression| {
-        format!(
-            "left join (select device_id, {expression} as key from device_jobs group by device_id) f
-                 using (device_id)"
-        )
-    });
-    let sums = job_sums();
-    let select = format!(
-        r#"with page as (
-            select d.device_id, d.name, d."group", d.created_at, {key} as sort_key
-              from devices d {join}
-             where {FILTER}
-             order by {key} {direction} nulls last, d.device_id
-             limit $3 offset $4
-         )
-         select {DEVICE_COLUMNS}, {sums}
-           from page d
-           left join device_jobs j using (device_id)
-          group by d.device_id, d.name, d."group", d.created_at, d.sort_key
-          order by d.sort_key {direction} nulls last, d.device_id"#
-    );
-    let count = format!("select count(*) from devices d where {FILTER}");
-    let search = query.search.as_deref().map(like_pattern);
-    let group = query.group.as_ref().map(GroupName::as_str);
+    let filter = Filter::of(query);
     let snapshot = snapshot(connection).await?;
-    let select = snapshot.prepare_cached(&select).await?;
-    let (limit, offset) = (i64::from(query.limit), query.offset.cast_signed());
-    let rows = snapshot.query(&select, &[&search, &group, &limit, &offset]).await?;
-    let count = snapshot.prepare_cached(&count).await?;
-    let total: i64 = snapshot.query_one(&count, &[&search, &group]).await?.try_get(0)?;
-    Ok(Page {
-        items: rows.iter().map(device_row).collect::<Result<_, _>>()?,
-        total: total.cast_unsigned(),
-    })
+    let order = Order::of(query.sort);
+    let places = summaries::places(&snapshot, order, Part::of(query), &filter).await?;
+    let total = if filter.is_none() {
+        let changed = summaries::changed(&snapshot, &filter).await?;
+        Count::Exactly(summaries::number_of_devices(&snapshot, &changed).await?)
+    } else {
+        Count::up_to(COUNTED, summaries::count(&snapshot, &filter, COUNTED).await?)
+    };
+    let items = summaries::devices_at(&snapshot, &places.places).await?;
+    Ok(Page { items, total, next: places.next })
 }
 
 async fn device(

@@ -9,8 +9,9 @@ use tokio_postgres::Error;
 
 use super::{
     connect::Object, errors::store_error, expiry, partitions, roll_ups, store::PostgresStore,
+    summaries,
 };
-use crate::store::{Maintenance, Retention, RollUps, StoreError};
+use crate::store::{Maintenance, Retention, RollUps, StoreError, summaries::DEVICES_AT_ONCE};
 
 /// Event ids that are forgotten in one statement.
 const FORGOTTEN_AT_ONCE: i64 = 5_000;
@@ -26,6 +27,19 @@ impl RollUps for PostgresStore {
             self.aggregation_step.learn(started.elapsed());
         }
         Ok(more)
+    }
+
+    async fn refresh_summaries(&self) -> Result<(), StoreError> {
+        let outdated = async |connection: &mut Object| summaries::outdated(connection).await;
+        let outdated = self.call_within(roll_ups::AGGREGATION_TIMEOUT, outdated).await?;
+        let Some(outdated) = outdated else { return Ok(()) };
+        for devices in outdated.devices.chunks(DEVICES_AT_ONCE) {
+            if !self.call(async |connection| summaries::refresh(connection, devices).await).await? {
+                // Another node does it.
+                return Ok(());
+            }
+        }
+        self.call(async |connection| summaries::finish(connection, &outdated).await).await
     }
 }
 

@@ -13,7 +13,10 @@ use super::{
 };
 use crate::store::{
     PostgresTarget, StoreError,
-    migrations::{Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Ours, Source},
+    migrations::{
+        Applied, Contents, Migration, MigrationDatabase, NODE_MIGRATION, Ours, Source, may_apply,
+        may_revert,
+    },
 };
 
 /// Creates the table that records what was applied.
@@ -103,30 +106,36 @@ impl PostgresMigrations {
     async fn try_apply(
         &mut self,
         migration: &Migration,
+        before: &[String],
         batch: i64,
         now: Timestamp,
-    ) -> Result<bool, tokio_postgres::Error> {
+    ) -> Result<Result<bool, StoreError>, tokio_postgres::Error> {
         let transaction = self.locked().await?;
         transaction.batch_execute(CREATE_TABLE).await?;
-        if is_applied(&transaction, &migration.name).await? {
-            return Ok(false);
+        match may_apply(&names(&transaction).await?, &migration.name, before) {
+            Ok(true) => {}
+            other => return Ok(other),
         }
         run(&transaction, migration, batch, now).await?;
         transaction.commit().await?;
-        Ok(true)
+        Ok(Ok(true))
     }
 
-    async fn try_revert(&mut self, migration: &Migration) -> Result<bool, tokio_postgres::Error> {
+    async fn try_revert(
+        &mut self,
+        migration: &Migration,
+    ) -> Result<Result<bool, StoreError>, tokio_postgres::Error> {
         let transaction = self.locked().await?;
-        if !is_applied(&transaction, &migration.name).await? {
-            return Ok(false);
+        match may_revert(&names(&transaction).await?, &migration.name) {
+            Ok(true) => {}
+            other => return Ok(other),
         }
         transaction.batch_execute(&migration.down).await?;
         transaction
             .execute("delete from pisync_migrations where name = $1", &[&migration.name])
             .await?;
         transaction.commit().await?;
-        Ok(true)
+        Ok(Ok(true))
     }
 }
 
@@ -139,18 +148,19 @@ impl MigrationDatabase for PostgresMigrations {
     async fn apply(
         &mut self,
         migration: &Migration,
+        before: &[String],
         batch: i64,
         now: Timestamp,
     ) -> Result<bool, StoreError> {
-        match self.try_apply(migration, batch, now).await {
-            Ok(applied) => self.connection.confirm_change().map(|()| applied),
+        match self.try_apply(migration, before, batch, now).await {
+            Ok(applied) => self.connection.confirm_change().and(applied),
             Err(error) => Err(self.explain(error).await),
         }
     }
 
     async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError> {
         match self.try_revert(migration).await {
-            Ok(reverted) => self.connection.confirm_change().map(|()| reverted),
+            Ok(reverted) => self.connection.confirm_change().and(reverted),
             Err(error) => Err(self.explain(error).await),
         }
     }
@@ -237,12 +247,10 @@ async fn has_column(
     client.query_one(EXISTS, &[&table, &column]).await?.try_get(0)
 }
 
-async fn is_applied(
-    transaction: &Transaction<'_>,
-    name: &str,
-) -> Result<bool, tokio_postgres::Error> {
-    const EXISTS: &str = "select exists (select from pisync_migrations where name = $1)";
-    transaction.query_one(EXISTS, &[&name]).await?.try_get(0)
+/// The applied migrations in their order.
+async fn names(transaction: &Transaction<'_>) -> Result<Vec<String>, tokio_postgres::Error> {
+    const NAMES: &str = "select name from pisync_migrations order by id";
+    transaction.query(NAMES, &[]).await?.iter().map(|row| row.try_get(0)).collect()
 }
 
 /// Creates the database that `target` names, from one that every server has. False when it existed already and can be

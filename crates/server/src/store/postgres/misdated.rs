@@ -6,7 +6,7 @@ use deadpool_postgres::Transaction;
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{connect::Object, statements::unanswered_failures};
+use super::{connect::Object, statements::unanswered_failures, summaries};
 
 /// How many times a device is retried after a deadlock.
 const RETRIES: u32 = 5;
@@ -97,6 +97,7 @@ async fn recount_device(
     let jobs: Vec<&str> = locked.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     // A later statement sees what others committed before we got the locks.
     let recounted = transaction.execute(&write, &[&device_id, &jobs, &latest]).await?;
+    summaries::note_stale(&transaction, device_id).await?;
     transaction.commit().await?;
     Ok(recounted)
 }

@@ -30,6 +30,7 @@ mod session;
 mod statements;
 mod stats;
 mod store;
+mod summaries;
 pub(super) mod take_over;
 mod tls;
 mod transactions;

@@ -10,19 +10,11 @@
 use std::time::Duration;
 
 use deadpool_postgres::Transaction;
-use jiff::tz::TimeZone;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
-use super::{
-    connect::Object,
-    locks::ROLL_UP_LOCK,
-    rows::{device_row, job_sums, snapshot},
-};
-use crate::store::{
-    Device, FailureQuery, Figures, Page, Sums, Window,
-    figure_columns::{DEVICE_COLUMNS, DEVICE_ROW},
-};
+use super::{connect::Object, locks::ROLL_UP_LOCK, rows::snapshot, summaries};
+use crate::store::{Figures, Sums, Window};
 
 /// Events received longer ago than this are final, once older transactions have ended. A batch's transaction begins
 /// within 55 s of its stamp (see `writer::LONGEST_WAIT`). The rest of the minute allows for servers whose clocks differ
@@ -49,7 +41,7 @@ const SAFE_AFTER_MILLISECONDS: i64 = 50_000;
 
 /// How far an event's date may be ahead of its `received_at` so that a window still finds the event. The bound saves
 /// searching earlier months. `MAX_CLOCK_SKEW_SECONDS` is 5 minutes by default.
-const LONGEST_LEAD_MILLISECONDS: i64 = 31 * 24 * 60 * 60 * 1000;
+pub(super) const LONGEST_LEAD_MILLISECONDS: i64 = 31 * 24 * 60 * 60 * 1000;
 
 /// A step sums up a limited number of events. It can take long only if foreign SQL gave very many rows the same
 /// `created_at`.
@@ -105,17 +97,64 @@ fn aggregate_days_of(source: &str) -> String {
     )
 }
 
-/// Adds the events that `source` names to the sums by hour.
+/// Adds the events that `source` names to the sums by hour, and to the totals. The row of the totals is locked last.
 fn aggregate_hours_of(source: &str) -> String {
     let (names, event_sums, add) = insertion();
+    let add_to_totals = Sums::sql(|column| {
+        format!("{column} = {column} + (select coalesce(sum({column}), 0)::bigint from sums)")
+    });
     format!(
-        "insert into fleet_hours as stored (hour, {names})
-         select {HOUR}, {event_sums}
-           from {source}
-          group by 1
-          order by 1
-             on conflict (hour) {add}"
+        "with sums (hour, {names}) as materialized (
+             select {HOUR}, {event_sums} from {source} group by 1
+         ), hours as (
+             insert into fleet_hours as stored (hour, {names})
+             select * from sums order by hour
+                 on conflict (hour) {add}
+             returning hour
+         )
+         update fleet_totals set {add_to_totals}
+          where (select count(*) from hours) > 0"
     )
+}
+
+/// Adds the totals up again from the hours. The state is locked.
+pub(super) async fn recount_totals(transaction: &Transaction<'_>) -> Result<(), Error> {
+    transaction.batch_execute(&recount_totals_statement()).await
+}
+
+/// The statement of [`recount_totals`].
+pub(super) fn recount_totals_statement() -> String {
+    let set = Sums::sql(|column| {
+        format!("{column} = (select coalesce(sum({column}), 0)::bigint from fleet_hours)")
+    });
+    format!("update fleet_totals set {set};")
+}
+
+/// Whether the totals differ from the sums of the hours.
+pub(super) async fn totals_are_wrong(snapshot: &Transaction<'_>) -> Result<bool, Error> {
+    let names = Sums::names();
+    let sums = Sums::sql(|column| format!("coalesce(sum({column}), 0)::bigint"));
+    let differ = format!(
+        "select exists (select {names} from fleet_totals except select {sums} from fleet_hours)"
+    );
+    snapshot.query_one(&differ, &[]).await?.try_get(0)
+}
+
+/// The sums of all events.
+pub(super) async fn totals(snapshot: &Transaction<'_>) -> Result<Figures, Error> {
+    let (names, event_sums) = (Sums::names(), event_sums());
+    let sums = Sums::sql(|column| format!("coalesce(sum({column}), 0)::bigint"));
+    let select = format!(
+        "select {sums}
+           from (
+               select {names} from fleet_totals
+               union all
+               select {event_sums} from sync_events where created_at > $1
+           ) sums"
+    );
+    let watermark = watermark(snapshot).await?;
+    let row = snapshot.query_one(&select, &[&watermark]).await?;
+    self::sums(&row).map(Figures::from)
 }
 
 /// The sums by day of the aggregated events that match `filter`, then the day and the device.
@@ -205,6 +244,7 @@ pub(super) async fn delete_events(
             transaction.query_one(&delete, &parameters).await?
         }
     };
+    recount_totals(transaction).await?;
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
@@ -230,6 +270,7 @@ pub(super) const BEGIN_WITHOUT_AGGREGATION: &str = "begin; select from roll_up_s
 pub(super) struct BelowWatermarkStatements {
     aggregate_days: Statement,
     aggregate_hours: Statement,
+    note_stale: Statement,
 }
 
 impl BelowWatermarkStatements {
@@ -237,6 +278,7 @@ impl BelowWatermarkStatements {
         Ok(Self {
             aggregate_days: client.prepare(&aggregate_days_of(BELOW_WATERMARK)).await?,
             aggregate_hours: client.prepare(&aggregate_hours_of(BELOW_WATERMARK)).await?,
+            note_stale: client.prepare(&summaries::note_stale_of(BELOW_WATERMARK)).await?,
         })
     }
 
@@ -247,6 +289,7 @@ impl BelowWatermarkStatements {
         parameters: &[&(dyn ToSql + Sync); 7],
     ) -> Result<(), Error> {
         client.execute(&self.aggregate_days, parameters).await?;
+        client.execute(&self.note_stale, parameters).await?;
         client.execute(&self.aggregate_hours, parameters).await.map(|_| ())
     }
 }
@@ -415,7 +458,7 @@ pub(super) async fn forget(
     );
     let Some(watermark) = watermark else { return Ok(()) };
     transaction.execute(&subtract, &[&device_id.as_str(), &watermark.to_jiff()]).await?;
-    Ok(())
+    recount_totals(transaction).await
 }
 
 /// The watermark, as of this snapshot. It is passed to queries as a value, so that the planner sees how few events
@@ -454,86 +497,4 @@ pub(super) async fn window_figures(
 /// Reads a row that begins with the sums.
 pub(super) fn sums(row: &Row) -> Result<Sums, Error> {
     Sums::read(|column| row.try_get(column))
-}
-
-/// Devices that failed within a window. Their number of failures in it replaces that of all time.
-pub(super) async fn repeated_failures(
-    connection: &mut Object,
-    query: &FailureQuery,
-    window: &Window,
-) -> Result<Page<Device>, Error> {
-    const BY_DAY: &str = "
-        select device_id, sum(failed_syncs)::bigint as failed_syncs
-          from (
-              select device_id, failed_syncs
-                from device_days
-               where day between $6 and $7 and failed_syncs > 0
-              union all
-              select device_id, 1
-                from sync_events
-               where created_at > $5 and created_at >= $3
-                 and total_errors > 0 and timestamp >= $1 and timestamp < $2
-          ) failures
-         group by device_id
-    ";
-    // Uses the index of failed events.
-    const BY_EVENT: &str = "
-        select device_id, count(*) as failed_syncs
-          from sync_events
-         where total_errors > 0 and timestamp >= $1 and timestamp < $2 and created_at >= $3
-         group by device_id
-    ";
-    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
-    let (measure, least) = if query.consecutive {
-        ("max(j.consecutive_failures)", "1")
-    } else {
-        ("failing.failed_syncs", "$4::bigint")
-    };
-    let sums = job_sums();
-    let listed = format!(
-        "with failing as materialized (
-             select * from ({failing}) counted where failed_syncs >= {least}
-         )
-         select {DEVICE_COLUMNS}, {sums}, failing.failed_syncs, count(*) over ()
-           from failing
-           join devices d using (device_id)
-           join device_jobs j using (device_id)
-          group by d.device_id, failing.failed_syncs
-         having {measure} >= $4::bigint"
-    );
-    let limit = query.limit.map_or_else(|| "all".to_owned(), |limit| limit.to_string());
-    let select = format!(
-        "{listed}
-          order by {measure} desc, max(j.last_failure) desc nulls last, d.device_id
-          limit {limit} offset {}",
-        query.offset
-    );
-    let count = format!("select count(*) from ({listed}) listed");
-    let snapshot = snapshot(connection).await?;
-    let watermark = watermark(&snapshot).await?;
-    let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
-    let day = |instant: Timestamp| instant.to_jiff().to_zoned(TimeZone::UTC).date();
-    let (first, last) = (day(window.from()), day(window.until().saturating_add_milliseconds(-1)));
-    let received = window.from().saturating_add_milliseconds(-LONGEST_LEAD_MILLISECONDS).to_jiff();
-    let threshold = i64::from(query.threshold);
-    let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&from, &until, &received, &threshold];
-    if window.is_whole_days() {
-        parameters.extend([&watermark as &(dyn ToSql + Sync), &first, &last]);
-    }
-    let rows = snapshot.query(&select, &parameters).await?;
-    let total: i64 = match rows.first() {
-        Some(row) => row.try_get(DEVICE_ROW + 1)?,
-        None if query.offset == 0 => 0,
-        // Behind the last page no row carries the total.
-        None => snapshot.query_one(&count, &parameters).await?.try_get(0)?,
-    };
-    let device = |row: &Row| -> Result<Device, Error> {
-        let mut device = device_row(row)?;
-        device.figures.failed_syncs = row.try_get(DEVICE_ROW)?;
-        Ok(device)
-    };
-    Ok(Page {
-        items: rows.iter().map(device).collect::<Result<_, _>>()?,
-        total: total.cast_unsigned(),
-    })
 }

@@ -1,19 +1,26 @@
-//! Statistics in PostgreSQL: sums over `device_jobs`, and over roll-ups within a window. The API calls it through
+//! Statistics in PostgreSQL: from totals and summaries, and over roll-ups within a window. The API calls it through
 //! `StatsStore`. It changes nothing.
 
+use std::collections::HashMap;
+
 use async_trait::async_trait;
+use jiff::tz::TimeZone;
 use pisync_core::Timestamp;
-use tokio_postgres::Error;
+use tokio_postgres::{Error, types::ToSql};
 
 use super::{
     connect::Object,
     roll_ups,
-    rows::{device_row, figures, job_sums, snapshot},
+    rows::{optional_time, snapshot},
     store::PostgresStore,
+    summaries,
 };
 use crate::store::{
-    Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
-    figure_columns::DEVICE_COLUMNS,
+    Count, Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
+    device_list::Filter,
+    ordered_scan::{Part, Places, page_of},
+    stats::{Failing, RECENT_DEVICES},
+    summaries::{SummaryOrder, correction},
 };
 
 #[async_trait]
@@ -29,7 +36,7 @@ impl StatsStore for PostgresStore {
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError> {
         self.call_long(async |connection| match &query.window {
             None => repeated_failures(connection, query).await,
-            Some(window) => roll_ups::repeated_failures(connection, query, window).await,
+            Some(window) => failures_within(connection, query, window).await,
         })
         .await
     }
@@ -39,34 +46,19 @@ async fn repeated_failures(
     connection: &mut Object,
     query: &FailureQuery,
 ) -> Result<Page<Device>, Error> {
-    let measure = if query.consecutive {
-        "max(j.consecutive_failures)"
-    } else {
-        "sum(j.failed_syncs)::bigint"
-    };
-    let sums = job_sums();
-    let select = format!(
-        r#"select {DEVICE_COLUMNS}, {sums}
-             from device_jobs j
-             join devices d using (device_id)
-            group by d.device_id
-           having {measure} >= $1
-            order by {measure} desc, max(j.last_failure) desc nulls last, d.device_id
-            limit $2 offset $3"#
-    );
-    let count = format!(
-        "select count(*)
-           from (select from device_jobs j group by j.device_id having {measure} >= $1) failing"
-    );
+    let (order, measure) = query.of_all_time();
+    let threshold = i64::from(query.threshold);
+    let filter = Filter::at_least(threshold);
     let snapshot = snapshot(connection).await?;
-    let (threshold, limit) = (i64::from(query.threshold), query.limit.map(i64::from));
-    let select = snapshot.prepare_cached(&select).await?;
-    let rows = snapshot.query(&select, &[&threshold, &limit, &query.offset.cast_signed()]).await?;
-    let count = snapshot.prepare_cached(&count).await?;
-    let total: i64 = snapshot.query_one(&count, &[&threshold]).await?.try_get(0)?;
+    let changed = summaries::changed(&snapshot, &Filter::default()).await?;
+    let places =
+        summaries::summary_places(&snapshot, order, query.part(), &filter, &changed).await?;
+    let stored = summaries::number_with(&snapshot, measure, threshold).await?;
+    let total = stored + correction(&changed, |summary| summary.number(measure) >= threshold);
     Ok(Page {
-        items: rows.iter().map(device_row).collect::<Result<_, _>>()?,
-        total: total.cast_unsigned(),
+        items: summaries::devices_at(&snapshot, &places.places).await?,
+        total: Count::Exactly(total.cast_unsigned()),
+        next: places.next,
     })
 }
 
@@ -74,38 +66,97 @@ async fn fleet_stats(
     connection: &mut Object,
     active_since: Timestamp,
 ) -> Result<FleetStats, Error> {
-    const COUNT_DEVICES: &str = "
-        select (select count(*) from devices),
-               (select count(distinct device_id) from device_jobs where last_received >= $1)
+    let active_since = active_since.as_millisecond();
+    let snapshot = snapshot(connection).await?;
+    let changed = summaries::changed(&snapshot, &Filter::default()).await?;
+    let (filter, part) = (Filter::default(), Part::first(RECENT_DEVICES));
+    let mut recent =
+        summaries::summary_places(&snapshot, SummaryOrder::LastSync, part, &filter, &changed)
+            .await?;
+    // Who has not reported is not recent.
+    recent.places.retain(|place| place.key.is_some());
+    let active = summaries::seen_since(&snapshot, active_since).await?
+        + correction(&changed, |summary| summary.last_seen >= Some(active_since));
+    Ok(FleetStats {
+        total_devices: summaries::number_of_devices(&snapshot, &changed).await?,
+        active_devices: active.cast_unsigned(),
+        figures: roll_ups::totals(&snapshot).await?,
+        recent_devices: summaries::devices_at(&snapshot, &recent.places).await?,
+    })
+}
+
+/// Devices that failed within a window. Their number of failures in it replaces that of all time.
+async fn failures_within(
+    connection: &mut Object,
+    query: &FailureQuery,
+    window: &Window,
+) -> Result<Page<Device>, Error> {
+    const BY_DAY: &str = "
+        select device_id, sum(failed_syncs)::bigint as failed_syncs
+          from (
+              select device_id, failed_syncs
+                from device_days
+               where day between $6 and $7 and failed_syncs > 0
+              union all
+              select device_id, 1
+                from sync_events
+               where created_at > $5 and created_at >= $3
+                 and total_errors > 0 and timestamp >= $1 and timestamp < $2
+          ) failures
+         group by device_id
     ";
-    let sums = job_sums();
-    let select_sums = format!("select {sums} from device_jobs j");
-    let select_recent = format!(
-        r#"with recent as (
-            select device_id, max(last_sync) as last_sync
-              from device_jobs
-             group by device_id
-             order by last_sync desc, device_id
-             limit 10
+    // Uses the index of failed events.
+    const BY_EVENT: &str = "
+        select device_id, count(*) as failed_syncs
+          from sync_events
+         where total_errors > 0 and timestamp >= $1 and timestamp < $2 and created_at >= $3
+         group by device_id
+    ";
+    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+    let (measure, least) = if query.consecutive {
+        ("max(j.consecutive_failures)", "1")
+    } else {
+        ("failing.failed_syncs", "$4::bigint")
+    };
+    let select = format!(
+        "with failing as materialized (
+             select * from ({failing}) counted where failed_syncs >= {least}
          )
-         select {DEVICE_COLUMNS}, {sums}
-           from recent
-           join devices d using (device_id)
+         select device_id, failing.failed_syncs, max(j.consecutive_failures), max(j.last_failure)
+           from failing
            join device_jobs j using (device_id)
-          group by d.device_id, recent.last_sync
-          order by recent.last_sync desc, d.device_id"#
+          group by device_id, failing.failed_syncs
+         having {measure} >= $4::bigint"
     );
     let snapshot = snapshot(connection).await?;
-    let counts = snapshot.prepare_cached(COUNT_DEVICES).await?;
-    let counts = snapshot.query_one(&counts, &[&active_since.to_jiff()]).await?;
-    let sums = snapshot.prepare_cached(&select_sums).await?;
-    let sums = snapshot.query_one(&sums, &[]).await?;
-    let recent = snapshot.prepare_cached(&select_recent).await?;
-    let recent = snapshot.query(&recent, &[]).await?;
-    Ok(FleetStats {
-        total_devices: counts.try_get::<_, i64>(0)?.cast_unsigned(),
-        active_devices: counts.try_get::<_, i64>(1)?.cast_unsigned(),
-        figures: figures(&sums, 0)?,
-        recent_devices: recent.iter().map(device_row).collect::<Result<_, _>>()?,
-    })
+    let watermark = roll_ups::watermark(&snapshot).await?;
+    let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
+    let day = |instant: Timestamp| instant.to_jiff().to_zoned(TimeZone::UTC).date();
+    let (first, last) = (day(window.from()), day(window.until().saturating_add_milliseconds(-1)));
+    let received =
+        window.from().saturating_add_milliseconds(-roll_ups::LONGEST_LEAD_MILLISECONDS).to_jiff();
+    let threshold = i64::from(query.threshold);
+    let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&from, &until, &received, &threshold];
+    if window.is_whole_days() {
+        parameters.extend([&watermark as &(dyn ToSql + Sync), &first, &last]);
+    }
+    let mut failures = HashMap::new();
+    let mut places = Vec::new();
+    for row in snapshot.query(&select, &parameters).await? {
+        let device = Failing {
+            device_id: row.try_get(0)?,
+            failed_syncs: row.try_get(1)?,
+            consecutive_failures: row.try_get(2)?,
+            last_failure: optional_time(&row, 3)?,
+        };
+        failures.insert(device.device_id.clone(), device.failed_syncs);
+        places.push(query.place(device));
+    }
+    let total = places.len() as u64;
+    let Places { places, next } = page_of(places, &query.part());
+    let mut items = summaries::devices_at(&snapshot, &places).await?;
+    for device in &mut items {
+        device.figures.failed_syncs = failures[&device.device_id];
+    }
+    Ok(Page { items, total: Count::Exactly(total), next })
 }

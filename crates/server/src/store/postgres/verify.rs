@@ -16,9 +16,10 @@ use super::{
     rows::{optional_time, time},
     statements::unanswered_failures,
     store::PostgresStore,
+    summaries,
 };
 use crate::store::{
-    StoreError, SumDifference, Sums, Verification, Verified, figure_columns,
+    StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified, figure_columns,
     verify::{
         PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length, repair_hour_statement,
     },
@@ -98,6 +99,20 @@ impl Verification for PostgresStore {
 
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
         self.call_unbounded(async |connection| hours(connection).await.map_err(store_error)).await
+    }
+
+    async fn verify_summaries(&self, repair: bool) -> Result<SummaryDifferences, StoreError> {
+        let compare = async |connection: &mut Object| {
+            summary_differences(connection).await.map_err(store_error)
+        };
+        let found = self.call_unbounded(compare).await?;
+        if repair && found.any() {
+            let rebuild = async |connection: &mut Object| {
+                rebuild_summaries(connection).await.map_err(store_error)
+            };
+            self.call_unbounded(rebuild).await?;
+        }
+        Ok(found)
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -281,6 +296,7 @@ async fn try_repair(
     let latest = latest.to_jiff();
     transaction.execute(&write_figures, &[&device_id, &jobs, &latest]).await?;
     misdated::note_set_aside(&transaction, device_id, latest).await?;
+    summaries::note_stale(&transaction, device_id).await?;
     roll_ups::aggregate_days_again(&transaction, device_id, watermark).await?;
     transaction.commit().await
 }
@@ -301,6 +317,22 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
     Ok(hours.differences(expiry::raw_since(&snapshot).await?.is_none()))
 }
 
+async fn summary_differences(connection: &mut Object) -> Result<SummaryDifferences, Error> {
+    let snapshot = snapshot(connection).await?;
+    let (summaries, counts) = summaries::differences(&snapshot).await?;
+    let totals = roll_ups::totals_are_wrong(&snapshot).await?;
+    Ok(SummaryDifferences { summaries, counts, totals: totals.into() })
+}
+
+async fn rebuild_summaries(connection: &mut Object) -> Result<(), Error> {
+    let transaction = connection.transaction().await?;
+    transaction.batch_execute(NO_TIME_LIMIT).await?;
+    roll_ups::lock_state(&transaction).await?;
+    transaction.batch_execute(&summaries::rebuild_statements()).await?;
+    roll_ups::recount_totals(&transaction).await?;
+    transaction.commit().await
+}
+
 /// Replaces an hour's sums with the sums of its events. False if they have changed since they were `seen`.
 async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bool, Error> {
     let write = repair_hour_statement('$');
@@ -308,7 +340,12 @@ async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bo
     let sums = [seen.recounted.values(), seen.stored.values()].concat();
     let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&hour];
     parameters.extend(sums.iter().map(|sum| sum as &(dyn ToSql + Sync)));
-    Ok(connection.execute(&write, &parameters).await? == 1)
+    let transaction = connection.transaction().await?;
+    roll_ups::lock_state(&transaction).await?;
+    let changed = transaction.execute(&write, &parameters).await?;
+    roll_ups::recount_totals(&transaction).await?;
+    transaction.commit().await?;
+    Ok(changed == 1)
 }
 
 /// A snapshot without the usual time limit.

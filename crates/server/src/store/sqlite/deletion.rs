@@ -13,7 +13,7 @@ use super::{
     audit, roll_ups,
     rows::{device_number, time},
     store::SqliteStore,
-    verify,
+    summaries, verify,
     write_connection::WriteConnection,
 };
 use crate::store::{
@@ -138,6 +138,7 @@ fn delete_some(
             transaction.prepare_cached(DELETE_JOBS)?.execute(params![device, most])? > 0
         };
     if is_more {
+        summaries::note_stale(&transaction, device)?;
         transaction
             .prepare_cached("update device_deletions set deleted_events = ?2 where device_id = ?1")?
             .execute(params![device_id.as_str(), deleted_events.cast_signed()])?;
@@ -223,6 +224,7 @@ fn delete_device(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result
     ";
     roll_ups::forget(transaction, device)?;
     if !transaction.query_row(HAS_REPORTED, [device], |row| row.get(0))? {
+        summaries::forget(transaction, device)?;
         return transaction.execute("delete from devices where id = ?1", [device]).map(|_| ());
     }
     roll_ups::aggregate_hours_again(transaction, device)?;

@@ -12,13 +12,16 @@ use super::{
     connection::Cost,
     rows::{device_number, device_row, job_sums, jobs},
     store::SqliteStore,
+    summaries,
     write_connection::WriteConnection,
 };
 use crate::store::{
-    Actor, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
+    Actor, Count, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
     audit::NewAuditEntry,
-    devices::{DEVICE_IDS, like_pattern},
+    device_list::{COUNTED, Filter, Order},
+    devices::DEVICE_IDS,
     figure_columns::DEVICE_COLUMNS,
+    ordered_scan::Part,
 };
 
 #[async_trait]
@@ -59,52 +62,17 @@ impl DeviceStore for SqliteStore {
 }
 
 fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Page<Device>> {
-    const FILTER: &str = r#"
-        (:search is null or d.device_id like :search escape '\' or d.name like :search escape '\')
-        and (:group is null or d."group" = :group)
-    "#;
-    let direction = if query.descending { "desc" } else { "asc" };
-    // Figures of the entire fleet are summed only for a sort by a figure. Otherwise only those of the page are.
-    let (key, join) = query.sort.expressions();
-    let join = join.map_or_else(String::new, |expression| {
-        format!(
-            "left join (select device, {expression} as key from device_jobs group by device) f
-                    on f.device = d.id"
-        )
-    });
-    let sums = job_sums();
-    let select = format!(
-        r#"with page as (
-            select d.id, d.device_id, d.name, d."group", d.created_at, {key} as sort_key
-              from devices d {join}
-             where {FILTER}
-             order by {key} {direction} nulls last, d.device_id
-             limit :limit offset :offset
-         )
-         select {DEVICE_COLUMNS}, {sums}
-           from page d
-           left join device_jobs j on j.device = d.id
-          group by d.id
-          order by d.sort_key {direction} nulls last, d.device_id"#
-    );
-    let count = format!("select count(*) from devices d where {FILTER}");
-    let search = query.search.as_deref().map(like_pattern);
-    let group = query.group.as_ref().map(GroupName::as_str);
+    let filter = Filter::of(query);
     let snapshot = connection.unchecked_transaction()?;
-    let items = snapshot
-        .prepare_cached(&select)?
-        .query_map(
-            named_params! {
-                ":search": search, ":group": group,
-                ":limit": query.limit, ":offset": query.offset.cast_signed(),
-            },
-            device_row,
-        )?
-        .collect::<rusqlite::Result<_>>()?;
-    let total: i64 = snapshot
-        .prepare_cached(&count)?
-        .query_row(named_params! { ":search": search, ":group": group }, |row| row.get(0))?;
-    Ok(Page { items, total: total.cast_unsigned() })
+    let places = summaries::places(&snapshot, Order::of(query.sort), Part::of(query), &filter)?;
+    let total = if filter.is_none() {
+        let changed = summaries::changed(&snapshot, &filter)?;
+        Count::Exactly(summaries::number_of_devices(&snapshot, &changed)?)
+    } else {
+        Count::up_to(COUNTED, summaries::count(&snapshot, &filter, COUNTED)?)
+    };
+    let items = summaries::devices_at(&snapshot, &places.places)?;
+    Ok(Page { items, total, next: places.next })
 }
 
 fn device(

@@ -8,10 +8,10 @@ use pisync_core::Timestamp;
 use rusqlite::{TransactionBehavior, params};
 
 use super::{
-    apply::last_aggregatable_id, expiry, roll_ups, store::SqliteStore,
+    apply::last_aggregatable_id, expiry, roll_ups, store::SqliteStore, summaries,
     write_connection::WriteConnection,
 };
-use crate::store::{Maintenance, Retention, RollUps, StoreError};
+use crate::store::{Maintenance, Retention, RollUps, StoreError, summaries::DEVICES_AT_ONCE};
 
 /// Event ids that are forgotten in one transaction, some 10 ms of work.
 const FORGOTTEN_AT_ONCE: u16 = 1_000;
@@ -31,6 +31,15 @@ impl RollUps for SqliteStore {
             self.aggregation_step.learn(took);
         }
         Ok(more)
+    }
+
+    async fn refresh_summaries(&self) -> Result<(), StoreError> {
+        let Some(outdated) = self.read(summaries::outdated).await? else { return Ok(()) };
+        for devices in outdated.devices.chunks(DEVICES_AT_ONCE) {
+            let devices = devices.to_vec();
+            self.writer.call(move |writer| summaries::refresh(writer, &devices)).await?;
+        }
+        self.writer.call(move |writer| summaries::finish(writer, &outdated)).await
     }
 }
 

@@ -16,8 +16,22 @@ use super::{
 };
 use crate::store::{
     StoreError,
-    migrations::{Applied, Contents, Migration, MigrationDatabase, Ours, Source},
+    migrations::{
+        Applied, Contents, Migration, MigrationDatabase, Ours, Source, may_apply, may_revert,
+    },
 };
+
+/// Creates the table that records what was applied.
+const CREATE_TABLE: &str = "
+    create table if not exists pisync_migrations (
+        id         integer primary key autoincrement,
+        name       text    not null unique,
+        source     text    not null,
+        checksum   text    not null,
+        batch      integer not null,
+        applied_at integer not null
+    ) strict
+";
 
 /// Opens the file for each step; the first step that writes creates it. Everything here blocks: it runs from the
 /// command line and before a server starts.
@@ -30,10 +44,11 @@ impl SqliteMigrations {
         Self { path: path.to_owned() }
     }
 
-    /// Runs `change` in one transaction. No other writer can be in the middle of one.
+    /// Runs `change` in one transaction, if the applied migrations allow it. No other writer can be in the middle of one.
     fn change(
         &self,
-        change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<bool>,
+        may_change: impl FnOnce(&[String]) -> Result<bool, StoreError>,
+        change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
     ) -> Result<bool, StoreError> {
         let mut connection = open_for_writing(&claim::find(&self.path)?)?;
         let run = || {
@@ -41,7 +56,12 @@ impl SqliteMigrations {
             connection.pragma_update(None, "foreign_keys", false)?;
             let transaction =
                 connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let changed = change(&transaction)?;
+            transaction.execute_batch(CREATE_TABLE)?;
+            match may_change(&names(&transaction)?) {
+                Ok(true) => {}
+                other => return Ok(other),
+            }
+            change(&transaction)?;
             let dangling: Option<String> = transaction
                 .query_row("pragma foreign_key_check", [], |row| row.get(0))
                 .optional()?;
@@ -50,9 +70,9 @@ impl SqliteMigrations {
                 return Err(rusqlite::Error::ToSqlConversionFailure(problem.into()));
             }
             transaction.commit()?;
-            Ok(changed)
+            Ok(Ok(true))
         };
-        run().map_err(store_error)
+        run().map_err(store_error)?
     }
 }
 
@@ -89,28 +109,16 @@ impl MigrationDatabase for SqliteMigrations {
     async fn apply(
         &mut self,
         migration: &Migration,
+        before: &[String],
         batch: i64,
         now: Timestamp,
     ) -> Result<bool, StoreError> {
-        const CREATE_TABLE: &str = "
-            create table if not exists pisync_migrations (
-                id         integer primary key autoincrement,
-                name       text    not null unique,
-                source     text    not null,
-                checksum   text    not null,
-                batch      integer not null,
-                applied_at integer not null
-            ) strict
-        ";
         const RECORD: &str = "
             insert into pisync_migrations (name, source, checksum, batch, applied_at)
             values (?1, ?2, ?3, ?4, ?5)
         ";
-        self.change(|transaction| {
-            transaction.execute_batch(CREATE_TABLE)?;
-            if is_applied(transaction, &migration.name)? {
-                return Ok(false);
-            }
+        let may_change = |applied: &[String]| may_apply(applied, &migration.name, before);
+        self.change(may_change, |transaction| {
             transaction.execute_batch(&migration.up)?;
             transaction.execute(
                 RECORD,
@@ -122,19 +130,17 @@ impl MigrationDatabase for SqliteMigrations {
                     now.as_millisecond()
                 ],
             )?;
-            Ok(true)
+            Ok(())
         })
     }
 
     async fn revert(&mut self, migration: &Migration) -> Result<bool, StoreError> {
-        self.change(|transaction| {
-            if !is_applied(transaction, &migration.name)? {
-                return Ok(false);
-            }
+        let may_change = |applied: &[String]| may_revert(applied, &migration.name);
+        self.change(may_change, |transaction| {
             transaction.execute_batch(&migration.down)?;
             transaction
                 .execute("delete from pisync_migrations where name = ?1", [&migration.name])?;
-            Ok(true)
+            Ok(())
         })
     }
 }
@@ -145,9 +151,10 @@ fn has_table(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
     connection.query_row(EXISTS, [table], |row| row.get(0))
 }
 
-fn is_applied(transaction: &Transaction<'_>, name: &str) -> rusqlite::Result<bool> {
-    const EXISTS: &str = "select exists (select 1 from pisync_migrations where name = ?1)";
-    transaction.query_row(EXISTS, [name], |row| row.get(0))
+/// The applied migrations in their order.
+fn names(transaction: &Transaction<'_>) -> rusqlite::Result<Vec<String>> {
+    const NAMES: &str = "select name from pisync_migrations order by id";
+    transaction.prepare(NAMES)?.query_map([], |row| row.get(0))?.collect()
 }
 
 fn applied(connection: &Connection) -> rusqlite::Result<Vec<Applied>> {

@@ -5,7 +5,7 @@
 use pisync_core::Timestamp;
 use rusqlite::{Transaction, TransactionBehavior, params};
 
-use super::{apply::apply_journal, write_connection::WriteConnection};
+use super::{apply::apply_journal, summaries, write_connection::WriteConnection};
 
 /// Devices in one step. All events of each device are read while ingest waits.
 const DEVICES: u32 = 4;
@@ -91,6 +91,7 @@ pub(super) fn recount_some(
         .collect::<rusqlite::Result<_>>()?;
     let mut recounted = 0;
     for device in &devices {
+        summaries::note_stale(&transaction, *device)?;
         recounted += transaction.prepare_cached(&recount)?.execute(params![device, latest])? as u64;
     }
     transaction.commit()?;

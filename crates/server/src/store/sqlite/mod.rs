@@ -39,6 +39,7 @@ mod roll_ups;
 mod rows;
 mod stats;
 mod store;
+mod summaries;
 mod trusted_time;
 mod verify;
 mod watch;

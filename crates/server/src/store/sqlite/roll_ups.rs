@@ -5,13 +5,11 @@
 //! Readers add the events above the watermark in the same snapshot, so answers are always exact.
 
 use pisync_core::Timestamp;
-use rusqlite::{Connection, Row, Transaction, TransactionBehavior, named_params, params};
-
-use super::rows::{device_row, job_sums};
-use crate::store::{
-    Device, FailureQuery, Figures, Page, Sums, Window,
-    figure_columns::{DEVICE_COLUMNS, DEVICE_ROW},
+use rusqlite::{
+    Connection, Row, Transaction, TransactionBehavior, named_params, params, params_from_iter,
 };
+
+use crate::store::{Figures, Sums, Window};
 
 /// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
 const EVENT_SUMS: [&str; Sums::COUNT] = [
@@ -61,13 +59,11 @@ pub(super) fn aggregate(
           group by 1, 2
              on conflict (device, day) {add}"
     );
-    let aggregate_hours = format!(
-        "insert into fleet_hours as stored (hour, {names})
-         select {HOUR}, {event_sums}
+    let select_hours = format!(
+        "select {event_sums}, {HOUR} as hour
            from sync_events
           where id > ?1 and id <= ?2
-          group by 1
-             on conflict (hour) {add}"
+          group by hour"
     );
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let watermark = watermark(&transaction)?;
@@ -76,10 +72,78 @@ pub(super) fn aggregate(
         .query_row([watermark, most, last], |row| Ok((row.get(0)?, row.get(1)?)))?;
     let Some(last) = last else { return Ok(false) };
     transaction.prepare_cached(&aggregate_days)?.execute([watermark, last])?;
-    transaction.prepare_cached(&aggregate_hours)?.execute([watermark, last])?;
+    let hours: Vec<(Sums, i64)> = transaction
+        .prepare_cached(&select_hours)?
+        .query_map([watermark, last], |row| Ok((sums(row)?, row.get(Sums::COUNT)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    add_hours(&transaction, &hours)?;
     transaction.execute("update roll_up_state set folded_id = ?1", [last])?;
     transaction.commit()?;
     Ok(events == most)
+}
+
+/// Adds to the sums of hours, and to the totals.
+fn add_hours(transaction: &Transaction<'_>, hours: &[(Sums, i64)]) -> rusqlite::Result<()> {
+    let names = Sums::names();
+    let numbers = |first: usize| {
+        let numbers = (first..first + Sums::COUNT).map(|number| format!("?{number}"));
+        numbers.collect::<Vec<_>>()
+    };
+    let add_to_hour = format!(
+        "insert into fleet_hours as stored (hour, {names}) values (?1, {})
+             on conflict (hour) {}",
+        numbers(2).join(", "),
+        add()
+    );
+    let set: Vec<_> = Sums::COLUMNS
+        .iter()
+        .zip(numbers(1))
+        .map(|(column, number)| format!("{column} = {column} + {number}"))
+        .collect();
+    let add_to_totals = format!("update fleet_totals set {}", set.join(", "));
+    let mut total = Sums::default();
+    let mut insert = transaction.prepare_cached(&add_to_hour)?;
+    for (sums, hour) in hours {
+        insert.execute(params_from_iter([*hour].into_iter().chain(sums.values())))?;
+        total.add(sums);
+    }
+    transaction.prepare_cached(&add_to_totals)?.execute(params_from_iter(total.values()))?;
+    Ok(())
+}
+
+/// Adds the totals up again from the hours.
+pub(super) fn recount_totals(connection: &Connection) -> rusqlite::Result<()> {
+    let set = Sums::sql(|column| {
+        format!("{column} = (select ifnull(sum({column}), 0) from fleet_hours)")
+    });
+    connection.execute(&format!("update fleet_totals set {set}"), []).map(|_| ())
+}
+
+/// Whether the totals differ from the sums of the hours.
+pub(super) fn totals_are_wrong(connection: &Connection) -> rusqlite::Result<bool> {
+    let names = Sums::names();
+    let sums = Sums::sql(|column| format!("ifnull(sum({column}), 0)"));
+    let differ = format!(
+        "select exists (select {names} from fleet_totals except select {sums} from fleet_hours)"
+    );
+    connection.query_row(&differ, [], |row| row.get(0))
+}
+
+/// The sums of all events.
+pub(super) fn totals(connection: &Connection) -> rusqlite::Result<Figures> {
+    let (names, event_sums) = (Sums::names(), event_sums());
+    let sums = Sums::sql(|column| format!("ifnull(sum({column}), 0)"));
+    let select = format!(
+        "select {sums}
+           from (
+               select {names} from fleet_totals
+               union all
+               select {event_sums}
+                 from sync_events
+                where id > (select folded_id from roll_up_state)
+           )"
+    );
+    connection.prepare_cached(&select)?.query_row([], |row| self::sums(row).map(Figures::from))
 }
 
 /// SQL for the rows of `device_days` or `fleet_hours`, as if exactly the events received up to `until` were aggregated;
@@ -169,7 +233,7 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
              on conflict (hour) {add}"
     );
     transaction.execute(&subtract, params![device, watermark(transaction)?])?;
-    Ok(())
+    recount_totals(transaction)
 }
 
 /// Events of a device that are to be deleted. They were received up to `received_until`, and come up to this one in the
@@ -215,7 +279,7 @@ pub(super) fn subtract(
         let parameters = params![device, received_until, timestamp, id, watermark(transaction)?];
         transaction.prepare_cached(&subtract)?.execute(parameters)?;
     }
-    Ok(())
+    recount_totals(transaction)
 }
 
 /// Adds a device's aggregated events to the sums by hour.
@@ -232,7 +296,8 @@ pub(super) fn aggregate_hours_again(
           group by 1
              on conflict (hour) {add}"
     );
-    transaction.execute(&aggregate, params![device, watermark(transaction)?]).map(|_| ())
+    transaction.execute(&aggregate, params![device, watermark(transaction)?])?;
+    recount_totals(transaction)
 }
 
 /// The sums of the entire fleet's events within a window.
@@ -267,80 +332,4 @@ pub(super) fn window_figures(
 /// Reads a row that begins with the sums.
 pub(super) fn sums(row: &Row<'_>) -> rusqlite::Result<Sums> {
     Sums::read(|column| row.get(column))
-}
-
-/// Devices that failed within a window. Their number of failures in it replaces that of all time.
-pub(super) fn repeated_failures(
-    connection: &Connection,
-    query: &FailureQuery,
-    window: &Window,
-) -> rusqlite::Result<Page<Device>> {
-    const BY_DAY: &str = "
-        select device, sum(failed_syncs) as failed_syncs
-          from (
-              select device, failed_syncs
-                from device_days
-               where day >= :from and day < :until and failed_syncs > 0
-              union all
-              select device, 1
-                from sync_events
-               where id > (select folded_id from roll_up_state)
-                 and total_errors > 0 and +timestamp >= :from and +timestamp < :until
-          )
-         group by device
-    ";
-    // Uses the index of failed events.
-    const BY_EVENT: &str = "
-        select device, count(*) as failed_syncs
-          from sync_events
-         where total_errors > 0 and timestamp >= :from and timestamp < :until
-         group by device
-    ";
-    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
-    let (measure, least) = if query.consecutive {
-        ("max(j.consecutive_failures)", "1")
-    } else {
-        ("failing.failed_syncs", ":threshold")
-    };
-    let sums = job_sums();
-    let listed = format!(
-        "with failing as materialized (select * from ({failing}) where failed_syncs >= {least})
-         select {DEVICE_COLUMNS}, {sums}, failing.failed_syncs, count(*) over ()
-           from failing
-           join devices d on d.id = failing.device
-           join device_jobs j on j.device = failing.device
-          group by failing.device
-         having {measure} >= :threshold"
-    );
-    let select = format!(
-        "{listed}
-          order by {measure} desc, max(j.last_failure) desc, d.device_id
-          limit :limit offset :offset"
-    );
-    let count = format!("select count(*) from ({listed})");
-    let (from, until) = (window.from().as_millisecond(), window.until().as_millisecond());
-    let snapshot = connection.unchecked_transaction()?;
-    let mut total = 0_i64;
-    let items: Vec<Device> = snapshot
-        .prepare_cached(&select)?
-        .query_map(
-            named_params! {
-                ":from": from, ":until": until, ":threshold": query.threshold,
-                ":limit": query.limit.map_or(-1, i64::from), ":offset": query.offset.cast_signed(),
-            },
-            |row| {
-                let mut device = device_row(row)?;
-                device.figures.failed_syncs = row.get(DEVICE_ROW)?;
-                total = row.get(DEVICE_ROW + 1)?;
-                Ok(device)
-            },
-        )?
-        .collect::<rusqlite::Result<_>>()?;
-    // Behind the last page no row carries the total.
-    if items.is_empty() && query.offset > 0 {
-        let parameters =
-            named_params! { ":from": from, ":until": until, ":threshold": query.threshold };
-        total = snapshot.prepare_cached(&count)?.query_row(parameters, |row| row.get(0))?;
-    }
-    Ok(Page { items, total: total.cast_unsigned() })
 }

@@ -1,19 +1,19 @@
-//! Statistics in SQLite: sums over `device_jobs`, and over roll-ups within a window. The API calls it through
+//! Statistics in SQLite: from totals and summaries, and over roll-ups within a window. The API calls it through
 //! `StatsStore`. It changes nothing.
+
+use std::collections::HashMap;
 
 use async_trait::async_trait;
 use pisync_core::Timestamp;
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, named_params};
 
-use super::{
-    connection::Cost,
-    roll_ups,
-    rows::{device_row, figures, job_sums},
-    store::SqliteStore,
-};
+use super::{connection::Cost, roll_ups, rows::optional_time, store::SqliteStore, summaries};
 use crate::store::{
-    Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
-    figure_columns::DEVICE_COLUMNS,
+    Count, Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
+    device_list::Filter,
+    ordered_scan::{Part, Places, page_of},
+    stats::{Failing, RECENT_DEVICES},
+    summaries::{SummaryOrder, correction},
 };
 
 #[async_trait]
@@ -34,7 +34,7 @@ impl StatsStore for SqliteStore {
         let query = query.clone();
         self.read_events(Cost::Long, move |connection| match &query.window {
             None => repeated_failures(connection, &query),
-            Some(window) => roll_ups::repeated_failures(connection, &query, window),
+            Some(window) => failures_within(connection, &query, window),
         })
         .await
     }
@@ -44,67 +44,104 @@ fn repeated_failures(
     connection: &Connection,
     query: &FailureQuery,
 ) -> rusqlite::Result<Page<Device>> {
-    let measure =
-        if query.consecutive { "max(j.consecutive_failures)" } else { "sum(j.failed_syncs)" };
-    let sums = job_sums();
-    let select = format!(
-        "select {DEVICE_COLUMNS}, {sums}
-           from device_jobs j
-           join devices d on d.id = j.device
-          group by j.device
-         having {measure} >= ?1
-          order by {measure} desc, max(j.last_failure) desc, d.device_id
-          limit ?2 offset ?3"
-    );
-    let count = format!(
-        "select count(*)
-           from (select 1 from device_jobs j group by j.device having {measure} >= ?1)"
-    );
+    let (order, measure) = query.of_all_time();
+    let threshold = i64::from(query.threshold);
+    let filter = Filter::at_least(threshold);
     let snapshot = connection.unchecked_transaction()?;
-    let limit = query.limit.map_or(-1, i64::from);
-    let items = snapshot
-        .prepare_cached(&select)?
-        .query_map(params![query.threshold, limit, query.offset.cast_signed()], device_row)?
-        .collect::<rusqlite::Result<_>>()?;
-    let total: i64 =
-        snapshot.prepare_cached(&count)?.query_row([query.threshold], |row| row.get(0))?;
-    Ok(Page { items, total: total.cast_unsigned() })
+    let changed = summaries::changed(&snapshot, &Filter::default())?;
+    let places = summaries::summary_places(&snapshot, order, query.part(), &filter, &changed)?;
+    let stored = summaries::number_with(&snapshot, measure, threshold)?;
+    let total = stored + correction(&changed, |summary| summary.number(measure) >= threshold);
+    Ok(Page {
+        items: summaries::devices_at(&snapshot, &places.places)?,
+        total: Count::Exactly(total.cast_unsigned()),
+        next: places.next,
+    })
 }
 
 fn fleet_stats(connection: &Connection, active_since: Timestamp) -> rusqlite::Result<FleetStats> {
-    let sums = job_sums();
-    let select_sums = format!("select {sums} from device_jobs j");
-    let select_recent = format!(
-        "with recent as (
-            select j.device, max(j.last_sync) as last_sync
-              from device_jobs j
-              join devices d on d.id = j.device
-             group by j.device
-             order by max(j.last_sync) desc, d.device_id
-             limit 10
-         )
-         select {DEVICE_COLUMNS}, {sums}
-           from recent
-           join devices d on d.id = recent.device
-           join device_jobs j on j.device = recent.device
-          group by recent.device
-          order by recent.last_sync desc, d.device_id"
-    );
-    const COUNT_DEVICES: &str = "select count(*) from devices";
-    const COUNT_ACTIVE: &str =
-        "select count(distinct device) from device_jobs where last_received >= ?1";
+    let active_since = active_since.as_millisecond();
     let snapshot = connection.unchecked_transaction()?;
-    let count = |sql: &str, parameters: &[&dyn rusqlite::ToSql]| -> rusqlite::Result<u64> {
-        let count: i64 = snapshot.prepare_cached(sql)?.query_row(parameters, |row| row.get(0))?;
-        Ok(count.cast_unsigned())
-    };
+    let changed = summaries::changed(&snapshot, &Filter::default())?;
+    let (filter, part) = (Filter::default(), Part::first(RECENT_DEVICES));
+    let mut recent =
+        summaries::summary_places(&snapshot, SummaryOrder::LastSync, part, &filter, &changed)?;
+    // Who has not reported is not recent.
+    recent.places.retain(|place| place.key.is_some());
+    let active = summaries::seen_since(&snapshot, active_since)?
+        + correction(&changed, |summary| summary.last_seen >= Some(active_since));
     Ok(FleetStats {
-        total_devices: count(COUNT_DEVICES, &[])?,
-        active_devices: count(COUNT_ACTIVE, &[&active_since.as_millisecond()])?,
-        figures: snapshot.prepare_cached(&select_sums)?.query_row([], |row| figures(row, 0))?,
-        recent_devices: snapshot
-            .prepare_cached(&select_recent)?
-            .query_map([], device_row)?
-            .collect::<rusqlite::Result<_>>()?,
+        total_devices: summaries::number_of_devices(&snapshot, &changed)?,
+        active_devices: active.cast_unsigned(),
+        figures: roll_ups::totals(&snapshot)?,
+        recent_devices: summaries::devices_at(&snapshot, &recent.places)?,
     })
+}
+
+/// Devices that failed within a window. Their number of failures in it replaces that of all time.
+fn failures_within(
+    connection: &Connection,
+    query: &FailureQuery,
+    window: &Window,
+) -> rusqlite::Result<Page<Device>> {
+    const BY_DAY: &str = "
+        select device, sum(failed_syncs) as failed_syncs
+          from (
+              select device, failed_syncs
+                from device_days
+               where day >= :from and day < :until and failed_syncs > 0
+              union all
+              select device, 1
+                from sync_events
+               where id > (select folded_id from roll_up_state)
+                 and total_errors > 0 and +timestamp >= :from and +timestamp < :until
+          )
+         group by device
+    ";
+    // Uses the index of failed events.
+    const BY_EVENT: &str = "
+        select device, count(*) as failed_syncs
+          from sync_events
+         where total_errors > 0 and timestamp >= :from and timestamp < :until
+         group by device
+    ";
+    let failing = if window.is_whole_days() { BY_DAY } else { BY_EVENT };
+    let (measure, least) = if query.consecutive {
+        ("max(j.consecutive_failures)", "1")
+    } else {
+        ("failing.failed_syncs", ":threshold")
+    };
+    let select = format!(
+        "with failing as materialized (select * from ({failing}) where failed_syncs >= {least})
+         select d.device_id, failing.failed_syncs, max(j.consecutive_failures), max(j.last_failure)
+           from failing
+           join devices d on d.id = failing.device
+           join device_jobs j on j.device = failing.device
+          group by failing.device
+         having {measure} >= :threshold"
+    );
+    let (from, until) = (window.from().as_millisecond(), window.until().as_millisecond());
+    let snapshot = connection.unchecked_transaction()?;
+    let mut select = snapshot.prepare_cached(&select)?;
+    let parameters =
+        named_params! { ":from": from, ":until": until, ":threshold": query.threshold };
+    let failing = select.query_map(parameters, |row| {
+        Ok(Failing {
+            device_id: row.get(0)?,
+            failed_syncs: row.get(1)?,
+            consecutive_failures: row.get(2)?,
+            last_failure: optional_time(row, 3)?,
+        })
+    })?;
+    let failing: Vec<Failing> = failing.collect::<rusqlite::Result<_>>()?;
+    let total = failing.len() as u64;
+    let failures: HashMap<_, _> =
+        failing.iter().map(|device| (device.device_id.clone(), device.failed_syncs)).collect();
+    let places = failing.into_iter().map(|device| query.place(device)).collect();
+    let Places { places, next } = page_of(places, &query.part());
+    let mut items = summaries::devices_at(&snapshot, &places)?;
+    for device in &mut items {
+        device.figures.failed_syncs = failures[&device.device_id];
+    }
+    Ok(Page { items, total: Count::Exactly(total), next })
 }

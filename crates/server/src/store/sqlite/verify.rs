@@ -17,10 +17,11 @@ use super::{
     roll_ups::{self, sums},
     rows::time,
     store::SqliteStore,
+    summaries,
     write_connection::WriteConnection,
 };
 use crate::store::{
-    StoreError, SumDifference, Sums, Verification, Verified,
+    StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
     verify::{
         DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length,
         repair_hour_statement,
@@ -69,6 +70,14 @@ impl Verification for SqliteStore {
 
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError> {
         self.read_events(Cost::Unbounded, hours).await
+    }
+
+    async fn verify_summaries(&self, repair: bool) -> Result<SummaryDifferences, StoreError> {
+        let found = self.read_events(Cost::Unbounded, summary_differences).await?;
+        if repair && found.any() {
+            self.writer.call(rebuild_summaries).await?;
+        }
+        Ok(found)
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -175,6 +184,7 @@ pub(super) fn write_recounted(
     }
     drop(jobs);
     misdated::note_set_aside(transaction, number, latest)?;
+    summaries::note_stale(transaction, number)?;
     transaction.execute("delete from device_days where device = ?1", [number])?;
     let numbers: Vec<_> = (3..3 + Sums::COUNT).map(|number| format!("?{number}")).collect();
     let mut insert = transaction.prepare(&format!(
@@ -218,12 +228,31 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
     Ok(hours.differences(expiry::raw_since(&snapshot)?.is_none()))
 }
 
+fn summary_differences(connection: &Connection) -> rusqlite::Result<SummaryDifferences> {
+    let snapshot = connection.unchecked_transaction()?;
+    let (summaries, counts) = summaries::differences(&snapshot)?;
+    let totals = roll_ups::totals_are_wrong(&snapshot)?;
+    Ok(SummaryDifferences { summaries, counts, totals: totals.into() })
+}
+
+fn rebuild_summaries(writer: &mut WriteConnection) -> rusqlite::Result<()> {
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    summaries::rebuild(&transaction)?;
+    roll_ups::recount_totals(&transaction)?;
+    transaction.commit()
+}
+
 /// Replaces an hour's sums with the sums of its events. False if they have changed since they were `seen`.
 fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::Result<bool> {
     let write = repair_hour_statement('?');
     let sums = [seen.recounted.values(), seen.stored.values()].concat();
     let numbers = [seen.begins.as_millisecond()].into_iter().chain(sums);
-    let changed = writer.connection.prepare_cached(&write)?.execute(params_from_iter(numbers))?;
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let changed = transaction.prepare_cached(&write)?.execute(params_from_iter(numbers))?;
+    roll_ups::recount_totals(&transaction)?;
+    transaction.commit()?;
     Ok(changed == 1)
 }
 

@@ -1,7 +1,8 @@
 //! Figures of the last day, week and month are exact, whatever is aggregated when, and whatever comes late.
 
 use std::{
-    collections::BTreeMap,
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, Ordering},
@@ -9,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pisync::store::{Batch, FailureQuery, Figures, Target, Window};
+use pisync::store::{
+    Batch, Count, Device, DeviceQuery, DeviceSort, FailureQuery, Figures, Target, Window,
+};
 use pisync_core::{Mbps, SyncEvent, Timestamp};
 use proptest::{
     prelude::*,
@@ -44,6 +47,8 @@ enum Step {
     Import(i64, Vec<(u8, i64, u32, Option<i64>)>),
     /// So many seconds pass, and a part of what is stored is aggregated.
     Aggregate(i64),
+    /// The summaries of devices are brought up to date.
+    Refresh,
     /// A device is deleted.
     Delete(u8),
 }
@@ -70,6 +75,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (-300_000..40 * DAY * 1000, events())
             .prop_map(|(took, events)| Step::Import(took, events)),
         3 => (0..7200_i64).prop_map(Step::Aggregate),
+        2 => Just(Step::Refresh),
         1 => (0..5_u8).prop_map(Step::Delete),
     ]
 }
@@ -120,6 +126,7 @@ async fn assert_exact(fixture: &TestStore, sent: &[SyncEvent], now: Timestamp) {
                 window: Some(window),
                 limit: None,
                 offset: 0,
+                after: None,
             };
             let page = fixture.store.repeated_failures(&query).await.unwrap();
             let found: Vec<_> = page
@@ -128,7 +135,7 @@ async fn assert_exact(fixture: &TestStore, sent: &[SyncEvent], now: Timestamp) {
                 .map(|device| (device.device_id, device.figures.failed_syncs))
                 .collect();
             assert_eq!(found, naive_failures(sent, &window, threshold.into()), "{window:?}");
-            assert_eq!(page.total, found.len() as u64);
+            assert_eq!(page.total, Count::Exactly(found.len() as u64));
             // By streaks, those of them that failed within the window.
             let query = FailureQuery { consecutive: true, ..query };
             let page = fixture.store.repeated_failures(&query).await.unwrap();
@@ -139,6 +146,123 @@ async fn assert_exact(fixture: &TestStore, sent: &[SyncEvent], now: Timestamp) {
                 assert!(device.figures.consecutive_failures >= i64::from(threshold));
             }
         }
+    }
+}
+
+/// The device's figure that a list is sorted by.
+fn sort_key(sort: DeviceSort, figures: &Figures) -> Option<i64> {
+    let time = |time: Option<Timestamp>| time.map(Timestamp::as_millisecond);
+    match sort {
+        DeviceSort::LastSeen => time(figures.last_seen),
+        DeviceSort::LastSync => time(figures.last_sync),
+        DeviceSort::LastSuccess => time(figures.last_success),
+        DeviceSort::TotalSyncs => Some(figures.total_syncs),
+        DeviceSort::FailedSyncs => Some(figures.failed_syncs),
+        DeviceSort::ConsecutiveFailures => Some(figures.consecutive_failures),
+        DeviceSort::DeviceId | DeviceSort::Name | DeviceSort::CreatedAt => None,
+    }
+}
+
+/// Every page of every list, and the counts, follow from the figures of the devices one by one.
+async fn assert_lists_exact(fixture: &TestStore, sent: &[SyncEvent]) {
+    const SORTS: [DeviceSort; 6] = [
+        DeviceSort::LastSeen,
+        DeviceSort::LastSync,
+        DeviceSort::LastSuccess,
+        DeviceSort::TotalSyncs,
+        DeviceSort::FailedSyncs,
+        DeviceSort::ConsecutiveFailures,
+    ];
+    let store = &fixture.store;
+    let mut fleet = Vec::new();
+    for device_id in sent.iter().map(|event| event.device_id.clone()).collect::<BTreeSet<_>>() {
+        fleet.push(store.device(&device_id).await.unwrap().unwrap().device);
+    }
+    let ids = |devices: &[Device]| -> Vec<String> {
+        devices.iter().map(|device| device.device_id.clone()).collect()
+    };
+    for sort in SORTS {
+        for descending in [false, true] {
+            let mut expected = fleet.clone();
+            expected.sort_by_key(|device| {
+                let key = sort_key(sort, &device.figures);
+                let turned = key.map(|key| if descending { -i128::from(key) } else { key.into() });
+                (key.is_none(), turned, device.device_id.clone())
+            });
+            let mut found = Vec::new();
+            let mut query = DeviceQuery {
+                search: None,
+                group: None,
+                sort,
+                descending,
+                limit: 2,
+                offset: 0,
+                after: None,
+            };
+            loop {
+                let page = store.devices(&query).await.unwrap();
+                assert_eq!(page.total, Count::Exactly(fleet.len() as u64));
+                let offset =
+                    DeviceQuery { offset: found.len() as u64, after: None, ..query.clone() };
+                let by_offset = store.devices(&offset).await.unwrap();
+                assert_eq!(ids(&by_offset.items), ids(&page.items), "{query:?}");
+                found.extend(page.items);
+                query.after = page.next;
+                if query.after.is_none() {
+                    break;
+                }
+            }
+            assert_eq!(ids(&found), ids(&expected), "{query:?}");
+            let figures = found.iter().map(|device| device.figures);
+            assert!(figures.eq(expected.iter().map(|device| device.figures)), "{query:?}");
+        }
+    }
+    for (consecutive, threshold) in [(false, 1), (false, 3), (true, 1), (true, 2)] {
+        let failures = |device: &Device| {
+            let Figures { failed_syncs, consecutive_failures, .. } = device.figures;
+            if consecutive { consecutive_failures } else { failed_syncs }
+        };
+        let mut expected = fleet.clone();
+        expected.retain(|device| failures(device) >= i64::from(threshold));
+        expected.sort_by_key(|device| {
+            (Reverse((failures(device), device.figures.last_failure)), device.device_id.clone())
+        });
+        let mut query = FailureQuery {
+            threshold,
+            consecutive,
+            window: None,
+            limit: None,
+            offset: 0,
+            after: None,
+        };
+        let all = store.repeated_failures(&query).await.unwrap();
+        assert_eq!(ids(&all.items), ids(&expected), "{query:?}");
+        assert_eq!(all.total, Count::Exactly(expected.len() as u64));
+        query.limit = Some(1);
+        let mut found = Vec::new();
+        loop {
+            let page = store.repeated_failures(&query).await.unwrap();
+            found.extend(page.items);
+            query.after = page.next;
+            if query.after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(ids(&found), ids(&expected), "{query:?}");
+    }
+    let mut seen: Vec<_> = fleet.iter().filter_map(|device| device.figures.last_seen).collect();
+    seen.sort_unstable();
+    for since in seen.iter().copied().chain([Timestamp::MIN]) {
+        let stats = store.fleet_stats(since).await.unwrap();
+        let active = seen.iter().filter(|seen| **seen >= since).count();
+        assert_eq!(
+            (stats.total_devices, stats.active_devices),
+            (fleet.len() as u64, active as u64)
+        );
+        let total: i64 = fleet.iter().map(|device| device.figures.total_files_synced).sum();
+        let syncs: i64 = fleet.iter().map(|device| device.figures.total_syncs).sum();
+        assert_eq!((stats.figures.total_syncs, stats.figures.total_files_synced), (syncs, total));
+        assert_eq!(syncs, i64::try_from(sent.len()).unwrap());
     }
 }
 
@@ -191,6 +315,7 @@ async fn windows_are_exact_whatever_is_aggregated_when(fixture: &TestStore) {
                         let now = second.fetch_add(seconds, Ordering::Relaxed) + seconds;
                         fixture.store.aggregate_events(at(now)).await.unwrap();
                     }
+                    Step::Refresh => fixture.store.refresh_summaries().await.unwrap(),
                     Step::Delete(device) => {
                         let device = device_id(&format!("pi-{device}"));
                         fixture.store.delete_device(&device, &somebody()).await.unwrap();
@@ -199,6 +324,7 @@ async fn windows_are_exact_whatever_is_aggregated_when(fixture: &TestStore) {
                 }
             }
             assert_exact(fixture, sent, at(second.load(Ordering::Relaxed))).await;
+            assert_lists_exact(fixture, sent).await;
             Ok(())
         };
         block_in_place(|| Handle::current().block_on(work))

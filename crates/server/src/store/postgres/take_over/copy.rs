@@ -16,7 +16,7 @@ use crate::store::{
     postgres::{
         migrations::{CREATE_TABLE, run},
         partitions::{Partition, months_ahead},
-        roll_ups,
+        roll_ups, summaries,
         verify::{job_columns, recounted},
     },
 };
@@ -178,7 +178,10 @@ pub(super) async fn count_figures(
     transaction.execute(&count, &[&latest]).await?;
     report(&Progress::Aggregating);
     roll_ups::aggregate_between(transaction, Timestamp::MIN, roll_ups::final_until(now)).await?;
-    transaction.batch_execute("analyze device_jobs, device_days, fleet_hours").await
+    transaction.batch_execute(&summaries::rebuild_statements()).await?;
+    transaction
+        .batch_execute("analyze device_jobs, device_days, fleet_hours, device_summaries")
+        .await
 }
 
 /// Continues ids where the Node service ended, drops its tables, and records that they were here.

@@ -1,0 +1,289 @@
+//! The SQL that answers a scan's requests from the indexes of `device_summaries` and `devices`. It is the same for both
+//! stores but for what [`Dialect`] names. The stores bind the parameters and read the rows.
+
+use super::{
+    DeviceQuery, DeviceSort,
+    devices::like_pattern,
+    ordered_scan::{Direction, KeyPart, Part, Place, Request},
+    summaries::SummaryOrder,
+};
+
+/// Up to this many devices of a group are sorted in memory. A larger group is found in the order of the entire fleet,
+/// where its devices are frequent enough.
+pub(super) const SORTED_IN_MEMORY: u32 = 5_000;
+
+/// Devices that a filter finds are counted up to this number.
+pub(super) const COUNTED: u32 = 10_000;
+
+/// What differs between the stores.
+pub(super) struct Dialect {
+    /// Begins the number of a parameter.
+    pub(super) placeholder: char,
+    /// Compares texts without regard to the case of ASCII letters.
+    pub(super) like: &'static str,
+    /// Joins a summary `s` with its device `d`.
+    pub(super) device_of_summary: &'static str,
+    /// When a device `d` was first seen, as a number.
+    pub(super) created_at: &'static str,
+    /// A parameter with such a number, as `d.created_at` is stored.
+    pub(super) time: fn(&str) -> String,
+}
+
+/// A statement and its parameters.
+#[derive(Debug)]
+pub(super) struct Statement {
+    pub(super) sql: String,
+    pub(super) parameters: Vec<KeyPart>,
+    placeholder: char,
+}
+
+impl Statement {
+    fn new(dialect: &Dialect) -> Self {
+        Self { sql: String::new(), parameters: Vec::new(), placeholder: dialect.placeholder }
+    }
+
+    /// Adds a parameter, and answers how the text names it.
+    fn bind(&mut self, value: KeyPart) -> String {
+        self.parameters.push(value);
+        format!("{}{}", self.placeholder, self.parameters.len())
+    }
+}
+
+/// Which devices of a list to leave out.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Filter {
+    /// A pattern for the id or the name.
+    search: Option<String>,
+    group: Option<String>,
+    /// The smallest first part of the key.
+    least: Option<i64>,
+}
+
+impl Filter {
+    pub(super) fn of(query: &DeviceQuery) -> Self {
+        Self {
+            search: query.search.as_deref().map(like_pattern),
+            group: query.group.as_ref().map(ToString::to_string),
+            least: None,
+        }
+    }
+
+    /// Only devices with at least this number.
+    pub(super) fn at_least(least: i64) -> Self {
+        Self { least: Some(least), ..Self::default() }
+    }
+
+    pub(super) fn is_none(&self) -> bool {
+        self.search.is_none() && self.group.is_none()
+    }
+
+    /// The group, when nothing else is asked for.
+    pub(super) fn group(&self) -> Option<&str> {
+        self.group.as_deref()
+    }
+
+    /// Whether a changed device belongs to the list, by the first part of its key.
+    pub(super) fn takes(&self, place: &Place) -> bool {
+        let first = place.key.as_ref().and_then(|key| key.first());
+        self.least.is_none_or(|least| first >= Some(&KeyPart::Number(least)))
+    }
+
+    /// The condition on devices `d`, which follows another one.
+    pub(super) fn condition(&self, dialect: &Dialect, statement: &mut Statement) {
+        if let Some(search) = &self.search {
+            let pattern = statement.bind(KeyPart::Text(search.clone()));
+            let like = dialect.like;
+            statement.sql.push_str(&format!(
+                r" and (d.device_id {like} {pattern} escape '\' or d.name {like} {pattern} escape '\')"
+            ));
+        }
+        if let Some(group) = &self.group {
+            let group = statement.bind(KeyPart::Text(group.clone()));
+            statement.sql.push_str(&format!(r#" and d."group" = {group}"#));
+        }
+    }
+}
+
+/// What a scan goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    DeviceId,
+    Name,
+    CreatedAt,
+    Summary(SummaryOrder),
+}
+
+impl Order {
+    pub(super) fn of(sort: DeviceSort) -> Self {
+        match (SummaryOrder::of(sort), sort) {
+            (Some(order), _) => Self::Summary(order),
+            (None, DeviceSort::Name) => Self::Name,
+            (None, DeviceSort::CreatedAt) => Self::CreatedAt,
+            (None, _) => Self::DeviceId,
+        }
+    }
+
+    /// The columns to sort by, and what to read of them.
+    fn columns(self, dialect: &Dialect) -> (Vec<String>, Vec<String>) {
+        match self {
+            Self::DeviceId => (Vec::new(), Vec::new()),
+            Self::Name => (vec!["d.name".to_owned()], vec!["d.name".to_owned()]),
+            Self::CreatedAt => {
+                (vec!["d.created_at".to_owned()], vec![dialect.created_at.to_owned()])
+            }
+            Self::Summary(order) => {
+                let columns: Vec<_> =
+                    order.columns().iter().map(|column| format!("s.{column}")).collect();
+                (columns.clone(), columns)
+            }
+        }
+    }
+}
+
+/// The statement that answers a request: a device id and the parts of its key.
+pub(super) fn places(
+    order: Order,
+    direction: Direction,
+    filter: &Filter,
+    request: &Request,
+    dialect: &Dialect,
+) -> Statement {
+    let mut statement = Statement::new(dialect);
+    let (columns, read) = order.columns(dialect);
+    let id = if matches!(order, Order::Summary(_)) { "s.device_id" } else { "d.device_id" };
+    let from = match order {
+        Order::Summary(_) if filter.is_none() => "device_summaries s".to_owned(),
+        Order::Summary(_) => {
+            format!("device_summaries s join devices d on {}", dialect.device_of_summary)
+        }
+        _ => "devices d".to_owned(),
+    };
+    let read = [&[id.to_owned()][..], &read].concat().join(", ");
+    statement.sql = format!("select {read} from {from} where true");
+    let value = |statement: &mut Statement, part: &KeyPart| {
+        let bound = statement.bind(part.clone());
+        if order == Order::CreatedAt { (dialect.time)(&bound) } else { bound }
+    };
+    let (less, down) = match direction {
+        Direction::Ascending => (">", "asc"),
+        Direction::Descending => ("<", "desc"),
+    };
+    let (key, limit) = match request {
+        Request::Block { key, limit, .. } | Request::Beyond { key, limit } => (key, limit),
+    };
+    let is_block = matches!(request, Request::Block { .. });
+    match key {
+        Some(key) => {
+            for_key(&mut statement, &columns, key, is_block, less, value);
+        }
+        None if is_block => {
+            if let Some(column) = columns.first() {
+                statement.sql.push_str(&format!(" and {column} is null"));
+            }
+        }
+        None => {}
+    }
+    if let (Some(least), Some(first)) = (filter.least, columns.first()) {
+        let bound = statement.bind(KeyPart::Number(least));
+        statement.sql.push_str(&format!(" and {first} >= {bound}"));
+        if least > 0 {
+            // The indexes of failures have only what is above 0.
+            statement.sql.push_str(&format!(" and {first} > 0"));
+        }
+    }
+    if !is_block && columns.len() == 1 {
+        statement.sql.push_str(&format!(" and {} is not null", columns[0]));
+    }
+    // Without a key, the ids themselves have the direction of the list.
+    let (behind, of_ids) = if columns.is_empty() { (less, down) } else { (">", "asc") };
+    if let Request::Block { after: Some(after), .. } = request {
+        let after = statement.bind(KeyPart::Text(after.clone()));
+        statement.sql.push_str(&format!(" and {id} {behind} {after}"));
+    }
+    filter.condition(dialect, &mut statement);
+    let by = if is_block {
+        format!("{id} {of_ids}")
+    } else {
+        columns.iter().map(|column| format!("{column} {down}")).collect::<Vec<_>>().join(", ")
+    };
+    let limit = statement.bind(KeyPart::Number(limit.cast_signed()));
+    statement.sql.push_str(&format!(" order by {by} limit {limit}"));
+    statement
+}
+
+/// The condition on the key: equal to `key`, or behind it.
+fn for_key(
+    statement: &mut Statement,
+    columns: &[String],
+    key: &[KeyPart],
+    is_equal: bool,
+    less: &str,
+    value: impl Fn(&mut Statement, &KeyPart) -> String,
+) {
+    if columns.is_empty() {
+        return;
+    }
+    let values: Vec<_> = key.iter().map(|part| value(statement, part)).collect();
+    let operator = if is_equal { "=" } else { less };
+    let (columns, values) = (columns.join(", "), values.join(", "));
+    let condition = if values.contains(',') && key.len() > 1 {
+        format!(" and ({columns}) {operator} ({values})")
+    } else {
+        format!(" and {columns} {operator} {values}")
+    };
+    statement.sql.push_str(&condition);
+}
+
+/// Counts the devices that `filter` finds, up to one more than `most`.
+pub(super) fn count(filter: &Filter, most: u32, dialect: &Dialect) -> Statement {
+    let mut statement = Statement::new(dialect);
+    statement.sql = "select count(*) from (select 1 from devices d where true".to_owned();
+    filter.condition(dialect, &mut statement);
+    let limit = statement.bind(KeyPart::Number(i64::from(most) + 1));
+    statement.sql.push_str(&format!(" limit {limit}) found"));
+    statement
+}
+
+/// Selects `columns` from devices `d`, and whatever `joins` adds, where `filter` holds.
+pub(super) fn filtered(
+    columns: &str,
+    joins: &str,
+    filter: &Filter,
+    group_by: &str,
+    dialect: &Dialect,
+) -> Statement {
+    let mut statement = Statement::new(dialect);
+    statement.sql = format!("select {columns} from {joins} where true");
+    filter.condition(dialect, &mut statement);
+    statement.sql.push_str(&format!(" group by {group_by}"));
+    statement
+}
+
+impl Part {
+    /// The part of a list that `query` asks for.
+    pub(super) fn of(query: &DeviceQuery) -> Self {
+        Self {
+            direction: if query.descending { Direction::Descending } else { Direction::Ascending },
+            after: query.after.clone(),
+            offset: query.offset,
+            limit: Some(query.limit),
+        }
+    }
+}
+
+/// A device's place in `order`. `summary` is asked only for orders by a figure.
+pub(super) fn place(
+    order: Order,
+    device_id: String,
+    name: Option<String>,
+    created_at: i64,
+    key: impl FnOnce(SummaryOrder) -> Option<Vec<KeyPart>>,
+) -> Place {
+    let key = match order {
+        Order::DeviceId => Some(Vec::new()),
+        Order::Name => name.map(|name| vec![KeyPart::Text(name)]),
+        Order::CreatedAt => Some(vec![KeyPart::Number(created_at)]),
+        Order::Summary(order) => key(order),
+    };
+    Place { key, device_id }
+}
