@@ -132,9 +132,6 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
     }
     let Status { stored, duplicates, rejected, .. } = status;
     let json = command.json;
-    // Those that the same command has rejected before are still not stored.
-    let rejected_before = status.resumed.as_ref().map_or(0, |before| before.rejected);
-    let all_rejected = rejected_before + rejected;
     json.document(|| document(&status, &target, &name, command));
     if let Some(before) = status.resumed.as_ref().filter(|before| before.finished)
         && stored + duplicates + rejected == 0
@@ -144,7 +141,7 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
             "{name} was imported already, at {}, and nothing was done; import it once more with --again",
             before.at
         );
-        return outcome(command, all_rejected, before.records > rejected_before);
+        return outcome(command, &status);
     }
     say!(
         json,
@@ -163,21 +160,47 @@ pub(super) async fn run(command: &ImportCommand) -> Result<(), Failure> {
             "pisync: {name} ends in the middle of a record, the last of those rejected; import it again once it is whole"
         );
     }
-    let is_any_stored = stored + duplicates > 0 || status.passed > rejected_before;
-    outcome(command, all_rejected, is_any_stored)
+    outcome(command, &status)
 }
 
-/// How the command ends when so many of the input's records were rejected, by this run and by those before it.
-fn outcome(command: &ImportCommand, rejected: u64, is_any_stored: bool) -> Result<(), Failure> {
+/// How the command ends: records that this run or an earlier one of the same import has rejected are not stored.
+fn outcome(command: &ImportCommand, status: &Status) -> Result<(), Failure> {
+    let rejected = status.rejected_before() + status.rejected;
     if rejected == 0 {
         return Ok(());
     }
+    let is_any_stored =
+        status.stored + status.duplicates > 0 || status.passed > status.rejected_before();
+    let reasons = reasons(command, status, is_any_stored);
+    if !is_any_stored {
+        return Err(format!("no record is an event; {reasons}").into());
+    }
+    Err(Failure::partly(format!("{rejected} records were rejected; {reasons}")))
+}
+
+/// Where it is said why records were rejected. The file of an earlier run may be gone, or have another name.
+fn reasons(command: &ImportCommand, status: &Status, is_any_stored: bool) -> String {
     let file = command.rejected();
     let file = file.display();
-    if !is_any_stored {
-        return Err(format!("no record is an event; {file} says why").into());
-    }
-    Err(Failure::partly(format!("{rejected} records were rejected; {file} says why")))
+    let rejected = status.rejected_before() + status.rejected;
+    let missing = rejected.saturating_sub(status.rejected_in_file);
+    let Some(before) = status.resumed.as_ref().filter(|_| missing > 0) else {
+        return format!("{file} says why");
+    };
+    let what = match status.rejected_in_file {
+        0 => format!("{file}, which would say why, is not there"),
+        _ => format!("{file} lacks {missing} of them"),
+    };
+    let look = format!("look for the file that was written when {} was imported", before.name);
+    // An import that waits for the end of a record goes on after what it has taken, also with --again.
+    let anew = match (status.is_cut_off, is_any_stored) {
+        (true, _) => "",
+        (false, true) => {
+            ", or write it again with --again --rejected NEW-FILE, which stores events without an event_id twice"
+        }
+        (false, false) => ", or write it again with --again --rejected NEW-FILE",
+    };
+    format!("{what}: {look}{anew}")
 }
 
 /// What an import has done, for programs.
@@ -191,7 +214,8 @@ fn document(status: &Status, target: &Target, name: &str, command: &ImportComman
         "duplicates": status.duplicates,
         "conflicting": status.conflicting,
         "rejected": status.rejected,
-        "rejected_file": (status.rejected > 0).then(|| command.rejected().display().to_string()),
+        "rejected_before": status.rejected_before(),
+        "rejected_file": (status.rejected_in_file > 0).then(|| command.rejected().display().to_string()),
         "records_before": status.passed,
         "imported_before_at": finished.map(|before| before.at),
         "is_cut_off": status.is_cut_off,

@@ -93,6 +93,8 @@ pub struct Status {
     pub conflicting: u64,
     /// Records that are not valid events.
     pub rejected: u64,
+    /// Records in the file of rejected records: those of this import, and of earlier ones if their file is still there.
+    pub rejected_in_file: u64,
     /// Records that were read. Each was stored, is a duplicate or was rejected.
     pub records: u64,
     /// Whether the input ends in the middle of a record, which is then rejected. Once the input is complete, the same
@@ -105,6 +107,12 @@ pub struct Status {
 }
 
 impl Status {
+    /// Records that earlier runs of this import have rejected. They are still not stored.
+    #[must_use]
+    pub fn rejected_before(&self) -> u64 {
+        self.resumed.as_ref().map_or(0, |before| before.rejected)
+    }
+
     /// The error that ended an import, with a count of the records before it.
     fn after(&self, error: ImportError) -> ImportError {
         let taken = self.stored + self.duplicates + self.rejected;
@@ -182,6 +190,7 @@ impl Import {
                     status.resumed = beginning.resumed;
                     status.column_names = beginning.column_names;
                     let file = RejectedFile::open(import.rejected.clone(), status.passed)?;
+                    status.rejected_in_file = file.records();
                     rejected_file = Some(file);
                     watch(&status);
                 }
@@ -189,6 +198,7 @@ impl Import {
                     is_read = step.is_last;
                     if let Some(file) = &mut rejected_file {
                         file.add(&step.rejected)?;
+                        status.rejected_in_file = file.records();
                     }
                     let started = Instant::now();
                     import
@@ -242,7 +252,7 @@ impl Import {
             head: step.head,
             records: step.records,
             digest: step.digest,
-            rejected: resumed.map_or(0, |resumed| resumed.rejected) + status.rejected - cut_off,
+            rejected: status.rejected_before() + status.rejected - cut_off,
             finished: step.is_last && !step.is_cut_off,
             at: clock.now(),
         };

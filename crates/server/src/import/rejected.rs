@@ -36,13 +36,15 @@ pub(super) struct Rejected {
 pub(super) struct RejectedFile {
     path: PathBuf,
     file: Option<File>,
+    /// How many records it holds.
+    records: u64,
 }
 
 impl RejectedFile {
     /// Opens the file at `path` for an import that has already taken `taken` records. Lines of later records are
     /// removed.
     pub(super) fn open(path: PathBuf, taken: u64) -> Result<Self, ImportError> {
-        let mut rejected = Self { path, file: None };
+        let mut rejected = Self { path, file: None, records: 0 };
         // A symbolic link may lead to a file that another person chose.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
@@ -67,7 +69,7 @@ impl RejectedFile {
             record: u64,
         }
         let mut reader = BufReader::new(&file);
-        let (mut line, mut whole) = (Vec::new(), 0);
+        let (mut line, mut whole, mut records) = (Vec::new(), 0, 0);
         loop {
             line.clear();
             let read = io::Read::take(&mut reader, LONGEST_LINE).read_until(b'\n', &mut line);
@@ -77,6 +79,7 @@ impl RejectedFile {
             match serde_json::from_slice::<Line>(&line) {
                 Ok(known) if known.record <= taken && line.ends_with(b"\n") => {
                     whole += line.len() as u64;
+                    records += 1;
                 }
                 // The lines that follow were not committed.
                 Ok(_) if taken > 0 => break,
@@ -91,7 +94,7 @@ impl RejectedFile {
         }
         let shortened = file.set_len(whole).and_then(|()| file.seek(SeekFrom::End(0)));
         shortened.map_err(|error| self.failed(&error))?;
-        self.file = Some(file);
+        (self.file, self.records) = (Some(file), records);
         Ok(())
     }
 
@@ -100,7 +103,14 @@ impl RejectedFile {
         if records.is_empty() {
             return Ok(());
         }
-        self.write(records).map_err(|error| self.failed(&error))
+        self.write(records).map_err(|error| self.failed(&error))?;
+        self.records += records.len() as u64;
+        Ok(())
+    }
+
+    /// How many records it holds. Those of an earlier run are missing when its file was removed or has another name.
+    pub(super) fn records(&self) -> u64 {
+        self.records
     }
 
     fn write(&mut self, records: &[Rejected]) -> io::Result<()> {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     import::{counted, csv, events, exported, file, gzip, lines, total},
+    json_output::documented,
     support::{
         events::at,
         http::{event, with},
@@ -16,6 +17,7 @@ use crate::{
 
 both_stores!(
     what_was_rejected_before_is_said_again,
+    reasons_are_looked_for_where_they_are,
     what_comes_before_damage_is_imported,
     a_damaged_input_that_begins_like_another,
     what_was_imported_is_known_again,
@@ -311,4 +313,58 @@ async fn what_was_rejected_before_is_said_again(installed: &Installed) {
         program.run(&["import", "good"]).success();
     }
     assert_eq!(total(&database.target).await, 3);
+}
+
+/// A message names the file of rejected records only when it is there, and the document for programs agrees with the status.
+async fn reasons_are_looked_for_where_they_are(installed: &Installed) {
+    let Installed { program, database } = installed;
+    database.migrate().await;
+    const GOOD: &str =
+        r#"{"device_id":"pi","timestamp":"2025-06-17","total_files_synced":1,"total_errors":0}"#;
+    let write = |name: &str, text: &str| std::fs::write(program.path(name), text).unwrap();
+    let mixed = format!("{GOOD}\n{{}}\n{{}}\n");
+    for name in ["first", "other"] {
+        write(name, &mixed);
+    }
+    let check = |arguments: &[&str], said: &str, rejected: [u64; 2], file: Option<&str>| {
+        let ended = program.run_reading(&[&["import", "--json"], arguments].concat(), "first");
+        assert_eq!(ended.code(), 3, "{ended:?}");
+        assert_eq!(ended.stderr.lines().last(), Some(said), "{ended:?}");
+        let document = documented("import", &ended);
+        let found = [&document["rejected"], &document["rejected_before"]];
+        assert_eq!(found, [&json!(rejected[0]), &json!(rejected[1])], "{document}");
+        assert_eq!(document["rejected_file"], json!(file), "{document}");
+    };
+    let all = "pisync: 2 records were rejected; first.rejected says why";
+    check(&["first"], all, [2, 0], Some("first.rejected"));
+    check(&["first"], all, [0, 2], Some("first.rejected"));
+    // Under another name, from standard input, and with the file gone.
+    let advice = "look for the file that was written when first was imported, or write it again with --again --rejected NEW-FILE, which stores events without an event_id twice";
+    let missing = |file: &str| {
+        format!(
+            "pisync: 2 records were rejected; {file}, which would say why, is not there: {advice}"
+        )
+    };
+    check(&["other"], &missing("other.rejected"), [0, 2], None);
+    check(&["-"], &missing("stdin.rejected"), [0, 2], None);
+    let elsewhere = ["other", "--rejected", "first.rejected"];
+    check(&elsewhere, all, [0, 2], Some("first.rejected"));
+    std::fs::remove_file(program.path("first.rejected")).unwrap();
+    check(&["first"], &missing("first.rejected"), [0, 2], None);
+    // It grows: the new file has only what is new.
+    write("first", &format!("{mixed}[]\n"));
+    let lacks =
+        format!("pisync: 3 records were rejected; first.rejected lacks 2 of them: {advice}");
+    check(&["first"], &lacks, [1, 2], Some("first.rejected"));
+    // The advice works.
+    let again = ["first", "--again", "--rejected", "new"];
+    check(&again, "pisync: 3 records were rejected; new says why", [3, 0], Some("new"));
+    assert_eq!(std::fs::read_to_string(program.path("new")).unwrap().lines().count(), 3);
+    assert_eq!(total(&database.target).await, 2);
+    // Where nothing is stored, nothing is stored twice.
+    write("bad", "{}\n");
+    program.run(&["import", "bad"]).failure();
+    std::fs::remove_file(program.path("bad.rejected")).unwrap();
+    let ended = program.run(&["import", "bad"]);
+    assert!(ended.failure().ends_with("--again --rejected NEW-FILE"), "{ended:?}");
 }
