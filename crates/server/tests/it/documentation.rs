@@ -1,9 +1,15 @@
 //! What README.md, `docs/` and `.env.example` say of the program, compared with it: settings, figures, names of commands
 //! and metrics, links. Their commands are run by `documented_commands`.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
-use pisync::{cli::reference, config::http::Timeouts};
+use pisync::{
+    cli::reference,
+    config::http::{ANSWER_BYTES, Timeouts},
+};
 use pisync_core::{
     DeviceId, EventId, JobName,
     event_stream::MAX_EVENT_BYTES,
@@ -193,42 +199,50 @@ fn kibibytes(bytes: u64) -> String {
     format!("{} KiB", bytes >> 10)
 }
 
-/// All lines of the program's source.
-fn source() -> String {
-    fn read(folder: &Path, text: &mut String) {
+/// The program's source, by the path of each file below `crates/server/src`.
+fn source() -> BTreeMap<String, String> {
+    fn read(root: &Path, folder: &Path, files: &mut BTreeMap<String, String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                read(&path, text);
+                read(root, &path, files);
             } else if path.extension().is_some_and(|kind| kind == "rs") {
-                *text += &std::fs::read_to_string(path).unwrap();
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                files.insert(name, std::fs::read_to_string(path).unwrap());
             }
         }
     }
-    let mut text = String::new();
-    read(&path("crates/server/src"), &mut text);
-    text
+    let (root, mut files) = (path("crates/server/src"), BTreeMap::new());
+    read(&root, &root, &mut files);
+    files
 }
 
-/// What private constants of a name are: `65_536`, `32 << 20` or `Duration::from_secs(5)`. Most of those that the pages
-/// speak of are nobody else's business, so no module shows them.
-fn constants(source: &str, name: &str) -> Vec<u64> {
-    let number = |text: &str| text.trim().replace('_', "").parse::<u64>().ok();
-    let declaration = format!("const {name}: ");
-    let values: Vec<_> = source
-        .split(&declaration)
-        .skip(1)
-        .filter_map(|rest| rest.split_once(" = ")?.1.split_once(';'))
-        .filter_map(|(value, _)| {
-            let seconds = value.strip_prefix("Duration::from_secs(");
-            let seconds = seconds.and_then(|value| value.strip_suffix(')'));
-            match (seconds, value.split_once(" << ")) {
-                (Some(seconds), _) => number(seconds),
-                (None, Some((base, shift))) => Some(number(base)? << number(shift)?),
-                (None, None) => number(value),
-            }
-        })
-        .collect();
+/// What a file's constant is: `65_536`, `32 << 20`, `4 * DAY` or `Duration::from_secs(5)`, which is 5. Most of those that
+/// the pages speak of are nobody else's business, so no module shows them.
+fn value(file: &str, name: &str) -> Option<u64> {
+    let (_, rest) = file.split_once(&format!("const {name}: "))?;
+    let (mut text, _) = rest.split_once(" = ")?.1.split_once(';')?;
+    for unit in ["Duration::from_secs(", "Duration::from_millis("] {
+        text = text.strip_prefix(unit).and_then(|text| text.strip_suffix(')')).unwrap_or(text);
+    }
+    let factor = |text: &str| text.replace('_', "").parse().ok().or_else(|| value(file, text));
+    let mut words = text.split(' ');
+    let mut value = factor(words.next()?)?;
+    while let Some(operator) = words.next() {
+        let right = factor(words.next()?)?;
+        value = match operator {
+            "*" => value.checked_mul(right)?,
+            "/" => value.checked_div(right)?,
+            "<<" => value << right,
+            _ => return None,
+        };
+    }
+    Some(value)
+}
+
+/// What the constants of a name are, wherever they stand.
+fn constants(source: &BTreeMap<String, String>, name: &str) -> Vec<u64> {
+    let values: Vec<_> = source.values().filter_map(|file| value(file, name)).collect();
     assert!(!values.is_empty(), "there is no constant {name} any more: name its successor here");
     values
 }
@@ -241,6 +255,10 @@ fn figures_are_those_of_the_program() {
         let values = constants(&source, name);
         assert!(values.windows(2).all(|pair| pair[0] == pair[1]), "several {name}: {values:?}");
         values[0]
+    };
+    let in_file = |file: &str, name: &str| {
+        let value = value(&source[file], name);
+        value.unwrap_or_else(|| panic!("there is no {name} in {file}: name its successor here"))
     };
     let settings = reference::settings();
     let default = |variable: &str| -> u64 {
@@ -262,6 +280,10 @@ fn figures_are_those_of_the_program() {
         .map(|kind| figure(default(&format!("RATE_LIMIT_{kind}_PER_MINUTE"))));
     let skew = default("MAX_CLOCK_SKEW_SECONDS") / 60;
     let count = figure(u64::from(MAX_COUNT));
+    let large = kibibytes(constant("LARGE"));
+    let refresh = format!("every {} ms", constant("REFRESH_INTERVAL"));
+    let look_up = constant("LOOK_UP_INTERVAL");
+    let host = constant("HOST_TIMEOUT");
     for (page, sentences) in [
         (
             "docs/operations.md",
@@ -341,10 +363,109 @@ fn figures_are_those_of_the_program() {
                     figure(constant("QUEUE_EVENTS") / 4 * 3)
                 ),
                 format!("| {queue}, of which bodies that are still arriving may hold 24;"),
+                format!("open files, less {} |", constant("OTHER_FILES")),
+                format!(
+                    "30 s for each {} and {seconds} s more, {} min |",
+                    kibibytes(constant("STRETCH_BYTES")),
+                    timeouts.body.as_secs() * constant("TIMES_AS_LONG") / 60
+                ),
+                format!("at most {} plus twice", kibibytes(constant("ALLOWANCE"))),
+                format!("is given up after {}.", kibibytes(constant("ALLOWANCE"))),
+                format!(
+                    "| {} at a time on SQLite, {} on PostgreSQL; {} s each | wait {} s,",
+                    in_file("store/sqlite/connection.rs", "LONG_READS"),
+                    in_file("store/postgres/store.rs", "LONG_READS"),
+                    constant("READ_TIMEOUT"),
+                    constant("READER_WAIT")
+                ),
+                format!(
+                    "| {} all together; each connection has {} in any case |",
+                    figure(constant("MAX_UNREAD")),
+                    constant("ALWAYS")
+                ),
+                format!(
+                    "larger than {large} that clients have not taken | {}, all together | 503, for a batch before it is stored; a streamed history waits {} s",
+                    mebibytes(ANSWER_BYTES as u64),
+                    in_file("api/devices/history_stream.rs", "PATIENCE")
+                ),
+                format!(
+                    "the first of each event, and {} more |",
+                    figure(constant("FURTHER_VIOLATIONS"))
+                ),
+                format!("check {refresh} whether a key"),
+                format!("look-ups are {look_up} ms apart"),
+                format!("{} reads of one row a second", 1000 / look_up),
+            ],
+        ),
+        (
+            "docs/architecture.md",
+            vec![
+                format!("or with 503 after {} s |", constant("RESOLVE_TIMEOUT")),
+                format!("After {} s without success", constant("RESOLVE_TIMEOUT")),
+                format!("up to {} waiting events", figure(constant("BATCH_EVENTS"))),
+                format!("at most {}.", constant("WAKE_EVENTS")),
+                format!("The writer applies {} events", figure(constant("APPLY_BATCH_EVENTS"))),
+                format!(
+                    "At most {} may be in the journal alone",
+                    journal.replace(", or", " events or")
+                ),
+                format!("events wait up to {} s", constant("FULL_TIMEOUT")),
+                format!("reserves {} ids", figure(constant("RESERVED_IDS"))),
+                format!("so are the {} batches after it", constant("DEDUPLICATING_BATCHES")),
+                format!("holds the writer for some {} ms", constant("STEP_TARGET")),
+                format!(
+                    "Each step takes some {} ms, and the pause after it is {} times as long.",
+                    constant("STEP_TARGET"),
+                    constant("STEP_YIELD")
+                ),
+                format!("returned, {} at a time", constant("VACUUM_PAGES")),
+                format!("is at least {} s ago", constant("FINAL_AFTER_MILLISECONDS") / 1000),
+                format!(
+                    "read the watermark every {} s, and are at least {} s ahead of it",
+                    constant("WATERMARKS_MILLISECONDS") / 1000,
+                    constant("SAFE_AFTER_MILLISECONDS") / 1000
+                ),
+                format!("Aggregation runs every {} s.", constant("AGGREGATION_INTERVAL")),
+                format!(
+                    "announced {} minutes before a month is dropped",
+                    constant("NOTICE_MILLISECONDS") / 60_000
+                ),
+                format!("A step is {} records", figure(constant("STEP_RECORDS"))),
+                format!("the first {} records", constant("HEAD_RECORDS")),
+                format!("`Retry-After: {}`", constant("RETRY_WHEN_CLOCK_NOT_SET")),
+                format!(
+                    "a clock that is up to {} days ahead",
+                    constant("LONGEST_PAUSE") / 86_400_000
+                ),
+                format!("judged again every {} minutes", constant("DOUBT_INTERVAL") / 60),
+                format!("the probe first writes {}.", mebibytes(constant("PROBE_BYTES"))),
+                format!(
+                    "for {}.{} s (the writer's `lock_timeout`)",
+                    constant("LOCK_TIMEOUT") / 1000,
+                    constant("LOCK_TIMEOUT") % 1000 / 100
+                ),
+                format!("five times, for at most {} s altogether", constant("WRITE_TIMEOUT")),
+                format!("When the log holds {},", mebibytes(constant("CHECKPOINT_PAGES") * 4096)),
+                format!("pages of {}.", kibibytes(constant("PAGE_BYTES"))),
+                format!("in batches of {}, so memory", figure(constant("BATCH_ROWS"))),
+                format!("asks the database {refresh}"),
+                format!("copies {} events into", figure(constant("SAMPLE_EVENTS"))),
+                format!("Beyond {} addresses", figure(constant("MAX_ADDRESSES"))),
+                format!("are kept for {idle} s,"),
+                format!("The head's {seconds} s begin"),
+                format!("may have {}, as in Node", kibibytes(constant("HEAD_LIMIT"))),
+                format!("beyond {} each", kibibytes(constant("SMALL_HEAD"))),
+                format!("as its window, {window} by RFC 9659"),
+                format!(
+                    "are read in pages of {}.",
+                    in_file("api/devices/history_stream.rs", "PAGE")
+                ),
+                format!("addresses for {host} s (or `connect_timeout`)"),
             ],
         ),
     ] {
-        let text = text(page);
+        // A sentence may go on in the next line.
+        let text = text(page).split_whitespace().collect::<Vec<_>>().join(" ");
         for sentence in sentences {
             assert!(text.contains(&sentence), "{page} does not say {sentence:?}");
         }
