@@ -1,12 +1,16 @@
 //! `GET /metrics`: what is measured, and that Prometheus can read it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::process::Stdio;
 
-use serde_json::json;
+use pisync_core::ViolationCode;
+use reqwest::{Method, header::HeaderValue};
+use serde_json::{Value, json};
 
+use crate::support::documents::text;
 use crate::support::events::at;
 use crate::support::http::{event, failure, send, with};
 use crate::support::server::TestServer;
@@ -117,5 +121,61 @@ async fn prometheus_has_nothing_to_find_fault_with() {
     let output = promtool.wait_with_output().unwrap();
     let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
     assert!(output.status.success() && said.is_empty(), "{said}");
+    server.stop().await;
+}
+
+/// Every event that is answered 400 is counted, and the page names the reasons that there are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rejected_events_are_counted_by_their_reason() {
+    let server = TestServer::on_sqlite(|_| {}).await;
+    let wrong = |field: &str, value: Value| with(event("pi"), &json!({field: value}));
+    let mut expected = BTreeMap::new();
+    for (code, body, keys) in [
+        ("required", json!({}), vec![]),
+        ("type", wrong("total_errors", json!([])), vec![]),
+        ("range", wrong("total_errors", json!(-1)), vec![]),
+        ("format", wrong("timestamp", json!("yesterday")), vec![]),
+        ("format", event("pi"), vec!["\u{e9}"]),
+        ("length", wrong("device_id", json!("")), vec![]),
+        ("length", event("pi"), vec![""]),
+        ("length", event("pi"), vec![&*"x".repeat(65)]),
+        ("future", wrong("timestamp", json!(at(86_400))), vec![]),
+        ("conflict", wrong("event_id", json!("a")), vec!["b"]),
+        ("conflict", event("pi"), vec!["a", "a"]),
+        ("malformed_json", json!(null), vec![]),
+    ] {
+        let text = if body.is_null() { "{".to_owned() } else { body.to_string() };
+        let request = server.request(Method::POST, "/api/sync-event");
+        let request = request.header("content-type", "application/json").body(text);
+        let request = keys.into_iter().fold(request, |request, key| {
+            let key = HeaderValue::from_bytes(key.as_bytes()).unwrap();
+            request.header("idempotency-key", key)
+        });
+        let answer = send(request).await.json(400);
+        let answered = if body.is_null() { &answer["code"] } else { &answer["details"][0]["code"] };
+        assert_eq!(answered, code, "{answer}");
+        *expected.entry(code).or_insert(0) += 1;
+    }
+    let metrics = server.get("/metrics").await.text().to_owned();
+    const NAME: &str = "pisync_sync_events_rejected_total";
+    let counted: BTreeMap<_, u32> = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix(NAME)?.strip_prefix("{reason=\"")?.split_once("\"} "))
+        .map(|(reason, count)| (reason, count.parse().unwrap()))
+        .collect();
+    assert_eq!(counted, expected);
+    // Unknown fields of an event are ignored.
+    let codes = ViolationCode::ALL.into_iter().map(ViolationCode::as_str);
+    let possible: Vec<_> = codes.filter(|code| *code != "unknown_field").collect();
+    assert_eq!(
+        counted.keys().copied().collect::<BTreeSet<_>>(),
+        possible.iter().copied().collect()
+    );
+    let page = text("docs/operations.md");
+    let row = page.lines().find(|line| line.starts_with(&format!("| `{NAME}` |"))).unwrap();
+    let named: Vec<_> = row.split('`').skip(3).step_by(2).collect();
+    let named: Vec<_> =
+        named.into_iter().filter(|name| !["Idempotency-Key", "event_id"].contains(name)).collect();
+    assert_eq!(named, possible);
     server.stop().await;
 }

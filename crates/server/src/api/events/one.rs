@@ -247,7 +247,11 @@ fn create_sync_event(
         let body = body.read().await?;
         let event = SyncEvent::from_json(&body, state.arrival()?);
         drop(body);
-        let mut event = event.map_err(|error| match error {
+        let event = event.and_then(|event| match idempotency_key {
+            Some(key) => with_idempotency_key(event, &key, is_ambiguous),
+            None => Ok(event),
+        });
+        let event = event.map_err(|error| match error {
             ParseError::Malformed(where_) => {
                 state.metrics.rejected(&[]);
                 ApiError::Malformed(where_)
@@ -257,10 +261,6 @@ fn create_sync_event(
                 ApiError::Validation(violations)
             }
         })?;
-        if let Some(key) = idempotency_key {
-            event.event_id =
-                Some(read_idempotency_key(&key, is_ambiguous, event.event_id.as_ref())?);
-        }
         let key = state.gate.look_again(key.as_ref(), Scope::Ingest)?;
         let group = auth::check_report(key.as_deref(), [&event.device_id])?;
         let receipt = state.ingest.submit(event.clone(), group).await?;
@@ -296,26 +296,26 @@ fn answer(event: SyncEvent, receipt: Receipt) -> Response {
     }
 }
 
-/// The event id in the header. It must not contradict the one in the body.
-fn read_idempotency_key(
+/// The event with the id in the header, which must not contradict the one in the body.
+fn with_idempotency_key(
+    event: SyncEvent,
     key: &HeaderValue,
     is_ambiguous: bool,
-    event_id: Option<&EventId>,
-) -> Result<EventId, ApiError> {
+) -> Result<SyncEvent, ParseError> {
     let lossy = String::from_utf8_lossy(key.as_bytes());
     let refuse = |code, rule: &str| {
         let value = Some(lossy.as_ref().into());
-        ApiError::Validation(vec![Violation::of("Idempotency-Key", code, rule, value)])
+        ParseError::Invalid(vec![Violation::of("Idempotency-Key", code, rule, value)])
     };
     if is_ambiguous {
         return Err(refuse(ViolationCode::Conflict, "must be given only once"));
     }
     let text = key.to_str().map_err(|_| refuse(ViolationCode::Format, "must be ASCII text"))?;
     let key = EventId::new(text).map_err(|error| refuse(error.code(), &error.to_string()))?;
-    match event_id {
+    match &event.event_id {
         Some(event_id) if *event_id != key => {
             Err(refuse(ViolationCode::Conflict, "must be the same as \"event_id\""))
         }
-        _ => Ok(key),
+        _ => Ok(SyncEvent { event_id: Some(key), ..event }),
     }
 }
