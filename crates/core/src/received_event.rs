@@ -4,7 +4,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
-use crate::{Arrival, Metadata, ParseError, SyncEvent, Timestamp, Violation, ViolationCode};
+use crate::{
+    Arrival, DeviceClock, Metadata, ParseError, SyncEvent, Timestamp, Violation, ViolationCode,
+};
 
 const FIELD: &str = "created_at";
 
@@ -45,6 +47,20 @@ impl ReceivedEvent {
             }
             (Err(error), _) => Err(error),
         }
+    }
+
+    /// Writes the event on one line, as [`Self::from_json`] reads it.
+    ///
+    /// # Errors
+    /// Those of [`SyncEvent::to_json`].
+    pub fn to_json(&self) -> Result<String, serde_json::Error> {
+        let mut line = self.event.to_json(DeviceClock::Synced)?;
+        if let Some(at) = self.created_at {
+            // The line ends with the object's brace.
+            line.truncate(line.len() - 1);
+            line.push_str(&format!(",\"{FIELD}\":\"{at}\"}}"));
+        }
+        Ok(line)
     }
 }
 
@@ -107,6 +123,7 @@ fn created_at(body: &[u8], arrival: Arrival) -> Result<Option<Timestamp>, Violat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event_fields::EVENT_FIELDS;
     use crate::metadata::MAX_METADATA_BYTES;
 
     fn time(text: &str) -> Timestamp {
@@ -142,6 +159,28 @@ mod tests {
         // A device that does not trust its clock gets this date as well.
         let unsynced = read("2030-01-01", &format!("{at},\"clock\":\"unsynced\"")).unwrap();
         assert_eq!(unsynced.event.timestamp, time("2025-06-01"));
+    }
+
+    #[test]
+    fn it_is_written_as_it_is_read() {
+        let fields = r#","event_id":"1","internet_speed":1.25,"job":"nightly","duration_seconds":2.5,
+            "bytes_synced":3,"metadata":{"a": 1.50}"#;
+        let now = read("2025-05-31", fields).unwrap();
+        let before =
+            read("2025-05-31", &format!("{fields},\"created_at\":\"2025-06-01\"")).unwrap();
+        for event in [now, before] {
+            let line = event.to_json().unwrap();
+            assert_eq!(line.lines().count(), 1, "{line}");
+            let written: Map<String, Value> = serde_json::from_str(&line).unwrap();
+            // The clock is no field of a stored event: its dates tell.
+            for field in EVENT_FIELDS.iter().filter(|field| field.name != "clock") {
+                assert!(written.contains_key(field.name), "{} is not in {line}", field.name);
+            }
+            assert_eq!(written.contains_key(FIELD), event.created_at.is_some());
+            let latest = event.event.timestamp.saturating_add_milliseconds(i64::from(u32::MAX));
+            let arrival = Arrival { received: latest, latest };
+            assert_eq!(ReceivedEvent::from_json(line.as_bytes(), arrival), Ok(event));
+        }
     }
 
     #[test]

@@ -170,21 +170,6 @@ async fn headers_are_declared() {
     server.stop().await;
 }
 
-/// The codes that errors have are the ones that are documented.
-#[test]
-fn codes_are_documented() {
-    let document = document();
-    let page = include_str!("../../../../docs/api-design.md");
-    for schema in ["ErrorCode", "DetailCode"] {
-        let codes = document["components"]["schemas"][schema]["enum"].as_array().unwrap();
-        assert!(codes.len() >= 9, "{schema}");
-        for code in codes {
-            let row = format!("| `{}` |", code.as_str().unwrap());
-            assert!(page.contains(&row), "docs/api-design.md has no row {row}");
-        }
-    }
-}
-
 /// The event's fields in the document are those that are read.
 #[test]
 fn the_fields_of_an_event_are_documented() {

@@ -30,6 +30,7 @@ mod devices;
 mod doctor;
 mod documentation;
 mod documented_commands;
+mod documented_lists;
 mod exit_codes;
 mod export;
 mod express;

@@ -6,8 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pisync_core::{EventId, JobName, Metadata, SyncEvent, Timestamp};
-use serde_json::{Value, json};
+use pisync_core::{ReceivedEvent, SyncEvent};
 
 use super::paths::{DOUBTFUL_EVENTS, REFUSED_EVENTS, beside};
 use crate::{
@@ -23,18 +22,21 @@ pub(super) fn quarantine(
     refused: &dyn std::fmt::Display,
 ) {
     let path = beside(database, REFUSED_EVENTS);
-    let line = import_line(batch, position);
+    let event = ReceivedEvent {
+        event: batch.events[position].clone(),
+        created_at: Some(batch.received_at(position)),
+    };
     let file = path.display();
-    match append_lines(&path, std::slice::from_ref(&line)) {
+    match append(&path, std::slice::from_ref(&event)) {
         Ok(()) => tracing::error!(
             error = %refused,
-            device_id = %batch.events[position].device_id,
+            device_id = %event.event.device_id,
             %file,
             "the database refuses an event that was acknowledged; it is kept in a file, for `pisync import`"
         ),
         Err(error) => tracing::error!(
             error = %refused,
-            event = %line,
+            event = event.to_json().unwrap_or_else(|_| format!("{event:?}")),
             %file,
             "the database refuses an event that was acknowledged, and it cannot be kept: {error}"
         ),
@@ -48,44 +50,21 @@ pub(super) fn keep_doubtful(
     events: Vec<SyncEvent>,
 ) -> Result<PathBuf, StoreError> {
     let path = beside(database, DOUBTFUL_EVENTS);
-    let batch = Batch::new(Timestamp::MIN, events);
-    let lines: Vec<_> = (0..batch.events.len())
-        .map(|position| {
-            let mut line = import_line(&batch, position);
-            if let Some(fields) = line.as_object_mut() {
-                fields.remove("created_at");
-            }
-            line
-        })
-        .collect();
-    append_lines(&path, &lines)
+    let events: Vec<_> =
+        events.into_iter().map(|event| ReceivedEvent { event, created_at: None }).collect();
+    append(&path, &events)
         .map_err(|error| StoreError::Failed(format!("cannot write {}: {error}", path.display())))?;
     Ok(path)
 }
 
-/// Appends lines to a file and syncs it. Creates a missing file.
-fn append_lines(path: &Path, lines: &[Value]) -> std::io::Result<()> {
+/// Appends events to a file, a line each, and syncs it. Creates a missing file.
+fn append(path: &Path, events: &[ReceivedEvent]) -> std::io::Result<()> {
+    let mut text = String::new();
+    for event in events {
+        text += &event.to_json()?;
+        text.push('\n');
+    }
     let mut file = permissions::append(path, PRIVATE)?;
-    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     file.write_all(text.as_bytes())?;
     file.sync_all()
-}
-
-/// An event as `pisync import` reads it.
-#[expect(clippy::cast_precision_loss, reason = "at most 35 bits")]
-fn import_line(batch: &Batch, position: usize) -> Value {
-    let event = &batch.events[position];
-    json!({
-        "device_id": event.device_id.as_str(),
-        "event_id": event.event_id.as_ref().map(EventId::as_str),
-        "timestamp": event.timestamp,
-        "total_files_synced": event.total_files_synced,
-        "total_errors": event.total_errors,
-        "internet_speed": event.internet_speed.map(|speed| speed.hundredths() as f64 / 100.0),
-        "job": event.job.as_ref().map(JobName::as_str),
-        "duration_seconds": event.duration.map(|took| took.milliseconds() as f64 / 1000.0),
-        "bytes_synced": event.bytes_synced,
-        "metadata": event.metadata.as_ref().map(Metadata::to_raw_value),
-        "created_at": batch.received_at(position),
-    })
 }
