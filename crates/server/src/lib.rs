@@ -20,6 +20,7 @@ mod middleware;
 pub mod net;
 mod permissions;
 pub mod random;
+pub mod simulate;
 pub mod store;
 mod temporary;
 mod threads;

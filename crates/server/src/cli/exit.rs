@@ -16,8 +16,8 @@ use crate::{
 /// What the help of `pisync` says of them; commands that use more than the first three say so in theirs.
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 success, 1 failure, 2 wrong usage or a setting with a bad value,
-3 done in part (import), 4 could not find out (verify, journal inspect), 129,
-130 or 143 ended by SIGHUP, SIGINT or SIGTERM.";
+3 done in part (import), 4 could not find out (verify, journal inspect,
+simulate), 129, 130 or 143 ended by SIGHUP, SIGINT or SIGTERM.";
 
 /// The exit statuses of a command that no signal has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

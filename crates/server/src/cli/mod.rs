@@ -44,6 +44,7 @@ mod progress;
 pub mod reference;
 mod serve;
 mod settings;
+mod simulate;
 mod take_over;
 mod verify;
 
@@ -122,6 +123,8 @@ enum Command {
     Doctor(Box<doctor::DoctorCommand>),
     /// Ask the running server whether it can serve
     Health(health::HealthCommand),
+    /// Send a simulated fleet to a running server, measure it, and check its answers
+    Simulate(Box<simulate::SimulateCommand>),
     /// Print the API's OpenAPI document
     Openapi,
     /// Print a script with which a shell completes what is typed
@@ -147,6 +150,9 @@ impl Command {
             Self::Verify(_) => "figures that were repaired stay repaired",
             Self::Journal(_) | Self::Key(_) => "run it again",
             Self::Doctor(_) | Self::Health(_) => "nothing was changed",
+            Self::Simulate(_) => {
+                "what was sent stays on the server; start again with another --seed"
+            }
             Self::Openapi | Self::Completions(_) | Self::Man(_) => "run it again",
         })
     }
@@ -197,6 +203,7 @@ pub fn main() -> ExitCode {
                 doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
             }
             Some(Command::Health(command)) => health::run(&command).await,
+            Some(Command::Simulate(command)) => simulate::run(&command).await,
             Some(Command::Openapi) => openapi::run(),
             Some(Command::Completions(command)) => completions::run(&command),
             Some(Command::Man(command)) => man::run(&command),

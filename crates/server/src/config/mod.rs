@@ -48,6 +48,13 @@ pub struct ClockSkewArgs {
 #[derive(Clone)]
 pub struct Secret(String);
 
+impl Secret {
+    /// The text, for whoever sends it.
+    pub(crate) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
 impl FromStr for Secret {
     type Err = std::convert::Infallible;
 

@@ -35,6 +35,7 @@ fn bad_value(variable: &str) -> &'static str {
         "LOG_DIR" | "DB_NAME" | "DB_USER" | "DATA_DIR" | "MIGRATIONS_DIR" | "NODE_ENV" => {
             "postgres://localhost/pisync"
         }
+        "PISYNC_KEY" => "psk_mistyped",
         // Any text at all; but several lines are no text of a file's line.
         "DB_PASSWORD" => "",
         limit if limit.starts_with("RATE_LIMIT_") || limit.starts_with("MAX_") => "-1",
@@ -48,6 +49,7 @@ fn words(command: &str, flag: &str) -> Vec<&'static str> {
         ("serve", _) => vec!["serve"],
         ("copy", "--from") => vec!["copy", "--to", "sqlite:new.db"],
         ("copy", _) => vec!["copy", "--from", "sqlite:old.db"],
+        ("simulate", _) => vec!["simulate", "--url", "http://localhost:1"],
         other => panic!("{other:?} is new: say here how it is run"),
     }
 }
@@ -94,7 +96,27 @@ fn bad_option(words: &[&str]) -> (&'static str, &'static [&'static str]) {
         ["key", "create", "--device" | "--group" | "--name"] => {
             ("two\nlines", &["--scope", "ingest"])
         }
+        ["simulate", option] => bad_option_of_simulate(option),
         other => panic!("{other:?} is new: say here what it cannot be"),
+    }
+}
+
+fn bad_option_of_simulate(option: &str) -> (&'static str, &'static [&'static str]) {
+    match option {
+        "--url" => ("ftp://localhost", &[]),
+        "--ca-cert" => ("nowhere.pem", &["--url", "https://localhost:1"]),
+        "--devices" | "--every" | "--patience" | "--speed" | "--connections" | "--batch" => {
+            ("0", &["--url", "http://localhost:1"])
+        }
+        "--groups" => ("501", &["--url", "http://localhost:1"]),
+        "--jobs" => ("17", &["--url", "http://localhost:1"]),
+        "--days" => ("3651", &["--url", "http://localhost:1"]),
+        "--until" => ("9999-01-01", &["--url", "http://localhost:1"]),
+        "--patterns" => ("none,disk", &["--url", "http://localhost:1"]),
+        // Without --live.
+        "--rate" => ("5", &["--url", "http://localhost:1"]),
+        "--seed" | "--sample" | "--live" | "--clocks" => ("x", &["--url", "http://localhost:1"]),
+        other => panic!("{other} is new: say here what it cannot be"),
     }
 }
 

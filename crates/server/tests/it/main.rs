@@ -68,6 +68,7 @@ mod routes;
 mod server_log;
 mod settings_file;
 mod signals;
+mod simulate;
 mod stats;
 mod store_contract;
 mod sync_event;
