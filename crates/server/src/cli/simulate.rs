@@ -319,6 +319,7 @@ impl SimulateCommand {
             history: i64::from(fleet.days) * DAY,
             live,
             until,
+            has_peaks: pace.rate.is_none(),
             patterns: PatternSet {
                 disk: is_on(Pattern::Disk),
                 link: is_on(Pattern::Link),

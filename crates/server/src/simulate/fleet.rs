@@ -153,8 +153,8 @@ impl Fleet {
     pub(super) fn device(&self, device: u32) -> Device {
         let mut dice = Dice::new(self.plan.seed, Subject::Device, device.into());
         let every = self.plan.every;
-        // Half of all scripts are started by cron on the hour.
-        let on_the_hour = dice.chance(500);
+        // Half of all scripts are started by cron on the hour. A load test has no such peaks.
+        let on_the_hour = dice.chance(500) && self.plan.has_peaks;
         let phase =
             dice.between(0, if on_the_hour { (20 * SECOND).min(every - 1) } else { every - 1 });
         let clock = clock(&mut dice, self.plan.clocks);

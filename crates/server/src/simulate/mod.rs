@@ -97,6 +97,8 @@ pub struct Plan {
     pub live: i64,
     /// When the history ends and the live part begins, in milliseconds since 1970.
     pub until: i64,
+    /// Whether half of all devices run on the hour; otherwise runs are spread evenly.
+    pub has_peaks: bool,
     /// What goes wrong.
     pub patterns: PatternSet,
     /// How clocks are wrong.
@@ -124,6 +126,7 @@ impl Plan {
             history: 3 * event::DAY,
             live: 0,
             until: 1_795_348_800_000,
+            has_peaks: true,
             patterns: PatternSet {
                 disk: true,
                 link: true,
