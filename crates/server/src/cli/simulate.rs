@@ -51,8 +51,8 @@ Examples:
 Exit status: 0 when the server answered everything as it must, 1 when it did not
 or something failed, 2 on wrong usage, 4 when the server could not be asked.")]
 pub(super) struct SimulateCommand {
-    /// A running server; several servers of one database take turns
-    #[arg(long, value_name = "URL", value_parser = Address::parse, required_unless_present = "print")]
+    /// A running server, which must be named; several servers of one database take turns
+    #[arg(long, value_name = "URL", value_parser = Address::parse)]
     url: Vec<Address>,
     /// An API key of scope admin
     #[arg(long, env = "PISYNC_KEY", value_name = "KEY")]
@@ -269,6 +269,10 @@ impl SimulateCommand {
     fn plan(&self, now: Timestamp) -> Result<Plan, Failure> {
         let (fleet, pace) = (&self.fleet, &self.pace);
         let mut problems = Vec::new();
+        if self.url.is_empty() && !self.print {
+            problems
+                .push("name a server with --url, such as --url http://localhost:3000".to_owned());
+        }
         let groups = fleet.groups.unwrap_or(20.min(fleet.devices));
         if groups > fleet.devices {
             problems.push(format!("--groups {groups} is more than --devices {}", fleet.devices));
