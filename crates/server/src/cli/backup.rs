@@ -39,7 +39,11 @@ pub(super) struct BackupCommand {
 #[command(after_help = "\
 Stop the server first. The backup is checked before anything is changed. With
 --force the database that is replaced is kept beside the new one, with the
-ending .replaced.")]
+ending .replaced.
+
+Examples:
+  pisync restore /mnt/usb/pisync.db          where there is no database
+  pisync restore /mnt/usb/pisync.db --force  in the place of the one that is there")]
 pub(super) struct RestoreCommand {
     /// A file that `pisync backup` has made
     #[arg(value_name = "FILE")]

@@ -9,7 +9,16 @@ use crate::{
     store,
 };
 
+const SETUP_HELP: &str = "\
+Run it as often as you like: what is there stays. On PostgreSQL the role must
+be allowed to create databases, or the database must exist already.
+
+Examples:
+  pisync db setup                            data/pisync.db
+  pisync db setup --database-url postgres://pisync@localhost/pisync";
+
 #[derive(Debug, Args)]
+#[command(after_help = SETUP_HELP)]
 pub(super) struct DbCommand {
     #[command(subcommand)]
     action: Action,
@@ -22,6 +31,7 @@ pub(super) struct DbCommand {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Create the database if it is missing, then apply all migrations
+    #[command(after_help = SETUP_HELP)]
     Setup,
 }
 

@@ -15,7 +15,11 @@ A server acknowledges events once they are in its ingest journal, the files
 pisync.db.ingest-1 and pisync.db.ingest-2, and brings them into the tables
 within a second. After a crash the next start does so. It refuses to when the
 disk has lost some of them: then inspect shows what is left, and salvage makes
-it go on without what is lost.")]
+it go on without what is lost.
+
+Examples:
+  pisync journal inspect
+  pisync journal salvage")]
 pub(super) struct JournalCommand {
     #[command(subcommand)]
     action: Action,
@@ -29,6 +33,9 @@ enum Action {
     #[command(after_help = "\
 Beside a running server it shows one moment of files that change.
 
+Example:
+  pisync journal inspect --data-dir /var/lib/pisync
+
 Exit status: 0 when all that was acknowledged can be read, 1 when some of it is
 lost, 2 on wrong usage, 4 when that could not be found out.")]
     Inspect,
@@ -37,7 +44,11 @@ lost, 2 on wrong usage, 4 when that could not be found out.")]
 Stop the server first. Nothing is changed when nothing is damaged. The events
 that are kept go into the tables with the next start of the server, or with the
 next command that reads them. Events that can be read in the damaged parts are
-written to pisync.db.doubtful.ndjson: look through them before you import them.")]
+written to pisync.db.doubtful.ndjson: look through them before you import them.
+
+Examples:
+  pisync journal salvage
+  pisync import data/pisync.db.doubtful.ndjson")]
     Salvage,
 }
 

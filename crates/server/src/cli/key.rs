@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{DatabaseArgs, MigrationArgs},
+    config::{DatabaseArgs, MigrationArgs, number},
     keys::{self, KeyRequest, MAX_NAME},
     maintenance::present,
     random::Randomness,
@@ -48,6 +48,13 @@ pub(super) struct KeyCommand {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Make a key; it is shown this once and kept nowhere
+    #[command(after_help = "\
+Examples:
+  pisync key create --scope ingest --name fleet      one key for all devices
+  pisync key create --scope ingest --device pi-001   one that reports for pi-001 alone
+  pisync key create --scope ingest --group school-17
+  pisync key create --scope read --expires 90d --name prometheus
+  KEY=$(pisync key create --scope admin)             for a script")]
     Create {
         /// What it opens: ingest (reporting), read (everything but keys and the audit log) or admin
         #[arg(long, value_name = "SCOPE", hide_possible_values = true, value_parser = scopes())]
@@ -66,11 +73,22 @@ enum Action {
         name: Option<String>,
     },
     /// List all keys
+    #[command(after_help = "\
+Examples:
+  pisync key list
+  pisync key list --json")]
     List,
     /// Make keys open nothing any more
+    #[command(after_help = "\
+Example:
+  pisync key revoke 3 4  what `pisync key list` calls 3 and 4")]
     Revoke {
         /// Their numbers, as listed
-        #[arg(required = true, value_name = "NUMBER")]
+        #[arg(
+            required = true,
+            value_name = "NUMBER",
+            value_parser = number::<i64>(1..=i64::MAX.unsigned_abs())
+        )]
         ids: Vec<i64>,
     },
 }
@@ -89,7 +107,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
             let problems: Vec<_> = key_request
                 .problems(now)
                 .iter()
-                .map(|found| format!("{} {}", found.field, found.rule))
+                .map(|found| format!("{} {}", option(found.field), found.rule))
                 .collect();
             if !problems.is_empty() {
                 return Err(Failure::usage(problems.join("; ")));
@@ -184,6 +202,18 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
 /// The scopes, which a shell can complete.
 fn scopes() -> impl TypedValueParser<Value = Scope> {
     PossibleValuesParser::new(Scope::ALL.map(Scope::as_str)).try_map(|scope| scope.parse())
+}
+
+/// The option that sets a field of the API.
+fn option(field: &str) -> &str {
+    match field {
+        "name" => "--name",
+        "scope" => "--scope",
+        "device_id" => "--device",
+        "group" => "--group",
+        "expires_at" => "--expires",
+        other => other,
+    }
 }
 
 /// The name of a group that was typed.

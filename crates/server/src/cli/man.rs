@@ -24,7 +24,11 @@ pub(super) struct ManCommand {
 
 pub(super) fn run(command: &ManCommand) -> Result<(), Failure> {
     let folder = &command.folder;
-    let failed = |error| format!("cannot write manual pages to {}: {error}", folder.display());
+    let failed = |error: io::Error| {
+        let why = if folder.is_file() { "it is a file".to_owned() } else { error.to_string() };
+        let folder = folder.display();
+        format!("cannot write manual pages to {folder}: {why}; name a folder that you may write to")
+    };
     fs::create_dir_all(folder).map_err(failed)?;
     let mut definition = super::definition().disable_help_subcommand(true);
     definition.build();

@@ -3,13 +3,13 @@
 
 use std::path::Path;
 
-use clap::{Args, Subcommand, builder::RangedU64ValueParser};
+use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{database, exit::Failure, output::JsonArgs, take_over};
 use crate::{
     clock::Clock,
-    config::{DatabaseArgs, MigrationArgs},
+    config::{ANY_NUMBER, DatabaseArgs, MigrationArgs, number},
     store::{
         self, Target,
         migrations::{self, Migration, Migrator},
@@ -23,7 +23,13 @@ On a database made by the Node PiSync, `up` takes it over; try that first with
 `up --dry-run`. See docs/coming-from-node.md.
 
 Files are named YYYY-MM-DD-NN-name.up.sql and .down.sql. Each runs in a
-transaction; what was applied stands in the table pisync_migrations.")]
+transaction; what was applied stands in the table pisync_migrations.
+
+Examples:
+  pisync migrate status         what is applied and what is pending
+  pisync migrate up
+  pisync migrate down 2         roll back the last two
+  pisync migrate new add-rooms  files for a migration of your own")]
 pub(super) struct MigrateCommand {
     #[command(subcommand)]
     action: Action,
@@ -36,14 +42,25 @@ pub(super) struct MigrateCommand {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Apply all pending migrations; takes over a database made by the Node PiSync
+    #[command(after_help = "\
+Examples:
+  pisync migrate up
+  pisync migrate up --dry-run  what would be done
+  pisync migrate up --dry-run --source-timezone Europe/Berlin")]
     Up(UpArgs),
     /// Roll back the last N applied migrations
+    #[command(after_help = "\
+Stop the server first.
+
+Examples:
+  pisync migrate down          the last one
+  pisync migrate down 2 --yes  the last two, although data will be lost")]
     Down {
         /// How many
         #[arg(
             default_value_t = 1,
             value_name = "N",
-            value_parser = RangedU64ValueParser::<usize>::new().range(1..)
+            value_parser = number::<usize>(1..=*ANY_NUMBER.end())
         )]
         count: usize,
         /// Go on although data will be lost
@@ -51,17 +68,29 @@ enum Action {
         yes: bool,
     },
     /// Roll back everything that the last `up` applied
+    #[command(after_help = "\
+Stop the server first.
+
+Example:
+  pisync migrate rollback")]
     Rollback {
         /// Go on although data will be lost
         #[arg(long)]
         yes: bool,
     },
     /// Show what is applied and what is pending
+    #[command(after_help = "\
+Examples:
+  pisync migrate status
+  pisync migrate status --json")]
     Status {
         #[command(flatten)]
         json: JsonArgs,
     },
     /// Make a pair of files for a migration of your own
+    #[command(after_help = "\
+Example:
+  pisync migrate new add-rooms  prints the names of the two files to fill in")]
     New {
         /// What it does, in a few words joined by hyphens
         name: String,

@@ -98,6 +98,12 @@ fn after_help() -> String {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the server (also without a command)
+    #[command(after_help = "\
+Examples:
+  pisync serve                           on http://localhost:3000, data in data/pisync.db
+  pisync serve --port 8080 --host 0.0.0.0
+  pisync serve --database-url postgres://pisync@localhost/pisync
+  pisync serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem")]
     Serve(Box<ServeArgs>),
     /// Apply and roll back changes of the database's schema
     Migrate(migrate::MigrateCommand),
@@ -126,6 +132,9 @@ enum Command {
     /// Send a simulated fleet to a running server, measure it, and check its answers
     Simulate(Box<simulate::SimulateCommand>),
     /// Print the API's OpenAPI document
+    #[command(after_help = "\
+Example:
+  pisync openapi > openapi.json")]
     Openapi,
     /// Print a script with which a shell completes what is typed
     Completions(completions::CompletionsCommand),

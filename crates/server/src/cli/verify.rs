@@ -20,6 +20,11 @@ const ATTEMPTS: usize = 5;
 Works beside running servers. Events that other programs wrote into the
 database count after --repair.
 
+Examples:
+  pisync verify                         changes nothing
+  pisync verify --repair
+  pisync verify --json > findings.json
+
 Exit status: 0 when all figures are right or were repaired, 1 when some are
 not, 2 on wrong usage, 4 when that could not be found out.")]
 pub(super) struct VerifyCommand {

@@ -9,9 +9,9 @@ pub mod http;
 pub mod serve;
 mod settings;
 
-use std::str::FromStr;
+use std::{ops::RangeInclusive, str::FromStr};
 
-use clap::Args;
+use clap::{Args, builder::TypedValueParser};
 
 use crate::logs::LogLevel;
 
@@ -39,9 +39,26 @@ pub struct ClockSkewArgs {
         env = "MAX_CLOCK_SKEW_SECONDS",
         default_value_t = 300,
         value_name = "SECONDS",
-        value_parser = clap::value_parser!(u32).range(..=86_400)
+        value_parser = number::<u32>(0..=86_400)
     )]
     pub max_clock_skew_seconds: u32,
+}
+
+/// The numbers of a setting that has no bound of its own.
+pub(crate) const ANY_NUMBER: RangeInclusive<u64> = 0..=u32::MAX as u64;
+
+/// Reads a whole number within bounds. Of anything else it says what is expected.
+pub(crate) fn number<T>(bounds: RangeInclusive<u64>) -> impl TypedValueParser<Value = T>
+where
+    T: TryFrom<u64> + Clone + Send + Sync + 'static,
+{
+    move |text: &str| {
+        let number = text.parse().ok().filter(|number| bounds.contains(number));
+        let (least, most) = (bounds.start(), bounds.end());
+        number
+            .and_then(|number| T::try_from(number).ok())
+            .ok_or_else(|| format!("expected a whole number from {least} to {most}"))
+    }
 }
 
 /// Text that is never shown.

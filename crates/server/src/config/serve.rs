@@ -11,9 +11,10 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
 use super::{
-    ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, database_url, given,
+    ANY_NUMBER, ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs,
+    database_url, given,
     http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts, TlsFiles},
-    items,
+    items, number,
     settings::Settings,
     wrong,
 };
@@ -30,7 +31,7 @@ const NO_LOG_DIR: &str = "none";
 #[command(next_help_heading = "Server")]
 pub struct ListenArgs {
     /// TCP port
-    #[arg(long, env = "PORT", default_value_t = 3000)]
+    #[arg(long, env = "PORT", default_value_t = 3000, value_parser = number::<u16>(0..=65_535))]
     port: u16,
     /// Address or host name to listen on; 0.0.0.0 or :: for every interface
     #[arg(long, env = "HOST", default_value = "127.0.0.1")]
@@ -110,7 +111,7 @@ pub struct ServeArgs {
         env = "EVENT_ID_RETENTION_DAYS",
         default_value_t = 90,
         value_name = "DAYS",
-        value_parser = clap::value_parser!(u32).range(1..)
+        value_parser = number::<u32>(1..=*ANY_NUMBER.end())
     )]
     event_id_retention_days: u32,
     /// Whom to ask for a key: auto (everybody, except, when HOST is this machine alone, its own users),
@@ -119,7 +120,13 @@ pub struct ServeArgs {
     auth: String,
     /// Days for which events are kept one by one; 0 keeps them for ever. Totals, streaks and windows
     /// count them all the same
-    #[arg(long, env = "RETENTION_DAYS", default_value_t = 0, value_name = "DAYS")]
+    #[arg(
+        long,
+        env = "RETENTION_DAYS",
+        default_value_t = 0,
+        value_name = "DAYS",
+        value_parser = number::<u32>(ANY_NUMBER)
+    )]
     retention_days: u32,
 
     /// Requests a minute from one address to POST /api/sync-event and /api/sync-events; 0 is no limit
@@ -128,6 +135,7 @@ pub struct ServeArgs {
         env = "RATE_LIMIT_SYNC_PER_MINUTE",
         default_value_t = 50,
         value_name = "REQUESTS",
+        value_parser = number::<u32>(ANY_NUMBER),
         help_heading = "Limits"
     )]
     rate_limit_sync_per_minute: u32,
@@ -137,6 +145,7 @@ pub struct ServeArgs {
         env = "RATE_LIMIT_API_PER_MINUTE",
         default_value_t = 20,
         value_name = "REQUESTS",
+        value_parser = number::<u32>(ANY_NUMBER),
         help_heading = "Limits"
     )]
     rate_limit_api_per_minute: u32,
@@ -146,6 +155,7 @@ pub struct ServeArgs {
         env = "RATE_LIMIT_KEY_PER_MINUTE",
         default_value_t = 12_000,
         value_name = "REQUESTS",
+        value_parser = number::<u32>(ANY_NUMBER),
         help_heading = "Limits"
     )]
     rate_limit_key_per_minute: u32,
@@ -156,6 +166,7 @@ pub struct ServeArgs {
         env = "MAX_CONNECTIONS",
         default_value_t = 16_384,
         value_name = "CONNECTIONS",
+        value_parser = number::<usize>(ANY_NUMBER),
         help_heading = "Limits"
     )]
     max_connections: usize,
@@ -165,6 +176,7 @@ pub struct ServeArgs {
         env = "MAX_CONCURRENT_REQUESTS",
         default_value_t = 10_000,
         value_name = "REQUESTS",
+        value_parser = number::<usize>(ANY_NUMBER),
         help_heading = "Limits"
     )]
     max_concurrent_requests: usize,

@@ -1,4 +1,5 @@
-//! The frames of HTTP/2 (RFC 9113, section 4.1), read as far as `timeouts` needs: where a head begins and ends.
+//! The frames of HTTP/2 (RFC 9113, section 4.1), followed to know whether a head or frame is incomplete. `timeouts` passes
+//! every byte that arrives through here. It must never keep, change or refuse a byte: hyper alone judges the frames.
 
 /// The sizes of the connection preface and of a frame's header (RFC 9113).
 const PREFACE_BYTES: usize = 24;

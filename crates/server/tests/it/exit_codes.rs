@@ -54,6 +54,47 @@ fn words(command: &str, flag: &str) -> Vec<&'static str> {
     }
 }
 
+/// Of a number it is said which are expected, and not what Rust's reader missed.
+#[test]
+fn a_bad_number_is_told_what_is_expected() {
+    let settings = reference::settings();
+    // Several hosts may have several ports.
+    let number = |setting: &&reference::Setting| {
+        setting.variable != "DB_PORT"
+            && setting.default.as_ref().is_some_and(|default| default.parse::<u64>().is_ok())
+    };
+    let numbers: Vec<_> = settings.iter().filter(number).collect();
+    assert!(numbers.len() >= 9, "{numbers:?}");
+    let check = |program: &Program, words: &[&str]| {
+        let ended = program.run(words);
+        assert_eq!(ended.code(), 2, "{ended:?}");
+        assert!(ended.stderr.contains(": expected a whole number from "), "{ended:?}");
+    };
+    for setting in numbers {
+        for bad in ["x", "1.5", "-1", "", "99999999999999999999"] {
+            let typed = format!("{}={bad}", setting.flag);
+            check(&Program::new(), &["serve", &typed]);
+        }
+    }
+    check(&Program::new(), &["migrate", "down", "two"]);
+    check(&Program::new(), &["migrate", "down", "0"]);
+    check(&Program::new(), &["key", "revoke", "first"]);
+}
+
+/// What is wrong with an option is said of the option, not of the API's field.
+#[test]
+fn a_message_names_the_option_that_was_typed() {
+    for (option, value) in [("--device", "pi"), ("--group", "school")] {
+        let words = ["key", "create", "--scope", "read", option, value];
+        let ended = Program::new().run(&words);
+        let expected = format!("{option} is only for keys of the scope ingest");
+        assert_eq!(ended.wrong_usage(), expected);
+    }
+    let past = ["key", "create", "--scope", "read", "--expires", "2020-01-01"];
+    let ended = Program::new().run(&past);
+    assert!(ended.wrong_usage().starts_with("--expires "), "{ended:?}");
+}
+
 #[test]
 fn a_bad_value_of_any_setting_ends_with_2() {
     for setting in reference::settings() {

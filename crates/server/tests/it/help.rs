@@ -43,6 +43,42 @@ fn help() {
     assert!(program.names_in(".").is_empty(), "asking for help leaves nothing behind");
 }
 
+/// Every command shows how it is used, and what it shows can be typed.
+#[test]
+fn help_has_examples_that_can_be_typed() {
+    let program = Program::new();
+    program.run(&["man", "pages"]).success();
+    let pages = program.names_in("pages");
+    assert!(pages.len() > 20, "{pages:?}");
+    let mut typed = 0;
+    for page in pages {
+        let page = page.strip_suffix(".1").unwrap();
+        let words: Vec<_> = page.split('-').skip(1).chain(["--help"]).collect();
+        let help =
+            program.run(&words).success().replace("\\\n", " ").replace("$(date +%F)", "2025-06-17");
+        let examples = help.split("\n\n").filter(|text| text.starts_with("Example"));
+        let examples: Vec<_> = examples.flat_map(|text| text.lines().skip(1)).collect();
+        assert!(!examples.is_empty(), "{words:?}: {help}");
+        for (at, _) in help.match_indices("pisync ") {
+            let line = help[at..].lines().next().unwrap();
+            let is_example = examples.iter().any(|example| example.ends_with(line));
+            let is_path = help[..at].ends_with(['/', '`']) || help[..at].ends_with("-u ");
+            if !is_example || is_path {
+                continue;
+            }
+            // What it is for stands behind it, two spaces away.
+            let line = line.split([')', '|', '>', '&']).next().unwrap();
+            let line = &line["pisync ".len()..];
+            let words: Vec<_> = line.split("  ").next().unwrap().split(' ').collect();
+            let words: Vec<_> = words.into_iter().filter(|word| !word.is_empty()).collect();
+            let ended = program.run(&[&words[..], &["--help"]].concat());
+            assert_eq!(ended.code(), 0, "{words:?}: {ended:?}");
+            typed += 1;
+        }
+    }
+    assert!(typed > 40, "only {typed} examples were found");
+}
+
 /// The version names the commit that the program was built from, where there was a repository; a metric says the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_version_names_the_commit() {
@@ -127,6 +163,9 @@ fn manual_pages_of_every_command() {
     let program = program.with_file("file", "");
     let refused = program.run(&["man", "file/man1"]);
     assert!(refused.failure().starts_with("cannot write manual pages to file/man1: "));
+    let expected =
+        "cannot write manual pages to file: it is a file; name a folder that you may write to";
+    assert_eq!(program.run(&["man", "file"]).failure(), expected);
 }
 
 /// <https://no-color.org>: of help, errors, a server's log and the bar of a long command.

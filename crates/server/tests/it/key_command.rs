@@ -97,17 +97,17 @@ fn requests_for_keys_that_make_no_sense() {
         (
             &["--scope", "read", "--device", "pi"],
             2,
-            "device_id is only for keys of the scope ingest",
+            "--device is only for keys of the scope ingest",
         ),
         (
             &["--scope", "admin", "--group", "g", "--expires", "2020-01-01"],
             2,
-            "group is only for keys of the scope ingest; expires_at must be in the future",
+            "--group is only for keys of the scope ingest; --expires must be in the future",
         ),
         (&["--scope", "ingest", "--device", ""], 2, "--device is not allowed to be empty"),
         (&["--scope", "read", "--name", "two\nlines"], 2, "--name must not contain control"),
         (&["--scope", "read", "--expires", "soon"], 2, "--expires soon: expected so many hours"),
-        (&["--scope", "read", "--expires", "2020-01-01"], 2, "expires_at must be in the future"),
+        (&["--scope", "read", "--expires", "2020-01-01"], 2, "--expires must be in the future"),
     ] {
         let ended = program.run(&[&["key", "create"], arguments].concat());
         assert_eq!(ended.code(), code, "{ended:?}");

@@ -17,6 +17,11 @@ It looks at the configuration, the database and its schema, the folders and
 their disks, the clock, and at a running server. Each line begins with ok,
 warning or failed, and ends with what to do. It changes nothing.
 
+Examples:
+  pisync doctor
+  pisync doctor --host 0.0.0.0  before others may reach the server
+  pisync doctor --json          for programs
+
 Exit status: 0 when nothing failed, 1 when something did, 2 on wrong usage.")]
 pub(super) struct DoctorCommand {
     #[command(flatten)]

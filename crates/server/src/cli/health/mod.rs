@@ -14,8 +14,9 @@ Asks GET /health/ready at HOST and PORT, of a server on this machine where HOST
 means every interface. With TLS_CERT it speaks HTTPS and trusts the certificate
 in that file, which is the server's own, and no other.
 
-Example, in a Dockerfile:
-  HEALTHCHECK CMD pisync health
+Examples:
+  pisync health --port 8080
+  HEALTHCHECK CMD pisync health  in a Dockerfile
 
 Exit status: 0 when the server can serve, 1 when it cannot or none answers, 2 on
 wrong usage.")]
