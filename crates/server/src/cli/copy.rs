@@ -64,13 +64,13 @@ fn document(from: &Target, to: &Target, now: Timestamp, copied: &Copied) -> serd
         "to": to.to_string(),
         "as_of": now,
         "rows": copied.rows,
-        "not_copied": copied.left_out,
+        "not_copied": copied.unknown,
     })
 }
 
 fn say(json: JsonArgs, from: &Target, to: &Target, copied: &Copied) {
-    for unknown in &copied.left_out {
-        say!(json, "not copied, because it is not PiSync's: {unknown}");
+    for name in &copied.unknown {
+        say!(json, "not copied, because it is not PiSync's: {name}");
     }
     let rows = |table: &str| copied.rows.get(table).copied().unwrap_or_default();
     say!(

@@ -154,7 +154,7 @@ enum Message {
 }
 
 impl Import {
-    /// Imports into `store`. `watch` is called after every step. `gives_way` tells whether this import must yield the
+    /// Imports into `store`. `watch` is called after every step. `must_yield` tells whether this import must yield the
     /// database to others between two steps.
     ///
     /// # Errors
@@ -164,7 +164,7 @@ impl Import {
         self,
         store: &dyn Store,
         clock: &Clock,
-        mut gives_way: impl FnMut() -> bool,
+        mut must_yield: impl FnMut() -> bool,
         mut watch: impl FnMut(&Status),
     ) -> Result<Status, ImportError> {
         check_clock(store, clock).await?;
@@ -205,7 +205,7 @@ impl Import {
                         .store(&mut *writer, step, &mut before, &known, clock, &mut status)
                         .await?;
                     watch(&status);
-                    if gives_way() {
+                    if must_yield() {
                         // The pause is as long as the others had to wait. They get their turn within a few of our
                         // steps.
                         tokio::time::sleep(started.elapsed()).await;

@@ -195,7 +195,7 @@ async fn everything_is_there_and_goes_on(fixture: &TestStore) {
             let what = format!("{} as of {moment}", database.target);
             let before = seen(&*fixture.store).await;
             let copied = copy(fixture.target(), &database.target, moment).await.unwrap();
-            assert_eq!(copied.left_out, Vec::<String>::new(), "{what}");
+            assert_eq!(copied.unknown, Vec::<String>::new(), "{what}");
             let copy = store::open(&database.target).await.unwrap();
             assert_same(&before, &seen(&*copy).await, &what);
             assert_right(&differences(&*copy, false).await);
@@ -255,7 +255,7 @@ const OF_EACH_DATABASE: [&str; 7] = [
 /// not. What a row holds is compared by its text, as another pair of eyes.
 async fn a_newer_schema_is_copied_whole(fixture: &TestStore) {
     fill(fixture).await;
-    // A deletion that is under way.
+    // A deletion in progress.
     assert!(fixture.store.begin_deletion(&device_id("pi-1"), &somebody()).await.unwrap());
     while fixture.store.aggregate_events(at(3 * DAY)).await.unwrap() {}
     let database = match fixture.is_postgres() {
@@ -271,7 +271,7 @@ async fn a_newer_schema_is_copied_whole(fixture: &TestStore) {
         fixture.database.execute(odd).await;
     }
     let copied = copy(fixture.target(), &database.target, at(2 * DAY)).await.unwrap();
-    assert_eq!(copied.left_out, Vec::<String>::new());
+    assert_eq!(copied.unknown, Vec::<String>::new());
     let tables = fixture.database.tables().await;
     let is_partition = |table: &&String| table.starts_with("sync_events_");
     for table in tables.iter().filter(|table| !is_partition(table)) {
@@ -397,7 +397,7 @@ async fn what_is_not_ours_is_named(fixture: &TestStore) {
     fixture.database.execute("alter table devices add column site text").await;
     for database in destinations().await {
         let copied = copy(fixture.target(), &database.target, now()).await.unwrap();
-        assert_eq!(copied.left_out, ["the column site of devices", "the table songs"]);
+        assert_eq!(copied.unknown, ["the column site of devices", "the table songs"]);
         database.remove().await;
     }
 }

@@ -218,7 +218,7 @@ async fn inputs_that_begin_alike_are_told_apart(installed: &Installed) {
     file(program, "first", lines(&events));
     file(program, "second", lines(&parted));
     program.run(&["import", "first"]).success();
-    // What is read but once cannot be taken back.
+    // What can be read only once cannot be read again.
     let ended = program.run_reading(&["import", "-"], "second");
     assert!(ended.failure().contains("save it to a file"), "{ended:?}");
     // Nothing of it is stored: not what it shares with the first one, nor what it does not.

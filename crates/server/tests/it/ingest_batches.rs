@@ -116,10 +116,10 @@ impl Running {
     fn start() -> Self {
         let told = Arc::new(Mutex::new(Told { takes: true, ..Told::default() }));
         let store = Obedient { told, ends: Arc::new(Semaphore::new(0)) };
-        let (_, news) = unbounded_channel();
+        let (_, observations) = unbounded_channel();
         let metrics = Arc::new(Metrics::new().unwrap());
         let writers = Writers { any: Box::new(store.clone()), grouped: Box::new(store.clone()) };
-        let (ingest, task) = Ingest::new(writers, news, &Clock::new(now), &metrics);
+        let (ingest, task) = Ingest::new(writers, observations, &Clock::new(now), &metrics);
         let (stop, stopped) = oneshot::channel();
         tokio::spawn(task.run(async {
             let _ = stopped.await;
@@ -179,7 +179,7 @@ async fn a_second_batch_goes_off_behind_the_first_once_it_is_large_enough() {
     assert_eq!(running.store.calls().len(), 3);
     waiting.push(running.submit(6).await);
     assert_eq!(running.store.calls()[3..], [("send", vec![5, 6])]);
-    // When nothing is under way, whatever waits is enough.
+    // When nothing is in flight, whatever waits is enough.
     waiting.push(running.submit(7).await);
     running.end_one().await;
     assert_eq!(running.store.calls().len(), 4);

@@ -234,8 +234,8 @@ async fn the_journal_does_not_grow_without_bounds() {
 async fn ingest_writer(
     store: &dyn Store,
 ) -> (Box<dyn EventWriter>, UnboundedReceiver<Observations>) {
-    let (tell, news) = unbounded_channel();
-    (store.ingest_writer(tell).await.unwrap(), news)
+    let (tell, observations) = unbounded_channel();
+    (store.ingest_writer(tell).await.unwrap(), observations)
 }
 
 fn named(event_id: &str, event: SyncEvent) -> SyncEvent {
@@ -246,7 +246,7 @@ fn named(event_id: &str, event: SyncEvent) -> SyncEvent {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_id_is_known_wherever_the_event_is() {
     on_sqlite(async |fixture: &TestStore| {
-        let (mut writer, mut news) = ingest_writer(&*fixture.store).await;
+        let (mut writer, mut observations) = ingest_writer(&*fixture.store).await;
         let batch = vec![
             named("1", failure("pi", at(0))),
             success("pi", at(1)),
@@ -269,7 +269,7 @@ async fn an_event_id_is_known_wherever_the_event_is() {
         let ids: Vec<_> = history.events.iter().map(|event| event.id).collect();
         assert_eq!(ids, [4, 2, 1]);
         assert_eq!(history.figures.total_syncs, 3);
-        let told = news.recv().await.unwrap();
+        let told = observations.recv().await.unwrap();
         assert_eq!(told.new_devices.len(), 2);
 
         let again = write(&mut *writer, batch.clone()).await;
@@ -293,7 +293,7 @@ async fn events_of_another_process_come_in_between() {
     on_sqlite(async |fixture: &TestStore| {
         let server = &fixture.store;
         let _claim = store::claim(fixture.target()).unwrap();
-        let (mut writer, _news) = ingest_writer(&**server).await;
+        let (mut writer, _observations) = ingest_writer(&**server).await;
         let other = store::open(fixture.target()).await.unwrap();
         let mut others = other.event_writer();
         let mut ids = Vec::new();

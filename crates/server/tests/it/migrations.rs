@@ -1,4 +1,4 @@
-//! Migrations on both stores, forth and back, and the databases that they must leave alone.
+//! Migrations on both stores, applied and rolled back, and the databases that they must leave alone.
 
 use std::path::Path;
 

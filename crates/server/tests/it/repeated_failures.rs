@@ -111,7 +111,7 @@ async fn current_streaks(server: &TestServer) {
         let beyond = format!("consecutive=true&threshold=2&window={window}&offset=2");
         assert_eq!(failures(server, &beyond).await["total_devices"], 2);
     }
-    // Late news of a success within the streak.
+    // A success within the streak that is reported late.
     server.store(&success("failing", at(-11))).await;
     let once = failures(server, "consecutive=true&threshold=1").await;
     assert_eq!(column(&once["devices"], "device_id"), ["relapsed", "failing"]);

@@ -169,7 +169,7 @@ async fn figures_are_over_all_events_whatever_the_query(server: &TestServer) {
         server.store(&with(success("pi", at(second)), &json!({"internet_speed": speed}))).await;
     }
     server.store(&failure("pi", at(-5))).await;
-    // Late news of an old failure.
+    // An old failure that is reported late.
     server.store(&failure("pi", at(-40))).await;
     server.store(&failure("another", at(-1))).await;
     let expected = json!({

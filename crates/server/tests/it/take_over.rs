@@ -1,4 +1,4 @@
-//! A database of the Node service becomes ours and, taken back, the Node service's again: nothing is lost,
+//! A database of the Node service becomes ours and, rolled back, the Node service's again: nothing is lost,
 //! every figure is what SQL made of the old tables, and whatever goes wrong leaves them as they were.
 
 use std::time::Duration;

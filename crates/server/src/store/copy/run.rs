@@ -40,7 +40,7 @@ pub struct Copied {
     /// Rows by the names of their tables.
     pub rows: BTreeMap<&'static str, u64>,
     /// Tables and columns of the source that are not PiSync's. They were not copied.
-    pub left_out: Vec<String>,
+    pub unknown: Vec<String>,
 }
 
 /// Why nothing was copied. The destination is as it was, except that it may have got an empty schema.
@@ -101,7 +101,7 @@ pub async fn copy(
     }
     check_source(from).await?;
     let source = open_source(from).await.map_err(at(from))?;
-    let left_out = source.left_out().await.map_err(at(from))?;
+    let unknown = source.unknown().await.map_err(at(from))?;
     let mut destination = open_destination(to, now).await?;
 
     let sides = Sides { from, to, sums: destination.sums(now) };
@@ -116,7 +116,7 @@ pub async fn copy(
     }
     destination.finish(sides.sums).await.map_err(at(to))?;
     let rows = copied.into_iter().map(|(name, digest)| (name, digest.rows)).collect();
-    Ok(Copied { rows, left_out })
+    Ok(Copied { rows, unknown })
 }
 
 /// The names of both sides, and which events the sums are of.

@@ -66,7 +66,7 @@ impl RowStream {
 #[async_trait]
 pub(in crate::store) trait CopyReader: Send + Sync {
     /// Tables and columns that are not PiSync's.
-    async fn left_out(&self) -> Result<Vec<String>, StoreError>;
+    async fn unknown(&self) -> Result<Vec<String>, StoreError>;
 
     /// How many rows a table has.
     async fn count(&self, table: &'static Table) -> Result<u64, StoreError>;

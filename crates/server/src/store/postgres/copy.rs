@@ -72,8 +72,8 @@ impl PostgresCopyReader {
 
 #[async_trait]
 impl CopyReader for PostgresCopyReader {
-    async fn left_out(&self) -> Result<Vec<String>, StoreError> {
-        left_out(&self.connection.client).await.map_err(store_error)
+    async fn unknown(&self) -> Result<Vec<String>, StoreError> {
+        unknown(&self.connection.client).await.map_err(store_error)
     }
 
     async fn count(&self, table: &'static Table) -> Result<u64, StoreError> {
@@ -270,7 +270,7 @@ async fn first_filled(client: &Client) -> Result<Option<&'static str>, Error> {
 }
 
 /// Tables and columns that are not PiSync's.
-async fn left_out(client: &Client) -> Result<Vec<String>, Error> {
+async fn unknown(client: &Client) -> Result<Vec<String>, Error> {
     const COLUMNS: &str = "
         select t.relname::text, a.attname::text
           from pg_class t

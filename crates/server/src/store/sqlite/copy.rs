@@ -59,8 +59,8 @@ impl SqliteCopyReader {
 
 #[async_trait]
 impl CopyReader for SqliteCopyReader {
-    async fn left_out(&self) -> Result<Vec<String>, StoreError> {
-        run(&self.connection, left_out).await
+    async fn unknown(&self) -> Result<Vec<String>, StoreError> {
+        run(&self.connection, unknown).await
     }
 
     async fn count(&self, table: &'static Table) -> Result<u64, StoreError> {
@@ -245,7 +245,7 @@ fn events_table() -> &'static Table {
 }
 
 /// Tables and columns that are not PiSync's.
-fn left_out(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+fn unknown(connection: &Connection) -> rusqlite::Result<Vec<String>> {
     const COLUMNS: &str = r"
         select t.name, c.name
           from sqlite_schema t
