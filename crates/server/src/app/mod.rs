@@ -134,6 +134,7 @@ async fn serve(
     tasks.start("the clock", forever(maintenance.clock_watch(&metrics).follow()));
     tasks.start("maintenance", forever(loops::maintain(maintenance)));
     tasks.start("aggregation", forever(loops::aggregate(Arc::clone(&store), clock.clone())));
+    tasks.start("summaries", forever(loops::refresh_summaries(Arc::clone(&store))));
     tasks.start("deletions", forever(loops::finish_deletions(Arc::<dyn Store>::clone(&store))));
     tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let threads = Arc::clone(&store);

@@ -22,6 +22,11 @@ const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 /// that are not aggregated yet. A small number of events is aggregated in less than one step.
 const AGGREGATION_INTERVAL: Duration = Duration::from_secs(30);
 
+/// The shortest time between two rounds that bring summaries up to date, and how much longer than a round it is. Devices
+/// that report every second are then written rarely. While ingest is idle, a round takes a millisecond.
+const SHORTEST_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
+const REFRESH_PAUSE: u32 = 20;
+
 /// How often to check for interrupted deletions of devices.
 const DELETIONS_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -76,6 +81,29 @@ pub(crate) async fn finish_deletions(store: Arc<dyn DeviceDeletions>) {
     }
 }
 
+/// Brings the summaries of devices up to date, the less often the longer it takes.
+pub(crate) async fn refresh_summaries(store: Arc<dyn Store>) {
+    loop {
+        let started = Instant::now();
+        let pause = match store.refresh_summaries().await {
+            Ok(()) => {
+                let pause = started.elapsed().saturating_mul(REFRESH_PAUSE);
+                pause.clamp(SHORTEST_REFRESH_INTERVAL, AGGREGATION_INTERVAL)
+            }
+            Err(StoreError::Unavailable(error)) => {
+                // Ingest logs that already.
+                tracing::debug!(error, "summaries cannot be made while the database is away");
+                AGGREGATION_INTERVAL
+            }
+            Err(error) => {
+                tracing::warn!(%error, "bringing summaries of devices up to date failed; it will be tried again");
+                MAINTENANCE_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
 /// Aggregates events in small steps, and yields to ingest in between.
 pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
     loop {
@@ -83,11 +111,7 @@ pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
         let aggregated = async {
             // Later events were received by a clock that was ahead. Aggregation does not wait for their time.
             let now = earlier_time(&*store, &clock).await?;
-            let more = store.aggregate_events(now).await?;
-            if !more {
-                store.refresh_summaries().await?;
-            }
-            Ok(more)
+            store.aggregate_events(now).await
         };
         let pause = match aggregated.await {
             Ok(true) => started.elapsed() * STEP_YIELD,

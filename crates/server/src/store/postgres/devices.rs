@@ -55,8 +55,7 @@ async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<De
     let order = Order::of(query.sort);
     let places = summaries::places(&snapshot, order, Part::of(query), &filter).await?;
     let total = if filter.is_none() {
-        let changed = summaries::changed(&snapshot, &filter).await?;
-        Count::Exactly(summaries::number_of_devices(&snapshot, &changed).await?)
+        Count::Exactly(summaries::number_of_devices(&snapshot).await?)
     } else {
         Count::up_to(COUNTED, summaries::count(&snapshot, &filter, COUNTED).await?)
     };

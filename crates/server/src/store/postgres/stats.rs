@@ -78,7 +78,7 @@ async fn fleet_stats(
     let active = summaries::seen_since(&snapshot, active_since).await?
         + correction(&changed, |summary| summary.last_seen >= Some(active_since));
     Ok(FleetStats {
-        total_devices: summaries::number_of_devices(&snapshot, &changed).await?,
+        total_devices: summaries::number_of_devices(&snapshot).await?,
         active_devices: active.cast_unsigned(),
         figures: roll_ups::totals(&snapshot).await?,
         recent_devices: summaries::devices_at(&snapshot, &recent.places).await?,

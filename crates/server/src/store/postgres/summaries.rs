@@ -418,14 +418,17 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
     write_counts(transaction, &counts).await
 }
 
-/// How many devices there are, given those that have `changed`.
-pub(super) async fn number_of_devices(
-    snapshot: &Transaction<'_>,
-    changed: &[ChangedDevice],
-) -> Result<u64, Error> {
-    let stored = counted_from(snapshot, Measure::FailedSyncs, 0).await?;
-    let new = changed.iter().filter(|device| device.stored.is_none()).count() as u64;
-    Ok(stored.cast_unsigned() + new)
+/// How many devices there are.
+pub(super) async fn number_of_devices(snapshot: &Transaction<'_>) -> Result<u64, Error> {
+    let changed = changed_source(snapshot).await?;
+    let new = format!(
+        "select count(*)
+           from ({changed}) changed
+           join devices d using (device_id)
+          where not exists (select from device_summaries s where s.device_id = d.device_id)"
+    );
+    let new: i64 = snapshot.query_one(&new, &[]).await?.try_get(0)?;
+    Ok((counted_from(snapshot, Measure::FailedSyncs, 0).await? + new).cast_unsigned())
 }
 
 /// What a summary is made from, in the order of [`COLUMNS`].

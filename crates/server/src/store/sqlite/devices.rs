@@ -66,8 +66,7 @@ fn devices(connection: &Connection, query: &DeviceQuery) -> rusqlite::Result<Pag
     let snapshot = connection.unchecked_transaction()?;
     let places = summaries::places(&snapshot, Order::of(query.sort), Part::of(query), &filter)?;
     let total = if filter.is_none() {
-        let changed = summaries::changed(&snapshot, &filter)?;
-        Count::Exactly(summaries::number_of_devices(&snapshot, &changed)?)
+        Count::Exactly(summaries::number_of_devices(&snapshot)?)
     } else {
         Count::up_to(COUNTED, summaries::count(&snapshot, &filter, COUNTED)?)
     };

@@ -13,6 +13,10 @@ use super::{
 };
 use crate::store::{Maintenance, Retention, RollUps, StoreError, summaries::DEVICES_AT_ONCE};
 
+/// How long ingest has the writer between two steps of bringing summaries up to date, compared with a step. After the
+/// entire fleet has reported, reads are slow until all of it is done.
+const REFRESH_YIELD: u32 = 4;
+
 /// Event ids that are forgotten in one transaction, some 10 ms of work.
 const FORGOTTEN_AT_ONCE: u16 = 1_000;
 
@@ -34,10 +38,19 @@ impl RollUps for SqliteStore {
     }
 
     async fn refresh_summaries(&self) -> Result<(), StoreError> {
-        let Some(outdated) = self.read(summaries::outdated).await? else { return Ok(()) };
+        // All events that are stored later have higher ids.
+        let last = self.writer.call(last_aggregatable_id).await?;
+        let outdated = self.read(move |connection| summaries::outdated(connection, last)).await?;
+        let Some(outdated) = outdated else { return Ok(()) };
         for devices in outdated.devices.chunks(DEVICES_AT_ONCE) {
             let devices = devices.to_vec();
-            self.writer.call(move |writer| summaries::refresh(writer, &devices)).await?;
+            let refresh = move |writer: &mut WriteConnection| {
+                let started = Instant::now();
+                summaries::refresh(writer, &devices)?;
+                Ok(started.elapsed())
+            };
+            let took = self.writer.call(refresh).await?;
+            tokio::time::sleep(took * REFRESH_YIELD).await;
         }
         self.writer.call(move |writer| summaries::finish(writer, &outdated)).await
     }

@@ -71,7 +71,7 @@ fn fleet_stats(connection: &Connection, active_since: Timestamp) -> rusqlite::Re
     let active = summaries::seen_since(&snapshot, active_since)?
         + correction(&changed, |summary| summary.last_seen >= Some(active_since));
     Ok(FleetStats {
-        total_devices: summaries::number_of_devices(&snapshot, &changed)?,
+        total_devices: summaries::number_of_devices(&snapshot)?,
         active_devices: active.cast_unsigned(),
         figures: roll_ups::totals(&snapshot)?,
         recent_devices: summaries::devices_at(&snapshot, &recent.places)?,

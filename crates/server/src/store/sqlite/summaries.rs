@@ -261,14 +261,16 @@ pub(super) fn number_with(
         .query_row([least], |row| row.get(0))
 }
 
-/// How many devices there are, given those that have `changed`.
-pub(super) fn number_of_devices(
-    connection: &Connection,
-    changed: &[ChangedDevice],
-) -> rusqlite::Result<u64> {
-    let stored = counted_from(connection, Measure::FailedSyncs, 0)?;
-    let new = changed.iter().filter(|device| device.stored.is_none()).count() as u64;
-    Ok(stored.cast_unsigned() + new)
+/// How many devices there are.
+pub(super) fn number_of_devices(connection: &Connection) -> rusqlite::Result<u64> {
+    let new = format!(
+        "select count(*)
+           from ({CHANGED}) changed
+           join devices d on d.id = changed.device
+          where not exists (select 1 from device_summaries s where s.device = d.id)"
+    );
+    let new: i64 = connection.prepare_cached(&new)?.query_row([], |row| row.get(0))?;
+    Ok((counted_from(connection, Measure::FailedSyncs, 0)? + new).cast_unsigned())
 }
 
 /// What was to be brought up to date at one moment.
@@ -282,7 +284,8 @@ pub(super) struct Outdated {
     last_stale: i64,
 }
 
-pub(super) fn outdated(connection: &Connection) -> rusqlite::Result<Option<Outdated>> {
+/// What is to be brought up to date, but for events with ids after `last`.
+pub(super) fn outdated(connection: &Connection, last: i64) -> rusqlite::Result<Option<Outdated>> {
     const DEVICES: &str = "
         select device from sync_events where id > ?1 and id <= ?2
         union
@@ -292,13 +295,14 @@ pub(super) fn outdated(connection: &Connection) -> rusqlite::Result<Option<Outda
     ";
     let snapshot = connection.unchecked_transaction()?;
     const STATE: &str = "
-        select summarized_id, folded_id, summarized_device,
+        select summarized_id, min(?1, (select ifnull(max(id), 0) from sync_events)),
+               summarized_device,
                (select ifnull(max(id), 0) from devices),
                (select ifnull(max(id), 0) from stale_summaries)
           from roll_up_state
     ";
     let [summarized, watermark, summarized_device, last_device, last_stale]: [i64; 5] =
-        snapshot.prepare_cached(STATE)?.query_row([], |row| {
+        snapshot.prepare_cached(STATE)?.query_row([last], |row| {
             Ok([row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?])
         })?;
     if summarized >= watermark && summarized_device >= last_device && last_stale == 0 {

@@ -104,7 +104,7 @@ async fn nothing_was_prepared_yet(fixture: &TestStore) {
         send_all(&mut *writer, std::slice::from_ref(batch)).await;
     }
     assert_eq!((total_syncs(fixture, "pi").await, total_syncs(fixture, "many").await), (3, 5_000));
-    // Ids that a batch under way brings are there for those behind it.
+    // Ids that a batch in flight brings are there for those behind it.
     let last = at(month + 1);
     for round in 0..12 {
         let events = |round: i64| (0..500).map(move |n| success("pi", at(month - round * 500 - n)));
