@@ -33,7 +33,7 @@ use super::{
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest such pause.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_RETRY_PAUSE: Duration = Duration::from_secs(2);
 
 /// Something to send in one request.
 pub(super) enum Parcel {
@@ -354,7 +354,7 @@ pub(super) async fn insist(
             return Err(SimulateError::Unanswered(message));
         }
         sleep(wait).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(LONGEST_RETRY_PAUSE);
         load.repeated += 1;
     }
 }
