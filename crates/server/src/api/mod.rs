@@ -15,7 +15,7 @@ use axum::{
     Router,
     extract::Request,
     http::{HeaderValue, Method, header},
-    middleware::{from_fn_with_state, map_response_with_state},
+    middleware::{from_fn_with_state, map_request, map_response_with_state},
 };
 use pisync_core::Timestamp;
 use tokio::sync::Semaphore;
@@ -41,6 +41,7 @@ use crate::{
     keys::Keyring,
     metrics::Metrics,
     middleware::{
+        accept_encoding::allow_identity,
         admission::{self, Slots},
         auth::Gate,
         client_address::TrustedProxies,
@@ -124,7 +125,8 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
         .merge(metrics::routes())
         .layer(map_response_with_state(large_answers.clone(), large::count))
         // Brotli's encoder would hold some 10 MiB while a client reads its response; gzip's holds 0.3 MiB.
-        .layer(CompressionLayer::new().no_br());
+        .layer(CompressionLayer::new().no_br())
+        .layer(map_request(allow_identity));
     let (router, mut document, policies) = Routes::within(docs::outline())
         .merge(one::routes())
         .merge(many::routes())

@@ -81,10 +81,11 @@ impl ListenArgs {
     /// # Errors
     /// When HOST can be no host.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if database_url::is_host(&self.host) {
+        // A path would be a socket's, which only PostgreSQL has.
+        if database_url::is_host(&self.host) && !self.host.is_empty() && !self.host.contains('/') {
             return Ok(());
         }
-        wrong("HOST is neither an address nor the name of a host")
+        wrong("HOST is neither an address nor the name of a host, such as 0.0.0.0")
     }
 }
 

@@ -1,6 +1,7 @@
 //! What happens around every request, whichever handler answers it: request id, client address, admission, security
 //! headers, metrics and the log. `api` puts these around its routes. Nothing here depends on what a resource contains.
 
+pub(crate) mod accept_encoding;
 pub(crate) mod admission;
 pub(crate) mod assets;
 pub(crate) mod auth;

@@ -225,9 +225,17 @@ async fn long_answers_are_compressed_for_who_asks() {
     let path = "/api/devices?limit=1000";
     let plain = server.get(path).await;
     assert!(!plain.headers.contains_key("content-encoding"));
-    for (asked, encoding) in
-        [("gzip", "gzip"), ("br", ""), ("gzip, deflate, br", "gzip"), ("gzip;q=0, identity", "")]
-    {
+    for (asked, encoding) in [
+        ("gzip", "gzip"),
+        ("br", ""),
+        ("gzip, deflate, br", "gzip"),
+        ("gzip;q=0, identity", ""),
+        // Nobody is refused: a change would have been made by then.
+        ("identity;q=0", ""),
+        ("*;q=0", ""),
+        ("br;q=1.0, Identity;q=0, *;q=0.0", ""),
+        ("gzip;q=0.5, identity;q=0", "gzip"),
+    ] {
         let answer = send(server.request(Method::GET, path).header("accept-encoding", asked)).await;
         assert_eq!(answer.status, 200);
         if encoding.is_empty() {

@@ -1,5 +1,5 @@
 //! `pisync doctor`: would a server of this configuration work, and if not, what is to be done? `checks` looks at one thing
-//! after the other; this file runs them and says what they found. It changes nothing and shows no password.
+//! after the other; this file runs them and says what they found. It changes no data and shows no password.
 
 mod checks;
 mod folders;
@@ -15,7 +15,7 @@ use crate::config::ServeArgs;
 Run it in the server's folder, as the server's user, with the server's settings.
 It looks at the configuration, the database and its schema, the folders and
 their disks, the clock, and at a running server. Each line begins with ok,
-warning or failed, and ends with what to do. It changes nothing.
+warning or failed, and ends with what to do. It changes no data.
 
 Examples:
   pisync doctor

@@ -282,6 +282,8 @@ pub(crate) async fn create_database(target: &PostgresTarget) -> Result<bool, Sto
     match created {
         Ok(()) => maintenance.confirm_change().map(|()| true),
         Err(error) if error.code() == Some(&SqlState::DUPLICATE_DATABASE) => Ok(false),
+        // Another process is creating it at this moment, or was killed while it did.
+        Err(error) if error.code() == Some(&SqlState::UNIQUE_VIOLATION) => Ok(false),
         Err(error) => Err(StoreError::Failed(format!(
             "cannot create the database {name}: {}; as a PostgreSQL administrator, grant this user CREATEDB, or run \
              `create database {quoted} owner USER encoding 'UTF8' template template0`",

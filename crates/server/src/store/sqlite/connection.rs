@@ -237,9 +237,12 @@ pub(super) fn store_error(error: rusqlite::Error) -> StoreError {
                 "another process keeps writing to the database; stop that one, or try again later ({message})"
             ))
         }
+        Some(ErrorCode::SystemIoFailure) => {
+            let way_on = files::MAYBE_FULL;
+            StoreError::Unavailable(format!("the database is unavailable: {message}{way_on}"))
+        }
         Some(
             ErrorCode::DiskFull
-            | ErrorCode::SystemIoFailure
             | ErrorCode::CannotOpen
             | ErrorCode::ReadOnly
             | ErrorCode::OutOfMemory,

@@ -168,12 +168,15 @@ fn way_on(error: &io::Error) -> &'static str {
 }
 
 const DISK_FULL: &str = "; make room on its disk";
+/// SQLite does not tell that there is no room for the file that its processes share.
+pub(super) const MAYBE_FULL: &str = "; look whether its disk is full or broken";
 const NOT_WRITABLE: &str = "; set DATA_DIR or DATABASE_URL to a place that the server may write";
 
 /// Why SQLite could not open the database at `path`, or read its beginning, and what to do about it.
 pub(super) fn sqlite_cannot_open(path: &Path, error: &rusqlite::Error) -> StoreError {
     let way_on = match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => DISK_FULL,
+        Some(ErrorCode::SystemIoFailure) => MAYBE_FULL,
         Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
             NOT_WRITABLE
         }
