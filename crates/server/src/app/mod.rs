@@ -347,6 +347,7 @@ mod tests {
             "the clock",
             "maintenance",
             "aggregation",
+            "summaries",
             "deletions",
             "API keys",
             "the database",

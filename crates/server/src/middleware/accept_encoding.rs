@@ -19,8 +19,7 @@ pub(crate) async fn allow_identity(mut request: Request) -> Request {
     if refusals.is_empty() {
         return request;
     }
-    let others: Vec<_> =
-        others.iter().map(|(name, weight)| format!("{name};q={weight}")).collect();
+    let others: Vec<_> = others.iter().map(|(name, weight)| format!("{name};q={weight}")).collect();
     // No header at all would mean any encoding.
     let others = if others.is_empty() { "identity".to_owned() } else { others.join(", ") };
     if let Ok(others) = HeaderValue::try_from(others) {
