@@ -108,6 +108,7 @@ fn wrong_settings_are_told_in_one_line() {
         ("DB_PORT", "five", "DB_PORT: \"five\" is no port"),
         ("AUTH", "maybe", "AUTH=maybe: expected auto, off or required"),
         ("HOST", "no such host", "HOST is neither an address nor the name of a host"),
+        ("HOST", "http://127.0.0.1", "HOST is neither an address nor the name of a host"),
     ] {
         let program = Program::new().with("PORT", 0).with(name, value);
         let ended = program.run(&[]);

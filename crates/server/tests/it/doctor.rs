@@ -332,7 +332,7 @@ async fn an_address_that_cannot_be_listened_on_is_a_finding() {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
     let taken = socket.local_addr().unwrap().port().to_string();
-    for (host, port) in [("nonexistent.invalid", "0"), ("", "0"), ("127.0.0.1", taken.as_str())] {
+    for (host, port) in [("nonexistent.invalid", "0"), ("127.0.0.1", taken.as_str())] {
         let program = Program::new();
         let words = [&format!("--host={host}"), "--port", port, "--log-dir", "none"];
         let ended = program.run(&[&["doctor"][..], &words].concat());
