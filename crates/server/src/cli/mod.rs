@@ -227,8 +227,8 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let message = masks.mask(&failure.message);
-            let origin = settings_file.origin(&message).filter(|_| failure.is_usage());
-            let message = [message].into_iter().chain(origin).collect::<Vec<_>>().join("; ");
+            let message =
+                if failure.is_usage() { settings_file.with_origin(message) } else { message };
             fail(&Failure { message, ..failure })
         }
     }
@@ -322,9 +322,8 @@ fn typed() -> Result<Typed, ExitCode> {
         (Err(error), Some(cli)) if is_complete => {
             let text = error.to_string();
             let problem = text.lines().next().unwrap_or_default();
-            let problem = problem.strip_prefix("error: ").unwrap_or(problem).to_owned();
-            let origin = settings_file.origin(&problem);
-            let problem = [problem].into_iter().chain(origin).collect::<Vec<_>>().join("; ");
+            let problem = problem.strip_prefix("error: ").unwrap_or(problem);
+            let problem = settings_file.with_origin(problem.to_owned());
             return Ok(Typed { cli, settings_file, masks, problem: Some(problem) });
         }
         (Err(error), _) => {

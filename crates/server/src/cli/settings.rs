@@ -137,6 +137,14 @@ impl SettingsFile {
         Ok(Some(typed))
     }
 
+    /// A message, and where the setting that it complains of was set, if that is known.
+    pub(super) fn with_origin(&self, message: String) -> String {
+        match self.origin(&message) {
+            Some(origin) => format!("{message}; {origin}"),
+            None => message,
+        }
+    }
+
     /// Where the setting that a message complains of was set, if it was not typed: the message may name a flag that nobody
     /// remembers to have used.
     pub(super) fn origin(&self, message: &str) -> Option<String> {

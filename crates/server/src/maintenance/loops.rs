@@ -81,6 +81,18 @@ pub(crate) async fn finish_deletions(store: Arc<dyn DeviceDeletions>) {
     }
 }
 
+/// How long to wait after `work` has failed.
+fn pause_after(error: &StoreError, work: &str) -> Duration {
+    if let StoreError::Unavailable(error) = error {
+        // Ingest logs that already.
+        tracing::debug!(error, "{work} waits while the database is away");
+        AGGREGATION_INTERVAL
+    } else {
+        tracing::warn!(%error, "{work} failed; it will be tried again");
+        MAINTENANCE_RETRY
+    }
+}
+
 /// Brings the summaries of devices up to date, the less often the longer it takes.
 pub(crate) async fn refresh_summaries(store: Arc<dyn Store>) {
     loop {
@@ -90,15 +102,7 @@ pub(crate) async fn refresh_summaries(store: Arc<dyn Store>) {
                 let pause = started.elapsed().saturating_mul(REFRESH_PAUSE);
                 pause.clamp(SHORTEST_REFRESH_INTERVAL, AGGREGATION_INTERVAL)
             }
-            Err(StoreError::Unavailable(error)) => {
-                // Ingest logs that already.
-                tracing::debug!(error, "summaries cannot be made while the database is away");
-                AGGREGATION_INTERVAL
-            }
-            Err(error) => {
-                tracing::warn!(%error, "bringing summaries of devices up to date failed; it will be tried again");
-                MAINTENANCE_RETRY
-            }
+            Err(error) => pause_after(&error, "bringing summaries of devices up to date"),
         };
         tokio::time::sleep(pause).await;
     }
@@ -116,15 +120,7 @@ pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
         let pause = match aggregated.await {
             Ok(true) => started.elapsed() * STEP_YIELD,
             Ok(false) => AGGREGATION_INTERVAL,
-            Err(StoreError::Unavailable(error)) => {
-                // Ingest logs that already.
-                tracing::debug!(error, "events cannot be aggregated while the database is away");
-                AGGREGATION_INTERVAL
-            }
-            Err(error) => {
-                tracing::warn!(%error, "aggregating events failed; it will be tried again");
-                MAINTENANCE_RETRY
-            }
+            Err(error) => pause_after(&error, "aggregating events"),
         };
         tokio::time::sleep(pause).await;
     }

@@ -1,8 +1,10 @@
 //! The SQL that answers a scan's requests from the indexes of `device_summaries` and `devices`. It is the same for both
 //! stores but for what [`Dialect`] names. The stores bind the parameters and read the rows.
 
+use std::collections::HashMap;
+
 use super::{
-    DeviceQuery, DeviceSort,
+    Device, DeviceQuery, DeviceSort,
     devices::like_pattern,
     ordered_scan::{Direction, KeyPart, Part, Place, Request},
     summaries::SummaryOrder,
@@ -115,12 +117,17 @@ pub(super) enum Order {
 
 impl Order {
     pub(super) fn of(sort: DeviceSort) -> Self {
-        match (SummaryOrder::of(sort), sort) {
-            (Some(order), _) => Self::Summary(order),
-            (None, DeviceSort::Name) => Self::Name,
-            (None, DeviceSort::CreatedAt) => Self::CreatedAt,
-            (None, _) => Self::DeviceId,
-        }
+        Self::Summary(match sort {
+            DeviceSort::DeviceId => return Self::DeviceId,
+            DeviceSort::Name => return Self::Name,
+            DeviceSort::CreatedAt => return Self::CreatedAt,
+            DeviceSort::LastSeen => SummaryOrder::LastSeen,
+            DeviceSort::LastSync => SummaryOrder::LastSync,
+            DeviceSort::LastSuccess => SummaryOrder::LastSuccess,
+            DeviceSort::TotalSyncs => SummaryOrder::TotalSyncs,
+            DeviceSort::FailedSyncs => SummaryOrder::FailedSyncs,
+            DeviceSort::ConsecutiveFailures => SummaryOrder::ConsecutiveFailures,
+        })
     }
 
     /// The columns to sort by, and what to read of them.
@@ -226,12 +233,7 @@ fn for_key(
     let values: Vec<_> = key.iter().map(|part| value(statement, part)).collect();
     let operator = if is_equal { "=" } else { less };
     let (columns, values) = (columns.join(", "), values.join(", "));
-    let condition = if values.contains(',') && key.len() > 1 {
-        format!(" and ({columns}) {operator} ({values})")
-    } else {
-        format!(" and {columns} {operator} {values}")
-    };
-    statement.sql.push_str(&condition);
+    statement.sql.push_str(&format!(" and ({columns}) {operator} ({values})"));
 }
 
 /// Counts the devices that `filter` finds, up to one more than `most`.
@@ -269,6 +271,13 @@ impl Part {
             limit: Some(query.limit),
         }
     }
+}
+
+/// The devices at these places, in their order. A device that is gone meanwhile is left out.
+pub(super) fn in_order(places: &[Place], devices: Vec<Device>) -> Vec<Device> {
+    let found = devices.into_iter().map(|device| (device.device_id.clone(), device));
+    let mut found: HashMap<_, _> = found.collect();
+    places.iter().filter_map(|place| found.remove(&place.device_id)).collect()
 }
 
 /// A device's place in `order`. `summary` is asked only for orders by a figure.

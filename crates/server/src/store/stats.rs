@@ -1,12 +1,14 @@
 //! Statistics: the figures of the fleet, and its devices that fail repeatedly. The API calls it and both stores
 //! implement it. No method changes anything.
 
+use std::collections::HashMap;
+
 use async_trait::async_trait;
 use pisync_core::Timestamp;
 
 use super::{
-    Device, Figures, KeyPart, Page, Place, StoreError, Window,
-    ordered_scan::{Direction, Part},
+    Count, Device, Figures, KeyPart, Page, Place, StoreError, Window,
+    ordered_scan::{Direction, Part, Places, page_of},
     summaries::{Measure, SummaryOrder},
 };
 
@@ -71,13 +73,34 @@ impl FailureQuery {
     }
 
     /// The place of a device that failed within the window.
-    pub(super) fn place(&self, failing: Failing) -> Place {
+    fn place(&self, failing: &Failing) -> Place {
         let count =
             if self.consecutive { failing.consecutive_failures } else { failing.failed_syncs };
         let last_failure = failing.last_failure.map_or(i64::MIN, Timestamp::as_millisecond);
         let key = [count, last_failure].map(KeyPart::Number);
-        Place { key: Some(key.into()), device_id: failing.device_id }
+        Place { key: Some(key.into()), device_id: failing.device_id.clone() }
     }
+
+    /// The places that are asked for among all devices that failed within the window.
+    pub(super) fn places(&self, failing: &[Failing]) -> Places {
+        page_of(failing.iter().map(|device| self.place(device)).collect(), &self.part())
+    }
+}
+
+/// The page with these `devices`, which are at the places before `next`. Their failures within the window replace those
+/// of all time.
+pub(super) fn page_within_window(
+    failing: &[Failing],
+    mut devices: Vec<Device>,
+    next: Option<Place>,
+) -> Page<Device> {
+    let failures = failing.iter().map(|device| (device.device_id.as_str(), device.failed_syncs));
+    let failures: HashMap<_, _> = failures.collect();
+    for device in &mut devices {
+        let within = failures.get(device.device_id.as_str());
+        device.figures.failed_syncs = within.copied().unwrap_or_default();
+    }
+    Page { items: devices, total: Count::Exactly(failing.len() as u64), next }
 }
 
 /// A device that failed within a window.

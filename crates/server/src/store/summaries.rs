@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use pisync_core::Timestamp;
 
 use super::{
-    DeviceSort, Figures,
+    Figures,
     ordered_scan::{KeyPart, Place},
 };
 
@@ -159,19 +159,6 @@ pub(super) enum SummaryOrder {
 }
 
 impl SummaryOrder {
-    /// The order of a list of devices, if it is by a figure.
-    pub(super) fn of(sort: DeviceSort) -> Option<Self> {
-        match sort {
-            DeviceSort::DeviceId | DeviceSort::Name | DeviceSort::CreatedAt => None,
-            DeviceSort::LastSeen => Some(Self::LastSeen),
-            DeviceSort::LastSync => Some(Self::LastSync),
-            DeviceSort::LastSuccess => Some(Self::LastSuccess),
-            DeviceSort::TotalSyncs => Some(Self::TotalSyncs),
-            DeviceSort::FailedSyncs => Some(Self::FailedSyncs),
-            DeviceSort::ConsecutiveFailures => Some(Self::ConsecutiveFailures),
-        }
-    }
-
     /// The columns to sort by.
     pub(super) fn columns(self) -> &'static [&'static str] {
         match self {

@@ -76,10 +76,7 @@ fn configuration(
     let settings = match serve.settings() {
         Ok(settings) => settings,
         Err(error) => {
-            let problem = error.to_string();
-            let origin = settings_file.origin(&problem);
-            let problem = [problem].into_iter().chain(origin).collect::<Vec<_>>().join("; ");
-            report.fail(CHECK, problem);
+            report.fail(CHECK, settings_file.with_origin(error.to_string()));
             return None;
         }
     };

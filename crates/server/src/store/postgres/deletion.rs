@@ -128,6 +128,7 @@ async fn delete_some(
     let until = received_until.to_jiff();
     let more = async |transaction: Transaction<'_>, deleted: u64| -> Result<DeletionStep, Error> {
         transaction.execute(COUNT, &[&id, &deleted.cast_signed()]).await?;
+        roll_ups::recount_totals(&transaction).await?;
         summaries::note_stale(&transaction, id).await?;
         transaction.commit().await?;
         Ok(DeletionStep::More(deleted))
@@ -153,6 +154,7 @@ async fn delete_some(
         deleted_events +=
             roll_ups::delete_events(&transaction, id, received_until, None, watermark).await?;
         delete_device(&transaction, device_id, watermark).await?;
+        roll_ups::recount_totals(&transaction).await?;
     }
     audit::record(&transaction, &by, &NewAuditEntry::device_deleted(device_id, deleted_events))
         .await?;

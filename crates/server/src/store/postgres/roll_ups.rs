@@ -117,17 +117,15 @@ fn aggregate_hours_of(source: &str) -> String {
     )
 }
 
-/// Adds the totals up again from the hours. The state is locked.
+/// Adds the totals up again from the hours, which deletions change. The state is locked.
 pub(super) async fn recount_totals(transaction: &Transaction<'_>) -> Result<(), Error> {
     transaction.batch_execute(&recount_totals_statement()).await
 }
 
 /// The statement of [`recount_totals`].
 pub(super) fn recount_totals_statement() -> String {
-    let set = Sums::sql(|column| {
-        format!("{column} = (select coalesce(sum({column}), 0)::bigint from fleet_hours)")
-    });
-    format!("update fleet_totals set {set};")
+    let sums = Sums::sql(|column| format!("coalesce(sum({column}), 0)::bigint"));
+    format!("update fleet_totals set ({}) = (select {sums} from fleet_hours)", Sums::names())
 }
 
 /// Whether the totals differ from the sums of the hours.
@@ -244,7 +242,6 @@ pub(super) async fn delete_events(
             transaction.query_one(&delete, &parameters).await?
         }
     };
-    recount_totals(transaction).await?;
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
@@ -457,8 +454,7 @@ pub(super) async fn forget(
              on conflict (hour) {add}"
     );
     let Some(watermark) = watermark else { return Ok(()) };
-    transaction.execute(&subtract, &[&device_id.as_str(), &watermark.to_jiff()]).await?;
-    recount_totals(transaction).await
+    transaction.execute(&subtract, &[&device_id.as_str(), &watermark.to_jiff()]).await.map(|_| ())
 }
 
 /// The watermark, as of this snapshot. It is passed to queries as a value, so that the planner sees how few events

@@ -1,12 +1,10 @@
 //! Statistics in PostgreSQL: from totals and summaries, and over roll-ups within a window. The API calls it through
 //! `StatsStore`. It changes nothing.
 
-use std::collections::HashMap;
-
 use async_trait::async_trait;
 use jiff::tz::TimeZone;
 use pisync_core::Timestamp;
-use tokio_postgres::{Error, types::ToSql};
+use tokio_postgres::{Error, Row, types::ToSql};
 
 use super::{
     connect::Object,
@@ -18,9 +16,9 @@ use super::{
 use crate::store::{
     Count, Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
     device_list::Filter,
-    ordered_scan::{Part, Places, page_of},
-    stats::{Failing, RECENT_DEVICES},
-    summaries::{SummaryOrder, correction},
+    ordered_scan::{Part, Places},
+    stats::{Failing, RECENT_DEVICES, page_within_window},
+    summaries::{Measure, SummaryOrder, correction},
 };
 
 #[async_trait]
@@ -77,8 +75,10 @@ async fn fleet_stats(
     recent.places.retain(|place| place.key.is_some());
     let active = summaries::seen_since(&snapshot, active_since).await?
         + correction(&changed, |summary| summary.last_seen >= Some(active_since));
+    let total = summaries::number_with(&snapshot, Measure::FailedSyncs, 0).await?
+        + correction(&changed, |_| true);
     Ok(FleetStats {
-        total_devices: summaries::number_of_devices(&snapshot).await?,
+        total_devices: total.cast_unsigned(),
         active_devices: active.cast_unsigned(),
         figures: roll_ups::totals(&snapshot).await?,
         recent_devices: summaries::devices_at(&snapshot, &recent.places).await?,
@@ -140,23 +140,17 @@ async fn failures_within(
     if window.is_whole_days() {
         parameters.extend([&watermark as &(dyn ToSql + Sync), &first, &last]);
     }
-    let mut failures = HashMap::new();
-    let mut places = Vec::new();
-    for row in snapshot.query(&select, &parameters).await? {
-        let device = Failing {
+    let failing = |row: &Row| -> Result<Failing, Error> {
+        Ok(Failing {
             device_id: row.try_get(0)?,
             failed_syncs: row.try_get(1)?,
             consecutive_failures: row.try_get(2)?,
-            last_failure: optional_time(&row, 3)?,
-        };
-        failures.insert(device.device_id.clone(), device.failed_syncs);
-        places.push(query.place(device));
-    }
-    let total = places.len() as u64;
-    let Places { places, next } = page_of(places, &query.part());
-    let mut items = summaries::devices_at(&snapshot, &places).await?;
-    for device in &mut items {
-        device.figures.failed_syncs = failures[&device.device_id];
-    }
-    Ok(Page { items, total: Count::Exactly(total), next })
+            last_failure: optional_time(row, 3)?,
+        })
+    };
+    let rows = snapshot.query(&select, &parameters).await?;
+    let failing: Vec<_> = rows.iter().map(failing).collect::<Result<_, _>>()?;
+    let Places { places, next } = query.places(&failing);
+    let devices = summaries::devices_at(&snapshot, &places).await?;
+    Ok(page_within_window(&failing, devices, next))
 }

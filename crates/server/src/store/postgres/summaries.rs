@@ -2,8 +2,6 @@
 //! the time of an event: only devices that were first seen, or have events received, after it, and those in
 //! `stale_summaries`, may differ from their summaries. It follows the watermark of the roll-ups, for the same reasons.
 
-use std::collections::HashMap;
-
 use deadpool_postgres::Transaction;
 use tokio_postgres::{
     Error, Row,
@@ -26,7 +24,7 @@ use crate::store::{
     },
 };
 
-pub(super) const DIALECT: Dialect = Dialect {
+const DIALECT: Dialect = Dialect {
     placeholder: '$',
     like: "ilike",
     device_of_summary: "d.device_id = s.device_id",
@@ -209,16 +207,13 @@ pub(super) async fn devices_at(
           group by d.device_id"
     );
     let ids: Vec<_> = places.iter().map(|place| place.device_id.as_str()).collect();
-    let mut found = HashMap::new();
-    for row in snapshot.query_typed(&select, &[(&ids, Type::TEXT_ARRAY)]).await? {
-        let device = device_row(&row)?;
-        found.insert(device.device_id.clone(), device);
-    }
-    Ok(places.iter().filter_map(|place| found.remove(&place.device_id)).collect())
+    let rows = snapshot.query_typed(&select, &[(&ids, Type::TEXT_ARRAY)]).await?;
+    let devices = rows.iter().map(device_row).collect::<Result<_, _>>()?;
+    Ok(device_list::in_order(places, devices))
 }
 
 /// How many summaries are in the buckets of `measure` from `first` on.
-pub(super) async fn counted_from(
+async fn counted_from(
     snapshot: &Transaction<'_>,
     measure: Measure,
     first: i64,
@@ -379,6 +374,12 @@ async fn write_counts(transaction: &Transaction<'_>, counts: &CountChanges) -> R
         select unnest($1::text[]), unnest($2::bigint[]), unnest($3::bigint[])
             on conflict (measure, bucket) do update set devices = stored.devices + excluded.devices
     ";
+    // Minutes pass, and most of their buckets get empty.
+    const REMOVE_EMPTY: &str = "
+        delete from device_counts
+         where devices = 0
+           and (measure, bucket) in (select unnest($1::text[]), unnest($2::bigint[]))
+    ";
     let (mut measures, mut buckets, mut changes) = (Vec::new(), Vec::new(), Vec::new());
     for (measure, bucket, change) in counts.changes() {
         measures.push(measure);
@@ -387,9 +388,8 @@ async fn write_counts(transaction: &Transaction<'_>, counts: &CountChanges) -> R
     }
     let add = transaction.prepare_cached(ADD).await?;
     transaction.execute(&add, &[&measures, &buckets, &changes]).await?;
-    // Minutes pass, and most of their buckets get empty.
-    transaction.execute("delete from device_counts where devices = 0", &[]).await?;
-    Ok(())
+    let remove_empty = transaction.prepare_cached(REMOVE_EMPTY).await?;
+    transaction.execute(&remove_empty, &[&measures, &buckets]).await.map(|_| ())
 }
 
 /// Notes that something else than a new event changed a device's figures.
@@ -454,7 +454,8 @@ const COUNTED: &str = "
      group by 2
 ";
 
-/// Statements that make all summaries and counts anew. The state must be locked, unless nobody else uses the database.
+/// Statements that make all summaries and counts anew. Unless nobody else uses the database, the caller must have the
+/// lock of [`ROLL_UP_LOCK`] and the state: another node would add its changes to counts that are new.
 pub(super) fn rebuild_statements() -> String {
     format!(
         "delete from device_summaries;

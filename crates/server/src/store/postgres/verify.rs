@@ -11,7 +11,9 @@ use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 use super::{
     connect::Object,
     errors::store_error,
-    expiry, misdated,
+    expiry,
+    locks::ROLL_UP_LOCK,
+    misdated,
     roll_ups::{self, sums, watermark},
     rows::{optional_time, time},
     statements::unanswered_failures,
@@ -327,6 +329,8 @@ async fn summary_differences(connection: &mut Object) -> Result<SummaryDifferenc
 async fn rebuild_summaries(connection: &mut Object) -> Result<(), Error> {
     let transaction = connection.transaction().await?;
     transaction.batch_execute(NO_TIME_LIMIT).await?;
+    // In the order of aggregation. With the first lock, no node brings summaries up to date meanwhile.
+    transaction.execute("select pg_advisory_xact_lock($1)", &[&ROLL_UP_LOCK]).await?;
     roll_ups::lock_state(&transaction).await?;
     transaction.batch_execute(&summaries::rebuild_statements()).await?;
     roll_ups::recount_totals(&transaction).await?;

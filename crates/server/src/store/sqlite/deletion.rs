@@ -138,6 +138,7 @@ fn delete_some(
             transaction.prepare_cached(DELETE_JOBS)?.execute(params![device, most])? > 0
         };
     if is_more {
+        roll_ups::recount_totals(&transaction)?;
         summaries::note_stale(&transaction, device)?;
         transaction
             .prepare_cached("update device_deletions set deleted_events = ?2 where device_id = ?1")?
@@ -147,6 +148,7 @@ fn delete_some(
     }
 
     delete_device(&transaction, device)?;
+    roll_ups::recount_totals(&transaction)?;
     end(&transaction, device_id, &by, deleted_events)?;
     transaction.commit()?;
     writer.forget_device(device_id);

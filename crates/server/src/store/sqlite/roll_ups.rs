@@ -111,12 +111,11 @@ fn add_hours(transaction: &Transaction<'_>, hours: &[(Sums, i64)]) -> rusqlite::
     Ok(())
 }
 
-/// Adds the totals up again from the hours.
+/// Adds the totals up again from the hours, which deletions change.
 pub(super) fn recount_totals(connection: &Connection) -> rusqlite::Result<()> {
-    let set = Sums::sql(|column| {
-        format!("{column} = (select ifnull(sum({column}), 0) from fleet_hours)")
-    });
-    connection.execute(&format!("update fleet_totals set {set}"), []).map(|_| ())
+    let (names, sums) = (Sums::names(), Sums::sql(|column| format!("ifnull(sum({column}), 0)")));
+    let recount = format!("update fleet_totals set ({names}) = (select {sums} from fleet_hours)");
+    connection.execute(&recount, []).map(|_| ())
 }
 
 /// Whether the totals differ from the sums of the hours.
@@ -232,8 +231,7 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
           group by hour
              on conflict (hour) {add}"
     );
-    transaction.execute(&subtract, params![device, watermark(transaction)?])?;
-    recount_totals(transaction)
+    transaction.execute(&subtract, params![device, watermark(transaction)?]).map(|_| ())
 }
 
 /// Events of a device that are to be deleted. They were received up to `received_until`, and come up to this one in the
@@ -279,7 +277,7 @@ pub(super) fn subtract(
         let parameters = params![device, received_until, timestamp, id, watermark(transaction)?];
         transaction.prepare_cached(&subtract)?.execute(parameters)?;
     }
-    recount_totals(transaction)
+    Ok(())
 }
 
 /// Adds a device's aggregated events to the sums by hour.
@@ -296,8 +294,7 @@ pub(super) fn aggregate_hours_again(
           group by 1
              on conflict (hour) {add}"
     );
-    transaction.execute(&aggregate, params![device, watermark(transaction)?])?;
-    recount_totals(transaction)
+    transaction.execute(&aggregate, params![device, watermark(transaction)?]).map(|_| ())
 }
 
 /// The sums of the entire fleet's events within a window.

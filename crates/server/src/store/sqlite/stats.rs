@@ -1,8 +1,6 @@
 //! Statistics in SQLite: from totals and summaries, and over roll-ups within a window. The API calls it through
 //! `StatsStore`. It changes nothing.
 
-use std::collections::HashMap;
-
 use async_trait::async_trait;
 use pisync_core::Timestamp;
 use rusqlite::{Connection, named_params};
@@ -11,9 +9,9 @@ use super::{connection::Cost, roll_ups, rows::optional_time, store::SqliteStore,
 use crate::store::{
     Count, Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
     device_list::Filter,
-    ordered_scan::{Part, Places, page_of},
-    stats::{Failing, RECENT_DEVICES},
-    summaries::{SummaryOrder, correction},
+    ordered_scan::{Part, Places},
+    stats::{Failing, RECENT_DEVICES, page_within_window},
+    summaries::{Measure, SummaryOrder, correction},
 };
 
 #[async_trait]
@@ -70,8 +68,10 @@ fn fleet_stats(connection: &Connection, active_since: Timestamp) -> rusqlite::Re
     recent.places.retain(|place| place.key.is_some());
     let active = summaries::seen_since(&snapshot, active_since)?
         + correction(&changed, |summary| summary.last_seen >= Some(active_since));
+    let total = summaries::number_with(&snapshot, Measure::FailedSyncs, 0)?
+        + correction(&changed, |_| true);
     Ok(FleetStats {
-        total_devices: summaries::number_of_devices(&snapshot)?,
+        total_devices: total.cast_unsigned(),
         active_devices: active.cast_unsigned(),
         figures: roll_ups::totals(&snapshot)?,
         recent_devices: summaries::devices_at(&snapshot, &recent.places)?,
@@ -134,14 +134,7 @@ fn failures_within(
         })
     })?;
     let failing: Vec<Failing> = failing.collect::<rusqlite::Result<_>>()?;
-    let total = failing.len() as u64;
-    let failures: HashMap<_, _> =
-        failing.iter().map(|device| (device.device_id.clone(), device.failed_syncs)).collect();
-    let places = failing.into_iter().map(|device| query.place(device)).collect();
-    let Places { places, next } = page_of(places, &query.part());
-    let mut items = summaries::devices_at(&snapshot, &places)?;
-    for device in &mut items {
-        device.figures.failed_syncs = failures[&device.device_id];
-    }
-    Ok(Page { items, total: Count::Exactly(total), next })
+    let Places { places, next } = query.places(&failing);
+    let devices = summaries::devices_at(&snapshot, &places)?;
+    Ok(page_within_window(&failing, devices, next))
 }

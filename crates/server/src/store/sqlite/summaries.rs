@@ -2,8 +2,6 @@
 //! id of an event: only later devices, those with later events, and those in `stale_summaries`, may differ from their
 //! summaries.
 
-use std::collections::HashMap;
-
 use rusqlite::{
     Connection, Row, Transaction, TransactionBehavior, params, params_from_iter, types::Value,
 };
@@ -23,7 +21,7 @@ use crate::store::{
     },
 };
 
-pub(super) const DIALECT: Dialect = Dialect {
+const DIALECT: Dialect = Dialect {
     placeholder: '?',
     like: "like",
     device_of_summary: "d.id = s.device",
@@ -215,21 +213,12 @@ pub(super) fn devices_at(
     );
     let ids: Vec<_> = places.iter().map(|place| place.device_id.as_str()).collect();
     let mut select = connection.prepare_cached(&select)?;
-    let rows = select.query_map([serde_json::json!(ids).to_string()], device_row)?;
-    let mut found = HashMap::new();
-    for device in rows {
-        let device = device?;
-        found.insert(device.device_id.clone(), device);
-    }
-    Ok(places.iter().filter_map(|place| found.remove(&place.device_id)).collect())
+    let devices = select.query_map([serde_json::json!(ids).to_string()], device_row)?;
+    Ok(device_list::in_order(places, devices.collect::<rusqlite::Result<_>>()?))
 }
 
 /// How many summaries are in the buckets of `measure` from `first` on.
-pub(super) fn counted_from(
-    connection: &Connection,
-    measure: Measure,
-    first: i64,
-) -> rusqlite::Result<i64> {
+fn counted_from(connection: &Connection, measure: Measure, first: i64) -> rusqlite::Result<i64> {
     connection
         .prepare_cached(
             "select ifnull(sum(devices), 0) from device_counts where measure = ?1 and bucket >= ?2",
@@ -295,7 +284,6 @@ pub(super) fn outdated(connection: &Connection, last: i64) -> rusqlite::Result<O
         union
         select device from stale_summaries
     ";
-    let snapshot = connection.unchecked_transaction()?;
     const STATE: &str = "
         select summarized_id, min(?1, (select ifnull(max(id), 0) from sync_events)),
                summarized_device,
@@ -303,6 +291,7 @@ pub(super) fn outdated(connection: &Connection, last: i64) -> rusqlite::Result<O
                (select ifnull(max(id), 0) from stale_summaries)
           from roll_up_state
     ";
+    let snapshot = connection.unchecked_transaction()?;
     let [summarized, watermark, summarized_device, last_device, last_stale]: [i64; 5] =
         snapshot.prepare_cached(STATE)?.query_row([last], |row| {
             Ok([row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?])
@@ -382,12 +371,17 @@ fn write_counts(transaction: &Transaction<'_>, counts: &CountChanges) -> rusqlit
         insert into device_counts as stored (measure, bucket, devices) values (?1, ?2, ?3)
             on conflict (measure, bucket) do update set devices = stored.devices + excluded.devices
     ";
+    // Minutes pass, and most of their buckets get empty.
+    const REMOVE_EMPTY: &str =
+        "delete from device_counts where measure = ?1 and bucket = ?2 and devices = 0";
     let mut add = transaction.prepare_cached(ADD)?;
+    let mut remove_empty = transaction.prepare_cached(REMOVE_EMPTY)?;
     for (measure, bucket, change) in counts.changes() {
         add.execute(params![measure, bucket, change])?;
+        if change < 0 {
+            remove_empty.execute(params![measure, bucket])?;
+        }
     }
-    // Minutes pass, and most of their buckets get empty.
-    transaction.prepare_cached("delete from device_counts where devices = 0")?.execute([])?;
     Ok(())
 }
 
@@ -427,14 +421,13 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
 
 /// Makes all summaries and counts anew, in the caller's transaction.
 pub(super) fn rebuild(connection: &Connection) -> rusqlite::Result<()> {
-    let fresh = FRESH;
     let rebuild = format!(
         "
         delete from device_summaries;
         delete from device_counts;
         delete from stale_summaries;
         insert into device_summaries
-        select d.id, d.device_id, {fresh}
+        select d.id, d.device_id, {FRESH}
           from devices d
           left join device_jobs j on j.device = d.id
          group by d.id;
@@ -450,7 +443,6 @@ pub(super) fn rebuild(connection: &Connection) -> rusqlite::Result<()> {
 /// How many summaries and counts differ from what they are made from. Devices that have changed since are left out.
 pub(super) fn differences(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
     let columns = COLUMNS.map(|column| format!("s.{column}")).join(", ");
-    let fresh = FRESH;
     let wrong = format!(
         "select count(*)
            from (
@@ -460,7 +452,7 @@ pub(super) fn differences(connection: &Connection) -> rusqlite::Result<(u64, u64
                  left join device_summaries s on s.device = d.id
                 where d.id not in ({CHANGED})
                 group by d.id
-               having ({columns}) is not ({fresh})
+               having ({columns}) is not ({FRESH})
            )"
     );
     let wrong_counts = format!(
