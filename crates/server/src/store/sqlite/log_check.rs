@@ -119,9 +119,14 @@ fn find_damage(database: &Path) -> io::Result<Option<LogDamage>> {
     Ok(found)
 }
 
-/// Reads a log that begins with `header`.
+/// Reads a log that begins with `header`. The last process that used the database may have removed the log since its
+/// header was read.
 fn survey(path: &Path, header: &[u8; HEADER_BYTES]) -> io::Result<Option<LogDamage>> {
-    let mut log = BufReader::with_capacity(1 << 20, File::open(path)?);
+    let log = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        log => log?,
+    };
+    let mut log = BufReader::with_capacity(1 << 20, log);
     log.seek_relative(HEADER_BYTES as i64)?;
     let is_big_endian = word_at(header, 0) & 1 == 1;
     let mut checksum = Checksum { sums: [0, 0], is_big_endian };
@@ -343,6 +348,13 @@ mod tests {
 
     fn frames(log: &[u8]) -> usize {
         (log.len() - HEADER_BYTES) / FRAME
+    }
+
+    #[test]
+    fn a_log_that_is_removed_while_it_is_read_is_no_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let removed = folder.path().join("test.db-wal");
+        assert!(matches!(survey(&removed, &[1; HEADER_BYTES]), Ok(None)));
     }
 
     #[test]
