@@ -56,7 +56,7 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     let now = present(&*store, &clock).await?;
     let mut sum = Verified::default();
     let mut findings = Findings { json: command.json, listed: Vec::new() };
-    let (mut jobs, mut days, mut after) = (0, 0, None);
+    let (mut jobs, mut days, mut unfilled, mut after) = (0, 0, 0, None);
     loop {
         let page = store.verify(after.as_deref(), now, command.repair).await;
         let page = page?;
@@ -65,6 +65,7 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
         sum.nameless_devices += page.nameless_devices;
         sum.being_deleted += page.being_deleted;
         sum.raw_since = page.raw_since;
+        unfilled += page.unfilled_days.len();
         jobs += page.differences.len();
         days += page.days.len();
         for difference in &page.differences {
@@ -86,8 +87,8 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     let hours = hours.len();
     let wrong = jobs + days + hours > 0;
     // They are made from figures that are kept, whatever events are.
-    let derived = store.verify_summaries(command.repair).await?;
-    let is_repaired = wrong && repairs || derived.any() && command.repair;
+    let derived = store.verify_summaries(now, command.repair).await?;
+    let is_repaired = wrong && repairs || derived.number() > 0 && command.repair;
     let repaired = if is_repaired { " (repaired)" } else { "" };
     findings.json.document(|| {
         json!({
@@ -100,6 +101,11 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
             "differing_summaries": derived.summaries,
             "differing_counts": derived.counts,
             "differing_totals": derived.totals,
+            "differing_digests": derived.digests,
+            "differing_group_days": derived.group_days,
+            "differing_group_hours": derived.group_hours,
+            "uncounted_days": unfilled,
+            "uncounted_group_hours": derived.uncounted_group_hours,
             "is_repaired": is_repaired,
             "devices_being_deleted": sum.being_deleted,
             "unregistered_devices": sum.nameless_devices,
@@ -112,8 +118,9 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
         "devices: {}, events: {}; differing jobs: {jobs}, days: {days}, hours: {hours}, summaries: {}{repaired}",
         sum.devices,
         sum.events,
-        derived.summaries + derived.counts + derived.totals
+        derived.number()
     );
+    say_uncounted(command, unfilled, derived.uncounted_group_hours);
     if sum.being_deleted > 0 {
         say!(
             command.json,
@@ -132,11 +139,24 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
             "some figures are too small, and cannot be counted again: events received before {raw_since} are no longer kept"
         )));
     }
-    if (wrong || derived.any()) && !command.repair {
+    if (wrong || derived.number() > 0) && !command.repair {
         let problem = "some figures are wrong; repair them with `pisync verify --repair`";
         return Ok(Some(problem.to_owned()));
     }
     Ok(None)
+}
+
+/// Says what an earlier version did not count, if anything. It is not wrong.
+fn say_uncounted(command: &VerifyCommand, days: usize, hours: u64) {
+    if days == 0 && hours == 0 {
+        return;
+    }
+    let outcome =
+        if command.repair { "counted now" } else { "counted by `pisync verify --repair`" };
+    say!(
+        command.json,
+        "not counted by an earlier version: speeds, durations and bytes of {days} days of devices, and {hours} hours by group; {outcome}"
+    );
 }
 
 /// Recounts the fleet's hours and gives those that differed.

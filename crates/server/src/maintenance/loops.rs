@@ -108,14 +108,14 @@ pub(crate) async fn refresh_summaries(store: Arc<dyn Store>) {
     }
 }
 
-/// Aggregates events in small steps, and yields to ingest in between.
+/// Aggregates events in small steps, and yields to ingest in between. Once a day it then makes the digests of all devices.
 pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
     loop {
         let started = Instant::now();
         let aggregated = async {
             // Later events were received by a clock that was ahead. Aggregation does not wait for their time.
             let now = earlier_time(&*store, &clock).await?;
-            store.aggregate_events(now).await
+            Ok(store.aggregate_events(now).await? || store.make_digests(now).await?)
         };
         let pause = match aggregated.await {
             Ok(true) => started.elapsed() * STEP_YIELD,

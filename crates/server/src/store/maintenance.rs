@@ -13,6 +13,10 @@ pub trait RollUps: Send + Sync {
     /// once. Reads are always exact, and quicker after it.
     async fn aggregate_events(&self, now: Timestamp) -> Result<bool, StoreError>;
 
+    /// Makes the digests of some devices for the day of `now`. Answers whether there are more to make. `store` keeps how
+    /// far it came.
+    async fn make_digests(&self, now: Timestamp) -> Result<bool, StoreError>;
+
     /// Brings the summaries of all devices up to date whose events were aggregated since the last time. Reads are exact
     /// without it, and quicker after it.
     async fn refresh_summaries(&self) -> Result<(), StoreError>;

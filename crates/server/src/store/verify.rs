@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_trait::async_trait;
 use pisync_core::{JobFigures, Timestamp};
 
-use super::{StoreError, sums::Sums};
+use super::{DayDetails, StoreError, sums::Sums};
 
 /// The maximum number of devices in one transaction.
 pub(super) const PAGE_DEVICES: u32 = 256;
@@ -17,6 +17,11 @@ pub(super) const PAGE_EVENTS: i64 = 200_000;
 
 /// Days are UTC days.
 pub(super) const DAY_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
+
+/// When the day of `time` began.
+pub(super) fn start_of_day(time: Timestamp) -> Timestamp {
+    time.saturating_add_milliseconds(-time.as_millisecond().rem_euclid(DAY_MILLISECONDS))
+}
 
 /// Recounts figures and sums from raw events. Safe beside running servers.
 #[async_trait]
@@ -41,9 +46,14 @@ pub trait Verification: Send + Sync {
     /// a second. Once old events were dropped, sums can only be found to be too small.
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
 
-    /// Compares the summaries of devices, the counts of devices and the totals with what they are made from, as of one
-    /// moment. With `repair` it makes all of them anew, when any differs. Answers how many differ.
-    async fn verify_summaries(&self, repair: bool) -> Result<SummaryDifferences, StoreError>;
+    /// Compares the summaries and digests of devices, the counts of devices, the totals, and the days and hours of groups
+    /// with what they are made from, as of one moment. With `repair` it makes all of them anew, when any differs or hours
+    /// of groups are not counted yet. Answers how many differ.
+    async fn verify_summaries(
+        &self,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<SummaryDifferences, StoreError>;
 
     /// Replaces an hour's sums with the recounted ones. False, and nothing is changed, when the stored sums are no
     /// longer what was found.
@@ -59,12 +69,27 @@ pub struct SummaryDifferences {
     pub counts: u64,
     /// Totals of the fleet that are wrong.
     pub totals: u64,
+    /// Digests of devices that are wrong.
+    pub digests: u64,
+    /// Days of groups that are wrong, those of devices that moved between groups among them.
+    pub group_days: u64,
+    /// Hours of groups that are wrong.
+    pub group_hours: u64,
+    /// Hours of the last 14 days that are not counted by group, although their events are kept: they were aggregated by
+    /// an earlier version. This is no difference.
+    pub uncounted_group_hours: u64,
 }
 
 impl SummaryDifferences {
-    /// Whether any row differs.
+    /// How many rows differ.
     #[must_use]
-    pub fn any(&self) -> bool {
+    pub fn number(&self) -> u64 {
+        let Self { summaries, counts, totals, digests, group_days, group_hours, .. } = *self;
+        summaries + counts + totals + digests + group_days + group_hours
+    }
+
+    /// Whether making all of them anew changes anything.
+    pub(super) fn need_rebuild(&self) -> bool {
         *self != Self::default()
     }
 }
@@ -80,6 +105,9 @@ pub struct Verified {
     pub differences: Vec<JobDifference>,
     /// Days of these devices whose sums differ from those of their aggregated events.
     pub days: Vec<SumDifference>,
+    /// Days of these devices whose details an earlier version did not count, with their devices. Their events are all
+    /// kept. This is no difference.
+    pub unfilled_days: Vec<(String, Timestamp)>,
     /// Devices that exist only as a number, although they have events or figures. SQL that ignored the foreign keys
     /// left them. They cannot be repaired here.
     pub nameless_devices: u64,
@@ -128,65 +156,148 @@ pub struct SumDifference {
     pub stored: Sums,
     /// The recounted sums.
     pub recounted: Sums,
+    /// The stored and the recounted details of a device's day, if both are known.
+    pub details: Option<(DayDetails, DayDetails)>,
 }
 
 impl SumDifference {
     /// Each sum that differs.
     #[must_use]
     pub fn figures(&self) -> Vec<FigureDifference> {
-        let pairs = self.stored.named().zip(self.recounted.named());
+        let text =
+            |value: Option<i64>| value.map_or_else(|| "none".to_owned(), |value| value.to_string());
+        let values = |sums: &Sums, details: Option<DayDetails>| {
+            let sums: Vec<_> = sums.named().map(|(column, value)| (column, Some(value))).collect();
+            let details =
+                details.into_iter().flat_map(|details| details.named().collect::<Vec<_>>());
+            sums.into_iter().chain(details).collect::<Vec<_>>()
+        };
+        let (stored, recounted) = self.details.unzip();
+        let pairs =
+            values(&self.stored, stored).into_iter().zip(values(&self.recounted, recounted));
         pairs
             .filter(|((_, stored), (_, recounted))| stored != recounted)
             .map(|((figure, stored), (_, recounted))| FigureDifference {
                 figure,
-                stored: stored.to_string(),
-                recounted: recounted.to_string(),
+                stored: text(stored),
+                recounted: text(recounted),
             })
             .collect()
     }
 }
 
+/// The sums of a day or an hour, and the details of a device's day.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    pub(super) sums: Sums,
+    /// `None` for hours, and for days that are not filled.
+    pub(super) details: Option<DayDetails>,
+}
+
+impl Counted {
+    /// The sums of an hour.
+    pub(super) fn of_hour(sums: Sums) -> Self {
+        Self { sums, details: None }
+    }
+
+    /// Adds an event.
+    pub(super) fn add(&mut self, sums: &Sums, details: &DayDetails) {
+        self.sums.add(sums);
+        self.details.get_or_insert_default().add(details);
+    }
+}
+
+/// A day or an hour, as it is stored and as it was recounted, where it has a row and events.
+#[derive(Debug, Default)]
+struct Compared {
+    stored: Option<Counted>,
+    recounted: Option<Counted>,
+}
+
+impl Compared {
+    /// Both sums. A missing row equals a row of zeros.
+    fn sums(&self) -> (Sums, Sums) {
+        let sums = |counted: Option<Counted>| counted.unwrap_or_default().sums;
+        (sums(self.stored), sums(self.recounted))
+    }
+
+    /// Both details, if the day is filled.
+    fn details(&self) -> Option<(DayDetails, DayDetails)> {
+        let stored = self.stored?.details?;
+        let recounted = self.recounted.unwrap_or_default().details.unwrap_or_default();
+        Some((stored, recounted))
+    }
+}
+
 /// The stored and the recounted sums of days or hours, by device and beginning.
 #[derive(Default)]
-pub(super) struct SumRecount(BTreeMap<(Option<String>, Timestamp), (Sums, Sums)>);
+pub(super) struct SumRecount(BTreeMap<(Option<String>, Timestamp), Compared>);
 
 impl SumRecount {
-    pub(super) fn stored(&mut self, device_id: Option<String>, begins: Timestamp, sums: Sums) {
-        self.0.entry((device_id, begins)).or_default().0.add(&sums);
+    pub(super) fn stored(
+        &mut self,
+        device_id: Option<String>,
+        begins: Timestamp,
+        counted: Counted,
+    ) {
+        self.0.entry((device_id, begins)).or_default().stored = Some(counted);
     }
 
-    pub(super) fn recounted(&mut self, device_id: Option<String>, begins: Timestamp, sums: Sums) {
-        self.0.entry((device_id, begins)).or_default().1.add(&sums);
+    pub(super) fn recounted(
+        &mut self,
+        device_id: Option<String>,
+        begins: Timestamp,
+        counted: Counted,
+    ) {
+        self.0.entry((device_id, begins)).or_default().recounted = Some(counted);
     }
 
-    /// Adds the sums of hours up to days.
-    fn by_day(self) -> Self {
-        let mut days = Self::default();
-        for ((device_id, begins), (stored, recounted)) in self.0 {
-            let into_day = begins.as_millisecond().rem_euclid(DAY_MILLISECONDS);
-            let day = begins.saturating_add_milliseconds(-into_day);
-            days.stored(device_id.clone(), day, stored);
-            days.recounted(device_id, day, recounted);
-        }
-        days
+    /// The days whose details are not filled, although all their events are kept.
+    pub(super) fn unfilled(&self) -> Vec<(String, Timestamp)> {
+        let unfilled = self.0.iter().filter(|(_, day)| {
+            let (stored, recounted) = day.sums();
+            day.stored.is_some_and(|stored| stored.details.is_none())
+                && day.recounted.is_some()
+                && stored == recounted
+        });
+        unfilled.filter_map(|((device_id, day), _)| Some((device_id.clone()?, *day))).collect()
     }
 
     /// The sums that differ. While all events are kept (`all_kept`), sums must equal those of the events. Later, the
     /// sums of each day must be at least those of the remaining events. Hours are not compared then, because nobody
-    /// knows in which hours a deleted device's events were. A missing row equals a row of zeros.
+    /// knows in which hours a deleted device's events were.
     pub(super) fn differences(self, all_kept: bool) -> Vec<SumDifference> {
-        let sums = if all_kept { self } else { self.by_day() };
-        let differs = |(stored, recounted): &(Sums, Sums)| {
-            if all_kept { stored != recounted } else { !stored.hold(recounted) }
+        if !all_kept {
+            return self.days_that_are_too_small();
+        }
+        let differences = self.0.into_iter().map(|((device_id, begins), compared)| {
+            let (stored, recounted) = compared.sums();
+            SumDifference { device_id, begins, stored, recounted, details: compared.details() }
+        });
+        let differs = |found: &SumDifference| {
+            found.stored != found.recounted
+                || found.details.is_some_and(|(stored, recounted)| stored != recounted)
         };
-        sums.0
-            .into_iter()
-            .filter(|(_, sums)| differs(sums))
+        differences.filter(differs).collect()
+    }
+
+    /// Adds the sums of hours up to days, and compares those.
+    fn days_that_are_too_small(self) -> Vec<SumDifference> {
+        let mut days = BTreeMap::<_, (Sums, Sums)>::new();
+        for ((device_id, begins), compared) in self.0 {
+            let (stored, recounted) = compared.sums();
+            let day = days.entry((device_id, start_of_day(begins))).or_default();
+            day.0.add(&stored);
+            day.1.add(&recounted);
+        }
+        days.into_iter()
+            .filter(|(_, (stored, left))| !stored.hold(left))
             .map(|((device_id, begins), (stored, recounted))| SumDifference {
                 device_id,
                 begins,
                 stored,
                 recounted,
+                details: None,
             })
             .collect()
     }
@@ -262,6 +373,11 @@ fn holds(stored: &JobFigures, left: &JobFigures) -> bool {
         && stored.last_success >= left.last_success
         && stored.last_failure >= left.last_failure
         && stored.last_received >= left.last_received
+}
+
+/// The devices of a page with days to fill, each of them once.
+pub(super) fn devices_to_fill(page: &Verified) -> BTreeSet<String> {
+    page.unfilled_days.iter().map(|(device_id, _)| device_id.clone()).collect()
 }
 
 /// The devices of a page that need repair, each of them once.

@@ -241,7 +241,7 @@ async fn last_id(store: &dyn Store) -> i64 {
 }
 
 /// A copy has been migrated by itself, has a journal of its own, and finds out anew which time to believe.
-const OF_EACH_DATABASE: [&str; 7] = [
+const OF_EACH_DATABASE: [&str; 8] = [
     "pisync_migrations",
     "ingest_state",
     "trusted_time",
@@ -249,6 +249,7 @@ const OF_EACH_DATABASE: [&str; 7] = [
     "device_counts",
     "stale_summaries",
     "fleet_totals",
+    "device_digest",
 ];
 
 /// Every table and column that migrations make is known to the copy: this fails when one is added that is

@@ -12,6 +12,7 @@ pub(crate) mod nodes;
 mod pipelined;
 mod received_at;
 pub(crate) mod retention;
+mod roll_up_tables;
 mod roll_ups;
 pub(crate) mod streaks;
 mod triggers;

@@ -247,6 +247,27 @@ const VERSIONS: &[Version] = &[
         count: "(select count(*) from device_summaries)",
         rows: 2,
     },
+    Version {
+        name: "2026-11-27-17-groups-and-days",
+        // A device that moved after its first runs, and what was aggregated since.
+        sqlite: "
+            insert into group_changes (device, changed_at, changed_id, former_group)
+            values (1, 1795345300000, 3, 'elsewhere');
+            update group_days set \"group\" = 'elsewhere', runs = 2, failed_runs = 1;
+            insert into group_days values ('school', 1795305600000, 2, 1);
+            insert into device_day_groups values (1, 1795305600000, 'school', 2, 1);
+        ",
+        postgres: "
+            insert into group_changes (device_id, changed_at, changed_id, former_group)
+            values ('first', '2026-11-22 11:01:40+00', 0, 'elsewhere');
+            update group_days set \"group\" = 'elsewhere', runs = 2, failed_runs = 1;
+            insert into group_days values ('school', '2026-11-22', 2, 1);
+            insert into device_day_groups values ('first', '2026-11-22', 'school', 2, 1);
+        ",
+        count: "(select count(*) from group_changes)
+                     + (select sum(runs) from group_days where \"group\" = 'elsewhere')",
+        rows: 1 + 2,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.
@@ -322,6 +343,9 @@ async fn assert_newest(database: &TestDatabase, filled: usize) {
     // Before and after the background task has done its work.
     while store.aggregate_events(now()).await.unwrap() {}
     assert_figures(&store, filled).await;
+    store.refresh_summaries().await.unwrap();
+    let derived = store.verify_summaries(now(), false).await.unwrap();
+    assert_eq!(derived.number(), 0, "{derived:?}");
     assert_rows(database, filled).await;
 
     if filled >= 2 {

@@ -60,7 +60,7 @@ pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
 
 /// Tables that are not copied but made anew from the others.
 pub(in crate::store) const REBUILT: &[&str] =
-    &["device_summaries", "device_counts", "stale_summaries", "fleet_totals"];
+    &["device_summaries", "device_counts", "stale_summaries", "fleet_totals", "device_digest"];
 
 /// Everything that is copied, in an order in which each row finds the rows that it refers to.
 ///
@@ -132,6 +132,54 @@ pub(in crate::store) const TABLES: &[Table] = &[
             column("total_errors", Kind::Integer),
             column("speed_sum", Kind::Integer),
             column("speed_count", Kind::Integer),
+            column("speed_min", Kind::Integer),
+            column("speed_max", Kind::Integer),
+            column("duration_sum", Kind::Integer),
+            column("duration_count", Kind::Integer),
+            column("duration_max", Kind::Integer),
+            column("bytes_sum", Kind::Integer),
+        ],
+    ),
+    table(
+        "group_changes",
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("device_id", Kind::Text),
+            column("changed_at", Kind::Time),
+            column("changed_id", Kind::Integer),
+            column("former_group", Kind::Text),
+        ],
+    ),
+    table(
+        "device_day_groups",
+        Rows::Sums,
+        &[
+            column("device_id", Kind::Text),
+            column("day", Kind::Day),
+            column("group", Kind::Text),
+            column("runs", Kind::Integer),
+            column("failed_runs", Kind::Integer),
+        ],
+    ),
+    table(
+        "group_days",
+        Rows::Sums,
+        &[
+            column("group", Kind::Text),
+            column("day", Kind::Day),
+            column("runs", Kind::Integer),
+            column("failed_runs", Kind::Integer),
+        ],
+    ),
+    table(
+        "group_hours",
+        Rows::Sums,
+        &[
+            column("group", Kind::Text),
+            column("hour", Kind::Time),
+            column("runs", Kind::Integer),
+            column("failed_runs", Kind::Integer),
         ],
     ),
     table(
@@ -150,7 +198,11 @@ pub(in crate::store) const TABLES: &[Table] = &[
     table(
         "roll_up_state",
         Rows::Single,
-        &[column("raw_since", Kind::Time), column("streaks_since", Kind::Time)],
+        &[
+            column("raw_since", Kind::Time),
+            column("streaks_since", Kind::Time),
+            column("group_hours_since", Kind::Time),
+        ],
     ),
     table(
         "event_keys",

@@ -11,6 +11,7 @@ use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 use super::{
     errors::WriteError,
     history::stored_event,
+    roll_ups::BELOW_WATERMARK_PARAMETERS,
     statements::{EVENT_PARAMETERS, JOB_PARAMETERS, Statements},
 };
 use crate::store::{Batch, StoredEvent, Sums, batch::JobDelta};
@@ -269,7 +270,7 @@ impl<'a> EventColumns<'a> {
         statements: &Statements,
         received: jiff::Timestamp,
     ) -> Result<(), Error> {
-        let parameters: [&(dyn ToSql + Sync); 7] = [
+        let parameters: [&(dyn ToSql + Sync); BELOW_WATERMARK_PARAMETERS] = [
             &self.device_ids,
             &self.timestamps,
             &self.total_files_synced,
@@ -277,6 +278,8 @@ impl<'a> EventColumns<'a> {
             &self.internet_speed,
             &self.received_at,
             &received,
+            &self.durations,
+            &self.bytes_synced,
         ];
         statements.below_watermark.aggregate(client, &parameters).await
     }

@@ -285,6 +285,8 @@ async fn unknown(client: &Client) -> Result<Vec<String>, Error> {
         ("roll_up_state", "folded_until"),
         ("roll_up_state", "summarized_until"),
         ("roll_up_state", "announced_at"),
+        ("roll_up_state", "digest_day"),
+        ("roll_up_state", "digest_device"),
     ]);
     for table in TABLES {
         known.extend(table.columns.iter().map(|column| (table.name, column.name)));

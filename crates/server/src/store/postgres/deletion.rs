@@ -8,7 +8,10 @@ use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
-use super::{audit, connect::Object, misdated, roll_ups, store::PostgresStore, summaries, verify};
+use super::{
+    aggregated_events, audit, connect::Object, misdated, roll_ups, store::PostgresStore, summaries,
+    verify,
+};
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
     audit::NewAuditEntry,
@@ -119,7 +122,7 @@ async fn delete_some(
     const COUNT: &str = "update device_deletions set deleted_events = $2 where device_id = $1";
     let id = device_id.as_str();
     let transaction = connection.transaction().await?;
-    let watermark = roll_ups::lock_state(&transaction).await?;
+    let watermark = aggregated_events::lock_state(&transaction).await?;
     let Some(Deletion { received_until, by, deleted_events }) =
         deletion(&transaction, device_id).await?
     else {

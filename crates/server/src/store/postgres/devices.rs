@@ -8,6 +8,7 @@ use tokio_postgres::{Error, Row};
 use super::{
     audit,
     connect::Object,
+    groups,
     rows::{device_row, job_sums, jobs, snapshot},
     store::PostgresStore,
     summaries,
@@ -121,6 +122,9 @@ async fn update_device(
          where device_id = $1
     "#;
     let transaction = connection.transaction().await?;
+    if let Some(group) = &change.group {
+        groups::note_move(&transaction, device_id, group.as_ref(), by.at).await?;
+    }
     let statement = transaction.prepare_cached(UPDATE_DEVICE).await?;
     let changed = transaction
         .execute(

@@ -78,7 +78,9 @@ pub(super) async fn check_tables(client: &Client) -> Result<(), StoreError> {
            and (
                    found.oid in (
                        'devices'::regclass, 'device_jobs'::regclass, 'device_days'::regclass,
-                       'fleet_hours'::regclass, 'roll_up_state'::regclass, 'event_keys'::regclass,
+                       'fleet_hours'::regclass, 'group_changes'::regclass,
+                       'device_day_groups'::regclass, 'group_days'::regclass,
+                       'group_hours'::regclass, 'roll_up_state'::regclass, 'event_keys'::regclass,
                        'sync_events'::regclass
                    )
                 or found.oid in (select inhrelid from pg_inherits where inhparent = 'sync_events'::regclass)

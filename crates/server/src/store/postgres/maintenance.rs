@@ -8,8 +8,8 @@ use pisync_core::Timestamp;
 use tokio_postgres::Error;
 
 use super::{
-    connect::Object, errors::store_error, expiry, partitions, roll_ups, store::PostgresStore,
-    summaries,
+    connect::Object, digests, errors::store_error, expiry, groups, partitions, roll_ups,
+    store::PostgresStore, summaries,
 };
 use crate::store::{Maintenance, Retention, RollUps, StoreError, summaries::DEVICES_AT_ONCE};
 
@@ -29,6 +29,11 @@ impl RollUps for PostgresStore {
         Ok(more)
     }
 
+    async fn make_digests(&self, now: Timestamp) -> Result<bool, StoreError> {
+        let work = async |connection: &mut Object| digests::make_some(connection, now).await;
+        self.call_within(roll_ups::AGGREGATION_TIMEOUT, work).await
+    }
+
     async fn refresh_summaries(&self) -> Result<(), StoreError> {
         let outdated = async |connection: &mut Object| summaries::outdated(connection).await;
         let outdated = self.call_within(roll_ups::AGGREGATION_TIMEOUT, outdated).await?;
@@ -46,6 +51,12 @@ impl RollUps for PostgresStore {
 #[async_trait]
 impl Maintenance for PostgresStore {
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
+        self.call(async |connection| {
+            let transaction = connection.transaction().await?;
+            groups::drop_old_hours(&transaction, now).await?;
+            transaction.commit().await
+        })
+        .await?;
         self.call_unbounded(async |connection| partitions::ensure_ahead(connection, now).await)
             .await
     }

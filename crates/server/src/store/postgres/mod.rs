@@ -1,6 +1,7 @@
 //! The production store. `store` opens it; each resource is read and changed in the file of its name. An event passes
 //! through `writer`, `transactions` and `statements`. Nothing outside `store` may depend on this module.
 
+mod aggregated_events;
 mod audit;
 mod batch_columns;
 mod claims;
@@ -9,11 +10,13 @@ mod connection;
 pub(super) mod copy;
 mod deletion;
 mod devices;
+mod digests;
 mod dump;
 mod durability;
 mod errors;
 mod events;
 mod expiry;
+mod groups;
 mod history;
 mod hosts;
 mod imports;

@@ -1,6 +1,6 @@
-//! The roll-ups: sums by device and day, and by hour of the entire fleet. `maintenance` aggregates events into them in
-//! small steps, deletions subtract from them, and statistics read them. Whoever locks devices as well must take the
-//! lock of `roll_up_state` first.
+//! The roll-ups: sums by device and day, by hour of the entire fleet, and runs by group. `maintenance` aggregates events
+//! into them in small steps, deletions subtract from them, and statistics read them. Whoever locks devices as well must
+//! take the lock of `roll_up_state` first.
 //!
 //! The watermark is an instant. All events that were received up to it are aggregated. Several nodes commit in any
 //! order, so it stays about a minute behind the present. A transaction that stores events below the watermark
@@ -13,8 +13,17 @@ use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
-use super::{connect::Object, locks::ROLL_UP_LOCK, rows::snapshot, summaries};
-use crate::store::{Figures, Sums, Window};
+use super::{
+    aggregated_events::{DAY, HOUR, lock_state, try_lock, watermark},
+    connect::Object,
+    digests, groups,
+    rows::snapshot,
+    summaries,
+};
+use crate::store::{
+    Figures, Sums, Window,
+    day_details::{self, MOST_BYTES},
+};
 
 /// Events received longer ago than this are final, once older transactions have ended. A batch's transaction begins
 /// within 55 s of its stamp (see `writer::LONGEST_WAIT`). The rest of the minute allows for servers whose clocks differ
@@ -65,7 +74,16 @@ pub(super) fn event_sums() -> String {
     EVENT_SUMS.join(", ")
 }
 
-/// The same, each under the name of its column.
+/// SQL for the details of rows of `sync_events`, in the order of [`day_details::COLUMNS`].
+pub(super) fn event_details() -> String {
+    format!(
+        "min(internet_speed * 100)::bigint, max(internet_speed * 100)::bigint,
+         coalesce(sum(duration_seconds * 1000), 0)::bigint, count(duration_seconds),
+         max(duration_seconds * 1000)::bigint, least(coalesce(sum(bytes_synced), 0), {MOST_BYTES})::bigint"
+    )
+}
+
+/// The sums of rows of `sync_events`, each under the name of its column.
 pub(super) fn named_event_sums() -> String {
     let named = EVENT_SUMS.iter().zip(Sums::COLUMNS);
     named.map(|(sum, column)| format!("{sum} as {column}")).collect::<Vec<_>>().join(", ")
@@ -76,20 +94,23 @@ fn insertion() -> (String, String, String) {
     (Sums::names(), event_sums(), add())
 }
 
-const DAY: &str = "(timestamp at time zone 'UTC')::date";
-const HOUR: &str = "date_trunc('hour', timestamp, 'UTC')";
-
 /// The end of an insertion of sums, for rows that may exist already.
 fn add() -> String {
     format!("do update set {}", Sums::add_to("stored"))
 }
 
+/// The end of an insertion of days, for rows that may exist already.
+fn add_to_day() -> String {
+    format!("{}, {}", add(), day_details::add_to_stored("least", "greatest"))
+}
+
 /// Adds events to the sums by day. `source`, the rest of a `from` clause, names the events.
 fn aggregate_days_of(source: &str) -> String {
-    let (names, event_sums, add) = insertion();
+    let (names, event_sums, _) = insertion();
+    let (details, event_details, add) = (day_details::names(), event_details(), add_to_day());
     format!(
-        "insert into device_days as stored (device_id, day, {names})
-         select device_id, {DAY}, {event_sums}
+        "insert into device_days as stored (device_id, day, {names}, {details})
+         select device_id, {DAY}, {event_sums}, {event_details}
            from {source}
           group by 1, 2
           order by 1, 2
@@ -97,23 +118,33 @@ fn aggregate_days_of(source: &str) -> String {
     )
 }
 
-/// Adds the events that `source` names to the sums by hour, and to the totals. The row of the totals is locked last.
+/// Adds the events that `source` names to the sums by hour, to the hours and days of groups, and to the totals. The source
+/// is called `sync_events`. The row of the totals is locked last.
 fn aggregate_hours_of(source: &str) -> String {
     let (names, event_sums, add) = insertion();
+    let sums = Sums::sql(|column| format!("sum({column})::bigint"));
     let add_to_totals = Sums::sql(|column| {
         format!("{column} = {column} + (select coalesce(sum({column}), 0)::bigint from sums)")
     });
     format!(
-        "with sums (hour, {names}) as materialized (
-             select {HOUR}, {event_sums} from {source} group by 1
-         ), hours as (
+        "with sums (hour, of_group, {names}) as materialized (
+             select {HOUR}, {}, {event_sums} from {source} group by 1, 2
+         ), by_group as (
+             select of_group, hour, total_syncs as runs, failed_syncs as failed_runs from sums
+         ), {}, hours as (
              insert into fleet_hours as stored (hour, {names})
-             select * from sums order by hour
+             select hour, {sums}
+               from sums
+              where (select count(*) from group_days_added) >= 0
+              group by hour
+              order by hour
                  on conflict (hour) {add}
              returning hour
          )
          update fleet_totals set {add_to_totals}
-          where (select count(*) from hours) > 0"
+          where (select count(*) from hours) > 0",
+        groups::OF_EVENT,
+        groups::add("by_group")
     )
 }
 
@@ -155,11 +186,11 @@ pub(super) async fn totals(snapshot: &Transaction<'_>) -> Result<Figures, Error>
     self::sums(&row).map(Figures::from)
 }
 
-/// The sums by day of the aggregated events that match `filter`, then the day and the device.
+/// The sums by day of the aggregated events that match `filter`, then the day, the device and the details.
 pub(super) fn recounted_days(filter: &str) -> String {
-    let event_sums = event_sums();
+    let (event_sums, event_details) = (event_sums(), event_details());
     format!(
-        "select {event_sums}, {DAY}::timestamp at time zone 'UTC' as day, device_id
+        "select {event_sums}, {DAY}::timestamp at time zone 'UTC' as day, device_id, {event_details}
            from sync_events
           where {filter}
           group by day, device_id"
@@ -181,10 +212,12 @@ pub(super) async fn aggregate_days_again(
     let aggregate = aggregate_days_of("sync_events where device_id = $1 and created_at <= $2");
     let watermark = watermark.unwrap_or(Timestamp::MIN).to_jiff();
     transaction.execute("delete from device_days where device_id = $1", &[&device_id]).await?;
-    transaction.execute(&aggregate, &[&device_id, &watermark]).await.map(|_| ())
+    transaction.execute(&aggregate, &[&device_id, &watermark]).await?;
+    groups::count_device_again(transaction, device_id, watermark).await?;
+    digests::count_again(transaction, device_id).await
 }
 
-/// Adds a device's aggregated events to the sums by hour. The state is locked.
+/// Adds a device's aggregated events to the sums by hour and by group. The state is locked.
 pub(super) async fn aggregate_hours_again(
     transaction: &Transaction<'_>,
     device_id: &str,
@@ -207,30 +240,41 @@ pub(super) async fn delete_events(
 ) -> Result<u64, Error> {
     let up_to = if last.is_some() { "and (timestamp, id) <= ($4, $5)" } else { "" };
     let (names, event_sums, add) = insertion();
-    let negative = Sums::negative();
+    let (details, event_details, add_to_day) =
+        (day_details::names(), event_details(), add_to_day());
+    let (negative, negative_details) = (Sums::negative(), day_details::negative());
+    let negative_sums = Sums::sql(|column| format!("-sum({column})::bigint"));
     let delete = format!(
         "with gone as (
             delete from sync_events
              where device_id = $1 and created_at <= $2 {up_to}
-         returning timestamp, total_files_synced, total_errors, internet_speed, created_at
+         returning id, device_id, timestamp, total_files_synced, total_errors, internet_speed, duration_seconds,
+                   bytes_synced, created_at
          ), by_day (
-            day, {names}
+            day, {names}, {details}
          ) as (
-            select {DAY}, {event_sums} from gone where created_at <= $3 group by 1
+            select {DAY}, {event_sums}, {event_details} from gone where created_at <= $3 group by 1
          ), by_hour (
-            hour, {names}
+            hour, of_group, {names}
          ) as (
-            select {HOUR}, {event_sums} from gone where created_at <= $3 group by 1
+            select {HOUR}, {}, {event_sums} from gone sync_events where created_at <= $3 group by 1, 2
+         ), by_group as (
+            select of_group, hour, -total_syncs as runs, -failed_syncs as failed_runs from by_hour
          ), days as (
-            insert into device_days as stored (device_id, day, {names})
-            select $1::text, day, {negative} from by_day order by day
-                on conflict (device_id, day) {add}
-         ), hours as (
+            insert into device_days as stored (device_id, day, {names}, {details})
+            select $1::text, day, {negative}, {negative_details} from by_day order by day
+                on conflict (device_id, day) {add_to_day}
+         ), day_groups as (
+            {}
+         ), {}, hours as (
             insert into fleet_hours as stored (hour, {names})
-            select hour, {negative} from by_hour order by hour
+            select hour, {negative_sums} from by_hour group by hour order by hour
                 on conflict (hour) {add}
          )
-         select count(*) from gone"
+         select count(*) from gone",
+        groups::OF_EVENT,
+        groups::add_day_groups_of("gone", "created_at <= $3", "-"),
+        groups::add("by_group")
     );
     let (received_until, watermark) =
         (received_until.to_jiff(), watermark.unwrap_or(Timestamp::MIN).to_jiff());
@@ -242,22 +286,29 @@ pub(super) async fn delete_events(
             transaction.query_one(&delete, &parameters).await?
         }
     };
+    digests::count_again(transaction, device_id).await?;
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
 /// The events of a batch that are below the watermark, as of this statement. `received_at` is an empty array when
-/// events arrive now, and nulls take its place.
+/// events arrive now, and nulls take its place; so it is with the other columns that may be empty. Ids are as high as can
+/// be: no move between groups was noted after these events.
 const BELOW_WATERMARK: &str = "(
-    select device_id, timestamp, total_files_synced, total_errors,
-           speed_hundredths * 0.01 as internet_speed
+    select 9223372036854775807 as id, device_id, timestamp, total_files_synced, total_errors,
+           speed_hundredths * 0.01 as internet_speed, milliseconds * 0.001 as duration_seconds, bytes_synced,
+           coalesce(received_at, $7) as created_at
       from unnest(
                $1::text[], $2::timestamptz[], $3::integer[], $4::integer[], $5::bigint[],
-               $6::timestamptz[]
+               $6::timestamptz[], $8::bigint[], $9::bigint[]
            ) as batch (
-               device_id, timestamp, total_files_synced, total_errors, speed_hundredths, received_at
+               device_id, timestamp, total_files_synced, total_errors, speed_hundredths, received_at,
+               milliseconds, bytes_synced
            )
      where coalesce(received_at, $7) <= (select folded_until from roll_up_state)
-) below_watermark";
+)";
+
+/// The number of parameters of the statements about them.
+pub(super) const BELOW_WATERMARK_PARAMETERS: usize = 9;
 
 /// Begins the transaction of a writer whose events may be below the watermark. Its lock stops aggregation until the
 /// transaction ends; other writers may hold it at the same time. Later statements see the current watermark.
@@ -266,16 +317,23 @@ pub(super) const BEGIN_WITHOUT_AGGREGATION: &str = "begin; select from roll_up_s
 /// The statements that such a writer runs once its events are inserted.
 pub(super) struct BelowWatermarkStatements {
     aggregate_days: Statement,
+    aggregate_day_groups: Statement,
     aggregate_hours: Statement,
+    count_late: Statement,
     note_stale: Statement,
 }
 
 impl BelowWatermarkStatements {
     pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
+        let source = format!("{BELOW_WATERMARK} sync_events");
+        let day_groups = groups::add_day_groups_of(BELOW_WATERMARK, "true", "");
+        let late = digests::count_late_of(&format!("{source} where true"));
         Ok(Self {
-            aggregate_days: client.prepare(&aggregate_days_of(BELOW_WATERMARK)).await?,
-            aggregate_hours: client.prepare(&aggregate_hours_of(BELOW_WATERMARK)).await?,
-            note_stale: client.prepare(&summaries::note_stale_of(BELOW_WATERMARK)).await?,
+            aggregate_days: client.prepare(&aggregate_days_of(&source)).await?,
+            aggregate_day_groups: client.prepare(&day_groups).await?,
+            aggregate_hours: client.prepare(&aggregate_hours_of(&source)).await?,
+            count_late: client.prepare(&late).await?,
+            note_stale: client.prepare(&summaries::note_stale_of(&source)).await?,
         })
     }
 
@@ -283,9 +341,11 @@ impl BelowWatermarkStatements {
     pub(super) async fn aggregate(
         &self,
         client: &Client,
-        parameters: &[&(dyn ToSql + Sync); 7],
+        parameters: &[&(dyn ToSql + Sync); BELOW_WATERMARK_PARAMETERS],
     ) -> Result<(), Error> {
         client.execute(&self.aggregate_days, parameters).await?;
+        client.execute(&self.aggregate_day_groups, parameters).await?;
+        client.execute(&self.count_late, parameters).await?;
         client.execute(&self.note_stale, parameters).await?;
         client.execute(&self.aggregate_hours, parameters).await.map(|_| ())
     }
@@ -298,11 +358,10 @@ pub(super) async fn aggregate(
     now: Timestamp,
     milliseconds: i64,
 ) -> Result<bool, Error> {
-    const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const OLDEST: &str = "select min(created_at) from sync_events";
     let transaction = connection.transaction().await?;
     transaction.batch_execute(STEP_TIMEOUT).await?;
-    if !transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get::<_, bool>(0)? {
+    if !try_lock(&transaction).await? {
         return Ok(false);
     }
     // Read before the events. The events are read in later snapshots, which see every transaction that ends in between.
@@ -329,18 +388,15 @@ pub(super) async fn aggregate(
     Ok(until < last)
 }
 
-/// SQL for the rows of `device_days` or `fleet_hours`, as if exactly the events received up to `until` were aggregated;
-/// without `until`, all events. It adds the events that are not aggregated yet to the stored rows. It subtracts
-/// aggregated events that were received later than `until`.
+/// SQL for the rows of a table of sums, as if exactly the events received up to `until` were aggregated; without `until`,
+/// all events. It adds the events that are not aggregated yet to the stored rows. It subtracts aggregated events that
+/// were received later than `until`.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     const WATERMARK: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
-    let (key, of_event) = match table {
-        "device_days" => ("device_id, day", format!("device_id, {DAY}")),
-        _ => ("hour", HOUR.to_owned()),
-    };
-    let (names, groups) = (Sums::names(), if key == "hour" { "1" } else { "1, 2" });
-    let sums = Sums::sql(|column| format!("sum({column})::bigint as {column}"));
-    let (negative, event_sums) = (Sums::negative(), event_sums());
+    let TableOfSums { key, of_event, columns, negative, event_sums, added_up, counted } =
+        TableOfSums::of(table);
+    let numbers: Vec<_> = (1..=key.split(',').count()).map(|number| number.to_string()).collect();
+    let groups = numbers.join(", ");
     let (received, later) = match until {
         None => (String::new(), String::new()),
         Some(until) => (
@@ -348,10 +404,10 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
             format!(
                 "union all
                  select * from (
-                     with later ({key}, {names}) as (
+                     with later ({key}, {columns}) as (
                          select {of_event}, {event_sums}
                            from sync_events
-                          where created_at <= {WATERMARK} and created_at > '{until}'
+                          where created_at <= {WATERMARK} and created_at > '{until}' and {counted}
                           group by {groups}
                      )
                      select {key}, {negative} from later
@@ -361,19 +417,79 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     };
     format!(
         "(
-            select {key}, {sums}
+            select {key}, {added_up}
               from (
-                  select {key}, {names} from {table}
+                  select {key}, {columns} from {table}
                   union all
                   select {of_event}, {event_sums}
                     from sync_events
-                   where created_at > {WATERMARK} {received}
+                   where created_at > {WATERMARK} {received} and {counted}
                    group by {groups}
                   {later}
               ) deltas
              group by {groups}
         )"
     )
+}
+
+/// How the rows of a table follow from events.
+struct TableOfSums {
+    key: &'static str,
+    of_event: String,
+    columns: String,
+    negative: String,
+    event_sums: String,
+    /// The columns, each the sum over some rows.
+    added_up: String,
+    /// Which events count.
+    counted: String,
+}
+
+impl TableOfSums {
+    fn of(table: &str) -> Self {
+        let sum = |column: &str| format!("sum({column})::bigint as {column}");
+        let sums = |key, of_event| Self {
+            key,
+            of_event,
+            columns: Sums::names(),
+            negative: Sums::negative(),
+            event_sums: event_sums(),
+            added_up: Sums::sql(sum),
+            counted: "true".to_owned(),
+        };
+        let runs = |key, of_event, counted: &str| Self {
+            key,
+            of_event,
+            columns: "runs, failed_runs".to_owned(),
+            negative: "-runs, -failed_runs".to_owned(),
+            event_sums: groups::EVENT_RUNS.to_owned(),
+            added_up: [sum("runs"), sum("failed_runs")].join(", "),
+            counted: counted.to_owned(),
+        };
+        let group = groups::OF_EVENT;
+        match table {
+            "device_days" => {
+                let days = sums("device_id, day", format!("device_id, {DAY}"));
+                let at_most = |column: &str| format!("least(sum({column}), {MOST_BYTES})::bigint");
+                Self {
+                    columns: format!("{}, {}", days.columns, day_details::names()),
+                    negative: format!("{}, {}", days.negative, day_details::negative()),
+                    event_sums: format!("{}, {}", days.event_sums, event_details()),
+                    added_up: format!("{}, {}", days.added_up, day_details::added_up(at_most)),
+                    ..days
+                }
+            }
+            "device_day_groups" => {
+                let of_event = format!("device_id, {DAY}, {group}");
+                runs(r#"device_id, day, "group""#, of_event, &groups::moved())
+            }
+            "group_days" => runs(r#""group", day"#, format!("{group}, {DAY}"), "true"),
+            "group_hours" => {
+                runs(r#""group", hour"#, format!("{group}, {HOUR}"), groups::IS_KEPT_HOUR)
+            }
+            _ => sums("hour", HOUR.to_owned()),
+        }
+    }
 }
 
 /// Every event received up to this time is committed or given up, unless a transaction that began before `now` is still
@@ -391,17 +507,14 @@ pub(super) async fn aggregate_between(
 ) -> Result<(), Error> {
     const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
     let (after, until) = (after.to_jiff(), until.to_jiff());
+    const CONDITION: &str = "created_at > $1 and created_at <= $2";
+    let day_groups = groups::add_day_groups_of("sync_events", CONDITION, "");
     transaction.execute(&aggregate_days_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&day_groups, &[&after, &until]).await?;
     transaction.execute(&aggregate_hours_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&digests::count_late_of(EVENTS), &[&after, &until]).await?;
     transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
     Ok(())
-}
-
-/// Stops aggregation until the transaction ends, and answers the watermark. A caller that also locks devices must take
-/// this lock first.
-pub(super) async fn lock_state(transaction: &Transaction<'_>) -> Result<Option<Timestamp>, Error> {
-    const LOCK_STATE: &str = "select folded_until from roll_up_state for update";
-    aggregated_until(&transaction.query_one(LOCK_STATE, &[]).await?)
 }
 
 /// Whether events that arrive at `received` may be below the watermark before they are committed. `watermark` is a
@@ -410,10 +523,6 @@ pub(super) fn may_be_below_watermark(received: Timestamp, watermark: Option<Time
     watermark.is_some_and(|watermark| {
         received < watermark.saturating_add_milliseconds(SAFE_AFTER_MILLISECONDS)
     })
-}
-
-fn aggregated_until(state: &Row) -> Result<Option<Timestamp>, Error> {
-    Ok(state.try_get::<_, Option<jiff::Timestamp>>(0)?.map(Timestamp::truncate))
 }
 
 /// Subtracts a device that will be deleted from the fleet's sums. `device_days` is deleted together with the device.
@@ -454,14 +563,9 @@ pub(super) async fn forget(
              on conflict (hour) {add}"
     );
     let Some(watermark) = watermark else { return Ok(()) };
-    transaction.execute(&subtract, &[&device_id.as_str(), &watermark.to_jiff()]).await.map(|_| ())
-}
-
-/// The watermark, as of this snapshot. It is passed to queries as a value, so that the planner sees how few events
-/// follow it.
-pub(super) async fn watermark(snapshot: &Transaction<'_>) -> Result<jiff::Timestamp, Error> {
-    let state = snapshot.query_one("select folded_until from roll_up_state", &[]).await?;
-    Ok(aggregated_until(&state)?.unwrap_or(Timestamp::MIN).to_jiff())
+    let watermark = watermark.to_jiff();
+    transaction.execute(&subtract, &[&device_id.as_str(), &watermark]).await?;
+    groups::forget(transaction, device_id.as_str(), watermark).await
 }
 
 /// The sums of the entire fleet's events within a window.

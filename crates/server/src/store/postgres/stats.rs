@@ -7,6 +7,7 @@ use pisync_core::Timestamp;
 use tokio_postgres::{Error, Row, types::ToSql};
 
 use super::{
+    aggregated_events,
     connect::Object,
     roll_ups,
     rows::{optional_time, snapshot},
@@ -129,7 +130,7 @@ async fn failures_within(
          having {measure} >= $4::bigint"
     );
     let snapshot = snapshot(connection).await?;
-    let watermark = roll_ups::watermark(&snapshot).await?;
+    let watermark = aggregated_events::watermark(&snapshot).await?;
     let (from, until) = (window.from().to_jiff(), window.until().to_jiff());
     let day = |instant: Timestamp| instant.to_jiff().to_zoned(TimeZone::UTC).date();
     let (first, last) = (day(window.from()), day(window.until().saturating_add_milliseconds(-1)));

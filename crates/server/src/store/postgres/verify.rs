@@ -9,21 +9,25 @@ use pisync_core::{JobFigures, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, IsolationLevel, Row, error::SqlState, types::ToSql};
 
 use super::{
+    aggregated_events::{self, watermark},
     connect::Object,
+    digests,
     errors::store_error,
-    expiry,
+    expiry, groups,
     locks::ROLL_UP_LOCK,
     misdated,
-    roll_ups::{self, sums, watermark},
+    roll_ups::{self, sums},
     rows::{optional_time, time},
     statements::unanswered_failures,
     store::PostgresStore,
     summaries,
 };
 use crate::store::{
-    StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified, figure_columns,
+    DayDetails, StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
+    day_details, figure_columns,
     verify::{
-        PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length, repair_hour_statement,
+        Counted, PAGE_DEVICES, Recount, SumRecount, devices_to_fill, devices_to_repair,
+        page_length, repair_hour_statement,
     },
 };
 
@@ -81,6 +85,11 @@ impl Verification for PostgresStore {
         // Not `call`, because a long history may take any time.
         self.call_unbounded(async |connection| {
             let verified = page(connection, after, latest).await.map_err(store_error)?;
+            if repair {
+                for device_id in devices_to_fill(&verified) {
+                    fill_days(connection, &device_id).await.map_err(store_error)?;
+                }
+            }
             if repair && verified.raw_since.is_none() {
                 for device_id in devices_to_repair(&verified) {
                     repair_device(connection, &device_id, latest).await.map_err(store_error)?;
@@ -103,14 +112,18 @@ impl Verification for PostgresStore {
         self.call_unbounded(async |connection| hours(connection).await.map_err(store_error)).await
     }
 
-    async fn verify_summaries(&self, repair: bool) -> Result<SummaryDifferences, StoreError> {
+    async fn verify_summaries(
+        &self,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<SummaryDifferences, StoreError> {
         let compare = async |connection: &mut Object| {
-            summary_differences(connection).await.map_err(store_error)
+            summary_differences(connection, now).await.map_err(store_error)
         };
         let found = self.call_unbounded(compare).await?;
-        if repair && found.any() {
+        if repair && found.need_rebuild() {
             let rebuild = async |connection: &mut Object| {
-                rebuild_summaries(connection).await.map_err(store_error)
+                rebuild_summaries(connection, now).await.map_err(store_error)
             };
             self.call_unbounded(rebuild).await?;
         }
@@ -177,33 +190,59 @@ async fn page(
     }
     let names = Sums::names();
     let stored_days = format!(
-        "select {names}, day::timestamp at time zone 'UTC', device_id from device_days where {PAGE}"
+        "select {names}, day::timestamp at time zone 'UTC', device_id, {} from device_days where {PAGE}",
+        day_details::names()
     );
     let recounted_days = roll_ups::recounted_days(&format!("created_at <= $3 and {PAGE}"));
     let watermark = watermark(&snapshot).await?;
     let mut days = SumRecount::default();
     for row in snapshot.query(&stored_days, &[&after, &next]).await? {
         if stays(&row, Sums::COUNT + 1)? {
-            days.stored(row.try_get(Sums::COUNT + 1)?, begins(&row)?, sums(&row)?);
+            days.stored(row.try_get(Sums::COUNT + 1)?, begins(&row)?, day(&row)?);
         }
     }
     for row in snapshot.query(&recounted_days, &[&after, &next, &watermark]).await? {
         if stays(&row, Sums::COUNT + 1)? {
-            days.recounted(row.try_get(Sums::COUNT + 1)?, begins(&row)?, sums(&row)?);
+            days.recounted(row.try_get(Sums::COUNT + 1)?, begins(&row)?, day(&row)?);
         }
     }
     let raw_since = expiry::raw_since(&snapshot).await?;
+    let unfilled_days = days.unfilled();
     Ok(Verified {
         devices: length as u64 - leaving,
         being_deleted: leaving,
         events: figures.events(),
         differences: figures.differences(raw_since.is_none()),
         days: days.differences(raw_since.is_none()),
+        unfilled_days,
         raw_since,
         // Here events carry the device's name.
         nameless_devices: 0,
         next,
     })
+}
+
+/// Fills the details of a device's days that an earlier version aggregated, where all events of the day are kept.
+async fn fill_days(connection: &mut Object, device_id: &str) -> Result<(), Error> {
+    let set = day_details::COLUMNS.map(|column| format!("{column} = counted.{column}")).join(", ");
+    let (names, details) = (Sums::names(), day_details::names());
+    let (stored, recounted) = (
+        Sums::sql(|column| format!("stored.{column}")),
+        Sums::sql(|column| format!("counted.{column}")),
+    );
+    let fill = format!(
+        "update device_days stored set {set}
+           from ({}) counted ({names}, begins, device_id, {details})
+          where stored.device_id = $1 and stored.duration_count is null
+            and stored.day = (counted.begins at time zone 'UTC')::date and ({stored}) = ({recounted})",
+        roll_ups::recounted_days("device_id = $1 and created_at <= $2")
+    );
+    let transaction = connection.transaction().await?;
+    transaction.batch_execute(NO_TIME_LIMIT).await?;
+    let watermark = aggregated_events::lock_state(&transaction).await?;
+    let watermark = watermark.unwrap_or(Timestamp::MIN).to_jiff();
+    transaction.execute(&fill, &[&device_id, &watermark]).await?;
+    transaction.commit().await
 }
 
 /// Replaces a device's figures with the sums of its events. Registers the device if it is missing.
@@ -282,7 +321,7 @@ async fn try_repair(
 
     let transaction = connection.transaction().await?;
     transaction.batch_execute(NO_TIME_LIMIT).await?;
-    let watermark = roll_ups::lock_state(&transaction).await?;
+    let watermark = aggregated_events::lock_state(&transaction).await?;
     transaction.execute(REGISTER_DEVICE, &[&device_id]).await?;
     // Locks in the same order as servers: the device, then its jobs.
     if transaction.query_opt(LOCK_DEVICE, &[&device_id]).await?.is_none() {
@@ -310,30 +349,46 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
     let mut hours = SumRecount::default();
     let names = Sums::names();
     for row in snapshot.query(&format!("select {names}, hour from fleet_hours"), &[]).await? {
-        hours.stored(None, begins(&row)?, sums(&row)?);
+        hours.stored(None, begins(&row)?, Counted::of_hour(sums(&row)?));
     }
     for row in snapshot.query(&roll_ups::recounted_hours("created_at <= $1"), &[&watermark]).await?
     {
-        hours.recounted(None, begins(&row)?, sums(&row)?);
+        hours.recounted(None, begins(&row)?, Counted::of_hour(sums(&row)?));
     }
     Ok(hours.differences(expiry::raw_since(&snapshot).await?.is_none()))
 }
 
-async fn summary_differences(connection: &mut Object) -> Result<SummaryDifferences, Error> {
+async fn summary_differences(
+    connection: &mut Object,
+    now: Timestamp,
+) -> Result<SummaryDifferences, Error> {
     let snapshot = snapshot(connection).await?;
     let (summaries, counts) = summaries::differences(&snapshot).await?;
     let totals = roll_ups::totals_are_wrong(&snapshot).await?;
-    Ok(SummaryDifferences { summaries, counts, totals: totals.into() })
+    let digests = digests::differences(&snapshot).await?;
+    let (group_days, group_hours, uncounted_group_hours) =
+        groups::differences(&snapshot, now).await?;
+    Ok(SummaryDifferences {
+        summaries,
+        counts,
+        totals: totals.into(),
+        digests,
+        group_days,
+        group_hours,
+        uncounted_group_hours,
+    })
 }
 
-async fn rebuild_summaries(connection: &mut Object) -> Result<(), Error> {
+async fn rebuild_summaries(connection: &mut Object, now: Timestamp) -> Result<(), Error> {
     let transaction = connection.transaction().await?;
     transaction.batch_execute(NO_TIME_LIMIT).await?;
     // In the order of aggregation. With the first lock, no node brings summaries up to date meanwhile.
     transaction.execute("select pg_advisory_xact_lock($1)", &[&ROLL_UP_LOCK]).await?;
-    roll_ups::lock_state(&transaction).await?;
+    aggregated_events::lock_state(&transaction).await?;
     transaction.batch_execute(&summaries::rebuild_statements()).await?;
     roll_ups::recount_totals(&transaction).await?;
+    groups::rebuild(&transaction, now).await?;
+    digests::rebuild(&transaction).await?;
     transaction.commit().await
 }
 
@@ -345,7 +400,7 @@ async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bo
     let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&hour];
     parameters.extend(sums.iter().map(|sum| sum as &(dyn ToSql + Sync)));
     let transaction = connection.transaction().await?;
-    roll_ups::lock_state(&transaction).await?;
+    aggregated_events::lock_state(&transaction).await?;
     let changed = transaction.execute(&write, &parameters).await?;
     roll_ups::recount_totals(&transaction).await?;
     transaction.commit().await?;
@@ -367,6 +422,12 @@ async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
 /// The beginning of the day or hour, in the column behind the sums.
 fn begins(row: &Row) -> Result<Timestamp, Error> {
     row.try_get(Sums::COUNT).map(Timestamp::truncate)
+}
+
+/// The sums and details of a day, between which its beginning and its device stand.
+fn day(row: &Row) -> Result<Counted, Error> {
+    let details = DayDetails::read(|column| row.try_get(Sums::COUNT + 2 + column))?;
+    Ok(Counted { sums: sums(row)?, details })
 }
 
 fn job_figures(row: &Row) -> Result<JobFigures, Error> {

@@ -225,9 +225,11 @@ enum ColumnPlace {
 
 fn place_of(table: &Table, column: &Column) -> ColumnPlace {
     match (table.name, column.name) {
-        ("device_jobs" | "sync_events" | "device_days" | "event_keys", "device_id") => {
-            ColumnPlace::DeviceNumber
-        }
+        (
+            "device_jobs" | "sync_events" | "device_days" | "event_keys" | "group_changes"
+            | "device_day_groups",
+            "device_id",
+        ) => ColumnPlace::DeviceNumber,
         ("devices", "updated_at") => ColumnPlace::Derived(
             "ifnull((select max(last_received) from device_jobs where device = t.id), t.created_at)",
         ),
@@ -259,6 +261,8 @@ fn unknown(connection: &Connection) -> rusqlite::Result<Vec<String>> {
         ("roll_up_state", "folded_id"),
         ("roll_up_state", "summarized_id"),
         ("roll_up_state", "summarized_device"),
+        ("roll_up_state", "digest_day"),
+        ("roll_up_state", "digest_device"),
     ]);
     for table in TABLES {
         for column in table.columns {

@@ -9,6 +9,7 @@ use pisync_core::{DeviceId, LONGEST_LEAD};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::{
+    aggregated_events,
     apply::apply_journal,
     audit, roll_ups,
     rows::{device_number, time},
@@ -205,9 +206,9 @@ fn delete_events(
         .optional()?;
     let is_more = last.is_some();
     let (timestamp, id) = last.unwrap_or((i64::MAX, i64::MAX));
-    let step = roll_ups::DeletedEvents { device, received_until: until, timestamp, id };
+    let step = aggregated_events::DeletedEvents { device, received_until: until, timestamp, id };
     roll_ups::subtract(transaction, &step)?;
-    let delete = format!("delete from sync_events where {}", roll_ups::DELETED_EVENTS);
+    let delete = format!("delete from sync_events where {}", aggregated_events::DELETED_EVENTS);
     let deleted =
         transaction.prepare_cached(&delete)?.execute(params![device, until, timestamp, id])?;
     Ok((deleted as u64, is_more))

@@ -10,6 +10,7 @@ use super::{
     apply::apply_journal,
     audit,
     connection::Cost,
+    groups,
     rows::{device_number, device_row, job_sums, jobs},
     store::SqliteStore,
     summaries,
@@ -124,6 +125,9 @@ fn update_device(
     apply_journal(writer)?;
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if let Some(group) = &change.group {
+        groups::note_move(&transaction, device_id, group.as_ref(), by.at)?;
+    }
     let changed = transaction.execute(
         r#"
         update devices

@@ -4,7 +4,7 @@
 use pisync_core::Timestamp;
 use rusqlite::{Connection, TransactionBehavior, params};
 
-use super::{roll_ups::watermark, rows::optional_time};
+use super::{aggregated_events::watermark, rows::optional_time};
 
 /// Empty pages are given back when they exceed this fraction of the file. It is better to keep those that the next
 /// events will need.

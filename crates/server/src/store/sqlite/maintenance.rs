@@ -8,10 +8,12 @@ use pisync_core::Timestamp;
 use rusqlite::{TransactionBehavior, params};
 
 use super::{
-    apply::last_aggregatable_id, expiry, roll_ups, store::SqliteStore, summaries,
+    apply::last_aggregatable_id, digests, expiry, groups, roll_ups, store::SqliteStore, summaries,
     write_connection::WriteConnection,
 };
-use crate::store::{Maintenance, Retention, RollUps, StoreError, summaries::DEVICES_AT_ONCE};
+use crate::store::{
+    Maintenance, Retention, RollUps, StoreError, summaries::DEVICES_AT_ONCE, verify::start_of_day,
+};
 
 /// How long ingest has the writer between two steps of bringing summaries up to date, compared with a step. After the
 /// entire fleet has reported, reads are slow until all of it is done.
@@ -37,6 +39,14 @@ impl RollUps for SqliteStore {
         Ok(more)
     }
 
+    async fn make_digests(&self, now: Timestamp) -> Result<bool, StoreError> {
+        let today = start_of_day(now);
+        let make_some = move |writer: &mut WriteConnection| {
+            digests::make_some(&mut writer.connection, today.as_millisecond())
+        };
+        self.writer.call(make_some).await
+    }
+
     async fn refresh_summaries(&self) -> Result<(), StoreError> {
         // All events that are stored later have higher ids.
         let last = self.writer.call(last_aggregatable_id).await?;
@@ -58,7 +68,8 @@ impl RollUps for SqliteStore {
 
 #[async_trait]
 impl Maintenance for SqliteStore {
-    async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
+    async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
+        self.writer.call(move |writer| groups::drop_old_hours(writer, now)).await?;
         self.writer.call(optimize).await
     }
 

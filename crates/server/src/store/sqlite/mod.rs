@@ -2,6 +2,7 @@
 //! through `journal_writer`, `journal_appender`, `journal`, `ingest_buffer`, `apply_scheduler`, `apply` and
 //! `write_connection`. Nothing outside `store` may depend on this module.
 
+mod aggregated_events;
 mod apply;
 mod apply_scheduler;
 mod audit;
@@ -12,11 +13,13 @@ mod connection;
 pub(super) mod copy;
 mod deletion;
 mod devices;
+mod digests;
 mod direct_writer;
 mod event_rows;
 mod events;
 mod expiry;
 pub(super) mod files;
+mod groups;
 mod history;
 mod ids;
 mod import_steps;

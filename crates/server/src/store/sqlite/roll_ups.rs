@@ -1,15 +1,25 @@
-//! The roll-ups: sums by device and day, and by hour of the entire fleet. `maintenance` aggregates events into them in
-//! small steps, deletions subtract from them, and statistics read them. Every event must count exactly once.
+//! The roll-ups: sums by device and day, by hour of the entire fleet, and runs by group. `maintenance` aggregates events
+//! into them in small steps, deletions subtract from them, and statistics read them. Every event must count exactly once.
 //!
 //! The watermark is an id. All events up to it are aggregated, and all events that are stored later have a higher id.
 //! Readers add the events above the watermark in the same snapshot, so answers are always exact.
+
+use std::collections::BTreeMap;
 
 use pisync_core::Timestamp;
 use rusqlite::{
     Connection, Row, Transaction, TransactionBehavior, named_params, params, params_from_iter,
 };
 
-use crate::store::{Figures, Sums, Window};
+use super::{
+    aggregated_events::{DAY, DELETED_EVENTS, DeletedEvents, HOUR, watermark},
+    digests,
+    groups::{self, GroupHour},
+};
+use crate::store::{
+    Figures, Sums, Window,
+    day_details::{self, MOST_BYTES},
+};
 
 /// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
 const EVENT_SUMS: [&str; Sums::COUNT] = [
@@ -25,14 +35,34 @@ fn event_sums() -> String {
     EVENT_SUMS.join(", ")
 }
 
+/// SQL that adds up bytes. SQLite fails when a sum exceeds 64 bits, so halves are added up.
+fn bytes_total(column: &str) -> String {
+    // From this many units of 2^20 on, the sum is at its limit.
+    let most = MOST_BYTES >> 20;
+    format!(
+        "iif(sum({column} >> 20) >= {most}, {MOST_BYTES},
+             (sum({column} >> 20) << 20) + sum({column} & 1048575))"
+    )
+}
+
+/// SQL for the details of rows of `sync_events`, in the order of [`day_details::COLUMNS`].
+fn event_details() -> String {
+    format!(
+        "min(internet_speed), max(internet_speed), ifnull(sum(duration), 0), count(duration), max(duration),
+         ifnull({}, 0)",
+        bytes_total("bytes_synced")
+    )
+}
+
+/// The end of an insertion of days, for rows that may exist already.
+fn add_to_day() -> String {
+    format!("{}, {}", add(), day_details::add_to_stored("min", "max"))
+}
+
 /// The parts of an insertion of sums: the columns, the sums of the events, and the addition to an existing row.
 fn insertion() -> (String, String, String) {
     (Sums::names(), event_sums(), add())
 }
-
-/// The midnight and the full hour before an event. Remainders of dates before 1970 are negative.
-const DAY: &str = "timestamp - (timestamp % 86400000 + 86400000) % 86400000";
-const HOUR: &str = "timestamp - (timestamp % 3600000 + 3600000) % 3600000";
 
 /// The end of an insertion of sums, for rows that may exist already. The table is called `stored`.
 fn add() -> String {
@@ -50,20 +80,22 @@ pub(super) fn aggregate(
         select max(id), count(*)
           from (select id from sync_events where id > ?1 and id <= ?3 order by id limit ?2)
     ";
-    let (names, event_sums, add) = insertion();
+    let (names, event_sums, _) = insertion();
+    let (details, event_details, add) = (day_details::names(), event_details(), add_to_day());
     let aggregate_days = format!(
-        "insert into device_days as stored (device, day, {names})
-         select device, {DAY}, {event_sums}
+        "insert into device_days as stored (device, day, {names}, {details})
+         select device, {DAY}, {event_sums}, {event_details}
            from sync_events
           where id > ?1 and id <= ?2
           group by 1, 2
              on conflict (device, day) {add}"
     );
     let select_hours = format!(
-        "select {event_sums}, {HOUR} as hour
+        "select {event_sums}, {HOUR} as hour, {} as of_group
            from sync_events
           where id > ?1 and id <= ?2
-          group by hour"
+          group by hour, of_group",
+        groups::OF_EVENT
     );
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let watermark = watermark(&transaction)?;
@@ -72,18 +104,23 @@ pub(super) fn aggregate(
         .query_row([watermark, most, last], |row| Ok((row.get(0)?, row.get(1)?)))?;
     let Some(last) = last else { return Ok(false) };
     transaction.prepare_cached(&aggregate_days)?.execute([watermark, last])?;
-    let hours: Vec<(Sums, i64)> = transaction
+    let hours: Vec<(Sums, i64, String)> = transaction
         .prepare_cached(&select_hours)?
-        .query_map([watermark, last], |row| Ok((sums(row)?, row.get(Sums::COUNT)?)))?
+        .query_map([watermark, last], |row| {
+            Ok((sums(row)?, row.get(Sums::COUNT)?, row.get(Sums::COUNT + 1)?))
+        })?
         .collect::<rusqlite::Result<_>>()?;
     add_hours(&transaction, &hours)?;
+    groups::add(&transaction, hours.into_iter().map(GroupHour::from))?;
+    groups::add_moved(&transaction, watermark, last)?;
+    digests::count_late(&transaction, watermark, last)?;
     transaction.execute("update roll_up_state set folded_id = ?1", [last])?;
     transaction.commit()?;
     Ok(events == most)
 }
 
-/// Adds to the sums of hours, and to the totals.
-fn add_hours(transaction: &Transaction<'_>, hours: &[(Sums, i64)]) -> rusqlite::Result<()> {
+/// Adds to the sums of hours, and to the totals. Each row has the sums of a group's hour.
+fn add_hours(transaction: &Transaction<'_>, hours: &[(Sums, i64, String)]) -> rusqlite::Result<()> {
     let names = Sums::names();
     let numbers = |first: usize| {
         let numbers = (first..first + Sums::COUNT).map(|number| format!("?{number}"));
@@ -103,7 +140,11 @@ fn add_hours(transaction: &Transaction<'_>, hours: &[(Sums, i64)]) -> rusqlite::
     let add_to_totals = format!("update fleet_totals set {}", set.join(", "));
     let mut total = Sums::default();
     let mut insert = transaction.prepare_cached(&add_to_hour)?;
-    for (sums, hour) in hours {
+    let mut fleet = BTreeMap::<i64, Sums>::new();
+    for (sums, hour, _) in hours {
+        fleet.entry(*hour).or_default().add(sums);
+    }
+    for (hour, sums) in &fleet {
         insert.execute(params_from_iter([*hour].into_iter().chain(sums.values())))?;
         total.add(sums);
     }
@@ -145,18 +186,15 @@ pub(super) fn totals(connection: &Connection) -> rusqlite::Result<Figures> {
     connection.prepare_cached(&select)?.query_row([], |row| self::sums(row).map(Figures::from))
 }
 
-/// SQL for the rows of `device_days` or `fleet_hours`, as if exactly the events received up to `until` were aggregated;
-/// without `until`, all events. It adds the events that are not aggregated yet to the stored rows. It subtracts
-/// aggregated events that were received later than `until`.
+/// SQL for the rows of a table of sums, as if exactly the events received up to `until` were aggregated; without `until`,
+/// all events. It adds the events that are not aggregated yet to the stored rows. It subtracts aggregated events that
+/// were received later than `until`.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     const WATERMARK: &str = "(select folded_id from roll_up_state)";
-    let (key, of_event) = match table {
-        "device_days" => ("device, day", format!("device, {DAY}")),
-        _ => ("hour", HOUR.to_owned()),
-    };
-    let (names, groups) = (Sums::names(), if key == "hour" { "1" } else { "1, 2" });
-    let sums = Sums::sql(|column| format!("sum({column}) as {column}"));
-    let (negative, event_sums) = (Sums::negative(), event_sums());
+    let TableOfSums { key, of_event, columns, negative, event_sums, added_up, counted } =
+        TableOfSums::of(table);
+    let numbers: Vec<_> = (1..=key.split(',').count()).map(|number| number.to_string()).collect();
+    let groups = numbers.join(", ");
     let (received, later) = match until.map(Timestamp::as_millisecond) {
         None => (String::new(), String::new()),
         Some(until) => (
@@ -164,10 +202,10 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
             format!(
                 "union all
                  select * from (
-                     with later ({key}, {names}) as (
+                     with later ({key}, {columns}) as (
                          select {of_event}, {event_sums}
                            from sync_events
-                          where id <= {WATERMARK} and created_at > {until}
+                          where id <= {WATERMARK} and created_at > {until} and {counted}
                           group by {groups}
                      )
                      select {key}, {negative} from later
@@ -177,13 +215,13 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     };
     format!(
         "(
-            select {key}, {sums}
+            select {key}, {added_up}
               from (
-                  select {key}, {names} from {table}
+                  select {key}, {columns} from {table}
                   union all
                   select {of_event}, {event_sums}
                     from sync_events
-                   where id > {WATERMARK} {received}
+                   where id > {WATERMARK} {received} and {counted}
                    group by {groups}
                   {later}
               )
@@ -192,10 +230,70 @@ pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     )
 }
 
-pub(super) fn watermark(connection: &Connection) -> rusqlite::Result<i64> {
-    connection
-        .prepare_cached("select folded_id from roll_up_state")?
-        .query_row([], |row| row.get(0))
+/// How the rows of a table follow from events.
+struct TableOfSums {
+    key: &'static str,
+    of_event: String,
+    columns: String,
+    negative: String,
+    event_sums: String,
+    /// The columns, each the sum over some rows.
+    added_up: String,
+    /// Which events count.
+    counted: String,
+}
+
+impl TableOfSums {
+    fn of(table: &str) -> Self {
+        let sum = |column: &str| format!("sum({column}) as {column}");
+        let sums = |key, of_event| Self {
+            key,
+            of_event,
+            columns: Sums::names(),
+            negative: Sums::negative(),
+            event_sums: event_sums(),
+            added_up: Sums::sql(sum),
+            counted: "true".to_owned(),
+        };
+        let runs = |key, of_event, counted: &str| Self {
+            key,
+            of_event,
+            columns: "runs, failed_runs".to_owned(),
+            negative: "-runs, -failed_runs".to_owned(),
+            event_sums: groups::EVENT_RUNS.to_owned(),
+            added_up: [sum("runs"), sum("failed_runs")].join(", "),
+            counted: counted.to_owned(),
+        };
+        let group = groups::OF_EVENT;
+        match table {
+            "device_days" => {
+                let days = sums("device, day", format!("device, {DAY}"));
+                let bytes_or_sum = |column: &str| {
+                    if column == "bytes_sum" {
+                        format!("min({}, {MOST_BYTES})", bytes_total(column))
+                    } else {
+                        format!("sum({column})")
+                    }
+                };
+                Self {
+                    columns: format!("{}, {}", days.columns, day_details::names()),
+                    negative: format!("{}, {}", days.negative, day_details::negative()),
+                    event_sums: format!("{}, {}", days.event_sums, event_details()),
+                    added_up: format!("{}, {}", days.added_up, day_details::added_up(bytes_or_sum)),
+                    ..days
+                }
+            }
+            "device_day_groups" => {
+                let of_event = format!("device, {DAY}, {group}");
+                runs(r#"device, day, "group""#, of_event, &groups::moved())
+            }
+            "group_days" => runs(r#""group", day"#, format!("{group}, {DAY}"), "true"),
+            "group_hours" => {
+                runs(r#""group", hour"#, format!("{group}, {HOUR}"), groups::IS_KEPT_HOUR)
+            }
+            _ => sums("hour", HOUR.to_owned()),
+        }
+    }
 }
 
 /// Subtracts a device that will be deleted from the fleet's sums. `device_days` is deleted together with the device.
@@ -231,56 +329,42 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
           group by hour
              on conflict (hour) {add}"
     );
-    transaction.execute(&subtract, params![device, watermark(transaction)?]).map(|_| ())
+    transaction.execute(&subtract, params![device, watermark(transaction)?])?;
+    groups::forget(transaction, device)
 }
-
-/// Events of a device that are to be deleted. They were received up to `received_until`, and come up to this one in the
-/// order of the index.
-pub(super) struct DeletedEvents {
-    pub(super) device: i64,
-    pub(super) received_until: i64,
-    pub(super) timestamp: i64,
-    pub(super) id: i64,
-}
-
-/// The condition for these events. Their fields are the parameters 1 to 4.
-pub(super) const DELETED_EVENTS: &str = "
-    device = ?1 and created_at <= ?2 and timestamp <= ?3 and (timestamp < ?3 or id <= ?4)
-";
 
 /// Subtracts events that are to be deleted from the sums by day and hour.
 pub(super) fn subtract(
     transaction: &Transaction<'_>,
     events: &DeletedEvents,
 ) -> rusqlite::Result<()> {
-    let (names, event_sums, add) = insertion();
-    let negative = Sums::negative();
-    for (table, key, of_event) in [
-        ("device_days", "device, day", format!("device, {DAY}")),
-        ("fleet_hours", "hour", HOUR.to_owned()),
-    ] {
+    let watermark = watermark(transaction)?;
+    groups::subtract(transaction, events, watermark)?;
+    for (table, add) in [("device_days", add_to_day()), ("fleet_hours", add())] {
+        let TableOfSums { key, of_event, columns, negative, event_sums, .. } =
+            TableOfSums::of(table);
         let groups = if key == "hour" { "1" } else { "1, 2" };
         let subtract = format!(
             "with gone (
-                {key}, {names}
+                {key}, {columns}
              ) as materialized (
                 select {of_event}, {event_sums}
                   from sync_events
                  where {DELETED_EVENTS} and id <= ?5
                  group by {groups}
              )
-             insert into {table} as stored ({key}, {names})
+             insert into {table} as stored ({key}, {columns})
              select {key}, {negative} from gone where true
                  on conflict ({key}) {add}"
         );
         let DeletedEvents { device, received_until, timestamp, id } = *events;
-        let parameters = params![device, received_until, timestamp, id, watermark(transaction)?];
+        let parameters = params![device, received_until, timestamp, id, watermark];
         transaction.prepare_cached(&subtract)?.execute(parameters)?;
     }
-    Ok(())
+    digests::count_again(transaction, events.device)
 }
 
-/// Adds a device's aggregated events to the sums by hour.
+/// Adds a device's aggregated events to the sums by hour and by group.
 pub(super) fn aggregate_hours_again(
     transaction: &Transaction<'_>,
     device: i64,
@@ -294,7 +378,9 @@ pub(super) fn aggregate_hours_again(
           group by 1
              on conflict (hour) {add}"
     );
-    transaction.execute(&aggregate, params![device, watermark(transaction)?]).map(|_| ())
+    let watermark = watermark(transaction)?;
+    transaction.execute(&aggregate, params![device, watermark])?;
+    groups::add_device(transaction, device, watermark)
 }
 
 /// The sums of the entire fleet's events within a window.

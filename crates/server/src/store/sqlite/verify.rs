@@ -10,8 +10,9 @@ use rusqlite::{
 };
 
 use super::{
+    aggregated_events,
     connection::Cost,
-    expiry,
+    digests, expiry, groups,
     job_figures::{JOB_COLUMNS, JobStatements, job_figures},
     misdated,
     roll_ups::{self, sums},
@@ -21,14 +22,14 @@ use super::{
     write_connection::WriteConnection,
 };
 use crate::store::{
-    StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
+    DayDetails, StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
+    day_details,
+    group_runs::HOUR_MILLISECONDS,
     verify::{
-        DAY_MILLISECONDS, PAGE_DEVICES, Recount, SumRecount, devices_to_repair, page_length,
-        repair_hour_statement,
+        Counted, PAGE_DEVICES, Recount, SumRecount, devices_to_fill, devices_to_repair,
+        page_length, repair_hour_statement, start_of_day,
     },
 };
-
-const HOUR: i64 = 60 * 60 * 1000;
 
 #[async_trait]
 impl Verification for SqliteStore {
@@ -45,6 +46,11 @@ impl Verification for SqliteStore {
                 page(connection, after.as_deref(), latest)
             })
             .await?;
+        if repair {
+            for device_id in devices_to_fill(&verified) {
+                self.writer.call(move |writer| fill_days(writer, &device_id, latest)).await?;
+            }
+        }
         if repair && verified.raw_since.is_none() {
             for device_id in devices_to_repair(&verified) {
                 self.writer.call(move |writer| repair_device(writer, &device_id, latest)).await?;
@@ -72,10 +78,15 @@ impl Verification for SqliteStore {
         self.read_events(Cost::Unbounded, hours).await
     }
 
-    async fn verify_summaries(&self, repair: bool) -> Result<SummaryDifferences, StoreError> {
-        let found = self.read_events(Cost::Unbounded, summary_differences).await?;
-        if repair && found.any() {
-            self.writer.call(rebuild_summaries).await?;
+    async fn verify_summaries(
+        &self,
+        now: Timestamp,
+        repair: bool,
+    ) -> Result<SummaryDifferences, StoreError> {
+        let compare = move |connection: &Connection| summary_differences(connection, now);
+        let found = self.read_events(Cost::Unbounded, compare).await?;
+        if repair && found.need_rebuild() {
+            self.writer.call(move |writer| rebuild_summaries(writer, now)).await?;
         }
         Ok(found)
     }
@@ -109,10 +120,11 @@ fn page(
     let is_last = length == devices.len() && devices.len() < PAGE_DEVICES as usize;
     let devices = &devices[..length];
 
-    let watermark = roll_ups::watermark(&snapshot)?;
+    let watermark = aggregated_events::watermark(&snapshot)?;
     let names = Sums::names();
     let stored = format!("select {}, job from device_jobs where device = ?1", *JOB_COLUMNS);
-    let stored_days = format!("select {names}, day from device_days where device = ?1");
+    let stored_days =
+        format!("select {names}, day, {} from device_days where device = ?1", day_details::names());
     let (mut figures, mut days) = (Recount::default(), SumRecount::default());
     let being_deleted: HashSet<String> = snapshot
         .prepare_cached("select device_id from device_deletions")?
@@ -129,7 +141,9 @@ fn page(
         let mut stored = snapshot.prepare_cached(&stored_days)?;
         let mut rows = stored.query([number])?;
         while let Some(row) = rows.next()? {
-            days.stored(Some(device_id.clone()), time(row, Sums::COUNT)?, sums(row)?);
+            let details = DayDetails::read(|column| row.get(Sums::COUNT + 1 + column))?;
+            let counted = Counted { sums: sums(row)?, details };
+            days.stored(Some(device_id.clone()), time(row, Sums::COUNT)?, counted);
         }
         let recounted = recount(&snapshot, *number, watermark, latest)?;
         for (job, recounted) in recounted.jobs {
@@ -140,16 +154,55 @@ fn page(
         }
     }
     let raw_since = expiry::raw_since(&snapshot)?;
+    let unfilled_days = days.unfilled();
     Ok(Verified {
         devices: staying.len() as u64,
         being_deleted: leaving.len() as u64,
         events: figures.events(),
         differences: figures.differences(raw_since.is_none()),
         days: days.differences(raw_since.is_none()),
+        unfilled_days,
         raw_since,
         nameless_devices: if is_last { nameless_devices(&snapshot)? } else { 0 },
         next: devices.last().filter(|_| !is_last).map(|(_, device_id, _)| device_id.clone()),
     })
+}
+
+/// Fills the details of a device's days that an earlier version aggregated, where all events of the day are kept.
+fn fill_days(
+    writer: &mut WriteConnection,
+    device_id: &str,
+    latest: Timestamp,
+) -> rusqlite::Result<()> {
+    let details: Vec<_> = day_details::COLUMNS.iter().zip(3..).map(assignment).collect();
+    let sums: Vec<_> = (9..9 + Sums::COUNT).map(|number| format!("?{number}")).collect();
+    let fill = format!(
+        "update device_days set {} where device = ?1 and day = ?2 and duration_count is null and ({}) = ({})",
+        details.join(", "),
+        Sums::names(),
+        sums.join(", ")
+    );
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let number = transaction
+        .query_row("select id from devices where device_id = ?1", [device_id], |row| row.get(0))
+        .optional()?;
+    let Some(number) = number else { return Ok(()) };
+    let recounted =
+        recount(&transaction, number, aggregated_events::watermark(&transaction)?, latest)?;
+    let mut fill = transaction.prepare(&fill)?;
+    for (day, counted) in &recounted.days {
+        let key = [number, day.as_millisecond()].map(Some).into_iter();
+        let values = key.chain(counted.details.unwrap_or_default().values());
+        fill.execute(params_from_iter(values.chain(counted.sums.values().map(Some))))?;
+    }
+    drop(fill);
+    transaction.commit()
+}
+
+/// Sets a column to the parameter with this number.
+fn assignment((column, number): (&&str, i32)) -> String {
+    format!("{column} = ?{number}")
 }
 
 /// Replaces a device's figures with the sums of its events.
@@ -176,7 +229,8 @@ pub(super) fn write_recounted(
     number: i64,
     latest: Timestamp,
 ) -> rusqlite::Result<()> {
-    let recounted = recount(transaction, number, roll_ups::watermark(transaction)?, latest)?;
+    let watermark = aggregated_events::watermark(transaction)?;
+    let recounted = recount(transaction, number, watermark, latest)?;
     transaction.execute("delete from device_jobs where device = ?1", [number])?;
     let mut jobs = JobStatements::prepare(transaction)?;
     for (job, figures) in &recounted.jobs {
@@ -186,17 +240,22 @@ pub(super) fn write_recounted(
     misdated::note_set_aside(transaction, number, latest)?;
     summaries::note_stale(transaction, number)?;
     transaction.execute("delete from device_days where device = ?1", [number])?;
-    let numbers: Vec<_> = (3..3 + Sums::COUNT).map(|number| format!("?{number}")).collect();
+    let numbers: Vec<_> = (3..3 + Sums::COUNT + day_details::COLUMNS.len())
+        .map(|number| format!("?{number}"))
+        .collect();
     let mut insert = transaction.prepare(&format!(
-        "insert into device_days (device, day, {}) values (?1, ?2, {})",
+        "insert into device_days (device, day, {}, {}) values (?1, ?2, {})",
         Sums::names(),
+        day_details::names(),
         numbers.join(", ")
     ))?;
-    for (day, sums) in &recounted.days {
-        let values = [number, day.as_millisecond()].into_iter().chain(sums.values());
-        insert.execute(params_from_iter(values))?;
+    for (day, counted) in &recounted.days {
+        let sums = [number, day.as_millisecond()].into_iter().chain(counted.sums.values());
+        let details = counted.details.unwrap_or_default().values();
+        insert.execute(params_from_iter(sums.map(Some).chain(details)))?;
     }
-    Ok(())
+    groups::count_device_again(transaction, number, watermark)?;
+    digests::count_again(transaction, number)
 }
 
 /// Recounts the fleet's hours from all aggregated events, as of one moment.
@@ -212,34 +271,49 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
         snapshot.prepare(&format!("select {}, hour from fleet_hours", Sums::names()))?;
     let mut rows = stored.query([])?;
     while let Some(row) = rows.next()? {
-        hours.stored(None, time(row, Sums::COUNT)?, sums(row)?);
+        hours.stored(None, time(row, Sums::COUNT)?, Counted::of_hour(sums(row)?));
     }
     let mut recounted = BTreeMap::<Timestamp, Sums>::new();
     let mut events = snapshot.prepare(EVENTS)?;
-    let mut rows = events.query([roll_ups::watermark(&snapshot)?])?;
+    let mut rows = events.query([aggregated_events::watermark(&snapshot)?])?;
     while let Some(row) = rows.next()? {
-        let hour = beginning(time(row, 3)?, HOUR);
+        let hour = start_of_hour(time(row, 3)?);
         let event = sums_of(row.get(0)?, row.get(1)?, row.get(2)?);
         recounted.entry(hour).or_default().add(&event);
     }
     for (hour, sums) in recounted {
-        hours.recounted(None, hour, sums);
+        hours.recounted(None, hour, Counted::of_hour(sums));
     }
     Ok(hours.differences(expiry::raw_since(&snapshot)?.is_none()))
 }
 
-fn summary_differences(connection: &Connection) -> rusqlite::Result<SummaryDifferences> {
+fn summary_differences(
+    connection: &Connection,
+    now: Timestamp,
+) -> rusqlite::Result<SummaryDifferences> {
     let snapshot = connection.unchecked_transaction()?;
     let (summaries, counts) = summaries::differences(&snapshot)?;
     let totals = roll_ups::totals_are_wrong(&snapshot)?;
-    Ok(SummaryDifferences { summaries, counts, totals: totals.into() })
+    let digests = digests::differences(&snapshot)?;
+    let (group_days, group_hours, uncounted_group_hours) = groups::differences(&snapshot, now)?;
+    Ok(SummaryDifferences {
+        summaries,
+        counts,
+        totals: totals.into(),
+        digests,
+        group_days,
+        group_hours,
+        uncounted_group_hours,
+    })
 }
 
-fn rebuild_summaries(writer: &mut WriteConnection) -> rusqlite::Result<()> {
+fn rebuild_summaries(writer: &mut WriteConnection, now: Timestamp) -> rusqlite::Result<()> {
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     summaries::rebuild(&transaction)?;
     roll_ups::recount_totals(&transaction)?;
+    groups::rebuild(&transaction, now)?;
+    digests::rebuild(&transaction)?;
     transaction.commit()
 }
 
@@ -256,9 +330,9 @@ fn repair_hour(writer: &mut WriteConnection, seen: &SumDifference) -> rusqlite::
     Ok(changed == 1)
 }
 
-/// The beginning of the day or hour of an event. `length` is the length of the day or hour in milliseconds.
-fn beginning(timestamp: Timestamp, length: i64) -> Timestamp {
-    timestamp.saturating_add_milliseconds(-timestamp.as_millisecond().rem_euclid(length))
+/// When the hour of an event began.
+fn start_of_hour(timestamp: Timestamp) -> Timestamp {
+    timestamp.saturating_add_milliseconds(-timestamp.as_millisecond().rem_euclid(HOUR_MILLISECONDS))
 }
 
 /// The sums of a single event.
@@ -278,7 +352,7 @@ fn sums_of(files: i64, errors: i64, speed: Option<i64>) -> Sums {
 struct Recounted {
     jobs: BTreeMap<String, JobFigures>,
     /// The sums of aggregated events, by the beginning of their day.
-    days: BTreeMap<Timestamp, Sums>,
+    days: BTreeMap<Timestamp, Counted>,
 }
 
 /// Counts a device's events. Those up to the id `watermark` are aggregated. Events are read one by one, in the order of
@@ -290,7 +364,8 @@ fn recount(
     latest: Timestamp,
 ) -> rusqlite::Result<Recounted> {
     const EVENTS: &str = "
-        select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at, id
+        select ifnull(job, ''), total_files_synced, total_errors, internet_speed, timestamp, created_at, id,
+               duration, bytes_synced
           from sync_events
          where device = ?1
          order by timestamp, id
@@ -307,9 +382,9 @@ fn recount(
             received: time(row, 5)?,
         };
         if row.get::<_, i64>(6)? <= watermark {
-            let day = beginning(event.timestamp, DAY_MILLISECONDS);
             let one = sums_of(event.total_files_synced, event.total_errors, event.speed);
-            recounted.days.entry(day).or_default().add(&one);
+            let details = DayDetails::of_event(event.speed, row.get(7)?, row.get(8)?);
+            recounted.days.entry(start_of_day(event.timestamp)).or_default().add(&one, &details);
         }
         let job: String = row.get(0)?;
         let figures = recounted.jobs.entry(job).or_insert_with(|| event.nothing_yet());

@@ -13,13 +13,14 @@ use std::{
 use pisync::store::{
     Batch, Count, Device, DeviceQuery, DeviceSort, FailureQuery, Figures, Target, Window,
 };
-use pisync_core::{Mbps, SyncEvent, Timestamp};
+use pisync_core::{Mbps, SyncDuration, SyncEvent, Timestamp};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
 use tokio::{runtime::Handle, sync::Mutex, task::block_in_place};
 
+use super::roll_up_tables::{Fleet, assert_tables_exact};
 use crate::support::{
     events::{at, batch_at, device_id, failure, somebody, success, write},
     postgres::connect,
@@ -51,6 +52,12 @@ enum Step {
     Refresh,
     /// A device is deleted.
     Delete(u8),
+    /// A device moves to a group, or out of all.
+    Move(u8, u8),
+    /// The digests of the day are made.
+    Digest,
+    /// Everything is aggregated, and the tables of days and groups are compared.
+    Compare,
 }
 
 /// How long ago, often on the border of an hour or a day. All tests begin at noon.
@@ -77,6 +84,9 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..7200_i64).prop_map(Step::Aggregate),
         2 => Just(Step::Refresh),
         1 => (0..5_u8).prop_map(Step::Delete),
+        2 => (0..5_u8, 0..3_u8).prop_map(|(device, group)| Step::Move(device, group)),
+        1 => Just(Step::Digest),
+        1 => Just(Step::Compare),
     ]
 }
 
@@ -271,6 +281,10 @@ fn events_at(now: Timestamp, events: Vec<(u8, i64, u32, Option<i64>)>) -> Vec<Sy
     let event = |(device, age, total_errors, speed): (u8, i64, u32, _)| SyncEvent {
         total_errors,
         internet_speed: Option::and_then(speed, Mbps::from_hundredths),
+        duration: (total_errors < 2)
+            .then(|| SyncDuration::from_milliseconds(age.abs() % 977))
+            .flatten(),
+        bytes_synced: speed.map(|speed| speed.unsigned_abs() << 40),
         ..success(&format!("pi-{device}"), now.saturating_add_milliseconds(-age.max(-300_000)))
     };
     events.into_iter().map(event).collect()
@@ -282,32 +296,33 @@ async fn windows_are_exact_whatever_is_aggregated_when(fixture: &TestStore) {
         Config { cases, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
     // The fleet is one: all cases share the database, the clock and what was sent.
     let second = AtomicI64::new(0);
-    let state = Mutex::new((fixture.writer(), Vec::<SyncEvent>::new()));
+    let state = Mutex::new((fixture.writer(), Fleet::default()));
     let check = |steps: Vec<Step>| {
         let work = async {
             let mut state = state.lock().await;
-            let (writer, sent) = &mut *state;
+            let (writer, fleet) = &mut *state;
             for step in steps {
-                let now = at(second.load(Ordering::Relaxed));
+                // Each step has an instant of its own, so that the order of moves and reports is clear.
+                let now = at(second.fetch_add(1, Ordering::Relaxed) + 1);
                 match step {
                     Step::Write(events) => {
                         let events = events_at(now, events);
-                        sent.extend(events.iter().cloned());
+                        fleet.sent.extend(events.iter().map(|event| (now, event.clone())));
                         writer.write(&batch_at(now, events)).await.unwrap();
                     }
                     Step::WriteSlow(seconds, events) => {
                         let slow = now.saturating_add_milliseconds(-seconds * 1000);
                         let events = events_at(slow, events);
-                        sent.extend(events.iter().cloned());
+                        fleet.sent.extend(events.iter().map(|event| (slow, event.clone())));
                         fixture.writer().write(&batch_at(slow, events)).await.unwrap();
                     }
                     Step::Import(took, events) => {
                         let events = events_at(now, events);
-                        sent.extend(events.iter().cloned());
                         let received = |event: &SyncEvent| {
                             event.timestamp.saturating_add_milliseconds(took).min(now)
                         };
-                        let received_at = events.iter().map(received).collect();
+                        let received_at: Vec<_> = events.iter().map(received).collect();
+                        fleet.sent.extend(received_at.iter().copied().zip(events.iter().cloned()));
                         let batch = Arc::new(Batch { received_at, ..Batch::new(now, events) });
                         fixture.writer().write(&batch).await.unwrap();
                     }
@@ -317,14 +332,22 @@ async fn windows_are_exact_whatever_is_aggregated_when(fixture: &TestStore) {
                     }
                     Step::Refresh => fixture.store.refresh_summaries().await.unwrap(),
                     Step::Delete(device) => {
-                        let device = device_id(&format!("pi-{device}"));
-                        fixture.store.delete_device(&device, &somebody()).await.unwrap();
-                        sent.retain(|event| event.device_id != device);
+                        let device = format!("pi-{device}");
+                        let by = somebody();
+                        fixture.store.delete_device(&device_id(&device), &by).await.unwrap();
+                        fleet.forget(&device);
                     }
+                    Step::Move(device, group) => {
+                        let group = ["", "North", "South"][usize::from(group)];
+                        fleet.change_group(fixture, &format!("pi-{device}"), group, now).await;
+                    }
+                    Step::Digest => while fixture.store.make_digests(now).await.unwrap() {},
+                    Step::Compare => assert_tables_exact(fixture, fleet, now).await,
                 }
             }
-            assert_exact(fixture, sent, at(second.load(Ordering::Relaxed))).await;
-            assert_lists_exact(fixture, sent).await;
+            let sent = fleet.events();
+            assert_exact(fixture, &sent, at(second.load(Ordering::Relaxed))).await;
+            assert_lists_exact(fixture, &sent).await;
             Ok(())
         };
         block_in_place(|| Handle::current().block_on(work))

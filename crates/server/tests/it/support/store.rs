@@ -245,6 +245,22 @@ impl TestDatabase {
         }
     }
 
+    /// The rows that `select` answers with, each of which it has made one text of.
+    pub(crate) async fn texts(&self, select: &str) -> Vec<String> {
+        match &self.target {
+            Target::Sqlite(path) => {
+                let connection = rusqlite::Connection::open(path).unwrap();
+                let mut select = connection.prepare(select).unwrap();
+                select.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+            }
+            Target::Postgres(target) => {
+                let client = postgres::connect(&target.config).await;
+                let rows = client.query(select, &[]).await.unwrap();
+                rows.iter().map(|row| row.get(0)).collect()
+            }
+        }
+    }
+
     /// The names of all tables, but for the databases' own.
     pub(crate) async fn tables(&self) -> Vec<String> {
         match &self.target {
