@@ -57,7 +57,7 @@ pub use imports::{Digest, ImportLog, ImportProgress, ImportStep};
 pub use journal::{inspect_journal, salvage_journal};
 pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
-pub use model::{Count, Device, DeviceWithJobs, Figures, Page, PoolUsage};
+pub use model::{Count, Device, DeviceWithJobs, Figures, Freshness, Page, PoolUsage};
 pub use open::{
     Claim, apply_journal, check_exists, check_output, claim, create_database, exists, is_claimed,
     open,

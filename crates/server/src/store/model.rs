@@ -1,9 +1,29 @@
 //! Types that several resources use: figures, devices, and pages of a list. The stores fill them and the rest of the
 //! program shows them. Nothing here may depend on one store.
 
+use std::time::Duration;
+
 use pisync_core::Timestamp;
 
 use super::Place;
+
+/// How much of what is acknowledged a read must see. A method of a trait takes it as soon as one of its callers may lag.
+/// All other methods see everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Freshness {
+    /// The read sees every event that was acknowledged before it began, and waits for this if necessary. The API needs
+    /// it, because a device that has its answer must find its event.
+    Everything,
+    /// The read never waits for ingest. It may miss events that were acknowledged up to [`Freshness::LARGEST_LAG`] ago.
+    /// What people watch needs no more than this. While nothing can be written to the database, because its disk is full
+    /// or another process writes, the read misses events for longer. All that it sees is as of one moment.
+    Lagging,
+}
+
+impl Freshness {
+    /// How long an acknowledged event may be missing from a [`Freshness::Lagging`] read.
+    pub const LARGEST_LAG: Duration = Duration::from_secs(2);
+}
 
 /// The figures of a device or of the fleet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use pisync_core::Timestamp;
 
 use super::{
-    Count, Device, Figures, KeyPart, Page, Place, StoreError, Window,
+    Count, Device, Figures, Freshness, KeyPart, Page, Place, StoreError, Window,
     ordered_scan::{Direction, Part, Places, page_of},
     summaries::{Measure, SummaryOrder},
 };
@@ -19,7 +19,11 @@ pub(super) const RECENT_DEVICES: u32 = 10;
 #[async_trait]
 pub trait StatsStore: Send + Sync {
     /// The figures of the entire fleet. `active_since` bounds `active_devices`.
-    async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError>;
+    async fn fleet_stats(
+        &self,
+        active_since: Timestamp,
+        freshness: Freshness,
+    ) -> Result<FleetStats, StoreError>;
 
     /// The sums of the entire fleet's events within `window`. The times and the streak stay empty.
     async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError>;

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, sync::Arc};
 
 use pisync::store::{
     self, Copied, CopyError, CopyProgress, DeviceChange, DeviceQuery, DeviceSort, EventWriter,
-    FailureQuery, HistoryQuery, Scope, Store, Target, Window,
+    FailureQuery, Freshness, HistoryQuery, Scope, Store, Target, Window,
 };
 use pisync_core::{EventId, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
 use serde_json::json;
@@ -136,7 +136,7 @@ async fn seen(store: &dyn Store) -> Vec<String> {
         let newest = HistoryQuery::newest(id, 1_000);
         seen.push(format!("{:?}", store.sync_history(&newest).await.unwrap()));
     }
-    seen.push(format!("{:?}", store.fleet_stats(at(-HOUR)).await.unwrap()));
+    seen.push(format!("{:?}", store.fleet_stats(at(-HOUR), Freshness::Everything).await.unwrap()));
     for window in windows() {
         seen.push(format!("{window:?} {:?}", store.window_figures(&window).await.unwrap()));
         let query = FailureQuery {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pisync::store::{self, Batch, DeviceChange, Target, Window};
+use pisync::store::{self, Batch, DeviceChange, Freshness, Target, Window};
 use pisync_core::{Arrival, EventId, Mbps, Metadata, SyncDuration, SyncEvent};
 
 use crate::support::{
@@ -105,7 +105,7 @@ async fn told(target: &Target) -> String {
             text += &format!("{metadata:?}\n");
         }
     }
-    let stats = store.fleet_stats(at(-DAY)).await.unwrap();
+    let stats = store.fleet_stats(at(-DAY), Freshness::Everything).await.unwrap();
     text += &format!("{} {} {:?}\n", stats.total_devices, stats.active_devices, stats.figures);
     for window in [Window::last_24_hours(now()), Window::last_days(now(), 30)] {
         text += &format!("{:?}\n", store.window_figures(&window).await.unwrap());

@@ -85,6 +85,21 @@ fn journal_file(program: &Program) -> PathBuf {
     program.path("data/pisync.db.ingest-1")
 }
 
+/// What was acknowledged before the kill is not recent, so reads that may lag show it, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_scrape_after_a_kill_shows_what_was_acknowledged_before() {
+    let program = program();
+    let (serving, other) = serve_beside_a_writer(&program).await;
+    report(&serving.client, "pi", 5).await;
+    kill(serving);
+    drop(other);
+    assert_eq!(number(&open(&program), "select count(*) from devices"), 1);
+    let serving = program.serve(&[]);
+    let metrics = serving.client.get("/metrics").await;
+    assert!(metrics.text().contains("\npisync_devices 2\n"), "{}", metrics.text());
+    serving.stop();
+}
+
 /// The import beside the server goes on after the server was killed. Its events take no id that was given.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_survive_a_kill_while_an_import_runs_beside() {

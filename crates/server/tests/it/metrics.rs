@@ -5,6 +5,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
 
 use pisync_core::ViolationCode;
 use reqwest::{Method, header::HeaderValue};
@@ -122,6 +124,32 @@ async fn prometheus_has_nothing_to_find_fault_with() {
     let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
     assert!(output.status.success() && said.is_empty(), "{said}");
     server.stop().await;
+}
+
+/// Statistics wait until the acknowledged events are in the tables. A scrape shows what is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrape_never_waits_for_the_ingest_journal() {
+    let server = Arc::new(TestServer::on_sqlite(|_| {}).await);
+    server.store(&event("known")).await;
+    server.get("/api/stats").await.data(200);
+    // The server cannot apply its journal now.
+    let other = rusqlite::Connection::open(server.database.file().unwrap()).unwrap();
+    other.execute_batch("begin immediate").unwrap();
+    server.store(&failure("new", at(-1))).await;
+    let asked = Arc::clone(&server);
+    let mut stats = tokio::spawn(async move { asked.get("/api/stats").await.data(200) });
+    // This is the first scrape: it does not show the figures of an earlier one.
+    let metrics = server.get("/metrics").await;
+    assert_eq!(sample(metrics.text(), "pisync_devices"), 1.0);
+    assert_eq!(sample(metrics.text(), "pisync_sync_success_ratio"), 1.0);
+    let waited = tokio::time::timeout(Duration::from_millis(10), &mut stats).await;
+    assert!(waited.is_err(), "statistics did not wait: {waited:?}");
+    other.execute_batch("rollback").unwrap();
+    let stats = stats.await.unwrap();
+    assert_eq!((&stats["total_devices"], &stats["total_failures"]), (&json!(2), &json!(1)));
+    let metrics = server.get("/metrics").await;
+    assert_eq!(sample(metrics.text(), "pisync_devices"), 2.0);
+    assert_eq!(sample(metrics.text(), "pisync_sync_success_ratio"), 0.5);
 }
 
 /// Every event that is answered 400 is counted, and the page names the reasons that there are.

@@ -4,7 +4,7 @@
 use std::{path::Path, sync::Arc};
 
 use pisync::store::{
-    self, FailureQuery, Figures, HistoryQuery, Store, Window,
+    self, FailureQuery, Figures, Freshness, HistoryQuery, Store, Window,
     migrations::{Migration, Migrator},
 };
 use pisync_core::{EventId, SyncEvent, Timestamp};
@@ -416,7 +416,7 @@ async fn assert_figures(store: &Arc<dyn Store>, filled: usize) {
     assert_eq!(history.figures, expected);
     assert_eq!(history.figures.consecutive_failures, 2 + later);
 
-    let stats = store.fleet_stats(Timestamp::MIN).await.unwrap();
+    let stats = store.fleet_stats(Timestamp::MIN, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.figures.total_syncs), (2, 4 + later));
     for window in [Window::last_24_hours(now()), Window::last_days(now(), 7)] {
         let sums = store.window_figures(&window).await.unwrap();

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use pisync::store::{self, JobDifference, Store, Window};
+use pisync::store::{self, Freshness, JobDifference, Store, Window};
 use serde_json::json;
 
 use crate::{
@@ -131,7 +131,7 @@ async fn what_foreign_sql_writes_is_found_and_repaired(fixture: &TestStore) {
     let streaks: Vec<_> = written.streaks.iter().map(|streak| streak.after).collect();
     assert_eq!(streaks, [3, 1]);
     assert_right(&differences(&*fixture.store, false).await);
-    let stats = fixture.store.fleet_stats(now()).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.figures.total_syncs), (3, 8));
 }
 
@@ -152,7 +152,7 @@ async fn wrong_figures_are_found_and_repaired(fixture: &TestStore) {
         assert_eq!(differences(&*fixture.store, true).await, found);
         assert_right(&differences(&*fixture.store, false).await);
     }
-    let stats = fixture.store.fleet_stats(now()).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
     assert_eq!(stats.figures.total_syncs.cast_unsigned(), sent.len() as u64);
 
     if !fixture.is_postgres() {

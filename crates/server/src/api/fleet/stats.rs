@@ -19,7 +19,7 @@ use crate::{
         },
     },
     middleware::route_policy::RoutePolicy,
-    store::{Device, FleetStats},
+    store::{Device, FleetStats, Freshness},
 };
 
 /// A device is active if the server heard from it within this many milliseconds: 24 hours.
@@ -149,7 +149,7 @@ async fn get_stats(
 ) -> Result<Success<StatsData>, ApiError> {
     let window = query.window(state.clock.now());
     query.finish_ignoring_others()?;
-    let mut stats = state.store.fleet_stats(state.active_since()).await?;
+    let mut stats = state.store.fleet_stats(state.active_since(), Freshness::Everything).await?;
     if let Some((_, window)) = &window {
         stats.figures = state.store.window_figures(window).await?;
     }

@@ -16,6 +16,7 @@ use crate::{
         },
     },
     middleware::route_policy::RoutePolicy,
+    store::Freshness,
 };
 
 /// A scrape skips the fleet's figures when the database takes longer than this. The process's own metrics matter most
@@ -29,7 +30,8 @@ pub(crate) fn routes() -> Routes {
 /// Measurements
 ///
 /// In Prometheus' text format: response times and statuses by route, connections, process memory and CPU, active
-/// devices, the share of successful syncs, queue depth and batch sizes.
+/// devices, the share of successful syncs, queue depth and batch sizes. What is said of the devices and their syncs may be
+/// up to 2 s old.
 #[utoipa::path(
     get,
     path = "/metrics",
@@ -46,7 +48,7 @@ async fn get_metrics(
     _: NoQuery,
 ) -> Result<impl IntoResponse, ApiError> {
     state.metrics.set_pool(state.store.pool_usage());
-    let stats = state.store.fleet_stats(state.active_since());
+    let stats = state.store.fleet_stats(state.active_since(), Freshness::Lagging);
     if let Ok(Ok(stats)) = tokio::time::timeout(FLEET_TIMEOUT, stats).await {
         state.metrics.set_fleet(&stats);
     }

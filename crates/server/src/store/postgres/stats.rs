@@ -15,7 +15,8 @@ use super::{
     summaries,
 };
 use crate::store::{
-    Count, Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
+    Count, Device, FailureQuery, Figures, FleetStats, Freshness, Page, StatsStore, StoreError,
+    Window,
     device_list::Filter,
     ordered_scan::{Part, Places},
     stats::{Failing, RECENT_DEVICES, page_within_window},
@@ -24,7 +25,12 @@ use crate::store::{
 
 #[async_trait]
 impl StatsStore for PostgresStore {
-    async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
+    /// Events are acknowledged when they are in the tables, so every read sees everything.
+    async fn fleet_stats(
+        &self,
+        active_since: Timestamp,
+        _: Freshness,
+    ) -> Result<FleetStats, StoreError> {
         self.call(async |connection| fleet_stats(connection, active_since).await).await
     }
 

@@ -1,5 +1,5 @@
-//! Applies the ingest journal: acknowledged events are stored in the tables. The writer thread calls it when enough
-//! events wait, and before every call that needs events in the tables. A command that finds a journal without a server
+//! Applies the ingest journal: acknowledged events are stored in the tables. The writer thread calls it when somebody has
+//! asked for it, and before every call that needs events in the tables. A command that finds a journal without a server
 //! calls it, too. It must never lose an acknowledged event: one that the tables refuse is quarantined.
 
 use std::{ops::Range, sync::Arc};
@@ -20,6 +20,17 @@ pub(super) const RESERVED_IDS: i64 = 262_144;
 
 /// When fewer are left, more are reserved.
 const FEWEST_RESERVED_IDS: i64 = RESERVED_IDS / 2;
+
+/// Applies the journal if somebody has asked for it since the last time. The waiters learn the result from the buffer.
+pub(super) fn apply_if_wanted(writer: &mut WriteConnection) {
+    let is_wanted = writer.buffer().is_some_and(|buffer| {
+        let mut state = buffer.state();
+        std::mem::take(&mut state.is_wanted)
+    });
+    if is_wanted {
+        let _ = apply_journal(writer);
+    }
+}
 
 /// Applies everything that is in the journal by now. Does nothing when the connection does not belong to a server.
 pub(super) fn apply_journal(writer: &mut WriteConnection) -> rusqlite::Result<()> {

@@ -1,10 +1,10 @@
 //! Decides when the ingest buffer is applied. The journal appender and readers ask the writer thread for it here. It
-//! must not queue a second request while one waits.
+//! must not queue a second request while one waits, and must reach the writer also when its queue is full.
 
 use std::{path::PathBuf, sync::Arc};
 
 use super::{
-    apply::apply_journal,
+    apply::apply_if_wanted,
     ingest_buffer::{IngestBuffer, State},
     journal,
     writer_thread::{Call, WriterThread},
@@ -39,18 +39,19 @@ impl ApplyScheduler {
         }
     }
 
-    /// Asks the writer to apply the journal, unless it has been asked already.
+    /// Asks the writer to apply the journal before its next call.
     pub(super) fn call_writer(&self, state: &mut State) {
+        state.is_wanted = true;
         if state.called {
             return;
         }
         let buffer = Arc::clone(&self.buffer);
         let call: Call = Box::new(move |writer| {
             buffer.state().called = false;
-            // The waiters learn the result from the buffer.
-            let _ = apply_journal(writer);
+            // Somebody may have asked again while the writer applied the journal before this call.
+            apply_if_wanted(writer);
         });
-        // If this fails, the writer's queue is full; it is asked again later.
+        // If this fails, the writer's queue is full, and the next call in it is enough.
         state.called = self.writer.try_send(call);
     }
 

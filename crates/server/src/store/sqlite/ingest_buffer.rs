@@ -93,7 +93,9 @@ pub(super) struct State {
     pub(super) last: u64,
     /// Changes when numbers of devices may have changed: a device was deleted, or another process has written.
     pub(super) devices_epoch: u64,
-    /// Whether the writer has been asked to apply.
+    /// Whether somebody has asked the writer to apply, and it has not begun yet.
+    pub(super) is_wanted: bool,
+    /// Whether a call in the writer's queue is there to apply.
     pub(super) called: bool,
     /// Why the last attempt failed.
     pub(super) failed: Option<String>,

@@ -24,14 +24,20 @@ use super::{
     rows::device_number,
     write_connection::REMEMBERED_DEVICES,
 };
-use crate::store::{Batch, Duplicate, StoreError, StoredEvent, Written};
+use crate::store::{Batch, Duplicate, Freshness, StoreError, StoredEvent, Written};
 
 /// Events that are applied together, unless a reader asks for them earlier; some 200 ms of work. With half as many,
 /// throughput is a tenth lower when events have event ids.
 const APPLY_BATCH_EVENTS: usize = 32_768;
 
-/// How long events stay in the journal alone when there are fewer.
+/// How long events stay in the journal alone when there are fewer. They may then wait for what the writer is busy with, and
+/// for their own apply batch. Each takes some 200 ms at most, unless the disk is slow.
 const APPLY_INTERVAL: Duration = Duration::from_secs(1);
+
+const _: () = assert!(
+    2 * APPLY_INTERVAL.as_millis() <= Freshness::LARGEST_LAG.as_millis(),
+    "half of the time is for applying",
+);
 
 /// How long to wait while the buffer is full.
 const FULL_TIMEOUT: Duration = Duration::from_secs(5);

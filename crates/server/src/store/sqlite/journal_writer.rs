@@ -81,6 +81,8 @@ pub(super) async fn start(
         .threads()
         .start("sqlite-journal", move || appender.work(&waiting))
         .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
+    // What a killed server has left was acknowledged long ago. If it cannot be applied now, the appender tries again.
+    scheduler.wait_until_applied().await;
     let writer = scheduler.writer.clone();
     Ok((scheduler, JournalWriter { writer, requests, replies: VecDeque::new() }))
 }

@@ -7,7 +7,8 @@ use rusqlite::{Connection, named_params};
 
 use super::{connection::Cost, roll_ups, rows::optional_time, store::SqliteStore, summaries};
 use crate::store::{
-    Count, Device, FailureQuery, Figures, FleetStats, Page, StatsStore, StoreError, Window,
+    Count, Device, FailureQuery, Figures, FleetStats, Freshness, Page, StatsStore, StoreError,
+    Window,
     device_list::Filter,
     ordered_scan::{Part, Places},
     stats::{Failing, RECENT_DEVICES, page_within_window},
@@ -16,8 +17,13 @@ use crate::store::{
 
 #[async_trait]
 impl StatsStore for SqliteStore {
-    async fn fleet_stats(&self, active_since: Timestamp) -> Result<FleetStats, StoreError> {
-        self.read_events(Cost::Short, move |connection| fleet_stats(connection, active_since)).await
+    async fn fleet_stats(
+        &self,
+        active_since: Timestamp,
+        freshness: Freshness,
+    ) -> Result<FleetStats, StoreError> {
+        let read = move |connection: &Connection| fleet_stats(connection, active_since);
+        self.read_events_as(freshness, Cost::Short, read).await
     }
 
     async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {

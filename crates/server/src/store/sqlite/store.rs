@@ -23,7 +23,7 @@ use super::{
     watch::Watch,
     writer_thread::WriterThread,
 };
-use crate::store::{PoolUsage, Store, StoreError, step_size::StepSize};
+use crate::store::{Freshness, PoolUsage, Store, StoreError, step_size::StepSize};
 
 /// How long background work may hold the writer at a time. Ingest waits for it, so it is much less than 50 ms, which
 /// nobody would notice.
@@ -69,15 +69,27 @@ impl SqliteStore {
         })
     }
 
-    /// Runs `read` on a connection for reading, off the async threads. It waits until every event that is acknowledged
-    /// by now is in the tables.
+    /// Runs `read`, which needs [`Freshness::Everything`].
     pub(super) async fn read_events<T: Send + 'static>(
         &self,
         cost: Cost,
         read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
-        if let Some(ingest) = self.ingest.get() {
-            ingest.wait_until_applied().await;
+        self.read_events_as(Freshness::Everything, cost, read).await
+    }
+
+    /// Runs `read` on a connection for reading, off the async threads. If it needs everything, it waits until every event
+    /// that is acknowledged by now is in the tables.
+    pub(super) async fn read_events_as<T: Send + 'static>(
+        &self,
+        freshness: Freshness,
+        cost: Cost,
+        read: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        match (freshness, self.ingest.get()) {
+            (Freshness::Everything, Some(ingest)) => ingest.wait_until_applied().await,
+            // Whoever lags does not even ask the writer to apply the journal. It does so in time by itself.
+            (Freshness::Lagging, _) | (_, None) => {}
         }
         // A connection that is opened now could lead to another file.
         self.writer.presence().check()?;

@@ -1,5 +1,6 @@
 //! The thread that owns the connection for writing. Every change is sent to it as a call; calls run one after the
-//! other. The files of the resources use it. A call must be short, because ingest waits behind it.
+//! other. Before a call it applies the ingest journal if somebody waits for that, however many calls wait. The files of
+//! the resources use it. A call must be short, because ingest waits behind it.
 
 use std::{path::Path, sync::Arc};
 
@@ -7,6 +8,7 @@ use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
+    apply::apply_if_wanted,
     checkpoint::{checkpoint_beside, copy_log},
     connection::store_error,
     ids,
@@ -50,6 +52,7 @@ impl WriterThread {
         threads
             .start("sqlite-writer", move || {
                 while let Some(call) = waiting.blocking_recv() {
+                    apply_if_wanted(&mut connection);
                     call(&mut connection);
                 }
             })

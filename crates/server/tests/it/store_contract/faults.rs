@@ -1,7 +1,7 @@
 //! What the database refuses, and connections that break: nothing is stored by halves, nothing twice,
 //! and what was acknowledged is there.
 
-use pisync::store::{self, EventWriter, HistoryQuery, StoreError, Target};
+use pisync::store::{self, EventWriter, Freshness, HistoryQuery, StoreError, Target};
 use pisync_core::SyncEvent;
 use tokio_postgres::error::SqlState;
 
@@ -45,7 +45,10 @@ async fn what_the_database_refuses_leaves_nothing_behind(fixture: &TestStore) {
         assert!(matches!(error, StoreError::Rejected(_)), "{error:?}");
         assert_eq!(stored(fixture, "known").await, 1);
         assert!(fixture.store.device(&device_id("new")).await.unwrap().is_none());
-        assert_eq!(fixture.store.fleet_stats(now()).await.unwrap().total_devices, 1);
+        assert_eq!(
+            fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap().total_devices,
+            1
+        );
     }
     // The devices that it would have made are still new.
     let written = write(&mut *writer, vec![success("new", at(1)), failure("known", at(1))]).await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pisync::store::{self, Store};
+use pisync::store::{self, Freshness, Store};
 use pisync_core::{DeviceId, SyncEvent};
 use tokio::task::JoinSet;
 
@@ -74,7 +74,7 @@ async fn two_nodes_add_up_to_the_truth() {
         assert_eq!(found_jobs, jobs, "{device_id}");
         assert_eq!(found, sum(jobs.values()), "{device_id}");
     }
-    let stats = fixture.store.fleet_stats(at(0)).await.unwrap();
+    let stats = fixture.store.fleet_stats(at(0), Freshness::Everything).await.unwrap();
     assert_eq!(stats.figures.total_syncs.cast_unsigned(), sent.len() as u64);
 }
 

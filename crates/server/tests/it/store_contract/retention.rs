@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Instant};
 
 use pisync::store::{
-    Batch, FailureQuery, HistoryQuery, Retention, Store, StoreError, SyncHistory, Target, Window,
+    Batch, FailureQuery, Freshness, HistoryQuery, Retention, Store, StoreError, SyncHistory,
+    Target, Window,
 };
 use pisync_core::Timestamp;
 
@@ -78,7 +79,7 @@ async fn old_events_go_and_their_figures_stay(fixture: &TestStore) {
             assert_eq!(fixture.store.window_figures(window).await.unwrap(), *expected);
         }
     }
-    let stats = fixture.store.fleet_stats(now()).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
     assert_eq!((stats.figures.total_syncs, stats.figures.failed_syncs), (12, 6));
     // What is left cannot say that the figures are too large, only that they are too small; and nothing
     // is repaired by it.

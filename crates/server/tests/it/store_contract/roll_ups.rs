@@ -11,7 +11,7 @@ use std::{
 };
 
 use pisync::store::{
-    Batch, Count, Device, DeviceQuery, DeviceSort, FailureQuery, Figures, Target, Window,
+    Batch, Count, Device, DeviceQuery, DeviceSort, FailureQuery, Figures, Freshness, Target, Window,
 };
 use pisync_core::{Mbps, SyncDuration, SyncEvent, Timestamp};
 use proptest::{
@@ -263,7 +263,7 @@ async fn assert_lists_exact(fixture: &TestStore, sent: &[SyncEvent]) {
     let mut seen: Vec<_> = fleet.iter().filter_map(|device| device.figures.last_seen).collect();
     seen.sort_unstable();
     for since in seen.iter().copied().chain([Timestamp::MIN]) {
-        let stats = store.fleet_stats(since).await.unwrap();
+        let stats = store.fleet_stats(since, Freshness::Everything).await.unwrap();
         let active = seen.iter().filter(|seen| **seen >= since).count();
         assert_eq!(
             (stats.total_devices, stats.active_devices),
