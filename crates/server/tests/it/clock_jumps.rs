@@ -51,12 +51,13 @@ fn unique(second: i64) -> Timestamp {
     at(second).saturating_add_milliseconds(NUMBER.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Sets the clock of a server that runs, and waits until its log has it; gives all lines with that time.
+/// Sets the clock of a server that runs, and waits until its log has it; gives all lines about a jump to that time. Another
+/// test's clock may pass it.
 async fn jump(server: &TestServer, time: Timestamp) -> Vec<String> {
     server.clock.set(time);
     let to = format!("to={time}");
     until(async || !log::lines_with(&to).is_empty()).await;
-    log::lines_with(&time.to_string())
+    log::lines_with(&to)
 }
 
 async fn streak(server: &TestServer, device: &str) -> serde_json::Value {

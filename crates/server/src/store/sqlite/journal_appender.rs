@@ -31,7 +31,7 @@ use crate::store::{Batch, Duplicate, Freshness, StoreError, StoredEvent, Written
 const APPLY_BATCH_EVENTS: usize = 32_768;
 
 /// How long events stay in the journal alone when there are fewer. They may then wait for what the writer is busy with, and
-/// for their own apply batch. Each takes some 200 ms at most, unless the disk is slow.
+/// for their own apply batch. An apply batch takes some 200 ms under full load, unless the disk is slow.
 const APPLY_INTERVAL: Duration = Duration::from_secs(1);
 
 const _: () = assert!(

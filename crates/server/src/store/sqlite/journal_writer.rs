@@ -82,7 +82,9 @@ pub(super) async fn start(
         .start("sqlite-journal", move || appender.work(&waiting))
         .map_err(|error| StoreError::Failed(format!("cannot start a thread: {error}")))?;
     // What a killed server has left was acknowledged long ago. If it cannot be applied now, the appender tries again.
-    scheduler.wait_until_applied().await;
+    if let Err(stopped @ StoreError::Stopped) = scheduler.writer.call(apply_journal).await {
+        return Err(stopped);
+    }
     let writer = scheduler.writer.clone();
     Ok((scheduler, JournalWriter { writer, requests, replies: VecDeque::new() }))
 }
