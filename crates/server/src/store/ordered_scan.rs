@@ -72,13 +72,6 @@ pub(super) struct Part {
     pub(super) limit: Option<u32>,
 }
 
-impl Part {
-    /// The first places of a list, largest first.
-    pub(super) fn first(limit: u32) -> Self {
-        Self { direction: Direction::Descending, after: None, offset: 0, limit: Some(limit) }
-    }
-}
-
 /// The places on a page.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Places {

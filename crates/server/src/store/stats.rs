@@ -12,16 +12,15 @@ use super::{
     summaries::{Measure, SummaryOrder},
 };
 
-/// How many devices with the latest syncs are part of the fleet's figures.
-pub(super) const RECENT_DEVICES: u32 = 10;
-
 /// Statistics over devices. Each method is one transaction.
 #[async_trait]
 pub trait StatsStore: Send + Sync {
-    /// The figures of the entire fleet. `active_since` bounds `active_devices`.
+    /// The figures of the entire fleet. `active_since` bounds `active_devices`; `recent` is the number of devices with the
+    /// latest syncs to list.
     async fn fleet_stats(
         &self,
         active_since: Timestamp,
+        recent: u32,
         freshness: Freshness,
     ) -> Result<FleetStats, StoreError>;
 
@@ -30,6 +29,40 @@ pub trait StatsStore: Send + Sync {
 
     /// Devices that failed repeatedly, worst first.
     async fn repeated_failures(&self, query: &FailureQuery) -> Result<Page<Device>, StoreError>;
+}
+
+/// Devices with the latest syncs by their summaries, the latest first, each with the time of that sync.
+pub(super) type LatestSummaries = Vec<(String, i64)>;
+
+/// Whether the `most` devices with the latest syncs are among `devices`. These are the devices of `summaries`, up to
+/// `limit` of them, and those with the latest syncs among all that have changed. A device that is in neither has not
+/// changed, and comes behind all `summaries`. A right date may have replaced a wrong one of the future meanwhile.
+pub(super) fn has_most_recent(
+    devices: &[Device],
+    summaries: &LatestSummaries,
+    limit: u32,
+    most: u32,
+) -> bool {
+    let last_syncs: HashMap<_, _> = devices
+        .iter()
+        .map(|device| (device.device_id.as_str(), device.figures.last_sync))
+        .collect();
+    let is_as_late = |(device_id, stored): &&(String, i64)| {
+        let last_sync = last_syncs.get(device_id.as_str()).copied().flatten();
+        last_sync.is_some_and(|last_sync| last_sync.as_millisecond() >= *stored)
+    };
+    summaries.len() < limit as usize || summaries.iter().filter(is_as_late).count() >= most as usize
+}
+
+/// The devices with the latest syncs of some, the latest first.
+pub(super) fn most_recent(mut devices: Vec<Device>, most: u32) -> Vec<Device> {
+    devices.retain(|device| device.figures.last_sync.is_some());
+    devices.sort_by(|one, other| {
+        let syncs = other.figures.last_sync.cmp(&one.figures.last_sync);
+        syncs.then_with(|| one.device_id.cmp(&other.device_id))
+    });
+    devices.truncate(most as usize);
+    devices
 }
 
 /// Which devices failed repeatedly.

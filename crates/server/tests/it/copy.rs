@@ -136,7 +136,10 @@ async fn seen(store: &dyn Store) -> Vec<String> {
         let newest = HistoryQuery::newest(id, 1_000);
         seen.push(format!("{:?}", store.sync_history(&newest).await.unwrap()));
     }
-    seen.push(format!("{:?}", store.fleet_stats(at(-HOUR), Freshness::Everything).await.unwrap()));
+    seen.push(format!(
+        "{:?}",
+        store.fleet_stats(at(-HOUR), 10, Freshness::Everything).await.unwrap()
+    ));
     for window in windows() {
         seen.push(format!("{window:?} {:?}", store.window_figures(&window).await.unwrap()));
         let query = FailureQuery {

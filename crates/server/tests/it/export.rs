@@ -105,7 +105,7 @@ async fn told(target: &Target) -> String {
             text += &format!("{metadata:?}\n");
         }
     }
-    let stats = store.fleet_stats(at(-DAY), Freshness::Everything).await.unwrap();
+    let stats = store.fleet_stats(at(-DAY), 10, Freshness::Everything).await.unwrap();
     text += &format!("{} {} {:?}\n", stats.total_devices, stats.active_devices, stats.figures);
     for window in [Window::last_24_hours(now()), Window::last_days(now(), 30)] {
         text += &format!("{:?}\n", store.window_figures(&window).await.unwrap());

@@ -94,7 +94,7 @@ pub(crate) fn counted(ended: &Ended) -> (u64, u64) {
 pub(crate) async fn total(target: &Target) -> i64 {
     let store = store::open(target).await.unwrap();
     crate::support::store::assert_right(&crate::support::store::differences(&*store, false).await);
-    store.fleet_stats(at(0), Freshness::Everything).await.unwrap().figures.total_syncs
+    store.fleet_stats(at(0), 10, Freshness::Everything).await.unwrap().figures.total_syncs
 }
 
 /// What a database exports, without the ids, which are its own.

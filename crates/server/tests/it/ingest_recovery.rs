@@ -95,7 +95,7 @@ async fn what_was_acknowledged_before_a_kill_is_seen_by_the_first_read() {
     killed_with_a_journal(&program, 5).await;
     let store = store::open(&Target::Sqlite(program.path(DATABASE))).await.unwrap();
     let events = async || {
-        let stats = store.fleet_stats(now(), Freshness::Lagging).await.unwrap();
+        let stats = store.fleet_stats(now(), 10, Freshness::Lagging).await.unwrap();
         stats.figures.total_syncs
     };
     assert_eq!(events().await, 1);

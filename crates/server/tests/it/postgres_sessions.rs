@@ -286,7 +286,7 @@ async fn a_pooler_in_session_mode_is_as_good_as_none() {
         // The settings, which do not come through as options, hold all the same: a day is a day of UTC.
         let through = Target::Postgres(Box::new(target.clone()));
         let store = store::open(&through).await.unwrap();
-        store.fleet_stats(at(0), Freshness::Everything).await.unwrap();
+        store.fleet_stats(at(0), 10, Freshness::Everything).await.unwrap();
         let settings = "select count(*) from pg_stat_activity
              where datname = current_database() and application_name = 'pisync'";
         let sessions = fixture.database.number(&format!("({settings})")).await;
@@ -323,13 +323,13 @@ async fn a_pooler_that_appears_later_gets_no_events() {
     let error = writer.write(&batch).await.unwrap_err();
     assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
     assert!(error.to_string().contains("pool_mode=session"), "{error}");
-    let error = store.fleet_stats(at(0), Freshness::Everything).await.unwrap_err().to_string();
+    let error = store.fleet_stats(at(0), 10, Freshness::Everything).await.unwrap_err().to_string();
     assert!(error.contains("pool_mode=session"), "{error}");
     assert_eq!(fixture.database.number("(select count(*) from sync_events)").await, 1);
 
     proxy.set(Fault::None);
     writer.write(&batch).await.unwrap();
-    store.fleet_stats(at(0), Freshness::Everything).await.unwrap();
+    store.fleet_stats(at(0), 10, Freshness::Everything).await.unwrap();
     fixture.into_database().remove().await;
 }
 

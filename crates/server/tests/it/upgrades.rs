@@ -416,7 +416,7 @@ async fn assert_figures(store: &Arc<dyn Store>, filled: usize) {
     assert_eq!(history.figures, expected);
     assert_eq!(history.figures.consecutive_failures, 2 + later);
 
-    let stats = store.fleet_stats(Timestamp::MIN, Freshness::Everything).await.unwrap();
+    let stats = store.fleet_stats(Timestamp::MIN, 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.figures.total_syncs), (2, 4 + later));
     for window in [Window::last_24_hours(now()), Window::last_days(now(), 7)] {
         let sums = store.window_figures(&window).await.unwrap();

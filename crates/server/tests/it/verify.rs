@@ -131,7 +131,7 @@ async fn what_foreign_sql_writes_is_found_and_repaired(fixture: &TestStore) {
     let streaks: Vec<_> = written.streaks.iter().map(|streak| streak.after).collect();
     assert_eq!(streaks, [3, 1]);
     assert_right(&differences(&*fixture.store, false).await);
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.figures.total_syncs), (3, 8));
 }
 
@@ -152,7 +152,7 @@ async fn wrong_figures_are_found_and_repaired(fixture: &TestStore) {
         assert_eq!(differences(&*fixture.store, true).await, found);
         assert_right(&differences(&*fixture.store, false).await);
     }
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     assert_eq!(stats.figures.total_syncs.cast_unsigned(), sent.len() as u64);
 
     if !fixture.is_postgres() {

@@ -25,6 +25,9 @@ use crate::{
 /// A device is active if the server heard from it within this many milliseconds: 24 hours.
 pub(crate) const ACTIVE_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 
+/// How many devices with the latest syncs are listed.
+const RECENT_DEVICES: u32 = 10;
+
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(get_stats), RoutePolicy::API)
 }
@@ -149,7 +152,10 @@ async fn get_stats(
 ) -> Result<Success<StatsData>, ApiError> {
     let window = query.window(state.clock.now());
     query.finish_ignoring_others()?;
-    let mut stats = state.store.fleet_stats(state.active_since(), Freshness::Everything).await?;
+    let mut stats = state
+        .store
+        .fleet_stats(state.active_since(), RECENT_DEVICES, Freshness::Everything)
+        .await?;
     if let Some((_, window)) = &window {
         stats.figures = state.store.window_figures(window).await?;
     }

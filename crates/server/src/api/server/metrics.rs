@@ -48,7 +48,7 @@ async fn get_metrics(
     _: NoQuery,
 ) -> Result<impl IntoResponse, ApiError> {
     state.metrics.set_pool(state.store.pool_usage());
-    let stats = state.store.fleet_stats(state.active_since(), Freshness::Lagging);
+    let stats = state.store.fleet_stats(state.active_since(), 0, Freshness::Lagging);
     if let Ok(Ok(stats)) = tokio::time::timeout(FLEET_TIMEOUT, stats).await {
         state.metrics.set_fleet(&stats);
     }

@@ -18,9 +18,9 @@ use crate::store::{
     Count, Device, FailureQuery, Figures, FleetStats, Freshness, Page, StatsStore, StoreError,
     Window,
     device_list::Filter,
-    ordered_scan::{Part, Places},
-    stats::{Failing, RECENT_DEVICES, page_within_window},
-    summaries::{Measure, SummaryOrder, correction},
+    ordered_scan::Places,
+    stats::{Failing, page_within_window},
+    summaries::correction,
 };
 
 #[async_trait]
@@ -29,9 +29,10 @@ impl StatsStore for PostgresStore {
     async fn fleet_stats(
         &self,
         active_since: Timestamp,
+        recent: u32,
         _: Freshness,
     ) -> Result<FleetStats, StoreError> {
-        self.call(async |connection| fleet_stats(connection, active_since).await).await
+        self.call(async |connection| fleet_stats(connection, active_since, recent).await).await
     }
 
     async fn window_figures(&self, window: &Window) -> Result<Figures, StoreError> {
@@ -70,25 +71,18 @@ async fn repeated_failures(
 async fn fleet_stats(
     connection: &mut Object,
     active_since: Timestamp,
+    recent: u32,
 ) -> Result<FleetStats, Error> {
-    let active_since = active_since.as_millisecond();
     let snapshot = snapshot(connection).await?;
-    let changed = summaries::changed(&snapshot, &Filter::default()).await?;
-    let (filter, part) = (Filter::default(), Part::first(RECENT_DEVICES));
-    let mut recent =
-        summaries::summary_places(&snapshot, SummaryOrder::LastSync, part, &filter, &changed)
-            .await?;
-    // Who has not reported is not recent.
-    recent.places.retain(|place| place.key.is_some());
-    let active = summaries::seen_since(&snapshot, active_since).await?
-        + correction(&changed, |summary| summary.last_seen >= Some(active_since));
-    let total = summaries::number_with(&snapshot, Measure::FailedSyncs, 0).await?
-        + correction(&changed, |_| true);
+    let mut recent_devices = Vec::new();
+    if recent > 0 {
+        recent_devices = summaries::recent_devices(&snapshot, recent).await?;
+    }
     Ok(FleetStats {
-        total_devices: total.cast_unsigned(),
-        active_devices: active.cast_unsigned(),
+        total_devices: summaries::number_of_devices(&snapshot).await?,
+        active_devices: summaries::active_devices(&snapshot, active_since.as_millisecond()).await?,
         figures: roll_ups::totals(&snapshot).await?,
-        recent_devices: summaries::devices_at(&snapshot, &recent.places).await?,
+        recent_devices,
     })
 }
 

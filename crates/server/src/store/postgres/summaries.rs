@@ -2,6 +2,8 @@
 //! the time of an event: only devices that were first seen, or have events received, after it, and those in
 //! `stale_summaries`, may differ from their summaries. It follows the watermark of the roll-ups, for the same reasons.
 
+use std::collections::BTreeSet;
+
 use deadpool_postgres::Transaction;
 use tokio_postgres::{
     Error, Row,
@@ -18,6 +20,7 @@ use crate::store::{
     device_list::{self, Dialect, Filter, Order, SORTED_IN_MEMORY, Statement},
     figure_columns::{DEVICE_COLUMNS, FIGURES},
     ordered_scan::{Direction, KeyPart, Part, Place, Places, Request, Scan, page_of},
+    stats::{LatestSummaries, has_most_recent, most_recent},
     summaries::{
         COLUMNS, ChangedDevice, CountChanges, LARGEST_BUCKET, MINUTE_MILLISECONDS, Measure,
         Summary, SummaryOrder, minute_of,
@@ -227,16 +230,85 @@ async fn counted_from(
     snapshot.query_one(&count, &[&measure.as_str(), &first]).await?.try_get(0)
 }
 
-/// How many devices were last seen at `since` or later, by their summaries. Of whole minutes, the counts are added up.
-pub(super) async fn seen_since(snapshot: &Transaction<'_>, since: i64) -> Result<i64, Error> {
+/// How many devices were last seen at `since` or later. The counts of whole minutes are added up. Of the devices that have
+/// changed, only those are looked at closely whose summaries say that they were not seen since.
+pub(super) async fn active_devices(snapshot: &Transaction<'_>, since: i64) -> Result<u64, Error> {
     const WITHIN_MINUTE: &str =
         "select count(*) from device_summaries where last_seen >= $1 and last_seen < $2";
+    const LAST_SEEN: &str = "
+        (select floor(extract(epoch from max(last_received)) * 1000)::bigint
+           from device_jobs j where j.device_id = changed.device_id)
+    ";
+    let changed = changed_source(snapshot).await?;
+    let active_again = format!(
+        "select count(*)
+           from ({changed}) changed
+           left join device_summaries s using (device_id)
+          where coalesce(s.last_seen, $1 - 1) < $1 and {LAST_SEEN} >= $1"
+    );
+    // Only what is no event can make a device one that was seen before.
+    let inactive_now = format!(
+        "select count(*)
+           from (select distinct device_id from stale_summaries) changed
+           join device_summaries s using (device_id)
+          where s.last_seen >= $1 and coalesce({LAST_SEEN}, $1 - 1) < $1"
+    );
     let next_minute = minute_of(since).saturating_add(1);
     let until = next_minute.saturating_mul(MINUTE_MILLISECONDS);
-    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&since, Type::INT8), (&until, Type::INT8)];
-    let within = snapshot.query_typed(WITHIN_MINUTE, &parameters).await?;
-    let within = within.first().map_or(Ok(0), |row| row.try_get::<_, i64>(0))?;
-    Ok(within + counted_from(snapshot, Measure::LastSeen, next_minute).await?)
+    let count = async |sql: &str, parameters: &[&i64]| -> Result<i64, Error> {
+        let parameters: Vec<(&(dyn ToSql + Sync), Type)> = parameters
+            .iter()
+            .map(|parameter| (*parameter as &(dyn ToSql + Sync), Type::INT8))
+            .collect();
+        let rows = snapshot.query_typed(sql, &parameters).await?;
+        rows.first().map_or(Ok(0), |row| row.try_get(0))
+    };
+    let active = counted_from(snapshot, Measure::LastSeen, next_minute).await?
+        + count(WITHIN_MINUTE, &[&since, &until]).await?
+        + count(&active_again, &[&since]).await?
+        - count(&inactive_now, &[&since]).await?;
+    Ok(active.cast_unsigned())
+}
+
+/// The devices with the `most` latest syncs, the latest first.
+pub(super) async fn recent_devices(
+    snapshot: &Transaction<'_>,
+    most: u32,
+) -> Result<Vec<Device>, Error> {
+    const BY_SUMMARIES: &str = "
+        select device_id, last_sync
+          from device_summaries
+         where last_sync is not null
+         order by last_sync desc, device_id
+         limit $1
+    ";
+    let changed = changed_source(snapshot).await?;
+    let changed = format!(
+        "select device_id
+           from ({changed}) changed
+           join device_jobs using (device_id)
+          group by device_id
+          order by max(last_sync) desc, device_id
+          limit $1"
+    );
+    let rows = snapshot.query_typed(&changed, &[(&i64::from(most), Type::INT8)]).await?;
+    let changed: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+    let mut limit = most;
+    loop {
+        let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&i64::from(limit), Type::INT8)];
+        let rows = snapshot.query_typed(BY_SUMMARIES, &parameters).await?;
+        let summary = |row: &Row| Ok((row.try_get(0)?, row.try_get(1)?));
+        let summaries: LatestSummaries = rows.iter().map(summary).collect::<Result<_, Error>>()?;
+        let ids: BTreeSet<_> =
+            summaries.iter().map(|(device_id, _)| device_id).chain(&changed).cloned().collect();
+        let places: Vec<_> =
+            ids.into_iter().map(|device_id| Place { key: None, device_id }).collect();
+        let devices = devices_at(snapshot, &places).await?;
+        if has_most_recent(&devices, &summaries, limit, most) {
+            return Ok(most_recent(devices, most));
+        }
+        limit = limit.saturating_mul(8);
+    }
 }
 
 /// How many devices have at least this number, by their summaries.
@@ -418,14 +490,19 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
     write_counts(transaction, &counts).await
 }
 
-/// How many devices there are.
+/// How many devices there are. Devices that were registered before the watermark have summaries, or are noted.
 pub(super) async fn number_of_devices(snapshot: &Transaction<'_>) -> Result<u64, Error> {
-    let changed = changed_source(snapshot).await?;
+    let state = snapshot.query_one("select summarized_until from roll_up_state", &[]).await?;
+    let until = state.try_get::<_, Option<jiff::Timestamp>>(0)?;
+    let until = until.map_or_else(|| "-infinity".to_owned(), |until| until.to_string());
     let new = format!(
         "select count(*)
-           from ({changed}) changed
-           join devices d using (device_id)
-          where not exists (select from device_summaries s where s.device_id = d.device_id)"
+           from (
+               select device_id from devices where created_at > timestamptz '{until}'
+               union
+               select device_id from devices join stale_summaries using (device_id)
+           ) new
+          where not exists (select from device_summaries s where s.device_id = new.device_id)"
     );
     let new: i64 = snapshot.query_one(&new, &[]).await?.try_get(0)?;
     Ok((counted_from(snapshot, Measure::FailedSyncs, 0).await? + new).cast_unsigned())

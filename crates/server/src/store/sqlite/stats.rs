@@ -10,9 +10,9 @@ use crate::store::{
     Count, Device, FailureQuery, Figures, FleetStats, Freshness, Page, StatsStore, StoreError,
     Window,
     device_list::Filter,
-    ordered_scan::{Part, Places},
-    stats::{Failing, RECENT_DEVICES, page_within_window},
-    summaries::{Measure, SummaryOrder, correction},
+    ordered_scan::Places,
+    stats::{Failing, page_within_window},
+    summaries::correction,
 };
 
 #[async_trait]
@@ -20,9 +20,10 @@ impl StatsStore for SqliteStore {
     async fn fleet_stats(
         &self,
         active_since: Timestamp,
+        recent: u32,
         freshness: Freshness,
     ) -> Result<FleetStats, StoreError> {
-        let read = move |connection: &Connection| fleet_stats(connection, active_since);
+        let read = move |connection: &Connection| fleet_stats(connection, active_since, recent);
         self.read_events_as(freshness, Cost::Short, read).await
     }
 
@@ -63,24 +64,21 @@ fn repeated_failures(
     })
 }
 
-fn fleet_stats(connection: &Connection, active_since: Timestamp) -> rusqlite::Result<FleetStats> {
-    let active_since = active_since.as_millisecond();
+fn fleet_stats(
+    connection: &Connection,
+    active_since: Timestamp,
+    recent: u32,
+) -> rusqlite::Result<FleetStats> {
     let snapshot = connection.unchecked_transaction()?;
-    let changed = summaries::changed(&snapshot, &Filter::default())?;
-    let (filter, part) = (Filter::default(), Part::first(RECENT_DEVICES));
-    let mut recent =
-        summaries::summary_places(&snapshot, SummaryOrder::LastSync, part, &filter, &changed)?;
-    // Who has not reported is not recent.
-    recent.places.retain(|place| place.key.is_some());
-    let active = summaries::seen_since(&snapshot, active_since)?
-        + correction(&changed, |summary| summary.last_seen >= Some(active_since));
-    let total = summaries::number_with(&snapshot, Measure::FailedSyncs, 0)?
-        + correction(&changed, |_| true);
+    let mut recent_devices = Vec::new();
+    if recent > 0 {
+        recent_devices = summaries::recent_devices(&snapshot, recent)?;
+    }
     Ok(FleetStats {
-        total_devices: total.cast_unsigned(),
-        active_devices: active.cast_unsigned(),
+        total_devices: summaries::number_of_devices(&snapshot)?,
+        active_devices: summaries::active_devices(&snapshot, active_since.as_millisecond())?,
         figures: roll_ups::totals(&snapshot)?,
-        recent_devices: summaries::devices_at(&snapshot, &recent.places)?,
+        recent_devices,
     })
 }
 

@@ -2,6 +2,8 @@
 //! id of an event: only later devices, those with later events, and those in `stale_summaries`, may differ from their
 //! summaries.
 
+use std::collections::BTreeSet;
+
 use rusqlite::{
     Connection, Row, Transaction, TransactionBehavior, params, params_from_iter, types::Value,
 };
@@ -15,6 +17,7 @@ use crate::store::{
     device_list::{self, Dialect, Filter, Order, SORTED_IN_MEMORY, Statement},
     figure_columns::{DEVICE_COLUMNS, FIGURES},
     ordered_scan::{Direction, KeyPart, Part, Place, Places, Request, Scan, page_of},
+    stats::{LatestSummaries, has_most_recent, most_recent},
     summaries::{
         COLUMNS, ChangedDevice, CountChanges, LARGEST_BUCKET, MINUTE_MILLISECONDS, Measure,
         Summary, SummaryOrder, minute_of,
@@ -226,15 +229,76 @@ fn counted_from(connection: &Connection, measure: Measure, first: i64) -> rusqli
         .query_row(params![measure.as_str(), first], |row| row.get(0))
 }
 
-/// How many devices were last seen at `since` or later, by their summaries. Of whole minutes, the counts are added up.
-pub(super) fn seen_since(connection: &Connection, since: i64) -> rusqlite::Result<i64> {
+/// How many devices were last seen at `since` or later. The counts of whole minutes are added up. Of the devices that have
+/// changed, only those are looked at closely whose summaries say that they were not seen since.
+pub(super) fn active_devices(connection: &Connection, since: i64) -> rusqlite::Result<u64> {
     const WITHIN_MINUTE: &str =
         "select count(*) from device_summaries where last_seen >= ?1 and last_seen < ?2";
+    let active_again = format!(
+        "select count(*)
+           from ({CHANGED}) changed
+           left join device_summaries s on s.device = changed.device
+          where ifnull(s.last_seen, ?1 - 1) < ?1
+            and (select max(last_received) from device_jobs j where j.device = changed.device) >= ?1"
+    );
+    // Only what is no event can make a device one that was seen before.
+    let inactive_now = "
+        select count(*)
+          from (select distinct device from stale_summaries) stale
+          join device_summaries s on s.device = stale.device
+         where s.last_seen >= ?1
+           and ifnull((select max(last_received) from device_jobs j where j.device = stale.device), ?1 - 1) < ?1
+    ";
     let next_minute = minute_of(since).saturating_add(1);
     let until = next_minute.saturating_mul(MINUTE_MILLISECONDS);
-    let within: i64 =
-        connection.prepare_cached(WITHIN_MINUTE)?.query_row([since, until], |row| row.get(0))?;
-    Ok(within + counted_from(connection, Measure::LastSeen, next_minute)?)
+    let count = |sql: &str, parameters: &[i64]| -> rusqlite::Result<i64> {
+        connection.prepare_cached(sql)?.query_row(params_from_iter(parameters), |row| row.get(0))
+    };
+    let active = counted_from(connection, Measure::LastSeen, next_minute)?
+        + count(WITHIN_MINUTE, &[since, until])?
+        + count(&active_again, &[since])?
+        - count(inactive_now, &[since])?;
+    Ok(active.cast_unsigned())
+}
+
+/// The devices with the `most` latest syncs, the latest first.
+pub(super) fn recent_devices(connection: &Connection, most: u32) -> rusqlite::Result<Vec<Device>> {
+    const BY_SUMMARIES: &str = "
+        select device_id, last_sync
+          from device_summaries
+         where last_sync is not null
+         order by last_sync desc, device_id
+         limit ?1
+    ";
+    let changed = format!(
+        "select d.device_id
+           from ({CHANGED}) changed
+           cross join devices d on d.id = changed.device
+           cross join device_jobs j on j.device = d.id
+          group by d.id
+          order by max(j.last_sync) desc, d.device_id
+          limit ?1"
+    );
+    let changed: Vec<String> = connection
+        .prepare_cached(&changed)?
+        .query_map([most], |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    let mut limit = most;
+    loop {
+        let summaries: LatestSummaries = connection
+            .prepare_cached(BY_SUMMARIES)?
+            .query_map([limit], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect::<rusqlite::Result<_>>()?;
+        let ids: BTreeSet<_> =
+            summaries.iter().map(|(device_id, _)| device_id).chain(&changed).cloned().collect();
+        let places: Vec<_> =
+            ids.into_iter().map(|device_id| Place { key: None, device_id }).collect();
+        let devices = devices_at(connection, &places)?;
+        if has_most_recent(&devices, &summaries, limit, most) {
+            return Ok(most_recent(devices, most));
+        }
+        limit = limit.saturating_mul(8);
+    }
 }
 
 /// How many devices have at least this number, by their summaries.
@@ -252,15 +316,15 @@ pub(super) fn number_with(
         .query_row([least], |row| row.get(0))
 }
 
-/// How many devices there are.
+/// How many devices there are. All devices up to a number have summaries.
 pub(super) fn number_of_devices(connection: &Connection) -> rusqlite::Result<u64> {
-    let new = format!(
-        "select count(*)
-           from ({CHANGED}) changed
-           cross join devices d on d.id = changed.device
-          where not exists (select 1 from device_summaries s where s.device = d.id)"
-    );
-    let new: i64 = connection.prepare_cached(&new)?.query_row([], |row| row.get(0))?;
+    const NEW: &str = "
+        select count(*)
+          from devices d
+         where d.id > (select summarized_device from roll_up_state)
+           and not exists (select 1 from device_summaries s where s.device = d.id)
+    ";
+    let new: i64 = connection.prepare_cached(NEW)?.query_row([], |row| row.get(0))?;
     Ok((counted_from(connection, Measure::FailedSyncs, 0)? + new).cast_unsigned())
 }
 

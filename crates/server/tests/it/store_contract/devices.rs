@@ -194,7 +194,7 @@ async fn a_device_that_never_reported(fixture: &TestStore) {
     let history = fixture.store.sync_history(&history).await.unwrap().unwrap();
     assert_eq!((history.events.len(), history.total_events), (0, 0));
     assert_eq!(history.figures, Default::default());
-    let stats = fixture.store.fleet_stats(at(-1), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(at(-1), 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.active_devices), (3, 1));
     assert_eq!(stats.recent_devices.len(), 1);
     for sort in [
@@ -276,7 +276,7 @@ async fn deleting_takes_everything(fixture: &TestStore) {
     assert_eq!(fixture.store.delete_device(&device_id("gone"), &somebody()).await.unwrap(), None);
     assert!(fixture.store.device(&device_id("gone")).await.unwrap().is_none());
     assert_eq!(ids(fixture, &all()).await, ["kept"]);
-    let stats = fixture.store.fleet_stats(at(-1), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(at(-1), 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.figures.total_syncs), (1, 1));
     assert_eq!(stats.figures.total_errors, 1);
 }

@@ -46,7 +46,12 @@ async fn what_the_database_refuses_leaves_nothing_behind(fixture: &TestStore) {
         assert_eq!(stored(fixture, "known").await, 1);
         assert!(fixture.store.device(&device_id("new")).await.unwrap().is_none());
         assert_eq!(
-            fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap().total_devices,
+            fixture
+                .store
+                .fleet_stats(now(), 10, Freshness::Everything)
+                .await
+                .unwrap()
+                .total_devices,
             1
         );
     }

@@ -246,7 +246,7 @@ async fn repeated_failures_by_the_page(fixture: &TestStore) {
 }
 
 async fn an_empty_fleet(fixture: &TestStore) {
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.active_devices), (0, 0));
     assert_eq!(stats.figures, Figures::default());
     assert!(stats.recent_devices.is_empty());
@@ -262,7 +262,7 @@ async fn the_fleet_adds_up(fixture: &TestStore) {
     ];
     write(&mut *writer, events).await;
     write(&mut *writer, vec![failure("b", at(3))]).await;
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.total_devices, stats.active_devices), (2, 2));
     assert_eq!(
         stats.figures,
@@ -302,7 +302,7 @@ async fn active_devices_are_those_received_from(fixture: &TestStore) {
         (at(-10), 2),
         (at(-9), 0),
     ] {
-        let stats = fixture.store.fleet_stats(since, Freshness::Everything).await.unwrap();
+        let stats = fixture.store.fleet_stats(since, 10, Freshness::Everything).await.unwrap();
         assert_eq!((stats.total_devices, stats.active_devices), (3, expected), "{since}");
     }
 }
@@ -317,12 +317,12 @@ async fn recent_devices_are_the_latest_ten(fixture: &TestStore) {
     }
     // An older sync of another job does not count, nor does when it was received.
     write_at(&mut *writer, at(60), vec![of_job("x", success("pi-14", at(-100)))]).await;
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     let expected: Vec<String> = (0..10).map(|number| format!("pi-{number:02}")).collect();
     assert_eq!(ids(&stats.recent_devices), expected);
     assert_eq!(stats.total_devices, 15);
     write(&mut *writer, vec![of_job("x", success("pi-14", at(101)))]).await;
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     assert_eq!(stats.recent_devices[0].device_id, "pi-14");
     assert_eq!(stats.recent_devices[0].figures.total_syncs, 3);
     assert_eq!(stats.recent_devices.len(), 10);

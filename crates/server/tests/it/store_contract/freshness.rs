@@ -24,7 +24,7 @@ async fn ingest_writer(store: &dyn Store) -> Box<dyn EventWriter> {
 
 /// How many events a read sees.
 async fn events(store: &dyn Store, freshness: Freshness) -> i64 {
-    store.fleet_stats(now(), freshness).await.unwrap().figures.total_syncs
+    store.fleet_stats(now(), 0, freshness).await.unwrap().figures.total_syncs
 }
 
 /// Asserts that lagging reads see `count` events within the time that they may lag. Nobody reads anything else meanwhile.

@@ -74,7 +74,7 @@ async fn two_nodes_add_up_to_the_truth() {
         assert_eq!(found_jobs, jobs, "{device_id}");
         assert_eq!(found, sum(jobs.values()), "{device_id}");
     }
-    let stats = fixture.store.fleet_stats(at(0), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(at(0), 10, Freshness::Everything).await.unwrap();
     assert_eq!(stats.figures.total_syncs.cast_unsigned(), sent.len() as u64);
 }
 

@@ -40,10 +40,10 @@ async fn events_keep_their_receive_times(fixture: &TestStore) {
     assert!(history.events.iter().all(|event| event.updated_at == event.created_at));
     assert_eq!(history.figures.last_seen, Some(at(-DAY)));
     assert_eq!(history.figures.consecutive_failures, 4);
-    let stats = fixture.store.fleet_stats(at(-2 * DAY), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(at(-2 * DAY), 10, Freshness::Everything).await.unwrap();
     assert_eq!(stats.active_devices, 1);
     assert_eq!(
-        fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap().active_devices,
+        fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap().active_devices,
         0
     );
     assert_right(&differences(&*fixture.store, false).await);

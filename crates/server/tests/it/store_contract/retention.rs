@@ -79,7 +79,7 @@ async fn old_events_go_and_their_figures_stay(fixture: &TestStore) {
             assert_eq!(fixture.store.window_figures(window).await.unwrap(), *expected);
         }
     }
-    let stats = fixture.store.fleet_stats(now(), Freshness::Everything).await.unwrap();
+    let stats = fixture.store.fleet_stats(now(), 10, Freshness::Everything).await.unwrap();
     assert_eq!((stats.figures.total_syncs, stats.figures.failed_syncs), (12, 6));
     // What is left cannot say that the figures are too large, only that they are too small; and nothing
     // is repaired by it.

@@ -262,8 +262,12 @@ async fn assert_lists_exact(fixture: &TestStore, sent: &[SyncEvent]) {
     }
     let mut seen: Vec<_> = fleet.iter().filter_map(|device| device.figures.last_seen).collect();
     seen.sort_unstable();
+    let mut recent = fleet.clone();
+    recent.sort_by_key(|device| (Reverse(device.figures.last_sync), device.device_id.clone()));
+    recent.truncate(2);
     for since in seen.iter().copied().chain([Timestamp::MIN]) {
-        let stats = store.fleet_stats(since, Freshness::Everything).await.unwrap();
+        let stats = store.fleet_stats(since, 2, Freshness::Everything).await.unwrap();
+        assert_eq!(ids(&stats.recent_devices), ids(&recent));
         let active = seen.iter().filter(|seen| **seen >= since).count();
         assert_eq!(
             (stats.total_devices, stats.active_devices),
