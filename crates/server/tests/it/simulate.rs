@@ -12,7 +12,7 @@ use crate::{
         http::Client,
         program::{Ended, Installed, Program},
         server::unused_address,
-        store::TestDatabase,
+        store::{TestDatabase, on_postgres, on_sqlite},
     },
     tls::certificate,
 };
@@ -166,6 +166,7 @@ async fn a_wrong_server_is_found_wrong(installed: &Installed) {
             "update device_jobs set total_errors = total_errors + 5 where {key} = {};
              update device_jobs set consecutive_failures = 77 where {key} = {};
              update devices set \"group\" = 'Elsewhere' where device_id = 'sim-1-000002';
+             update fleet_totals set total_files_synced = total_files_synced + 1000;
              delete from sync_events where id = (select max(id) from sync_events where {key} = {});",
             place(0),
             place(1),
@@ -192,6 +193,7 @@ async fn a_wrong_server_is_found_wrong(installed: &Installed) {
         "repeated failures (in a row): sim-1-000001",
         "sim-1-000002: group",
         "sim-1-000003, run-24: in the history",
+        "statistics: total_files_synced",
     ] {
         assert!(found.iter().any(|one| one == expected), "{expected}: {found:#?}");
     }
@@ -209,14 +211,7 @@ async fn a_wrong_server_is_found_wrong(installed: &Installed) {
 /// A killed server loses answers, and events that it never acknowledged. They are sent again, so the record stays exact. On
 /// PostgreSQL two servers take turns.
 async fn killed_servers_change_nothing(installed: &Installed) {
-    let Installed { program, database } = installed;
-    let port = unused_address().port().to_string();
-    let serve = || program.serve(&["serve", "--port", &port]);
-    let mut killed = serve();
-    let url = killed.client.url("");
-    let other = installed.is_postgres().then(|| program.serve(&[]));
-    let other_url = other.as_ref().map(|other| other.client.url(""));
-    let fleet = [
+    const FLEET: &[&str] = &[
         "--devices",
         "60",
         "--groups",
@@ -229,18 +224,48 @@ async fn killed_servers_change_nothing(installed: &Installed) {
         "20",
         "--connections",
         "3",
-        "--json",
     ];
-    let mut stored = 0;
-    for (how, kills) in [
-        (&["--days", "2"][..], [1_000, 4_000, 7_000]),
+    let runs = [
+        (&["--days", "2"][..], &[1_000, 4_000, 7_000][..]),
         // Beside the devices of the first run, all of them live.
-        (&["--days", "0", "--live", "8s", "--speed", "1800", "--seed", "2"], [200, 500, 800]),
-    ] {
-        let mut words = words(&url, &[&fleet[..], how].concat());
+        (&["--days", "0", "--live", "8s", "--speed", "1800", "--seed", "2"], &[200, 500, 800]),
+    ];
+    survive_kills(installed, FLEET, &runs).await;
+}
+
+/// The same with a million events and every pattern.
+async fn a_million_events(installed: &Installed) {
+    let fleet = ["--devices", "1000", "--groups", "20", "--jobs", "2"];
+    let runs = [(
+        &["--days", "21", "--live", "60s", "--speed", "3600"][..],
+        &[100_000, 300_000, 500_000, 700_000, 900_000][..],
+    )];
+    survive_kills(installed, &fleet, &runs).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes minutes: cargo test --release --test it -- --ignored a_million_simulated_events"]
+async fn a_million_simulated_events() {
+    on_sqlite(a_million_events).await;
+    on_postgres(a_million_events).await;
+}
+
+/// Runs a simulated fleet with each of `runs`: options, and after how many stored events the server is killed and started
+/// again. In the end every answer is right, and so is every figure.
+async fn survive_kills(installed: &Installed, fleet: &[&str], runs: &[(&[&str], &[i64])]) {
+    let Installed { program, database } = installed;
+    let port = unused_address().port().to_string();
+    let serve = || program.serve(&["serve", "--port", &port]);
+    let mut killed = serve();
+    let url = killed.client.url("");
+    let other = installed.is_postgres().then(|| program.serve(&[]));
+    let other_url = other.as_ref().map(|other| other.client.url(""));
+    let mut stored = 0;
+    for (how, kills) in runs {
+        let mut words = words(&url, &[fleet, how, &["--json"]].concat());
         words.extend(other_url.iter().flat_map(|url| ["--url", url.as_str()]));
         let running = program.start(&words);
-        for least in kills {
+        for least in *kills {
             // The tables of SQLite lag behind; the server does not.
             while events(&killed.client).await < stored + least {
                 tokio::time::sleep(Duration::from_millis(5)).await;
