@@ -1,12 +1,12 @@
 //! Lists that stand in a page and in the program, compared in both directions: endpoints and their parameters, error codes,
 //! scopes and what each opens.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, process::Command};
 
 use pisync::store::Scope;
 use serde_json::Value;
 
-use crate::support::documents::text;
+use crate::support::documents::{path, text};
 
 fn document() -> Value {
     serde_json::from_str(&pisync::api::openapi_json().unwrap()).unwrap()
@@ -141,5 +141,40 @@ fn scopes_and_what_they_open() {
                 "{scope} does not open {name}"
             );
         }
+    }
+}
+
+/// The benchmarks are no part of the tests, so at least their grammar and the files that they name are checked.
+#[test]
+fn the_benchmarks_have_no_slips_and_are_documented() {
+    let (mut scripts, mut named) = (0, 0);
+    for entry in std::fs::read_dir(path("bench")).unwrap() {
+        let file = entry.unwrap().path();
+        let script = std::fs::read_to_string(&file).unwrap();
+        if file.extension().is_none_or(|kind| kind == "sh") {
+            let output = Command::new("bash").arg("-n").arg(&file).output().expect("bash");
+            assert!(output.status.success(), "{output:?}");
+            scripts += 1;
+        }
+        let words = script.split(|c: char| !c.is_ascii_alphanumeric() && !"/.-".contains(c));
+        for word in words.map(|word| word.trim_end_matches('.')) {
+            if word.starts_with("bench/") && word != "bench/" {
+                assert!(path(word).exists(), "{} names {word}", file.display());
+                named += 1;
+            }
+        }
+    }
+    assert!(scripts >= 5 && named > 20, "{scripts} scripts and {named} names of files were found");
+
+    let run = text("bench/run");
+    let page = text("docs/benchmarks.md");
+    let options: Vec<_> = run
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("--")?.split_once(") "))
+        .collect();
+    assert!(options.len() >= 6, "{options:?}");
+    for (option, _) in options {
+        assert!(run.contains(&format!("#   --{option} ")), "the usage does not explain --{option}");
+        assert!(page.contains(&format!("--{option}")), "the page does not mention --{option}");
     }
 }
