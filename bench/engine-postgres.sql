@@ -13,7 +13,10 @@ declare
     started timestamptz := clock_timestamp();
 begin
     for one in 0..199 loop
-        insert into device_jobs as stored
+        insert into device_jobs as stored (
+            device_id, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count, first_sync,
+            last_sync, last_success, last_failure, consecutive_failures, last_received
+        )
         select device_id, '', count(*), count(*) filter (where errors > 0), sum(files), sum(errors), sum(speed),
                count(*), min(timestamp), max(timestamp), max(timestamp) filter (where errors = 0),
                max(timestamp) filter (where errors > 0), 0, now()

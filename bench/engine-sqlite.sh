@@ -25,7 +25,10 @@ began=$EPOCHREALTIME
         echo "begin immediate;
         insert into sync_events (device, timestamp, total_files_synced, total_errors, internet_speed, created_at)
         select device, timestamp, files, errors, speed, 1795348800000 from rows where batch = $batch;
-        insert into device_jobs
+        insert into device_jobs (
+            device, job, total_syncs, failed_syncs, total_files_synced, total_errors, speed_sum, speed_count, first_sync,
+            last_sync, last_success, last_failure, consecutive_failures, last_received
+        )
         select device, '', count(*), sum(errors), sum(files), sum(errors), sum(speed), count(*), min(timestamp),
                max(timestamp), max(timestamp) filter (where errors = 0), max(timestamp) filter (where errors > 0), 0,
                1795348800000

@@ -1,6 +1,6 @@
 -- Fills an empty PiSync database on PostgreSQL from inside: psql -v events=N. 5,000 devices that report in
 -- turn until now, each 19 times a day: 100,000 events are those of 25 hours, 10 million those of 104 days. One
--- report in ten has errors. Figures are as ingest would have left them.
+-- report in ten has errors. `pisync verify --repair` adds up all figures afterwards.
 do $$
 declare
     month timestamptz;
@@ -22,26 +22,6 @@ select 'pi-' || lpad((number % 5000)::text, 5, '0'), at, number % 500,
   from generate_series(1, :events) as number,
        lateral (select now() - interval '900 milliseconds' * (:events - number) as at) as moment;
 
-insert into device_jobs
-select event.device_id, '', count(*), count(*) filter (where total_errors > 0), sum(total_files_synced),
-       sum(total_errors), sum(internet_speed * 100), count(internet_speed), min(timestamp), max(timestamp),
-       max(timestamp) filter (where total_errors = 0), max(timestamp) filter (where total_errors > 0),
-       count(*) filter (where total_errors > 0 and timestamp > coalesce(last_success, '-infinity')),
-       max(created_at)
-  from sync_events event
-  join (select device_id, max(timestamp) filter (where total_errors = 0) as last_success
-          from sync_events group by device_id) success using (device_id)
- group by event.device_id;
-
-insert into device_days
-select device_id, (timestamp at time zone 'UTC')::date, count(*), count(*) filter (where total_errors > 0),
-       sum(total_files_synced), sum(total_errors), sum(internet_speed * 100), count(internet_speed)
-  from sync_events group by 1, 2;
-insert into fleet_hours
-select date_trunc('hour', timestamp at time zone 'UTC') at time zone 'UTC', count(*),
-       count(*) filter (where total_errors > 0), sum(total_files_synced), sum(total_errors),
-       sum(internet_speed * 100), count(internet_speed)
-  from sync_events group by 1;
 update roll_up_state set folded_until = (select max(created_at) from sync_events);
 
 vacuum analyze;

@@ -21,23 +21,5 @@ select 1 + number % 5000, at, number % 500,
        case when abs(random()) % 10 = 0 then 1 + number % 5 else 0 end, number % 10000, at
   from moments;
 
-insert into device_jobs
-select event.device, '', count(*), sum(total_errors > 0), sum(total_files_synced), sum(total_errors),
-       sum(internet_speed), count(internet_speed), min(timestamp), max(timestamp),
-       max(iif(total_errors = 0, timestamp, null)), max(iif(total_errors > 0, timestamp, null)),
-       sum(total_errors > 0 and timestamp > coalesce(last_success, -1)), max(created_at)
-  from sync_events event
-  join (select device, max(iif(total_errors = 0, timestamp, null)) as last_success
-          from sync_events group by device) success on success.device = event.device
- group by event.device;
-
-insert into device_days
-select device, timestamp / 86400000 * 86400000, count(*), sum(total_errors > 0), sum(total_files_synced), sum(total_errors),
-       sum(internet_speed), count(internet_speed)
-  from sync_events group by 1, 2;
-insert into fleet_hours
-select timestamp / 3600000 * 3600000, count(*), sum(total_errors > 0), sum(total_files_synced), sum(total_errors),
-       sum(internet_speed), count(internet_speed)
-  from sync_events group by 1;
 update roll_up_state set folded_id = (select max(id) from sync_events);
 commit;
