@@ -23,9 +23,14 @@ const REGISTER_AND_LOCK: &str = r#"
     returning device_id
 "#;
 
-/// A separate statement, whose snapshot is taken after the locks.
+/// A separate statement, whose snapshot is taken after the locks. It looks the devices up one by one: its plan is made while
+/// the table may be empty, and kept while it grows.
 const SELECT_GROUPS: &str = r#"
-    select device_id, "group" from devices where device_id = any($1::text[])
+    select found.device_id, found."group"
+      from unnest($1::text[]) as claimed (device_id)
+     cross join lateral (
+               select device_id, "group" from devices where devices.device_id = claimed.device_id limit 1
+           ) found
 "#;
 
 /// The prepared statements.
