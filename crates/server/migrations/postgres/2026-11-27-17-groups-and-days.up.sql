@@ -13,8 +13,8 @@ alter table device_days add column duration_max bigint;
 alter table device_days add column bytes_sum bigint;
 
 -- When devices moved to another group. An event belongs to the former group of the first move after it: it was received
--- before changed_at, or its id is below changed_id, which is 0 but for moves that were copied from SQLite. Groups that
--- are empty texts stand for none, here and below.
+-- before changed_at, or its id is below changed_id, which is 0 unless moves were copied from SQLite. Neither column of a
+-- device's later move is smaller than that of an earlier one. Groups that are empty texts stand for none, here and below.
 create table group_changes (
     id           bigint generated always as identity primary key,
     device_id    varchar(255) collate "C" not null references devices (device_id) on delete cascade,
@@ -23,7 +23,8 @@ create table group_changes (
     former_group text collate "C" not null
 );
 
-create index idx_group_changes_device_id on group_changes (device_id, id);
+create index idx_group_changes_time on group_changes (device_id, changed_at, id);
+create index idx_group_changes_id on group_changes (device_id, changed_id, id);
 
 -- The runs of devices that moved, but for those in their first group: device_days has the sum of all groups.
 create table device_day_groups (
@@ -51,7 +52,7 @@ select coalesce("group", ''), day, sum(total_syncs)::bigint, sum(failed_syncs)::
   join devices using (device_id)
  group by 1, 2;
 
--- Of the last 14 days.
+-- Of the last 14 days, or for as long as events are kept, if that is shorter.
 create table group_hours (
     "group"     text collate "C" not null,
     hour        timestamptz not null,
@@ -69,10 +70,13 @@ create table device_digest (
     day        date not null,
     runs_30d   bigint not null,
     failed_30d bigint not null,
-    speed_7d   bigint
+    speed_7d   bigint,
+    -- Whether the device's days have changed since.
+    is_stale   boolean not null
 ) with (fillfactor = 80);
 
 create index idx_device_digest_speed on device_digest (speed_7d, device_id) where speed_7d is not null;
+create index idx_device_digest_stale on device_digest (device_id) where is_stale;
 
 -- Hours before this are not counted by group: they are over for long, or were aggregated before this migration.
 alter table roll_up_state add column group_hours_since timestamptz not null default '1970-01-01 00:00+00';
@@ -83,6 +87,9 @@ update roll_up_state
             having count(*) > 0),
            group_hours_since
        );
+
+-- How often the tables of groups were repaired: two repairs at once must not both change them.
+alter table roll_up_state add column group_repairs bigint not null default 0;
 
 -- The day whose digests are made, and the last device that has its own; null once all devices have.
 alter table roll_up_state add column digest_day date;

@@ -3,6 +3,7 @@
 -- The rest is made from other tables.
 alter table roll_up_state drop column digest_device;
 alter table roll_up_state drop column digest_day;
+alter table roll_up_state drop column group_repairs;
 alter table roll_up_state drop column group_hours_since;
 drop table device_digest;
 drop table group_hours;

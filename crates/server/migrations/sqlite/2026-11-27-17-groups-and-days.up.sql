@@ -12,8 +12,8 @@ alter table device_days add column duration_max integer;
 alter table device_days add column bytes_sum integer;
 
 -- When devices moved to another group. An event belongs to the former group of the first move after it: it was received
--- before changed_at, or had been aggregated, which its id shows, when the device moved. Groups that are empty texts
--- stand for none, here and below.
+-- before changed_at, or had been aggregated, which its id shows, when the device moved. Neither column of a device's later
+-- move is smaller than that of an earlier one. Groups that are empty texts stand for none, here and below.
 create table group_changes (
     id           integer primary key autoincrement,
     device       integer not null references devices (id) on delete cascade,
@@ -22,7 +22,8 @@ create table group_changes (
     former_group text    not null
 ) strict;
 
-create index idx_group_changes_device on group_changes (device, id);
+create index idx_group_changes_time on group_changes (device, changed_at, id);
+create index idx_group_changes_id on group_changes (device, changed_id, id);
 
 -- The runs of devices that moved, but for those in their first group: device_days has the sum of all groups.
 create table device_day_groups (
@@ -50,7 +51,7 @@ select ifnull(d."group", ''), days.day, sum(days.total_syncs), sum(days.failed_s
   join devices d on d.id = days.device
  group by 1, 2;
 
--- Of the last 14 days.
+-- Of the last 14 days, or for as long as events are kept, if that is shorter.
 create table group_hours (
     "group"     text    not null,
     hour        integer not null,
@@ -68,10 +69,13 @@ create table device_digest (
     day        integer not null,
     runs_30d   integer not null,
     failed_30d integer not null,
-    speed_7d   integer
+    speed_7d   integer,
+    -- 1 when the device's days have changed since.
+    is_stale   integer not null
 ) strict;
 
 create index idx_device_digest_speed on device_digest (speed_7d, device) where speed_7d is not null;
+create index idx_device_digest_stale on device_digest (device) where is_stale = 1;
 
 -- Hours before this are not counted by group: they are over for long, or were aggregated before this migration.
 alter table roll_up_state add column group_hours_since integer not null default 0;
@@ -79,6 +83,9 @@ update roll_up_state
    set group_hours_since = ifnull(
            (select min(max(hour), (unixepoch() / 3600 + 31 * 24) * 3600000) + 3600000 from fleet_hours), 0
        );
+
+-- How often the tables of groups were repaired: two repairs at once must not both change them.
+alter table roll_up_state add column group_repairs integer not null default 0;
 
 -- The day whose digests are made, and the last device that has its own; null once all devices have.
 alter table roll_up_state add column digest_day integer;

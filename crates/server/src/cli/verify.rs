@@ -146,7 +146,7 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
     Ok(None)
 }
 
-/// Says what an earlier version did not count, if anything. It is not wrong.
+/// Says what is not counted yet, if anything: an earlier version did not, or a clock was ahead. It is not wrong.
 fn say_uncounted(command: &VerifyCommand, days: usize, hours: u64) {
     if days == 0 && hours == 0 {
         return;
@@ -155,7 +155,7 @@ fn say_uncounted(command: &VerifyCommand, days: usize, hours: u64) {
         if command.repair { "counted now" } else { "counted by `pisync verify --repair`" };
     say!(
         command.json,
-        "not counted by an earlier version: speeds, durations and bytes of {days} days of devices, and {hours} hours by group; {outcome}"
+        "not counted so far: speeds, durations and bytes of {days} days of devices, and {hours} hours by group; {outcome}"
     );
 }
 

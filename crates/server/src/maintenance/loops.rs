@@ -115,7 +115,11 @@ pub(crate) async fn aggregate(store: Arc<dyn Store>, clock: Clock) {
         let aggregated = async {
             // Later events were received by a clock that was ahead. Aggregation does not wait for their time.
             let now = earlier_time(&*store, &clock).await?;
-            Ok(store.aggregate_events(now).await? || store.make_digests(now).await?)
+            if store.aggregate_events(now).await? || store.make_digests(now).await? {
+                return Ok(true);
+            }
+            store.drop_group_hours(now).await?;
+            Ok(false)
         };
         let pause = match aggregated.await {
             Ok(true) => started.elapsed() * STEP_YIELD,

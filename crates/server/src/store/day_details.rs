@@ -6,6 +6,12 @@
 /// what a column holds; a sum stays at this limit.
 pub(super) const MOST_BYTES: i64 = (1 << 62) - 1;
 
+/// The largest values of a single event: the speed in hundredths of Mbps, the duration in milliseconds, and the bytes. What
+/// foreign SQL wrote beyond counts as unknown; a sum of such numbers would fail.
+pub(super) const MOST_SPEED: i64 = 9_999_999_999;
+pub(super) const MOST_DURATION: i64 = 31_536_000_000;
+pub(super) const MOST_EVENT_BYTES: i64 = (1 << 53) - 1;
+
 /// The columns, in the order of [`DayDetails`].
 pub(super) const COLUMNS: [&str; 6] =
     ["speed_min", "speed_max", "duration_sum", "duration_count", "duration_max", "bytes_sum"];
@@ -81,13 +87,15 @@ pub struct DayDetails {
 impl DayDetails {
     /// The details of a single event.
     pub(super) fn of_event(speed: Option<i64>, duration: Option<i64>, bytes: Option<i64>) -> Self {
+        let known = |value: Option<i64>, most| value.filter(|value| (0..=most).contains(value));
+        let (speed, duration) = (known(speed, MOST_SPEED), known(duration, MOST_DURATION));
         Self {
             speed_min: speed,
             speed_max: speed,
             duration_sum: duration.unwrap_or_default(),
             duration_count: i64::from(duration.is_some()),
             duration_max: duration,
-            bytes_sum: bytes.unwrap_or_default().min(MOST_BYTES),
+            bytes_sum: known(bytes, MOST_EVENT_BYTES).unwrap_or_default(),
         }
     }
 
@@ -140,9 +148,11 @@ mod tests {
 
     #[test]
     fn details_are_read_as_they_are_written_and_a_sum_of_bytes_stays_at_its_limit() {
-        let mut day = DayDetails::of_event(Some(450), None, Some(MOST_BYTES - 1));
-        day.add(&DayDetails::of_event(None, Some(1500), Some(7)));
+        let mut day = DayDetails::of_event(Some(450), None, Some(i64::MAX));
+        day.add(&DayDetails::of_event(Some(-1), Some(1500), Some(7)));
         day.add(&DayDetails::of_event(Some(20), Some(10), None));
+        assert_eq!(day.bytes_sum, 7);
+        day.add(&DayDetails { bytes_sum: MOST_BYTES - 1, ..DayDetails::default() });
         let expected = DayDetails {
             speed_min: Some(20),
             speed_max: Some(450),

@@ -6,6 +6,9 @@ use pisync_core::{DeviceId, GroupName};
 
 use super::{Actor, Device, DeviceWithJobs, KeyPart, Page, Place, StoreError};
 
+/// No stored time is further from 1970 than this, in microseconds: the end of the year 9999.
+const LARGEST_MICROSECOND: i64 = 253_402_300_800_000_000;
+
 /// The most devices on a page of [`DeviceStore::device_ids`].
 pub(super) const DEVICE_IDS: u32 = 1_000;
 
@@ -93,8 +96,13 @@ impl DeviceSort {
             | Self::ConsecutiveFailures => (1, true),
         };
         place.key.as_ref().map_or(may_be_missing, |key| {
-            let is_right =
-                |part: &KeyPart| matches!(part, KeyPart::Text(_)) == (self == Self::Name);
+            let is_right = |part: &KeyPart| match part {
+                KeyPart::Text(_) => self == Self::Name,
+                KeyPart::Number(number) if self == Self::CreatedAt => {
+                    (-LARGEST_MICROSECOND..=LARGEST_MICROSECOND).contains(number)
+                }
+                KeyPart::Number(_) => self != Self::Name,
+            };
             key.len() == parts && key.iter().all(is_right)
         })
     }

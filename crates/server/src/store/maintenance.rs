@@ -13,9 +13,12 @@ pub trait RollUps: Send + Sync {
     /// once. Reads are always exact, and quicker after it.
     async fn aggregate_events(&self, now: Timestamp) -> Result<bool, StoreError>;
 
-    /// Makes the digests of some devices for the day of `now`. Answers whether there are more to make. `store` keeps how
-    /// far it came.
+    /// Makes the digests of some devices: stale ones first, then those of the day of `now`. Answers whether there are more
+    /// to make. The store keeps how far it came.
     async fn make_digests(&self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// Drops the runs of groups by hour that are older than two weeks, or than the events that are kept.
+    async fn drop_group_hours(&self, now: Timestamp) -> Result<(), StoreError>;
 
     /// Brings the summaries of all devices up to date whose events were aggregated since the last time. Reads are exact
     /// without it, and quicker after it.

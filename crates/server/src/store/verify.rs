@@ -87,11 +87,6 @@ impl SummaryDifferences {
         let Self { summaries, counts, totals, digests, group_days, group_hours, .. } = *self;
         summaries + counts + totals + digests + group_days + group_hours
     }
-
-    /// Whether making all of them anew changes anything.
-    pub(super) fn need_rebuild(&self) -> bool {
-        *self != Self::default()
-    }
 }
 
 /// The result of recounting one page of devices.

@@ -202,6 +202,11 @@ async fn everything_is_there_and_goes_on(fixture: &TestStore) {
             let copy = store::open(&database.target).await.unwrap();
             assert_same(&before, &seen(&*copy).await, &what);
             assert_right(&differences(&*copy, false).await);
+            // Whatever of it the copy regards as aggregated.
+            let page = copy.verify(None, received, false).await.unwrap();
+            assert_eq!((page.days, page.unfilled_days), (Vec::new(), Vec::new()), "{what}");
+            let derived = copy.verify_summaries(received, false).await.unwrap();
+            assert_eq!(derived.number(), 0, "{what}: {derived:?}");
 
             // What comes next is told apart from what was there, and counts once.
             let last = last_id(&*copy).await;

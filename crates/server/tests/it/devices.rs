@@ -18,6 +18,7 @@ both_stores!(
     every_order,
     pages,
     wrong_parameters,
+    cursors_of_awkward_ids,
     a_removed_device_starts_anew,
     devices_that_are_not_there,
 );
@@ -299,6 +300,40 @@ async fn pages(server: &TestServer) {
         data["pagination"],
         json!({"limit": 7, "offset": 55, "total": 60, "next_cursor": null, "total_devices": 60})
     );
+}
+
+/// Every page follows the one before, whatever devices are called; a place that no list can have is refused.
+async fn cursors_of_awkward_ids(server: &TestServer) {
+    let ids = ["a\\u0000b", "a'b", "a\"b", "a%b", "\u{1F600}"];
+    for device in ids {
+        server.store(&event(device)).await;
+    }
+    for sort in ["device_id", "-last_seen", "device_registered"] {
+        let (mut found, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let page =
+                server.get(&format!("/api/devices?sort={sort}&limit=1{cursor}")).await.data(200);
+            found.push(page["devices"][0]["device_id"].as_str().unwrap().to_owned());
+            let Some(next) = page["pagination"]["next_cursor"].as_str() else { break };
+            cursor = format!("&cursor={next}");
+        }
+        found.sort();
+        let mut expected = ids.map(str::to_owned).to_vec();
+        expected.sort();
+        assert_eq!(found, expected, "{sort}");
+    }
+    let refused = async |list: &str, place: String| {
+        let hex: String = place.bytes().map(|byte| format!("{byte:02x}")).collect();
+        let answer = server.get(&format!("/api/devices?sort={list}&cursor={hex}")).await;
+        assert_eq!(answer.status, 400, "{place}");
+    };
+    for number in [i64::MAX, i64::MAX - 1, i64::MIN, 253_402_300_800_000_001] {
+        for sort in ["device_registered", "-device_registered"] {
+            refused(sort, format!("[\"{sort}\",[{number}],\"a\"]")).await;
+        }
+    }
+    refused("device_id", "[\"device_id\",[],\"a\\u0000\"]".to_owned()).await;
+    refused("name", "[\"name\",[\"a\\u0000\"],\"a\"]".to_owned()).await;
 }
 
 async fn wrong_parameters(server: &TestServer) {

@@ -270,6 +270,13 @@ async fn wrong_sums_are_found_and_repaired(fixture: &TestStore) {
         assert_eq!(wrong_sums(&*fixture.store, true).await, (0, 0), "{wrong}");
         assert_eq!(fixture.store.window_figures(&window).await.unwrap(), right, "{wrong}");
     }
+    for wrong in ["update fleet_totals set speed_sum = 1", "delete from fleet_totals"] {
+        fixture.database.execute(wrong).await;
+        assert_eq!(fixture.store.verify_summaries(now(), true).await.unwrap().totals, 1, "{wrong}");
+        assert_eq!(fixture.store.verify_summaries(now(), false).await.unwrap().number(), 0);
+        let stats = fixture.store.fleet_stats(now(), 0, Freshness::Everything).await.unwrap();
+        assert_eq!(stats.figures.total_syncs, 101, "{wrong}");
+    }
     // Nor was anything counted that is not aggregated.
     aggregate(&*fixture.store).await;
     assert_eq!(fixture.store.window_figures(&window).await.unwrap(), right);

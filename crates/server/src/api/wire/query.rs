@@ -11,7 +11,7 @@ use pisync_core::{
 };
 use serde_json::Value;
 
-use crate::store::{HistoryPosition, Place, Window};
+use crate::store::{HistoryPosition, KeyPart, Place, Window};
 
 /// The largest offset: the largest integer that every JSON reader holds exactly.
 pub const MAX_OFFSET: u64 = (1 << 53) - 1;
@@ -315,8 +315,9 @@ fn read_place(list: &str, text: &str) -> Option<Place> {
     let (name, key, device_id): (String, _, String) = serde_json::from_slice(&json).ok()?;
     let place = Place { key, device_id };
     // PostgreSQL takes no text with a zero in it.
-    let is_whole = rest.is_empty() && name == list && !text.contains("5c7530303030");
-    is_whole.then_some(place)
+    let has_zero = |part: &KeyPart| matches!(part, KeyPart::Text(text) if text.contains('\0'));
+    let is_storable = !place.device_id.contains('\0') && !place.key.iter().flatten().any(has_zero);
+    (rest.is_empty() && name == list && is_storable).then_some(place)
 }
 
 #[cfg(test)]

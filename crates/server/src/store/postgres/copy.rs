@@ -286,6 +286,7 @@ async fn unknown(client: &Client) -> Result<Vec<String>, Error> {
         ("roll_up_state", "summarized_until"),
         ("roll_up_state", "announced_at"),
         ("roll_up_state", "digest_day"),
+        ("roll_up_state", "group_repairs"),
         ("roll_up_state", "digest_device"),
     ]);
     for table in TABLES {

@@ -4,21 +4,35 @@
 
 use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, GroupName, Timestamp};
-use tokio_postgres::{Error, types::ToSql};
+use tokio_postgres::{Error, IsolationLevel, Row, types::ToSql};
 
-use super::aggregated_events::{DAY, HOUR};
-use crate::store::group_runs::{HOUR_MILLISECONDS, first_kept_hour};
+use super::{
+    aggregated_events::{DAY, HOUR},
+    connect::Object,
+};
+use crate::store::group_runs::{first_countable_hour, kept_since, uncounted_hours};
 
 /// SQL for the group to which a row of `sync_events` belongs: the former group of the first move after the event, or the
-/// device's group now. A move is noted behind the watermark, so that what was aggregated before it stays where it is.
+/// device's group now. A move is noted behind the watermark, so that what was aggregated before it stays where it is. Times
+/// and ids only rise from move to move, so each index finds the first one.
 pub(super) const OF_EVENT: &str = r#"
     coalesce(
         (select former_group
            from group_changes move
-          where move.device_id = sync_events.device_id
-            and (sync_events.created_at < move.changed_at or sync_events.id < move.changed_id)
-          order by move.id
-          limit 1),
+          where move.id = least(
+                    (select id
+                       from group_changes later
+                      where later.device_id = sync_events.device_id
+                        and later.changed_at > sync_events.created_at
+                      order by later.changed_at, later.id
+                      limit 1),
+                    (select id
+                       from group_changes later
+                      where later.device_id = sync_events.device_id
+                        and later.changed_id > sync_events.id
+                      order by later.changed_id, later.id
+                      limit 1)
+                )),
         (select "group" from devices where devices.device_id = sync_events.device_id),
         ''
     )
@@ -39,7 +53,8 @@ const ADD: &str = "
 fn first_of(device_id: &str) -> String {
     format!(
         r#"coalesce(
-            (select former_group from group_changes move where move.device_id = {device_id} order by move.id limit 1),
+            (select former_group from group_changes move where move.device_id = {device_id}
+              order by move.changed_id, move.id limit 1),
             (select "group" from devices where devices.device_id = {device_id}),
             ''
         )"#
@@ -79,25 +94,26 @@ pub(super) fn add(hours: &str) -> String {
     )
 }
 
-/// A statement that adds the events of `source`, the rest of a `from` clause, to the days of devices that moved, or
-/// subtracts them with the `sign` "-". The source is called `sync_events`.
+/// A statement that adds the events of `source` that match `condition` to the days of devices that moved, or subtracts them
+/// with the `sign` "-". The source is called `sync_events`.
 pub(super) fn add_day_groups_of(source: &str, condition: &str, sign: &str) -> String {
-    let moved = moved();
+    let first = first_of("sync_events.device_id");
     format!(
         r#"insert into device_day_groups as stored (device_id, day, "group", runs, failed_runs)
            select device_id, day, of_group, {sign}runs, {sign}failed_runs
              from (
-                 select device_id, {DAY} as day, {OF_EVENT} as of_group, {EVENT_RUNS}
+                 select device_id, {DAY} as day, {OF_EVENT} as of_group, {first} as first_group, {EVENT_RUNS}
                    from {source} sync_events
-                  where {condition} and {moved}
-                  group by 1, 2, 3
-             ) counted (device_id, day, of_group, runs, failed_runs)
+                  where {condition} and device_id in (select device_id from group_changes)
+                  group by 1, 2, 3, 4
+             ) counted (device_id, day, of_group, first_group, runs, failed_runs)
+            where of_group <> first_group
             order by 1, 2, 3
                on conflict (device_id, day, "group") {ADD}"#
     )
 }
 
-/// SQL for the hours of groups to which the events of `source` belong: of_group, hour, runs, failed_runs.
+/// SQL for the hours of groups to which the events belong that match `condition`: of_group, hour, runs, failed_runs.
 fn hours_of(condition: &str) -> String {
     format!(
         "select {OF_EVENT} as of_group, {HOUR} as hour, {EVENT_RUNS}
@@ -107,29 +123,32 @@ fn hours_of(condition: &str) -> String {
     )
 }
 
-/// Subtracts a device that will be deleted. Its own rows are deleted together with it. The state is locked.
+/// Subtracts a device that will be deleted. Its own rows are deleted together with it. Hours are kept no longer than
+/// events, so the events that are left tell what to subtract from them. The state is locked.
 pub(super) async fn forget(
     transaction: &Transaction<'_>,
     device_id: &str,
     watermark: jiff::Timestamp,
 ) -> Result<(), Error> {
-    // The hours of events that are no longer kept are unknown: they are subtracted from the first hour of their day.
     let forget = format!(
-        "with kept (of_group, hour, runs, failed_runs) as materialized (
-             {}
-         ), rest as (
-             select of_group, day::timestamp at time zone 'UTC' as hour, runs, failed_runs from ({}) days
-              union all
-             select of_group, date_trunc('day', hour, 'UTC'), -runs, -failed_runs from kept
-         ), gone as (
-             select of_group, hour, -runs as runs, -failed_runs as failed_runs from kept
-              union all
-             select of_group, hour, -runs, -failed_runs from rest
-         ), {}
-         select",
+        r#"with hours as (
+             insert into group_hours as stored ("group", hour, runs, failed_runs)
+             select of_group, hour, -runs, -failed_runs
+               from ({}) kept (of_group, hour, runs, failed_runs)
+              where hour >= (select group_hours_since from roll_up_state)
+              order by 1, 2
+                 on conflict ("group", hour) {ADD}
+             returning hour
+         )
+         insert into group_days as stored ("group", day, runs, failed_runs)
+         select of_group, day, -sum(runs)::bigint, -sum(failed_runs)::bigint
+           from ({}) days
+          where (select count(*) from hours) >= 0
+          group by 1, 2
+          order by 1, 2
+             on conflict ("group", day) {ADD}"#,
         hours_of("device_id = $1 and created_at <= $2"),
-        days_of_devices("where days.device_id = $1"),
-        add("gone")
+        days_of_devices("where days.device_id = $1")
     );
     transaction.execute(&forget, &[&device_id, &watermark]).await.map(|_| ())
 }
@@ -169,62 +188,155 @@ pub(super) async fn note_move(
 ) -> Result<(), Error> {
     // Aggregation waits until the move is there for it to see.
     const LOCK: &str = "select folded_until from roll_up_state for share";
+    const MOVES: &str = r#"
+        select from devices where device_id = $1 and "group" is distinct from $2 for no key update
+    "#;
+    // Earlier moves were noted by a clock that was ahead.
+    const NOT_LATER: &str =
+        "update group_changes set changed_at = $2 where device_id = $1 and changed_at > $2";
     const NOTE: &str = r#"
         insert into group_changes (device_id, changed_at, changed_id, former_group)
-        select device_id, greatest($2, $4::timestamptz + interval '1 ms'), 0, coalesce("group", '')
+        select device_id, $2,
+               coalesce((select max(changed_id) from group_changes where device_id = $1), 0),
+               coalesce("group", '')
           from devices
-         where device_id = $1 and "group" is distinct from $3
+         where device_id = $1
     "#;
     let watermark: Option<jiff::Timestamp> = transaction.query_one(LOCK, &[]).await?.try_get(0)?;
-    let group = group.map(GroupName::as_str);
-    let parameters: [&(dyn ToSql + Sync); 4] =
-        [&device_id.as_str(), &at.to_jiff(), &group, &watermark];
-    transaction.execute(NOTE, &parameters).await.map(|_| ())
+    let (device_id, group) = (device_id.as_str(), group.map(GroupName::as_str));
+    if transaction.query_opt(MOVES, &[&device_id, &group]).await?.is_none() {
+        return Ok(());
+    }
+    let after =
+        watermark.map(|watermark| Timestamp::truncate(watermark).saturating_add_milliseconds(1));
+    let at = Some(at).max(after).unwrap_or(at).to_jiff();
+    transaction.execute(NOT_LATER, &[&device_id, &at]).await?;
+    transaction.execute(NOTE, &[&device_id, &at]).await.map(|_| ())
 }
 
-/// Drops hours that are over for long.
-pub(super) async fn drop_old_hours(
-    transaction: &Transaction<'_>,
-    now: Timestamp,
-) -> Result<(), Error> {
-    const KEEP: &str =
-        "update roll_up_state set group_hours_since = greatest(group_hours_since, $1)";
-    const DROP: &str =
-        "delete from group_hours where hour < (select group_hours_since from roll_up_state)";
-    transaction.execute(KEEP, &[&first_kept_hour(now).to_jiff()]).await?;
-    transaction.execute(DROP, &[]).await.map(|_| ())
+/// Drops hours that are over for long, or whose events are no longer kept. A clock that was ahead may have dropped hours
+/// that are still to come: from the next one on they are counted again.
+pub(super) async fn drop_old_hours(connection: &mut Object, now: Timestamp) -> Result<(), Error> {
+    const KEEP: &str = "update roll_up_state set group_hours_since = $1";
+    const DROP: &str = "delete from group_hours where hour < $1";
+    let state = State::read(&connection.query_one(STATE, &[]).await?)?;
+    let since = state.hours_since.as_millisecond();
+    let kept = kept_since(since, state.countable(now).as_millisecond(), now);
+    let Some(kept) = Timestamp::from_millisecond(kept).filter(|_| kept != since) else {
+        return Ok(());
+    };
+    let transaction = connection.transaction().await?;
+    transaction.execute(KEEP, &[&kept.to_jiff()]).await?;
+    transaction.execute(DROP, &[&kept.to_jiff()]).await?;
+    transaction.commit().await
 }
 
-/// SQL for the first hour from which on every event is kept that is dated later. $1 is the first hour that is kept.
-const COUNTABLE_SINCE: &str = "
-    (select greatest($1, date_trunc('hour', streaks_since + interval '59 min 59.999999 s', 'UTC')) from roll_up_state)
-";
-
-/// What the tables of groups must have.
-struct Expected {
-    day_groups: String,
-    days: String,
-    /// $1 is the first hour.
-    hours: String,
+/// What the tables of groups depend on.
+struct State {
+    /// Hours before this are not counted.
+    hours_since: Timestamp,
+    /// All events that are dated from this on are kept.
+    complete_since: Timestamp,
+    /// Whether all events are kept.
+    all_kept: bool,
+    /// How often the tables were repaired.
+    repairs: i64,
 }
 
-impl Expected {
-    fn new() -> Self {
-        const AGGREGATED: &str = "created_at <= (select folded_until from roll_up_state)";
-        let moved = moved();
-        Self {
-            day_groups: format!(
-                "select device_id, {DAY}, {OF_EVENT}, {EVENT_RUNS}
-                   from sync_events
-                  where {AGGREGATED} and {moved}
-                  group by 1, 2, 3"
-            ),
-            days: format!(
-                "select of_group, day, sum(runs)::bigint, sum(failed_runs)::bigint from ({}) days group by 1, 2",
-                days_of_devices("")
-            ),
-            hours: hours_of(&format!("{AGGREGATED} and timestamp >= $1")),
-        }
+impl State {
+    fn read(row: &Row) -> Result<Self, Error> {
+        let complete_since: Option<jiff::Timestamp> = row.try_get(1)?;
+        Ok(Self {
+            hours_since: Timestamp::truncate(row.try_get(0)?),
+            complete_since: complete_since.map_or(Timestamp::MIN, Timestamp::truncate),
+            all_kept: row.try_get(2)?,
+            repairs: row.try_get(3)?,
+        })
+    }
+
+    /// The first hour that can be counted.
+    fn countable(&self, now: Timestamp) -> Timestamp {
+        first_countable_hour(self.complete_since, now)
+    }
+}
+
+/// Reads a [`State`], with [`State::read`].
+const STATE: &str =
+    "select group_hours_since, streaks_since, raw_since is null, group_repairs from roll_up_state";
+
+const AGGREGATED: &str = "created_at <= (select folded_until from roll_up_state)";
+
+/// A table of groups, and SQL for what it must have. Hours have a parameter: the first one that is compared.
+struct Derived {
+    table: &'static str,
+    key: &'static str,
+    expected: String,
+    since: Option<jiff::Timestamp>,
+}
+
+fn day_groups() -> Derived {
+    let moved = moved();
+    Derived {
+        table: "device_day_groups",
+        key: r#"device_id, day, "group""#,
+        expected: format!(
+            "select device_id, {DAY}, {OF_EVENT}, {EVENT_RUNS}
+               from sync_events
+              where {AGGREGATED} and {moved}
+              group by 1, 2, 3"
+        ),
+        since: None,
+    }
+}
+
+fn days() -> Derived {
+    Derived {
+        table: "group_days",
+        key: r#""group", day"#,
+        expected: format!(
+            "select of_group, day, sum(runs)::bigint, sum(failed_runs)::bigint from ({}) days group by 1, 2",
+            days_of_devices("")
+        ),
+        since: None,
+    }
+}
+
+fn hours(since: Timestamp) -> Derived {
+    Derived {
+        table: "group_hours",
+        key: r#""group", hour"#,
+        expected: hours_of(&format!("{AGGREGATED} and timestamp >= $1")),
+        since: Some(since.to_jiff()),
+    }
+}
+
+impl Derived {
+    /// SQL for the rows that differ: their keys, and what must be added to their runs and failed runs.
+    fn differences(&self) -> String {
+        let Self { table, key, expected, since } = self;
+        let columns = format!("{key}, runs, failed_runs");
+        let compared = if since.is_some() { "where hour >= $1" } else { "" };
+        format!(
+            "with expected ({columns}) as ({expected})
+             select {key}, sum(runs)::bigint as runs, sum(failed_runs)::bigint as failed_runs
+               from (
+                   select {columns} from expected
+                   union all
+                   select {key}, -runs, -failed_runs from {table} {compared}
+               ) differences
+              group by {key}
+             having sum(runs) <> 0 or sum(failed_runs) <> 0"
+        )
+    }
+
+    fn parameters(&self) -> Vec<&(dyn ToSql + Sync)> {
+        self.since.iter().map(|since| since as &(dyn ToSql + Sync)).collect()
+    }
+
+    async fn count(&self, snapshot: &Transaction<'_>) -> Result<u64, Error> {
+        let count = format!("select count(*) from ({}) wrong", self.differences());
+        let row = snapshot.query_one(&count, &self.parameters()).await?;
+        row.try_get::<_, i64>(0).map(i64::cast_unsigned)
     }
 }
 
@@ -234,80 +346,65 @@ pub(super) async fn differences(
     snapshot: &Transaction<'_>,
     now: Timestamp,
 ) -> Result<(u64, u64, u64), Error> {
-    const STATE: &str = "select raw_since is null, group_hours_since from roll_up_state";
-    let wrong = |key: &str, stored: &str, expected: &str| {
-        let columns = format!("{key}, runs, failed_runs");
-        format!(
-            "with expected ({columns}) as ({expected})
-             select count(*)
-               from (
-                   select {key}
-                     from (
-                         select {columns} from {stored}
-                         union all
-                         select {key}, -runs, -failed_runs from expected
-                     ) differences
-                    group by {key}
-                   having sum(runs) <> 0 or sum(failed_runs) <> 0
-               ) wrong"
-        )
-    };
-    let count = async |select: String, parameters: &[&(dyn ToSql + Sync)]| -> Result<u64, Error> {
-        let row = snapshot.query_one(&select, parameters).await?;
-        row.try_get::<_, i64>(0).map(i64::cast_unsigned)
-    };
-    let Expected { day_groups, days, hours } = Expected::new();
-    let state = snapshot.query_one(STATE, &[]).await?;
-    let (all_kept, since): (bool, jiff::Timestamp) = (state.try_get(0)?, state.try_get(1)?);
-    let mut wrong_days = count(wrong(r#""group", day"#, "group_days", &days), &[]).await?;
-    if all_kept {
-        let key = r#"device_id, day, "group""#;
-        wrong_days += count(wrong(key, "device_day_groups", &day_groups), &[]).await?;
+    let state = State::read(&snapshot.query_one(STATE, &[]).await?)?;
+    let mut wrong_days = days().count(snapshot).await?;
+    if state.all_kept {
+        wrong_days += day_groups().count(snapshot).await?;
     }
-    let countable = countable_since(snapshot, now).await?;
-    let counted = since.max(countable);
-    let stored = "group_hours where hour >= $1";
-    let wrong_hours = count(wrong(r#""group", hour"#, stored, &hours), &[&counted]).await?;
-    let end = since.min(now.to_jiff()).as_millisecond();
-    let uncounted = (end - countable.as_millisecond()).max(0) / HOUR_MILLISECONDS;
-    Ok((wrong_days, wrong_hours, uncounted.cast_unsigned()))
+    let (since, countable) = (state.hours_since, state.countable(now));
+    let wrong_hours = hours(since.max(countable)).count(snapshot).await?;
+    let uncounted = uncounted_hours(since.as_millisecond(), countable.as_millisecond(), now);
+    Ok((wrong_days, wrong_hours, uncounted))
 }
 
-async fn countable_since(
-    transaction: &Transaction<'_>,
-    now: Timestamp,
-) -> Result<jiff::Timestamp, Error> {
-    let select = format!("select {COUNTABLE_SINCE}");
-    let kept = first_kept_hour(now).to_jiff();
-    transaction.query_one(&select, &[&kept]).await?.try_get(0)
-}
-
-/// Makes days and hours of groups anew from what they are made from, as far as that is kept. The state is locked.
-pub(super) async fn rebuild(transaction: &Transaction<'_>, now: Timestamp) -> Result<(), Error> {
-    const COUNTED: &str =
+/// Corrects the tables. Each is compared in a snapshot of its own, for which nobody waits. Aggregation and deletions change a
+/// row and what it must have alike, so that what is to be added stays right until it is added. Only another repair would
+/// make it wrong: then nothing is added.
+pub(super) async fn repair(connection: &mut Object, now: Timestamp) -> Result<(), Error> {
+    const COUNT_ALL: &str =
         "update roll_up_state set group_hours_since = least(group_hours_since, $1)";
-    let Expected { day_groups, days, hours } = Expected::new();
-    let all_kept: bool = transaction
-        .query_one("select raw_since is null from roll_up_state", &[])
-        .await?
-        .try_get(0)?;
-    if all_kept {
-        transaction
-            .batch_execute(&format!(
-                r#"delete from device_day_groups;
-                   insert into device_day_groups (device_id, day, "group", runs, failed_runs) {day_groups}"#
-            ))
+    const COUNT: &str =
+        "update roll_up_state set group_repairs = group_repairs + 1 where group_repairs = $1";
+    let state = State::read(&connection.query_one(STATE, &[]).await?)?;
+    let countable = state.countable(now);
+    connection.execute(COUNT_ALL, &[&countable.to_jiff()]).await?;
+    // Days are made from the days of devices that moved.
+    for derived in [day_groups(), days(), hours(countable)] {
+        let key = derived.key;
+        let find = format!(
+            "drop table if exists pg_temp.corrections;
+             create temporary table corrections on commit preserve rows as {}",
+            derived.differences()
+        );
+        let correct = format!(
+            "insert into {} as stored ({key}, runs, failed_runs)
+             select {key}, runs, failed_runs from corrections order by {key}
+                 on conflict ({key}) {ADD}",
+            derived.table
+        );
+        let snapshot = connection
+            .build_transaction()
+            .isolation_level(IsolationLevel::RepeatableRead)
+            .start()
             .await?;
+        snapshot.batch_execute("set local statement_timeout = 0").await?;
+        let state = State::read(&snapshot.query_one(STATE, &[]).await?)?;
+        if !state.all_kept && derived.table == "device_day_groups" {
+            continue;
+        }
+        // A statement that makes a table takes no parameters.
+        let find = match derived.since {
+            None => find,
+            Some(since) => find.replace("$1", &format!("timestamptz '{since}'")),
+        };
+        snapshot.batch_execute(&find).await?;
+        snapshot.commit().await?;
+        let transaction = connection.transaction().await?;
+        if transaction.execute(COUNT, &[&state.repairs]).await? == 1 {
+            transaction.execute(&correct, &[]).await?;
+        }
+        transaction.batch_execute("drop table corrections").await?;
+        transaction.commit().await?;
     }
-    transaction
-        .batch_execute(&format!(
-            r#"delete from group_days;
-               insert into group_days ("group", day, runs, failed_runs) {days}"#
-        ))
-        .await?;
-    let countable = countable_since(transaction, now).await?;
-    transaction.execute("delete from group_hours where hour >= $1", &[&countable]).await?;
-    let insert = format!(r#"insert into group_hours ("group", hour, runs, failed_runs) {hours}"#);
-    transaction.execute(&insert, &[&countable]).await?;
-    transaction.execute(COUNTED, &[&countable]).await.map(|_| ())
+    Ok(())
 }

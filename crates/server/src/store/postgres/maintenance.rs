@@ -34,6 +34,10 @@ impl RollUps for PostgresStore {
         self.call_within(roll_ups::AGGREGATION_TIMEOUT, work).await
     }
 
+    async fn drop_group_hours(&self, now: Timestamp) -> Result<(), StoreError> {
+        self.call(async |connection| groups::drop_old_hours(connection, now).await).await
+    }
+
     async fn refresh_summaries(&self) -> Result<(), StoreError> {
         let outdated = async |connection: &mut Object| summaries::outdated(connection).await;
         let outdated = self.call_within(roll_ups::AGGREGATION_TIMEOUT, outdated).await?;
@@ -51,12 +55,6 @@ impl RollUps for PostgresStore {
 #[async_trait]
 impl Maintenance for PostgresStore {
     async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
-        self.call(async |connection| {
-            let transaction = connection.transaction().await?;
-            groups::drop_old_hours(&transaction, now).await?;
-            transaction.commit().await
-        })
-        .await?;
         self.call_unbounded(async |connection| partitions::ensure_ahead(connection, now).await)
             .await
     }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::store::{
     Figures, Sums, Window,
-    day_details::{self, MOST_BYTES},
+    day_details::{self, MOST_BYTES, MOST_DURATION, MOST_EVENT_BYTES, MOST_SPEED},
 };
 
 /// Events received longer ago than this are final, once older transactions have ended. A batch's transaction begins
@@ -75,11 +75,15 @@ pub(super) fn event_sums() -> String {
 }
 
 /// SQL for the details of rows of `sync_events`, in the order of [`day_details::COLUMNS`].
-pub(super) fn event_details() -> String {
+fn event_details() -> String {
+    let known =
+        |value: &str, most: i64| format!("case when {value} between 0 and {most} then {value} end");
+    let speed = known("(internet_speed * 100)", MOST_SPEED);
+    let duration = known("(duration_seconds * 1000)", MOST_DURATION);
+    let bytes = known("bytes_synced", MOST_EVENT_BYTES);
     format!(
-        "min(internet_speed * 100)::bigint, max(internet_speed * 100)::bigint,
-         coalesce(sum(duration_seconds * 1000), 0)::bigint, count(duration_seconds),
-         max(duration_seconds * 1000)::bigint, least(coalesce(sum(bytes_synced), 0), {MOST_BYTES})::bigint"
+        "min({speed})::bigint, max({speed})::bigint, coalesce(sum({duration}), 0)::bigint, count({duration}),
+         max({duration})::bigint, least(coalesce(sum({bytes}), 0), {MOST_BYTES})::bigint"
     )
 }
 
@@ -156,15 +160,20 @@ pub(super) async fn recount_totals(transaction: &Transaction<'_>) -> Result<(), 
 /// The statement of [`recount_totals`].
 pub(super) fn recount_totals_statement() -> String {
     let sums = Sums::sql(|column| format!("coalesce(sum({column}), 0)::bigint"));
-    format!("update fleet_totals set ({}) = (select {sums} from fleet_hours)", Sums::names())
+    let set = Sums::sql(|column| format!("{column} = excluded.{column}"));
+    format!(
+        "insert into fleet_totals (id, {}) select 1, {sums} from fleet_hours
+             on conflict (id) do update set {set}",
+        Sums::names()
+    )
 }
 
-/// Whether the totals differ from the sums of the hours.
+/// Whether the totals differ from the sums of the hours, or are missing.
 pub(super) async fn totals_are_wrong(snapshot: &Transaction<'_>) -> Result<bool, Error> {
     let names = Sums::names();
     let sums = Sums::sql(|column| format!("coalesce(sum({column}), 0)::bigint"));
     let differ = format!(
-        "select exists (select {names} from fleet_totals except select {sums} from fleet_hours)"
+        "select not exists (select {names} from fleet_totals intersect select {sums} from fleet_hours)"
     );
     snapshot.query_one(&differ, &[]).await?.try_get(0)
 }
@@ -214,7 +223,7 @@ pub(super) async fn aggregate_days_again(
     transaction.execute("delete from device_days where device_id = $1", &[&device_id]).await?;
     transaction.execute(&aggregate, &[&device_id, &watermark]).await?;
     groups::count_device_again(transaction, device_id, watermark).await?;
-    digests::count_again(transaction, device_id).await
+    digests::note_stale(transaction, device_id).await
 }
 
 /// Adds a device's aggregated events to the sums by hour and by group. The state is locked.
@@ -286,7 +295,7 @@ pub(super) async fn delete_events(
             transaction.query_one(&delete, &parameters).await?
         }
     };
-    digests::count_again(transaction, device_id).await?;
+    digests::note_stale(transaction, device_id).await?;
     deleted.try_get::<_, i64>(0).map(i64::cast_unsigned)
 }
 
@@ -319,7 +328,7 @@ pub(super) struct BelowWatermarkStatements {
     aggregate_days: Statement,
     aggregate_day_groups: Statement,
     aggregate_hours: Statement,
-    count_late: Statement,
+    note_late: Statement,
     note_stale: Statement,
 }
 
@@ -327,12 +336,12 @@ impl BelowWatermarkStatements {
     pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
         let source = format!("{BELOW_WATERMARK} sync_events");
         let day_groups = groups::add_day_groups_of(BELOW_WATERMARK, "true", "");
-        let late = digests::count_late_of(&format!("{source} where true"));
+        let late = digests::note_late_of(&format!("{source} where true"));
         Ok(Self {
             aggregate_days: client.prepare(&aggregate_days_of(&source)).await?,
             aggregate_day_groups: client.prepare(&day_groups).await?,
             aggregate_hours: client.prepare(&aggregate_hours_of(&source)).await?,
-            count_late: client.prepare(&late).await?,
+            note_late: client.prepare(&late).await?,
             note_stale: client.prepare(&summaries::note_stale_of(&source)).await?,
         })
     }
@@ -345,7 +354,7 @@ impl BelowWatermarkStatements {
     ) -> Result<(), Error> {
         client.execute(&self.aggregate_days, parameters).await?;
         client.execute(&self.aggregate_day_groups, parameters).await?;
-        client.execute(&self.count_late, parameters).await?;
+        client.execute(&self.note_late, parameters).await?;
         client.execute(&self.note_stale, parameters).await?;
         client.execute(&self.aggregate_hours, parameters).await.map(|_| ())
     }
@@ -390,42 +399,88 @@ pub(super) async fn aggregate(
 
 /// SQL for the rows of a table of sums, as if exactly the events received up to `until` were aggregated; without `until`,
 /// all events. It adds the events that are not aggregated yet to the stored rows. It subtracts aggregated events that
-/// were received later than `until`.
+/// were received later than `until`. Ranges of values cannot be subtracted from: days with later events are counted again,
+/// as long as all events are kept.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     const WATERMARK: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
+    const ALL_KEPT: &str = "(select raw_since is null from roll_up_state)";
     let TableOfSums { key, of_event, columns, negative, event_sums, added_up, counted } =
         TableOfSums::of(table);
     let numbers: Vec<_> = (1..=key.split(',').count()).map(|number| number.to_string()).collect();
     let groups = numbers.join(", ");
-    let (received, later) = match until {
-        None => (String::new(), String::new()),
-        Some(until) => (
-            format!("and created_at <= '{until}'"),
-            format!(
-                "union all
-                 select * from (
-                     with later ({key}, {columns}) as (
-                         select {of_event}, {event_sums}
-                           from sync_events
-                          where created_at <= {WATERMARK} and created_at > '{until}' and {counted}
-                          group by {groups}
-                     )
-                     select {key}, {negative} from later
-                 ) negative"
-            ),
-        ),
+    let Some(until) = until else {
+        return format!(
+            "(
+                select {key}, {added_up}
+                  from (
+                      select {key}, {columns} from {table}
+                      union all
+                      select {of_event}, {event_sums}
+                        from sync_events
+                       where created_at > {WATERMARK} and {counted}
+                       group by {groups}
+                  ) deltas
+                 group by {groups}
+            )"
+        );
+    };
+    let counts_again = table == "device_days";
+    let touched = if counts_again {
+        format!(
+            "select distinct device_id, {DAY}
+               from sync_events
+              where created_at <= {WATERMARK} and created_at > '{until}' and {ALL_KEPT}"
+        )
+    } else {
+        // No row has this key.
+        "select null, null where false".to_owned()
+    };
+    let (untouched_rows, untouched_events, subtracted) = if counts_again {
+        (
+            "where (device_id, day) not in (select * from touched)",
+            format!("and (device_id, {DAY}) not in (select * from touched)"),
+            format!("and not {ALL_KEPT}"),
+        )
+    } else {
+        ("", String::new(), String::new())
+    };
+    let counted_again = if counts_again {
+        format!(
+            "union all
+             select touched.device_id, touched.day, {event_sums}
+               from touched
+               join sync_events
+                    on sync_events.device_id = touched.device_id
+                   and timestamp >= touched.day::timestamp at time zone 'UTC'
+                   and timestamp < (touched.day + 1)::timestamp at time zone 'UTC'
+              where created_at <= '{until}'
+              group by 1, 2"
+        )
+    } else {
+        String::new()
     };
     format!(
         "(
+            with touched (device_id, day) as materialized ({touched})
             select {key}, {added_up}
               from (
-                  select {key}, {columns} from {table}
+                  select {key}, {columns} from {table} {untouched_rows}
                   union all
                   select {of_event}, {event_sums}
                     from sync_events
-                   where created_at > {WATERMARK} {received} and {counted}
+                   where created_at > {WATERMARK} and created_at <= '{until}' and {counted} {untouched_events}
                    group by {groups}
-                  {later}
+                  {counted_again}
+                  union all
+                  select * from (
+                      with later ({key}, {columns}) as (
+                          select {of_event}, {event_sums}
+                            from sync_events
+                           where created_at <= {WATERMARK} and created_at > '{until}' and {counted} {subtracted}
+                           group by {groups}
+                      )
+                      select {key}, {negative} from later
+                  ) negative
               ) deltas
              group by {groups}
         )"
@@ -512,7 +567,7 @@ pub(super) async fn aggregate_between(
     transaction.execute(&aggregate_days_of(EVENTS), &[&after, &until]).await?;
     transaction.execute(&day_groups, &[&after, &until]).await?;
     transaction.execute(&aggregate_hours_of(EVENTS), &[&after, &until]).await?;
-    transaction.execute(&digests::count_late_of(EVENTS), &[&after, &until]).await?;
+    transaction.execute(&digests::note_late_of(EVENTS), &[&after, &until]).await?;
     transaction.execute("update roll_up_state set folded_until = $1", &[&until]).await?;
     Ok(())
 }

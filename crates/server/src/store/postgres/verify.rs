@@ -121,11 +121,11 @@ impl Verification for PostgresStore {
             summary_differences(connection, now).await.map_err(store_error)
         };
         let found = self.call_unbounded(compare).await?;
-        if repair && found.need_rebuild() {
-            let rebuild = async |connection: &mut Object| {
-                rebuild_summaries(connection, now).await.map_err(store_error)
+        if repair {
+            let make_good = async |connection: &mut Object| {
+                repair_summaries(connection, &found, now).await.map_err(store_error)
             };
-            self.call_unbounded(rebuild).await?;
+            self.call_unbounded(make_good).await?;
         }
         Ok(found)
     }
@@ -379,7 +379,26 @@ async fn summary_differences(
     })
 }
 
-async fn rebuild_summaries(connection: &mut Object, now: Timestamp) -> Result<(), Error> {
+/// Makes good what was found.
+async fn repair_summaries(
+    connection: &mut Object,
+    found: &SummaryDifferences,
+    now: Timestamp,
+) -> Result<(), Error> {
+    if found.summaries + found.counts + found.totals > 0 {
+        rebuild_summaries(connection).await?;
+    }
+    if found.group_days + found.group_hours + found.uncounted_group_hours > 0 {
+        groups::repair(connection, now).await?;
+    }
+    if found.digests > 0 {
+        digests::note_wrong(connection).await?;
+        while digests::make_stale(connection).await? {}
+    }
+    Ok(())
+}
+
+async fn rebuild_summaries(connection: &mut Object) -> Result<(), Error> {
     let transaction = connection.transaction().await?;
     transaction.batch_execute(NO_TIME_LIMIT).await?;
     // In the order of aggregation. With the first lock, no node brings summaries up to date meanwhile.
@@ -387,8 +406,6 @@ async fn rebuild_summaries(connection: &mut Object, now: Timestamp) -> Result<()
     aggregated_events::lock_state(&transaction).await?;
     transaction.batch_execute(&summaries::rebuild_statements()).await?;
     roll_ups::recount_totals(&transaction).await?;
-    groups::rebuild(&transaction, now).await?;
-    digests::rebuild(&transaction).await?;
     transaction.commit().await
 }
 

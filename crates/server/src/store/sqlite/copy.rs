@@ -262,6 +262,7 @@ fn unknown(connection: &Connection) -> rusqlite::Result<Vec<String>> {
         ("roll_up_state", "summarized_id"),
         ("roll_up_state", "summarized_device"),
         ("roll_up_state", "digest_day"),
+        ("roll_up_state", "group_repairs"),
         ("roll_up_state", "digest_device"),
     ]);
     for table in TABLES {

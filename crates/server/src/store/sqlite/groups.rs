@@ -5,7 +5,10 @@
 use std::collections::BTreeMap;
 
 use pisync_core::{DeviceId, GroupName, Timestamp};
-use rusqlite::{Connection, Params, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{
+    Connection, OptionalExtension, Params, Row, Transaction, TransactionBehavior, params,
+    params_from_iter, types::Value,
+};
 
 use super::{
     aggregated_events::{self, DAY, DELETED_EVENTS, DeletedEvents, HOUR},
@@ -14,21 +17,32 @@ use super::{
 };
 use crate::store::{
     Sums,
-    group_runs::{HOUR_MILLISECONDS, first_kept_hour},
+    group_runs::{first_countable_hour, kept_since, uncounted_hours},
     verify::DAY_MILLISECONDS,
 };
 
 /// SQL for the group to which a row of `sync_events` belongs: the former group of the first move after the event, or the
 /// device's group now. A move says by time what came before it. What had been aggregated by then is recognized by its
-/// id, so that a clock that was ahead changes no group's past.
+/// id, so that a clock that was ahead changes no group's past. Both only rise from move to move, so each index finds the
+/// first one.
 pub(super) const OF_EVENT: &str = r#"
     coalesce(
         (select former_group
            from group_changes move
-          where move.device = sync_events.device
-            and (sync_events.created_at < move.changed_at or sync_events.id < move.changed_id)
-          order by move.id
-          limit 1),
+          where move.id = min(
+                    ifnull((select id
+                              from group_changes later
+                             where later.device = sync_events.device
+                               and later.changed_at > sync_events.created_at
+                             order by later.changed_at, later.id
+                             limit 1), 9223372036854775807),
+                    ifnull((select id
+                              from group_changes later
+                             where later.device = sync_events.device
+                               and later.changed_id > sync_events.id
+                             order by later.changed_id, later.id
+                             limit 1), 9223372036854775807)
+                )),
         (select "group" from devices where devices.id = sync_events.device),
         ''
     )
@@ -44,7 +58,8 @@ pub(super) const EVENT_RUNS: &str = "count(*), ifnull(sum(total_errors > 0), 0)"
 fn first_of(device: &str) -> String {
     format!(
         r#"coalesce(
-            (select former_group from group_changes move where move.device = {device} order by move.id limit 1),
+            (select former_group from group_changes move where move.device = {device}
+              order by move.changed_id, move.id limit 1),
             (select "group" from devices where devices.id = {device}),
             ''
         )"#
@@ -88,10 +103,18 @@ impl GroupHour {
 }
 
 /// Adds runs to the hours and days of groups.
-pub(super) fn add(
-    transaction: &Transaction<'_>,
-    hours: impl Iterator<Item = GroupHour>,
-) -> rusqlite::Result<()> {
+pub(super) fn add(transaction: &Transaction<'_>, hours: &[GroupHour]) -> rusqlite::Result<()> {
+    add_hours(transaction, hours)?;
+    let mut days = BTreeMap::<(String, i64), (i64, i64)>::new();
+    for GroupHour { group, hour, runs, failed_runs } in hours {
+        let day = hour - hour.rem_euclid(DAY_MILLISECONDS);
+        let of_day = days.entry((group.clone(), day)).or_default();
+        *of_day = (of_day.0 + runs, of_day.1 + failed_runs);
+    }
+    add_days(transaction, days.into_iter().map(|((group, day), runs)| (group, day, runs)))
+}
+
+fn add_hours(transaction: &Transaction<'_>, hours: &[GroupHour]) -> rusqlite::Result<()> {
     const ADD_TO_HOUR: &str = r#"
         insert into group_hours as stored ("group", hour, runs, failed_runs)
         select ?1, ?2, ?3, ?4
@@ -100,14 +123,10 @@ pub(super) fn add(
            set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs
     "#;
     let mut add_to_hour = transaction.prepare_cached(ADD_TO_HOUR)?;
-    let mut days = BTreeMap::<(String, i64), (i64, i64)>::new();
     for GroupHour { group, hour, runs, failed_runs } in hours {
         add_to_hour.execute(params![group, hour, runs, failed_runs])?;
-        let day = hour - hour.rem_euclid(DAY_MILLISECONDS);
-        let of_day = days.entry((group, day)).or_default();
-        *of_day = (of_day.0 + runs, of_day.1 + failed_runs);
     }
-    add_days(transaction, days.into_iter().map(|((group, day), runs)| (group, day, runs)))
+    Ok(())
 }
 
 fn add_days(
@@ -144,15 +163,17 @@ pub(super) fn add_moved(
 /// A statement that adds the events of `source`, the rest of a `from` clause, to `device_day_groups`, or subtracts them with
 /// the `sign` "-".
 fn add_day_groups(source: &str, sign: &str) -> String {
-    let moved = moved();
+    let first = first_of("sync_events.device");
     format!(
-        r#"with counted (device, day, of_group, runs, failed_runs) as materialized (
-            select device, {DAY}, {OF_EVENT} as of_group, {EVENT_RUNS}
-              from {source} and {moved}
-             group by 1, 2, 3
+        r#"with counted (device, day, of_group, first_group, runs, failed_runs) as materialized (
+            select device, {DAY}, {OF_EVENT} as of_group, {first} as first_group, {EVENT_RUNS}
+              from {source} and device in (select device from group_changes)
+             group by 1, 2, 3, 4
          )
          insert into device_day_groups as stored (device, day, "group", runs, failed_runs)
-         select device, day, of_group, {sign}runs, {sign}failed_runs from counted where true
+         select device, day, of_group, {sign}runs, {sign}failed_runs
+           from counted
+          where of_group <> first_group
              on conflict (device, day, "group") do update
             set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs"#
     )
@@ -183,7 +204,7 @@ pub(super) fn subtract(
     let condition = format!("{DELETED_EVENTS} and id <= ?5");
     let parameters = params![device, received_until, timestamp, id, watermark];
     let hours = hours_of(transaction, &condition, parameters)?;
-    add(transaction, hours.into_iter().map(GroupHour::negative))?;
+    add(transaction, &hours.into_iter().map(GroupHour::negative).collect::<Vec<_>>())?;
     let source = format!("sync_events where {condition}");
     transaction.prepare_cached(&add_day_groups(&source, "-"))?.execute(parameters).map(|_| ())
 }
@@ -195,38 +216,24 @@ pub(super) fn add_device(
     watermark: i64,
 ) -> rusqlite::Result<()> {
     let hours = hours_of(transaction, "device = ?1 and id <= ?2", [device, watermark])?;
-    add(transaction, hours.into_iter())
+    add(transaction, &hours)
 }
 
-/// Subtracts a device that will be deleted. Its own rows are deleted together with it.
+/// Subtracts a device that will be deleted. Its own rows are deleted together with it. Hours are kept no longer than
+/// events, so the events that are left tell what to subtract from them.
 pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
     let days = format!(
-        r#"select of_group, day, sum(runs), sum(failed_runs) from ({}) group by 1, 2"#,
+        "select of_group, day, -sum(runs), -sum(failed_runs) from ({}) group by 1, 2",
         days_of_devices("where days.device = ?1")
     );
-    let days: Vec<GroupHour> = transaction
-        .prepare_cached(&days)?
-        .query_map([device], GroupHour::read)?
-        .collect::<rusqlite::Result<_>>()?;
-    // The hours of events that are no longer kept are unknown: they are subtracted from the first hour of their day.
     let watermark = aggregated_events::watermark(transaction)?;
-    let kept = hours_of(transaction, "device = ?1 and id <= ?2", [device, watermark])?;
-    let mut rest = BTreeMap::<(String, i64), (i64, i64)>::new();
-    for GroupHour { group, hour, runs, failed_runs } in days {
-        rest.insert((group, hour), (runs, failed_runs));
-    }
-    for GroupHour { group, hour, runs, failed_runs } in &kept {
-        let day = hour - hour.rem_euclid(DAY_MILLISECONDS);
-        let of_day = rest.entry((group.clone(), day)).or_default();
-        *of_day = (of_day.0 - runs, of_day.1 - failed_runs);
-    }
-    let rest = rest.into_iter().map(|((group, hour), (runs, failed_runs))| GroupHour {
-        group,
-        hour,
-        runs,
-        failed_runs,
-    });
-    add(transaction, kept.into_iter().chain(rest).map(GroupHour::negative))
+    let hours = hours_of(transaction, "device = ?1 and id <= ?2", [device, watermark])?;
+    add_hours(transaction, &hours.into_iter().map(GroupHour::negative).collect::<Vec<_>>())?;
+    let days: Vec<_> = transaction
+        .prepare_cached(&days)?
+        .query_map([device], |row| Ok((row.get(0)?, row.get(1)?, (row.get(2)?, row.get(3)?))))?
+        .collect::<rusqlite::Result<_>>()?;
+    add_days(transaction, days.into_iter())
 }
 
 /// SQL for the days of devices with the group to which they belong: of_group, day, runs, failed_runs. `condition` chooses
@@ -261,69 +268,158 @@ pub(super) fn note_move(
     group: Option<&GroupName>,
     at: Timestamp,
 ) -> rusqlite::Result<()> {
+    const MOVES: &str = r#"select id from devices where device_id = ?1 and "group" is not ?2"#;
+    // Earlier moves were noted by a clock that was ahead.
+    const NOT_LATER: &str =
+        "update group_changes set changed_at = ?2 where device = ?1 and changed_at > ?2";
     const NOTE: &str = r#"
         insert into group_changes (device, changed_at, changed_id, former_group)
         select id, ?2, (select folded_id + 1 from roll_up_state), ifnull("group", '')
           from devices
-         where device_id = ?1 and "group" is not ?3
+         where id = ?1
     "#;
     let group = group.map(GroupName::as_str);
-    transaction
-        .prepare_cached(NOTE)?
-        .execute(params![device_id.as_str(), at.as_millisecond(), group])
-        .map(|_| ())
+    let device: Option<i64> = transaction
+        .prepare_cached(MOVES)?
+        .query_row(params![device_id.as_str(), group], |row| row.get(0))
+        .optional()?;
+    let Some(device) = device else { return Ok(()) };
+    for statement in [NOT_LATER, NOTE] {
+        transaction.prepare_cached(statement)?.execute([device, at.as_millisecond()])?;
+    }
+    Ok(())
 }
 
-/// Drops hours that are over for long.
+/// Drops hours that are over for long, or whose events are no longer kept. A clock that was ahead may have dropped hours
+/// that are still to come: from the next one on they are counted again.
 pub(super) fn drop_old_hours(writer: &mut WriteConnection, now: Timestamp) -> rusqlite::Result<()> {
-    const KEEP: &str = "update roll_up_state set group_hours_since = max(group_hours_since, ?1)";
-    const DROP: &str =
-        "delete from group_hours where hour < (select group_hours_since from roll_up_state)";
+    const KEEP: &str = "update roll_up_state set group_hours_since = ?1";
+    const DROP: &str = "delete from group_hours where hour < ?1";
+    let since = hours_since(&writer.connection)?;
+    let kept = kept_since(since, countable_since(&writer.connection, now)?, now);
+    if kept == since {
+        return Ok(());
+    }
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    transaction.execute(KEEP, [first_kept_hour(now).as_millisecond()])?;
-    transaction.execute(DROP, [])?;
+    transaction.execute(KEEP, [kept])?;
+    transaction.execute(DROP, [kept])?;
     transaction.commit()
 }
 
-/// The first hour from which on every event is kept that is dated later.
+/// The first hour from which on every event is kept that is dated later, and hours are kept.
 fn countable_since(connection: &Connection, now: Timestamp) -> rusqlite::Result<i64> {
-    let events_since = expiry::streaks_since(connection)?.as_millisecond();
-    let hour = events_since.saturating_add(HOUR_MILLISECONDS - 1);
-    let hour = hour.saturating_sub(hour.rem_euclid(HOUR_MILLISECONDS));
-    Ok(hour.max(first_kept_hour(now).as_millisecond()))
+    Ok(first_countable_hour(expiry::streaks_since(connection)?, now).as_millisecond())
 }
 
-/// What the tables of groups must have. The parameter is the first hour to count.
-struct Expected {
-    day_groups: String,
-    days: String,
-    hours: String,
+fn hours_since(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.query_row("select group_hours_since from roll_up_state", [], |row| row.get(0))
 }
 
-impl Expected {
-    fn new() -> Self {
-        const AGGREGATED: &str = "id <= (select folded_id from roll_up_state)";
-        let moved = moved();
-        Self {
-            day_groups: format!(
-                "select device, {DAY} as day, {OF_EVENT} as of_group, {EVENT_RUNS}
-                   from sync_events
-                  where {AGGREGATED} and {moved}
-                  group by 1, 2, 3"
-            ),
-            days: format!(
-                "select of_group, day, sum(runs), sum(failed_runs) from ({}) group by 1, 2",
-                days_of_devices("")
-            ),
-            // Neither counts nor dates keep SQLite from reading the events one after the other.
-            hours: format!(
-                "select {OF_EVENT} as of_group, {HOUR} as hour, {EVENT_RUNS}
-                   from sync_events not indexed
-                  where {AGGREGATED} and timestamp >= ?1
-                  group by 1, 2"
-            ),
-        }
+/// A table of groups, and SQL for what it must have.
+struct Derived {
+    table: &'static str,
+    key: &'static str,
+    expected: String,
+    /// The first hour that is compared; `None` for days.
+    since: Option<i64>,
+}
+
+const AGGREGATED: &str = "id <= (select folded_id from roll_up_state)";
+
+fn day_groups() -> Derived {
+    let moved = moved();
+    Derived {
+        table: "device_day_groups",
+        key: r#"device, day, "group""#,
+        expected: format!(
+            "select device, {DAY} as day, {OF_EVENT} as of_group, {EVENT_RUNS}
+               from sync_events
+              where {AGGREGATED} and {moved}
+              group by 1, 2, 3"
+        ),
+        since: None,
+    }
+}
+
+fn days() -> Derived {
+    Derived {
+        table: "group_days",
+        key: r#""group", day"#,
+        expected: format!(
+            "select of_group, day, sum(runs), sum(failed_runs) from ({}) group by 1, 2",
+            days_of_devices("")
+        ),
+        since: None,
+    }
+}
+
+fn hours(since: i64) -> Derived {
+    Derived {
+        table: "group_hours",
+        key: r#""group", hour"#,
+        // SQLite is to read the events one after the other.
+        expected: format!(
+            "select {OF_EVENT} as of_group, {HOUR} as hour, {EVENT_RUNS}
+               from sync_events not indexed
+              where {AGGREGATED} and timestamp >= ?1
+              group by 1, 2"
+        ),
+        since: Some(since),
+    }
+}
+
+impl Derived {
+    /// SQL for the rows that differ: their keys, and what must be added to their runs and failed runs.
+    fn differences(&self) -> String {
+        let Self { table, key, expected, since } = self;
+        let numbers: Vec<_> =
+            (1..=key.split(", ").count()).map(|number| number.to_string()).collect();
+        let numbers = numbers.join(", ");
+        let columns = format!("{key}, runs, failed_runs");
+        let compared = if since.is_some() { "where hour >= ?1" } else { "" };
+        format!(
+            "with expected ({columns}) as ({expected})
+             select {key}, sum(runs) as runs, sum(failed_runs) as failed_runs
+               from (
+                   select {columns} from expected
+                   union all
+                   select {key}, -runs, -failed_runs from {table} {compared}
+               )
+              group by {numbers}
+             having sum(runs) <> 0 or sum(failed_runs) <> 0"
+        )
+    }
+
+    fn count(&self, connection: &Connection) -> rusqlite::Result<u64> {
+        let count = format!("select count(*) from ({})", self.differences());
+        let number = connection
+            .query_row(&count, params_from_iter(self.since), |row| row.get::<_, i64>(0))?;
+        Ok(number.cast_unsigned())
+    }
+
+    /// Reads what must be added to which rows.
+    fn corrections(&self, connection: &Connection) -> rusqlite::Result<Vec<Vec<Value>>> {
+        let columns = self.key.split(", ").count() + 2;
+        connection
+            .prepare(&self.differences())?
+            .query_map(params_from_iter(self.since), |row| {
+                (0..columns).map(|column| row.get(column)).collect()
+            })?
+            .collect()
+    }
+
+    /// The statement that adds a correction.
+    fn correct(&self) -> String {
+        let Self { table, key, .. } = self;
+        let numbers: Vec<_> =
+            (1..=key.split(", ").count() + 2).map(|number| format!("?{number}")).collect();
+        format!(
+            "insert into {table} as stored ({key}, runs, failed_runs) values ({})
+                 on conflict ({key}) do update
+                set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs",
+            numbers.join(", ")
+        )
     }
 }
 
@@ -333,68 +429,78 @@ pub(super) fn differences(
     connection: &Connection,
     now: Timestamp,
 ) -> rusqlite::Result<(u64, u64, u64)> {
-    let count = |key: &str, stored: &str, expected: &str, hour: Option<i64>| {
-        let keys = key.split(", ").count();
-        let numbers: Vec<_> = (1..=keys).map(|number| number.to_string()).collect();
-        let numbers = numbers.join(", ");
-        let columns = format!("{key}, runs, failed_runs");
-        let select = format!(
-            "with expected ({columns}) as ({expected})
-             select count(*)
-               from (
-                   select {key}
-                     from (
-                         select {columns} from {stored}
-                         union all
-                         select {key}, -runs, -failed_runs from expected
-                     )
-                    group by {numbers}
-                   having sum(runs) <> 0 or sum(failed_runs) <> 0
-               )"
-        );
-        let read = |row: &Row<'_>| row.get::<_, i64>(0).map(i64::cast_unsigned);
-        match hour {
-            None => connection.query_row(&select, [], read),
-            Some(hour) => connection.query_row(&select, [hour], read),
-        }
-    };
-    let Expected { day_groups, days, hours } = Expected::new();
-    let mut wrong_days = count(r#""group", day"#, "group_days", &days, None)?;
+    let mut wrong_days = days().count(connection)?;
     if expiry::raw_since(connection)?.is_none() {
-        wrong_days += count(r#"device, day, "group""#, "device_day_groups", &day_groups, None)?;
+        wrong_days += day_groups().count(connection)?;
     }
     let (since, countable) = (hours_since(connection)?, countable_since(connection, now)?);
-    let counted = since.max(countable);
-    let stored = "group_hours where hour >= ?1";
-    let wrong_hours = count(r#""group", hour"#, stored, &hours, Some(counted))?;
-    let end = now.as_millisecond();
-    let uncounted = (since.min(end) - countable).max(0) / HOUR_MILLISECONDS;
-    Ok((wrong_days, wrong_hours, uncounted.cast_unsigned()))
+    let wrong_hours = hours(since.max(countable)).count(connection)?;
+    Ok((wrong_days, wrong_hours, uncounted_hours(since, countable, now)))
 }
 
-fn hours_since(connection: &Connection) -> rusqlite::Result<i64> {
-    connection.query_row("select group_hours_since from roll_up_state", [], |row| row.get(0))
+/// What to add to the rows of a table, as of one moment. Aggregation and deletions change a row and what it must have alike,
+/// so that the correction stays right until it is added. Only another repair would make it wrong.
+pub(super) struct Correction {
+    derived: Derived,
+    rows: Vec<Vec<Value>>,
+    repairs: i64,
 }
 
-/// Makes days and hours of groups anew from what they are made from, as far as that is kept.
-pub(super) fn rebuild(transaction: &Transaction<'_>, now: Timestamp) -> rusqlite::Result<()> {
-    let Expected { day_groups, days, hours } = Expected::new();
-    if expiry::raw_since(transaction)?.is_none() {
-        transaction.execute("delete from device_day_groups", [])?;
-        transaction.execute(
-            &format!(
-                r#"insert into device_day_groups (device, day, "group", runs, failed_runs) {day_groups}"#
-            ),
-            [],
-        )?;
+/// The tables, in the order in which they are repaired: days are made from the days of devices that moved.
+#[derive(Clone, Copy)]
+pub(super) enum Table {
+    DayGroups,
+    Days,
+    Hours,
+}
+
+pub(super) const TABLES: [Table; 3] = [Table::DayGroups, Table::Days, Table::Hours];
+
+/// Finds what is wrong in a table.
+pub(super) fn correction(
+    connection: &Connection,
+    table: Table,
+    now: Timestamp,
+) -> rusqlite::Result<Correction> {
+    let snapshot = connection.unchecked_transaction()?;
+    let repairs =
+        snapshot.query_row("select group_repairs from roll_up_state", [], |row| row.get(0))?;
+    let derived = match table {
+        Table::DayGroups => day_groups(),
+        Table::Days => days(),
+        Table::Hours => hours(hours_since(&snapshot)?.max(countable_since(&snapshot, now)?)),
+    };
+    let is_known = !matches!(table, Table::DayGroups) || expiry::raw_since(&snapshot)?.is_none();
+    let rows = if is_known { derived.corrections(&snapshot)? } else { Vec::new() };
+    Ok(Correction { derived, rows, repairs })
+}
+
+/// Corrects a table. Nothing is changed when another repair was quicker.
+pub(super) fn correct(
+    writer: &mut WriteConnection,
+    correction: &Correction,
+) -> rusqlite::Result<()> {
+    const COUNT: &str =
+        "update roll_up_state set group_repairs = group_repairs + 1 where group_repairs = ?1";
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if transaction.execute(COUNT, [correction.repairs])? == 0 {
+        return Ok(());
     }
-    transaction.execute("delete from group_days", [])?;
-    let insert = format!(r#"insert into group_days ("group", day, runs, failed_runs) {days}"#);
-    transaction.execute(&insert, [])?;
-    let countable = countable_since(transaction, now)?;
-    transaction.execute("delete from group_hours where hour >= ?1", [countable])?;
-    let insert = format!(r#"insert into group_hours ("group", hour, runs, failed_runs) {hours}"#);
-    transaction.execute(&insert, [countable])?;
-    const COUNTED: &str = "update roll_up_state set group_hours_since = min(group_hours_since, ?1)";
-    transaction.execute(COUNTED, [countable]).map(|_| ())
+    let mut correct = transaction.prepare(&correction.derived.correct())?;
+    for row in &correction.rows {
+        correct.execute(params_from_iter(row))?;
+    }
+    drop(correct);
+    transaction.commit()
+}
+
+/// Has the hours counted from now on whose events are kept. Those that were aggregated before are found missing.
+pub(super) fn count_all_hours(
+    writer: &mut WriteConnection,
+    now: Timestamp,
+) -> rusqlite::Result<()> {
+    const COUNT: &str = "update roll_up_state set group_hours_since = min(group_hours_since, ?1)";
+    let countable = countable_since(&writer.connection, now)?;
+    writer.connection.execute(COUNT, [countable]).map(|_| ())
 }

@@ -41,10 +41,13 @@ impl RollUps for SqliteStore {
 
     async fn make_digests(&self, now: Timestamp) -> Result<bool, StoreError> {
         let today = start_of_day(now);
-        let make_some = move |writer: &mut WriteConnection| {
-            digests::make_some(&mut writer.connection, today.as_millisecond())
-        };
+        let make_some =
+            move |writer: &mut WriteConnection| digests::make_some(writer, today.as_millisecond());
         self.writer.call(make_some).await
+    }
+
+    async fn drop_group_hours(&self, now: Timestamp) -> Result<(), StoreError> {
+        self.writer.call(move |writer| groups::drop_old_hours(writer, now)).await
     }
 
     async fn refresh_summaries(&self) -> Result<(), StoreError> {
@@ -68,8 +71,7 @@ impl RollUps for SqliteStore {
 
 #[async_trait]
 impl Maintenance for SqliteStore {
-    async fn maintain(&self, now: Timestamp) -> Result<(), StoreError> {
-        self.writer.call(move |writer| groups::drop_old_hours(writer, now)).await?;
+    async fn maintain(&self, _now: Timestamp) -> Result<(), StoreError> {
         self.writer.call(optimize).await
     }
 

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::store::{
     Figures, Sums, Window,
-    day_details::{self, MOST_BYTES},
+    day_details::{self, MOST_BYTES, MOST_DURATION, MOST_EVENT_BYTES, MOST_SPEED},
 };
 
 /// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
@@ -47,10 +47,14 @@ fn bytes_total(column: &str) -> String {
 
 /// SQL for the details of rows of `sync_events`, in the order of [`day_details::COLUMNS`].
 fn event_details() -> String {
+    let known =
+        |column: &str, most: i64| format!("iif({column} between 0 and {most}, {column}, null)");
+    let speed = known("internet_speed", MOST_SPEED);
+    let duration = known("duration", MOST_DURATION);
+    let bytes = bytes_total(&known("bytes_synced", MOST_EVENT_BYTES));
     format!(
-        "min(internet_speed), max(internet_speed), ifnull(sum(duration), 0), count(duration), max(duration),
-         ifnull({}, 0)",
-        bytes_total("bytes_synced")
+        "min({speed}), max({speed}), ifnull(sum({duration}), 0), count({duration}), max({duration}),
+         ifnull({bytes}, 0)"
     )
 }
 
@@ -111,9 +115,9 @@ pub(super) fn aggregate(
         })?
         .collect::<rusqlite::Result<_>>()?;
     add_hours(&transaction, &hours)?;
-    groups::add(&transaction, hours.into_iter().map(GroupHour::from))?;
+    groups::add(&transaction, &hours.into_iter().map(GroupHour::from).collect::<Vec<_>>())?;
     groups::add_moved(&transaction, watermark, last)?;
-    digests::count_late(&transaction, watermark, last)?;
+    digests::note_late(&transaction, watermark, last)?;
     transaction.execute("update roll_up_state set folded_id = ?1", [last])?;
     transaction.commit()?;
     Ok(events == most)
@@ -155,16 +159,20 @@ fn add_hours(transaction: &Transaction<'_>, hours: &[(Sums, i64, String)]) -> ru
 /// Adds the totals up again from the hours, which deletions change.
 pub(super) fn recount_totals(connection: &Connection) -> rusqlite::Result<()> {
     let (names, sums) = (Sums::names(), Sums::sql(|column| format!("ifnull(sum({column}), 0)")));
-    let recount = format!("update fleet_totals set ({names}) = (select {sums} from fleet_hours)");
+    let set = Sums::sql(|column| format!("{column} = excluded.{column}"));
+    let recount = format!(
+        "insert into fleet_totals (id, {names}) select 1, {sums} from fleet_hours where true
+             on conflict (id) do update set {set}"
+    );
     connection.execute(&recount, []).map(|_| ())
 }
 
-/// Whether the totals differ from the sums of the hours.
+/// Whether the totals differ from the sums of the hours, or are missing.
 pub(super) fn totals_are_wrong(connection: &Connection) -> rusqlite::Result<bool> {
     let names = Sums::names();
     let sums = Sums::sql(|column| format!("ifnull(sum({column}), 0)"));
     let differ = format!(
-        "select exists (select {names} from fleet_totals except select {sums} from fleet_hours)"
+        "select not exists (select {names} from fleet_totals intersect select {sums} from fleet_hours)"
     );
     connection.query_row(&differ, [], |row| row.get(0))
 }
@@ -188,42 +196,87 @@ pub(super) fn totals(connection: &Connection) -> rusqlite::Result<Figures> {
 
 /// SQL for the rows of a table of sums, as if exactly the events received up to `until` were aggregated; without `until`,
 /// all events. It adds the events that are not aggregated yet to the stored rows. It subtracts aggregated events that
-/// were received later than `until`.
+/// were received later than `until`. Ranges of values cannot be subtracted from: days with later events are counted again,
+/// as long as all events are kept.
 pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
     const WATERMARK: &str = "(select folded_id from roll_up_state)";
+    const ALL_KEPT: &str = "(select raw_since is null from roll_up_state)";
     let TableOfSums { key, of_event, columns, negative, event_sums, added_up, counted } =
         TableOfSums::of(table);
     let numbers: Vec<_> = (1..=key.split(',').count()).map(|number| number.to_string()).collect();
     let groups = numbers.join(", ");
-    let (received, later) = match until.map(Timestamp::as_millisecond) {
-        None => (String::new(), String::new()),
-        Some(until) => (
-            format!("and created_at <= {until}"),
-            format!(
-                "union all
-                 select * from (
-                     with later ({key}, {columns}) as (
-                         select {of_event}, {event_sums}
-                           from sync_events
-                          where id <= {WATERMARK} and created_at > {until} and {counted}
-                          group by {groups}
-                     )
-                     select {key}, {negative} from later
-                 )"
-            ),
-        ),
+    let Some(until) = until.map(Timestamp::as_millisecond) else {
+        return format!(
+            "(
+                select {key}, {added_up}
+                  from (
+                      select {key}, {columns} from {table}
+                      union all
+                      select {of_event}, {event_sums}
+                        from sync_events
+                       where id > {WATERMARK} and {counted}
+                       group by {groups}
+                  )
+                 group by {groups}
+            )"
+        );
+    };
+    let counts_again = table == "device_days";
+    let touched = if counts_again {
+        format!(
+            "select distinct device, {DAY}
+               from sync_events
+              where id <= {WATERMARK} and created_at > {until} and {ALL_KEPT}"
+        )
+    } else {
+        // No row has this key.
+        "select null, null where false".to_owned()
+    };
+    let (untouched_rows, untouched_events, subtracted) = if counts_again {
+        (
+            "where (device, day) not in (select * from touched)",
+            format!("and (device, {DAY}) not in (select * from touched)"),
+            format!("and not {ALL_KEPT}"),
+        )
+    } else {
+        ("", String::new(), String::new())
+    };
+    let counted_again = if counts_again {
+        format!(
+            "union all
+             select touched.device, touched.day, {event_sums}
+               from touched
+               cross join sync_events
+                    on sync_events.device = touched.device
+                   and timestamp >= touched.day and timestamp < touched.day + 86400000
+              where created_at <= {until}
+              group by 1, 2"
+        )
+    } else {
+        String::new()
     };
     format!(
         "(
+            with touched (device, day) as materialized ({touched})
             select {key}, {added_up}
               from (
-                  select {key}, {columns} from {table}
+                  select {key}, {columns} from {table} {untouched_rows}
                   union all
                   select {of_event}, {event_sums}
                     from sync_events
-                   where id > {WATERMARK} {received} and {counted}
+                   where id > {WATERMARK} and created_at <= {until} and {counted} {untouched_events}
                    group by {groups}
-                  {later}
+                  {counted_again}
+                  union all
+                  select * from (
+                      with later ({key}, {columns}) as (
+                          select {of_event}, {event_sums}
+                            from sync_events
+                           where id <= {WATERMARK} and created_at > {until} and {counted} {subtracted}
+                           group by {groups}
+                      )
+                      select {key}, {negative} from later
+                  )
               )
              group by {groups}
         )"
@@ -361,7 +414,7 @@ pub(super) fn subtract(
         let parameters = params![device, received_until, timestamp, id, watermark];
         transaction.prepare_cached(&subtract)?.execute(parameters)?;
     }
-    digests::count_again(transaction, events.device)
+    digests::note_stale(transaction, events.device)
 }
 
 /// Adds a device's aggregated events to the sums by hour and by group.

@@ -85,8 +85,8 @@ impl Verification for SqliteStore {
     ) -> Result<SummaryDifferences, StoreError> {
         let compare = move |connection: &Connection| summary_differences(connection, now);
         let found = self.read_events(Cost::Unbounded, compare).await?;
-        if repair && found.need_rebuild() {
-            self.writer.call(move |writer| rebuild_summaries(writer, now)).await?;
+        if repair {
+            self.repair_summaries(&found, now).await?;
         }
         Ok(found)
     }
@@ -255,7 +255,7 @@ pub(super) fn write_recounted(
         insert.execute(params_from_iter(sums.map(Some).chain(details)))?;
     }
     groups::count_device_again(transaction, number, watermark)?;
-    digests::count_again(transaction, number)
+    digests::note_stale(transaction, number)
 }
 
 /// Recounts the fleet's hours from all aggregated events, as of one moment.
@@ -307,13 +307,40 @@ fn summary_differences(
     })
 }
 
-fn rebuild_summaries(writer: &mut WriteConnection, now: Timestamp) -> rusqlite::Result<()> {
+impl SqliteStore {
+    /// Makes good what was found.
+    async fn repair_summaries(
+        &self,
+        found: &SummaryDifferences,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        if found.summaries + found.counts + found.totals > 0 {
+            self.writer.call(rebuild_summaries).await?;
+        }
+        if found.uncounted_group_hours > 0 {
+            self.writer.call(move |writer| groups::count_all_hours(writer, now)).await?;
+        }
+        if found.group_days + found.group_hours + found.uncounted_group_hours > 0 {
+            for table in groups::TABLES {
+                let find =
+                    move |connection: &Connection| groups::correction(connection, table, now);
+                let correction = self.read_events(Cost::Unbounded, find).await?;
+                self.writer.call(move |writer| groups::correct(writer, &correction)).await?;
+            }
+        }
+        if found.digests > 0 {
+            self.writer.call(digests::note_wrong).await?;
+            while self.writer.call(digests::make_stale).await? {}
+        }
+        Ok(())
+    }
+}
+
+fn rebuild_summaries(writer: &mut WriteConnection) -> rusqlite::Result<()> {
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     summaries::rebuild(&transaction)?;
     roll_ups::recount_totals(&transaction)?;
-    groups::rebuild(&transaction, now)?;
-    digests::rebuild(&transaction)?;
     transaction.commit()
 }
 

@@ -1,9 +1,12 @@
 //! What the tables of days, groups and digests must hold, counted the plain way from everything that was sent. The tables
 //! are read with SQL, because pages will do that.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
-use pisync::store::{Actor, DeviceChange};
+use pisync::store::{Actor, DeviceChange, Target};
 use pisync_core::{Mbps, SyncDuration, SyncEvent, Timestamp};
 
 use super::retention::{aggregate, expire, retention};
@@ -11,7 +14,8 @@ use crate::support::{
     events::{
         at, batch_at, device_id, failure, group_name, now, somebody, success, write, write_at,
     },
-    store::{TestStore, differences},
+    postgres::connect,
+    store::{Fixture, TestDatabase, TestStore, differences},
 };
 
 both_stores!(
@@ -19,6 +23,9 @@ both_stores!(
     what_is_no_longer_kept_is_subtracted_with_its_device,
     wrong_tables_are_found_and_made_anew,
     days_of_an_earlier_version_are_filled,
+    many_moves_cost_little,
+    what_foreign_sql_wrote_stops_no_aggregation,
+    hours_are_counted_again_after_a_clock_was_ahead,
 );
 
 const HOUR: i64 = 60 * 60 * 1000;
@@ -96,6 +103,7 @@ fn or_none(number: Option<i64>) -> String {
 /// All tables hold what follows from the events that are aggregated. `now` is the clock of upkeep.
 pub(super) async fn assert_tables_exact(fixture: &TestStore, fleet: &Fleet, now: Timestamp) {
     fixture.store.maintain(now).await.unwrap();
+    fixture.store.drop_group_hours(now).await.unwrap();
     while fixture.store.aggregate_events(now).await.unwrap() {}
     let database = &fixture.database;
     let number = async |select: &str| database.number(select).await;
@@ -167,6 +175,7 @@ pub(super) async fn assert_tables_exact(fixture: &TestStore, fleet: &Fleet, now:
         assert_same(expected.collect(), database.texts(&select).await, table);
     }
 
+    while fixture.store.make_digests(now).await.unwrap() {}
     let columns = [device, &day, "runs_30d", "failed_30d", "speed_7d"];
     let digests = format!("select {} from device_digest days {join}", text(&columns));
     for digest in database.texts(&digests).await {
@@ -326,6 +335,7 @@ async fn wrong_tables_are_found_and_made_anew(fixture: &TestStore) {
         rows
     };
     let right = rows().await;
+    let day_before = if fixture.is_postgres() { "day - 1" } else { "day - 86400000" };
     for (wrong, days, hours, digests) in [
         ("update group_days set runs = runs + 1", true, false, false),
         ("delete from group_days", true, false, false),
@@ -335,6 +345,8 @@ async fn wrong_tables_are_found_and_made_anew(fixture: &TestStore) {
         ("delete from group_hours", false, true, false),
         ("update device_digest set runs_30d = 1", false, false, true),
         ("update device_digest set speed_7d = null", false, false, true),
+        ("delete from device_digest", false, false, true),
+        (&format!("update device_digest set day = {day_before}"), false, false, true),
     ] {
         fixture.database.execute(wrong).await;
         let found = fixture.store.verify_summaries(now(), false).await.unwrap();
@@ -356,7 +368,7 @@ async fn days_of_an_earlier_version_are_filled(fixture: &TestStore) {
     let event = |hours: i64| SyncEvent {
         internet_speed: Mbps::from_hundredths(100 * hours),
         duration: SyncDuration::from_milliseconds(1500 * hours),
-        bytes_synced: Some(1 << 53),
+        bytes_synced: Some((1 << 53) - 1),
         ..failure("pi", at(-hours * 60 * 60))
     };
     let sent: Vec<_> = (1..40).map(event).collect();
@@ -392,4 +404,98 @@ async fn days_of_an_earlier_version_are_filled(fixture: &TestStore) {
     let sent = sent.into_iter().map(|event| (at(-60), event)).chain([(now(), late)]).collect();
     let fleet = Fleet { sent, ..Fleet::default() };
     assert_tables_exact(fixture, &fleet, at(120)).await;
+}
+
+/// A script that moves a device to and fro.
+async fn many_moves_cost_little(fixture: &TestStore) {
+    const MOVES: i64 = 20_000;
+    const EVENTS: i64 = 5_000;
+    let mut fleet = Fleet::default();
+    let mut writer = fixture.writer();
+    write_at(&mut *writer, at(-90_000), vec![success("pi", at(-90_000))]).await;
+    while fixture.store.aggregate_events(at(-80_000)).await.unwrap() {}
+    let moves = if fixture.is_postgres() {
+        format!(
+            "insert into group_changes (device_id, changed_at, changed_id, former_group)
+             select 'pi', timestamptz '2026-11-21 15:00+00' + number * interval '1 s', 0,
+                    case when number = 1 then '' else 'group ' || number % 2 end
+               from generate_series(1, {MOVES}) number"
+        )
+    } else {
+        format!(
+            "insert into group_changes (device, changed_at, changed_id, former_group)
+             with recursive numbers (number) as (
+                 select 1 union all select number + 1 from numbers where number < {MOVES}
+             )
+             select 1, 1795273200000 + number * 1000, 0, iif(number = 1, '', 'group ' || number % 2)
+               from numbers"
+        )
+    };
+    fixture.database.execute(&moves).await;
+    fleet.change_group(fixture, "pi", "now", at(-50_000)).await;
+    let began = Instant::now();
+    for batch in 0..5 {
+        let events = (0..EVENTS / 5).map(|number| failure("pi", at(-number - batch)));
+        write_at(&mut *writer, at(-3600), events.collect()).await;
+    }
+    aggregate(&*fixture.store).await;
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    let found = group_days(fixture).await;
+    assert!(
+        found.iter().any(|day| day.starts_with("now ") && day.ends_with(" 5000 5000")),
+        "{found:?}"
+    );
+    assert_eq!(fixture.store.verify_summaries(now(), false).await.unwrap().number(), 0);
+}
+
+/// Values that no device can report, in columns that have no limits of their own.
+async fn what_foreign_sql_wrote_stops_no_aggregation(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let events = (0..6).map(|number| success("pi", at(-4000 - number))).collect();
+    write_at(&mut *writer, at(-3900), events).await;
+    let wrong = if fixture.is_postgres() {
+        "update sync_events set duration_seconds = 'NaN', bytes_synced = -9223372036854775808 where id <= 2;
+         update sync_events set duration_seconds = 99999999.999, bytes_synced = 9223372036854775807 where id > 2"
+    } else {
+        "update sync_events set duration = -9223372036854775808, bytes_synced = -9223372036854775808 where id <= 2;
+         update sync_events set duration = 9223372036854775807, bytes_synced = 9223372036854775807,
+                                internet_speed = null
+          where id > 2"
+    };
+    fixture.database.execute(wrong).await;
+    aggregate(&*fixture.store).await;
+    let columns = ["total_syncs", "duration_sum", "duration_count", "duration_max", "bytes_sum"];
+    let select = format!("select {} from device_days", text(&columns));
+    assert_eq!(fixture.database.texts(&select).await, ["6 0 0 - 0"]);
+    let found = fixture.store.verify(None, at(60), false).await.unwrap();
+    assert_eq!((found.days, found.unfilled_days), (Vec::new(), Vec::new()));
+}
+
+async fn hours_are_counted_again_after_a_clock_was_ahead(fixture: &TestStore) {
+    let year = 365 * 24 * 60 * 60;
+    fixture.store.drop_group_hours(at(year)).await.unwrap();
+    fixture.store.drop_group_hours(at(0)).await.unwrap();
+    let mut writer = fixture.writer();
+    let events = vec![success("pi", at(-10)), success("pi", at(3600))];
+    write_at(&mut *writer, at(3600), events).await;
+    while fixture.store.aggregate_events(at(7200)).await.unwrap() {}
+    let hours = "(select coalesce(sum(runs), 0) from group_hours)";
+    assert_eq!(fixture.database.number(hours).await, 1);
+    let found = fixture.store.verify_summaries(at(7200), false).await.unwrap();
+    assert_eq!(found.number(), 0, "{found:?}");
+    assert!(found.uncounted_group_hours > 300, "{found:?}");
+    fixture.store.verify_summaries(at(7200), true).await.unwrap();
+    assert_eq!(fixture.database.number(hours).await, 2);
+}
+
+/// A long step of aggregation, or a repair, must not keep a server from starting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn upkeep_at_the_start_waits_for_no_aggregation() {
+    let fixture = TestStore::prepare(TestDatabase::postgres().await).await;
+    let Target::Postgres(target) = fixture.target() else { unreachable!() };
+    let mut other = connect(&target.config).await;
+    let step = other.transaction().await.unwrap();
+    step.batch_execute("select from roll_up_state for update").await.unwrap();
+    let upkeep = tokio::time::timeout(Duration::from_secs(10), fixture.store.maintain(now()));
+    upkeep.await.expect("it waits").unwrap();
 }
