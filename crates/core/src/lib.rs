@@ -5,6 +5,7 @@ pub mod decimal;
 pub mod event_fields;
 pub mod event_stream;
 pub mod figures;
+pub mod health;
 pub mod metadata;
 pub mod quantity;
 pub mod received_event;
