@@ -1,5 +1,5 @@
-//! What a PiSync sync event *is*: validated types, the wire format that server and agent share, and the rule for
-//! streaks. Server and agent share it. Nothing here does I/O, is async, or reads a clock.
+//! What a PiSync sync event *is*: validated types, the wire format that server and agent share, the rule for streaks, and the
+//! rules by which a device is healthy. Nothing here does I/O, is async, or reads a clock.
 
 pub mod decimal;
 pub mod event_fields;

@@ -137,7 +137,7 @@ async fn what_is_looked_at_stays_as_it_is(installed: &Installed) {
         assert!(places() == before, "{ended:?}");
     }
     program.run(&["migrate", "up"]).success();
-    program.run(&["migrate", "down"]).success();
+    program.run(&["migrate", "down", "--yes"]).success();
     check("an older schema").await;
     let serving = program.serve(&["--log-dir", "none"]);
     serving.client.store(&event("pi")).await;
@@ -148,7 +148,7 @@ async fn what_is_looked_at_stays_as_it_is(installed: &Installed) {
 async fn a_schema_that_is_not_current(installed: &Installed) {
     let Installed { program, .. } = installed;
     program.run(&["migrate", "up"]).success();
-    program.run(&["migrate", "down"]).success();
+    program.run(&["migrate", "down", "--yes"]).success();
     let ended = program.run(&["doctor"]);
     let (state, message) = found(&ended, "schema");
     assert!(

@@ -336,7 +336,8 @@ async fn a_rehearsal_tells_everything_and_changes_nothing() {
         "odd       2 devices whose id is empty or has control characters",
         "will      read times as Europe/Berlin",
         "will      drop the old tables",
-        "expected  less than 1 s",
+        // How long depends on what else the machine does.
+        "s, as far as trying a part of it tells",
         "expected  less than 1 MB of disk",
         "run the command without --dry-run\n",
     ] {
