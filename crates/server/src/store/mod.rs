@@ -29,6 +29,7 @@ mod open;
 mod ordered_scan;
 mod postgres;
 mod retention;
+mod roll_up_sql;
 mod sqlite;
 mod stats;
 mod step_size;

@@ -18,6 +18,7 @@ use tokio_postgres::{
 };
 
 use super::{
+    aggregated_events::DIALECT,
     connect::Connector,
     connection::Connection,
     errors::{is_connection_lost, store_error},
@@ -374,8 +375,10 @@ fn copy_out(selection: &Selection) -> String {
     let table = match selection.sums {
         _ if selection.table.rows != Rows::Sums => selection.table.name.to_owned(),
         Sums::Stored => selection.table.name.to_owned(),
-        Sums::Everything => roll_ups::as_of(selection.table.name, None),
-        Sums::ReceivedUntil(until) => roll_ups::as_of(selection.table.name, Some(until)),
+        Sums::Everything => DIALECT.as_of(selection.table.name, None),
+        Sums::ReceivedUntil(until) => {
+            DIALECT.as_of(selection.table.name, Some(&format!("'{until}'")))
+        }
     };
     let expressions = expressions.join(", ");
     // SQLite accepts a line of the audit log only behind all others, so they are sent in order.

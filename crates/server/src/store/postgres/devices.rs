@@ -11,7 +11,7 @@ use super::{
     groups,
     rows::{device_row, job_sums, jobs, snapshot},
     store::PostgresStore,
-    summaries,
+    summaries::{self, SummarizedUntil},
 };
 use crate::store::{
     Actor, Count, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
@@ -56,7 +56,8 @@ async fn devices(connection: &mut Object, query: &DeviceQuery) -> Result<Page<De
     let order = Order::of(query.sort);
     let places = summaries::places(&snapshot, order, Part::of(query), &filter).await?;
     let total = if filter.is_none() {
-        Count::Exactly(summaries::number_of_devices(&snapshot).await?)
+        let summarized = SummarizedUntil::read(&snapshot).await?;
+        Count::Exactly(summaries::number_of_devices(&snapshot, &summarized).await?)
     } else {
         Count::up_to(COUNTED, summaries::count(&snapshot, &filter, COUNTED).await?)
     };

@@ -4,68 +4,13 @@
 
 use deadpool_postgres::Transaction;
 use pisync_core::{DeviceId, GroupName, Timestamp};
-use tokio_postgres::{Error, IsolationLevel, Row, types::ToSql};
+use tokio_postgres::{Error, IsolationLevel, Row};
 
-use super::{
-    aggregated_events::{DAY, HOUR},
-    connect::Object,
+use super::{aggregated_events::DIALECT, connect::Object};
+use crate::store::{
+    group_runs::{first_countable_hour, kept_since, uncounted_hours},
+    roll_up_sql::{ADD_RUNS, Derived, DerivedTable},
 };
-use crate::store::group_runs::{first_countable_hour, kept_since, uncounted_hours};
-
-/// SQL for the group to which a row of `sync_events` belongs: the former group of the first move after the event, or the
-/// device's group now. A move is noted behind the watermark, so that what was aggregated before it stays where it is. Times
-/// and ids only rise from move to move, so each index finds the first one.
-pub(super) const OF_EVENT: &str = r#"
-    coalesce(
-        (select former_group
-           from group_changes move
-          where move.id = least(
-                    (select id
-                       from group_changes later
-                      where later.device_id = sync_events.device_id
-                        and later.changed_at > sync_events.created_at
-                      order by later.changed_at, later.id
-                      limit 1),
-                    (select id
-                       from group_changes later
-                      where later.device_id = sync_events.device_id
-                        and later.changed_id > sync_events.id
-                      order by later.changed_id, later.id
-                      limit 1)
-                )),
-        (select "group" from devices where devices.device_id = sync_events.device_id),
-        ''
-    )
-"#;
-
-/// The condition that a row of `sync_events` counts in `group_hours`.
-pub(super) const IS_KEPT_HOUR: &str = "timestamp >= (select group_hours_since from roll_up_state)";
-
-/// SQL for the runs and the failed runs of rows of `sync_events`.
-pub(super) const EVENT_RUNS: &str = "count(*), count(*) filter (where total_errors > 0)";
-
-/// The end of an upsert that adds runs to a row, which the statement calls `stored`.
-const ADD: &str = "
-    do update set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs
-";
-
-/// SQL for the group in which a device was at first, given SQL for its id.
-fn first_of(device_id: &str) -> String {
-    format!(
-        r#"coalesce(
-            (select former_group from group_changes move where move.device_id = {device_id}
-              order by move.changed_id, move.id limit 1),
-            (select "group" from devices where devices.device_id = {device_id}),
-            ''
-        )"#
-    )
-}
-
-/// The condition that a row of `sync_events` counts in `device_day_groups`.
-pub(super) fn moved() -> String {
-    let first = first_of("sync_events.device_id");
-    format!("device_id in (select device_id from group_changes) and {OF_EVENT} <> {first}")
-}
 
 /// Common table expressions that add to hours and days of groups. `hours`, the name of another one, has the columns
 /// of_group, hour, runs and failed_runs, and may have several rows of a group's hour. Rows are locked in the order of hours,
@@ -79,7 +24,7 @@ pub(super) fn add(hours: &str) -> String {
               where hour >= (select group_hours_since from roll_up_state)
               group by 1, 2
               order by 1, 2
-                 on conflict ("group", hour) {ADD}
+                 on conflict ("group", hour) {ADD_RUNS}
              returning hour
          ), group_days_added as (
              insert into group_days as stored ("group", day, runs, failed_runs)
@@ -88,38 +33,9 @@ pub(super) fn add(hours: &str) -> String {
               where (select count(*) from group_hours_added) >= 0
               group by 1, 2
               order by 1, 2
-                 on conflict ("group", day) {ADD}
+                 on conflict ("group", day) {ADD_RUNS}
              returning day
          )"#
-    )
-}
-
-/// A statement that adds the events of `source` that match `condition` to the days of devices that moved, or subtracts them
-/// with the `sign` "-". The source is called `sync_events`.
-pub(super) fn add_day_groups_of(source: &str, condition: &str, sign: &str) -> String {
-    let first = first_of("sync_events.device_id");
-    format!(
-        r#"insert into device_day_groups as stored (device_id, day, "group", runs, failed_runs)
-           select device_id, day, of_group, {sign}runs, {sign}failed_runs
-             from (
-                 select device_id, {DAY} as day, {OF_EVENT} as of_group, {first} as first_group, {EVENT_RUNS}
-                   from {source} sync_events
-                  where {condition} and device_id in (select device_id from group_changes)
-                  group by 1, 2, 3, 4
-             ) counted (device_id, day, of_group, first_group, runs, failed_runs)
-            where of_group <> first_group
-            order by 1, 2, 3
-               on conflict (device_id, day, "group") {ADD}"#
-    )
-}
-
-/// SQL for the hours of groups to which the events belong that match `condition`: of_group, hour, runs, failed_runs.
-fn hours_of(condition: &str) -> String {
-    format!(
-        "select {OF_EVENT} as of_group, {HOUR} as hour, {EVENT_RUNS}
-           from sync_events
-          where {condition}
-          group by 1, 2"
     )
 }
 
@@ -131,13 +47,13 @@ pub(super) async fn forget(
     watermark: jiff::Timestamp,
 ) -> Result<(), Error> {
     let forget = format!(
-        r#"with hours as (
+        r#"with kept ("group", hour, runs, failed_runs) as materialized (
+             {}
+         ), hours as (
              insert into group_hours as stored ("group", hour, runs, failed_runs)
-             select of_group, hour, -runs, -failed_runs
-               from ({}) kept (of_group, hour, runs, failed_runs)
-              where hour >= (select group_hours_since from roll_up_state)
+             select "group", hour, -runs, -failed_runs from kept
               order by 1, 2
-                 on conflict ("group", hour) {ADD}
+                 on conflict ("group", hour) {ADD_RUNS}
              returning hour
          )
          insert into group_days as stored ("group", day, runs, failed_runs)
@@ -146,25 +62,11 @@ pub(super) async fn forget(
           where (select count(*) from hours) >= 0
           group by 1, 2
           order by 1, 2
-             on conflict ("group", day) {ADD}"#,
-        hours_of("device_id = $1 and created_at <= $2"),
-        days_of_devices("where days.device_id = $1")
+             on conflict ("group", day) {ADD_RUNS}"#,
+        DIALECT.table("group_hours").of_events("device_id = $1 and created_at <= $2"),
+        DIALECT.group_days_of("where days.device_id = $1")
     );
     transaction.execute(&forget, &[&device_id, &watermark]).await.map(|_| ())
-}
-
-/// SQL for the days of devices with the group to which they belong: of_group, day, runs, failed_runs. `condition` chooses
-/// `days` by their `device_id`.
-fn days_of_devices(condition: &str) -> String {
-    let first = first_of("days.device_id");
-    format!(
-        r#"select {first} as of_group, day, total_syncs as runs, failed_syncs as failed_runs
-             from device_days days {condition}
-            union all
-           select {first}, day, -runs, -failed_runs from device_day_groups days {condition}
-            union all
-           select "group", day, runs, failed_runs from device_day_groups days {condition}"#
-    )
 }
 
 /// Counts the days of a device that moved again. Its events are aggregated up to `watermark`. The state is locked.
@@ -174,7 +76,8 @@ pub(super) async fn count_device_again(
     watermark: jiff::Timestamp,
 ) -> Result<(), Error> {
     const DELETE: &str = "delete from device_day_groups where device_id = $1";
-    let add = add_day_groups_of("sync_events", "device_id = $1 and created_at <= $2", "");
+    let events = "sync_events where device_id = $1 and created_at <= $2";
+    let add = DIALECT.add_day_groups_of(events, "");
     transaction.execute(DELETE, &[&device_id]).await?;
     transaction.execute(&add, &[&device_id, &watermark]).await.map(|_| ())
 }
@@ -258,87 +161,25 @@ impl State {
     fn countable(&self, now: Timestamp) -> Timestamp {
         first_countable_hour(self.complete_since, now)
     }
+
+    /// A table of groups, and what it must have. Of hours, those are compared that are counted. `None` when it is not known:
+    /// what belongs to which of a device's groups is known of all events alone.
+    fn derived(&self, table: DerivedTable, now: Timestamp) -> Option<Derived> {
+        let since = self.hours_since.max(self.countable(now));
+        match table {
+            DerivedTable::DayGroups if !self.all_kept => None,
+            DerivedTable::DayGroups | DerivedTable::Days => Some(DIALECT.derived(table, None)),
+            // A literal, because a statement that makes a table takes no parameters.
+            DerivedTable::Hours => {
+                Some(DIALECT.derived(table, Some(&format!("timestamptz '{since}'"))))
+            }
+        }
+    }
 }
 
 /// Reads a [`State`], with [`State::read`].
 const STATE: &str =
     "select group_hours_since, streaks_since, raw_since is null, group_repairs from roll_up_state";
-
-const AGGREGATED: &str = "created_at <= (select folded_until from roll_up_state)";
-
-/// A table of groups, and SQL for what it must have. Hours have a parameter: the first one that is compared.
-struct Derived {
-    table: &'static str,
-    key: &'static str,
-    expected: String,
-    since: Option<jiff::Timestamp>,
-}
-
-fn day_groups() -> Derived {
-    let moved = moved();
-    Derived {
-        table: "device_day_groups",
-        key: r#"device_id, day, "group""#,
-        expected: format!(
-            "select device_id, {DAY}, {OF_EVENT}, {EVENT_RUNS}
-               from sync_events
-              where {AGGREGATED} and {moved}
-              group by 1, 2, 3"
-        ),
-        since: None,
-    }
-}
-
-fn days() -> Derived {
-    Derived {
-        table: "group_days",
-        key: r#""group", day"#,
-        expected: format!(
-            "select of_group, day, sum(runs)::bigint, sum(failed_runs)::bigint from ({}) days group by 1, 2",
-            days_of_devices("")
-        ),
-        since: None,
-    }
-}
-
-fn hours(since: Timestamp) -> Derived {
-    Derived {
-        table: "group_hours",
-        key: r#""group", hour"#,
-        expected: hours_of(&format!("{AGGREGATED} and timestamp >= $1")),
-        since: Some(since.to_jiff()),
-    }
-}
-
-impl Derived {
-    /// SQL for the rows that differ: their keys, and what must be added to their runs and failed runs.
-    fn differences(&self) -> String {
-        let Self { table, key, expected, since } = self;
-        let columns = format!("{key}, runs, failed_runs");
-        let compared = if since.is_some() { "where hour >= $1" } else { "" };
-        format!(
-            "with expected ({columns}) as ({expected})
-             select {key}, sum(runs)::bigint as runs, sum(failed_runs)::bigint as failed_runs
-               from (
-                   select {columns} from expected
-                   union all
-                   select {key}, -runs, -failed_runs from {table} {compared}
-               ) differences
-              group by {key}
-             having sum(runs) <> 0 or sum(failed_runs) <> 0"
-        )
-    }
-
-    fn parameters(&self) -> Vec<&(dyn ToSql + Sync)> {
-        self.since.iter().map(|since| since as &(dyn ToSql + Sync)).collect()
-    }
-
-    async fn count(&self, snapshot: &Transaction<'_>) -> Result<u64, Error> {
-        let count = format!("select count(*) from ({}) wrong", self.differences());
-        let row = snapshot.query_one(&count, &self.parameters()).await?;
-        row.try_get::<_, i64>(0).map(i64::cast_unsigned)
-    }
-}
 
 /// How many days and hours of groups differ from what they are made from, and how many hours are not counted yet although
 /// their events are kept.
@@ -347,12 +188,14 @@ pub(super) async fn differences(
     now: Timestamp,
 ) -> Result<(u64, u64, u64), Error> {
     let state = State::read(&snapshot.query_one(STATE, &[]).await?)?;
-    let mut wrong_days = days().count(snapshot).await?;
-    if state.all_kept {
-        wrong_days += day_groups().count(snapshot).await?;
-    }
+    let count = async |table| -> Result<u64, Error> {
+        let Some(derived) = state.derived(table, now) else { return Ok(0) };
+        let count = format!("select count(*) from ({}) wrong", derived.differences());
+        snapshot.query_one(&count, &[]).await?.try_get::<_, i64>(0).map(i64::cast_unsigned)
+    };
+    let wrong_days = count(DerivedTable::DayGroups).await? + count(DerivedTable::Days).await?;
+    let wrong_hours = count(DerivedTable::Hours).await?;
     let (since, countable) = (state.hours_since, state.countable(now));
-    let wrong_hours = hours(since.max(countable)).count(snapshot).await?;
     let uncounted = uncounted_hours(since.as_millisecond(), countable.as_millisecond(), now);
     Ok((wrong_days, wrong_hours, uncounted))
 }
@@ -365,23 +208,9 @@ pub(super) async fn repair(connection: &mut Object, now: Timestamp) -> Result<()
         "update roll_up_state set group_hours_since = least(group_hours_since, $1)";
     const COUNT: &str =
         "update roll_up_state set group_repairs = group_repairs + 1 where group_repairs = $1";
-    let state = State::read(&connection.query_one(STATE, &[]).await?)?;
-    let countable = state.countable(now);
+    let countable = State::read(&connection.query_one(STATE, &[]).await?)?.countable(now);
     connection.execute(COUNT_ALL, &[&countable.to_jiff()]).await?;
-    // Days are made from the days of devices that moved.
-    for derived in [day_groups(), days(), hours(countable)] {
-        let key = derived.key;
-        let find = format!(
-            "drop table if exists pg_temp.corrections;
-             create temporary table corrections on commit preserve rows as {}",
-            derived.differences()
-        );
-        let correct = format!(
-            "insert into {} as stored ({key}, runs, failed_runs)
-             select {key}, runs, failed_runs from corrections order by {key}
-                 on conflict ({key}) {ADD}",
-            derived.table
-        );
+    for table in DerivedTable::ALL {
         let snapshot = connection
             .build_transaction()
             .isolation_level(IsolationLevel::RepeatableRead)
@@ -389,19 +218,19 @@ pub(super) async fn repair(connection: &mut Object, now: Timestamp) -> Result<()
             .await?;
         snapshot.batch_execute("set local statement_timeout = 0").await?;
         let state = State::read(&snapshot.query_one(STATE, &[]).await?)?;
-        if !state.all_kept && derived.table == "device_day_groups" {
-            continue;
-        }
-        // A statement that makes a table takes no parameters.
-        let find = match derived.since {
-            None => find,
-            Some(since) => find.replace("$1", &format!("timestamptz '{since}'")),
-        };
+        let Some(derived) = state.derived(table, now) else { continue };
+        let find = format!(
+            "drop table if exists pg_temp.corrections;
+             create temporary table corrections on commit preserve rows as {}",
+            derived.differences()
+        );
         snapshot.batch_execute(&find).await?;
         snapshot.commit().await?;
+        let key = derived.key();
+        let rows = format!("select {key}, runs, failed_runs from corrections order by {key}");
         let transaction = connection.transaction().await?;
         if transaction.execute(COUNT, &[&state.repairs]).await? == 1 {
-            transaction.execute(&correct, &[]).await?;
+            transaction.execute(&derived.correct(&rows), &[]).await?;
         }
         transaction.batch_execute("drop table corrections").await?;
         transaction.commit().await?;

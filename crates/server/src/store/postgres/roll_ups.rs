@@ -14,16 +14,15 @@ use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Client, Error, Row, Statement, types::ToSql};
 
 use super::{
-    aggregated_events::{DAY, HOUR, lock_state, try_lock, watermark},
+    aggregated_events::{
+        DAY, DIALECT, HOUR, event_details, event_sums, lock_state, try_lock, watermark,
+    },
     connect::Object,
     digests, groups,
     rows::snapshot,
     summaries,
 };
-use crate::store::{
-    Figures, Sums, Window,
-    day_details::{self, MOST_BYTES, MOST_DURATION, MOST_EVENT_BYTES, MOST_SPEED},
-};
+use crate::store::{Figures, Sums, Window, day_details};
 
 /// Events received longer ago than this are final, once older transactions have ended. A batch's transaction begins
 /// within 55 s of its stamp (see `writer::LONGEST_WAIT`). The rest of the minute allows for servers whose clocks differ
@@ -58,40 +57,6 @@ const STEP_TIMEOUT: &str = "set local statement_timeout = '10min'";
 
 /// The maximum time of a step, including the network.
 pub(super) const AGGREGATION_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-
-/// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
-const EVENT_SUMS: [&str; Sums::COUNT] = [
-    "count(*)",
-    "count(*) filter (where total_errors > 0)",
-    "coalesce(sum(total_files_synced), 0)::bigint",
-    "coalesce(sum(total_errors), 0)::bigint",
-    "coalesce(sum(internet_speed * 100), 0)::bigint",
-    "count(internet_speed)",
-];
-
-/// The sums of rows of `sync_events`, with commas between.
-pub(super) fn event_sums() -> String {
-    EVENT_SUMS.join(", ")
-}
-
-/// SQL for the details of rows of `sync_events`, in the order of [`day_details::COLUMNS`].
-fn event_details() -> String {
-    let known =
-        |value: &str, most: i64| format!("case when {value} between 0 and {most} then {value} end");
-    let speed = known("(internet_speed * 100)", MOST_SPEED);
-    let duration = known("(duration_seconds * 1000)", MOST_DURATION);
-    let bytes = known("bytes_synced", MOST_EVENT_BYTES);
-    format!(
-        "min({speed})::bigint, max({speed})::bigint, coalesce(sum({duration}), 0)::bigint, count({duration}),
-         max({duration})::bigint, least(coalesce(sum({bytes}), 0), {MOST_BYTES})::bigint"
-    )
-}
-
-/// The sums of rows of `sync_events`, each under the name of its column.
-pub(super) fn named_event_sums() -> String {
-    let named = EVENT_SUMS.iter().zip(Sums::COLUMNS);
-    named.map(|(sum, column)| format!("{sum} as {column}")).collect::<Vec<_>>().join(", ")
-}
 
 /// The parts of an insertion of sums: the columns, the sums of the events, and the addition to an existing row.
 fn insertion() -> (String, String, String) {
@@ -147,7 +112,7 @@ fn aggregate_hours_of(source: &str) -> String {
          )
          update fleet_totals set {add_to_totals}
           where (select count(*) from hours) > 0",
-        groups::OF_EVENT,
+        DIALECT.group_of_event(),
         groups::add("by_group")
     )
 }
@@ -281,8 +246,8 @@ pub(super) async fn delete_events(
                 on conflict (hour) {add}
          )
          select count(*) from gone",
-        groups::OF_EVENT,
-        groups::add_day_groups_of("gone", "created_at <= $3", "-"),
+        DIALECT.group_of_event(),
+        DIALECT.add_day_groups_of("gone sync_events where created_at <= $3", "-"),
         groups::add("by_group")
     );
     let (received_until, watermark) =
@@ -314,7 +279,7 @@ const BELOW_WATERMARK: &str = "(
                milliseconds, bytes_synced
            )
      where coalesce(received_at, $7) <= (select folded_until from roll_up_state)
-)";
+) sync_events where true";
 
 /// The number of parameters of the statements about them.
 pub(super) const BELOW_WATERMARK_PARAMETERS: usize = 9;
@@ -334,15 +299,15 @@ pub(super) struct BelowWatermarkStatements {
 
 impl BelowWatermarkStatements {
     pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
-        let source = format!("{BELOW_WATERMARK} sync_events");
-        let day_groups = groups::add_day_groups_of(BELOW_WATERMARK, "true", "");
-        let late = digests::note_late_of(&format!("{source} where true"));
+        let source = BELOW_WATERMARK;
+        let day_groups = DIALECT.add_day_groups_of(source, "");
+        let late = digests::note_late_of(source);
         Ok(Self {
-            aggregate_days: client.prepare(&aggregate_days_of(&source)).await?,
+            aggregate_days: client.prepare(&aggregate_days_of(source)).await?,
             aggregate_day_groups: client.prepare(&day_groups).await?,
-            aggregate_hours: client.prepare(&aggregate_hours_of(&source)).await?,
+            aggregate_hours: client.prepare(&aggregate_hours_of(source)).await?,
             note_late: client.prepare(&late).await?,
-            note_stale: client.prepare(&summaries::note_stale_of(&source)).await?,
+            note_stale: client.prepare(&summaries::note_stale_of(source)).await?,
         })
     }
 
@@ -397,156 +362,6 @@ pub(super) async fn aggregate(
     Ok(until < last)
 }
 
-/// SQL for the rows of a table of sums, as if exactly the events received up to `until` were aggregated; without `until`,
-/// all events. It adds the events that are not aggregated yet to the stored rows. It subtracts aggregated events that
-/// were received later than `until`. Ranges of values cannot be subtracted from: days with later events are counted again,
-/// as long as all events are kept.
-pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
-    const WATERMARK: &str = "(select coalesce(folded_until, '-infinity') from roll_up_state)";
-    const ALL_KEPT: &str = "(select raw_since is null from roll_up_state)";
-    let TableOfSums { key, of_event, columns, negative, event_sums, added_up, counted } =
-        TableOfSums::of(table);
-    let numbers: Vec<_> = (1..=key.split(',').count()).map(|number| number.to_string()).collect();
-    let groups = numbers.join(", ");
-    let Some(until) = until else {
-        return format!(
-            "(
-                select {key}, {added_up}
-                  from (
-                      select {key}, {columns} from {table}
-                      union all
-                      select {of_event}, {event_sums}
-                        from sync_events
-                       where created_at > {WATERMARK} and {counted}
-                       group by {groups}
-                  ) deltas
-                 group by {groups}
-            )"
-        );
-    };
-    let counts_again = table == "device_days";
-    let touched = if counts_again {
-        format!(
-            "select distinct device_id, {DAY}
-               from sync_events
-              where created_at <= {WATERMARK} and created_at > '{until}' and {ALL_KEPT}"
-        )
-    } else {
-        // No row has this key.
-        "select null, null where false".to_owned()
-    };
-    let (untouched_rows, untouched_events, subtracted) = if counts_again {
-        (
-            "where (device_id, day) not in (select * from touched)",
-            format!("and (device_id, {DAY}) not in (select * from touched)"),
-            format!("and not {ALL_KEPT}"),
-        )
-    } else {
-        ("", String::new(), String::new())
-    };
-    let counted_again = if counts_again {
-        format!(
-            "union all
-             select touched.device_id, touched.day, {event_sums}
-               from touched
-               join sync_events
-                    on sync_events.device_id = touched.device_id
-                   and timestamp >= touched.day::timestamp at time zone 'UTC'
-                   and timestamp < (touched.day + 1)::timestamp at time zone 'UTC'
-              where created_at <= '{until}'
-              group by 1, 2"
-        )
-    } else {
-        String::new()
-    };
-    format!(
-        "(
-            with touched (device_id, day) as materialized ({touched})
-            select {key}, {added_up}
-              from (
-                  select {key}, {columns} from {table} {untouched_rows}
-                  union all
-                  select {of_event}, {event_sums}
-                    from sync_events
-                   where created_at > {WATERMARK} and created_at <= '{until}' and {counted} {untouched_events}
-                   group by {groups}
-                  {counted_again}
-                  union all
-                  select * from (
-                      with later ({key}, {columns}) as (
-                          select {of_event}, {event_sums}
-                            from sync_events
-                           where created_at <= {WATERMARK} and created_at > '{until}' and {counted} {subtracted}
-                           group by {groups}
-                      )
-                      select {key}, {negative} from later
-                  ) negative
-              ) deltas
-             group by {groups}
-        )"
-    )
-}
-
-/// How the rows of a table follow from events.
-struct TableOfSums {
-    key: &'static str,
-    of_event: String,
-    columns: String,
-    negative: String,
-    event_sums: String,
-    /// The columns, each the sum over some rows.
-    added_up: String,
-    /// Which events count.
-    counted: String,
-}
-
-impl TableOfSums {
-    fn of(table: &str) -> Self {
-        let sum = |column: &str| format!("sum({column})::bigint as {column}");
-        let sums = |key, of_event| Self {
-            key,
-            of_event,
-            columns: Sums::names(),
-            negative: Sums::negative(),
-            event_sums: event_sums(),
-            added_up: Sums::sql(sum),
-            counted: "true".to_owned(),
-        };
-        let runs = |key, of_event, counted: &str| Self {
-            key,
-            of_event,
-            columns: "runs, failed_runs".to_owned(),
-            negative: "-runs, -failed_runs".to_owned(),
-            event_sums: groups::EVENT_RUNS.to_owned(),
-            added_up: [sum("runs"), sum("failed_runs")].join(", "),
-            counted: counted.to_owned(),
-        };
-        let group = groups::OF_EVENT;
-        match table {
-            "device_days" => {
-                let days = sums("device_id, day", format!("device_id, {DAY}"));
-                let at_most = |column: &str| format!("least(sum({column}), {MOST_BYTES})::bigint");
-                Self {
-                    columns: format!("{}, {}", days.columns, day_details::names()),
-                    negative: format!("{}, {}", days.negative, day_details::negative()),
-                    event_sums: format!("{}, {}", days.event_sums, event_details()),
-                    added_up: format!("{}, {}", days.added_up, day_details::added_up(at_most)),
-                    ..days
-                }
-            }
-            "device_day_groups" => {
-                let of_event = format!("device_id, {DAY}, {group}");
-                runs(r#"device_id, day, "group""#, of_event, &groups::moved())
-            }
-            "group_days" => runs(r#""group", day"#, format!("{group}, {DAY}"), "true"),
-            "group_hours" => {
-                runs(r#""group", hour"#, format!("{group}, {HOUR}"), groups::IS_KEPT_HOUR)
-            }
-            _ => sums("hour", HOUR.to_owned()),
-        }
-    }
-}
-
 /// Every event received up to this time is committed or given up, unless a transaction that began before `now` is still
 /// in progress.
 pub(super) fn final_until(now: Timestamp) -> Timestamp {
@@ -562,8 +377,7 @@ pub(super) async fn aggregate_between(
 ) -> Result<(), Error> {
     const EVENTS: &str = "sync_events where created_at > $1 and created_at <= $2";
     let (after, until) = (after.to_jiff(), until.to_jiff());
-    const CONDITION: &str = "created_at > $1 and created_at <= $2";
-    let day_groups = groups::add_day_groups_of("sync_events", CONDITION, "");
+    let day_groups = DIALECT.add_day_groups_of(EVENTS, "");
     transaction.execute(&aggregate_days_of(EVENTS), &[&after, &until]).await?;
     transaction.execute(&day_groups, &[&after, &until]).await?;
     transaction.execute(&aggregate_hours_of(EVENTS), &[&after, &until]).await?;

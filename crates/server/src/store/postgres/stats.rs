@@ -12,7 +12,7 @@ use super::{
     roll_ups,
     rows::{optional_time, snapshot},
     store::PostgresStore,
-    summaries,
+    summaries::{self, SummarizedUntil},
 };
 use crate::store::{
     Count, Device, FailureQuery, Figures, FleetStats, Freshness, Page, StatsStore, StoreError,
@@ -74,13 +74,15 @@ async fn fleet_stats(
     recent: u32,
 ) -> Result<FleetStats, Error> {
     let snapshot = snapshot(connection).await?;
+    let summarized = SummarizedUntil::read(&snapshot).await?;
     let mut recent_devices = Vec::new();
     if recent > 0 {
-        recent_devices = summaries::recent_devices(&snapshot, recent).await?;
+        recent_devices = summaries::recent_devices(&snapshot, &summarized, recent).await?;
     }
+    let active_since = active_since.as_millisecond();
     Ok(FleetStats {
-        total_devices: summaries::number_of_devices(&snapshot).await?,
-        active_devices: summaries::active_devices(&snapshot, active_since.as_millisecond()).await?,
+        total_devices: summaries::number_of_devices(&snapshot, &summarized).await?,
+        active_devices: summaries::active_devices(&snapshot, &summarized, active_since).await?,
         figures: roll_ups::totals(&snapshot).await?,
         recent_devices,
     })

@@ -11,8 +11,8 @@ use tokio_postgres::{
 };
 
 use super::{
+    aggregated_events,
     connect::Object,
-    locks::ROLL_UP_LOCK,
     rows::{device_row, figures, job_sums, snapshot},
 };
 use crate::store::{
@@ -75,19 +75,31 @@ fn changed_device(row: &Row) -> Result<ChangedDevice, Error> {
     Ok(ChangedDevice { device_id: row.try_get(0)?, stored, fresh: Summary::of(&figures(row, 1)?) })
 }
 
-/// Selects the devices that may differ from their summaries.
-async fn changed_source(snapshot: &Transaction<'_>) -> Result<String, Error> {
-    let state = snapshot.query_one("select summarized_until from roll_up_state", &[]).await?;
-    let until = state.try_get::<_, Option<jiff::Timestamp>>(0)?;
-    // A text, so that the planner sees how few events follow the watermark.
-    let until = until.map_or_else(|| "-infinity".to_owned(), |until| until.to_string());
-    Ok(format!(
-        "select device_id from sync_events where created_at > timestamptz '{until}'
-         union
-         select device_id from devices where created_at > timestamptz '{until}'
-         union
-         select device_id from stale_summaries"
-    ))
+/// The watermark of the summaries, as of this snapshot.
+pub(super) struct SummarizedUntil(
+    /// A literal in SQL, so that the planner sees how few events follow it.
+    String,
+);
+
+impl SummarizedUntil {
+    pub(super) async fn read(snapshot: &Transaction<'_>) -> Result<Self, Error> {
+        let state = snapshot.query_one("select summarized_until from roll_up_state", &[]).await?;
+        let until = state.try_get::<_, Option<jiff::Timestamp>>(0)?;
+        let until = until.map_or_else(|| "-infinity".to_owned(), |until| until.to_string());
+        Ok(Self(format!("timestamptz '{until}'")))
+    }
+
+    /// Selects the devices that may differ from their summaries.
+    fn changed(&self) -> String {
+        let Self(until) = self;
+        format!(
+            "select device_id from sync_events where created_at > {until}
+             union
+             select device_id from devices where created_at > {until}
+             union
+             select device_id from stale_summaries"
+        )
+    }
 }
 
 /// The devices that may have changed since their summaries were brought up to date.
@@ -95,7 +107,7 @@ pub(super) async fn changed(
     snapshot: &Transaction<'_>,
     filter: &Filter,
 ) -> Result<Vec<ChangedDevice>, Error> {
-    let source = changed_source(snapshot).await?;
+    let source = SummarizedUntil::read(snapshot).await?.changed();
     let (columns, joins) = select_changed(&source);
     let select = device_list::filtered(&columns, &joins, filter, GROUPED, &DIALECT);
     query(snapshot, select).await?.iter().map(changed_device).collect()
@@ -232,14 +244,18 @@ async fn counted_from(
 
 /// How many devices were last seen at `since` or later. The counts of whole minutes are added up. Of the devices that have
 /// changed, only those are looked at closely whose summaries say that they were not seen since.
-pub(super) async fn active_devices(snapshot: &Transaction<'_>, since: i64) -> Result<u64, Error> {
+pub(super) async fn active_devices(
+    snapshot: &Transaction<'_>,
+    summarized: &SummarizedUntil,
+    since: i64,
+) -> Result<u64, Error> {
     const WITHIN_MINUTE: &str =
         "select count(*) from device_summaries where last_seen >= $1 and last_seen < $2";
     const LAST_SEEN: &str = "
         (select floor(extract(epoch from max(last_received)) * 1000)::bigint
            from device_jobs j where j.device_id = changed.device_id)
     ";
-    let changed = changed_source(snapshot).await?;
+    let changed = summarized.changed();
     let active_again = format!(
         "select count(*)
            from ({changed}) changed
@@ -273,6 +289,7 @@ pub(super) async fn active_devices(snapshot: &Transaction<'_>, since: i64) -> Re
 /// The devices with the `most` latest syncs, the latest first.
 pub(super) async fn recent_devices(
     snapshot: &Transaction<'_>,
+    summarized: &SummarizedUntil,
     most: u32,
 ) -> Result<Vec<Device>, Error> {
     const BY_SUMMARIES: &str = "
@@ -282,7 +299,7 @@ pub(super) async fn recent_devices(
          order by last_sync desc, device_id
          limit $1
     ";
-    let changed = changed_source(snapshot).await?;
+    let changed = summarized.changed();
     let changed = format!(
         "select device_id
            from ({changed}) changed
@@ -374,7 +391,8 @@ pub(super) async fn outdated(connection: &mut Object) -> Result<Option<Outdated>
 /// Brings the summaries of some devices, given in byte-wise order, up to date. False when another node does that.
 pub(super) async fn refresh(connection: &mut Object, devices: &[String]) -> Result<bool, Error> {
     let transaction = connection.transaction().await?;
-    if !try_lock(&transaction).await? {
+    // Only one node at a time does this: its locks would be in the way of another's.
+    if !aggregated_events::try_lock(&transaction).await? {
         return Ok(false);
     }
     write_summaries(&transaction, devices).await?;
@@ -391,12 +409,6 @@ pub(super) async fn finish(connection: &mut Object, outdated: &Outdated) -> Resu
         .execute("delete from stale_summaries where id = any($1)", &[&outdated.stale])
         .await?;
     transaction.commit().await
-}
-
-/// Only one node at a time brings summaries up to date: its locks would be in the way of another's.
-async fn try_lock(transaction: &Transaction<'_>) -> Result<bool, Error> {
-    const TRY_LOCK: &str = "select pg_try_advisory_xact_lock($1)";
-    transaction.query_one(TRY_LOCK, &[&ROLL_UP_LOCK]).await?.try_get(0)
 }
 
 async fn write_summaries(transaction: &Transaction<'_>, devices: &[String]) -> Result<(), Error> {
@@ -491,14 +503,15 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
 }
 
 /// How many devices there are. Devices that were registered before the watermark have summaries, or are noted.
-pub(super) async fn number_of_devices(snapshot: &Transaction<'_>) -> Result<u64, Error> {
-    let state = snapshot.query_one("select summarized_until from roll_up_state", &[]).await?;
-    let until = state.try_get::<_, Option<jiff::Timestamp>>(0)?;
-    let until = until.map_or_else(|| "-infinity".to_owned(), |until| until.to_string());
+pub(super) async fn number_of_devices(
+    snapshot: &Transaction<'_>,
+    summarized: &SummarizedUntil,
+) -> Result<u64, Error> {
+    let SummarizedUntil(until) = summarized;
     let new = format!(
         "select count(*)
            from (
-               select device_id from devices where created_at > timestamptz '{until}'
+               select device_id from devices where created_at > {until}
                union
                select device_id from devices join stale_summaries using (device_id)
            ) new
@@ -532,7 +545,7 @@ const COUNTED: &str = "
 ";
 
 /// Statements that make all summaries and counts anew. Unless nobody else uses the database, the caller must have the
-/// lock of [`ROLL_UP_LOCK`] and the state: another node would add its changes to counts that are new.
+/// lock of aggregation and that of the state: another node would add its changes to counts that are new.
 pub(super) fn rebuild_statements() -> String {
     format!(
         "delete from device_summaries;
@@ -551,7 +564,7 @@ pub(super) fn rebuild_statements() -> String {
 /// How many summaries and counts differ from what they are made from. Devices that have changed since are left out.
 pub(super) async fn differences(snapshot: &Transaction<'_>) -> Result<(u64, u64), Error> {
     let columns = COLUMNS.map(|column| format!("s.{column}")).join(", ");
-    let changed = changed_source(snapshot).await?;
+    let changed = SummarizedUntil::read(snapshot).await?.changed();
     let wrong = format!(
         "select count(*)
            from (

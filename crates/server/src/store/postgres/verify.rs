@@ -48,7 +48,7 @@ const PAGE: &str = "($1::text is null or device_id > $1) and ($2::text is null o
 /// `latest` change no streak. They are shown as the last event only if there are no others. A `received_at` after
 /// `latest` is skipped in the same way; the last date replaces it.
 pub(super) fn recounted(filter: &str, latest: &str) -> String {
-    let (names, sums) = (Sums::names(), roll_ups::named_event_sums());
+    let (names, sums) = (Sums::names(), aggregated_events::named_event_sums());
     format!(
         "with counted as (
             select device_id, coalesce(job, '') as job,

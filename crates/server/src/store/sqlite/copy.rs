@@ -16,6 +16,7 @@ use rusqlite::{
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
+    aggregated_events::DIALECT,
     backup::Copy,
     claim,
     connection::{open_existing, open_for_writing, store_error},
@@ -370,8 +371,10 @@ fn select(selection: &Selection) -> String {
     let table = match selection.sums {
         _ if selection.table.rows != Rows::Sums => selection.table.name.to_owned(),
         Sums::Stored => selection.table.name.to_owned(),
-        Sums::Everything => roll_ups::as_of(selection.table.name, None),
-        Sums::ReceivedUntil(until) => roll_ups::as_of(selection.table.name, Some(until)),
+        Sums::Everything => DIALECT.as_of(selection.table.name, None),
+        Sums::ReceivedUntil(until) => {
+            DIALECT.as_of(selection.table.name, Some(&until.as_millisecond().to_string()))
+        }
     };
     format!("select {} from {table} as t", expressions.join(", "))
 }

@@ -11,66 +11,16 @@ use rusqlite::{
 };
 
 use super::{
-    aggregated_events::{self, DAY, DELETED_EVENTS, DeletedEvents, HOUR},
+    aggregated_events::{self, DELETED_EVENTS, DIALECT, DeletedEvents},
     expiry,
     write_connection::WriteConnection,
 };
 use crate::store::{
     Sums,
     group_runs::{first_countable_hour, kept_since, uncounted_hours},
+    roll_up_sql::{ADD_RUNS, Derived, DerivedTable, Dialect},
     verify::DAY_MILLISECONDS,
 };
-
-/// SQL for the group to which a row of `sync_events` belongs: the former group of the first move after the event, or the
-/// device's group now. A move says by time what came before it. What had been aggregated by then is recognized by its
-/// id, so that a clock that was ahead changes no group's past. Both only rise from move to move, so each index finds the
-/// first one.
-pub(super) const OF_EVENT: &str = r#"
-    coalesce(
-        (select former_group
-           from group_changes move
-          where move.id = min(
-                    ifnull((select id
-                              from group_changes later
-                             where later.device = sync_events.device
-                               and later.changed_at > sync_events.created_at
-                             order by later.changed_at, later.id
-                             limit 1), 9223372036854775807),
-                    ifnull((select id
-                              from group_changes later
-                             where later.device = sync_events.device
-                               and later.changed_id > sync_events.id
-                             order by later.changed_id, later.id
-                             limit 1), 9223372036854775807)
-                )),
-        (select "group" from devices where devices.id = sync_events.device),
-        ''
-    )
-"#;
-
-/// The condition that a row of `sync_events` counts in `group_hours`.
-pub(super) const IS_KEPT_HOUR: &str = "timestamp >= (select group_hours_since from roll_up_state)";
-
-/// SQL for the runs and the failed runs of rows of `sync_events`.
-pub(super) const EVENT_RUNS: &str = "count(*), ifnull(sum(total_errors > 0), 0)";
-
-/// SQL for the group in which a device was at first, given SQL for the device's number.
-fn first_of(device: &str) -> String {
-    format!(
-        r#"coalesce(
-            (select former_group from group_changes move where move.device = {device}
-              order by move.changed_id, move.id limit 1),
-            (select "group" from devices where devices.id = {device}),
-            ''
-        )"#
-    )
-}
-
-/// The condition that a row of `sync_events` counts in `device_day_groups`.
-pub(super) fn moved() -> String {
-    let first = first_of("sync_events.device");
-    format!("device in (select device from group_changes) and {OF_EVENT} <> {first}")
-}
 
 /// Runs of a group within an hour.
 #[derive(Debug)]
@@ -115,14 +65,13 @@ pub(super) fn add(transaction: &Transaction<'_>, hours: &[GroupHour]) -> rusqlit
 }
 
 fn add_hours(transaction: &Transaction<'_>, hours: &[GroupHour]) -> rusqlite::Result<()> {
-    const ADD_TO_HOUR: &str = r#"
-        insert into group_hours as stored ("group", hour, runs, failed_runs)
-        select ?1, ?2, ?3, ?4
-         where ?2 >= (select group_hours_since from roll_up_state)
-            on conflict ("group", hour) do update
-           set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs
-    "#;
-    let mut add_to_hour = transaction.prepare_cached(ADD_TO_HOUR)?;
+    let add_to_hour = format!(
+        r#"insert into group_hours as stored ("group", hour, runs, failed_runs)
+           select ?1, ?2, ?3, ?4
+            where ?2 >= (select group_hours_since from roll_up_state)
+               on conflict ("group", hour) {ADD_RUNS}"#
+    );
+    let mut add_to_hour = transaction.prepare_cached(&add_to_hour)?;
     for GroupHour { group, hour, runs, failed_runs } in hours {
         add_to_hour.execute(params![group, hour, runs, failed_runs])?;
     }
@@ -133,12 +82,11 @@ fn add_days(
     transaction: &Transaction<'_>,
     days: impl Iterator<Item = (String, i64, (i64, i64))>,
 ) -> rusqlite::Result<()> {
-    const ADD_TO_DAY: &str = r#"
-        insert into group_days as stored ("group", day, runs, failed_runs) values (?1, ?2, ?3, ?4)
-            on conflict ("group", day) do update
-           set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs
-    "#;
-    let mut add_to_day = transaction.prepare_cached(ADD_TO_DAY)?;
+    let add_to_day = format!(
+        r#"insert into group_days as stored ("group", day, runs, failed_runs) values (?1, ?2, ?3, ?4)
+               on conflict ("group", day) {ADD_RUNS}"#
+    );
+    let mut add_to_day = transaction.prepare_cached(&add_to_day)?;
     for (group, day, (runs, failed_runs)) in days {
         add_to_day.execute(params![group, day, runs, failed_runs])?;
     }
@@ -157,26 +105,8 @@ pub(super) fn add_moved(
     }
     // The step has few events, and a device that moved may have many.
     let source = "sync_events not indexed where id > ?1 and id <= ?2";
-    transaction.prepare_cached(&add_day_groups(source, ""))?.execute([watermark, last]).map(|_| ())
-}
-
-/// A statement that adds the events of `source`, the rest of a `from` clause, to `device_day_groups`, or subtracts them with
-/// the `sign` "-".
-fn add_day_groups(source: &str, sign: &str) -> String {
-    let first = first_of("sync_events.device");
-    format!(
-        r#"with counted (device, day, of_group, first_group, runs, failed_runs) as materialized (
-            select device, {DAY}, {OF_EVENT} as of_group, {first} as first_group, {EVENT_RUNS}
-              from {source} and device in (select device from group_changes)
-             group by 1, 2, 3, 4
-         )
-         insert into device_day_groups as stored (device, day, "group", runs, failed_runs)
-         select device, day, of_group, {sign}runs, {sign}failed_runs
-           from counted
-          where of_group <> first_group
-             on conflict (device, day, "group") do update
-            set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs"#
-    )
+    let add = DIALECT.add_day_groups_of(source, "");
+    transaction.prepare_cached(&add)?.execute([watermark, last]).map(|_| ())
 }
 
 /// The hours of the groups to which the events belong that match a condition.
@@ -185,11 +115,13 @@ fn hours_of(
     condition: &str,
     parameters: impl Params,
 ) -> rusqlite::Result<Vec<GroupHour>> {
+    let Dialect { hour, event_runs, .. } = DIALECT;
     let select = format!(
-        "select {OF_EVENT} as of_group, {HOUR} as hour, {EVENT_RUNS}
+        "select {} as of_group, {hour} as hour, {event_runs}
            from sync_events
           where {condition}
-          group by of_group, hour"
+          group by of_group, hour",
+        DIALECT.group_of_event()
     );
     transaction.prepare_cached(&select)?.query_map(parameters, GroupHour::read)?.collect()
 }
@@ -205,8 +137,8 @@ pub(super) fn subtract(
     let parameters = params![device, received_until, timestamp, id, watermark];
     let hours = hours_of(transaction, &condition, parameters)?;
     add(transaction, &hours.into_iter().map(GroupHour::negative).collect::<Vec<_>>())?;
-    let source = format!("sync_events where {condition}");
-    transaction.prepare_cached(&add_day_groups(&source, "-"))?.execute(parameters).map(|_| ())
+    let subtract = DIALECT.add_day_groups_of(&format!("sync_events where {condition}"), "-");
+    transaction.prepare_cached(&subtract)?.execute(parameters).map(|_| ())
 }
 
 /// Adds a device's aggregated events.
@@ -224,7 +156,7 @@ pub(super) fn add_device(
 pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
     let days = format!(
         "select of_group, day, -sum(runs), -sum(failed_runs) from ({}) group by 1, 2",
-        days_of_devices("where days.device = ?1")
+        DIALECT.group_days_of("where days.device = ?1")
     );
     let watermark = aggregated_events::watermark(transaction)?;
     let hours = hours_of(transaction, "device = ?1 and id <= ?2", [device, watermark])?;
@@ -236,20 +168,6 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
     add_days(transaction, days.into_iter())
 }
 
-/// SQL for the days of devices with the group to which they belong: of_group, day, runs, failed_runs. `condition` chooses
-/// `days` by their `device`.
-fn days_of_devices(condition: &str) -> String {
-    let first = first_of("days.device");
-    format!(
-        r#"select {first} as of_group, day, total_syncs as runs, failed_syncs as failed_runs
-             from device_days days {condition}
-            union all
-           select {first}, day, -runs, -failed_runs from device_day_groups days {condition}
-            union all
-           select "group", day, runs, failed_runs from device_day_groups days {condition}"#
-    )
-}
-
 /// Counts the days of a device that moved again. Its events are aggregated up to the id `watermark`.
 pub(super) fn count_device_again(
     transaction: &Transaction<'_>,
@@ -257,7 +175,7 @@ pub(super) fn count_device_again(
     watermark: i64,
 ) -> rusqlite::Result<()> {
     transaction.execute("delete from device_day_groups where device = ?1", [device])?;
-    let add = add_day_groups("sync_events where device = ?1 and id <= ?2", "");
+    let add = DIALECT.add_day_groups_of("sync_events where device = ?1 and id <= ?2", "");
     transaction.prepare_cached(&add)?.execute([device, watermark]).map(|_| ())
 }
 
@@ -316,111 +234,22 @@ fn hours_since(connection: &Connection) -> rusqlite::Result<i64> {
     connection.query_row("select group_hours_since from roll_up_state", [], |row| row.get(0))
 }
 
-/// A table of groups, and SQL for what it must have.
-struct Derived {
-    table: &'static str,
-    key: &'static str,
-    expected: String,
-    /// The first hour that is compared; `None` for days.
-    since: Option<i64>,
+/// A table of groups, and what it must have. Of hours, those are compared that are counted, which is the parameter then.
+fn derived(
+    connection: &Connection,
+    table: DerivedTable,
+    now: Timestamp,
+) -> rusqlite::Result<(Derived, Option<i64>)> {
+    if table != DerivedTable::Hours {
+        return Ok((DIALECT.derived(table, None), None));
+    }
+    let since = hours_since(connection)?.max(countable_since(connection, now)?);
+    Ok((DIALECT.derived(table, Some("?1")), Some(since)))
 }
 
-const AGGREGATED: &str = "id <= (select folded_id from roll_up_state)";
-
-fn day_groups() -> Derived {
-    let moved = moved();
-    Derived {
-        table: "device_day_groups",
-        key: r#"device, day, "group""#,
-        expected: format!(
-            "select device, {DAY} as day, {OF_EVENT} as of_group, {EVENT_RUNS}
-               from sync_events
-              where {AGGREGATED} and {moved}
-              group by 1, 2, 3"
-        ),
-        since: None,
-    }
-}
-
-fn days() -> Derived {
-    Derived {
-        table: "group_days",
-        key: r#""group", day"#,
-        expected: format!(
-            "select of_group, day, sum(runs), sum(failed_runs) from ({}) group by 1, 2",
-            days_of_devices("")
-        ),
-        since: None,
-    }
-}
-
-fn hours(since: i64) -> Derived {
-    Derived {
-        table: "group_hours",
-        key: r#""group", hour"#,
-        // SQLite is to read the events one after the other.
-        expected: format!(
-            "select {OF_EVENT} as of_group, {HOUR} as hour, {EVENT_RUNS}
-               from sync_events not indexed
-              where {AGGREGATED} and timestamp >= ?1
-              group by 1, 2"
-        ),
-        since: Some(since),
-    }
-}
-
-impl Derived {
-    /// SQL for the rows that differ: their keys, and what must be added to their runs and failed runs.
-    fn differences(&self) -> String {
-        let Self { table, key, expected, since } = self;
-        let numbers: Vec<_> =
-            (1..=key.split(", ").count()).map(|number| number.to_string()).collect();
-        let numbers = numbers.join(", ");
-        let columns = format!("{key}, runs, failed_runs");
-        let compared = if since.is_some() { "where hour >= ?1" } else { "" };
-        format!(
-            "with expected ({columns}) as ({expected})
-             select {key}, sum(runs) as runs, sum(failed_runs) as failed_runs
-               from (
-                   select {columns} from expected
-                   union all
-                   select {key}, -runs, -failed_runs from {table} {compared}
-               )
-              group by {numbers}
-             having sum(runs) <> 0 or sum(failed_runs) <> 0"
-        )
-    }
-
-    fn count(&self, connection: &Connection) -> rusqlite::Result<u64> {
-        let count = format!("select count(*) from ({})", self.differences());
-        let number = connection
-            .query_row(&count, params_from_iter(self.since), |row| row.get::<_, i64>(0))?;
-        Ok(number.cast_unsigned())
-    }
-
-    /// Reads what must be added to which rows.
-    fn corrections(&self, connection: &Connection) -> rusqlite::Result<Vec<Vec<Value>>> {
-        let columns = self.key.split(", ").count() + 2;
-        connection
-            .prepare(&self.differences())?
-            .query_map(params_from_iter(self.since), |row| {
-                (0..columns).map(|column| row.get(column)).collect()
-            })?
-            .collect()
-    }
-
-    /// The statement that adds a correction.
-    fn correct(&self) -> String {
-        let Self { table, key, .. } = self;
-        let numbers: Vec<_> =
-            (1..=key.split(", ").count() + 2).map(|number| format!("?{number}")).collect();
-        format!(
-            "insert into {table} as stored ({key}, runs, failed_runs) values ({})
-                 on conflict ({key}) do update
-                set runs = stored.runs + excluded.runs, failed_runs = stored.failed_runs + excluded.failed_runs",
-            numbers.join(", ")
-        )
-    }
+/// Whether it is known what a table must have: what belongs to which of a device's groups is known of all events alone.
+fn is_known(connection: &Connection, table: DerivedTable) -> rusqlite::Result<bool> {
+    Ok(table != DerivedTable::DayGroups || expiry::raw_since(connection)?.is_none())
 }
 
 /// How many days and hours of groups differ from what they are made from, and how many hours are not counted yet although
@@ -429,12 +258,19 @@ pub(super) fn differences(
     connection: &Connection,
     now: Timestamp,
 ) -> rusqlite::Result<(u64, u64, u64)> {
-    let mut wrong_days = days().count(connection)?;
-    if expiry::raw_since(connection)?.is_none() {
-        wrong_days += day_groups().count(connection)?;
-    }
+    let count = |table| -> rusqlite::Result<u64> {
+        if !is_known(connection, table)? {
+            return Ok(0);
+        }
+        let (derived, since) = derived(connection, table, now)?;
+        let count = format!("select count(*) from ({})", derived.differences());
+        let number =
+            connection.query_row(&count, params_from_iter(since), |row| row.get::<_, i64>(0))?;
+        Ok(number.cast_unsigned())
+    };
+    let wrong_days = count(DerivedTable::DayGroups)? + count(DerivedTable::Days)?;
+    let wrong_hours = count(DerivedTable::Hours)?;
     let (since, countable) = (hours_since(connection)?, countable_since(connection, now)?);
-    let wrong_hours = hours(since.max(countable)).count(connection)?;
     Ok((wrong_days, wrong_hours, uncounted_hours(since, countable, now)))
 }
 
@@ -446,32 +282,26 @@ pub(super) struct Correction {
     repairs: i64,
 }
 
-/// The tables, in the order in which they are repaired: days are made from the days of devices that moved.
-#[derive(Clone, Copy)]
-pub(super) enum Table {
-    DayGroups,
-    Days,
-    Hours,
-}
-
-pub(super) const TABLES: [Table; 3] = [Table::DayGroups, Table::Days, Table::Hours];
-
 /// Finds what is wrong in a table.
 pub(super) fn correction(
     connection: &Connection,
-    table: Table,
+    table: DerivedTable,
     now: Timestamp,
 ) -> rusqlite::Result<Correction> {
     let snapshot = connection.unchecked_transaction()?;
     let repairs =
         snapshot.query_row("select group_repairs from roll_up_state", [], |row| row.get(0))?;
-    let derived = match table {
-        Table::DayGroups => day_groups(),
-        Table::Days => days(),
-        Table::Hours => hours(hours_since(&snapshot)?.max(countable_since(&snapshot, now)?)),
-    };
-    let is_known = !matches!(table, Table::DayGroups) || expiry::raw_since(&snapshot)?.is_none();
-    let rows = if is_known { derived.corrections(&snapshot)? } else { Vec::new() };
+    let (derived, since) = derived(&snapshot, table, now)?;
+    let mut rows = Vec::new();
+    if is_known(&snapshot, table)? {
+        let columns = derived.columns();
+        rows = snapshot
+            .prepare(&derived.differences())?
+            .query_map(params_from_iter(since), |row| {
+                (0..columns).map(|column| row.get(column)).collect()
+            })?
+            .collect::<rusqlite::Result<_>>()?;
+    }
     Ok(Correction { derived, rows, repairs })
 }
 
@@ -487,7 +317,10 @@ pub(super) fn correct(
     if transaction.execute(COUNT, [correction.repairs])? == 0 {
         return Ok(());
     }
-    let mut correct = transaction.prepare(&correction.derived.correct())?;
+    let numbers: Vec<_> =
+        (1..=correction.derived.columns()).map(|number| format!("?{number}")).collect();
+    let values = format!("values ({})", numbers.join(", "));
+    let mut correct = transaction.prepare(&correction.derived.correct(&values))?;
     for row in &correction.rows {
         correct.execute(params_from_iter(row))?;
     }

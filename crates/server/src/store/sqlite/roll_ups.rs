@@ -6,57 +6,18 @@
 
 use std::collections::BTreeMap;
 
-use pisync_core::Timestamp;
 use rusqlite::{
     Connection, Row, Transaction, TransactionBehavior, named_params, params, params_from_iter,
 };
 
 use super::{
-    aggregated_events::{DAY, DELETED_EVENTS, DeletedEvents, HOUR, watermark},
+    aggregated_events::{
+        DAY, DELETED_EVENTS, DIALECT, DeletedEvents, HOUR, event_details, event_sums, watermark,
+    },
     digests,
     groups::{self, GroupHour},
 };
-use crate::store::{
-    Figures, Sums, Window,
-    day_details::{self, MOST_BYTES, MOST_DURATION, MOST_EVENT_BYTES, MOST_SPEED},
-};
-
-/// SQL for the sums of rows of `sync_events`, in the order of [`Sums::COLUMNS`].
-const EVENT_SUMS: [&str; Sums::COUNT] = [
-    "count(*)",
-    "ifnull(sum(total_errors > 0), 0)",
-    "ifnull(sum(total_files_synced), 0)",
-    "ifnull(sum(total_errors), 0)",
-    "ifnull(sum(internet_speed), 0)",
-    "count(internet_speed)",
-];
-
-fn event_sums() -> String {
-    EVENT_SUMS.join(", ")
-}
-
-/// SQL that adds up bytes. SQLite fails when a sum exceeds 64 bits, so halves are added up.
-fn bytes_total(column: &str) -> String {
-    // From this many units of 2^20 on, the sum is at its limit.
-    let most = MOST_BYTES >> 20;
-    format!(
-        "iif(sum({column} >> 20) >= {most}, {MOST_BYTES},
-             (sum({column} >> 20) << 20) + sum({column} & 1048575))"
-    )
-}
-
-/// SQL for the details of rows of `sync_events`, in the order of [`day_details::COLUMNS`].
-fn event_details() -> String {
-    let known =
-        |column: &str, most: i64| format!("iif({column} between 0 and {most}, {column}, null)");
-    let speed = known("internet_speed", MOST_SPEED);
-    let duration = known("duration", MOST_DURATION);
-    let bytes = bytes_total(&known("bytes_synced", MOST_EVENT_BYTES));
-    format!(
-        "min({speed}), max({speed}), ifnull(sum({duration}), 0), count({duration}), max({duration}),
-         ifnull({bytes}, 0)"
-    )
-}
+use crate::store::{Figures, Sums, Window, day_details, roll_up_sql::TableOfSums};
 
 /// The end of an insertion of days, for rows that may exist already.
 fn add_to_day() -> String {
@@ -99,7 +60,7 @@ pub(super) fn aggregate(
            from sync_events
           where id > ?1 and id <= ?2
           group by hour, of_group",
-        groups::OF_EVENT
+        DIALECT.group_of_event()
     );
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let watermark = watermark(&transaction)?;
@@ -194,161 +155,6 @@ pub(super) fn totals(connection: &Connection) -> rusqlite::Result<Figures> {
     connection.prepare_cached(&select)?.query_row([], |row| self::sums(row).map(Figures::from))
 }
 
-/// SQL for the rows of a table of sums, as if exactly the events received up to `until` were aggregated; without `until`,
-/// all events. It adds the events that are not aggregated yet to the stored rows. It subtracts aggregated events that
-/// were received later than `until`. Ranges of values cannot be subtracted from: days with later events are counted again,
-/// as long as all events are kept.
-pub(super) fn as_of(table: &str, until: Option<Timestamp>) -> String {
-    const WATERMARK: &str = "(select folded_id from roll_up_state)";
-    const ALL_KEPT: &str = "(select raw_since is null from roll_up_state)";
-    let TableOfSums { key, of_event, columns, negative, event_sums, added_up, counted } =
-        TableOfSums::of(table);
-    let numbers: Vec<_> = (1..=key.split(',').count()).map(|number| number.to_string()).collect();
-    let groups = numbers.join(", ");
-    let Some(until) = until.map(Timestamp::as_millisecond) else {
-        return format!(
-            "(
-                select {key}, {added_up}
-                  from (
-                      select {key}, {columns} from {table}
-                      union all
-                      select {of_event}, {event_sums}
-                        from sync_events
-                       where id > {WATERMARK} and {counted}
-                       group by {groups}
-                  )
-                 group by {groups}
-            )"
-        );
-    };
-    let counts_again = table == "device_days";
-    let touched = if counts_again {
-        format!(
-            "select distinct device, {DAY}
-               from sync_events
-              where id <= {WATERMARK} and created_at > {until} and {ALL_KEPT}"
-        )
-    } else {
-        // No row has this key.
-        "select null, null where false".to_owned()
-    };
-    let (untouched_rows, untouched_events, subtracted) = if counts_again {
-        (
-            "where (device, day) not in (select * from touched)",
-            format!("and (device, {DAY}) not in (select * from touched)"),
-            format!("and not {ALL_KEPT}"),
-        )
-    } else {
-        ("", String::new(), String::new())
-    };
-    let counted_again = if counts_again {
-        format!(
-            "union all
-             select touched.device, touched.day, {event_sums}
-               from touched
-               cross join sync_events
-                    on sync_events.device = touched.device
-                   and timestamp >= touched.day and timestamp < touched.day + 86400000
-              where created_at <= {until}
-              group by 1, 2"
-        )
-    } else {
-        String::new()
-    };
-    format!(
-        "(
-            with touched (device, day) as materialized ({touched})
-            select {key}, {added_up}
-              from (
-                  select {key}, {columns} from {table} {untouched_rows}
-                  union all
-                  select {of_event}, {event_sums}
-                    from sync_events
-                   where id > {WATERMARK} and created_at <= {until} and {counted} {untouched_events}
-                   group by {groups}
-                  {counted_again}
-                  union all
-                  select * from (
-                      with later ({key}, {columns}) as (
-                          select {of_event}, {event_sums}
-                            from sync_events
-                           where id <= {WATERMARK} and created_at > {until} and {counted} {subtracted}
-                           group by {groups}
-                      )
-                      select {key}, {negative} from later
-                  )
-              )
-             group by {groups}
-        )"
-    )
-}
-
-/// How the rows of a table follow from events.
-struct TableOfSums {
-    key: &'static str,
-    of_event: String,
-    columns: String,
-    negative: String,
-    event_sums: String,
-    /// The columns, each the sum over some rows.
-    added_up: String,
-    /// Which events count.
-    counted: String,
-}
-
-impl TableOfSums {
-    fn of(table: &str) -> Self {
-        let sum = |column: &str| format!("sum({column}) as {column}");
-        let sums = |key, of_event| Self {
-            key,
-            of_event,
-            columns: Sums::names(),
-            negative: Sums::negative(),
-            event_sums: event_sums(),
-            added_up: Sums::sql(sum),
-            counted: "true".to_owned(),
-        };
-        let runs = |key, of_event, counted: &str| Self {
-            key,
-            of_event,
-            columns: "runs, failed_runs".to_owned(),
-            negative: "-runs, -failed_runs".to_owned(),
-            event_sums: groups::EVENT_RUNS.to_owned(),
-            added_up: [sum("runs"), sum("failed_runs")].join(", "),
-            counted: counted.to_owned(),
-        };
-        let group = groups::OF_EVENT;
-        match table {
-            "device_days" => {
-                let days = sums("device, day", format!("device, {DAY}"));
-                let bytes_or_sum = |column: &str| {
-                    if column == "bytes_sum" {
-                        format!("min({}, {MOST_BYTES})", bytes_total(column))
-                    } else {
-                        format!("sum({column})")
-                    }
-                };
-                Self {
-                    columns: format!("{}, {}", days.columns, day_details::names()),
-                    negative: format!("{}, {}", days.negative, day_details::negative()),
-                    event_sums: format!("{}, {}", days.event_sums, event_details()),
-                    added_up: format!("{}, {}", days.added_up, day_details::added_up(bytes_or_sum)),
-                    ..days
-                }
-            }
-            "device_day_groups" => {
-                let of_event = format!("device, {DAY}, {group}");
-                runs(r#"device, day, "group""#, of_event, &groups::moved())
-            }
-            "group_days" => runs(r#""group", day"#, format!("{group}, {DAY}"), "true"),
-            "group_hours" => {
-                runs(r#""group", hour"#, format!("{group}, {HOUR}"), groups::IS_KEPT_HOUR)
-            }
-            _ => sums("hour", HOUR.to_owned()),
-        }
-    }
-}
-
 /// Subtracts a device that will be deleted from the fleet's sums. `device_days` is deleted together with the device.
 pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
     // The events that are kept are subtracted hour by hour. The rest of the device's days comes from events that were
@@ -394,18 +200,11 @@ pub(super) fn subtract(
     let watermark = watermark(transaction)?;
     groups::subtract(transaction, events, watermark)?;
     for (table, add) in [("device_days", add_to_day()), ("fleet_hours", add())] {
-        let TableOfSums { key, of_event, columns, negative, event_sums, .. } =
-            TableOfSums::of(table);
-        let groups = if key == "hour" { "1" } else { "1, 2" };
+        let table_of_sums = DIALECT.table(table);
+        let gone = table_of_sums.of_events(&format!("{DELETED_EVENTS} and id <= ?5"));
+        let TableOfSums { key, columns, negative, .. } = &table_of_sums;
         let subtract = format!(
-            "with gone (
-                {key}, {columns}
-             ) as materialized (
-                select {of_event}, {event_sums}
-                  from sync_events
-                 where {DELETED_EVENTS} and id <= ?5
-                 group by {groups}
-             )
+            "with gone ({key}, {columns}) as materialized ({gone})
              insert into {table} as stored ({key}, {columns})
              select {key}, {negative} from gone where true
                  on conflict ({key}) {add}"

@@ -25,6 +25,7 @@ use crate::store::{
     DayDetails, StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
     day_details,
     group_runs::HOUR_MILLISECONDS,
+    roll_up_sql::DerivedTable,
     verify::{
         Counted, PAGE_DEVICES, Recount, SumRecount, devices_to_fill, devices_to_repair,
         page_length, repair_hour_statement, start_of_day,
@@ -321,7 +322,7 @@ impl SqliteStore {
             self.writer.call(move |writer| groups::count_all_hours(writer, now)).await?;
         }
         if found.group_days + found.group_hours + found.uncounted_group_hours > 0 {
-            for table in groups::TABLES {
+            for table in DerivedTable::ALL {
                 let find =
                     move |connection: &Connection| groups::correction(connection, table, now);
                 let correction = self.read_events(Cost::Unbounded, find).await?;

@@ -14,6 +14,7 @@ use crate::store::{
     Sums,
     migrations::embedded_for_postgres,
     postgres::{
+        aggregated_events,
         migrations::{CREATE_TABLE, run},
         partitions::{Partition, months_ahead},
         roll_ups, summaries,
@@ -254,7 +255,7 @@ pub(super) async fn sample(
          select device_id, (timestamp at time zone 'UTC')::date, {}
            from sample_events
           group by 1, 2",
-        roll_ups::event_sums()
+        aggregated_events::event_sums()
     );
     transaction.batch_execute(&sum_up).await?;
     let bytes: i64 = transaction.query_one(SIZE, &[]).await?.try_get(0)?;
