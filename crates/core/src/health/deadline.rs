@@ -31,7 +31,7 @@ pub struct Interval {
 }
 
 impl Interval {
-    fn touches(&self, other: &Self) -> bool {
+    pub(super) fn touches(&self, other: &Self) -> bool {
         self.from <= other.until && other.from <= self.until
     }
 }

@@ -17,6 +17,7 @@ mod devices;
 mod error;
 mod events;
 mod figure_columns;
+mod fleet_settings;
 mod group_runs;
 mod history;
 mod imports;
@@ -53,6 +54,10 @@ pub use deletion::{DeletionStep, DeviceDeletions};
 pub use devices::{DeviceChange, DeviceQuery, DeviceSort, DeviceStore};
 pub use error::{OtherGroup, StoreError};
 pub use events::{EventStore, EventWriter};
+pub use fleet_settings::{
+    DeviceSettings, ExcludedTime, FleetSettings, FleetSettingsStore, FleetWindow, LevelSettings,
+    WindowEffect, WindowScope,
+};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportLog, ImportProgress, ImportStep};
 pub use journal::{inspect_journal, salvage_journal};
@@ -84,6 +89,7 @@ pub trait Store:
     + DeviceDeletions
     + EventStore
     + StatsStore
+    + FleetSettingsStore
     + KeyStore
     + AuditLog
     + ImportLog

@@ -16,6 +16,7 @@ mod durability;
 mod errors;
 mod events;
 mod expiry;
+mod fleet_settings;
 mod groups;
 mod history;
 mod hosts;

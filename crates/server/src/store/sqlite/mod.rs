@@ -19,6 +19,7 @@ mod event_rows;
 mod events;
 mod expiry;
 pub(super) mod files;
+mod fleet_settings;
 mod groups;
 mod history;
 mod ids;

@@ -1,0 +1,705 @@
+//! The state of a device and of its jobs, as a function of what is known about them. The order in which reports arrive does
+//! not matter: silence goes by when the server received the last one, failure by the dates that devices give.
+
+use serde::Serialize;
+
+use super::{
+    deadline::{Deadline, Exclusions, Interval, Waiting, deadline},
+    policy::{FailingRule, milliseconds},
+    resolve::{EffectivePolicy, EffectiveRules},
+    schedule::Schedule,
+};
+use crate::Timestamp;
+
+/// By how much dates may be behind receipt, at least, before a device counts as behind, in milliseconds: 24 hours.
+const LEAST_BEHIND: i64 = 24 * 60 * 60 * 1000;
+
+/// How many of a job's last runs are looked at when more than the current streak matters.
+pub const OUTCOMES: usize = 200;
+
+/// The state of a device or of a job. Of several that apply, the first in this order is the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Somebody said that it is not to be judged for now.
+    Paused,
+    /// It has never reported.
+    Never,
+    /// Its report is overdue.
+    Silent,
+    /// Too many runs have failed.
+    Failing,
+    /// The last run failed, or its reports come from the past.
+    Degraded,
+    /// All is well.
+    Ok,
+}
+
+impl State {
+    /// All of them, in their order.
+    pub const ALL: [Self; 6] =
+        [Self::Paused, Self::Never, Self::Silent, Self::Failing, Self::Degraded, Self::Ok];
+
+    /// The word that stands for it, in answers and in the database.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Paused => "paused",
+            Self::Never => "never",
+            Self::Silent => "silent",
+            Self::Failing => "failing",
+            Self::Degraded => "degraded",
+            Self::Ok => "ok",
+        }
+    }
+
+    /// The one that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == word)
+    }
+}
+
+/// What kind of problem a device has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProblemKind {
+    /// A report is overdue.
+    Silent,
+    /// Too many runs have failed.
+    Failing,
+    /// Something is wrong that need not wake anybody.
+    Degraded,
+}
+
+impl ProblemKind {
+    /// All of them, the worst first.
+    pub const ALL: [Self; 3] = [Self::Silent, Self::Failing, Self::Degraded];
+
+    /// The word that stands for it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        self.state().as_str()
+    }
+
+    /// The one that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word)
+    }
+
+    /// The state of who has such a problem, and none that is worse.
+    #[must_use]
+    pub fn state(self) -> State {
+        match self {
+            Self::Silent => State::Silent,
+            Self::Failing => State::Failing,
+            Self::Degraded => State::Degraded,
+        }
+    }
+}
+
+/// Why a device has a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Nothing was heard within interval and grace.
+    NoReport,
+    /// It is expected, and has never reported.
+    NeverReported,
+    /// A time of the cron expression, or the interval of a named job, has passed without a report.
+    MissedRun,
+    /// Failures, as the policy counts them.
+    Failures,
+    /// A run that was started has not reported within its longest time.
+    Overrun,
+    /// The last run had errors.
+    Errors,
+    /// What it reports now is dated long ago: a wrong clock, or a backlog, which hides present failures.
+    Behind,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::NoReport,
+        Self::NeverReported,
+        Self::MissedRun,
+        Self::Failures,
+        Self::Overrun,
+        Self::Errors,
+        Self::Behind,
+    ];
+
+    /// The word that stands for it, in answers and in the database.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoReport => "no_report",
+            Self::NeverReported => "never_reported",
+            Self::MissedRun => "missed_run",
+            Self::Failures => "failures",
+            Self::Overrun => "overrun",
+            Self::Errors => "errors",
+            Self::Behind => "behind",
+        }
+    }
+
+    /// The one that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == word)
+    }
+}
+
+/// What is wrong with a device, or with one of its jobs.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Problem {
+    /// What kind of problem it is.
+    pub kind: ProblemKind,
+    /// The job; `None` for the device as a whole, and for reports that name no job.
+    pub job: Option<String>,
+    /// Why.
+    pub reason: Reason,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// One of a job's runs, as it was reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its date.
+    pub at: Timestamp,
+    /// Whether it had errors.
+    pub has_failed: bool,
+}
+
+/// What the reports of a job add up to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobReports {
+    /// When the server received the last.
+    pub last_received: Timestamp,
+    /// The latest date.
+    pub last_sync: Timestamp,
+    /// Failures dated after the last success.
+    pub consecutive_failures: i64,
+    /// The date of the first of them, if it is known.
+    pub first_failure: Option<Timestamp>,
+    /// The last runs by date, the latest at the end, at most [`OUTCOMES`]. They need be there only where
+    /// [`needs_outcomes`] says so.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// What is known about a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobFacts {
+    /// Its name; `None` for reports that name none.
+    pub job: Option<String>,
+    /// Since when the policy waits for it; [`waiting_since`] finds it.
+    pub waiting_since: Option<Timestamp>,
+    /// Its reports; `None` for a job that is expected by name and was never heard.
+    pub reports: Option<JobReports>,
+}
+
+/// A run that a device has started, and that has not been reported yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenRun {
+    /// Its job; `None` for a run that names none.
+    pub job: Option<String>,
+    /// When the server heard of the start.
+    pub started_at: Timestamp,
+}
+
+/// A time in which a device is not judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pause {
+    /// When it began.
+    pub from: Timestamp,
+    /// When it ends; `None` until somebody ends it.
+    pub until: Option<Timestamp>,
+}
+
+impl Pause {
+    /// Whether it is in force.
+    #[must_use]
+    pub fn is_on(&self, now: Timestamp) -> bool {
+        self.from <= now && self.until.is_none_or(|until| now < until)
+    }
+
+    /// It as an interval.
+    #[must_use]
+    pub fn interval(&self) -> Interval {
+        Interval { from: self.from, until: self.until.unwrap_or(Timestamp::MAX) }
+    }
+}
+
+/// What is known about a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// When it became known.
+    pub registered_at: Timestamp,
+    /// Since when the roster expects it; `None` when it is on no roster.
+    pub expected_from: Option<Timestamp>,
+    /// Whether somebody has said that nothing is to be expected of it.
+    pub is_excused: bool,
+    /// Since when the policy waits for any report; [`waiting_since`] finds it.
+    pub waiting_since: Option<Timestamp>,
+    /// The pause that is in force; of several the one that ends last.
+    pub pause: Option<Pause>,
+    /// Its jobs: those that have reported, and those that are expected by name.
+    pub jobs: Vec<JobFacts>,
+    /// The runs that have started and are not over.
+    pub open_runs: Vec<OpenRun>,
+}
+
+/// Since when the policy waits. A change of policy restarts waiting, so that editing makes nobody silent; but who was silent
+/// already stays so. `stored` is what the last evaluation found: since when it waited, and whether the device or job was
+/// silent.
+#[must_use]
+pub fn waiting_since(
+    stored: Option<(Option<Timestamp>, bool)>,
+    policy_since: Option<Timestamp>,
+) -> Option<Timestamp> {
+    match stored {
+        Some((waiting_since, true)) => waiting_since,
+        _ => policy_since,
+    }
+}
+
+/// Whether the last runs of a job must be known, beside its streak.
+#[must_use]
+pub fn needs_outcomes(rules: &EffectiveRules) -> bool {
+    matches!(rules.failing.value, FailingRule::OfLast { .. }) || rules.recover_after.value > 1
+}
+
+/// A report that is waited for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expectation {
+    /// The job; `None` for any report, or reports that name no job.
+    pub job: Option<String>,
+    /// Whether a job is expected by name, and not just any report.
+    pub is_of_job: bool,
+    /// From when on it is waited for.
+    pub base: Timestamp,
+    /// When it is expected, and by when it must be there.
+    pub deadline: Deadline,
+    /// The grace that the deadline contains, in milliseconds.
+    pub grace: i64,
+    /// How long two reports may be apart, grace included, in milliseconds.
+    pub patience: i64,
+    /// The run that holds silence back: when it started, and how long it may take.
+    pub held_by: Option<Interval>,
+    /// The problem, once the deadline has passed.
+    pub reason: Reason,
+}
+
+impl Expectation {
+    /// Whether its deadline has passed.
+    #[must_use]
+    pub fn is_missed(&self, now: Timestamp) -> bool {
+        self.held_by.is_none() && now >= self.deadline.due_at
+    }
+
+    /// From when on the report is late, though its grace is not over.
+    fn late_at(&self) -> Option<Timestamp> {
+        let late_at = self.deadline.due_at.saturating_add_milliseconds(-self.grace);
+        self.held_by.is_none().then_some(late_at)
+    }
+}
+
+/// The state of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobHealth {
+    /// Its name; `None` for reports that name none.
+    pub job: Option<String>,
+    /// Whether it is expected by name.
+    pub is_expected: bool,
+    /// Its state.
+    pub state: State,
+    /// Why it is not ok.
+    pub reason: Option<Reason>,
+    /// Since when it is not ok.
+    pub since: Option<Timestamp>,
+    /// When its next report is expected.
+    pub next_due: Option<Timestamp>,
+    /// Since when the policy waits for it.
+    pub waiting_since: Option<Timestamp>,
+}
+
+/// What an evaluation finds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// The device's state.
+    pub state: State,
+    /// Since when it has it; `None` when this is not known from its reports: for who is well.
+    pub since: Option<Timestamp>,
+    /// All that is wrong, the worst first. Nothing while it is paused.
+    pub problems: Vec<Problem>,
+    /// The state of each job.
+    pub jobs: Vec<JobHealth>,
+    /// What is waited for.
+    pub expectations: Vec<Expectation>,
+    /// Whether a report is expected of it: only then it counts among the devices of a group.
+    pub is_expected: bool,
+    /// How long after a report the device is silent, in milliseconds, if it is expected at an interval.
+    pub silent_after: Option<i64>,
+    /// The grace in it, in milliseconds.
+    pub grace: i64,
+    /// When it will be silent, unless it is heard before.
+    pub due_at: Option<Timestamp>,
+    /// From when on its report is late, unless it is heard before.
+    pub late_at: Option<Timestamp>,
+    /// When it must be evaluated again, whether it is heard or not.
+    pub check_at: Option<Timestamp>,
+    /// How long two reports may be apart, grace included, in milliseconds.
+    pub patience: Option<i64>,
+    /// By how much dates may be behind receipt before it counts as behind, in milliseconds.
+    pub behind_after: i64,
+}
+
+impl Health {
+    /// The earliest time at which a report is expected.
+    #[must_use]
+    pub fn next_due(&self) -> Option<Timestamp> {
+        self.expectations.iter().map(|one| one.deadline.expected_at).min()
+    }
+
+    /// Whether it has a problem of this kind.
+    #[must_use]
+    pub fn has(&self, kind: ProblemKind) -> bool {
+        self.problems.iter().any(|problem| problem.kind == kind)
+    }
+
+    /// Whether it was to report for the first time, and has not.
+    #[must_use]
+    pub fn is_overdue(&self) -> bool {
+        self.state == State::Never && self.has(ProblemKind::Silent)
+    }
+}
+
+/// The state of a device, at `now`.
+#[must_use]
+pub fn evaluate(
+    policy: &EffectivePolicy,
+    facts: &DeviceFacts,
+    excluded: &(impl Exclusions + ?Sized),
+    now: Timestamp,
+) -> Health {
+    Evaluation { policy, facts, excluded, now }.health()
+}
+
+struct Evaluation<'a, E: ?Sized> {
+    policy: &'a EffectivePolicy,
+    facts: &'a DeviceFacts,
+    excluded: &'a E,
+    now: Timestamp,
+}
+
+impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
+    fn heard(&self) -> Option<Timestamp> {
+        self.reports().map(|reports| reports.last_received).max()
+    }
+
+    fn reports(&self) -> impl Iterator<Item = &JobReports> {
+        self.facts.jobs.iter().filter_map(|job| job.reports.as_ref())
+    }
+
+    fn health(&self) -> Health {
+        let pause = self.facts.pause.filter(|pause| pause.is_on(self.now));
+        let expectations = self.expectations();
+        let is_expected = pause.is_none() && !expectations.is_empty();
+        let patience = expectations.iter().map(|one| one.patience).max();
+        let behind_after = patience.unwrap_or(0).max(LEAST_BEHIND);
+        let mut problems = Vec::new();
+        let mut jobs = Vec::new();
+        for facts in &self.facts.jobs {
+            let job = self.job(facts, &expectations, &mut problems);
+            jobs.push(job);
+        }
+        problems.extend(expectations.iter().filter(|one| !one.is_of_job).filter_map(|one| {
+            one.is_missed(self.now).then(|| Problem {
+                kind: ProblemKind::Silent,
+                job: None,
+                reason: one.reason,
+                since: match one.reason {
+                    Reason::NeverReported => self.facts.expected_from.unwrap_or(one.base),
+                    _ => one.deadline.due_at,
+                },
+            })
+        }));
+        problems.extend(self.behind(behind_after));
+        problems.sort();
+        problems.dedup();
+        let mut health = Health {
+            state: State::Ok,
+            since: None,
+            problems,
+            jobs,
+            is_expected,
+            silent_after: None,
+            grace: milliseconds(self.policy.rules.grace_seconds.value),
+            due_at: None,
+            late_at: expectations.iter().filter_map(Expectation::late_at).min(),
+            check_at: None,
+            patience,
+            behind_after,
+            expectations,
+        };
+        if let Some(pause) = pause {
+            health.problems.clear();
+            health.state = State::Paused;
+            health.since = Some(pause.from);
+            health.late_at = None;
+            health.check_at = pause.until;
+            return health;
+        }
+        let worst = health.problems.first().map(|problem| problem.kind);
+        health.state = match worst {
+            _ if self.heard().is_none() => State::Never,
+            Some(kind) => kind.state(),
+            None => State::Ok,
+        };
+        health.since = match health.state {
+            State::Never => Some(self.facts.expected_from.unwrap_or(self.facts.registered_at)),
+            _ => worst.and_then(|kind| {
+                let of_kind = health.problems.iter().filter(|problem| problem.kind == kind);
+                of_kind.map(|problem| problem.since).min()
+            }),
+        };
+        self.look_again(&mut health);
+        health
+    }
+
+    /// Sets when the device must be looked at again.
+    fn look_again(&self, health: &mut Health) {
+        let mut check_at = Vec::new();
+        for expectation in &health.expectations {
+            if expectation.is_missed(self.now) {
+                continue;
+            }
+            let due_at = expectation.deadline.due_at;
+            let is_any = !expectation.is_of_job && expectation.held_by.is_none();
+            match &self.policy.rules.expect.value.schedule() {
+                Some(Schedule::Every(interval)) if is_any && self.heard().is_some() => {
+                    health.silent_after = Some(interval + health.grace);
+                    health.due_at = Some(due_at);
+                }
+                _ => check_at.push(due_at),
+            }
+        }
+        for run in &self.facts.open_runs {
+            check_at.push(self.longest_end(run));
+        }
+        health.check_at = check_at.into_iter().filter(|at| *at > self.now).min();
+    }
+
+    /// By when a run must have been reported.
+    fn longest_end(&self, run: &OpenRun) -> Timestamp {
+        let rules = self.policy.rules_of(run.job.as_deref());
+        run.started_at.saturating_add_milliseconds(milliseconds(rules.max_run_seconds.value))
+    }
+
+    /// All that is waited for.
+    fn expectations(&self) -> Vec<Expectation> {
+        if self.facts.is_excused {
+            return Vec::new();
+        }
+        let heard = self.heard();
+        let mut expectations = Vec::new();
+        let runs: Vec<&OpenRun> = self.facts.open_runs.iter().collect();
+        let any = &self.policy.rules;
+        if heard.is_none() {
+            // Before its first report, nothing else is asked of a device.
+            let is_asked = any.expect.value.schedule().is_some()
+                || self.policy.jobs.iter().any(|job| job.rules.expect.value.schedule().is_some());
+            if is_asked {
+                let first = milliseconds(self.policy.first_report_seconds.value);
+                let waiting = Waiting {
+                    heard: None,
+                    expected_from: self.facts.expected_from,
+                    policy_since: self.facts.waiting_since,
+                };
+                let schedule = Schedule::Every(first);
+                expectations.extend(self.expectation(None, &schedule, 0, &waiting, &runs).map(
+                    |expectation| Expectation { reason: Reason::NeverReported, ..expectation },
+                ));
+            }
+            return expectations;
+        }
+        if let Some(schedule) = any.expect.value.schedule() {
+            let waiting = Waiting {
+                heard,
+                expected_from: self.facts.expected_from,
+                policy_since: self.facts.waiting_since,
+            };
+            let grace = milliseconds(any.grace_seconds.value);
+            expectations.extend(self.expectation(None, &schedule, grace, &waiting, &runs));
+        }
+        for entry in &self.policy.jobs {
+            let job = entry.job.as_ref().map(crate::JobName::as_str);
+            let Some(schedule) = entry.rules.expect.value.schedule() else { continue };
+            let facts = self.facts.jobs.iter().find(|facts| facts.job.as_deref() == job);
+            let heard = facts.and_then(|facts| facts.reports.as_ref()).map(|one| one.last_received);
+            let waiting = Waiting {
+                heard,
+                // A device that comes to a policy with jobs is given the time of each from then on.
+                expected_from: self.facts.expected_from.max(Some(self.facts.registered_at)),
+                policy_since: facts.and_then(|facts| facts.waiting_since),
+            };
+            let grace = milliseconds(entry.rules.grace_seconds.value);
+            let runs: Vec<_> =
+                runs.iter().copied().filter(|run| run.job.as_deref() == job).collect();
+            expectations.extend(
+                self.expectation(Some(job), &schedule, grace, &waiting, &runs).map(|expectation| {
+                    let reason =
+                        if heard.is_none() { Reason::NeverReported } else { Reason::MissedRun };
+                    Expectation { reason, ..expectation }
+                }),
+            );
+        }
+        expectations
+    }
+
+    /// The next report; `job` is `None` for any, and `Some(None)` for one that names no job.
+    fn expectation(
+        &self,
+        job: Option<Option<&str>>,
+        schedule: &Schedule,
+        grace: i64,
+        waiting: &Waiting,
+        runs: &[&OpenRun],
+    ) -> Option<Expectation> {
+        let deadline = deadline(schedule, grace, waiting, self.excluded)?;
+        let base = waiting.heard.max(waiting.expected_from).max(waiting.policy_since)?;
+        let interval = match schedule {
+            Schedule::Every(interval) => *interval,
+            Schedule::Cron(cron) => {
+                let before = cron.previous(deadline.expected_at).unwrap_or(deadline.expected_at);
+                deadline.expected_at.as_millisecond() - before.as_millisecond()
+            }
+        };
+        let held_by = runs
+            .iter()
+            .map(|run| Interval { from: run.started_at, until: self.longest_end(run) })
+            .max_by_key(|run| run.until);
+        let reason = match schedule {
+            Schedule::Every(_) => Reason::NoReport,
+            Schedule::Cron(_) => Reason::MissedRun,
+        };
+        Some(Expectation {
+            job: job.flatten().map(str::to_owned),
+            is_of_job: job.is_some(),
+            base,
+            deadline,
+            grace,
+            patience: interval.saturating_add(grace),
+            held_by,
+            reason,
+        })
+    }
+
+    /// The state of a job. Its problems are added to `problems`.
+    fn job(
+        &self,
+        facts: &JobFacts,
+        expectations: &[Expectation],
+        problems: &mut Vec<Problem>,
+    ) -> JobHealth {
+        let rules = self.policy.rules_of(facts.job.as_deref());
+        let expectation = expectations.iter().find(|one| one.is_of_job && one.job == facts.job);
+        let mut own = Vec::new();
+        let mut add = |kind, reason, since: Timestamp| {
+            own.push(Problem { kind, job: facts.job.clone(), reason, since: since.min(self.now) });
+        };
+        if let Some(missed) = expectation.filter(|one| one.is_missed(self.now)) {
+            let since = match missed.reason {
+                Reason::NeverReported => missed.base,
+                _ => missed.deadline.due_at,
+            };
+            add(ProblemKind::Silent, missed.reason, since);
+        }
+        let runs = self.facts.open_runs.iter().filter(|run| run.job == facts.job);
+        if let Some(end) =
+            runs.map(|run| self.longest_end(run)).min().filter(|end| self.now >= *end)
+        {
+            add(ProblemKind::Failing, Reason::Overrun, end);
+        }
+        if let Some(reports) = &facts.reports {
+            if let Some(since) = failing_since(rules, reports) {
+                add(ProblemKind::Failing, Reason::Failures, since);
+            } else if reports.consecutive_failures > 0 {
+                let since = reports.first_failure.unwrap_or(reports.last_sync);
+                add(ProblemKind::Degraded, Reason::Errors, since);
+            }
+        }
+        own.sort();
+        let worst = own.first();
+        let state = match worst {
+            _ if facts.reports.is_none() => State::Never,
+            Some(problem) => problem.kind.state(),
+            None => State::Ok,
+        };
+        let health = JobHealth {
+            job: facts.job.clone(),
+            is_expected: expectation.is_some(),
+            state,
+            reason: worst.map(|problem| problem.reason),
+            since: worst.map(|problem| problem.since),
+            next_due: expectation.map(|one| one.deadline.expected_at),
+            waiting_since: facts.waiting_since,
+        };
+        problems.append(&mut own);
+        health
+    }
+
+    /// Whether the newest date is long before the last receipt.
+    fn behind(&self, behind_after: i64) -> Option<Problem> {
+        let heard = self.heard()?;
+        let newest = self.reports().map(|reports| reports.last_sync).max()?;
+        let lag = heard.as_millisecond() - newest.as_millisecond();
+        (lag > behind_after).then_some(Problem {
+            kind: ProblemKind::Degraded,
+            job: None,
+            reason: Reason::Behind,
+            since: newest,
+        })
+    }
+}
+
+/// Since when a job is failing; `None` when it is not.
+fn failing_since(rules: &EffectiveRules, reports: &JobReports) -> Option<Timestamp> {
+    if !needs_outcomes(rules) {
+        let FailingRule::InARow(runs) = rules.failing.value else { return None };
+        let is_failing = reports.consecutive_failures >= i64::from(runs);
+        return is_failing.then(|| reports.first_failure.unwrap_or(reports.last_sync));
+    }
+    let enough_successes = rules.recover_after.value as usize;
+    let mut since = None;
+    let (mut streak, mut successes) = (0_usize, 0_usize);
+    let mut first_of_streak = None;
+    for (index, outcome) in reports.outcomes.iter().enumerate() {
+        if outcome.has_failed {
+            if streak == 0 {
+                first_of_streak = Some(outcome.at);
+            }
+            (streak, successes) = (streak + 1, 0);
+        } else {
+            (streak, successes) = (0, successes + 1);
+        }
+        let first = match rules.failing.value {
+            FailingRule::InARow(runs) => (streak >= runs as usize).then_some(first_of_streak),
+            FailingRule::OfLast { failures, of_last } => {
+                let last = &reports.outcomes[(index + 1).saturating_sub(of_last as usize)..=index];
+                let mut failed = last.iter().filter(|outcome| outcome.has_failed);
+                let first = failed.clone().next().map(|outcome| outcome.at);
+                (failed.by_ref().count() >= failures as usize).then_some(first)
+            }
+        };
+        match first {
+            Some(first) => since = since.or(first),
+            None if successes >= enough_successes => since = None,
+            None => {}
+        }
+    }
+    since
+}
