@@ -2,6 +2,7 @@
 //! is due, by when it is silent, and whether too many of its runs have failed. Nothing here reads a clock or a database.
 
 pub mod deadline;
+pub mod incident;
 pub mod policy;
 pub mod resolve;
 pub mod schedule;
@@ -9,6 +10,7 @@ pub mod state;
 pub mod window;
 
 pub use deadline::{Cause, Deadline, Exclusions, Interval, MovedBy, Waiting, deadline};
+pub use incident::{IncidentScope, Resolution, Tally, Threshold};
 pub use policy::{Expect, FailingRule, JobPolicy, Policy, PolicyChange, Rules, Severity};
 pub use resolve::{Decided, EffectivePolicy, EffectiveRules, Level, Levels};
 pub use schedule::{CronError, CronSchedule, Schedule, time_zone};

@@ -3,12 +3,14 @@
 
 pub mod api;
 pub mod app;
+pub mod backtest;
 mod build_info;
 pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod event_format;
 pub mod export;
+pub mod fleet;
 pub mod import;
 pub mod ingest;
 pub mod keys;

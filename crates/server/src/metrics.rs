@@ -21,6 +21,9 @@ const DURATION_BUCKETS: [f64; 12] =
 const BATCH_BUCKETS: [f64; 11] =
     [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
 
+/// Why valid events are not stored, as the metric names it.
+pub(crate) const REFUSALS: [&str; 3] = ["overloaded", "unavailable", "failed"];
+
 /// The metrics of one server. They belong to a server, not to the process, so that tests can run several.
 pub struct Metrics {
     registry: Registry,
@@ -152,6 +155,12 @@ impl Metrics {
     /// Counts valid events that were not stored.
     pub fn refused(&self, reason: &str, events: u64) {
         self.events_refused.with_label_values(&[reason]).inc_by(events);
+    }
+
+    /// The number of valid events that were not stored.
+    #[must_use]
+    pub fn refused_events(&self) -> u64 {
+        REFUSALS.map(|reason| self.events_refused.with_label_values(&[reason]).get()).iter().sum()
     }
 
     /// Counts an invalid event by the code of its first violation.

@@ -12,6 +12,7 @@ use crate::{
     api::{self, ApiParts},
     clock::Clock,
     config::{Settings, http::AuthMode},
+    fleet,
     ingest::{Ingest, Writers},
     keys::{self, Keyring},
     logs,
@@ -133,13 +134,18 @@ async fn serve(
     tasks.start(INGEST, async { task.run(stopped).await.map_err(|error| error.to_string()) });
     tasks.start("the clock", forever(maintenance.clock_watch(&metrics).follow()));
     tasks.start("maintenance", forever(loops::maintain(maintenance)));
-    tasks.start("aggregation", forever(loops::aggregate(Arc::clone(&store), clock.clone())));
+    let aggregation = loops::aggregate(Arc::clone(&store), clock.clone(), Arc::clone(&metrics));
+    tasks.start("aggregation", forever(aggregation));
     tasks.start("summaries", forever(loops::refresh_summaries(Arc::clone(&store))));
     tasks.start("deletions", forever(loops::finish_deletions(Arc::<dyn Store>::clone(&store))));
+    let node = format!("{address} ({})", std::process::id());
+    let watch = fleet::watch(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node);
+    tasks.start("fleet health", forever(watch));
     tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let threads = Arc::clone(&store);
     tasks.start("the database", async move { Err(threads.thread_end().await) });
     tasks.start("the log", async { Err(logs::thread_end().await) });
+    let stop_clock = clock.clone();
     let parts = ApiParts {
         store: Arc::clone(&store),
         ingest,
@@ -176,6 +182,12 @@ async fn serve(
     }
     drop(stop_ingest);
     tasks.finish(INGEST, DRAIN_TIMEOUT).await?;
+    // The time until the next start then counts as one in which nobody could be heard.
+    if let Ok(now) = stop_clock.check()
+        && let Err(error) = store.note_stop(now).await
+    {
+        tracing::debug!(%error, "the end of the server could not be noted");
+    }
     if let Err(error) = store.close().await {
         // If the files are gone, the last acknowledged events are lost with them. The ping then reports that.
         store.ping().await?;
@@ -349,6 +361,7 @@ mod tests {
             "aggregation",
             "summaries",
             "deletions",
+            "fleet health",
             "API keys",
             "the database",
             "the log",

@@ -27,7 +27,7 @@ use self::{
 pub use self::{permits::Permit, task::IngestTasks};
 use crate::{
     clock::Clock,
-    metrics::Metrics,
+    metrics::{Metrics, REFUSALS},
     store::{EventWriter, Observations, StoredEvent},
 };
 
@@ -181,11 +181,12 @@ impl Ingest {
 
     /// Counts events that were valid and yet not stored.
     pub fn count_refused(&self, error: &IngestError, events: usize) {
+        let [overloaded, unavailable, failed] = REFUSALS;
         let reason = match error {
-            IngestError::Overloaded => "overloaded",
-            IngestError::Unavailable => "unavailable",
+            IngestError::Overloaded => overloaded,
+            IngestError::Unavailable => unavailable,
             IngestError::OtherGroup => return,
-            IngestError::Failed(_) => "failed",
+            IngestError::Failed(_) => failed,
         };
         self.metrics.refused(reason, events as u64);
     }

@@ -19,8 +19,10 @@ mod events;
 mod figure_columns;
 mod fleet_settings;
 mod group_runs;
+mod health;
 mod history;
 mod imports;
+mod incident_steps;
 mod journal;
 mod keys;
 mod maintenance;
@@ -58,8 +60,13 @@ pub use fleet_settings::{
     DeviceSettings, ExcludedTime, FleetSettings, FleetSettingsStore, FleetWindow, LevelSettings,
     WindowEffect, WindowScope,
 };
+pub use health::{
+    Beat, DEVICES_PER_STEP, Evaluations, Examination, HealthStore, Outage, OutageCause,
+    SettingsChange, StateChange,
+};
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportLog, ImportProgress, ImportStep};
+pub use incident_steps::{FLEET, IncidentChange, IncidentEvent, IncidentSteps, Reconciled};
 pub use journal::{inspect_journal, salvage_journal};
 pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
@@ -90,6 +97,8 @@ pub trait Store:
     + EventStore
     + StatsStore
     + FleetSettingsStore
+    + HealthStore
+    + IncidentSteps
     + KeyStore
     + AuditLog
     + ImportLog

@@ -65,6 +65,7 @@ mod rate_limit;
 mod repeated_failures;
 mod revoked_midway;
 mod routes;
+mod scenarios;
 mod server_log;
 mod settings_file;
 mod signals;

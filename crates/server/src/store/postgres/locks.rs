@@ -12,3 +12,6 @@ pub(super) const ROLL_UP_LOCK: i64 = 0x7069_7379_6e63_0003;
 
 /// Held while a month is detached and dropped.
 pub(super) const EXPIRY_LOCK: i64 = 0x7069_7379_6e63_0004;
+
+/// Held while devices are evaluated, and while incidents are made from what was found.
+pub(super) const SWEEP_LOCK: i64 = 0x7069_7379_6e63_0005;

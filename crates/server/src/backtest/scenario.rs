@@ -1,0 +1,265 @@
+//! A scenario: what a fleet and its operators do in some hours, and what must come of it. It is written as JSON.
+
+use std::collections::BTreeMap;
+
+use pisync_core::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// What happens, and what must come of it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// A short name.
+    pub id: String,
+    /// What it shows, as a sentence.
+    pub title: String,
+    /// Whose report it goes back to.
+    #[serde(default)]
+    pub from: String,
+    /// When simulated time begins.
+    pub start: Instant,
+    /// When it ends.
+    pub end: Instant,
+    /// Devices that are known from the start, by group. Nothing is expected of them until they are heard.
+    #[serde(default)]
+    pub groups: BTreeMap<String, Vec<String>>,
+    /// Requests before the start.
+    #[serde(default)]
+    pub setup: Vec<Request>,
+    /// Webhooks, by name.
+    #[serde(default)]
+    pub channels: Vec<String>,
+    /// What happens. Steps at the same instant run in this order.
+    pub steps: Vec<Step>,
+    /// What must come of it.
+    #[serde(default)]
+    pub expect: Expected,
+}
+
+/// An instant, written as an ISO 8601 time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Instant(pub Timestamp);
+
+impl<'de> Deserialize<'de> for Instant {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let timestamp = Timestamp::from_iso8601(&text);
+        timestamp.map(Self).map_err(|error| serde::de::Error::custom(format!("{text} {error}")))
+    }
+}
+
+impl Serialize for Instant {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+/// A request to the API.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Its method.
+    pub method: String,
+    /// Its path.
+    pub path: String,
+    /// Its body, as JSON.
+    #[serde(default)]
+    pub body: Option<Value>,
+}
+
+/// Something that happens.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Step {
+    /// When.
+    pub at: Instant,
+    /// Devices report.
+    #[serde(default)]
+    pub report: Option<Report>,
+    /// One of them reports events of earlier times.
+    #[serde(default)]
+    pub batch: Option<Vec<Map<String, Value>>>,
+    /// A device starts a run.
+    #[serde(default)]
+    pub start: Option<Value>,
+    /// Somebody changes something.
+    #[serde(default)]
+    pub request: Option<Request>,
+    /// The server stops, or starts.
+    #[serde(default)]
+    pub server: Option<ServerStep>,
+    /// The database goes away, or is back.
+    #[serde(default)]
+    pub database: Option<DatabaseStep>,
+    /// The same again.
+    #[serde(default)]
+    pub repeat: Option<Repeat>,
+}
+
+/// Reports of several devices at once.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Report {
+    /// The devices.
+    pub device_ids: Vec<String>,
+    /// The fields of the event, but for the device. Without a date it has that of the step.
+    #[serde(flatten)]
+    pub event: Map<String, Value>,
+}
+
+/// What becomes of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerStep {
+    /// It stops.
+    Stop,
+    /// It starts.
+    Start,
+}
+
+/// What becomes of the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DatabaseStep {
+    /// It cannot be reached.
+    Away,
+    /// It can be reached again.
+    Back,
+}
+
+/// How often a step is repeated.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Repeat {
+    /// The time between, in seconds.
+    pub every_seconds: u32,
+    /// The last time at which it may be.
+    pub until: Instant,
+}
+
+/// What must come of a scenario, or what came of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Expected {
+    /// Devices that change their state.
+    #[serde(default)]
+    pub states: Vec<StateEntry>,
+    /// What becomes of incidents.
+    #[serde(default)]
+    pub incidents: Vec<IncidentEntry>,
+    /// What people are told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<Value>,
+}
+
+/// Devices that change their state.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateEntry {
+    /// When.
+    pub at: Instant,
+    /// The device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_id: Option<String>,
+    /// Several of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_ids: Vec<String>,
+    /// The state that they are in from then on.
+    pub state: String,
+}
+
+/// What becomes of an incident.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct IncidentEntry {
+    /// When.
+    pub at: Instant,
+    /// What: opened, reopened, flapping, resolved.
+    pub what: String,
+    /// What it is about: a device, a group, the fleet.
+    pub scope: String,
+    /// Which.
+    pub subject: String,
+    /// The problem.
+    pub kind: String,
+    /// Since when there is the problem.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Instant>,
+    /// Why it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<String>,
+    /// How many devices have the problem.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub members: Option<i64>,
+}
+
+impl Expected {
+    /// What is expected and did not come, and what came and is not expected, in words. Of `came`, what is not given here does
+    /// not count.
+    #[must_use]
+    pub fn differences(&self, came: &Self) -> Vec<String> {
+        let mut differences = Vec::new();
+        let mut states: Vec<_> = came.states.iter().flat_map(StateEntry::each).collect();
+        for expected in self.states.iter().flat_map(StateEntry::each) {
+            match states.iter().position(|state| *state == expected) {
+                Some(found) => {
+                    states.swap_remove(found);
+                }
+                None => differences.push(format!("missing: {}", in_words(&expected))),
+            }
+        }
+        differences.extend(states.iter().map(|state| format!("not expected: {}", in_words(state))));
+        let mut incidents: Vec<&IncidentEntry> = came.incidents.iter().collect();
+        for expected in &self.incidents {
+            match incidents.iter().position(|incident| expected.is_met_by(incident)) {
+                Some(found) => {
+                    incidents.swap_remove(found);
+                }
+                None => differences.push(format!("missing: {}", expected.in_words())),
+            }
+        }
+        differences.extend(
+            incidents.iter().map(|incident| format!("not expected: {}", incident.in_words())),
+        );
+        differences
+    }
+}
+
+fn in_words((at, device, state): &(Timestamp, &str, &str)) -> String {
+    format!("{at} {device} is {state}")
+}
+
+impl StateEntry {
+    fn each(&self) -> impl Iterator<Item = (Timestamp, &str, &str)> {
+        let devices = self.device_id.iter().chain(&self.device_ids);
+        devices.map(|device| (self.at.0, device.as_str(), self.state.as_str()))
+    }
+}
+
+impl IncidentEntry {
+    fn is_met_by(&self, came: &Self) -> bool {
+        let key = |entry: &Self| {
+            let Self { at, what, scope, subject, kind, .. } = entry;
+            (*at, what.clone(), scope.clone(), subject.clone(), kind.clone())
+        };
+        key(self) == key(came)
+            && self.since.is_none_or(|since| came.since == Some(since))
+            && self.resolution.as_ref().is_none_or(|why| came.resolution.as_ref() == Some(why))
+            && self.members.is_none_or(|members| came.members == Some(members))
+    }
+
+    fn in_words(&self) -> String {
+        let Self { at, what, scope, subject, kind, since, resolution, members } = self;
+        let mut words = format!("{} incident of {scope} {subject} ({kind}) {what}", at.0);
+        if let Some(since) = since {
+            words += &format!(", since {}", since.0);
+        }
+        if let Some(resolution) = resolution {
+            words += &format!(", {resolution}");
+        }
+        if let Some(members) = members {
+            words += &format!(", {members} devices");
+        }
+        words
+    }
+}

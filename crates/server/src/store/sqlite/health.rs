@@ -1,0 +1,696 @@
+//! States of devices and jobs in SQLite. The sweep calls it through `HealthStore`. A step reads what is known, evaluates it
+//! and writes the result in one transaction of the writer, short enough that ingest does not notice.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use pisync_core::{Timestamp, health::Outcome};
+use rusqlite::{
+    Connection, OptionalExtension, Row, Transaction, TransactionBehavior, named_params, params,
+};
+
+use super::{
+    apply::apply_journal,
+    connection::Cost,
+    fleet_settings::{LEVEL_COLUMNS, fleet_settings, level},
+    rows::{optional_time, time},
+    store::SqliteStore,
+    write_connection::WriteConnection,
+};
+use crate::store::{
+    DeviceSettings, FleetSettings, StoreError, WindowScope,
+    health::{
+        Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
+        Examination, HealthRow, HealthStore, JobFigureRow, JobHealthRow, JobRow, LARGEST_LAG,
+        LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange, evaluate, examine,
+        outage, state_counts,
+    },
+};
+
+#[async_trait]
+impl HealthStore for SqliteStore {
+    async fn contradicted_devices(&self, now: Timestamp) -> Result<Vec<String>, StoreError> {
+        self.read_events(Cost::Long, move |connection| contradicted_devices(connection, now)).await
+    }
+
+    async fn changes_to_sweep(&self) -> Result<Vec<SettingsChange>, StoreError> {
+        self.read(changes_to_sweep).await
+    }
+
+    async fn devices_in(
+        &self,
+        scope: &WindowScope,
+        after: Option<&str>,
+    ) -> Result<Vec<String>, StoreError> {
+        let (scope, after) = (scope.clone(), after.map(str::to_owned));
+        self.read(move |connection| devices_in(connection, &scope, after.as_deref())).await
+    }
+
+    async fn evaluate_devices(
+        &self,
+        devices: &[String],
+        settings: &Arc<FleetSettings>,
+        now: Timestamp,
+    ) -> Result<Option<Evaluations>, StoreError> {
+        let (devices, settings) = (devices.to_vec(), Arc::clone(settings));
+        self.writer
+            .call(move |connection| evaluate_devices(connection, &devices, &settings, now))
+            .await
+    }
+
+    async fn end_sweep(&self, version: i64, now: Timestamp) -> Result<bool, StoreError> {
+        self.writer.call(move |connection| end_sweep(connection, version, now)).await
+    }
+
+    async fn drop_state_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
+        const DROP: &str = "
+            delete from state_changes
+             where id in (select id from state_changes where at < ?1 order by at limit ?2)
+        ";
+        let before = now.as_millisecond() - CHANGES_KEPT;
+        self.writer
+            .call(move |writer| {
+                let dropped = writer.connection.execute(DROP, [before, DELETED_AT_ONCE])?;
+                Ok(i64::try_from(dropped) == Ok(DELETED_AT_ONCE))
+            })
+            .await
+    }
+
+    async fn beat(&self, beat: &Beat) -> Result<Option<Outage>, StoreError> {
+        let beat = beat.clone();
+        self.writer.call(move |connection| note_beat(connection, &beat)).await
+    }
+
+    async fn note_stop(&self, now: Timestamp) -> Result<(), StoreError> {
+        const STOP: &str = "update fleet_state set stopped_at = ?1";
+        self.writer
+            .call(move |writer| writer.connection.execute(STOP, [now.as_millisecond()]).map(|_| ()))
+            .await
+    }
+
+    async fn next_look(&self) -> Result<Option<Timestamp>, StoreError> {
+        const NEXT: &str = "
+            select min(at)
+              from (select min(iif(j.heard is h.heard_at, h.due_at, j.heard + h.silent_after)) as at
+                      from device_health h
+                      left join (select device, max(last_received) as heard from device_jobs group by device) j
+                        on j.device = h.device
+                     where h.state <> 'paused'
+                     union all
+                    select min(check_at) from device_health
+                     union all
+                    select min(due_at) from run_starts
+                     union all
+                    select min(next_at) from incidents where resolved_at is null)
+        ";
+        self.read_events(Cost::Long, |connection| {
+            connection.prepare_cached(NEXT)?.query_row([], |row| optional_time(row, 0))
+        })
+        .await
+    }
+
+    async fn pass_over(&self, until: Timestamp) -> Result<(), StoreError> {
+        const ALIVE: &str = "update fleet_state set alive_at = ?1";
+        let until = until.as_millisecond();
+        self.writer.call(move |writer| writer.connection.execute(ALIVE, [until]).map(|_| ())).await
+    }
+
+    async fn register_devices(
+        &self,
+        devices: &[(String, Option<String>)],
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        const REGISTER: &str = r#"
+            insert into devices (device_id, "group", created_at) values (?1, ?2, ?3) on conflict do nothing
+        "#;
+        let devices = devices.to_vec();
+        self.writer
+            .call(move |writer| {
+                let transaction = writer.connection.transaction()?;
+                for (device_id, group) in &devices {
+                    let values = params![device_id, group, at.as_millisecond()];
+                    transaction.prepare_cached(REGISTER)?.execute(values)?;
+                }
+                transaction.commit()
+            })
+            .await
+    }
+
+    async fn state_changes(
+        &self,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Vec<StateChange>, StoreError> {
+        const CHANGES: &str = r#"
+            select id, at, device_id, "from", "to", reason
+              from state_changes
+             where id < ifnull(?1, 9223372036854775807)
+             order by id desc
+             limit ?2
+        "#;
+        self.read(move |connection| {
+            connection
+                .prepare_cached(CHANGES)?
+                .query_map(params![before, limit], |row| {
+                    Ok(StateChange {
+                        id: row.get(0)?,
+                        at: time(row, 1)?,
+                        device_id: row.get(2)?,
+                        from: row.get(3)?,
+                        to: row.get(4)?,
+                        reason: row.get(5)?,
+                    })
+                })?
+                .collect()
+        })
+        .await
+    }
+
+    async fn examine_device(
+        &self,
+        device_id: &str,
+        now: Timestamp,
+    ) -> Result<Option<Examination>, StoreError> {
+        let device_id = device_id.to_owned();
+        self.read_events(Cost::Short, move |connection| {
+            let snapshot = connection.unchecked_transaction()?;
+            let settings = fleet_settings(&snapshot)?;
+            let row = device_row(&snapshot, &device_id, &settings)?;
+            Ok(row.map(|(_, row)| examine(row, &settings, now)))
+        })
+        .await
+    }
+}
+
+fn contradicted_devices(connection: &Connection, now: Timestamp) -> rusqlite::Result<Vec<String>> {
+    // Silence, a wrong group, a time to look again, and dates that are behind: what is kept for the device as a whole.
+    const DEVICES: &str = r#"
+        select d.device_id
+          from (select device, max(last_received) as heard, max(last_sync) as dated
+                  from device_jobs
+                 group by device) j
+          join devices d on d.id = j.device
+          left join device_health h on h.device = j.device
+         where h.device is null
+            or h."group" <> ifnull(d."group", '')
+            or h.check_at <= :now
+            or (h.state <> 'paused'
+                and case when j.heard is h.heard_at then h.due_at <= :now
+                         else h.state in ('silent', 'never') or j.heard + h.silent_after <= :now
+                    end)
+            or (j.heard - j.dated > h.behind_after) <> h.is_behind
+    "#;
+    const NEVER_HEARD: &str = r#"
+        select d.device_id
+          from devices d
+          left join device_health h on h.device = d.id
+         where not exists (select 1 from device_jobs j where j.device = d.id)
+           and (h.device is null or h."group" <> ifnull(d."group", '') or h.check_at <= :now)
+    "#;
+    const JOBS: &str = "
+        select distinct d.device_id
+          from device_jobs j
+          left join job_health h on h.device = j.device and h.job = j.job
+          join devices d on d.id = j.device
+         where (h.device is null and j.consecutive_failures > 0)
+            or j.consecutive_failures <> h.seen_failures
+            or j.failed_syncs <> h.seen_failed
+            or (h.state <> 'ok' and j.last_received is not h.heard_at)
+    ";
+    const RUNS: &str = "
+        select distinct d.device_id
+          from run_starts r
+          join devices d on d.id = r.device
+         where r.due_at <= :now
+    ";
+    let snapshot = connection.unchecked_transaction()?;
+    let mut found = Vec::new();
+    for select in [DEVICES, NEVER_HEARD, RUNS] {
+        let mut select = snapshot.prepare_cached(select)?;
+        let rows = select.query_map(named_params! { ":now": now.as_millisecond() }, |row| {
+            row.get::<_, String>(0)
+        })?;
+        for device_id in rows {
+            found.push(device_id?);
+        }
+    }
+    let mut jobs = snapshot.prepare_cached(JOBS)?;
+    for device_id in jobs.query_map([], |row| row.get::<_, String>(0))? {
+        found.push(device_id?);
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+fn changes_to_sweep(connection: &Connection) -> rusqlite::Result<Vec<SettingsChange>> {
+    const CHANGES: &str = "select version, scope, key from fleet_changes order by version";
+    let mut changes = connection.prepare_cached(CHANGES)?;
+    let changes = changes.query_map([], |row| {
+        let (scope, key): (String, String) = (row.get(1)?, row.get(2)?);
+        // What foreign SQL has written there may concern everybody.
+        let scope = WindowScope::new(&scope, &key).unwrap_or(WindowScope::Fleet);
+        Ok(SettingsChange { version: row.get(0)?, scope })
+    })?;
+    changes.collect()
+}
+
+fn devices_in(
+    connection: &Connection,
+    scope: &WindowScope,
+    after: Option<&str>,
+) -> rusqlite::Result<Vec<String>> {
+    let condition = match scope {
+        WindowScope::Fleet => "?2 = ''",
+        WindowScope::Group(_) => "ifnull(\"group\", '') = ?2",
+        WindowScope::Device(_) => "device_id = ?2",
+        WindowScope::Tag(_) => "id in (select device from device_tags where tag = ?2)",
+    };
+    let select = format!(
+        "select device_id from devices
+          where device_id > ?1 and {condition} order by device_id limit {DEVICES_PER_STEP}"
+    );
+    connection
+        .prepare_cached(&select)?
+        .query_map([after.unwrap_or_default(), scope.key()], |row| row.get(0))?
+        .collect()
+}
+
+/// Begins a step, unless a sweep with a later time has gone through.
+pub(super) fn begin_step(
+    writer: &mut WriteConnection,
+    now: Timestamp,
+) -> rusqlite::Result<Option<Transaction<'_>>> {
+    const SWEPT_AT: &str = "select swept_at from fleet_state";
+    apply_journal(writer)?;
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let swept_at: Option<i64> =
+        transaction.prepare_cached(SWEPT_AT)?.query_row([], |row| row.get(0))?;
+    let is_behind = swept_at.is_some_and(|swept_at| now.as_millisecond() < swept_at - LARGEST_LAG);
+    Ok((!is_behind).then_some(transaction))
+}
+
+fn evaluate_devices(
+    writer: &mut WriteConnection,
+    devices: &[String],
+    settings: &FleetSettings,
+    now: Timestamp,
+) -> rusqlite::Result<Option<Evaluations>> {
+    let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
+    let mut evaluated = Vec::with_capacity(devices.len());
+    for device_id in devices {
+        if let Some((device, row)) = device_row(&transaction, device_id, settings)? {
+            evaluated.push((device, evaluate(&row, settings, now)));
+        }
+    }
+    for (device, one) in &evaluated {
+        keep(&transaction, *device, one, now)?;
+    }
+    const COUNT: &str = r#"
+        insert into group_states as kept ("group", state, devices, expected) values (?1, ?2, ?3, ?4)
+            on conflict ("group", state) do update
+           set devices = kept.devices + excluded.devices, expected = kept.expected + excluded.expected
+    "#;
+    let counts = state_counts(evaluated.iter().map(|(_, one)| one));
+    for ((group, state), (devices, expected)) in counts {
+        transaction.prepare_cached(COUNT)?.execute(params![group, state, devices, expected])?;
+    }
+    let changes = evaluated.iter().filter(|(_, one)| one.change().is_some()).count();
+    transaction.commit()?;
+    Ok(Some(Evaluations { devices: evaluated.len(), changes }))
+}
+
+/// Writes what an evaluation has found.
+fn keep(
+    transaction: &Transaction<'_>,
+    device: i64,
+    evaluated: &Evaluated,
+    now: Timestamp,
+) -> rusqlite::Result<()> {
+    const CHANGE: &str = r#"
+        insert into state_changes (at, device_id, "from", "to", reason) values (?1, ?2, ?3, ?4, ?5)
+    "#;
+    const LEFT: &str = r#"
+        update incidents set next_at = ?2 where resolved_at is null and "group" = ?1
+    "#;
+    const FORGET_JOB: &str = "delete from job_health where device = ?1 and job = ?2";
+    const END_RUN: &str = "delete from run_starts where device = ?1 and job = ?2 and run_id = ?3";
+    const AWAIT_RUN: &str =
+        "update run_starts set due_at = ?4 where device = ?1 and job = ?2 and run_id = ?3";
+    if let Some(health) = &evaluated.health {
+        keep_health(transaction, device, health)?;
+    }
+    if let Some((from, to)) = evaluated.change() {
+        let change = params![now.as_millisecond(), evaluated.device_id, from, to, evaluated.reason];
+        transaction.prepare_cached(CHANGE)?.execute(change)?;
+    }
+    if let Some(group) = evaluated.left_group() {
+        transaction.prepare_cached(LEFT)?.execute(params![group, now.as_millisecond()])?;
+    }
+    for job in &evaluated.jobs {
+        keep_job(transaction, device, job)?;
+    }
+    for job in &evaluated.forgotten_jobs {
+        transaction.prepare_cached(FORGET_JOB)?.execute(params![device, job])?;
+    }
+    for (job, run_id) in &evaluated.ended_runs {
+        transaction.prepare_cached(END_RUN)?.execute(params![device, job, run_id])?;
+    }
+    for (job, run_id, due_at) in &evaluated.awaited_runs {
+        let due_at = due_at.map(Timestamp::as_millisecond);
+        transaction.prepare_cached(AWAIT_RUN)?.execute(params![device, job, run_id, due_at])?;
+    }
+    Ok(())
+}
+
+fn keep_health(
+    transaction: &Transaction<'_>,
+    device: i64,
+    health: &HealthRow,
+) -> rusqlite::Result<()> {
+    const KEEP: &str = r#"
+        insert or replace into device_health (
+            device, "group", state, since, problems, is_expected, is_overdue, is_behind, silent_after,
+            grace, due_at, late_at, check_at, patience, behind_after, next_due, waiting_since, heard_at,
+            policy_version, is_unreconciled
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20)
+    "#;
+    let instant = |at: Option<Timestamp>| at.map(Timestamp::as_millisecond);
+    let values = params![
+        device,
+        health.group,
+        health.state,
+        health.since.as_millisecond(),
+        health.problems,
+        health.is_expected,
+        health.is_overdue,
+        health.is_behind,
+        health.silent_after,
+        health.grace,
+        instant(health.due_at),
+        instant(health.late_at),
+        instant(health.check_at),
+        health.patience,
+        health.behind_after,
+        instant(health.next_due),
+        instant(health.waiting_since),
+        instant(health.heard_at),
+        health.policy_version,
+        health.is_unreconciled,
+    ];
+    transaction.prepare_cached(KEEP)?.execute(values).map(|_| ())
+}
+
+fn keep_job(
+    transaction: &Transaction<'_>,
+    device: i64,
+    job: &JobHealthRow,
+) -> rusqlite::Result<()> {
+    const KEEP: &str = "
+        insert or replace into job_health (
+            device, job, is_expected, state, reason, since, next_due, waiting_since, heard_at, seen_failures,
+            seen_failed
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+    ";
+    let instant = |at: Option<Timestamp>| at.map(Timestamp::as_millisecond);
+    let values = params![
+        device,
+        job.job,
+        job.is_expected,
+        job.state,
+        job.reason,
+        instant(job.since),
+        instant(job.next_due),
+        instant(job.waiting_since),
+        instant(job.heard_at),
+        job.seen_failures,
+        job.seen_failed,
+    ];
+    transaction.prepare_cached(KEEP)?.execute(values).map(|_| ())
+}
+
+fn end_sweep(writer: &mut WriteConnection, version: i64, now: Timestamp) -> rusqlite::Result<bool> {
+    const END: &str = "update fleet_state set swept_at = ?1";
+    const FORGET: &str = "delete from fleet_changes where version <= ?1";
+    let Some(transaction) = begin_step(writer, now)? else { return Ok(false) };
+    transaction.prepare_cached(END)?.execute([now.as_millisecond()])?;
+    transaction.prepare_cached(FORGET)?.execute([version])?;
+    transaction.commit()?;
+    Ok(true)
+}
+
+fn note_beat(writer: &mut WriteConnection, beat: &Beat) -> rusqlite::Result<Option<Outage>> {
+    // A database from before there were beats, or one that was copied: the last report shows when a server lived.
+    const SIGNS: &str = "
+        select ifnull(alive_at, (select max(last_received) from device_jobs)), stopped_at from fleet_state
+    ";
+    const ALIVE: &str = "update fleet_state set alive_at = ?1";
+    let transaction =
+        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let signs = transaction.prepare_cached(SIGNS)?.query_row([], |row| {
+        Ok(LastSigns { alive_at: optional_time(row, 0)?, stopped_at: optional_time(row, 1)? })
+    })?;
+    let found = outage(beat, signs, true);
+    if let Some(found) = &found {
+        note_outage(&transaction, found, &beat.node)?;
+    }
+    transaction.prepare_cached(ALIVE)?.execute([beat.at.as_millisecond()])?;
+    transaction.commit()?;
+    Ok(found)
+}
+
+/// Notes an outage, as one with the outage that ends where it begins.
+fn note_outage(transaction: &Transaction<'_>, outage: &Outage, node: &str) -> rusqlite::Result<()> {
+    const GO_ON: &str = "
+        update outages set until_at = max(until_at, ?2)
+         where from_at = (select max(from_at) from outages where from_at <= ?1)
+           and until_at >= ?1 and cause = ?3
+    ";
+    const ADD: &str = "
+        insert into outages (from_at, until_at, cause, node) values (?1, ?2, ?3, ?4)
+            on conflict (from_at) do update set until_at = max(until_at, excluded.until_at)
+    ";
+    let (from, until) = (outage.from.as_millisecond(), outage.until.as_millisecond());
+    let cause = outage.cause.as_str();
+    if transaction.prepare_cached(GO_ON)?.execute(params![from, until, cause])? == 0 {
+        transaction.prepare_cached(ADD)?.execute(params![from, until, cause, node])?;
+    }
+    Ok(())
+}
+
+/// The columns of `device_health` that [`health_row`] reads.
+const HEALTH_COLUMNS: &str = r#"
+    h."group", h.state, h.since, h.problems, h.is_expected, h.is_overdue, h.is_behind, h.silent_after, h.grace,
+    h.due_at, h.late_at, h.check_at, h.patience, h.behind_after, h.next_due, h.waiting_since, h.heard_at,
+    h.policy_version, h.is_unreconciled
+"#;
+
+/// Reads [`HEALTH_COLUMNS`] from column `first` on.
+fn health_row(row: &Row<'_>, first: usize) -> rusqlite::Result<HealthRow> {
+    Ok(HealthRow {
+        group: row.get(first)?,
+        state: row.get(first + 1)?,
+        since: time(row, first + 2)?,
+        problems: row.get(first + 3)?,
+        is_expected: row.get(first + 4)?,
+        is_overdue: row.get(first + 5)?,
+        is_behind: row.get(first + 6)?,
+        silent_after: row.get(first + 7)?,
+        grace: row.get(first + 8)?,
+        due_at: optional_time(row, first + 9)?,
+        late_at: optional_time(row, first + 10)?,
+        check_at: optional_time(row, first + 11)?,
+        patience: row.get(first + 12)?,
+        behind_after: row.get(first + 13)?,
+        next_due: optional_time(row, first + 14)?,
+        waiting_since: optional_time(row, first + 15)?,
+        heard_at: optional_time(row, first + 16)?,
+        policy_version: row.get(first + 17)?,
+        is_unreconciled: row.get(first + 18)?,
+    })
+}
+
+/// All that an evaluation of a device needs, and its number; `None` when it is unknown.
+fn device_row(
+    snapshot: &Connection,
+    device_id: &str,
+    settings: &FleetSettings,
+) -> rusqlite::Result<Option<(i64, DeviceRow)>> {
+    let of_settings = LEVEL_COLUMNS.split(", ").map(|column| format!("s.{column}"));
+    let of_settings = of_settings.collect::<Vec<_>>().join(", ");
+    let select = format!(
+        r#"select d.id, ifnull(d."group", ''), d.created_at, s.device is not null, h.device is not null,
+                  s.expected_from, ifnull(s.is_excused, 0), {of_settings}, {HEALTH_COLUMNS}
+             from devices d
+             left join device_settings s on s.device = d.id
+             left join device_health h on h.device = d.id
+            where d.device_id = ?1"#
+    );
+    let mut select = snapshot.prepare_cached(&select)?;
+    let row = select.query_row([device_id], |row| {
+        let has_settings: bool = row.get(3)?;
+        let is_kept: bool = row.get(4)?;
+        let device: i64 = row.get(0)?;
+        let mut of_device = DeviceSettings::default();
+        if has_settings {
+            of_device.level = level(row, 7)?;
+            of_device.expected_from = optional_time(row, 5)?;
+            of_device.is_excused = row.get(6)?;
+        }
+        let kept = if is_kept { Some(health_row(row, 12)?) } else { None };
+        Ok((
+            device,
+            DeviceRow {
+                device_id: device_id.to_owned(),
+                group: row.get(1)?,
+                registered_at: time(row, 2)?,
+                settings: of_device,
+                kept,
+                jobs: Vec::new(),
+                runs: Vec::new(),
+            },
+        ))
+    });
+    let Some((device, mut row)) = row.optional()? else { return Ok(None) };
+    row.settings.tags = tags(snapshot, device)?;
+    row.jobs = jobs(snapshot, device)?;
+    row.runs = runs(snapshot, device)?;
+    add_first_failures(snapshot, device, &mut row)?;
+    for (job, figures) in row.counted_jobs(settings) {
+        figures.outcomes = outcomes(snapshot, device, job, figures.last_sync)?;
+    }
+    Ok(Some((device, row)))
+}
+
+pub(super) fn tags(snapshot: &Connection, device: i64) -> rusqlite::Result<Vec<String>> {
+    const TAGS: &str = "select tag from device_tags where device = ?1 order by tag";
+    snapshot.prepare_cached(TAGS)?.query_map([device], |row| row.get(0))?.collect()
+}
+
+fn jobs(snapshot: &Connection, device: i64) -> rusqlite::Result<Vec<JobRow>> {
+    const FIGURES: &str = "
+        select job, failed_syncs, consecutive_failures, last_received, last_sync, last_success, last_failure
+          from device_jobs
+         where device = ?1
+         order by job
+    ";
+    const KEPT: &str = "
+        select job, is_expected, state, reason, since, next_due, waiting_since, heard_at, seen_failures,
+               seen_failed
+          from job_health
+         where device = ?1
+         order by job
+    ";
+    let figures = |row: &Row<'_>| {
+        Ok(JobRow {
+            job: row.get(0)?,
+            figures: Some(JobFigureRow {
+                failed_syncs: row.get(1)?,
+                consecutive_failures: row.get(2)?,
+                last_received: time(row, 3)?,
+                last_sync: time(row, 4)?,
+                last_success: optional_time(row, 5)?,
+                last_failure: optional_time(row, 6)?,
+                first_failure: None,
+                outcomes: Vec::new(),
+            }),
+            kept: None,
+        })
+    };
+    let kept = |row: &Row<'_>| {
+        Ok(JobHealthRow {
+            job: row.get(0)?,
+            is_expected: row.get(1)?,
+            state: row.get(2)?,
+            reason: row.get(3)?,
+            since: optional_time(row, 4)?,
+            next_due: optional_time(row, 5)?,
+            waiting_since: optional_time(row, 6)?,
+            heard_at: optional_time(row, 7)?,
+            seen_failures: row.get(8)?,
+            seen_failed: row.get(9)?,
+        })
+    };
+    let mut jobs = snapshot
+        .prepare_cached(FIGURES)?
+        .query_map([device], figures)?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    for kept in snapshot.prepare_cached(KEPT)?.query_map([device], kept)? {
+        let kept = kept?;
+        match jobs.iter_mut().find(|job| job.job == kept.job) {
+            Some(job) => job.kept = Some(kept),
+            None => jobs.push(JobRow { job: kept.job.clone(), figures: None, kept: Some(kept) }),
+        }
+    }
+    Ok(jobs)
+}
+
+fn runs(snapshot: &Connection, device: i64) -> rusqlite::Result<Vec<RunRow>> {
+    const RUNS: &str = "
+        select job, run_id, received_at,
+               exists (select 1 from event_keys k where k.device = r.device and k.event_id = r.run_id)
+          from run_starts r
+         where device = ?1
+         order by received_at, job, run_id
+    ";
+    let run = |row: &Row<'_>| {
+        Ok(RunRow {
+            job: row.get(0)?,
+            run_id: row.get(1)?,
+            received_at: time(row, 2)?,
+            is_reported: row.get(3)?,
+        })
+    };
+    snapshot.prepare_cached(RUNS)?.query_map([device], run)?.collect()
+}
+
+/// Fills in the date of the first failure after the last success.
+fn add_first_failures(
+    snapshot: &Connection,
+    device: i64,
+    row: &mut DeviceRow,
+) -> rusqlite::Result<()> {
+    const FIRST: &str = "
+        select timestamp
+          from sync_events
+         where device = ?1 and timestamp >= ?2 and timestamp <= ?3 and total_errors > 0
+           and ifnull(job, '') = ?4
+         order by timestamp
+         limit 1
+    ";
+    for (job, figures) in row.failing_jobs() {
+        let after = figures.last_success.unwrap_or(Timestamp::MIN).as_millisecond();
+        let until = figures.last_failure.unwrap_or(figures.last_sync).as_millisecond();
+        figures.first_failure = snapshot
+            .prepare_cached(FIRST)?
+            .query_row(params![device, after, until, job], |row| time(row, 0))
+            .optional()?
+            .or(figures.last_failure);
+    }
+    Ok(())
+}
+
+/// The last runs of a job by date, the latest at the end.
+fn outcomes(
+    snapshot: &Connection,
+    device: i64,
+    job: &str,
+    until: Timestamp,
+) -> rusqlite::Result<Vec<Outcome>> {
+    const OUTCOMES: &str = "
+        select timestamp, total_errors > 0
+          from sync_events
+         where device = ?1 and timestamp <= ?2 and ifnull(job, '') = ?3
+         order by timestamp desc, id desc
+         limit ?4
+    ";
+    let mut outcomes = snapshot
+        .prepare_cached(OUTCOMES)?
+        .query_map(params![device, until.as_millisecond(), job, OUTCOMES_READ], |row| {
+            Ok(Outcome { at: time(row, 0)?, has_failed: row.get(1)? })
+        })?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    outcomes.reverse();
+    Ok(outcomes)
+}

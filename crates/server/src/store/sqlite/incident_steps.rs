@@ -1,0 +1,551 @@
+//! Makes incidents in SQLite. The sweep calls it through `IncidentSteps`. Each step is one transaction of the writer.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use pisync_core::{
+    Timestamp,
+    health::{IncidentScope, ProblemKind, State, Tally},
+};
+use rusqlite::{OptionalExtension, Row, Transaction, named_params, params};
+
+use super::{
+    health::begin_step,
+    rows::{optional_time, time},
+    store::SqliteStore,
+    write_connection::WriteConnection,
+};
+use crate::store::{
+    FleetSettings, StoreError,
+    incident_steps::{
+        DEVICES_AT_ONCE, FLEET, FleetFacts, GroupFacts, INCIDENT_COLUMNS, IncidentColumns,
+        IncidentEvent, IncidentRow, IncidentSteps, IncidentWrite, KINDS, Reconciled, TroubleRow,
+        TroubleState, fleet_writes, group_writes, reopened_since,
+    },
+};
+
+#[async_trait]
+impl IncidentSteps for SqliteStore {
+    async fn groups_to_reconcile(&self, now: Timestamp) -> Result<Vec<String>, StoreError> {
+        const GROUPS: &str = r#"
+            select distinct "group" from device_health where is_unreconciled = 1
+             union
+            select "group" from incidents
+             where resolved_at is null and next_at <= ?1 and scope <> 'fleet'
+             order by 1
+        "#;
+        self.read(move |connection| {
+            connection
+                .prepare_cached(GROUPS)?
+                .query_map([now.as_millisecond()], |row| row.get(0))?
+                .collect()
+        })
+        .await
+    }
+
+    async fn reconcile_fleet(
+        &self,
+        settings: &Arc<FleetSettings>,
+        now: Timestamp,
+    ) -> Result<Option<Vec<IncidentEvent>>, StoreError> {
+        let settings = Arc::clone(settings);
+        self.writer.call(move |writer| reconcile_fleet(writer, &settings, now)).await
+    }
+
+    async fn reconcile_group(
+        &self,
+        group: &str,
+        settings: &Arc<FleetSettings>,
+        now: Timestamp,
+    ) -> Result<Option<Reconciled>, StoreError> {
+        let (group, settings) = (group.to_owned(), Arc::clone(settings));
+        self.writer.call(move |writer| reconcile_group(writer, &group, &settings, now)).await
+    }
+}
+
+fn reconcile_fleet(
+    writer: &mut WriteConnection,
+    settings: &FleetSettings,
+    now: Timestamp,
+) -> rusqlite::Result<Option<Vec<IncidentEvent>>> {
+    const NEW: &str = "
+        select exists (select 1 from device_health where is_unreconciled = 1 and state = ?1)
+    ";
+    const AGAIN: &str = "update device_health set is_unreconciled = 1 where state = ?1";
+    let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
+    let open = open_incidents(&transaction, None)?;
+    let mut has_new = [false; 2];
+    for (index, kind) in KINDS.into_iter().enumerate() {
+        has_new[index] =
+            transaction.prepare_cached(NEW)?.query_row([kind.as_str()], |row| row.get(0))?;
+    }
+    if open.is_empty() && has_new == [false; 2] {
+        return Ok(Some(Vec::new()));
+    }
+    let is_silence = has_new[0] || open.iter().any(|one| one.kind == ProblemKind::Silent);
+    let last_heard = if is_silence { last_heard(&transaction, None)? } else { None };
+    let mut facts = FleetFacts {
+        ended: ended_incidents(&transaction, IncidentScope::Fleet, FLEET, now)?,
+        tallies: [Tally::default(); 2],
+        missing: [0; 2],
+        last_heard,
+        has_new,
+        open,
+    };
+    for (index, kind) in KINDS.into_iter().enumerate() {
+        facts.tallies[index] = tally(&transaction, None, kind, last_heard, now)?;
+        if let Some(open) = facts.open.iter().find(|one| one.kind == kind) {
+            facts.missing[index] = missing(&transaction, None, kind, open.since)?;
+        }
+    }
+    if is_silence {
+        let (late, groups) = late_in_fleet(&transaction, last_heard, now)?;
+        let tally = &mut facts.tallies[0];
+        (tally.late, tally.late_in_dark) = (late.0, tally.late_in_dark + late.1);
+        tally.groups = tally.groups.max(groups);
+    }
+    let writes = fleet_writes(&facts, settings, now);
+    let events = apply(&transaction, &writes, now)?;
+    for write in &writes {
+        if write.incident.resolved_at.is_some() {
+            // The devices that are left get incidents of their own, or of their groups.
+            transaction.execute(AGAIN, [write.incident.kind.as_str()])?;
+        }
+    }
+    transaction.commit()?;
+    Ok(Some(events))
+}
+
+fn reconcile_group(
+    writer: &mut WriteConnection,
+    group: &str,
+    settings: &FleetSettings,
+    now: Timestamp,
+) -> rusqlite::Result<Option<Reconciled>> {
+    const RECONCILED: &str = "
+        update device_health set is_unreconciled = 0
+         where device = (select id from devices where device_id = ?1)
+    ";
+    let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
+    let (facts, page) = group_facts(&transaction, group, now)?;
+    let writes = group_writes(&facts, settings, now);
+    let events = apply(&transaction, &writes, now)?;
+    for device_id in &page {
+        transaction.prepare_cached(RECONCILED)?.execute([device_id])?;
+    }
+    transaction.commit()?;
+    Ok(Some(Reconciled { events, has_more: facts.has_more }))
+}
+
+/// What a step of a group reads, and the devices whose state is taken up by it.
+fn group_facts(
+    transaction: &Transaction<'_>,
+    group: &str,
+    now: Timestamp,
+) -> rusqlite::Result<(GroupFacts, Vec<String>)> {
+    const PAGE: &str = r#"
+        select d.device_id
+          from device_health h
+          join devices d on d.id = h.device
+         where h."group" = ?1 and h.is_unreconciled = 1
+         order by h.device
+         limit ?2
+    "#;
+    const MEMBERS: &str = "
+        select device_id, presumed from incident_members where incident = ?1 and left_at is null
+    ";
+    let open = open_incidents(transaction, Some(group))?;
+    let mut page = transaction
+        .prepare_cached(PAGE)?
+        .query_map(params![group, DEVICES_AT_ONCE + 1], |row| row.get(0))?
+        .collect::<rusqlite::Result<Vec<String>>>()?;
+    let has_more = i64::try_from(page.len()).is_ok_and(|found| found > DEVICES_AT_ONCE);
+    page.truncate(usize::try_from(DEVICES_AT_ONCE).unwrap_or(usize::MAX));
+    let mut devices = Vec::new();
+    for device_id in &page {
+        devices.push(trouble(transaction, device_id)?);
+    }
+    for own in open.iter().filter(|one| one.scope == IncidentScope::Device) {
+        if !devices.iter().any(|device| device.device_id == own.subject) {
+            devices.push(trouble(transaction, &own.subject)?);
+        }
+    }
+    let mut members = Vec::new();
+    for of_group in open.iter().filter(|one| one.scope == IncidentScope::Group) {
+        let Some(id) = of_group.id else { continue };
+        let rows = transaction
+            .prepare_cached(MEMBERS)?
+            .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect::<rusqlite::Result<Vec<(String, bool)>>>()?;
+        for (device_id, presumed) in rows {
+            members.push((id, trouble(transaction, &device_id)?, presumed));
+        }
+    }
+    let is_silent = |device: &TroubleRow| {
+        device.state.as_ref().is_some_and(|one| one.state == State::Silent.as_str())
+    };
+    let is_silence =
+        open.iter().any(|one| one.scope == IncidentScope::Group && one.kind == ProblemKind::Silent)
+            || devices.iter().any(is_silent);
+    let (late, last_heard) = if is_silence {
+        (late_in_group(transaction, group)?, last_heard(transaction, Some(group))?)
+    } else {
+        (Vec::new(), None)
+    };
+    let next_late = late.iter().map(|(_, late_at)| *late_at).filter(|late_at| *late_at > now).min();
+    let late: Vec<_> = late.into_iter().filter(|(_, late_at)| *late_at <= now).collect();
+    let mut facts = GroupFacts {
+        group: group.to_owned(),
+        has_more,
+        tallies: [Tally::default(); 2],
+        last_heard,
+        members,
+        missing: [0; 2],
+        ended: ended_incidents(transaction, IncidentScope::Group, group, now)?,
+        late: late.iter().map(|(device_id, _)| device_id.clone()).collect(),
+        next_late,
+        open,
+        devices,
+    };
+    for device in &facts.devices {
+        let subject = &device.device_id;
+        facts.ended.extend(ended_incidents(transaction, IncidentScope::Device, subject, now)?);
+    }
+    for (index, kind) in KINDS.into_iter().enumerate() {
+        facts.tallies[index] = tally(transaction, Some(group), kind, last_heard, now)?;
+        let of_group =
+            facts.open.iter().find(|one| one.scope == IncidentScope::Group && one.kind == kind);
+        if let Some(open) = of_group {
+            facts.missing[index] = missing(transaction, Some(group), kind, open.since)?;
+        }
+    }
+    let in_dark =
+        late.iter().filter(|(_, late_at)| last_heard.is_some_and(|heard| *late_at > heard));
+    facts.tallies[0].late = i64::try_from(late.len()).unwrap_or(i64::MAX);
+    facts.tallies[0].late_in_dark += i64::try_from(in_dark.count()).unwrap_or(i64::MAX);
+    Ok((facts, page))
+}
+
+/// Reads [`INCIDENT_COLUMNS`].
+fn incident(row: &Row<'_>) -> rusqlite::Result<Option<IncidentRow>> {
+    let columns = IncidentColumns {
+        id: row.get(0)?,
+        scope: row.get(1)?,
+        subject: row.get(2)?,
+        group: row.get(3)?,
+        kind: row.get(4)?,
+        severity: row.get(5)?,
+        since: time(row, 6)?,
+        opened_at: time(row, 7)?,
+        resolved_at: optional_time(row, 8)?,
+        resolution: row.get(9)?,
+        reopened: row.get(10)?,
+        reopenings: row.get(11)?,
+        flapping_since: optional_time(row, 12)?,
+        calm_at: optional_time(row, 13)?,
+        next_at: optional_time(row, 14)?,
+        summary: row.get(15)?,
+    };
+    Ok(columns.incident())
+}
+
+/// The open incidents of the fleet, and of a group and its devices.
+fn open_incidents(
+    transaction: &Transaction<'_>,
+    group: Option<&str>,
+) -> rusqlite::Result<Vec<IncidentRow>> {
+    let select = format!(
+        r#"select {INCIDENT_COLUMNS} from incidents where resolved_at is null and scope = 'fleet'
+            union all
+           select {INCIDENT_COLUMNS} from incidents
+            where resolved_at is null and scope <> 'fleet' and "group" = ?1"#
+    );
+    let rows = transaction
+        .prepare_cached(&select)?
+        .query_map([group], incident)?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    Ok(rows.into_iter().flatten().collect())
+}
+
+/// The last incidents of a subject, of each kind, that ended not long ago and that somebody may have been told of.
+fn ended_incidents(
+    transaction: &Transaction<'_>,
+    scope: IncidentScope,
+    subject: &str,
+    now: Timestamp,
+) -> rusqlite::Result<Vec<IncidentRow>> {
+    let select = format!(
+        "select {INCIDENT_COLUMNS}
+           from incidents
+          where scope = ?1 and subject = ?2 and kind = ?3 and resolved_at >= ?4 and resolution <> 'merged'
+          order by id desc
+          limit 1"
+    );
+    let mut ended = Vec::new();
+    for kind in KINDS {
+        let since = reopened_since(now).as_millisecond();
+        let found = transaction
+            .prepare_cached(&select)?
+            .query_row(params![scope.as_str(), subject, kind.as_str(), since], incident)
+            .optional()?;
+        ended.extend(found.flatten());
+    }
+    Ok(ended)
+}
+
+/// What is kept of a device's state.
+fn trouble(transaction: &Transaction<'_>, device_id: &str) -> rusqlite::Result<TroubleRow> {
+    const TROUBLE: &str = r#"
+        select h."group", h.state, h.problems, h.is_expected, h.patience, h.heard_at,
+               (select max(j.last_success) from device_jobs j where j.device = h.device),
+               ifnull((select s.policy from device_settings s where s.device = h.device), '{}')
+          from devices d
+          join device_health h on h.device = d.id
+         where d.device_id = ?1
+    "#;
+    let state = transaction
+        .prepare_cached(TROUBLE)?
+        .query_row([device_id], |row| {
+            Ok(TroubleState {
+                group: row.get(0)?,
+                state: row.get(1)?,
+                problems: row.get(2)?,
+                is_expected: row.get(3)?,
+                patience: row.get(4)?,
+                heard_at: optional_time(row, 5)?,
+                last_success: optional_time(row, 6)?,
+                policy: row.get(7)?,
+            })
+        })
+        .optional()?;
+    Ok(TroubleRow { device_id: device_id.to_owned(), state })
+}
+
+/// How a group, or the fleet, is doing, but for those who are late.
+fn tally(
+    transaction: &Transaction<'_>,
+    group: Option<&str>,
+    kind: ProblemKind,
+    last_heard: Option<Timestamp>,
+    now: Timestamp,
+) -> rusqlite::Result<Tally> {
+    let of_group = if group.is_some() { r#""group" = :group"# } else { ":group is null" };
+    let judged = format!("select ifnull(sum(expected), 0) from group_states where {of_group}");
+    let in_problem = format!(
+        r#"select ifnull(sum(is_recent), 0), ifnull(sum(not is_recent), 0),
+                  min(iif(is_recent, since, null)),
+                  ifnull(sum(is_recent and since - grace > :last_heard), 0),
+                  count(distinct iif(is_recent, "group", null))
+             from (select *, since >= :now - max(:long, ifnull(patience, 0)) as is_recent
+                     from device_health
+                    where {of_group} and state = :state and is_expected = 1)"#
+    );
+    let judged = transaction
+        .prepare_cached(&judged)?
+        .query_row(named_params! { ":group": group }, |row| row.get(0))?;
+    let parameters = named_params! {
+        ":group": group,
+        ":state": kind.as_str(),
+        ":now": now.as_millisecond(),
+        ":long": pisync_core::health::incident::LEAST_LONG,
+        ":last_heard": last_heard.map(Timestamp::as_millisecond),
+    };
+    transaction.prepare_cached(&in_problem)?.query_row(parameters, |row| {
+        Ok(Tally {
+            judged,
+            in_problem: row.get(0)?,
+            long_in_problem: row.get(1)?,
+            since: optional_time(row, 2)?,
+            late: 0,
+            late_in_dark: row.get(3)?,
+            groups: row.get(4)?,
+        })
+    })
+}
+
+/// How many devices of a group, or of the fleet, have had a problem since an incident began.
+fn missing(
+    transaction: &Transaction<'_>,
+    group: Option<&str>,
+    kind: ProblemKind,
+    since: Timestamp,
+) -> rusqlite::Result<i64> {
+    let of_group = if group.is_some() { r#""group" = ?3"# } else { "?3 is null" };
+    let missing = format!(
+        "select count(*) from device_health
+          where state = ?1 and since >= ?2 and is_expected = 1 and {of_group}"
+    );
+    let parameters = params![kind.as_str(), since.as_millisecond(), group];
+    transaction.prepare_cached(&missing)?.query_row(parameters, |row| row.get(0))
+}
+
+/// When any device of a group, or of the fleet, was last heard.
+fn last_heard(
+    transaction: &Transaction<'_>,
+    group: Option<&str>,
+) -> rusqlite::Result<Option<Timestamp>> {
+    const OF_FLEET: &str = "select max(last_received) from device_jobs where ?1 is null";
+    const OF_GROUP: &str = r#"
+        select max(j.last_received)
+          from device_health h
+          join device_jobs j on j.device = h.device
+         where h."group" = ?1
+    "#;
+    let select = if group.is_some() { OF_GROUP } else { OF_FLEET };
+    transaction.prepare_cached(select)?.query_row([group], |row| optional_time(row, 0))
+}
+
+/// The devices of which a report is late, and since when: device_id, group, late_at. They are not silent yet.
+const LATE: &str = r#"
+    select d.device_id as device_id, h."group" as of_group,
+           iif(j.heard is h.heard_at, h.late_at, j.heard + h.silent_after - h.grace) as late_at
+      from device_health h
+      join devices d on d.id = h.device
+      join (select device, max(last_received) as heard from device_jobs group by device) j on j.device = h.device
+     where h.is_expected = 1 and h.state not in ('silent', 'never')
+"#;
+
+/// The devices of a group that are not silent, and when a report of each is late.
+fn late_in_group(
+    transaction: &Transaction<'_>,
+    group: &str,
+) -> rusqlite::Result<Vec<(String, Timestamp)>> {
+    // As `LATE`, but it looks up the jobs of this group's devices alone.
+    const OF_GROUP: &str = r#"
+        select device_id, iif(heard is heard_at, late_at, heard + silent_after - grace) as since
+          from (select d.device_id, h.heard_at, h.late_at, h.silent_after, h.grace,
+                       (select max(last_received) from device_jobs j where j.device = h.device) as heard
+                  from device_health h
+                  join devices d on d.id = h.device
+                 where h."group" = ?1 and h.is_expected = 1 and h.state not in ('silent', 'never'))
+         where since is not null
+         order by device_id
+    "#;
+    transaction
+        .prepare_cached(OF_GROUP)?
+        .query_map([group], |row| Ok((row.get(0)?, time(row, 1)?)))?
+        .collect()
+}
+
+/// How many devices are late, and how many since anybody was heard; and in how many groups devices are silent or late.
+fn late_in_fleet(
+    transaction: &Transaction<'_>,
+    last_heard: Option<Timestamp>,
+    now: Timestamp,
+) -> rusqlite::Result<((i64, i64), i64)> {
+    let select = format!(
+        r#"with late as (select * from ({LATE}) where late_at <= :now)
+           select (select count(*) from late),
+                  (select count(*) from late where late_at > :last_heard),
+                  (select count(*)
+                     from (select of_group from late
+                            union
+                           select "group" from device_health where state = 'silent' and is_expected = 1))"#
+    );
+    let parameters = named_params! {
+        ":now": now.as_millisecond(),
+        ":last_heard": last_heard.map(Timestamp::as_millisecond),
+    };
+    transaction
+        .prepare_cached(&select)?
+        .query_row(parameters, |row| Ok(((row.get(0)?, row.get(1)?), row.get(2)?)))
+}
+
+/// Writes the changes of incidents, and answers what people would want to know.
+fn apply(
+    transaction: &Transaction<'_>,
+    writes: &[IncidentWrite],
+    now: Timestamp,
+) -> rusqlite::Result<Vec<IncidentEvent>> {
+    const JOIN: &str = "
+        insert into incident_members as kept (incident, device_id, jobs, joined_at, left_at, presumed)
+        values (?1, ?2, ?3, ?4, null, ?5)
+            on conflict (incident, device_id) do update
+           set jobs = excluded.jobs, presumed = excluded.presumed, left_at = null,
+               joined_at = iif(kept.left_at is null, kept.joined_at, excluded.joined_at)
+    ";
+    const LEAVE: &str = "
+        update incident_members set left_at = ?3
+         where incident = ?1 and device_id = ?2 and left_at is null
+    ";
+    const ENTRY: &str = r#"
+        insert into incident_entries (incident, id, at, what, "by", details)
+        values (?1, (select ifnull(max(id), 0) + 1 from incident_entries where incident = ?1), ?2, ?3, null, ?4)
+    "#;
+    let at = now.as_millisecond();
+    let mut events = Vec::new();
+    for write in writes {
+        let id = keep(transaction, &write.incident)?;
+        for (device_id, jobs, presumed) in &write.joined {
+            let member = params![id, device_id, jobs, at, presumed];
+            transaction.prepare_cached(JOIN)?.execute(member)?;
+        }
+        for device_id in &write.left {
+            transaction.prepare_cached(LEAVE)?.execute(params![id, device_id, at])?;
+        }
+        for (what, details) in &write.entries {
+            let entry = params![id, at, what, details.to_string()];
+            transaction.prepare_cached(ENTRY)?.execute(entry)?;
+        }
+        events.extend(write.event(id));
+    }
+    Ok(events)
+}
+
+/// Keeps an incident, and answers its id.
+fn keep(transaction: &Transaction<'_>, incident: &IncidentRow) -> rusqlite::Result<i64> {
+    const ADD: &str = r#"
+        insert into incidents (
+            scope, subject, "group", kind, severity, since, opened_at, resolved_at, resolution, reopened,
+            reopenings, flapping_since, calm_at, next_at, summary
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)
+    "#;
+    // An acknowledgement does not outlive the end of an incident.
+    const CHANGE: &str = r#"
+        update incidents
+           set acknowledged_at = iif(resolved_at is null, acknowledged_at, null),
+               acknowledged_by = iif(resolved_at is null, acknowledged_by, null),
+               acknowledged_until = iif(resolved_at is null, acknowledged_until, null),
+               acknowledged_note = iif(resolved_at is null, acknowledged_note, null),
+               scope = ?1, subject = ?2, "group" = ?3, kind = ?4, severity = ?5, since = ?6, opened_at = ?7,
+               resolved_at = ?8, resolution = ?9, reopened = ?10, reopenings = ?11, flapping_since = ?12,
+               calm_at = ?13, next_at = ?14, summary = ?15
+         where id = ?16
+    "#;
+    let instant = |at: Option<Timestamp>| at.map(Timestamp::as_millisecond);
+    let (scope, kind) = (incident.scope.as_str(), incident.kind.as_str());
+    let severity = incident.severity.as_str();
+    let (since, opened_at) = (incident.since.as_millisecond(), incident.opened_at.as_millisecond());
+    let (reopenings, summary) = (incident.reopenings_json(), incident.summary.to_string());
+    let resolved_at = instant(incident.resolved_at);
+    let [flapping_since, calm_at, next_at] =
+        [incident.flapping_since, incident.calm_at, incident.next_at].map(instant);
+    let values: [&dyn rusqlite::ToSql; 16] = [
+        &scope,
+        &incident.subject,
+        &incident.group,
+        &kind,
+        &severity,
+        &since,
+        &opened_at,
+        &resolved_at,
+        &incident.resolution,
+        &incident.reopened,
+        &reopenings,
+        &flapping_since,
+        &calm_at,
+        &next_at,
+        &summary,
+        &incident.id,
+    ];
+    match incident.id {
+        Some(id) => {
+            transaction.prepare_cached(CHANGE)?.execute(&values[..])?;
+            Ok(id)
+        }
+        None => {
+            transaction.prepare_cached(ADD)?.execute(&values[..15])?;
+            Ok(transaction.last_insert_rowid())
+        }
+    }
+}
