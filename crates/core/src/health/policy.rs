@@ -629,3 +629,143 @@ impl Reader {
         Some(JobPolicy { job, rules })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::health::{Level, Levels};
+
+    /// The fields and messages of what is wrong with a policy.
+    fn wrong(policy: Value) -> Vec<String> {
+        let violations = Policy::read(&policy, "policy").unwrap_err();
+        violations.into_iter().map(|violation| violation.message).collect()
+    }
+
+    #[test]
+    fn every_wrong_field_is_named() {
+        let found = wrong(json!({
+            "expect": {"every_seconds": 59},
+            "grace_seconds": 2_592_001,
+            "failing": {"failures": 6, "of_last": 5},
+            "recover_after": "1",
+            "max_run_seconds": 60.5,
+            "first_report_seconds": true,
+            "severity": {"silent": "bad", "loud": "info"},
+            "group": {"at_least": 1, "percent": 101},
+            "jobs": [{"expect": "nothing"}, {"job": "a", "group": {}}, {"job": "a"}, {"job": 7}, 5],
+            "interval": 5,
+        }));
+        let expected = [
+            r#""policy.expect.every_seconds" must be greater than or equal to 60"#,
+            r#""policy.failing.failures" must be less than or equal to "of_last""#,
+            r#""policy.first_report_seconds" must be a number"#,
+            r#""policy.grace_seconds" must be less than or equal to 2592000"#,
+            r#""policy.group.at_least" must be greater than or equal to 2"#,
+            r#""policy.group.percent" must be less than or equal to 100"#,
+            r#""policy.interval" is not allowed"#,
+            r#""policy.jobs[0].job" is required"#,
+            r#""policy.jobs[1].group" is not allowed"#,
+            r#""policy.jobs[2].job" must not be named twice"#,
+            r#""policy.jobs[3].job" must be a string"#,
+            r#""policy.jobs[4]" must be an object"#,
+            r#""policy.max_run_seconds" must be an integer"#,
+            r#""policy.recover_after" must be a number"#,
+            r#""policy.severity.loud" is not allowed"#,
+            r#""policy.severity.silent" must be one of [info, warning, critical]"#,
+        ];
+        let mut found = found;
+        found.sort();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn what_is_expected_must_be_one_thing() {
+        let cases = [
+            (
+                json!("something"),
+                r#""policy.expect" must be "nothing" or an object with "every_seconds" or "cron""#,
+            ),
+            (json!({}), r#""policy.expect" must have "every_seconds" or "cron""#),
+            (
+                json!({"every_seconds": 60, "cron": "* * * * *"}),
+                r#""policy.expect" must have either "every_seconds" or "cron""#,
+            ),
+            (json!({"cron": "0 2 * * *"}), r#""policy.expect.timezone" is required"#),
+            (
+                json!({"cron": "0 2 * * *", "timezone": "Mars/Base"}),
+                r#""policy.expect.timezone" must be an IANA time zone"#,
+            ),
+            (
+                json!({"every_seconds": 60, "timezone": "UTC"}),
+                r#""policy.expect.timezone" is not allowed without "cron""#,
+            ),
+            (json!({"cron": 5, "timezone": "UTC"}), r#""policy.expect.cron" must be a string"#),
+        ];
+        for (expect, message) in cases {
+            assert_eq!(wrong(json!({ "expect": expect })), [message]);
+        }
+        let found = wrong(json!({"expect": {"cron": "0 2 * *", "timezone": "UTC"}}));
+        let start = r#""policy.expect.cron" is not a cron expression of 5 fields: "#;
+        assert!(found[0].starts_with(start), "{found:?}");
+    }
+
+    #[test]
+    fn a_policy_reads_what_it_writes_and_null_inherits_again() {
+        let policy = json!({
+            "expect": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"},
+            "grace_seconds": 600,
+            "failing": {"failures": 2, "of_last": 5},
+            "severity": {"failing": "critical"},
+            "group": {"percent": 30},
+            "jobs": [{"job": null, "grace_seconds": 0}, {"job": "nightly", "expect": "nothing"}],
+        });
+        let read = Policy::read(&policy, "policy").unwrap();
+        assert_eq!(read.to_json(), policy);
+        assert_eq!(Policy::from_stored(&read.to_json()), read);
+        let change = json!({"expect": null, "grace_seconds": 60, "jobs": null});
+        let changed = PolicyChange::read(&change, "policy").unwrap().apply_to(&read);
+        let expected = json!({
+            "grace_seconds": 60,
+            "failing": {"failures": 2, "of_last": 5},
+            "severity": {"failing": "critical"},
+            "group": {"percent": 30},
+        });
+        assert_eq!(changed.to_json(), expected);
+        // What foreign SQL made wrong is inherited, the rest stays.
+        let stored = json!({"grace_seconds": "long", "recover_after": 2});
+        assert_eq!(Policy::from_stored(&stored).to_json(), json!({"recover_after": 2}));
+    }
+
+    #[test]
+    fn each_field_comes_from_the_most_specific_level() {
+        let of = |policy: Value| Policy::read(&policy, "policy").unwrap();
+        let device = of(json!({"grace_seconds": 60}));
+        let group = of(json!({
+            "grace_seconds": 120,
+            "recover_after": 2,
+            "jobs": [{"job": "nightly", "recover_after": 3}],
+        }));
+        let fleet = of(json!({
+            "recover_after": 4,
+            "max_run_seconds": 600,
+            "jobs": [{"job": "nightly", "grace_seconds": 180, "expect": {"every_seconds": 7200}}],
+        }));
+        let resolved = Levels { device: &device, group: &group, fleet: &fleet }.resolve();
+        let any = &resolved.rules;
+        assert_eq!((any.grace_seconds.value, any.grace_seconds.from), (60, Level::Device));
+        assert_eq!((any.recover_after.value, any.recover_after.from), (2, Level::Group));
+        assert_eq!((any.max_run_seconds.value, any.max_run_seconds.from), (600, Level::Fleet));
+        // Who names a job has said what is expected.
+        assert_eq!((&any.expect.value, any.expect.from), (&Expect::Nothing, Level::BuiltIn));
+        // For the job its entries go first, even the fleet's before the device's own policy.
+        let nightly = resolved.rules_of(Some("nightly"));
+        assert_eq!((nightly.grace_seconds.value, nightly.grace_seconds.from), (180, Level::Fleet));
+        assert_eq!((nightly.recover_after.value, nightly.recover_after.from), (3, Level::Group));
+        assert_eq!(nightly.expect.value, Expect::Every(7200));
+        // Nobody says anything: a report an hour.
+        let nothing = Policy::default();
+        let resolved = Levels { device: &nothing, group: &nothing, fleet: &nothing }.resolve();
+        assert_eq!(resolved.rules.expect.value, Expect::Every(3600));
+        assert_eq!(resolved.rules_of(Some("nightly")), &resolved.rules);
+    }
+}

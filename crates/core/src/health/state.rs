@@ -703,3 +703,320 @@ fn failing_since(rules: &EffectiveRules, reports: &JobReports) -> Option<Timesta
     }
     since
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::health::{Levels, Policy, deadline::Cause};
+
+    const MINUTE: i64 = 60 * 1000;
+    const HOUR: i64 = 60 * MINUTE;
+
+    fn at(text: &str) -> Timestamp {
+        Timestamp::parse_iso8601(&format!("2026-03-{text}Z")).unwrap()
+    }
+
+    fn policy(fleet: &serde_json::Value) -> EffectivePolicy {
+        let nothing = Policy::default();
+        let fleet = Policy::read(fleet, "policy").unwrap();
+        Levels { device: &nothing, group: &nothing, fleet: &fleet }.resolve()
+    }
+
+    fn reports(last: &str, failures: i64) -> JobReports {
+        JobReports {
+            last_received: at(last),
+            last_sync: at(last),
+            consecutive_failures: failures,
+            first_failure: (failures > 0)
+                .then(|| at(last).saturating_add_milliseconds(-(failures - 1) * HOUR)),
+            outcomes: Vec::new(),
+        }
+    }
+
+    fn job(name: Option<&str>, reports: Option<JobReports>) -> JobFacts {
+        JobFacts { job: name.map(str::to_owned), waiting_since: None, reports }
+    }
+
+    fn device(jobs: Vec<JobFacts>) -> DeviceFacts {
+        DeviceFacts {
+            registered_at: at("01T00:00"),
+            expected_from: None,
+            is_excused: false,
+            waiting_since: None,
+            pause: None,
+            jobs,
+            open_runs: Vec::new(),
+        }
+    }
+
+    /// The state, and all problems as `kind job reason since`.
+    fn found(policy: &EffectivePolicy, facts: &DeviceFacts, now: &str) -> (State, Vec<String>) {
+        let health = evaluate(policy, facts, &(), at(now));
+        let problems = health.problems.iter().map(|problem| {
+            let job = problem.job.as_deref().unwrap_or("-");
+            let since = problem.since.to_string();
+            let since = &since[8..16];
+            format!("{} {job} {} {since}", problem.kind.as_str(), problem.reason.as_str())
+        });
+        (health.state, problems.collect())
+    }
+
+    #[test]
+    fn the_worst_problem_is_the_state() {
+        let plain = policy(&json!({}));
+        let well = device(vec![job(None, Some(reports("02T09:00", 0)))]);
+        let failing = device(vec![job(None, Some(reports("02T09:00", 3)))]);
+        let nightly = policy(&json!({
+            "expect": "nothing",
+            "jobs": [{"job": "nightly", "expect": {"cron": "0 2 * * *", "timezone": "UTC"},
+                      "grace_seconds": 3600, "failing": {"in_a_row": 1}}],
+        }));
+        let never_nightly = DeviceFacts {
+            registered_at: at("02T09:00"),
+            jobs: vec![job(None, Some(reports("02T09:00", 0))), job(Some("nightly"), None)],
+            ..device(vec![])
+        };
+        let of_nightly = |last: &str, failures| {
+            device(vec![job(Some("nightly"), Some(reports(last, failures)))])
+        };
+        let cases: Vec<(&str, &EffectivePolicy, DeviceFacts, &str, State, &[&str])> = vec![
+            ("heard", &plain, well.clone(), "02T10:29:59", State::Ok, &[]),
+            (
+                "not heard",
+                &plain,
+                well.clone(),
+                "02T10:30",
+                State::Silent,
+                &["silent - no_report 02T10:30"],
+            ),
+            (
+                "one failure",
+                &plain,
+                device(vec![job(None, Some(reports("02T09:00", 1)))]),
+                "02T09:00",
+                State::Degraded,
+                &["degraded - errors 02T09:00"],
+            ),
+            (
+                "three failures",
+                &plain,
+                failing.clone(),
+                "02T09:00",
+                State::Failing,
+                &["failing - failures 02T07:00"],
+            ),
+            (
+                "silence before failing",
+                &plain,
+                failing,
+                "02T11:00",
+                State::Silent,
+                &["silent - no_report 02T10:30", "failing - failures 02T07:00"],
+            ),
+            ("nobody expects it", &plain, device(vec![]), "09T00:00", State::Never, &[]),
+            (
+                "on the roster",
+                &plain,
+                DeviceFacts { expected_from: Some(at("02T00:00")), ..device(vec![]) },
+                "02T23:59",
+                State::Never,
+                &[],
+            ),
+            (
+                "overdue",
+                &plain,
+                DeviceFacts { expected_from: Some(at("02T00:00")), ..device(vec![]) },
+                "03T00:00",
+                State::Never,
+                &["silent - never_reported 02T00:00"],
+            ),
+            (
+                "excused",
+                &plain,
+                DeviceFacts { is_excused: true, ..well.clone() },
+                "09T00:00",
+                State::Ok,
+                &[],
+            ),
+            (
+                "paused",
+                &plain,
+                DeviceFacts {
+                    pause: Some(Pause { from: at("02T10:00"), until: None }),
+                    ..well.clone()
+                },
+                "09T00:00",
+                State::Paused,
+                &[],
+            ),
+            (
+                "a pause that is over",
+                &plain,
+                DeviceFacts {
+                    pause: Some(Pause { from: at("02T10:00"), until: Some(at("02T11:00")) }),
+                    ..well.clone()
+                },
+                "02T11:00",
+                State::Silent,
+                &["silent - no_report 02T10:30"],
+            ),
+            (
+                "a night without its job",
+                &nightly,
+                of_nightly("02T02:00", 0),
+                "03T03:00",
+                State::Silent,
+                &["silent nightly missed_run 03T03:00"],
+            ),
+            (
+                "one failure is enough for this job",
+                &nightly,
+                of_nightly("03T02:00", 1),
+                "03T02:30",
+                State::Failing,
+                &["failing nightly failures 03T02:00"],
+            ),
+            (
+                "a named job that never came",
+                &nightly,
+                never_nightly.clone(),
+                "03T03:00",
+                State::Silent,
+                &["silent nightly never_reported 02T09:00"],
+            ),
+            (
+                "a date that is behind",
+                &plain,
+                device(vec![job(
+                    None,
+                    Some(JobReports { last_sync: at("01T08:59"), ..reports("02T09:00", 0) }),
+                )]),
+                "02T09:00",
+                State::Degraded,
+                &["degraded - behind 01T08:59"],
+            ),
+            (
+                "failures dated in the future",
+                &plain,
+                device(vec![job(
+                    None,
+                    Some(JobReports {
+                        first_failure: Some(at("05T00:00")),
+                        ..reports("02T09:00", 1)
+                    }),
+                )]),
+                "02T09:00",
+                State::Degraded,
+                &["degraded - errors 02T09:00"],
+            ),
+        ];
+        for (name, policy, facts, now, state, problems) in cases {
+            let problems: Vec<String> =
+                problems.iter().map(|&problem| problem.to_owned()).collect();
+            assert_eq!(found(policy, &facts, now), (state, problems), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_open_run_holds_silence_back_until_it_takes_too_long() {
+        let policy = policy(&json!({
+            "expect": "nothing",
+            "jobs": [{"job": "nightly", "expect": {"cron": "0 2 * * *", "timezone": "UTC"},
+                      "grace_seconds": 3600, "max_run_seconds": 14400}],
+        }));
+        let mut facts = device(vec![job(Some("nightly"), Some(reports("03T02:10", 0)))]);
+        let started_at = at("04T02:00:05");
+        facts.open_runs.push(OpenRun { job: Some("nightly".to_owned()), started_at });
+        assert_eq!(found(&policy, &facts, "04T05:00").0, State::Ok);
+        assert_eq!(found(&policy, &facts, "04T06:00:04").0, State::Ok);
+        let overrun = vec!["failing nightly overrun 04T06:00".to_owned()];
+        assert_eq!(found(&policy, &facts, "04T06:00:05"), (State::Failing, overrun));
+        let health = evaluate(&policy, &facts, &(), at("04T05:00"));
+        assert_eq!(health.check_at, Some(at("04T06:00:05")));
+        assert_eq!(health.late_at, None);
+    }
+
+    #[test]
+    fn a_change_of_policy_restarts_waiting_but_not_for_the_silent() {
+        let since = Some(at("02T12:00"));
+        assert_eq!(waiting_since(None, since), since);
+        assert_eq!(waiting_since(Some((None, false)), since), since);
+        assert_eq!(waiting_since(Some((None, true)), since), None);
+        assert_eq!(waiting_since(Some((Some(at("02T10:00")), true)), since), Some(at("02T10:00")));
+    }
+
+    #[test]
+    fn an_outage_defers_silence() {
+        let facts = device(vec![job(None, Some(reports("02T09:00", 0)))]);
+        let outage = [(Cause::Outage, Interval { from: at("02T10:00"), until: at("02T10:10") })];
+        let state = |now: &str| evaluate(&policy(&json!({})), &facts, &outage[..], at(now)).state;
+        assert_eq!(state("02T11:39"), State::Ok);
+        assert_eq!(state("02T11:40"), State::Silent);
+    }
+
+    /// Whether a job is failing, by its runs in the order of their dates: naively, run by run.
+    fn is_failing_naively(rule: FailingRule, recover_after: usize, failed: &[bool]) -> bool {
+        let mut is_failing = false;
+        for end in 1..=failed.len() {
+            let runs = &failed[..end];
+            let in_a_row = runs.iter().rev().take_while(|failed| **failed).count();
+            let well = runs.iter().rev().take_while(|failed| !**failed).count();
+            let is_bad = match rule {
+                FailingRule::InARow(most) => in_a_row >= most as usize,
+                FailingRule::OfLast { failures, of_last } => {
+                    let last = runs.iter().rev().take(of_last as usize);
+                    last.filter(|failed| **failed).count() >= failures as usize
+                }
+            };
+            is_failing = is_bad || (is_failing && well < recover_after);
+        }
+        is_failing
+    }
+
+    proptest! {
+        /// Whatever the rule: what it says of the reports is what going through them run by run says.
+        #[test]
+        fn failing_is_what_the_runs_in_their_order_say(
+            failed in prop::collection::vec(any::<bool>(), 0..40),
+            in_a_row in 1_u32..5,
+            failures in 1_u32..6,
+            more in 0_u32..6,
+            recover_after in 1_u32..4,
+            counts in any::<bool>(),
+        ) {
+            let rule = if counts {
+                FailingRule::OfLast { failures, of_last: failures + more }
+            } else {
+                FailingRule::InARow(in_a_row)
+            };
+            let policy = policy(&json!({
+                "expect": "nothing", "failing": rule.to_json(), "recover_after": recover_after,
+            }));
+            let date = |index: usize| {
+                at("02T00:00").saturating_add_milliseconds(i64::try_from(index).unwrap() * HOUR)
+            };
+            let streak = failed.iter().rev().take_while(|failed| **failed).count();
+            let outcomes: Vec<_> = failed
+                .iter()
+                .enumerate()
+                .map(|(index, failed)| Outcome { at: date(index), has_failed: *failed })
+                .collect();
+            let reports = (!failed.is_empty()).then(|| JobReports {
+                last_received: date(failed.len() - 1),
+                last_sync: date(failed.len() - 1),
+                consecutive_failures: i64::try_from(streak).unwrap(),
+                first_failure: (streak > 0).then(|| date(failed.len() - streak)),
+                outcomes,
+            });
+            let facts = device(vec![job(None, reports)]);
+            let health = evaluate(&policy, &facts, &(), at("20T00:00"));
+            let expected = is_failing_naively(rule, recover_after as usize, &failed);
+            prop_assert_eq!(health.has(ProblemKind::Failing), expected);
+            let is_degraded = !expected && streak > 0;
+            prop_assert_eq!(health.has(ProblemKind::Degraded), is_degraded);
+        }
+    }
+}

@@ -25,7 +25,7 @@ use utoipa::openapi::OpenApi as Document;
 
 use self::{
     access::{audit, keys},
-    devices::{history, list, one as device, repeated_failures},
+    devices::{explain, history, list, one as device, repeated_failures},
     events::{many, one},
     fleet::stats,
     server::{docs, health, metrics, welcome},
@@ -119,6 +119,7 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
         .merge(stats::routes())
         .merge(list::routes())
         .merge(device::routes())
+        .merge(explain::routes())
         .merge(welcome::routes())
         .merge(keys::routes())
         .merge(audit::routes())

@@ -138,9 +138,11 @@ async fn serve(
     tasks.start("aggregation", forever(aggregation));
     tasks.start("summaries", forever(loops::refresh_summaries(Arc::clone(&store))));
     tasks.start("deletions", forever(loops::finish_deletions(Arc::<dyn Store>::clone(&store))));
-    let node = format!("{address} ({})", std::process::id());
-    let watch = fleet::watch(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node);
-    tasks.start("fleet health", forever(watch));
+    if settings.watches_fleet {
+        let node = format!("{address} ({})", std::process::id());
+        let watch = fleet::watch(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node);
+        tasks.start("fleet health", forever(watch));
+    }
     tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let threads = Arc::clone(&store);
     tasks.start("the database", async move { Err(threads.thread_end().await) });
@@ -183,7 +185,8 @@ async fn serve(
     drop(stop_ingest);
     tasks.finish(INGEST, DRAIN_TIMEOUT).await?;
     // The time until the next start then counts as one in which nobody could be heard.
-    if let Ok(now) = stop_clock.check()
+    if settings.watches_fleet
+        && let Ok(now) = stop_clock.check()
         && let Err(error) = store.note_stop(now).await
     {
         tracing::debug!(%error, "the end of the server could not be noted");
@@ -291,6 +294,7 @@ mod tests {
             target,
             migrations_dir: "/nonexistent".into(),
             auto_migrate: true,
+            watches_fleet: true,
             event_id_retention_days: 90,
             retention: None,
             http: HttpSettings {

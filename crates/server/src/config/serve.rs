@@ -104,6 +104,9 @@ pub struct ServeArgs {
     /// The Node service's name for APP_ENV
     #[arg(long, env = "NODE_ENV", hide = true)]
     node_env: Option<String>,
+    /// Whether this server watches the fleet: off leaves it to the others of the same database
+    #[arg(long, env = "FLEET", default_value = "on")]
+    fleet: Fleet,
     #[command(flatten)]
     clock_skew: ClockSkewArgs,
     /// How long a device may send an event again, under the same event_id, without it being stored twice
@@ -209,6 +212,15 @@ pub struct ServeArgs {
     auto_migrate: bool,
 }
 
+/// Whether a server finds out how its fleet is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Fleet {
+    /// It does.
+    On,
+    /// It leaves it to others.
+    Off,
+}
+
 /// Development or production.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum AppEnv {
@@ -293,6 +305,7 @@ impl ServeArgs {
             target,
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,
+            watches_fleet: self.fleet == Fleet::On,
             event_id_retention_days: self.event_id_retention_days,
             retention,
             http: HttpSettings {

@@ -15,6 +15,8 @@ pub struct Settings {
     pub migrations_dir: PathBuf,
     /// Whether to run pending migrations at the start.
     pub auto_migrate: bool,
+    /// Whether the server finds out how its fleet is doing.
+    pub watches_fleet: bool,
     /// For how many days event ids are remembered.
     pub event_id_retention_days: u32,
     /// How long single events are kept; `None` keeps them for ever.

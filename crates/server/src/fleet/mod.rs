@@ -1,6 +1,7 @@
 //! Fleet health: sweeps that find the state of every device, make incidents from it, and notice when the server itself could
 //! hear nobody. `app` runs [`watch`] as a background task. Ingest does nothing for it.
 
+pub mod explain;
 pub mod sweep;
 
 use std::{

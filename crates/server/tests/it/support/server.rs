@@ -134,6 +134,7 @@ fn settings(target: Target) -> Settings {
         target,
         migrations_dir: "/nonexistent".into(),
         auto_migrate: true,
+        watches_fleet: true,
         event_id_retention_days: 90,
         retention: None,
         http: HttpSettings {
