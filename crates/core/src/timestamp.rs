@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use jiff::{civil, fmt::temporal::Pieces};
+use jiff::{ToSpan, civil, fmt::temporal::Pieces, tz::TimeZone};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::ViolationCode;
@@ -83,7 +83,16 @@ impl Timestamp {
         {
             return Ok(timestamp);
         }
-        read_pieces(text)
+        read_pieces(text, None)
+    }
+
+    /// The same, but a time without an offset is local time in `zone`, as people mean it who set a holiday. A local time
+    /// that a clock change skips counts as much later; of one that comes twice the first counts (RFC 5545).
+    ///
+    /// # Errors
+    /// What is wrong with any other text.
+    pub fn from_iso8601_in(text: &str, zone: &TimeZone) -> Result<Self, TimestampError> {
+        read_pieces(text, Some(zone))
     }
 }
 
@@ -122,8 +131,9 @@ impl TimestampError {
     }
 }
 
-/// Reads every form, including those beyond the time library's limits: its instants end a day before its calendar.
-fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
+/// Reads every form, including those beyond the time library's limits: its instants end a day before its calendar. A time
+/// without an offset is local time in `zone`, or UTC.
+fn read_pieces(text: &str, zone: Option<&TimeZone>) -> Result<Timestamp, TimestampError> {
     let text = nanoseconds_at_most(text);
     let (text, is_day_after) = midnight_at_the_end(&text);
     let whole_date = first_day(&text);
@@ -134,11 +144,16 @@ fn read_pieces(text: &str) -> Result<Timestamp, TimestampError> {
     if offset.is_none() && text.contains('[') {
         return Err(TimestampError::NotIso8601);
     }
+    let local = pieces.date().to_datetime(pieces.time().unwrap_or(civil::Time::midnight()));
+    if let (None, Some(zone)) = (offset, zone) {
+        let local = if is_day_after { local.checked_add(1.day()).ok() } else { Some(local) };
+        let instant = local.and_then(|local| zone.to_timestamp(local).ok());
+        return instant.map(Timestamp::truncate).ok_or(TimestampError::OutOfRange);
+    }
     let offset = offset.map_or(0, |offset| i64::from(offset.seconds()));
     if offset.abs() >= DAY_SECONDS {
         return Err(TimestampError::Offset);
     }
-    let local = pieces.date().to_datetime(pieces.time().unwrap_or(civil::Time::midnight()));
     let since_1970 = local.duration_since(civil::Date::constant(1970, 1, 1).at(0, 0, 0, 0));
     let millisecond = i64::try_from(since_1970.as_nanos().div_euclid(1_000_000))
         .map_err(|_| TimestampError::OutOfRange)?;
@@ -260,6 +275,27 @@ mod tests {
 
     fn reading(text: &str) -> Option<String> {
         Timestamp::parse_iso8601(text).map(|timestamp| timestamp.to_string())
+    }
+
+    /// Berlin skips 02:00 to 03:00 on 29 March 2026, and has it twice on 25 October.
+    #[test]
+    fn local_times_belong_to_a_zone() {
+        let zone = TimeZone::get("Europe/Berlin").unwrap();
+        for (text, expected) in [
+            ("2026-03-02T08:00", "2026-03-02T07:00:00.000Z"),
+            ("2026-07-02", "2026-07-01T22:00:00.000Z"),
+            ("2026-03-29T02:30", "2026-03-29T01:30:00.000Z"),
+            ("2026-10-25T02:30:00.5", "2026-10-25T00:30:00.500Z"),
+            ("2026-10-25T24:00", "2026-10-25T23:00:00.000Z"),
+            ("2026-03-02T08:00Z", "2026-03-02T08:00:00.000Z"),
+            ("2026-03-02T08:00+05:30", "2026-03-02T02:30:00.000Z"),
+        ] {
+            let read = Timestamp::from_iso8601_in(text, &zone).map(|time| time.to_string());
+            assert_eq!(read.as_deref(), Ok(expected), "{text}");
+        }
+        for text in ["soon", "2026-02-30", "2026-03-02T25:00", "2026-03-02T08:00[Europe/Berlin]"] {
+            assert!(Timestamp::from_iso8601_in(text, &zone).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -109,6 +109,20 @@ impl Violation {
         Self { field: field.into(), message: message.into(), value: value.map(shorten), code }
     }
 
+    /// The same violation of a field of a part of the body, such as `[17]`.
+    #[must_use]
+    pub fn within(self, part: &str) -> Self {
+        let (inner, quoted) = match &*self.field {
+            "" => (part.to_owned(), "\"value\"".to_owned()),
+            field => (format!("{part}.{field}"), format!("\"{field}\"")),
+        };
+        let message = match self.message.strip_prefix(&quoted) {
+            Some(rule) => format!("\"{inner}\"{rule}"),
+            None => self.message,
+        };
+        Self { field: inner.into(), message, ..self }
+    }
+
     /// The violation for a required field that was not sent.
     #[must_use]
     pub fn required(field: &'static str) -> Self {

@@ -119,6 +119,7 @@ create table device_health (
 create index idx_device_health_group on device_health ("group", state);
 create index idx_device_health_state on device_health (state, since, device_id);
 create index idx_device_health_unreconciled on device_health ("group") where is_unreconciled;
+create index idx_device_health_overdue on device_health (device_id) where is_overdue;
 
 -- The jobs that are expected by name, that are not ok, or whose failures are counted over several runs.
 create table job_health (

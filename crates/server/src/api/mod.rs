@@ -3,9 +3,9 @@
 //! store's traits.
 
 mod access;
-mod devices;
+pub(crate) mod devices;
 mod events;
-mod fleet;
+pub(crate) mod fleet;
 pub(crate) mod server;
 pub mod wire;
 
@@ -25,9 +25,9 @@ use utoipa::openapi::OpenApi as Document;
 
 use self::{
     access::{audit, keys},
-    devices::{explain, history, list, one as device, repeated_failures},
+    devices::{explain, history, list, one as device, repeated_failures, roster},
     events::{many, one},
-    fleet::stats,
+    fleet::{groups, stats, whole, windows},
     server::{docs, health, metrics, welcome},
     wire::{
         large::{self, LargeAnswers},
@@ -120,6 +120,10 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
         .merge(list::routes())
         .merge(device::routes())
         .merge(explain::routes())
+        .merge(roster::routes())
+        .merge(groups::routes())
+        .merge(whole::routes())
+        .merge(windows::routes())
         .merge(welcome::routes())
         .merge(keys::routes())
         .merge(audit::routes())
@@ -216,7 +220,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
 fn cors(origins: &[HeaderValue]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(origins.to_vec())
-        .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION])
         .expose_headers(docs::header_names().collect::<Vec<_>>())
 }

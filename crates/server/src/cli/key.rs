@@ -29,6 +29,7 @@ Examples:
   pisync key create --scope ingest --device pi-001     one that reports for pi-001 alone
   pisync key create --scope ingest --group school-17   one for the devices of a group; new ones join it
   pisync key create --scope read --expires 90d --name prometheus
+  pisync key create --scope operate --name anna        for somebody who looks after the fleet
   pisync key revoke 3
   KEY=$(pisync key create --scope ingest)              for a script
 
@@ -56,7 +57,8 @@ Examples:
   pisync key create --scope read --expires 90d --name prometheus
   KEY=$(pisync key create --scope admin)             for a script")]
     Create {
-        /// What it opens: ingest (reporting), read (everything but keys and the audit log) or admin
+        /// What it opens: ingest (reporting), read (everything but keys and the audit log), operate (that, and
+        /// changing devices, policies and windows) or admin
         #[arg(long, value_name = "SCOPE", hide_possible_values = true, value_parser = scopes())]
         scope: Scope,
         /// The only device that it may report for

@@ -2,10 +2,10 @@
 //! that it describes; no line may ever be changed or removed.
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, Timestamp};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 use serde_json::{Value, json};
 
-use super::{DeviceChange, NewKey, StoreError};
+use super::{DeviceChange, LevelChange, NewKey, NewWindow, RosterOutcome, StoreError};
 
 /// The audit log. Lines are added by the methods that change something.
 #[async_trait]
@@ -59,14 +59,46 @@ impl NewAuditEntry {
     }
 
     pub(super) fn device_updated(device_id: &DeviceId, change: &DeviceChange) -> Self {
-        let mut details = serde_json::Map::new();
-        if let Some(name) = &change.name {
-            details.insert("name".to_owned(), json!(name));
-        }
-        if let Some(group) = &change.group {
-            details.insert("group".to_owned(), json!(group));
-        }
-        Self::new("device.update", device_id.as_str(), &Value::Object(details))
+        Self::new("device.update", device_id.as_str(), &change.details())
+    }
+
+    pub(super) fn device_created(device_id: &DeviceId, change: &DeviceChange) -> Self {
+        Self::new("device.create", device_id.as_str(), &change.details())
+    }
+
+    pub(super) fn roster_put(outcome: &RosterOutcome) -> Self {
+        let RosterOutcome { created, updated, unchanged, not_listed } = outcome;
+        let details = json!({
+            "created": created,
+            "updated": updated,
+            "unchanged": unchanged,
+            "not_listed": not_listed,
+        });
+        Self::new("roster.put", "", &details)
+    }
+
+    pub(super) fn group_updated(name: &GroupName, change: &LevelChange) -> Self {
+        Self::new("group.update", name.as_str(), &change.details())
+    }
+
+    pub(super) fn group_deleted(name: &GroupName, devices: u64) -> Self {
+        Self::new("group.delete", name.as_str(), &json!({ "devices": devices }))
+    }
+
+    pub(super) fn fleet_updated(change: &LevelChange) -> Self {
+        Self::new("fleet.update", "", &change.details())
+    }
+
+    pub(super) fn window_created(id: i64, window: &NewWindow) -> Self {
+        Self::new("window.create", id.to_string(), &window.details())
+    }
+
+    pub(super) fn window_replaced(id: i64, window: &NewWindow) -> Self {
+        Self::new("window.update", id.to_string(), &window.details())
+    }
+
+    pub(super) fn window_deleted(id: i64, name: &str) -> Self {
+        Self::new("window.delete", id.to_string(), &json!({ "name": name }))
     }
 
     pub(super) fn device_deleted(device_id: &DeviceId, events: u64) -> Self {

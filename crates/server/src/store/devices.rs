@@ -1,10 +1,10 @@
-//! Devices: how they are listed, looked up and changed. The API calls it and both stores implement it. No method may
-//! create a device, because only reports do. Deleting one takes many transactions; see [`super::deletion`].
+//! Devices: how they are listed and looked up. The API calls it and both stores implement it. What people set for a device
+//! is in [`super::fleet_changes`]. Deleting one takes many transactions; see [`super::deletion`].
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName};
 
-use super::{Actor, Device, DeviceWithJobs, KeyPart, Page, Place, StoreError};
+use super::{Device, DeviceWithJobs, KeyPart, Page, Place, StoreError};
 
 /// No stored time is further from 1970 than this, in microseconds: the end of the year 9999.
 const LARGEST_MICROSECOND: i64 = 253_402_300_800_000_000;
@@ -28,14 +28,6 @@ pub trait DeviceStore: Send + Sync {
         group: Option<&GroupName>,
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError>;
-
-    /// Changes what people say about a device, and adds a line to the audit log; false when the device is unknown.
-    async fn update_device(
-        &self,
-        device_id: &DeviceId,
-        change: &DeviceChange,
-        by: &Actor,
-    ) -> Result<bool, StoreError>;
 }
 
 /// Which devices to list, and in which order.
@@ -106,15 +98,6 @@ impl DeviceSort {
             key.len() == parts && key.iter().all(is_right)
         })
     }
-}
-
-/// What to change about a device: `None` leaves a field alone, `Some(None)` empties it.
-#[derive(Debug, Clone, Default)]
-pub struct DeviceChange {
-    /// The name that people gave it.
-    pub name: Option<Option<String>>,
-    /// Its group.
-    pub group: Option<Option<GroupName>>,
 }
 
 /// The pattern for `like … escape '\'` that finds `text` anywhere, taken literally.

@@ -23,13 +23,16 @@ pub enum Scope {
     Ingest,
     /// Reading everything but keys and the audit log.
     Read,
+    /// What `Read` permits, and what an operator does: naming, grouping and pausing devices, the roster, policies,
+    /// windows, acknowledging.
+    Operate,
     /// Everything.
     Admin,
 }
 
 impl Scope {
     /// All scopes, narrowest first.
-    pub const ALL: [Self; 3] = [Self::Ingest, Self::Read, Self::Admin];
+    pub const ALL: [Self; 4] = [Self::Ingest, Self::Read, Self::Operate, Self::Admin];
 
     /// The form that is typed and stored.
     #[must_use]
@@ -37,6 +40,7 @@ impl Scope {
         match self {
             Self::Ingest => "ingest",
             Self::Read => "read",
+            Self::Operate => "operate",
             Self::Admin => "admin",
         }
     }
@@ -44,7 +48,7 @@ impl Scope {
     /// Whether a key of this scope permits what needs the scope `needed`.
     #[must_use]
     pub fn opens(self, needed: Self) -> bool {
-        self == needed || self == Self::Admin
+        self == needed || self == Self::Admin || self == Self::Operate && needed == Self::Read
     }
 }
 

@@ -17,7 +17,9 @@ mod devices;
 mod error;
 mod events;
 mod figure_columns;
+mod fleet_changes;
 mod fleet_settings;
+mod fleet_views;
 mod group_runs;
 mod health;
 mod history;
@@ -53,12 +55,20 @@ pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, Observati
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use day_details::DayDetails;
 pub use deletion::{DeletionStep, DeviceDeletions};
-pub use devices::{DeviceChange, DeviceQuery, DeviceSort, DeviceStore};
+pub use devices::{DeviceQuery, DeviceSort, DeviceStore};
 pub use error::{OtherGroup, StoreError};
 pub use events::{EventStore, EventWriter};
+pub use fleet_changes::{
+    DeviceChange, FleetChanges, LevelChange, MOST_ROSTER_ROWS, MOST_WINDOWS, NewWindow,
+    PauseChange, PolicyUpdate, RosterOutcome, RosterRow,
+};
 pub use fleet_settings::{
     DeviceSettings, ExcludedTime, FleetSettings, FleetSettingsStore, FleetWindow, LevelSettings,
     WindowEffect, WindowScope,
+};
+pub use fleet_views::{
+    DeviceDetailView, DeviceView, FleetView, FleetViews, GroupQuery, GroupView, HealthView,
+    JobView, OutageView, StateCounts, pause_in_force,
 };
 pub use health::{
     Beat, DEVICES_PER_STEP, Evaluations, Examination, HealthStore, Outage, OutageCause,
@@ -97,6 +107,8 @@ pub trait Store:
     + EventStore
     + StatsStore
     + FleetSettingsStore
+    + FleetChanges
+    + FleetViews
     + HealthStore
     + IncidentSteps
     + KeyStore

@@ -146,6 +146,24 @@ impl Dialect {
     /// received later than `until`. Ranges of values cannot be subtracted from: days with later events are counted again,
     /// as long as all events are kept.
     pub(super) fn as_of(&self, table: &'static str, until: Option<&str>) -> String {
+        let sums = self.sums_as_of(table, until);
+        if !["group_days", "group_hours"].contains(&table) {
+            return sums;
+        }
+        // What sweeps have noted does not follow from events.
+        let key = self.table(table).key;
+        format!(
+            "(
+                select sums.*, coalesce(noted.most_failing, 0) as most_failing,
+                       coalesce(noted.most_silent, 0) as most_silent,
+                       coalesce(noted.most_degraded, 0) as most_degraded
+                  from {sums} sums
+                  left join {table} noted using ({key})
+            )"
+        )
+    }
+
+    fn sums_as_of(&self, table: &'static str, until: Option<&str>) -> String {
         const ALL_KEPT: &str = "(select raw_since is null from roll_up_state)";
         let table = self.table(table);
         let Self { device, day, aggregated, not_aggregated, .. } = *self;

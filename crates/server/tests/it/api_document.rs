@@ -90,7 +90,11 @@ async fn parameters_that_nobody_reads_are_refused() {
     let mut refused = 0;
     for (path, item) in document()["paths"].as_object().unwrap() {
         for method in item.as_object().unwrap().keys() {
-            let target = path.replace("{device_id}", "pi").replace("{key_id}", "1");
+            let target = path
+                .replace("{device_id}", "pi")
+                .replace("{key_id}", "1")
+                .replace("{window_id}", "1")
+                .replace("{name}", "school");
             let method: Method = method.to_uppercase().parse().unwrap();
             let body = if path == "/api/sync-event" { event("pi") } else { json!([]) };
             let request = server.request(method.clone(), &format!("{target}?limti=5&a=%00"));

@@ -53,7 +53,11 @@ fn operations() -> Vec<(Method, String, Option<Scope>)> {
 
 /// A request to an operation, whose body is right wherever one is asked for.
 fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuilder {
-    let path = path.replace("{device_id}", device).replace("{key_id}", "999");
+    let path = path
+        .replace("{device_id}", device)
+        .replace("{key_id}", "999")
+        .replace("{window_id}", "999")
+        .replace("{name}", "nobody");
     let request = client.request(method.clone(), &path);
     match (method.as_str(), path.as_str()) {
         ("POST", "/api/keys") => request.json(&json!({"scope": "read"})),
@@ -67,6 +71,7 @@ fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuil
 async fn every_route_asks_for_its_scope(server: &LockedServer) {
     let admin = server.admin().await;
     let (_, read) = server.key(key_request(Scope::Read)).await;
+    let (_, operate) = server.key(key_request(Scope::Operate)).await;
     let (_, ingest) = server.key(key_request(Scope::Ingest)).await;
     let own = KeyRequest { device_id: Some(device_id("own")), ..key_request(Scope::Ingest) };
     let (_, own) = server.key(own).await;
@@ -100,7 +105,9 @@ async fn every_route_asks_for_its_scope(server: &LockedServer) {
         unauthorized(&ask(&revoked).await, "was revoked");
         let basic = to(&server.0, &method, &path, "pi").basic_auth("pi", Some("pi"));
         unauthorized(&send(basic).await, "Authorization: Bearer");
-        for (client, own) in [(&read, Scope::Read), (&ingest, Scope::Ingest)] {
+        for (client, own) in
+            [(&read, Scope::Read), (&operate, Scope::Operate), (&ingest, Scope::Ingest)]
+        {
             if !own.opens(scope) {
                 forbidden(&ask(client).await, &format!("a key of the scope {}", scope.as_str()));
             }
@@ -112,8 +119,13 @@ async fn every_route_asks_for_its_scope(server: &LockedServer) {
             forbidden(&send(to(&own, &method, &path, "own")).await, "scope");
         }
         // Who has the right one gets further.
-        let right = if scope == Scope::Ingest { &ingest } else { &admin };
-        for client in [right, &admin] {
+        let right = match scope {
+            Scope::Ingest => vec![&ingest],
+            Scope::Read => vec![&read, &operate],
+            Scope::Operate => vec![&operate],
+            Scope::Admin => vec![],
+        };
+        for client in right.into_iter().chain([&admin]) {
             let status = ask(client).await.status;
             assert!(!matches!(status, 401 | 403 | 405), "{status} for {what}");
         }

@@ -5,9 +5,13 @@ use std::{collections::BTreeSet, fs, sync::Arc};
 
 use pisync::store::{
     self, Copied, CopyError, CopyProgress, DeviceChange, DeviceQuery, DeviceSort, EventWriter,
-    FailureQuery, Freshness, HistoryQuery, Scope, Store, Target, Window,
+    FailureQuery, Freshness, HistoryQuery, LevelChange, NewWindow, PauseChange, Scope, Store,
+    Target, Window, WindowEffect, WindowScope,
 };
-use pisync_core::{EventId, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp};
+use pisync_core::{
+    EventId, Mbps, Metadata, SyncDuration, SyncEvent, Timestamp,
+    health::{WindowTimes, time_zone},
+};
 use serde_json::json;
 use tokio::sync::Notify;
 
@@ -83,6 +87,7 @@ async fn fill(fixture: &TestStore) {
     let change = DeviceChange {
         name: Some(Some("Library".to_owned())),
         group: Some(Some(group_name("school"))),
+        ..DeviceChange::default()
     };
     fixture.store.update_device(&device_id("pi-1"), &change, &somebody()).await.unwrap();
     // One that has not reported.
@@ -95,6 +100,7 @@ async fn fill(fixture: &TestStore) {
     };
     fixture.database.execute(&format!("insert into devices {registered}")).await;
     fixture.store.delete_device(&device_id("pi-6"), &somebody()).await.unwrap();
+    fill_health(fixture).await;
     let (number, _) = fixture.database.make_key(key_request(Scope::Read)).await;
     fixture.database.make_key(key_request(Scope::Admin)).await;
     fixture.store.keys_used(&[(number, at(5))]).await.unwrap();
@@ -115,6 +121,58 @@ async fn fill(fixture: &TestStore) {
         false => "raw_since = 1735689600000, streaks_since = 1735689900000",
     };
     fixture.database.execute(&format!("update roll_up_state set {since}")).await;
+}
+
+/// What people have set, and what a sweep has made of it.
+async fn fill_health(fixture: &TestStore) {
+    let change = DeviceChange {
+        tags: Some(vec!["indoor".to_owned(), "wall".to_owned()]),
+        note: Some(Some("behind the door".to_owned())),
+        pause: Some(PauseChange::Until(None)),
+        expected: Some(Some(true)),
+        ..DeviceChange::default()
+    };
+    fixture.store.put_device(&device_id("pi-1"), &change, &somebody()).await.unwrap();
+    let change =
+        LevelChange { pause: Some(PauseChange::Until(Some(at(DAY)))), ..LevelChange::default() };
+    fixture.store.update_group(&group_name("school"), &change, true, &somebody()).await.unwrap();
+    fixture.store.update_fleet(&change, &somebody()).await.unwrap();
+    let holidays = NewWindow {
+        name: "holidays".to_owned(),
+        scope: WindowScope::Tag("indoor".to_owned()),
+        effect: WindowEffect::Closed,
+        timezone: "UTC".to_owned(),
+        times: WindowTimes {
+            zone: time_zone("UTC").unwrap(),
+            from: Some(at(0)),
+            until: Some(at(DAY)),
+            weekly: None,
+        },
+    };
+    assert!(fixture.store.create_window(&holidays, &somebody()).await.unwrap().is_some());
+    let (device, time, yes, no) = match fixture.is_postgres() {
+        true => ("'pi-1'", "timestamptz '2026-11-22 11:00+00'", "true", "false"),
+        false => ("(select id from devices where device_id = 'pi-1')", "1795345200000", "1", "0"),
+    };
+    let incident = "(select max(id) from incidents)";
+    let rows = format!(
+        r#"
+        insert into outages values ({time}, {time}, 'stopped', 'node-1');
+        insert into device_health values
+            ({device}, 'school', 'paused', {time}, '[]', {no}, {yes}, {no}, 5400000, 1800000, {time}, {time}, {time}, 3,
+             4, {time}, {time}, {time}, 1, {yes});
+        insert into job_health values
+            ({device}, 'nightly', {yes}, 'failing', 'failures', {time}, {time}, {time}, {time}, 3, 4);
+        insert into group_states values ('school', 'paused', 1, 0);
+        insert into state_changes (at, device_id, "from", "to", reason) values ({time}, 'pi-1', 'ok', 'paused', null);
+        insert into run_starts values ({device}, 'nightly', 'run-6', {time}, {time}, {time});
+        insert into incidents (scope, subject, "group", kind, severity, since, opened_at, resolved_at, resolution)
+        values ('device', 'pi-1', 'school', 'failing', 'warning', {time}, {time}, {time}, 'paused');
+        insert into incident_members values ({incident}, 'pi-1', '[]', {time}, {time}, {yes});
+        insert into incident_entries values ({incident}, 7, {time}, 'opened', 'key 3', '{{}}');
+        "#
+    );
+    fixture.database.execute(&rows).await;
 }
 
 /// All that can be seen of a store, but for the order of the audit log's lines among themselves.

@@ -55,7 +55,7 @@ async fn pages_of_configured_origins_may_call() {
         assert_eq!(answer.status, 200);
         assert_eq!(answer.header("access-control-allow-origin"), origin);
         let methods = answer.header("access-control-allow-methods");
-        for method in ["GET", "POST", "PATCH", "DELETE"] {
+        for method in ["GET", "POST", "PUT", "PATCH", "DELETE"] {
             assert!(methods.contains(method), "{methods}");
         }
         assert!(answer.header("access-control-allow-headers").contains("content-type"));

@@ -24,11 +24,12 @@ both_stores!(
 );
 
 /// The names of a device's fields in a list.
-const FIELDS: [&str; 17] = [
+const FIELDS: [&str; 23] = [
     "avg_internet_speed",
     "consecutive_failures",
     "device_id",
     "device_registered",
+    "expected",
     "failed_syncs",
     "first_sync",
     "group",
@@ -37,8 +38,13 @@ const FIELDS: [&str; 17] = [
     "last_success",
     "last_sync",
     "name",
+    "next_due",
+    "problems",
+    "status",
+    "status_since",
     "success_rate",
     "successful_syncs",
+    "tags",
     "total_errors",
     "total_files_synced",
     "total_syncs",

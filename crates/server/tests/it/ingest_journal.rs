@@ -322,7 +322,10 @@ async fn events_of_another_process_come_in_between() {
         assert_eq!(ids.len(), given);
         // Deleting and changing find what is in the journal alone.
         write(&mut *writer, vec![success("new", at(0))]).await;
-        let change = store::DeviceChange { name: Some(Some("New".into())), group: None };
+        let change = store::DeviceChange {
+            name: Some(Some("New".into())),
+            ..store::DeviceChange::default()
+        };
         assert!(server.update_device(&device_id("new"), &change, &somebody()).await.unwrap());
         write(&mut *writer, vec![success("newer", at(0))]).await;
         let deleted = server.delete_device(&device_id("newer"), &somebody()).await.unwrap();

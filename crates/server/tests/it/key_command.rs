@@ -91,7 +91,7 @@ async fn the_command_line_makes_lists_and_revokes(installed: &Installed) {
 fn requests_for_keys_that_make_no_sense() {
     let program = Program::new();
     for (arguments, code, expected) in [
-        (&["--scope", "all"][..], 2, "[possible values: ingest, read, admin]"),
+        (&["--scope", "all"][..], 2, "[possible values: ingest, read, operate, admin]"),
         (&[], 2, "--scope <SCOPE>"),
         (&["--scope", "ingest", "--device", "a", "--group", "b"], 2, "cannot be used with"),
         (

@@ -61,7 +61,7 @@ async fn admins_make_list_and_revoke_keys(server: &LockedServer) {
     for (wrong, complaints) in [
         (json!({}), &["\"scope\" is required"][..]),
         (json!({"scope": null}), &["\"scope\" must be a string"]),
-        (json!({"scope": "root"}), &["\"scope\" must be one of [ingest, read, admin]"]),
+        (json!({"scope": "root"}), &["\"scope\" must be one of [ingest, read, operate, admin]"]),
         (
             json!({"scope": "read", "device_id": "pi"}),
             &["\"device_id\" is only for keys of the scope ingest"],
@@ -83,7 +83,7 @@ async fn admins_make_list_and_revoke_keys(server: &LockedServer) {
         (
             json!({"scope": "all", "device_id": "pi", "group": "g", "expires_at": at(0)}),
             &[
-                "\"scope\" must be one of [ingest, read, admin]",
+                "\"scope\" must be one of [ingest, read, operate, admin]",
                 "\"group\" cannot stand beside \"device_id\"",
                 "\"expires_at\" must be in the future",
             ],

@@ -9,16 +9,21 @@ use crate::support::http::{Answer, event, send};
 use crate::support::server::TestServer;
 
 /// Every route, its methods, and a path to it.
-const ROUTES: [(&str, &str, &[&str]); 20] = [
+const ROUTES: [(&str, &str, &[&str]); 25] = [
     ("/", "/", &["GET", "HEAD"]),
     ("/api", "/api", &["GET", "HEAD"]),
     ("/api/sync-event", "/api/sync-event", &["POST"]),
     ("/api/sync-events", "/api/sync-events", &["POST"]),
-    ("/api/device/{device_id}", "/api/device/pi", &["DELETE", "GET", "HEAD", "PATCH"]),
+    ("/api/device/{device_id}", "/api/device/pi", &["DELETE", "GET", "HEAD", "PATCH", "PUT"]),
     ("/api/device/{device_id}/sync-history", "/api/device/pi/sync-history", &["GET", "HEAD"]),
-    ("/api/devices", "/api/devices", &["GET", "HEAD"]),
+    ("/api/devices", "/api/devices", &["GET", "HEAD", "PUT"]),
     ("/api/devices/repeated-failures", "/api/devices/repeated-failures", &["GET", "HEAD"]),
     ("/api/stats", "/api/stats", &["GET", "HEAD"]),
+    ("/api/groups", "/api/groups", &["GET", "HEAD"]),
+    ("/api/group/{name}", "/api/group/school", &["DELETE", "PATCH", "PUT"]),
+    ("/api/fleet", "/api/fleet", &["GET", "HEAD", "PATCH"]),
+    ("/api/windows", "/api/windows", &["GET", "HEAD", "POST"]),
+    ("/api/window/{window_id}", "/api/window/1", &["DELETE", "PUT"]),
     ("/api/keys", "/api/keys", &["GET", "HEAD", "POST"]),
     ("/api/key/{key_id}", "/api/key/1", &["DELETE"]),
     ("/api/audit", "/api/audit", &["GET", "HEAD"]),

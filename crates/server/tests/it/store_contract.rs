@@ -6,6 +6,7 @@ mod devices;
 mod event_ids;
 mod faults;
 mod figures;
+mod fleet_changes;
 mod freshness;
 mod history;
 mod lost_key_changes;

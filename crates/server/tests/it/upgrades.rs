@@ -268,6 +268,75 @@ const VERSIONS: &[Version] = &[
                      + (select sum(runs) from group_days where \"group\" = 'elsewhere')",
         rows: 1 + 2,
     },
+    Version {
+        name: "2026-11-28-18-fleet-health",
+        // What somebody has set for a device, its group and the fleet, and what a sweep has found.
+        sqlite: "
+            insert into device_settings values
+                (1, '{\"grace_seconds\":60}', 1795345200000, 1795345200000, null, 1795345200000, 0, 'note');
+            insert into device_tags values (1, 'indoor'), (1, 'wall');
+            insert into groups values ('school', '{\"grace_seconds\":60}', 1795345200000, null, null, null);
+            update fleet_state
+               set policy = '{\"grace_seconds\":60}', policy_since = 1795345200000, version = 1,
+                   swept_at = 1795345200000, alive_at = 1795345200000;
+            insert into fleet_changes values (1, 'device', 'first');
+            insert into outages values (1795341600000, 1795345200000, 'stopped', 'node-1');
+            insert into windows (name, scope, key, effect, timezone, weekly)
+            values ('nights', 'group', 'school', 'closed', 'Europe/Berlin',
+                    '{\"days\":[\"mon\"],\"start\":\"16:00\",\"end\":\"07:00\"}');
+            insert into device_health values
+                (1, 'school', 'failing', 1795345260000, '[]', 1, 0, 0, 5400000, 1800000, 1795350900000, 1795349100000,
+                 null, 3600000, 86400000, 1795349100000, null, 1795345500100, 1, 0);
+            insert into job_health values
+                (1, '', 0, 'failing', 'failures', 1795345260000, null, null, 1795345500100, 3, 3);
+            insert into group_states values ('school', 'failing', 1, 1);
+            insert into state_changes (at, device_id, \"to\") values (1795345500000, 'first', 'failing');
+            insert into run_starts values (1, 'nightly', 'run-6', 1795345500000, null, 1795388700000);
+            insert into incidents (scope, subject, \"group\", kind, severity, since, opened_at)
+            values ('device', 'first', 'school', 'failing', 'warning', 1795345260000, 1795345500000);
+            insert into incident_members values (1, 'first', '[]', 1795345500000, null, 0);
+            insert into incident_entries values (1, 1, 1795345500000, 'opened', null, '{}');
+        ",
+        postgres: "
+            insert into device_settings values
+                ('first', '{\"grace_seconds\":60}', '2026-11-22 11:00+00', '2026-11-22 11:00+00', null,
+                 '2026-11-22 11:00+00', false, 'note');
+            insert into device_tags values ('first', 'indoor'), ('first', 'wall');
+            insert into groups values ('school', '{\"grace_seconds\":60}', '2026-11-22 11:00+00', null, null, null);
+            update fleet_state
+               set policy = '{\"grace_seconds\":60}', policy_since = '2026-11-22 11:00+00', version = 1,
+                   swept_at = '2026-11-22 11:00+00', alive_at = '2026-11-22 11:00+00';
+            insert into fleet_changes values (1, 'device', 'first');
+            insert into outages values ('2026-11-22 10:00+00', '2026-11-22 11:00+00', 'stopped', 'node-1');
+            insert into windows (name, scope, key, effect, timezone, weekly)
+            values ('nights', 'group', 'school', 'closed', 'Europe/Berlin',
+                    '{\"days\":[\"mon\"],\"start\":\"16:00\",\"end\":\"07:00\"}');
+            insert into device_health values
+                ('first', 'school', 'failing', '2026-11-22 11:01+00', '[]', true, false, false, 5400000, 1800000,
+                 '2026-11-22 12:35+00', '2026-11-22 12:05+00', null, 3600000, 86400000, '2026-11-22 12:05+00', null,
+                 '2026-11-22 11:05:00.1+00', 1, false);
+            insert into job_health values
+                ('first', '', false, 'failing', 'failures', '2026-11-22 11:01+00', null, null,
+                 '2026-11-22 11:05:00.1+00', 3, 3);
+            insert into group_states values ('school', 'failing', 1, 1);
+            insert into state_changes (at, device_id, \"to\") values ('2026-11-22 11:05+00', 'first', 'failing');
+            insert into run_starts values
+                ('first', 'nightly', 'run-6', '2026-11-22 11:05+00', null, '2026-11-22 23:05+00');
+            insert into incidents (scope, subject, \"group\", kind, severity, since, opened_at)
+            values ('device', 'first', 'school', 'failing', 'warning', '2026-11-22 11:01+00', '2026-11-22 11:05+00');
+            insert into incident_members values (1, 'first', '[]', '2026-11-22 11:05+00', null, false);
+            insert into incident_entries values (1, 1, '2026-11-22 11:05+00', 'opened', null, '{}');
+        ",
+        count: "(select count(*) from device_settings) + (select count(*) from device_tags)
+                     + (select count(*) from groups) + (select version from fleet_state)
+                     + (select count(*) from fleet_changes) + (select count(*) from outages)
+                     + (select count(*) from windows) + (select count(*) from device_health)
+                     + (select count(*) from job_health) + (select count(*) from group_states)
+                     + (select count(*) from state_changes) + (select count(*) from run_starts)
+                     + (select count(*) from incidents) + (select count(*) from incident_members)
+                     + (select count(*) from incident_entries)",
+        rows: 2 + 14,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

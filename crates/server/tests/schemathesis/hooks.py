@@ -38,7 +38,7 @@ def before_call(context, case, kwargs):
     """Also for bodies that no other hook sees: a key is for a device or a group only to report for them,
     and ends in the future."""
     body = case.body
-    if not isinstance(body, dict) or body.get("scope") not in ("ingest", "read", "admin"):
+    if not isinstance(body, dict) or body.get("scope") not in ("ingest", "read", "operate", "admin"):
         return
 
     def is_text(field):

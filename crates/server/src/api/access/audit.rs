@@ -77,7 +77,8 @@ struct AuditData {
     /// The author's IP address.
     #[schema(example = "192.0.2.17")]
     address: Option<String>,
-    /// `key.create`, `key.revoke`, `device.update`, `device.delete`.
+    /// `key.create`, `key.revoke`, `device.create`, `device.update`, `device.delete`, `roster.put`, `group.update`,
+    /// `group.delete`, `fleet.update`, `window.create`, `window.update`, `window.delete`.
     #[schema(example = "device.delete")]
     action: String,
     /// What was changed: the id of a key or of a device.

@@ -56,12 +56,14 @@ struct KeyParameters {
     cursor: Option<String>,
 }
 
-/// What a key grants: `ingest` reporting, `read` everything except keys and the audit log, `admin` everything.
+/// What a key grants: `ingest` reporting, `read` everything except keys and the audit log, `operate` that and what an
+/// operator changes (devices, the roster, groups, policies, windows, incidents) but no deletion, `admin` everything.
 #[derive(Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ScopeName {
     Ingest,
     Read,
+    Operate,
     Admin,
 }
 

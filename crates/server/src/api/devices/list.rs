@@ -111,7 +111,7 @@ struct DevicePagination {
 
 /// List devices
 ///
-/// Each with its figures over all its jobs.
+/// Each with its figures over all its jobs, and the state in which the last sweep has found it.
 #[utoipa::path(
     get,
     path = "/api/devices",
@@ -141,8 +141,14 @@ async fn list_devices(
     };
     query.finish()?;
     let page = state.store.devices(&device_query).await?;
+    let ids: Vec<_> = page.items.iter().map(|device| device.device_id.clone()).collect();
+    let mut views = state.store.device_views(&ids).await?;
+    let devices = page.items.into_iter().map(|device| {
+        let view = views.remove(&device.device_id).unwrap_or_default();
+        DeviceData::of(device, view)
+    });
     let data = DeviceList {
-        devices: page.items.into_iter().map(DeviceData::from).collect(),
+        devices: devices.collect(),
         pagination: DevicePagination {
             total_devices: page.total.exact(),
             page: Pagination::by_offset(Some(device_query.limit), device_query.offset, page.total)

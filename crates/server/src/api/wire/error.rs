@@ -48,12 +48,16 @@ pub(crate) enum ApiError {
     NotFound(&'static str),
     /// 405.
     MethodNotAllowed,
+    /// 409: the request contradicts what is there. The text says how.
+    Conflict(String),
     /// 408: the body did not arrive in time.
     BodyTimeout,
     /// 413: the body is larger than this many bytes.
     BodyTooLarge(usize),
     /// 413: the body holds more than this many events.
     TooManyEvents(usize),
+    /// 413: the roster has more than this many rows.
+    TooManyRows(usize),
     /// 415: the text says what is expected.
     UnsupportedMediaType(&'static str),
     /// 429: the next request is allowed after this many seconds.
@@ -129,6 +133,7 @@ pub(crate) enum ErrorCode {
     OtherDevice,
     NotFound,
     MethodNotAllowed,
+    Conflict,
     BodyTimeout,
     TooLarge,
     UnsupportedMediaType,
@@ -273,6 +278,15 @@ pub(crate) enum WithQuery {
     Invalid(ErrorBody),
 }
 
+/// The additional errors of a request that may contradict what is there.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum WithConflict {
+    /// The request contradicts what is there.
+    #[response(status = 409)]
+    Conflict(ErrorBody),
+}
+
 /// The additional errors of a request about a device.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]
@@ -292,8 +306,11 @@ impl ApiError {
             Self::WrongScope(_) | Self::OtherDevice => StatusCode::FORBIDDEN,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Conflict(_) => StatusCode::CONFLICT,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::BodyTooLarge(_) | Self::TooManyEvents(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooLarge(_) | Self::TooManyEvents(_) | Self::TooManyRows(_) => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooManyRequests { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Overloaded
@@ -316,8 +333,11 @@ impl ApiError {
             Self::OtherDevice => ErrorCode::OtherDevice,
             Self::NotFound(_) => ErrorCode::NotFound,
             Self::MethodNotAllowed => ErrorCode::MethodNotAllowed,
+            Self::Conflict(_) => ErrorCode::Conflict,
             Self::BodyTimeout => ErrorCode::BodyTimeout,
-            Self::BodyTooLarge(_) | Self::TooManyEvents(_) => ErrorCode::TooLarge,
+            Self::BodyTooLarge(_) | Self::TooManyEvents(_) | Self::TooManyRows(_) => {
+                ErrorCode::TooLarge
+            }
             Self::UnsupportedMediaType(_) => ErrorCode::UnsupportedMediaType,
             Self::TooManyRequests { .. } => ErrorCode::RateLimited,
             Self::Overloaded => ErrorCode::Overloaded,
@@ -385,12 +405,16 @@ impl IntoResponse for ApiError {
             Self::OtherDevice => "This key is for other devices".to_owned(),
             Self::NotFound(what) => format!("{what} not found"),
             Self::MethodNotAllowed => "Method not allowed".to_owned(),
+            Self::Conflict(how) => how,
             Self::BodyTimeout => "The request's body did not arrive in time".to_owned(),
             Self::BodyTooLarge(most) => {
                 format!("The request's body is larger than {most} bytes")
             }
             Self::TooManyEvents(most) => {
                 format!("The request holds more than {most} events; send the rest in another one")
+            }
+            Self::TooManyRows(most) => {
+                format!("The roster has more than {most} rows; send the rest in another one")
             }
             Self::UnsupportedMediaType(expected) => format!("Unsupported media type: {expected}"),
             Self::TooManyRequests { whom, .. } => {

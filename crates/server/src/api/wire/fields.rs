@@ -51,7 +51,22 @@ pub(crate) struct Fields {
 impl Fields {
     /// Parses the fields of a body.
     pub(crate) fn of(body: &[u8]) -> Result<Self, ApiError> {
-        Ok(Self { fields: read_object(body)?, violations: Vec::new() })
+        Ok(Self::new(read_object(body)?))
+    }
+
+    /// The fields of an object.
+    pub(crate) fn new(fields: Map<String, Value>) -> Self {
+        Self { fields, violations: Vec::new() }
+    }
+
+    /// Takes a field that is no text, to be read by the caller.
+    pub(crate) fn take(&mut self, field: &str) -> Option<Value> {
+        self.fields.remove(field)
+    }
+
+    /// Records violations that the caller has found.
+    pub(crate) fn add(&mut self, violations: Vec<Violation>) {
+        self.violations.extend(violations);
     }
 
     /// A required text.
@@ -112,13 +127,19 @@ impl Fields {
     }
 
     /// Fails if a field was invalid or unknown. A misspelt field must not appear to work.
-    pub(crate) fn finish(mut self) -> Result<(), ApiError> {
+    pub(crate) fn finish(self) -> Result<(), ApiError> {
+        let violations = self.into_violations();
+        if violations.is_empty() { Ok(()) } else { Err(violations.into()) }
+    }
+
+    /// The violations of all fields, unknown ones included.
+    pub(crate) fn into_violations(mut self) -> Vec<Violation> {
         for (field, value) in self.fields {
             let rule = "is not allowed";
             let code = ViolationCode::UnknownField;
             self.violations.push(Violation::of(field, code, rule, Some(value)));
         }
-        if self.violations.is_empty() { Ok(()) } else { Err(self.violations.into()) }
+        self.violations
     }
 }
 

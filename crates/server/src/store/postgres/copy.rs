@@ -282,6 +282,7 @@ async fn unknown(client: &Client) -> Result<Vec<String>, Error> {
          order by 1, a.attnum
     ";
     let mut known = HashSet::from([
+        ("fleet_state", "id"),
         ("roll_up_state", "id"),
         ("roll_up_state", "folded_until"),
         ("roll_up_state", "summarized_until"),

@@ -9,8 +9,8 @@ use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
 use super::{
-    aggregated_events, audit, connect::Object, misdated, roll_ups, store::PostgresStore, summaries,
-    verify,
+    aggregated_events, audit, connect::Object, fleet_changes, misdated, roll_ups,
+    store::PostgresStore, summaries, verify,
 };
 use crate::store::{
     Actor, DeletionStep, DeviceDeletions, StoreError,
@@ -229,6 +229,7 @@ async fn delete_device(
     let latest = latest.to_jiff();
     transaction.execute(&insert, &[&id, &latest]).await?;
     misdated::note_set_aside(transaction, id, latest).await?;
+    fleet_changes::forget(transaction, id).await?;
     roll_ups::aggregate_days_again(transaction, id, watermark).await?;
     roll_ups::aggregate_hours_again(transaction, id, watermark).await?;
     transaction.execute(BEGIN_ANEW, &[&id]).await.map(|_| ())

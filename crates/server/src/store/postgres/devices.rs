@@ -1,4 +1,4 @@
-//! Devices in PostgreSQL: how they are listed, looked up and changed. The API calls it through `DeviceStore`. Deleting
+//! Devices in PostgreSQL: how they are listed and looked up. The API calls it through `DeviceStore`. Deleting
 //! one is in `deletion`. Statements are prepared once per connection.
 
 use async_trait::async_trait;
@@ -6,16 +6,13 @@ use pisync_core::{DeviceId, GroupName};
 use tokio_postgres::{Error, Row};
 
 use super::{
-    audit,
     connect::Object,
-    groups,
     rows::{device_row, job_sums, jobs, snapshot},
     store::PostgresStore,
     summaries::{self, SummarizedUntil},
 };
 use crate::store::{
-    Actor, Count, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
-    audit::NewAuditEntry,
+    Count, Device, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
     device_list::{COUNTED, Filter, Order},
     devices::DEVICE_IDS,
     figure_columns::DEVICE_COLUMNS,
@@ -38,15 +35,6 @@ impl DeviceStore for PostgresStore {
         after: Option<&str>,
     ) -> Result<Vec<DeviceId>, StoreError> {
         self.call(async |connection| device_ids(connection, group, after).await).await
-    }
-
-    async fn update_device(
-        &self,
-        device_id: &DeviceId,
-        change: &DeviceChange,
-        by: &Actor,
-    ) -> Result<bool, StoreError> {
-        self.call(async |connection| update_device(connection, device_id, change, by).await).await
     }
 }
 
@@ -108,41 +96,4 @@ async fn device_ids(
     // Foreign SQL may have written a device id that nobody can request. Such a device has no history either.
     let device_id = |row: &Row| Ok(DeviceId::new(row.try_get(0)?).ok());
     rows.iter().filter_map(|row| device_id(row).transpose()).collect()
-}
-
-async fn update_device(
-    connection: &mut Object,
-    device_id: &DeviceId,
-    change: &DeviceChange,
-    by: &Actor,
-) -> Result<bool, Error> {
-    const UPDATE_DEVICE: &str = r#"
-        update devices
-           set name    = case when $2 then $3 else name end,
-               "group" = case when $4 then $5 else "group" end
-         where device_id = $1
-    "#;
-    let transaction = connection.transaction().await?;
-    if let Some(group) = &change.group {
-        groups::note_move(&transaction, device_id, group.as_ref(), by.at).await?;
-    }
-    let statement = transaction.prepare_cached(UPDATE_DEVICE).await?;
-    let changed = transaction
-        .execute(
-            &statement,
-            &[
-                &device_id.as_str(),
-                &change.name.is_some(),
-                &change.name.as_ref().and_then(Option::as_ref),
-                &change.group.is_some(),
-                &change.group.as_ref().and_then(Option::as_ref).map(GroupName::as_str),
-            ],
-        )
-        .await?;
-    if changed == 0 {
-        return Ok(false);
-    }
-    audit::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change)).await?;
-    transaction.commit().await?;
-    Ok(true)
 }

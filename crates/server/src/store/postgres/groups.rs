@@ -3,7 +3,7 @@
 //! subtracts. The tables must always agree with `device_days`, which knows nothing of groups.
 
 use deadpool_postgres::Transaction;
-use pisync_core::{DeviceId, GroupName, Timestamp};
+use pisync_core::Timestamp;
 use tokio_postgres::{Error, IsolationLevel, Row};
 
 use super::{aggregated_events::DIALECT, connect::Object};
@@ -82,39 +82,44 @@ pub(super) async fn count_device_again(
     transaction.execute(&add, &[&device_id, &watermark]).await.map(|_| ())
 }
 
-/// Notes that a device is about to move to another group, if it is. What has been aggregated stays in the former group.
-pub(super) async fn note_move(
+/// Has aggregation wait until moves are there for it to see. Devices are locked after this. Answers up to when events are
+/// aggregated.
+pub(super) async fn lock_for_moves(
     transaction: &Transaction<'_>,
-    device_id: &DeviceId,
-    group: Option<&GroupName>,
-    at: Timestamp,
-) -> Result<(), Error> {
-    // Aggregation waits until the move is there for it to see.
+) -> Result<Option<Timestamp>, Error> {
     const LOCK: &str = "select folded_until from roll_up_state for share";
-    const MOVES: &str = r#"
-        select from devices where device_id = $1 and "group" is distinct from $2 for no key update
-    "#;
+    let watermark: Option<jiff::Timestamp> = transaction.query_one(LOCK, &[]).await?.try_get(0)?;
+    Ok(watermark.map(Timestamp::truncate))
+}
+
+/// Notes that devices, which are locked, are about to move to other groups. What has been aggregated, up to `watermark`,
+/// stays in the former groups.
+pub(super) async fn note_moves(
+    transaction: &Transaction<'_>,
+    device_ids: &[&str],
+    at: Timestamp,
+    watermark: Option<Timestamp>,
+) -> Result<(), Error> {
     // Earlier moves were noted by a clock that was ahead.
-    const NOT_LATER: &str =
-        "update group_changes set changed_at = $2 where device_id = $1 and changed_at > $2";
+    const NOT_LATER: &str = "
+        update group_changes set changed_at = $2 where device_id = any ($1::text[]) and changed_at > $2
+    ";
     const NOTE: &str = r#"
         insert into group_changes (device_id, changed_at, changed_id, former_group)
         select device_id, $2,
-               coalesce((select max(changed_id) from group_changes where device_id = $1), 0),
+               coalesce((select max(changed_id) from group_changes c where c.device_id = d.device_id), 0),
                coalesce("group", '')
-          from devices
-         where device_id = $1
+          from devices d
+         where device_id = any ($1::text[])
+         order by device_id
     "#;
-    let watermark: Option<jiff::Timestamp> = transaction.query_one(LOCK, &[]).await?.try_get(0)?;
-    let (device_id, group) = (device_id.as_str(), group.map(GroupName::as_str));
-    if transaction.query_opt(MOVES, &[&device_id, &group]).await?.is_none() {
+    if device_ids.is_empty() {
         return Ok(());
     }
-    let after =
-        watermark.map(|watermark| Timestamp::truncate(watermark).saturating_add_milliseconds(1));
+    let after = watermark.map(|watermark| watermark.saturating_add_milliseconds(1));
     let at = Some(at).max(after).unwrap_or(at).to_jiff();
-    transaction.execute(NOT_LATER, &[&device_id, &at]).await?;
-    transaction.execute(NOTE, &[&device_id, &at]).await.map(|_| ())
+    transaction.execute(NOT_LATER, &[&device_ids, &at]).await?;
+    transaction.execute(NOTE, &[&device_ids, &at]).await.map(|_| ())
 }
 
 /// Drops hours that are over for long, or whose events are no longer kept. A clock that was ahead may have dropped hours

@@ -228,7 +228,8 @@ fn place_of(table: &Table, column: &Column) -> ColumnPlace {
     match (table.name, column.name) {
         (
             "device_jobs" | "sync_events" | "device_days" | "event_keys" | "group_changes"
-            | "device_day_groups",
+            | "device_day_groups" | "device_settings" | "device_tags" | "device_health"
+            | "job_health" | "run_starts",
             "device_id",
         ) => ColumnPlace::DeviceNumber,
         ("devices", "updated_at") => ColumnPlace::Derived(
@@ -258,6 +259,7 @@ fn unknown(connection: &Connection) -> rusqlite::Result<Vec<String>> {
          order by t.name, c.cid
     ";
     let mut known = HashSet::from([
+        ("fleet_state", "id"),
         ("roll_up_state", "id"),
         ("roll_up_state", "folded_id"),
         ("roll_up_state", "summarized_id"),

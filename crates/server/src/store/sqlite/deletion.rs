@@ -11,7 +11,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, 
 use super::{
     aggregated_events,
     apply::apply_journal,
-    audit, roll_ups,
+    audit, fleet_changes, roll_ups,
     rows::{device_number, time},
     store::SqliteStore,
     summaries, verify,
@@ -234,6 +234,7 @@ fn delete_device(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result
     let received = transaction.query_row(LAST_RECEIVED, [device], |row| time(row, 0))?;
     let latest = received.saturating_add_milliseconds(LONGEST_LEAD);
     verify::write_recounted(transaction, device, latest)?;
+    fleet_changes::forget(transaction, device)?;
     transaction.execute(BEGIN_ANEW, [device]).map(|_| ())
 }
 

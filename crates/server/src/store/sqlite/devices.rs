@@ -1,24 +1,19 @@
-//! Devices in SQLite: how they are listed, looked up and changed. The API calls it through `DeviceStore`. Each query
+//! Devices in SQLite: how they are listed and looked up. The API calls it through `DeviceStore`. Each query
 //! runs on one connection for reading, in one read transaction where it needs several statements. Deleting a device is
 //! in `deletion`.
 
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName};
-use rusqlite::{Connection, OptionalExtension, TransactionBehavior, named_params, params};
+use rusqlite::{Connection, OptionalExtension, named_params};
 
 use super::{
-    apply::apply_journal,
-    audit,
     connection::Cost,
-    groups,
     rows::{device_number, device_row, job_sums, jobs},
     store::SqliteStore,
     summaries,
-    write_connection::WriteConnection,
 };
 use crate::store::{
-    Actor, Count, Device, DeviceChange, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
-    audit::NewAuditEntry,
+    Count, Device, DeviceQuery, DeviceStore, DeviceWithJobs, Page, StoreError,
     device_list::{COUNTED, Filter, Order},
     devices::DEVICE_IDS,
     figure_columns::DEVICE_COLUMNS,
@@ -47,18 +42,6 @@ impl DeviceStore for SqliteStore {
             device_ids(connection, group.as_ref(), after.as_deref())
         })
         .await
-    }
-
-    async fn update_device(
-        &self,
-        device_id: &DeviceId,
-        change: &DeviceChange,
-        by: &Actor,
-    ) -> Result<bool, StoreError> {
-        let (device_id, change, by) = (device_id.clone(), change.clone(), *by);
-        self.writer
-            .call(move |connection| update_device(connection, &device_id, &change, &by))
-            .await
     }
 }
 
@@ -114,39 +97,4 @@ fn device_ids(
     let rows = select.query_map(parameters, |row| row.get::<_, String>(0))?;
     // Foreign SQL may have written a device id that nobody can request. Such a device has no history either.
     rows.filter_map(|id| id.map(|id| DeviceId::new(&id).ok()).transpose()).collect()
-}
-
-fn update_device(
-    writer: &mut WriteConnection,
-    device_id: &DeviceId,
-    change: &DeviceChange,
-    by: &Actor,
-) -> rusqlite::Result<bool> {
-    apply_journal(writer)?;
-    let transaction =
-        writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if let Some(group) = &change.group {
-        groups::note_move(&transaction, device_id, group.as_ref(), by.at)?;
-    }
-    let changed = transaction.execute(
-        r#"
-        update devices
-           set name    = iif(?2, ?3, name),
-               "group" = iif(?4, ?5, "group")
-         where device_id = ?1
-        "#,
-        params![
-            device_id.as_str(),
-            change.name.is_some(),
-            change.name.as_ref().and_then(Option::as_ref),
-            change.group.is_some(),
-            change.group.as_ref().and_then(Option::as_ref).map(GroupName::as_str),
-        ],
-    )?;
-    if changed == 0 {
-        return Ok(false);
-    }
-    audit::record(&transaction, by, &NewAuditEntry::device_updated(device_id, change))?;
-    transaction.commit()?;
-    Ok(true)
 }

@@ -4,10 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use pisync_core::{DeviceId, GroupName, Timestamp};
+use pisync_core::Timestamp;
 use rusqlite::{
-    Connection, OptionalExtension, Params, Row, Transaction, TransactionBehavior, params,
-    params_from_iter, types::Value,
+    Connection, Params, Row, Transaction, TransactionBehavior, params, params_from_iter,
+    types::Value,
 };
 
 use super::{
@@ -179,14 +179,12 @@ pub(super) fn count_device_again(
     transaction.prepare_cached(&add)?.execute([device, watermark]).map(|_| ())
 }
 
-/// Notes that a device is about to move to another group, if it is.
+/// Notes that a device is about to move to another group.
 pub(super) fn note_move(
     transaction: &Transaction<'_>,
-    device_id: &DeviceId,
-    group: Option<&GroupName>,
+    device: i64,
     at: Timestamp,
 ) -> rusqlite::Result<()> {
-    const MOVES: &str = r#"select id from devices where device_id = ?1 and "group" is not ?2"#;
     // Earlier moves were noted by a clock that was ahead.
     const NOT_LATER: &str =
         "update group_changes set changed_at = ?2 where device = ?1 and changed_at > ?2";
@@ -196,12 +194,6 @@ pub(super) fn note_move(
           from devices
          where id = ?1
     "#;
-    let group = group.map(GroupName::as_str);
-    let device: Option<i64> = transaction
-        .prepare_cached(MOVES)?
-        .query_row(params![device_id.as_str(), group], |row| row.get(0))
-        .optional()?;
-    let Some(device) = device else { return Ok(()) };
     for statement in [NOT_LATER, NOTE] {
         transaction.prepare_cached(statement)?.execute([device, at.as_millisecond()])?;
     }

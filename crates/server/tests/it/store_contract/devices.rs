@@ -56,11 +56,11 @@ async fn change(fixture: &TestStore, device: &str, change: DeviceChange) {
 }
 
 fn name(text: &str) -> DeviceChange {
-    DeviceChange { name: Some(Some(text.to_owned())), group: None }
+    DeviceChange { name: Some(Some(text.to_owned())), ..DeviceChange::default() }
 }
 
 fn group(text: &str) -> DeviceChange {
-    DeviceChange { name: None, group: Some(Some(group_name(text))) }
+    DeviceChange { group: Some(Some(group_name(text))), ..DeviceChange::default() }
 }
 
 async fn search_is_literal_and_ignores_the_case_of_ascii(fixture: &TestStore) {
@@ -225,9 +225,19 @@ async fn name_and_group_are_set_left_and_emptied(fixture: &TestStore) {
         (group(odd), (Some("first"), Some(odd))),
         (name(odd), (Some(odd), Some(odd))),
         (DeviceChange::default(), (Some(odd), Some(odd))),
-        (DeviceChange { name: Some(None), group: None }, (None, Some(odd))),
-        (DeviceChange { name: Some(Some("n".into())), group: Some(None) }, (Some("n"), None)),
-        (DeviceChange { name: Some(None), group: Some(None) }, (None, None)),
+        (DeviceChange { name: Some(None), ..DeviceChange::default() }, (None, Some(odd))),
+        (
+            DeviceChange {
+                name: Some(Some("n".into())),
+                group: Some(None),
+                ..DeviceChange::default()
+            },
+            (Some("n"), None),
+        ),
+        (
+            DeviceChange { name: Some(None), group: Some(None), ..DeviceChange::default() },
+            (None, None),
+        ),
     ] {
         change(fixture, "pi", step.clone()).await;
         let found = fixture.store.device(&device_id("pi")).await.unwrap().unwrap().device;

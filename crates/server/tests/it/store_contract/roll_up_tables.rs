@@ -55,7 +55,7 @@ impl Fleet {
         at: Timestamp,
     ) {
         let named = (!group.is_empty()).then(|| group_name(group));
-        let change = DeviceChange { name: None, group: Some(named) };
+        let change = DeviceChange { group: Some(named), ..DeviceChange::default() };
         let by = Actor { at, ..somebody() };
         if fixture.store.update_device(&device_id(device), &change, &by).await.unwrap() {
             let former =

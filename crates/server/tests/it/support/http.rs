@@ -76,6 +76,10 @@ impl Client {
         send(self.request(Method::PATCH, path).json(body)).await
     }
 
+    pub(crate) async fn put(&self, path: &str, body: &Value) -> Answer {
+        send(self.request(Method::PUT, path).json(body)).await
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> Answer {
         send(self.request(Method::DELETE, path)).await
     }
@@ -221,6 +225,7 @@ fn codes_of(status: u16) -> &'static [&'static str] {
         404 => &["not_found"],
         405 => &["method_not_allowed"],
         408 => &["body_timeout"],
+        409 => &["conflict"],
         413 => &["too_large"],
         415 => &["unsupported_media_type"],
         429 => &["rate_limited"],

@@ -1,0 +1,152 @@
+//! `GET|PATCH /api/fleet`: what is set for the whole fleet, and how it is, as the last sweep has found it.
+
+use axum::extract::{Request, State};
+use pisync_core::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+use utoipa_axum::routes;
+
+use crate::{
+    api::{
+        SharedState,
+        fleet::level::{ByStatus, PauseData, Paused, PolicyBody, fleet_change},
+        wire::{
+            envelope::Success,
+            error::{AnyTime, ApiError, WithBody, WithQuery},
+            extract::{JsonBody, NoQuery},
+            fields::Fields,
+            routes::Routes,
+        },
+    },
+    middleware::{
+        auth::{self, By},
+        route_policy::RoutePolicy,
+    },
+    store::{FleetView, Scope},
+};
+
+const BODY_LIMIT: usize = 64 << 10;
+
+pub(crate) fn routes() -> Routes {
+    Routes::new(routes!(get_fleet, update_fleet), RoutePolicy::API)
+}
+
+/// The whole fleet.
+#[derive(Serialize, ToSchema)]
+struct FleetData {
+    /// The policy of the fleet; what is absent is built in.
+    #[schema(value_type = Object)]
+    policy: Value,
+    #[serde(flatten)]
+    pause: PauseData,
+    /// How many devices are in which state. A device that no sweep has evaluated yet is in none.
+    by_status: ByStatus,
+    /// How many devices are overdue: silent, or on the roster and not heard in time.
+    #[schema(example = 2)]
+    overdue: u64,
+    #[schema(example = 1)]
+    open_incidents: u64,
+    /// When the last sweep began that went through; null before the first.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    swept_at: Option<Timestamp>,
+    /// The last 20 times in which nobody could be heard, the latest first.
+    outages: Vec<OutageData>,
+}
+
+/// A time in which nobody could be heard.
+#[derive(Serialize, ToSchema)]
+struct OutageData {
+    #[schema(value_type = String, format = DateTime)]
+    from: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
+    until: Timestamp,
+    /// `stopped`, `down` or `refusing`.
+    #[schema(example = "stopped")]
+    cause: String,
+}
+
+impl FleetData {
+    fn of(fleet: FleetView, now: Timestamp) -> Self {
+        let outages = fleet.outages.into_iter();
+        Self {
+            policy: fleet.level.policy.to_json(),
+            pause: PauseData::of(fleet.level.pause, now),
+            by_status: fleet.states.into(),
+            overdue: fleet.overdue,
+            open_incidents: fleet.open_incidents,
+            swept_at: fleet.swept_at,
+            outages: outages
+                .map(|outage| OutageData {
+                    from: outage.from,
+                    until: outage.until,
+                    cause: outage.cause,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// What to set for the fleet. Absent fields stay unchanged. Unknown fields are refused.
+#[derive(ToSchema, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"policy": {"expect": {"every_seconds": 3600}}}))]
+#[expect(dead_code, reason = "describes the body, is never made")]
+struct FleetUpdate {
+    #[schema(value_type = PolicyBody, required = false, inline)]
+    policy: Option<Value>,
+    #[schema(value_type = Paused, required = false, inline)]
+    paused: Option<Value>,
+}
+
+async fn read_fleet(state: &SharedState) -> Result<FleetData, ApiError> {
+    Ok(FleetData::of(state.store.fleet().await?, state.clock.now()))
+}
+
+/// The fleet
+#[utoipa::path(
+    get,
+    path = "/api/fleet",
+    tag = "Fleet",
+    security(("key" = ["read"])),
+    responses(
+        (status = 200, description = "The fleet.", body = Success<FleetData>),
+        WithQuery,
+        AnyTime,
+    ),
+)]
+async fn get_fleet(
+    State(state): State<SharedState>,
+    _: NoQuery,
+) -> Result<Success<FleetData>, ApiError> {
+    Ok(Success::new("Fleet retrieved successfully", read_fleet(&state).await?))
+}
+
+/// Change what is set for the fleet
+///
+/// The fields of a policy are changed one by one; with null, a field is as it is built in.
+#[utoipa::path(
+    patch,
+    path = "/api/fleet",
+    tag = "Fleet",
+    security(("key" = ["operate"])),
+    request_body = FleetUpdate,
+    responses(
+        (status = 200, description = "The fleet as it is now.", body = Success<FleetData>),
+        WithBody,
+        AnyTime,
+    ),
+)]
+async fn update_fleet(
+    State(state): State<SharedState>,
+    _: NoQuery,
+    By(actor): By,
+    request: Request,
+) -> Result<Success<FleetData>, ApiError> {
+    let key = auth::key_of(&request);
+    let body = JsonBody::of(request, BODY_LIMIT, &state).read().await?;
+    state.gate.look_again(key.as_ref(), Scope::Operate)?;
+    let change = fleet_change(Fields::of(&body)?, actor.at)?;
+    state.store.update_fleet(&change, &actor).await?;
+    Ok(Success::new("Fleet updated successfully", read_fleet(&state).await?))
+}
