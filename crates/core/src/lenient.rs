@@ -72,20 +72,21 @@ pub(crate) fn read_sync_event(body: &[u8], arrival: Arrival) -> Result<SyncEvent
 }
 
 /// Why a field's value is refused.
-enum Refusal {
+pub(crate) enum Refusal {
     /// The words that follow the quoted field name.
     Rule(ViolationCode, String),
     /// The time is in the future.
     Future,
 }
 
-struct Reader<'a> {
-    fields: &'a Fields<'a>,
-    violations: Vec<Violation>,
+/// Reads fields by their rules, and collects what is wrong with them.
+pub(crate) struct Reader<'a> {
+    pub(crate) fields: &'a Fields<'a>,
+    pub(crate) violations: Vec<Violation>,
 }
 
 impl Reader<'_> {
-    fn required<T>(
+    pub(crate) fn required<T>(
         &mut self,
         field: &'static str,
         read: impl FnOnce(&RawValue) -> Result<T, Refusal>,
@@ -100,7 +101,7 @@ impl Reader<'_> {
     }
 
     /// An optional field may also be null.
-    fn optional<T>(
+    pub(crate) fn optional<T>(
         &mut self,
         field: &'static str,
         read: impl FnOnce(&RawValue) -> Result<T, Refusal>,
@@ -129,7 +130,7 @@ impl Reader<'_> {
 }
 
 /// The sent value, to be echoed. `None` when no JSON value can hold it, such as `1e999`.
-fn echo(raw: &RawValue) -> Option<Value> {
+pub(crate) fn echo(raw: &RawValue) -> Option<Value> {
     serde_json::from_str(raw.get()).ok()
 }
 
@@ -137,7 +138,7 @@ fn is_string(raw: &RawValue) -> bool {
     raw.get().starts_with('"')
 }
 
-fn name<T>(raw: &RawValue, new: fn(&str) -> Result<T, TextError>) -> Result<T, Refusal> {
+pub(crate) fn name<T>(raw: &RawValue, new: fn(&str) -> Result<T, TextError>) -> Result<T, Refusal> {
     if !is_string(raw) {
         return Err(Refusal::Rule(ViolationCode::Type, "must be a string".into()));
     }
@@ -150,14 +151,18 @@ fn unicode(raw: &RawValue) -> Result<String, Refusal> {
         .map_err(|_| Refusal::Rule(ViolationCode::Format, HALF_SURROGATE.into()))
 }
 
-fn clock(raw: &RawValue) -> Result<DeviceClock, Refusal> {
+pub(crate) fn clock(raw: &RawValue) -> Result<DeviceClock, Refusal> {
     let text = if is_string(raw) { unicode(raw)? } else { String::new() };
     DeviceClock::parse(&text).ok_or_else(|| {
         Refusal::Rule(ViolationCode::Format, "must be one of [synced, unsynced]".into())
     })
 }
 
-fn timestamp(raw: &RawValue, clock: DeviceClock, arrival: Arrival) -> Result<Timestamp, Refusal> {
+pub(crate) fn timestamp(
+    raw: &RawValue,
+    clock: DeviceClock,
+    arrival: Arrival,
+) -> Result<Timestamp, Refusal> {
     if !is_string(raw) {
         return Err(Refusal::Rule(ViolationCode::Type, "must be a valid date".into()));
     }
@@ -201,7 +206,7 @@ fn byte_count(raw: &RawValue) -> Result<u64, Refusal> {
 }
 
 /// The known fields of an object, not yet parsed. The last of a repeated field counts, as in JavaScript.
-struct Fields<'a>(Vec<(&'static str, &'a RawValue)>);
+pub(crate) struct Fields<'a>(pub(crate) Vec<(&'static str, &'a RawValue)>);
 
 impl Fields<'_> {
     fn get(&self, field: &str) -> Option<&RawValue> {

@@ -12,6 +12,7 @@ pub mod event_format;
 pub mod export;
 pub mod fleet;
 pub mod import;
+mod incident_format;
 pub mod ingest;
 pub mod keys;
 mod log_throttle;

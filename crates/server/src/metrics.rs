@@ -3,14 +3,17 @@
 
 use std::time::Duration;
 
-use pisync_core::{Violation, ViolationCode};
+use pisync_core::{
+    Violation, ViolationCode,
+    health::{IncidentScope, State},
+};
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 
 use crate::build_info;
-use crate::store::{FleetStats, PoolUsage};
+use crate::store::{FleetStats, HealthCounts, INCIDENT_KINDS, PoolUsage};
 
 /// Upper bounds of the response time buckets, in seconds. The Node service promised a median of 6 ms and 50 ms for the
 /// 95th percentile. The buckets are fine around both.
@@ -40,10 +43,15 @@ pub struct Metrics {
     events_rejected: IntCounterVec,
     event_id_conflicts: IntCounter,
     connections: IntGaugeVec,
-    devices: IntGauge,
+    devices: IntGaugeVec,
     active_devices: IntGauge,
     success_ratio: Gauge,
+    incidents_open: IntGaugeVec,
+    last_sweep: Gauge,
 }
+
+/// The status of devices that no sweep has evaluated yet.
+const UNKNOWN: &str = "unknown";
 
 impl Metrics {
     /// Creates the metrics with value zero.
@@ -128,12 +136,26 @@ impl Metrics {
                 ),
                 &["state"],
             )?)?,
-            devices: keep.this(IntGauge::new("pisync_devices", "Registered devices.")?)?,
+            devices: keep.this(IntGaugeVec::new(
+                Opts::new(
+                    "pisync_devices",
+                    "Registered devices by their status; unknown until a sweep has evaluated them.",
+                ),
+                &["status"],
+            )?)?,
             active_devices: keep.this(IntGauge::new(
                 "pisync_active_devices",
                 "Devices heard from in the last 24 hours.",
             )?)?,
             success_ratio,
+            incidents_open: keep.this(IntGaugeVec::new(
+                Opts::new("pisync_incidents_open", "Open incidents, by kind and scope."),
+                &["kind", "scope"],
+            )?)?,
+            last_sweep: keep.this(Gauge::new(
+                "pisync_last_sweep_timestamp_seconds",
+                "When the last sweep over the devices began that was completed; 0 before the first.",
+            )?)?,
             registry,
         })
     }
@@ -198,9 +220,27 @@ impl Metrics {
         set("waiting", usage.waiting);
     }
 
-    /// Sets the gauges of the fleet.
-    pub fn set_fleet(&self, stats: &FleetStats) {
-        self.devices.set(stats.total_devices.cast_signed());
+    /// Sets the gauges of the fleet. The sum over all statuses is the number of devices.
+    #[expect(clippy::cast_precision_loss, reason = "milliseconds of this age are exact")]
+    pub fn set_fleet(&self, stats: &FleetStats, health: &HealthCounts) {
+        let mut rest = stats.total_devices;
+        for state in State::ALL {
+            let of_state = health.devices.iter().filter(|(word, _)| word == state.as_str());
+            let count: u64 = of_state.map(|(_, count)| count).sum();
+            rest = rest.saturating_sub(count);
+            self.devices.with_label_values(&[state.as_str()]).set(count.cast_signed());
+        }
+        self.devices.with_label_values(&[UNKNOWN]).set(rest.cast_signed());
+        for (kind, scope) in
+            INCIDENT_KINDS.into_iter().flat_map(|kind| IncidentScope::ALL.map(|scope| (kind, scope)))
+        {
+            let (kind, scope) = (kind.as_str(), scope.as_str());
+            let counted = health.incidents.iter().filter(|(k, s, _)| k == kind && s == scope);
+            let count: u64 = counted.map(|(.., count)| count).sum();
+            self.incidents_open.with_label_values(&[kind, scope]).set(count.cast_signed());
+        }
+        let swept_at = health.swept_at.map_or(0.0, |at| at.as_millisecond() as f64 / 1000.0);
+        self.last_sweep.set(swept_at);
         self.active_devices.set(stats.active_devices.cast_signed());
         self.success_ratio.set(stats.figures.success_ratio().unwrap_or(f64::NAN));
     }

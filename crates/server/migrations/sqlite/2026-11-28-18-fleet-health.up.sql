@@ -204,7 +204,11 @@ create unique index idx_incidents_open on incidents (scope, subject, kind) where
 create index idx_incidents_subject on incidents (scope, subject, kind, id);
 create index idx_incidents_opened_at on incidents (opened_at, id);
 create index idx_incidents_resolved_at on incidents (resolved_at, id) where resolved_at is not null;
-create index idx_incidents_group on incidents ("group") where resolved_at is null;
+-- Lists of open and of resolved incidents, by what they can be asked for.
+create index idx_incidents_open_listed on incidents (scope, kind, opened_at, id) where resolved_at is null;
+create index idx_incidents_over_listed on incidents (scope, kind, opened_at, id) where resolved_at is not null;
+create index idx_incidents_group on incidents ("group", scope, kind, opened_at, id) where resolved_at is null;
+create index idx_incidents_over_group on incidents ("group", scope, kind, opened_at, id) where resolved_at is not null;
 create index idx_incidents_next_at on incidents (next_at) where resolved_at is null and next_at is not null;
 
 -- The devices that an incident of a group or of the fleet is about.

@@ -26,8 +26,8 @@ use utoipa::openapi::OpenApi as Document;
 use self::{
     access::{audit, keys},
     devices::{explain, history, list, one as device, repeated_failures, roster},
-    events::{many, one},
-    fleet::{groups, stats, whole, windows},
+    events::{many, one, start},
+    fleet::{groups, incidents, stats, whole, windows},
     server::{docs, health, metrics, welcome},
     wire::{
         large::{self, LargeAnswers},
@@ -37,7 +37,7 @@ use self::{
 use crate::{
     clock::Clock,
     config::http::{ANSWER_BYTES, HttpSettings},
-    ingest::Ingest,
+    ingest::{Ingest, RunStartQueue},
     keys::Keyring,
     metrics::Metrics,
     middleware::{
@@ -58,6 +58,8 @@ use crate::{
 pub struct ApiState {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) ingest: Ingest,
+    /// Started runs that are not stored yet.
+    pub(crate) run_starts: Arc<RunStartQueue>,
     pub(crate) clock: Clock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Gate,
@@ -99,6 +101,8 @@ pub struct ApiParts {
     pub store: Arc<dyn Store>,
     /// The ingest queue for events.
     pub ingest: Ingest,
+    /// The started runs that are not stored yet.
+    pub run_starts: Arc<RunStartQueue>,
     /// The server's clock.
     pub clock: Clock,
     /// The server's metrics.
@@ -127,6 +131,7 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
         .merge(welcome::routes())
         .merge(keys::routes())
         .merge(audit::routes())
+        .merge(incidents::routes())
         .merge(metrics::routes())
         .layer(map_response_with_state(large_answers.clone(), large::count))
         // Brotli's encoder would hold some 10 MiB while a client reads its response; gzip's holds 0.3 MiB.
@@ -135,6 +140,7 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
     let (router, mut document, policies) = Routes::within(docs::outline())
         .merge(one::routes())
         .merge(many::routes())
+        .merge(start::routes())
         .merge(compressed)
         .merge(health::routes())
         .into_parts();
@@ -180,6 +186,7 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
         admits_within_cors: !settings.cors_origins.is_empty(),
         store: parts.store,
         ingest: parts.ingest,
+        run_starts: parts.run_starts,
         request_ids: RequestIds::new(&parts.clock),
         log_throttles: LogThrottles::new(),
         clock: parts.clock,

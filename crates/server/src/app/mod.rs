@@ -13,7 +13,7 @@ use crate::{
     clock::Clock,
     config::{Settings, http::AuthMode},
     fleet,
-    ingest::{Ingest, Writers},
+    ingest::{Ingest, RunStartQueue, Writers},
     keys::{self, Keyring},
     logs,
     maintenance::{Maintenance, loops},
@@ -32,6 +32,9 @@ const INGEST: &str = "ingest";
 /// How long ingest may take to store its queue when the server stops. Requests in flight get 20 s before it, so a stop
 /// takes less than 30 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
+
+/// How long it may take to store the starts of runs that wait at the end. A second's worth of them takes some milliseconds.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// Why a server did not start, or ended early.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +146,8 @@ async fn serve(
         let watch = fleet::watch(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node);
         tasks.start("fleet health", forever(watch));
     }
+    let run_starts = Arc::new(RunStartQueue::default());
+    tasks.start("run starts", forever(Arc::clone(&run_starts).follow(Arc::clone(&store))));
     tasks.start("API keys", forever(keys::follow(Arc::clone(&keyring), Arc::clone(&store))));
     let threads = Arc::clone(&store);
     tasks.start("the database", async move { Err(threads.thread_end().await) });
@@ -151,6 +156,7 @@ async fn serve(
     let parts = ApiParts {
         store: Arc::clone(&store),
         ingest,
+        run_starts: Arc::clone(&run_starts),
         clock,
         metrics,
         randomness: Randomness::system(),
@@ -184,6 +190,7 @@ async fn serve(
     }
     drop(stop_ingest);
     tasks.finish(INGEST, DRAIN_TIMEOUT).await?;
+    run_starts.flush(&*store, FLUSH_TIMEOUT).await;
     // The time until the next start then counts as one in which nobody could be heard.
     if settings.watches_fleet
         && let Ok(now) = stop_clock.check()
@@ -366,6 +373,7 @@ mod tests {
             "summaries",
             "deletions",
             "fleet health",
+            "run starts",
             "API keys",
             "the database",
             "the log",

@@ -14,7 +14,9 @@ use axum::{
     http::{Request as HttpRequest, header},
 };
 use http_body_util::BodyExt as _;
-use pisync_core::{ParseError, SyncEvent, Timestamp, sync_event::Arrival};
+use pisync_core::{
+    DeviceId, EventId, JobName, ParseError, SyncEvent, Timestamp, sync_event::Arrival,
+};
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tower::ServiceExt as _;
@@ -33,7 +35,7 @@ use crate::{
     metrics::Metrics,
     middleware::client_address::Peer,
     random::Randomness,
-    store::{Batch, Beat, EventWriter, Store, StoreError},
+    store::{Batch, Beat, EventWriter, RunKey, StartedRun, Store, StoreError},
 };
 
 /// How many changes of states are read at a time.
@@ -302,8 +304,19 @@ impl Course {
     }
 
     async fn start_run(&mut self, start: &Value, at: Timestamp) -> Result<(), BacktestError> {
-        let _ = start;
-        Err(BacktestError::Step { at, why: "runs cannot be started yet".to_owned() })
+        let impossible = |why: String| BacktestError::Step { at, why };
+        let text = |field: &str| start.get(field).and_then(Value::as_str);
+        let device_id = DeviceId::new(text("device_id").unwrap_or_default());
+        let job = text("job").map(JobName::new).transpose();
+        let run_id = text("run_id").map(EventId::new).transpose();
+        let key = RunKey {
+            device_id: device_id.map_err(|error| impossible(format!("device_id {error}")))?,
+            job: job.map_err(|error| impossible(format!("job {error}")))?,
+            run_id: run_id.map_err(|error| impossible(format!("run_id {error}")))?,
+        };
+        let run = StartedRun { key, received_at: at, timestamp: None, group: None };
+        self.store.add_run_starts(&[run]).await?;
+        Ok(())
     }
 
     /// Sends a request to the API, which must accept it.

@@ -12,6 +12,7 @@ use super::{
     database,
     exit::Failure,
     output::{self, JsonArgs},
+    table,
 };
 use crate::{
     clock::Clock,
@@ -158,7 +159,7 @@ pub(super) async fn run(command: &KeyCommand) -> Result<(), Failure> {
             let keys = store.keys().await?.keys;
             // Whoever reads the document needs no table.
             if !json.is_asked_for() {
-                table(&keys, now).iter().for_each(|line| println!("{line}"));
+                list(&keys, now).iter().for_each(|line| println!("{line}"));
             }
             json.document(|| {
                 let keys: Vec<_> = keys.iter().map(|key| document(key, now)).collect();
@@ -280,25 +281,14 @@ fn document(key: &ApiKey, now: Timestamp) -> Value {
 }
 
 /// The list as a table.
-fn table(keys: &[ApiKey], now: Timestamp) -> Vec<String> {
+fn list(keys: &[ApiKey], now: Timestamp) -> Vec<String> {
     if keys.is_empty() {
         return vec!["there are no keys yet; make one with `pisync key create`".to_owned()];
     }
     let heading = ["NUMBER", "KEY", "SCOPE", "FOR", "STATE", "MADE", "LAST USED", "NAME"];
     let mut rows = vec![heading.map(str::to_owned)];
     rows.extend(keys.iter().map(|key| row(key, now)));
-    let mut widths = [0; 8];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let line = |row: &[String; 8]| {
-        let cells: Vec<_> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        cells.join("  ").trim_end().to_owned()
-    };
-    rows.iter().map(line).collect()
+    table::lines(&rows)
 }
 
 fn row(key: &ApiKey, now: Timestamp) -> [String; 8] {

@@ -31,6 +31,7 @@ mod exit;
 mod export;
 mod health;
 mod import;
+mod incident;
 mod interrupt;
 mod journal;
 mod key;
@@ -45,6 +46,7 @@ pub mod reference;
 mod serve;
 mod settings;
 mod simulate;
+mod table;
 mod take_over;
 mod verify;
 
@@ -125,6 +127,8 @@ Examples:
     Journal(journal::JournalCommand),
     /// Make, list and revoke API keys
     Key(key::KeyCommand),
+    /// List, show and acknowledge incidents
+    Incident(incident::IncidentCommand),
     /// Would a server of this configuration work? Check everything, change nothing
     Doctor(Box<doctor::DoctorCommand>),
     /// Ask the running server whether it can serve
@@ -157,7 +161,7 @@ impl Command {
                 "the database is the one before or the backup, whole in either case"
             }
             Self::Verify(_) => "figures that were repaired stay repaired",
-            Self::Journal(_) | Self::Key(_) => "run it again",
+            Self::Journal(_) | Self::Key(_) | Self::Incident(_) => "run it again",
             Self::Doctor(_) | Self::Health(_) => "nothing was changed",
             Self::Simulate(_) => {
                 "what was sent stays on the server; start again with another --seed"
@@ -208,6 +212,7 @@ pub fn main() -> ExitCode {
             Some(Command::Copy(command)) => copy::run(&command).await,
             Some(Command::Journal(command)) => journal::run(&command),
             Some(Command::Key(command)) => key::run(&command).await,
+            Some(Command::Incident(command)) => incident::run(&command).await,
             Some(Command::Doctor(command)) => {
                 doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
             }

@@ -12,6 +12,7 @@
 mod device_log;
 mod permits;
 mod queue;
+mod run_starts;
 mod task;
 
 use std::sync::{Arc, atomic::AtomicBool};
@@ -24,7 +25,11 @@ use self::{
     queue::{Backlog, Lane, Submission, enqueue},
     task::IngestTask,
 };
-pub use self::{permits::Permit, task::IngestTasks};
+pub use self::{
+    permits::Permit,
+    run_starts::{Full, RunStartQueue},
+    task::IngestTasks,
+};
 use crate::{
     clock::Clock,
     metrics::{Metrics, REFUSALS},

@@ -5,7 +5,10 @@ use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName, Timestamp};
 use serde_json::{Value, json};
 
-use super::{DeviceChange, LevelChange, NewKey, NewWindow, RosterOutcome, StoreError};
+use super::{
+    DeviceChange, LevelChange, NewAcknowledgement, NewKey, NewWindow, RosterOutcome, StoreError,
+    incidents::details_of,
+};
 
 /// The audit log. Lines are added by the methods that change something.
 #[async_trait]
@@ -99,6 +102,14 @@ impl NewAuditEntry {
 
     pub(super) fn window_deleted(id: i64, name: &str) -> Self {
         Self::new("window.delete", id.to_string(), &json!({ "name": name }))
+    }
+
+    /// An incident was acknowledged; `None`: that was withdrawn.
+    pub(super) fn acknowledged(id: i64, acknowledgement: Option<&NewAcknowledgement>) -> Self {
+        let details = acknowledgement.map_or_else(|| json!({}), |given| details_of(Some(given)));
+        let action =
+            if acknowledgement.is_some() { "incident.acknowledge" } else { "incident.withdraw" };
+        Self::new(action, id.to_string(), &details)
     }
 
     pub(super) fn device_deleted(device_id: &DeviceId, events: u64) -> Self {

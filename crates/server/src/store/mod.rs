@@ -25,6 +25,7 @@ mod health;
 mod history;
 mod imports;
 mod incident_steps;
+mod incidents;
 mod journal;
 mod keys;
 mod maintenance;
@@ -35,6 +36,7 @@ mod ordered_scan;
 mod postgres;
 mod retention;
 mod roll_up_sql;
+mod run_starts;
 mod sqlite;
 mod stats;
 mod step_size;
@@ -77,6 +79,11 @@ pub use health::{
 pub use history::{EventPage, HistoryPosition, HistoryQuery, StoredEvent, SyncHistory};
 pub use imports::{Digest, ImportLog, ImportProgress, ImportStep};
 pub use incident_steps::{FLEET, IncidentChange, IncidentEvent, IncidentSteps, Reconciled};
+pub use incidents::{
+    AcknowledgeOutcome, Acknowledgement, HealthCounts, INCIDENT_KINDS, Incident, IncidentDetail,
+    IncidentEntry, IncidentMember, IncidentPage, IncidentQuery, Incidents, NewAcknowledgement,
+    TIMELINE,
+};
 pub use journal::{inspect_journal, salvage_journal};
 pub use keys::{ApiKey, KeyHash, KeyStore, Keys, NewKey, Revocation, Scope};
 pub use maintenance::{Maintenance, RollUps};
@@ -87,6 +94,7 @@ pub use open::{
 };
 pub use ordered_scan::{KeyPart, Place};
 pub use retention::Retention;
+pub use run_starts::{MOST_STARTS, RunKey, RunStarts, StartedRun};
 pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};
 pub use stats::{FailureQuery, FleetStats, StatsStore};
 pub use sums::Sums;
@@ -111,6 +119,8 @@ pub trait Store:
     + FleetViews
     + HealthStore
     + IncidentSteps
+    + Incidents
+    + RunStarts
     + KeyStore
     + AuditLog
     + ImportLog

@@ -8,14 +8,17 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pisync::{metrics::Metrics, store::Freshness};
 use pisync_core::ViolationCode;
 use reqwest::{Method, header::HeaderValue};
 use serde_json::{Value, json};
 
 use crate::support::documents::text;
-use crate::support::events::at;
+use crate::support::events::{at, success, write};
+use crate::support::fleet::{Row, time};
 use crate::support::http::{event, failure, send, with};
 use crate::support::server::TestServer;
+use crate::support::store::TestStore;
 
 /// The value of a sample in Prometheus' text.
 #[track_caller]
@@ -24,6 +27,12 @@ fn sample(metrics: &str, name: &str) -> f64 {
         metrics.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' ')).collect();
     assert_eq!(lines.len(), 1, "{name} in\n{metrics}");
     lines[0].parse().unwrap()
+}
+
+/// The sum of a metric over all its labels.
+fn total(metrics: &str, name: &str) -> f64 {
+    let samples = metrics.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{'));
+    samples.map(|sample| sample.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
 }
 
 /// A server that has seen a bit of everything, and what it measured.
@@ -78,13 +87,14 @@ async fn measurements_add_up() {
         ("pisync_ingest_batch_events_sum", 4.0),
         ("pisync_ingest_batch_duration_seconds_count", 4.0),
         ("pisync_ingest_queue_events", 0.0),
-        ("pisync_devices", 3.0),
         ("pisync_active_devices", 3.0),
+        ("pisync_incidents_open{kind=\"silent\",scope=\"fleet\"}", 0.0),
         ("pisync_sync_success_ratio", 0.75),
         ("pisync_database_connections{state=\"waiting\"}", 0.0),
     ] {
         assert_eq!(sample(&metrics, name), expected, "{name}");
     }
+    assert_eq!(total(&metrics, "pisync_devices"), 3.0);
     let built = metrics.lines().find(|line| line.starts_with("pisync_build_info{")).unwrap();
     let version = format!("version=\"{}\"", env!("CARGO_PKG_VERSION"));
     assert!(built.contains(&version) && built.ends_with("} 1"), "{built}");
@@ -126,6 +136,61 @@ async fn prometheus_has_nothing_to_find_fault_with() {
     server.stop().await;
 }
 
+mod of_the_fleet {
+    both_stores!(health_is_measured_without_a_look_at_devices);
+
+    use super::*;
+
+    /// Without a server, whose sweep would change the rows.
+    async fn health_is_measured_without_a_look_at_devices(fixture: &TestStore) {
+        let TestStore { database, store, .. } = fixture;
+        let measured = Metrics::new().unwrap();
+        let measure = async || {
+            let stats = store.fleet_stats(at(-60), 0, Freshness::Everything).await.unwrap();
+            measured.set_fleet(&stats, &store.health_counts().await.unwrap());
+            measured.render().unwrap()
+        };
+        let before = measure().await;
+        assert_eq!(sample(&before, "pisync_last_sweep_timestamp_seconds"), 0.0);
+        let incident = |id, group: &str| Row::of_group(id, group);
+        let sql = [
+            incident(1, "a").sql(database),
+            incident(2, "b").sql(database),
+            incident(3, "c").resolved(at(-1)).sql(database),
+            Row::of_device(4, "pi", "a").sql(database),
+            // As a sweep leaves it; foreign words make no labels.
+            format!("update fleet_state set swept_at = {};", time(database, at(-15))),
+            r#"insert into group_states ("group", state, devices, expected)
+               values ('x', 'ok', 3, 3), ('y', 'ok', 4, 4), ('y', 'silent', 2, 2), ('y', 'odd', 9, 9);"#
+                .to_owned(),
+        ];
+        database.execute(&sql.concat()).await;
+        let events = (0..10).map(|device| success(&format!("pi-{device}"), at(-1))).collect();
+        write(&mut *fixture.writer(), events).await;
+        let metrics = measure().await;
+        for (name, expected) in [
+            ("pisync_devices{status=\"ok\"}", 7.0),
+            ("pisync_devices{status=\"silent\"}", 2.0),
+            ("pisync_devices{status=\"paused\"}", 0.0),
+            ("pisync_devices{status=\"unknown\"}", 1.0),
+            ("pisync_incidents_open{kind=\"silent\",scope=\"group\"}", 2.0),
+            ("pisync_incidents_open{kind=\"failing\",scope=\"device\"}", 1.0),
+            ("pisync_incidents_open{kind=\"failing\",scope=\"fleet\"}", 0.0),
+            (
+                "pisync_last_sweep_timestamp_seconds",
+                f64::from(u32::try_from(at(-15).as_millisecond() / 1000).unwrap()),
+            ),
+        ] {
+            assert_eq!(sample(&metrics, name), expected, "{name}");
+        }
+        assert!(!metrics.contains("odd"), "{metrics}");
+        database.execute("update incidents set resolved_at = opened_at where id = 2").await;
+        let metrics = measure().await;
+        let open = sample(&metrics, "pisync_incidents_open{kind=\"silent\",scope=\"group\"}");
+        assert_eq!(open, 1.0);
+    }
+}
+
 /// Statistics wait until the acknowledged events are in the tables. A scrape shows what is there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_scrape_never_waits_for_the_ingest_journal() {
@@ -140,7 +205,7 @@ async fn a_scrape_never_waits_for_the_ingest_journal() {
     let mut stats = tokio::spawn(async move { asked.get("/api/stats").await.data(200) });
     // This is the first scrape: it does not show the figures of an earlier one.
     let metrics = server.get("/metrics").await;
-    assert_eq!(sample(metrics.text(), "pisync_devices"), 1.0);
+    assert_eq!(total(metrics.text(), "pisync_devices"), 1.0);
     assert_eq!(sample(metrics.text(), "pisync_sync_success_ratio"), 1.0);
     let waited = tokio::time::timeout(Duration::from_millis(10), &mut stats).await;
     assert!(waited.is_err(), "statistics did not wait: {waited:?}");
@@ -148,7 +213,7 @@ async fn a_scrape_never_waits_for_the_ingest_journal() {
     let stats = stats.await.unwrap();
     assert_eq!((&stats["total_devices"], &stats["total_failures"]), (&json!(2), &json!(1)));
     let metrics = server.get("/metrics").await;
-    assert_eq!(sample(metrics.text(), "pisync_devices"), 2.0);
+    assert_eq!(total(metrics.text(), "pisync_devices"), 2.0);
     assert_eq!(sample(metrics.text(), "pisync_sync_success_ratio"), 0.5);
 }
 

@@ -9,13 +9,14 @@ use crate::support::http::{Answer, event, send};
 use crate::support::server::TestServer;
 
 /// Every route, its methods, and a path to it.
-const ROUTES: [(&str, &str, &[&str]); 25] = [
+const ROUTES: [(&str, &str, &[&str]); 30] = [
     ("/", "/", &["GET", "HEAD"]),
     ("/api", "/api", &["GET", "HEAD"]),
     ("/api/sync-event", "/api/sync-event", &["POST"]),
     ("/api/sync-events", "/api/sync-events", &["POST"]),
     ("/api/device/{device_id}", "/api/device/pi", &["DELETE", "GET", "HEAD", "PATCH", "PUT"]),
     ("/api/device/{device_id}/sync-history", "/api/device/pi/sync-history", &["GET", "HEAD"]),
+    ("/api/device/{device_id}/explain", "/api/device/pi/explain", &["GET", "HEAD"]),
     ("/api/devices", "/api/devices", &["GET", "HEAD", "PUT"]),
     ("/api/devices/repeated-failures", "/api/devices/repeated-failures", &["GET", "HEAD"]),
     ("/api/stats", "/api/stats", &["GET", "HEAD"]),
@@ -27,6 +28,14 @@ const ROUTES: [(&str, &str, &[&str]); 25] = [
     ("/api/keys", "/api/keys", &["GET", "HEAD", "POST"]),
     ("/api/key/{key_id}", "/api/key/1", &["DELETE"]),
     ("/api/audit", "/api/audit", &["GET", "HEAD"]),
+    ("/api/sync-start", "/api/sync-start", &["POST"]),
+    ("/api/incidents", "/api/incidents", &["GET", "HEAD"]),
+    ("/api/incident/{incident_id}", "/api/incident/1", &["GET", "HEAD"]),
+    (
+        "/api/incident/{incident_id}/acknowledge",
+        "/api/incident/1/acknowledge",
+        &["DELETE", "POST"],
+    ),
     ("/health", "/health", &["GET", "HEAD"]),
     ("/health/live", "/health/live", &["GET", "HEAD"]),
     ("/health/ready", "/health/ready", &["GET", "HEAD"]),

@@ -38,6 +38,11 @@ def before_call(context, case, kwargs):
     """Also for bodies that no other hook sees: a key is for a device or a group only to report for them,
     and ends in the future."""
     body = case.body
+    if case.path.endswith("/acknowledge") and isinstance(body, dict):
+        until = body.get("until")
+        if isinstance(until, str) and until[:4].isdigit():
+            case.body = {**body, "until": "3" + until[1:]}
+        return
     if not isinstance(body, dict) or body.get("scope") not in ("ingest", "read", "operate", "admin"):
         return
 

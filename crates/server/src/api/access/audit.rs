@@ -78,10 +78,11 @@ struct AuditData {
     #[schema(example = "192.0.2.17")]
     address: Option<String>,
     /// `key.create`, `key.revoke`, `device.create`, `device.update`, `device.delete`, `roster.put`, `group.update`,
-    /// `group.delete`, `fleet.update`, `window.create`, `window.update`, `window.delete`.
+    /// `group.delete`, `fleet.update`, `window.create`, `window.update`, `window.delete`, `incident.acknowledge`,
+    /// `incident.withdraw`.
     #[schema(example = "device.delete")]
     action: String,
-    /// What was changed: the id of a key or of a device.
+    /// What was changed: the id of a key, of a device or of an incident.
     #[schema(example = "pi-device-001")]
     subject: String,
     /// The details of the change.
@@ -106,7 +107,8 @@ impl From<AuditEntry> for AuditData {
 
 /// Who changed what
 ///
-/// Changes of keys and devices: created, updated, revoked, deleted. Reports of devices are not included.
+/// Changes of keys and devices: created, updated, revoked, deleted. Acknowledgements of incidents. Reports of devices are not
+/// included.
 #[utoipa::path(
     get,
     path = "/api/audit",

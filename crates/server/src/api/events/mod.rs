@@ -2,3 +2,4 @@
 
 pub(super) mod many;
 pub(super) mod one;
+pub(super) mod start;

@@ -16,7 +16,7 @@ use crate::{
         },
     },
     middleware::route_policy::RoutePolicy,
-    store::Freshness,
+    store::{Freshness, StoreError},
 };
 
 /// A scrape skips the fleet's figures when the database takes longer than this. The process's own metrics matter most
@@ -30,7 +30,7 @@ pub(crate) fn routes() -> Routes {
 /// Measurements
 ///
 /// In Prometheus' text format: response times and statuses by route, connections, process memory and CPU, active
-/// devices, the share of successful syncs, queue depth and batch sizes. What is said of the devices and their syncs may be
+/// devices, devices by status, open incidents, the share of successful syncs, queue depth and batch sizes. What is said of the devices and their syncs may be
 /// up to 2 s old.
 #[utoipa::path(
     get,
@@ -48,9 +48,12 @@ async fn get_metrics(
     _: NoQuery,
 ) -> Result<impl IntoResponse, ApiError> {
     state.metrics.set_pool(state.store.pool_usage());
-    let stats = state.store.fleet_stats(state.active_since(), 0, Freshness::Lagging);
-    if let Ok(Ok(stats)) = tokio::time::timeout(FLEET_TIMEOUT, stats).await {
-        state.metrics.set_fleet(&stats);
+    let figures = async {
+        let stats = state.store.fleet_stats(state.active_since(), 0, Freshness::Lagging).await?;
+        Ok::<_, StoreError>((stats, state.store.health_counts().await?))
+    };
+    if let Ok(Ok((stats, health))) = tokio::time::timeout(FLEET_TIMEOUT, figures).await {
+        state.metrics.set_fleet(&stats, &health);
     }
     let text = state.metrics.render().map_err(|error| ApiError::Internal(error.to_string()))?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))

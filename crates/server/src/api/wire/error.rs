@@ -48,7 +48,7 @@ pub(crate) enum ApiError {
     NotFound(&'static str),
     /// 405.
     MethodNotAllowed,
-    /// 409: the request contradicts what is there. The text says how.
+    /// 409: the request contradicts what is there, or needs it in another state. The text says how.
     Conflict(String),
     /// 408: the body did not arrive in time.
     BodyTimeout,
@@ -294,6 +294,27 @@ pub(crate) enum OfDevice {
     /// No such device.
     #[response(status = 404)]
     NotFound(ErrorBody),
+}
+
+/// The additional errors of a request about an incident.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum OfIncident {
+    /// No such incident.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+}
+
+/// The additional errors of a change of something that may be over.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum OfOpenIncident {
+    /// No such incident.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+    /// The incident is resolved already.
+    #[response(status = 409)]
+    Conflict(ErrorBody),
 }
 
 impl ApiError {

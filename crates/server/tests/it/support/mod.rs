@@ -2,6 +2,7 @@
 
 pub(crate) mod documents;
 pub(crate) mod events;
+pub(crate) mod fleet;
 pub(crate) mod http;
 pub(crate) mod locked_server;
 pub(crate) mod log;
