@@ -59,8 +59,7 @@ impl RunStart {
         let job = reader.optional("job", |raw| name(raw, JobName::new));
         let run_id = reader.optional("run_id", |raw| name(raw, EventId::new));
         let clock = reader.optional("clock", lenient::clock).unwrap_or(DeviceClock::Synced);
-        let timestamp =
-            reader.optional("timestamp", |raw| lenient::timestamp(raw, clock, arrival));
+        let timestamp = reader.optional("timestamp", |raw| lenient::timestamp(raw, clock, arrival));
         let mut violations = reader.violations;
         let unknown = sent.iter().filter(|(field, _)| !FIELDS.contains(&field.as_str()));
         violations.extend(unknown.take(MOST_NAMED).map(|(field, raw)| {
@@ -122,9 +121,8 @@ mod tests {
         assert_eq!((start.job, start.run_id, start.timestamp), (None, None, None));
         // A clock that nobody trusts.
         for timestamp in ["null", r#""2099-01-01""#, r#""1970-01-01""#] {
-            let body = format!(
-                r#"{{"device_id": "pi", "clock": "unsynced", "timestamp": {timestamp}}}"#
-            );
+            let body =
+                format!(r#"{{"device_id": "pi", "clock": "unsynced", "timestamp": {timestamp}}}"#);
             assert_eq!(read(&body).unwrap().timestamp, Some(arrival().received), "{timestamp}");
         }
     }

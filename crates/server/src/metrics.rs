@@ -39,6 +39,7 @@ pub struct Metrics {
     /// Seconds per committed batch.
     pub batch_duration: Histogram,
     events: IntCounterVec,
+    sweep_duration: Histogram,
     events_refused: IntCounterVec,
     events_rejected: IntCounterVec,
     event_id_conflicts: IntCounter,
@@ -107,6 +108,10 @@ impl Metrics {
                 )
                 .buckets(DURATION_BUCKETS.to_vec()),
             )?)?,
+            sweep_duration: keep.this(Histogram::with_opts(
+                HistogramOpts::new("pisync_sweep_seconds", "Time that a sweep over the fleet took.")
+                    .buckets(DURATION_BUCKETS.to_vec()),
+            )?)?,
             events: keep.this(IntCounterVec::new(
                 Opts::new("pisync_sync_events_total", "Sync events acknowledged, by their result: stored as ok or failed, or a duplicate of one stored before."),
                 &["result"],
@@ -165,6 +170,11 @@ impl Metrics {
         let status = StatusText::of(status);
         self.requests.with_label_values(&[method, route, status.as_str()]).inc();
         self.request_duration.with_label_values(&[method, route]).observe(duration.as_secs_f64());
+    }
+
+    /// Notes how long a sweep took.
+    pub fn swept(&self, duration: Duration) {
+        self.sweep_duration.observe(duration.as_secs_f64());
     }
 
     /// Counts committed events, and duplicates of events stored before.
@@ -231,8 +241,9 @@ impl Metrics {
             self.devices.with_label_values(&[state.as_str()]).set(count.cast_signed());
         }
         self.devices.with_label_values(&[UNKNOWN]).set(rest.cast_signed());
-        for (kind, scope) in
-            INCIDENT_KINDS.into_iter().flat_map(|kind| IncidentScope::ALL.map(|scope| (kind, scope)))
+        for (kind, scope) in INCIDENT_KINDS
+            .into_iter()
+            .flat_map(|kind| IncidentScope::ALL.map(|scope| (kind, scope)))
         {
             let (kind, scope) = (kind.as_str(), scope.as_str());
             let counted = health.incidents.iter().filter(|(k, s, _)| k == kind && s == scope);

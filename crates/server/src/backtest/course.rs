@@ -30,7 +30,7 @@ use crate::{
     clock::Clock,
     config::http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts},
     fleet::{SWEEP_INTERVAL, sweep::sweep},
-    ingest::{Ingest, Writers},
+    ingest::{Ingest, RunStartQueue, Writers},
     keys::Keyring,
     metrics::Metrics,
     middleware::client_address::Peer,
@@ -146,6 +146,7 @@ impl Course {
         let parts = ApiParts {
             store: Arc::clone(store),
             ingest,
+            run_starts: Arc::new(RunStartQueue::default()),
             clock,
             metrics,
             randomness: Randomness::system(),

@@ -16,8 +16,8 @@ use crate::{
     incident_format::{IncidentData, IncidentDetailData, MAX_NOTE},
     maintenance::present,
     store::{
-        AcknowledgeOutcome, Acknowledgement, Actor, Count, INCIDENT_KINDS, Incident, IncidentDetail,
-        IncidentQuery, NewAcknowledgement, Store, Via,
+        AcknowledgeOutcome, Acknowledgement, Actor, Count, INCIDENT_KINDS, Incident,
+        IncidentDetail, IncidentQuery, NewAcknowledgement, Store, Via,
     },
 };
 
@@ -145,7 +145,9 @@ pub(super) async fn run(command: &IncidentCommand) -> Result<(), Failure> {
                     .iter()
                     .for_each(|line| println!("{line}"));
                 if page.next.is_some() {
-                    eprintln!("there are more; ask for up to 1000 with --limit, or for fewer with --since, --group or --kind");
+                    eprintln!(
+                        "there are more; ask for up to 1000 with --limit, or for fewer with --since, --group or --kind"
+                    );
                 }
             }
             json.document(|| {
@@ -385,10 +387,7 @@ fn lines_of_incident(detail: &IncidentDetail, now: Timestamp) -> Vec<String> {
     if let Some(given) = incident.acknowledged(now) {
         lines.push(format!("  {}", acknowledged(given)));
     } else if incident.resolved_at.is_none() {
-        lines.push(format!(
-            "  nobody looks after it yet: `pisync incident ack {}`",
-            incident.id
-        ));
+        lines.push(format!("  nobody looks after it yet: `pisync incident ack {}`", incident.id));
     }
     if !members.is_empty() {
         lines.push(String::new());

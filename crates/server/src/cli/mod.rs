@@ -29,6 +29,7 @@ mod db;
 mod doctor;
 mod exit;
 mod export;
+mod fleet;
 mod health;
 mod import;
 mod incident;
@@ -129,6 +130,8 @@ Examples:
     Key(key::KeyCommand),
     /// List, show and acknowledge incidents
     Incident(incident::IncidentCommand),
+    /// Show how the fleet is, explain a device's state, and run scripted fleets
+    Fleet(fleet::FleetCommand),
     /// Would a server of this configuration work? Check everything, change nothing
     Doctor(Box<doctor::DoctorCommand>),
     /// Ask the running server whether it can serve
@@ -161,7 +164,7 @@ impl Command {
                 "the database is the one before or the backup, whole in either case"
             }
             Self::Verify(_) => "figures that were repaired stay repaired",
-            Self::Journal(_) | Self::Key(_) | Self::Incident(_) => "run it again",
+            Self::Journal(_) | Self::Key(_) | Self::Incident(_) | Self::Fleet(_) => "run it again",
             Self::Doctor(_) | Self::Health(_) => "nothing was changed",
             Self::Simulate(_) => {
                 "what was sent stays on the server; start again with another --seed"
@@ -213,6 +216,7 @@ pub fn main() -> ExitCode {
             Some(Command::Journal(command)) => journal::run(&command),
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Incident(command)) => incident::run(&command).await,
+            Some(Command::Fleet(command)) => fleet::run(&command).await,
             Some(Command::Doctor(command)) => {
                 doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
             }

@@ -44,6 +44,7 @@ pub(crate) async fn watch(
         loop {
             let started = Instant::now();
             sweep_once(&*store, &clock).await;
+            metrics.swept(started.elapsed());
             let pause = started.elapsed().saturating_mul(SWEEP_YIELD).max(SWEEP_INTERVAL);
             tokio::time::sleep(pause).await;
         }

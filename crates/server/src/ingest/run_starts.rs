@@ -235,7 +235,8 @@ mod tests {
 
         let queue = RunStartQueue::default();
         let long = "ü".repeat(255);
-        let noted = (0..MOST_WAITING).find(|number| queue.note(run(&long, &number.to_string())).is_err());
+        let noted =
+            (0..MOST_WAITING).find(|number| queue.note(run(&long, &number.to_string())).is_err());
         assert!((30_000..34_000).contains(&noted.unwrap()), "{noted:?}");
         queue.remove(MOST_WAITING);
         assert_eq!(queue.waiting().bytes, 0);

@@ -16,7 +16,7 @@ pub(crate) use self::trusted_clock::{doubt, present};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{self, Retention, Store, StoreError, TrustedTimeStore, Verification},
+    store::{self, HealthStore, Retention, Store, StoreError, TrustedTimeStore, Verification},
 };
 
 /// After each step, maintenance waits this many times as long as the step took. Ingest therefore has nineteen
@@ -81,6 +81,7 @@ impl Maintenance {
             recount_misdated(&*self.store, counting).await?;
         }
         self.forget_event_ids(now).await?;
+        drop_old_changes(&*self.store, now).await?;
         if let Some(retention) = &self.retention {
             drop_old_events(&*self.store, now, retention).await?;
         }
@@ -112,6 +113,17 @@ async fn recount_misdated(store: &dyn Verification, now: Timestamp) -> Result<()
         );
     }
     Ok(())
+}
+
+/// Drops old changes of states, and incidents that ended long ago, in small steps.
+async fn drop_old_changes(store: &dyn HealthStore, now: Timestamp) -> Result<(), StoreError> {
+    loop {
+        let started = Instant::now();
+        if !store.drop_old_changes(now).await? {
+            return Ok(());
+        }
+        tokio::time::sleep(started.elapsed() * STEP_YIELD).await;
+    }
 }
 
 /// Drops old events in small steps, and yields to ingest in between.

@@ -24,6 +24,9 @@ pub const DEVICES_PER_STEP: usize = 500;
 /// For how long changes of states are kept, in milliseconds: 30 days.
 pub(super) const CHANGES_KEPT: i64 = 30 * 24 * 60 * 60 * 1000;
 
+/// For how long incidents are kept that have ended, in milliseconds: 400 days.
+pub(super) const INCIDENTS_KEPT: i64 = 400 * 24 * 60 * 60 * 1000;
+
 /// How many changes of states, or incidents, are deleted for their age at a time.
 pub(super) const DELETED_AT_ONCE: i64 = 1_000;
 
@@ -62,8 +65,9 @@ pub trait HealthStore: Send + Sync {
     /// sweeping, or has swept with a later time.
     async fn end_sweep(&self, version: i64, now: Timestamp) -> Result<bool, StoreError>;
 
-    /// Deletes some changes of states for their age; true when more are left.
-    async fn drop_state_changes(&self, now: Timestamp) -> Result<bool, StoreError>;
+    /// Deletes some changes of states that are older than 30 days, and some incidents that ended 400 days ago; true when more
+    /// are left.
+    async fn drop_old_changes(&self, now: Timestamp) -> Result<bool, StoreError>;
 
     /// Notes that this server lives, and could store what it was sent. When too long a time has passed since the last sign of
     /// life of any server, that time is recorded as an outage.

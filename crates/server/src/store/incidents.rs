@@ -339,8 +339,11 @@ impl Dialect {
                 where {condition} and i.scope = 'device' and i.subject = {device} and i.kind in ('{kinds}')"
             ));
         }
-        let others: Vec<_> =
-            scopes.iter().filter(|scope| **scope != IncidentScope::Device.as_str()).copied().collect();
+        let others: Vec<_> = scopes
+            .iter()
+            .filter(|scope| **scope != IncidentScope::Device.as_str())
+            .copied()
+            .collect();
         if !others.is_empty() {
             let others = others.join("', '");
             let is_there = if query.is_resolved { "" } else { "and m.left_at is null" };

@@ -5,9 +5,7 @@ use std::collections::BTreeSet;
 
 use pisync::{
     keys::KeyRequest,
-    store::{
-        AcknowledgeOutcome, Actor, Count, IncidentQuery, NewAcknowledgement, Scope, Via,
-    },
+    store::{AcknowledgeOutcome, Actor, Count, IncidentQuery, NewAcknowledgement, Scope, Via},
 };
 use pisync_core::{
     Timestamp,
@@ -329,7 +327,8 @@ mod served {
             let wrong = server.get(path).await.wrong_fields();
             assert_eq!(wrong, [("incident_id".to_owned(), "format".to_owned())], "{path}");
         }
-        let wrong = server.get("/api/incident/1?limit=1001&offset=-1&cursor=1").await.wrong_fields();
+        let wrong =
+            server.get("/api/incident/1?limit=1001&offset=-1&cursor=1").await.wrong_fields();
         assert_eq!(wrong.len(), 3, "{wrong:?}");
         const PATH: &str = "/api/incident/1/acknowledge";
         let body = json!({"note": "two\nlines", "until": at(0), "by": "me"});

@@ -74,6 +74,7 @@ mod signals;
 mod simulate;
 mod stats;
 mod store_contract;
+mod sweep;
 mod sync_event;
 mod sync_events;
 mod sync_history;

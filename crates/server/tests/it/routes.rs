@@ -31,11 +31,7 @@ const ROUTES: [(&str, &str, &[&str]); 30] = [
     ("/api/sync-start", "/api/sync-start", &["POST"]),
     ("/api/incidents", "/api/incidents", &["GET", "HEAD"]),
     ("/api/incident/{incident_id}", "/api/incident/1", &["GET", "HEAD"]),
-    (
-        "/api/incident/{incident_id}/acknowledge",
-        "/api/incident/1/acknowledge",
-        &["DELETE", "POST"],
-    ),
+    ("/api/incident/{incident_id}/acknowledge", "/api/incident/1/acknowledge", &["DELETE", "POST"]),
     ("/health", "/health", &["GET", "HEAD"]),
     ("/health/live", "/health/live", &["GET", "HEAD"]),
     ("/health/ready", "/health/ready", &["GET", "HEAD"]),

@@ -72,7 +72,8 @@ mod in_the_store {
         let later = run("pi", Some("nightly"), "r1", at(9));
         assert_eq!(store.add_run_starts(&[later]).await.unwrap(), 0);
         assert_eq!(stored(database).await, ["pi-2//r1", "pi//", "pi//r1", "pi/nightly/r1"]);
-        let times = "(select count(*) from run_starts where received_at = due_at and timestamp is null)";
+        let times =
+            "(select count(*) from run_starts where received_at = due_at and timestamp is null)";
         assert_eq!(database.number(times).await, 4);
         // Groups are checked again when runs are stored.
         let of = |device: &str| StartedRun {
@@ -96,7 +97,9 @@ mod in_the_store {
         let TestStore { store, database, .. } = fixture;
         write(&mut *fixture.writer(), vec![success("pi", now()), success("pi-2", now())]).await;
         let runs = |device: &str, numbers: std::ops::Range<u32>| -> Vec<_> {
-            numbers.map(|number| run(device, None, &number.to_string(), at(number.into()))).collect()
+            numbers
+                .map(|number| run(device, None, &number.to_string(), at(number.into())))
+                .collect()
         };
         let first = store.add_run_starts(&runs("pi", 0..40)).await.unwrap();
         let mut rest = runs("pi", 20..MOST_STARTS + 50);
@@ -152,10 +155,7 @@ mod served {
             millisecond(&server.database, "received_at", "r1").await,
             at(0).as_millisecond()
         );
-        assert_eq!(
-            millisecond(&server.database, "timestamp", "r2").await,
-            at(10).as_millisecond()
-        );
+        assert_eq!(millisecond(&server.database, "timestamp", "r2").await, at(10).as_millisecond());
         server.get("/api/device/new").await.error(404);
         let device = server.get("/api/device/pi").await.data(200);
         assert_eq!(device["total_syncs"], 1);

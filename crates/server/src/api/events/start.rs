@@ -117,8 +117,7 @@ async fn create_sync_start(
     }
     let RunStart { device_id, job, run_id, timestamp } = start;
     let key = RunKey { device_id, job, run_id };
-    let run =
-        StartedRun { key: key.clone(), received_at: arrival.received, timestamp, group };
+    let run = StartedRun { key: key.clone(), received_at: arrival.received, timestamp, group };
     let received_at = state.run_starts.note(run).map_err(|Full| ApiError::Overloaded)?;
     let RunKey { device_id, job, run_id } = key;
     let data = NotedSyncStart { device_id, job, run_id, received_at };

@@ -6,7 +6,9 @@ use axum::{
     extract::{FromRequestParts, Path, Request, State},
     http::request::Parts,
 };
-use pisync_core::{DeviceId, GroupName, Timestamp, Violation, ViolationCode, health::IncidentScope};
+use pisync_core::{
+    DeviceId, GroupName, Timestamp, Violation, ViolationCode, health::IncidentScope,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -17,7 +19,9 @@ use crate::{
         SharedState,
         wire::{
             envelope::Success,
-            error::{AnyTime, ApiError, ErrorBody, OfIncident, OfOpenIncident, WithBody, WithQuery},
+            error::{
+                AnyTime, ApiError, ErrorBody, OfIncident, OfOpenIncident, WithBody, WithQuery,
+            },
             extract::{JsonBody, NoQuery, Query},
             fields::{Fields, text},
             page::{DEFAULT_LIMIT, Pagination},
@@ -34,9 +38,7 @@ use crate::{
         auth::{self, By, WithKey},
         route_policy::RoutePolicy,
     },
-    store::{
-        AcknowledgeOutcome, Count, INCIDENT_KINDS, IncidentQuery, NewAcknowledgement, Scope,
-    },
+    store::{AcknowledgeOutcome, Count, INCIDENT_KINDS, IncidentQuery, NewAcknowledgement, Scope},
 };
 
 const BODY_LIMIT: usize = 64 << 10;
@@ -330,7 +332,9 @@ fn answer(
         AcknowledgeOutcome::Done(incident) => {
             Ok(Success::new(message, IncidentData::new(*incident, now)))
         }
-        AcknowledgeOutcome::Resolved => Err(ApiError::Conflict("Incident is already resolved".to_owned())),
+        AcknowledgeOutcome::Resolved => {
+            Err(ApiError::Conflict("Incident is already resolved".to_owned()))
+        }
         AcknowledgeOutcome::Unknown => Err(ApiError::NotFound("Incident")),
     }
 }

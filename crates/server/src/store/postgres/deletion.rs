@@ -9,7 +9,7 @@ use pisync_core::{DeviceId, LONGEST_LEAD, Timestamp};
 use tokio_postgres::{Error, error::SqlState};
 
 use super::{
-    aggregated_events, audit, connect::Object, fleet_changes, misdated, roll_ups,
+    aggregated_events, audit, connect::Object, fleet_changes, health, misdated, roll_ups,
     store::PostgresStore, summaries, verify,
 };
 use crate::store::{
@@ -210,6 +210,7 @@ async fn delete_device(
     ";
     let id = device_id.as_str();
     roll_ups::forget(transaction, device_id, watermark).await?;
+    health::forget(transaction, id).await?;
     if !transaction.query_one(HAS_REPORTED, &[&id]).await?.try_get::<_, bool>(0)? {
         transaction.execute(DELETE_KEYS, &[&id]).await?;
         summaries::forget(transaction, id).await?;

@@ -19,9 +19,9 @@ use crate::store::{
     DeviceSettings, FleetSettings, StoreError, WindowScope,
     health::{
         Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
-        Examination, HealthRow, HealthStore, JobFigureRow, JobHealthRow, JobRow, LARGEST_LAG,
-        LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange, evaluate, examine,
-        outage, state_counts,
+        Examination, HealthRow, HealthStore, INCIDENTS_KEPT, JobFigureRow, JobHealthRow, JobRow,
+        LARGEST_LAG, LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange,
+        evaluate, examine, outage, state_counts,
     },
 };
 
@@ -57,16 +57,24 @@ impl HealthStore for PostgresStore {
         self.call(async |connection| end_sweep(connection, version, now).await).await
     }
 
-    async fn drop_state_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
-        const DROP: &str = "
+    async fn drop_old_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
+        const CHANGES: &str = "
             delete from state_changes
              where id in (select id from state_changes where at < $1 order by at limit $2)
         ";
-        let before = now.saturating_add_milliseconds(-CHANGES_KEPT).to_jiff();
+        const INCIDENTS: &str = "
+            delete from incidents
+             where id in (select id from incidents where resolved_at < $1 order by resolved_at limit $2)
+        ";
+        let before = |kept: i64| now.saturating_add_milliseconds(-kept).to_jiff();
         self.call(async |connection| {
-            let drop = connection.prepare_cached(DROP).await?;
-            let dropped = connection.execute(&drop, &[&before, &DELETED_AT_ONCE]).await?;
-            Ok(i64::try_from(dropped) == Ok(DELETED_AT_ONCE))
+            let mut most = 0;
+            for (drop, kept) in [(CHANGES, CHANGES_KEPT), (INCIDENTS, INCIDENTS_KEPT)] {
+                let drop = connection.prepare_cached(drop).await?;
+                let dropped = connection.execute(&drop, &[&before(kept), &DELETED_AT_ONCE]).await?;
+                most = most.max(dropped);
+            }
+            Ok(i64::try_from(most) == Ok(DELETED_AT_ONCE))
         })
         .await
     }
@@ -518,6 +526,32 @@ async fn keep_changes(
         transaction.execute(&leave, &[&left, &now.to_jiff()]).await?;
     }
     Ok(changed.len())
+}
+
+/// Forgets the state of a device that is being deleted, whose row is locked. Its incidents are looked at in the next sweep.
+pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Result<(), Error> {
+    const FORGET: &str = r#"
+        delete from device_health where device_id = $1 returning "group", state, is_expected
+    "#;
+    const COUNT: &str = r#"
+        update group_states set devices = devices - 1, expected = expected - $3::boolean::integer
+         where "group" = $1 and state = $2
+    "#;
+    const LOOK: &str = r#"
+        update incidents set next_at = opened_at where resolved_at is null and scope <> 'fleet' and "group" = $1
+    "#;
+    if let Some(kept) = transaction.query_opt(FORGET, &[&device_id]).await? {
+        let (group, state, is_expected): (String, String, bool) =
+            (kept.try_get(0)?, kept.try_get(1)?, kept.try_get(2)?);
+        transaction.execute(COUNT, &[&group, &state, &is_expected]).await?;
+        transaction.execute(LOOK, &[&group]).await?;
+    }
+    for table in ["job_health", "run_starts"] {
+        transaction
+            .execute(&format!("delete from {table} where device_id = $1"), &[&device_id])
+            .await?;
+    }
+    Ok(())
 }
 
 async fn end_sweep(connection: &mut Object, version: i64, now: Timestamp) -> Result<bool, Error> {

@@ -64,23 +64,13 @@ async fn add(connection: &mut Object, runs: &[StartedRun]) -> Result<u64, Error>
     let jobs: Vec<_> = runs.iter().map(|run| run.key.stored_job()).collect();
     let run_ids: Vec<_> = runs.iter().map(|run| run.key.stored_run_id()).collect();
     let received: Vec<_> = runs.iter().map(|run| run.received_at.to_jiff()).collect();
-    let timestamps: Vec<_> =
-        runs.iter().map(|run| run.timestamp.map(Timestamp::to_jiff)).collect();
-    let groups: Vec<_> =
-        runs.iter().map(|run| run.group.as_ref().map(GroupName::as_str)).collect();
+    let timestamps: Vec<_> = runs.iter().map(|run| run.timestamp.map(Timestamp::to_jiff)).collect();
+    let groups: Vec<_> = runs.iter().map(|run| run.group.as_ref().map(GroupName::as_str)).collect();
     let add = connection.prepare_cached(ADD).await?;
     connection
         .execute(
             &add,
-            &[
-                &devices,
-                &jobs,
-                &run_ids,
-                &received,
-                &timestamps,
-                &groups,
-                &i64::from(MOST_STARTS),
-            ],
+            &[&devices, &jobs, &run_ids, &received, &timestamps, &groups, &i64::from(MOST_STARTS)],
         )
         .await
 }

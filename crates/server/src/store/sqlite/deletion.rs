@@ -11,7 +11,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, 
 use super::{
     aggregated_events,
     apply::apply_journal,
-    audit, fleet_changes, roll_ups,
+    audit, fleet_changes, health, roll_ups,
     rows::{device_number, time},
     store::SqliteStore,
     summaries, verify,
@@ -226,6 +226,7 @@ fn delete_device(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result
          where id = ?1
     ";
     roll_ups::forget(transaction, device)?;
+    health::forget(transaction, device)?;
     if !transaction.query_row(HAS_REPORTED, [device], |row| row.get(0))? {
         summaries::forget(transaction, device)?;
         return transaction.execute("delete from devices where id = ?1", [device]).map(|_| ());

@@ -21,9 +21,9 @@ use crate::store::{
     DeviceSettings, FleetSettings, StoreError, WindowScope,
     health::{
         Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
-        Examination, HealthRow, HealthStore, JobFigureRow, JobHealthRow, JobRow, LARGEST_LAG,
-        LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange, evaluate, examine,
-        outage, state_counts,
+        Examination, HealthRow, HealthStore, INCIDENTS_KEPT, JobFigureRow, JobHealthRow, JobRow,
+        LARGEST_LAG, LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange,
+        evaluate, examine, outage, state_counts,
     },
 };
 
@@ -62,16 +62,24 @@ impl HealthStore for SqliteStore {
         self.writer.call(move |connection| end_sweep(connection, version, now)).await
     }
 
-    async fn drop_state_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
-        const DROP: &str = "
+    async fn drop_old_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
+        const CHANGES: &str = "
             delete from state_changes
              where id in (select id from state_changes where at < ?1 order by at limit ?2)
         ";
-        let before = now.as_millisecond() - CHANGES_KEPT;
+        const INCIDENTS: &str = "
+            delete from incidents
+             where id in (select id from incidents where resolved_at < ?1 order by resolved_at limit ?2)
+        ";
+        let now = now.as_millisecond();
         self.writer
             .call(move |writer| {
-                let dropped = writer.connection.execute(DROP, [before, DELETED_AT_ONCE])?;
-                Ok(i64::try_from(dropped) == Ok(DELETED_AT_ONCE))
+                let limit = DELETED_AT_ONCE;
+                let transaction = writer.connection.transaction()?;
+                let changes = transaction.execute(CHANGES, [now - CHANGES_KEPT, limit])?;
+                let incidents = transaction.execute(INCIDENTS, [now - INCIDENTS_KEPT, limit])?;
+                transaction.commit()?;
+                Ok(i64::try_from(changes.max(incidents)) == Ok(limit))
             })
             .await
     }
@@ -428,6 +436,31 @@ fn keep_job(
         job.seen_failed,
     ];
     transaction.prepare_cached(KEEP)?.execute(values).map(|_| ())
+}
+
+/// Forgets the state of a device that is being deleted. Its incidents are looked at in the next sweep.
+pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
+    const FORGET: &str = r#"
+        delete from device_health where device = ?1 returning "group", state, is_expected
+    "#;
+    const COUNT: &str = r#"
+        update group_states set devices = devices - 1, expected = expected - ?3 where "group" = ?1 and state = ?2
+    "#;
+    const LOOK: &str = r#"
+        update incidents set next_at = opened_at where resolved_at is null and scope <> 'fleet' and "group" = ?1
+    "#;
+    let kept: Option<(String, String, i64)> = transaction
+        .prepare_cached(FORGET)?
+        .query_row([device], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .optional()?;
+    if let Some((group, state, is_expected)) = kept {
+        transaction.prepare_cached(COUNT)?.execute(params![group, state, is_expected])?;
+        transaction.prepare_cached(LOOK)?.execute([group])?;
+    }
+    for table in ["job_health", "run_starts"] {
+        transaction.execute(&format!("delete from {table} where device = ?1"), [device])?;
+    }
+    Ok(())
 }
 
 fn end_sweep(writer: &mut WriteConnection, version: i64, now: Timestamp) -> rusqlite::Result<bool> {

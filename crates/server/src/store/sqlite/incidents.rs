@@ -4,8 +4,8 @@
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName, Timestamp};
 use rusqlite::{
-    Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params,
-    params_from_iter, types::Value,
+    Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params, params_from_iter,
+    types::Value,
 };
 
 use super::{
@@ -51,9 +51,7 @@ impl Incidents for SqliteStore {
     ) -> Result<AcknowledgeOutcome, StoreError> {
         let (acknowledgement, by) = (acknowledgement.cloned(), *by);
         self.writer
-            .call(move |writer| {
-                acknowledge(writer.connection(), id, acknowledgement.as_ref(), &by)
-            })
+            .call(move |writer| acknowledge(writer.connection(), id, acknowledgement.as_ref(), &by))
             .await
     }
 
@@ -93,10 +91,9 @@ fn values(query: &IncidentQuery, statement: &Statement, limit: i64) -> Vec<Value
         .map(|parameter| match parameter {
             Parameter::Limit => limit.into(),
             Parameter::Since => query.since.unwrap_or(Timestamp::MIN).as_millisecond().into(),
-            Parameter::AfterTime => query
-                .after
-                .map_or(i64::MAX, |after| after.microsecond.div_euclid(1000))
-                .into(),
+            Parameter::AfterTime => {
+                query.after.map_or(i64::MAX, |after| after.microsecond.div_euclid(1000)).into()
+            }
             Parameter::AfterId => query.after.map_or(i64::MAX, |after| after.id).into(),
             Parameter::Group => text(query.group.as_ref().map(GroupName::as_str)),
             Parameter::Device => text(query.device_id.as_ref().map(DeviceId::as_str)),
@@ -241,11 +238,7 @@ fn acknowledge(
     Ok(AcknowledgeOutcome::Done(Box::new(incident)))
 }
 
-fn standing(
-    transaction: &Transaction<'_>,
-    id: i64,
-    now: Timestamp,
-) -> rusqlite::Result<Standing> {
+fn standing(transaction: &Transaction<'_>, id: i64, now: Timestamp) -> rusqlite::Result<Standing> {
     const STANDING: &str = "
         select resolved_at is not null,
                acknowledged_at is not null and ifnull(acknowledged_until > ?2, 1)
@@ -284,11 +277,8 @@ fn health_counts(connection: &Connection) -> rusqlite::Result<HealthCounts> {
         .collect::<rusqlite::Result<_>>()?;
     let incidents = snapshot
         .prepare_cached(INCIDENTS)?
-        .query_map([], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?.cast_unsigned()))
-        })?
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?.cast_unsigned())))?
         .collect::<rusqlite::Result<_>>()?;
-    let swept_at =
-        snapshot.prepare_cached(SWEPT_AT)?.query_row([], |row| optional_time(row, 0))?;
+    let swept_at = snapshot.prepare_cached(SWEPT_AT)?.query_row([], |row| optional_time(row, 0))?;
     Ok(HealthCounts { devices, incidents, swept_at })
 }

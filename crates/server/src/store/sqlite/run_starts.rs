@@ -6,16 +6,14 @@ use pisync_core::{DeviceId, GroupName, Timestamp};
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use super::{rows::device_number, store::SqliteStore};
-use crate::store::{
-    RunStarts, StartedRun, StoreError,
-    run_starts::MOST_STARTS,
-};
+use crate::store::{RunStarts, StartedRun, StoreError, run_starts::MOST_STARTS};
 
 #[async_trait]
 impl RunStarts for SqliteStore {
     async fn add_run_starts(&self, runs: &[StartedRun]) -> Result<u64, StoreError> {
         let runs = runs.to_vec();
-        let (added, unknown) = self.writer.call(move |writer| add(writer.connection(), runs)).await?;
+        let (added, unknown) =
+            self.writer.call(move |writer| add(writer.connection(), runs)).await?;
         let Some(ingest) = self.ingest.get().filter(|_| !unknown.is_empty()) else {
             return Ok(added);
         };

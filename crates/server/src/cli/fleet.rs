@@ -1,0 +1,321 @@
+//! `pisync fleet`: how the fleet is, why a device is in its state, and what comes of a scripted fleet. `status` and `explain` go
+//! straight to the store, also beside a running server, and only read. A backtest has a database of its own.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use clap::{Args, Subcommand};
+use pisync_core::{DeviceId, health::State};
+use serde_json::{Value, json};
+
+use super::{database, exit::Failure, key::group_name, output::JsonArgs, table};
+use crate::{
+    backtest::{self, Expected, Scenario},
+    clock::Clock,
+    config::{DatabaseArgs, MigrationArgs},
+    fleet::explain::Explanation,
+    store::{
+        self, FleetView, GroupQuery, GroupView, StateCounts, Store, Target, migrations::Migrator,
+    },
+};
+
+/// How many groups are listed.
+const SHOWN_GROUPS: u32 = 1_000;
+
+/// After this time without a sweep the states are not told, in milliseconds: 10 minutes. Sweeps follow each other every 15 s.
+const LONGEST_WITHOUT_SWEEP: i64 = 10 * 60 * 1000;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  pisync fleet status                       how many devices are in which state
+  pisync fleet explain pi-001               why it is in its state, and until when it is waited for
+  pisync fleet backtest --scenario power-cut.json
+                                            what comes of a scripted fleet")]
+pub(super) struct FleetCommand {
+    #[command(subcommand)]
+    action: Action,
+    #[command(flatten)]
+    json: JsonArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    migrations: MigrationArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Show how many devices are in which state, by group
+    #[command(after_help = "\
+Examples:
+  pisync fleet status
+  pisync fleet status --problems            only the groups in which something is wrong
+  pisync fleet status --group school-17
+  pisync fleet status --json
+
+Exit status: 0 when all is well, 1 when a device is failing, silent or overdue,
+2 on wrong usage, and when this cannot be told.")]
+    Status {
+        /// Only this group
+        #[arg(long, value_name = "NAME")]
+        group: Option<String>,
+        /// Only the groups in which something is wrong
+        #[arg(long)]
+        problems: bool,
+    },
+    /// Say why a device is in its state, and until when it is waited for
+    #[command(after_help = "\
+Examples:
+  pisync fleet explain pi-001
+  pisync fleet explain pi-001 --json")]
+    Explain {
+        /// The device
+        #[arg(value_name = "DEVICE")]
+        device: String,
+    },
+    /// Run scripted fleets in simulated time, and compare what comes of them with what is expected
+    #[command(after_help = "\
+A scenario is a JSON file: when devices report, what operators change, and which
+states and incidents must come of it. docs/fleet.md describes it. Each runs on a
+temporary database; no other one is opened.
+
+Examples:
+  pisync fleet backtest --scenario power-cut.json
+  pisync fleet backtest --scenario power-cut.json --print
+
+Exit status: 0 when everything is as expected, 1 when something is not, 2 on
+wrong usage.")]
+    Backtest {
+        /// Files with scenarios
+        #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+        scenario: Vec<PathBuf>,
+        /// Write what came of them, in the form of `expect`
+        #[arg(long)]
+        print: bool,
+    },
+}
+
+pub(super) async fn run(command: &FleetCommand) -> Result<(), Failure> {
+    match &command.action {
+        Action::Status { group, problems } => status(command, group.as_deref(), *problems).await,
+        Action::Explain { device } => explain(command, device).await,
+        Action::Backtest { scenario, print } => run_scenarios(scenario, *print, command.json).await,
+    }
+}
+
+/// When it cannot be told how the fleet is, the status is that of wrong usage, as FLEET-API.md has it.
+fn untold(failure: Failure) -> Failure {
+    Failure::usage(failure.message)
+}
+
+async fn status(
+    command: &FleetCommand,
+    group: Option<&str>,
+    only_problems: bool,
+) -> Result<(), Failure> {
+    let clock = Clock::system();
+    let found = read_status(command, &clock, group).await.map_err(untold)?;
+    let Status { target, fleet, groups } = found;
+    let swept_at = fleet
+        .swept_at
+        .ok_or_else(|| Failure::usage("no server has looked after this fleet yet; start one"))?;
+    let age = clock.now().as_millisecond() - swept_at.as_millisecond();
+    if age > LONGEST_WITHOUT_SWEEP {
+        return Err(Failure::usage(format!(
+            "no server has looked after this fleet since {swept_at}; is one running, without FLEET=off?"
+        )));
+    }
+    let has_problem = |states: &StateCounts| {
+        [State::Failing, State::Silent].iter().any(|state| count(states, *state) > 0)
+    };
+    let shown: Vec<&GroupView> =
+        groups.iter().filter(|group| !only_problems || has_problem(&group.states)).collect();
+    if !command.json.is_asked_for() {
+        if group.is_none() {
+            println!("{}", in_words(&fleet.states));
+            println!(
+                "overdue: {}; open incidents: {}; as of {swept_at}",
+                fleet.overdue, fleet.open_incidents
+            );
+        }
+        if !shown.is_empty() {
+            table_of(&shown).iter().for_each(|line| println!("{line}"));
+        }
+    }
+    command.json.document(|| {
+        let groups: Vec<_> = shown.iter().map(|group| group_json(group)).collect();
+        json!({
+            "database": target.to_string(),
+            "by_status": states_json(&fleet.states),
+            "overdue": fleet.overdue,
+            "open_incidents": fleet.open_incidents,
+            "swept_at": swept_at,
+            "groups": groups,
+        })
+    });
+    let is_wrong = if group.is_some() {
+        groups.iter().any(|group| has_problem(&group.states))
+    } else {
+        has_problem(&fleet.states) || fleet.overdue > 0
+    };
+    if is_wrong { Err("something is wrong in the fleet".to_owned().into()) } else { Ok(()) }
+}
+
+/// How the fleet is.
+struct Status {
+    target: Target,
+    fleet: FleetView,
+    groups: Vec<GroupView>,
+}
+
+async fn read_status(
+    command: &FleetCommand,
+    clock: &Clock,
+    group: Option<&str>,
+) -> Result<Status, Failure> {
+    let target = database::existing(&command.database)?;
+    let store = database::open_current(&target, &command.migrations).await?;
+    database::warn_of_clock(&*store, clock).await?;
+    let fleet = store.fleet().await?;
+    let groups = match group {
+        Some(name) => {
+            let found = store.group(&group_name(name)?).await?;
+            vec![found.ok_or_else(|| Failure::usage(format!("no such group: {name}")))?]
+        }
+        None => {
+            let query = GroupQuery { search: None, limit: SHOWN_GROUPS, offset: 0 };
+            store.groups(&query).await?.items
+        }
+    };
+    Ok(Status { target, fleet, groups })
+}
+
+fn count(states: &StateCounts, state: State) -> u64 {
+    State::ALL
+        .iter()
+        .zip(states.0)
+        .find(|(known, _)| **known == state)
+        .map_or(0, |(_, count)| count)
+}
+
+fn in_words(states: &StateCounts) -> String {
+    let total: u64 = states.0.iter().sum();
+    let words: Vec<_> = State::ALL
+        .iter()
+        .rev()
+        .filter(|state| count(states, **state) > 0)
+        .map(|state| format!("{} {}", count(states, *state), state.as_str()))
+        .collect();
+    match total {
+        0 => "no device has been evaluated yet".to_owned(),
+        1 => format!("1 device: {}", words.join(", ")),
+        _ => format!("{total} devices: {}", words.join(", ")),
+    }
+}
+
+fn table_of(groups: &[&GroupView]) -> Vec<String> {
+    let heading =
+        ["group", "devices", "ok", "degraded", "failing", "silent", "never", "paused", "incidents"];
+    let mut rows = vec![heading.map(str::to_owned)];
+    rows.extend(groups.iter().map(|group| {
+        let of = |state| count(&group.states, state).to_string();
+        [
+            group.name.clone(),
+            group.devices.to_string(),
+            of(State::Ok),
+            of(State::Degraded),
+            of(State::Failing),
+            of(State::Silent),
+            of(State::Never),
+            of(State::Paused),
+            group.open_incidents.to_string(),
+        ]
+    }));
+    table::lines(&rows)
+}
+
+fn states_json(states: &StateCounts) -> Value {
+    State::ALL
+        .iter()
+        .map(|state| (state.as_str().to_owned(), json!(count(states, *state))))
+        .collect()
+}
+
+fn group_json(group: &GroupView) -> Value {
+    json!({
+        "name": group.name,
+        "devices": group.devices,
+        "by_status": states_json(&group.states),
+        "open_incidents": group.open_incidents,
+    })
+}
+
+async fn explain(command: &FleetCommand, device: &str) -> Result<(), Failure> {
+    let device_id =
+        DeviceId::new(device).map_err(|error| Failure::usage(format!("DEVICE {error}")))?;
+    let clock = Clock::system();
+    let target = database::existing(&command.database)?;
+    let store = database::open_current(&target, &command.migrations).await?;
+    database::warn_of_clock(&*store, &clock).await?;
+    let now = clock.now();
+    let examination = store.examine_device(device_id.as_str(), now).await?;
+    let examination =
+        examination.ok_or_else(|| Failure::from(format!("no such device: {device}")))?;
+    let explanation = Explanation::new(&examination, now);
+    if !command.json.is_asked_for() {
+        explanation.sentences().iter().for_each(|sentence| println!("{sentence}"));
+    }
+    command.json.document(|| json!({ "database": target.to_string(), "explanation": explanation }));
+    Ok(())
+}
+
+async fn run_scenarios(files: &[PathBuf], print: bool, json: JsonArgs) -> Result<(), Failure> {
+    let scenarios = files.iter().map(read_scenario).collect::<Result<Vec<_>, _>>()?;
+    let mut documents = Vec::new();
+    let mut wrong = 0;
+    for (file, scenario) in files.iter().zip(&scenarios) {
+        let came = run_scenario(scenario).await.map_err(|failure| Failure {
+            message: format!("{}: {}", file.display(), failure.message),
+            ..failure
+        })?;
+        let differences = scenario.expect.differences(&came);
+        wrong += usize::from(!differences.is_empty());
+        for difference in &differences {
+            say!(json, "{}: {difference}", scenario.id);
+        }
+        if differences.is_empty() {
+            say!(json, "{}: as expected", scenario.id);
+        }
+        if print && !json.is_asked_for() {
+            println!("{}", json!(came));
+        }
+        json.keep(
+            &mut documents,
+            || json!({ "id": scenario.id, "differences": differences, "came": came }),
+        );
+    }
+    json.document(|| json!({ "scenarios": documents }));
+    if wrong > 0 {
+        return Err(format!("{wrong} of {} scenarios did not end as expected", files.len()).into());
+    }
+    Ok(())
+}
+
+fn read_scenario(file: &PathBuf) -> Result<Scenario, Failure> {
+    let text = fs::read(file)
+        .map_err(|error| Failure::from(format!("cannot read {}: {error}", file.display())))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Failure::usage(format!("{} is no scenario: {error}", file.display())))
+}
+
+/// Runs a scenario on a database that is removed afterwards.
+async fn run_scenario(scenario: &Scenario) -> Result<Expected, Failure> {
+    let folder = tempfile::tempdir()
+        .map_err(|error| Failure::from(format!("cannot make a temporary folder: {error}")))?;
+    let target = Target::Sqlite(folder.path().join("backtest.db"));
+    let mut migrator = Migrator::new(&target, folder.path()).await?;
+    migrator.up(scenario.start.0).await?;
+    let store: Arc<dyn Store> = store::open(&target).await?;
+    let came = backtest::run(scenario, &store).await;
+    store.close().await?;
+    came.map_err(|error| Failure::from(error.to_string()))
+}
