@@ -30,7 +30,7 @@ Examples:
   pisync incident list                            what is wrong now
   pisync incident list --state resolved --group school-17
   pisync incident show 812                        one incident, its devices and what has happened
-  pisync incident ack 812 --note 'power is off' --for 4h")]
+  pisync incident ack 812 --note power-cut --for 4h")]
 pub(super) struct IncidentCommand {
     #[command(subcommand)]
     action: Action,
@@ -66,7 +66,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   pisync incident ack 812
-  pisync incident ack 812 --note 'power is off' --for 4h
+  pisync incident ack 812 --note power-cut --for 4h
   pisync incident ack 812 --until 2027-03-02T12:00:00Z
   pisync incident ack 812 --withdraw")]
     Ack {

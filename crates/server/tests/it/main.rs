@@ -44,6 +44,7 @@ mod help;
 mod ids_used_up;
 mod import;
 mod import_again;
+mod incident_command;
 mod incidents;
 mod ingest;
 mod ingest_batches;

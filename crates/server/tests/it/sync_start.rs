@@ -16,7 +16,7 @@ use crate::support::{
     store::{TestDatabase, TestStore, key_request},
 };
 
-/// What is stored, as one text for each run.
+/// What is stored, as one text for each run, in byte-wise order.
 async fn stored(database: &TestDatabase) -> Vec<String> {
     let (device, join) = match database.target {
         pisync::store::Target::Sqlite(_) => ("d.device_id", "d.id = r.device"),
@@ -24,10 +24,11 @@ async fn stored(database: &TestDatabase) -> Vec<String> {
     };
     let select = format!(
         "select {device} || '/' || r.job || '/' || r.run_id
-           from run_starts r join devices d on {join}
-          order by 1"
+           from run_starts r join devices d on {join}"
     );
-    database.texts(&select).await
+    let mut runs = database.texts(&select).await;
+    runs.sort();
+    runs
 }
 
 /// A number about a stored run, in milliseconds.
