@@ -211,6 +211,7 @@ create index idx_incidents_resolved_at on incidents (resolved_at, id) where reso
 create index idx_incidents_open_listed on incidents (scope, kind, opened_at, id) where resolved_at is null;
 create index idx_incidents_over_listed on incidents (scope, kind, opened_at, id) where resolved_at is not null;
 create index idx_incidents_group on incidents ("group", scope, kind, opened_at, id) where resolved_at is null;
+create index idx_incidents_over_subject on incidents (scope, subject, kind, opened_at, id) where resolved_at is not null;
 create index idx_incidents_over_group on incidents ("group", scope, kind, opened_at, id) where resolved_at is not null;
 create index idx_incidents_next_at on incidents (next_at) where resolved_at is null and next_at is not null;
 

@@ -306,7 +306,9 @@ impl Dialect {
         let mut condition = format!("i.resolved_at {state} and i.opened_at >= {since}");
         if query.group.is_some() {
             let group = statement.bind(self, Parameter::Group);
-            condition.push_str(&format!(r#" and i."group" = {group}"#));
+            // A device leads to fewer incidents than its group: its index must be taken.
+            let column = if query.device_id.is_some() { "'' || i.\"group\"" } else { "i.\"group\"" };
+            condition.push_str(&format!(" and {column} = {group}"));
         }
         let scopes: Vec<_> = IncidentScope::ALL
             .into_iter()
@@ -328,17 +330,19 @@ impl Dialect {
                 })
                 .collect();
         }
-        // An incident that is opened again within six hours is the same one. So even in 400 days a device has so few of
-        // them that they can be sorted.
         let device = statement.bind(self, Parameter::Device);
-        let kinds = kinds.join("', '");
         let mut sources = Vec::new();
         if scopes.contains(&IncidentScope::Device.as_str()) {
-            sources.push(format!(
-                "from incidents i
-                where {condition} and i.scope = 'device' and i.subject = {device} and i.kind in ('{kinds}')"
-            ));
+            sources.extend(kinds.iter().map(|kind| {
+                format!(
+                    "from incidents i
+                    where {condition} and i.scope = 'device' and i.subject = {device} and i.kind = '{kind}'"
+                )
+            }));
         }
+        // An incident that is opened again within six hours is the same one. So even in 400 days a device is a member of so
+        // few that they can be sorted.
+        let kinds = kinds.join("', '");
         let others: Vec<_> = scopes
             .iter()
             .filter(|scope| **scope != IncidentScope::Device.as_str())

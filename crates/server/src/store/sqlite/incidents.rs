@@ -282,3 +282,66 @@ fn health_counts(connection: &Connection) -> rusqlite::Result<HealthCounts> {
     let swept_at = snapshot.prepare_cached(SWEPT_AT)?.query_row([], |row| optional_time(row, 0))?;
     Ok(HealthCounts { devices, incidents, swept_at })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use pisync_core::health::IncidentScope;
+
+    use super::*;
+    use crate::store::{INCIDENT_KINDS, Target, migrations::Migrator};
+
+    /// Whatever is asked for, a page is found through an index that leads to it, and no incident is read in vain.
+    #[tokio::test]
+    async fn every_page_is_found_through_its_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pisync.db");
+        let target = Target::Sqlite(path.clone());
+        let mut migrator = Migrator::new(&target, Path::new("/nonexistent")).await.unwrap();
+        migrator.up(Timestamp::from_millisecond(0).unwrap()).await.unwrap();
+        let connection = Connection::open(path).unwrap();
+        let group = Some(GroupName::new("g").unwrap());
+        let device = Some(DeviceId::new("pi").unwrap());
+        let position = Some(HistoryPosition { microsecond: 1, id: 1 });
+        let mut checked = 0;
+        for number in 0..64 {
+            let is = |bit: u32| number >> bit & 1 == 1;
+            let query = IncidentQuery {
+                is_resolved: is(0),
+                kind: is(1).then_some(INCIDENT_KINDS[0]),
+                scope: is(2).then_some(IncidentScope::Device),
+                group: group.clone().filter(|_| is(3)),
+                device_id: device.clone().filter(|_| is(4)),
+                since: None,
+                limit: 50,
+                after: position.filter(|_| is(5)),
+            };
+            for statement in [DIALECT.page(&query), DIALECT.count(&query)] {
+                let plan = format!("explain query plan {}", statement.sql);
+                let values = values(&query, &statement, 51);
+                let steps: Vec<String> = connection
+                    .prepare(&plan)
+                    .unwrap()
+                    .query_map(params_from_iter(values), |row| row.get(3))
+                    .unwrap()
+                    .collect::<Result<_, _>>()
+                    .unwrap();
+                for step in steps.iter().filter(|step| step.contains(" i ")) {
+                    let is_member = step.contains("PRIMARY KEY");
+                    let columns = match (&query.device_id, &query.group) {
+                        (Some(_), _) => "(scope=? AND subject=? AND kind=?",
+                        (None, Some(_)) => "(group=? AND scope=? AND kind=?",
+                        (None, None) => "(scope=? AND kind=?",
+                    };
+                    let is_right = step.contains(columns);
+                    assert!(step.starts_with("SEARCH"), "{query:?}: {steps:?}");
+                    assert!(is_right || is_member, "{query:?}: {step}");
+                    assert!(!is_member || query.device_id.is_some(), "{query:?}: {step}");
+                    checked += 1;
+                }
+            }
+        }
+        assert!(checked > 200, "only {checked} steps were checked");
+    }
+}
