@@ -26,6 +26,7 @@ mod completions;
 mod copy;
 mod database;
 mod db;
+mod device;
 mod doctor;
 mod exit;
 mod export;
@@ -42,6 +43,7 @@ mod masked;
 mod migrate;
 mod openapi;
 mod output;
+mod policy;
 mod progress;
 pub mod reference;
 mod serve;
@@ -50,6 +52,7 @@ mod simulate;
 mod table;
 mod take_over;
 mod verify;
+mod window;
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -91,6 +94,7 @@ Examples:
   pisync copy --from sqlite:data/pisync.db --to postgres://pisync@localhost/pisync
                                            move from SQLite to PostgreSQL
   pisync key create --scope admin          a key that opens everything, shown this once
+  pisync device import roster.csv          which devices there are
   pisync import events.csv.gz              events from elsewhere
   pisync export --output events.ndjson.gz  and out again";
 
@@ -132,6 +136,12 @@ Examples:
     Incident(incident::IncidentCommand),
     /// Show how the fleet is, explain a device's state, and run scripted fleets
     Fleet(fleet::FleetCommand),
+    /// Set the roster; list, pause and delete devices
+    Device(device::DeviceCommand),
+    /// Show and set what is expected of the fleet, a group or a device
+    Policy(policy::PolicyCommand),
+    /// Make, list and delete times at which nothing is expected, or nobody is told
+    Window(window::WindowCommand),
     /// Would a server of this configuration work? Check everything, change nothing
     Doctor(Box<doctor::DoctorCommand>),
     /// Ask the running server whether it can serve
@@ -164,7 +174,15 @@ impl Command {
                 "the database is the one before or the backup, whole in either case"
             }
             Self::Verify(_) => "figures that were repaired stay repaired",
-            Self::Journal(_) | Self::Key(_) | Self::Incident(_) | Self::Fleet(_) => "run it again",
+            Self::Device(_) => {
+                "a deletion that has begun goes on when a server runs; of all else, run it again"
+            }
+            Self::Journal(_)
+            | Self::Key(_)
+            | Self::Incident(_)
+            | Self::Fleet(_)
+            | Self::Policy(_)
+            | Self::Window(_) => "run it again",
             Self::Doctor(_) | Self::Health(_) => "nothing was changed",
             Self::Simulate(_) => {
                 "what was sent stays on the server; start again with another --seed"
@@ -217,6 +235,9 @@ pub fn main() -> ExitCode {
             Some(Command::Key(command)) => key::run(&command).await,
             Some(Command::Incident(command)) => incident::run(&command).await,
             Some(Command::Fleet(command)) => fleet::run(&command).await,
+            Some(Command::Device(command)) => device::run(&command).await,
+            Some(Command::Policy(command)) => policy::run(&command).await,
+            Some(Command::Window(command)) => window::run(&command).await,
             Some(Command::Doctor(command)) => {
                 doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
             }

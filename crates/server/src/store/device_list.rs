@@ -29,6 +29,10 @@ pub(super) struct Dialect {
     pub(super) created_at: &'static str,
     /// A parameter with such a number, as `d.created_at` is stored.
     pub(super) time: fn(&str) -> String,
+    /// What names a device `d`, and the column in which other tables have the same.
+    pub(super) device: (&'static str, &'static str),
+    /// The condition of the index of overdue devices.
+    pub(super) is_overdue: &'static str,
 }
 
 /// A statement and its parameters.
@@ -57,6 +61,10 @@ pub(super) struct Filter {
     /// A pattern for the id or the name.
     search: Option<String>,
     group: Option<String>,
+    tag: Option<String>,
+    /// The states, if not all of them are meant.
+    states: Vec<&'static str>,
+    is_overdue: bool,
     /// The smallest first part of the key.
     least: Option<i64>,
 }
@@ -66,6 +74,9 @@ impl Filter {
         Self {
             search: query.search.as_deref().map(like_pattern),
             group: query.group.as_ref().map(ToString::to_string),
+            tag: query.tag.clone(),
+            states: query.states.iter().map(|state| state.as_str()).collect(),
+            is_overdue: query.is_overdue,
             least: None,
         }
     }
@@ -76,12 +87,12 @@ impl Filter {
     }
 
     pub(super) fn is_none(&self) -> bool {
-        self.search.is_none() && self.group.is_none()
+        self.search.is_none() && !self.has_index()
     }
 
-    /// The group, when nothing else is asked for.
-    pub(super) fn group(&self) -> Option<&str> {
-        self.group.as_deref()
+    /// Whether an index finds the devices.
+    pub(super) fn has_index(&self) -> bool {
+        self.group.is_some() || self.tag.is_some() || !self.states.is_empty() || self.is_overdue
     }
 
     /// Whether a changed device belongs to the list, by the first part of its key.
@@ -102,6 +113,30 @@ impl Filter {
         if let Some(group) = &self.group {
             let group = statement.bind(KeyPart::Text(group.clone()));
             statement.sql.push_str(&format!(r#" and d."group" = {group}"#));
+        }
+        let (device, column) = dialect.device;
+        if let Some(tag) = &self.tag {
+            let tag = statement.bind(KeyPart::Text(tag.clone()));
+            statement.sql.push_str(&format!(
+                " and {device} in (select t.{column} from device_tags t where t.tag = {tag})"
+            ));
+        }
+        if !self.states.is_empty() {
+            let states: Vec<_> = self
+                .states
+                .iter()
+                .map(|state| statement.bind(KeyPart::Text((*state).to_owned())))
+                .collect();
+            statement.sql.push_str(&format!(
+                " and {device} in (select h.{column} from device_health h where h.state in ({}))",
+                states.join(", ")
+            ));
+        }
+        if self.is_overdue {
+            statement.sql.push_str(&format!(
+                " and {device} in (select h.{column} from device_health h where {})",
+                dialect.is_overdue
+            ));
         }
     }
 }

@@ -2,7 +2,7 @@
 //! is in [`super::fleet_changes`]. Deleting one takes many transactions; see [`super::deletion`].
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, GroupName};
+use pisync_core::{DeviceId, GroupName, health::State};
 
 use super::{Device, DeviceWithJobs, KeyPart, Page, Place, StoreError};
 
@@ -37,6 +37,12 @@ pub struct DeviceQuery {
     pub search: Option<String>,
     /// Only devices of this group.
     pub group: Option<GroupName>,
+    /// Only devices with this tag.
+    pub tag: Option<String>,
+    /// Only devices in one of these states, as the last sweep has found them; all when empty.
+    pub states: Vec<State>,
+    /// Only devices that are overdue.
+    pub is_overdue: bool,
     /// The sort key.
     pub sort: DeviceSort,
     /// Largest or latest first.

@@ -180,6 +180,9 @@ async fn seen(store: &dyn Store) -> Vec<String> {
     let query = DeviceQuery {
         search: None,
         group: None,
+        tag: None,
+        states: Vec::new(),
+        is_overdue: false,
         sort: DeviceSort::DeviceId,
         descending: false,
         limit: 100,

@@ -534,6 +534,13 @@ async fn what_a_sweep_has_found_is_shown(server: &TestServer) {
         assert_eq!((&device["status"], &device["status_since"]), (&json!("silent"), &json!(at(0))));
         assert_eq!((&device["problems"], &device["next_due"]), (&problems, &json!(at(0))));
     }
+    for wrong in ["bad", "", "ok,", "Ok"] {
+        let complaints = server.get(&format!("/api/devices?status={wrong}")).await.complaints();
+        let rule = "must be some of [never, ok, degraded, failing, silent, paused]";
+        assert_eq!(complaints, [format!("\"status\" {rule}")]);
+    }
+    let none = server.get("/api/devices?status=paused,never&tag=x&overdue=true").await.data(200);
+    assert_eq!(none["devices"], json!([]));
     let jobs = &found["jobs"];
     assert_eq!(column(jobs, "job"), ["nightly", "weekly"]);
     assert_eq!(column(jobs, "status"), ["ok", "failing"]);

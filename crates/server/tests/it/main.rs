@@ -36,6 +36,7 @@ mod export;
 mod express;
 mod faults;
 mod file_owners;
+mod fleet_commands;
 mod fleet_settings;
 mod fuzz_corpus;
 mod group_keys;

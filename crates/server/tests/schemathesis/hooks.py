@@ -27,23 +27,85 @@ def filter_case(context, case):
     return not (in_header and in_body) and not has_cursor
 
 
+@schemathesis.serializer("text/csv")
+def table(context, value):
+    """Any text may be a table. What is wrong in it is told."""
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+
+
 @schemathesis.serializer("application/x-ndjson")
 def lines(context, value):
     """Any text may be lines of events: those that are none are rejected one by one."""
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
 
 
+def is_date(value):
+    return isinstance(value, str) and value[:4].isdigit()
+
+
+def possible_policy(policy):
+    """Cron expressions and time zones are texts with rules of their own, jobs are named once, and no more runs fail
+    than there are."""
+    if isinstance(policy, list):
+        policy = [possible_policy(item) for item in policy]
+        names = [item.get("job") for item in policy if isinstance(item, dict) and "job" in item]
+        if all(name is None or isinstance(name, str) for name in names) and len(set(names)) < len(names):
+            return policy[:1]
+        return policy
+    if not isinstance(policy, dict):
+        return policy
+    policy = {field: possible_policy(value) for field, value in policy.items()}
+    for field, possible in (("cron", "0 2 * * *"), ("timezone", "Europe/Berlin")):
+        if isinstance(policy.get(field), str) and len(policy[field]) <= 200:
+            policy[field] = possible
+    counts = [policy.get(field) for field in ("failures", "of_last")]
+    if all(isinstance(count, int) and 1 <= count <= 50 for count in counts):
+        policy["failures"], policy["of_last"] = min(counts), max(counts)
+    return policy
+
+
+def possible_window(body):
+    """What a window is for, and its times, depend on one another."""
+    body = dict(body)
+    key = body.get("key")
+    if body.get("scope") == "fleet":
+        if isinstance(key, str) and 0 < len(key) <= 255 and key.isprintable():
+            del body["key"]
+    elif body.get("scope") in ("group", "device", "tag"):
+        if key is None:
+            body["key"] = "some"
+        elif isinstance(key, str) and 0 < len(key) <= 255 and key.isprintable():
+            body["key"] = key[:50]
+    if isinstance(body.get("timezone"), str):
+        body["timezone"] = "Europe/Berlin"
+    for field, possible in (("from", "2026-01-01T00:00:00Z"), ("until", "2026-06-01T00:00:00Z")):
+        if is_date(body.get(field)) or body.get("weekly") is None and body.get(field) is None:
+            body[field] = possible
+    return body
+
+
 @schemathesis.hook
 def before_call(context, case, kwargs):
     """Also for bodies that no other hook sees: a key is for a device or a group only to report for them,
-    and ends in the future."""
+    and ends in the future. So does a pause."""
     body = case.body
     if case.path.endswith("/acknowledge") and isinstance(body, dict):
         until = body.get("until")
         if isinstance(until, str) and until[:4].isdigit():
             case.body = {**body, "until": "3" + until[1:]}
         return
-    if not isinstance(body, dict) or body.get("scope") not in ("ingest", "read", "operate", "admin"):
+    if not isinstance(body, dict):
+        return
+    if case.path.startswith("/api/window"):
+        case.body = possible_window(body)
+        return
+    if "policy" in body or is_date(body.get("paused")):
+        body = {**body, **({"policy": possible_policy(body["policy"])} if "policy" in body else {})}
+        if is_date(body.get("paused")):
+            body["paused"] = "3" + body["paused"][1:]
+        case.body = body
+        return
+    if body.get("scope") not in ("ingest", "read", "operate", "admin"):
         return
 
     def is_text(field):

@@ -1,7 +1,7 @@
 //! `GET /api/devices`: the devices of the fleet, in pages. `one` defines how a device looks.
 
 use axum::extract::State;
-use pisync_core::GroupName;
+use pisync_core::{GroupName, health::State as Health};
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -9,7 +9,8 @@ use utoipa_axum::routes;
 use crate::{
     api::{
         SharedState,
-        devices::one::DeviceData,
+        devices::{change::MAX_TAG, one::DeviceData},
+        fleet::level::StatusName,
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, WithQuery},
@@ -47,6 +48,16 @@ const SORTS: [(&str, (DeviceSort, bool)); 18] = [
     ("-consecutive_failures", (DeviceSort::ConsecutiveFailures, true)),
 ];
 
+/// The states by their names.
+const STATES: [(&str, Health); 6] = [
+    ("never", Health::Never),
+    ("ok", Health::Ok),
+    ("degraded", Health::Degraded),
+    ("failing", Health::Failing),
+    ("silent", Health::Silent),
+    ("paused", Health::Paused),
+];
+
 pub(crate) fn routes() -> Routes {
     Routes::new(routes!(list_devices), RoutePolicy::API)
 }
@@ -62,6 +73,15 @@ struct DeviceParameters {
     /// Only devices of this group.
     #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     group: Option<String>,
+    /// Only devices with this tag.
+    #[param(min_length = 1, max_length = 50, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    tag: Option<String>,
+    /// Only devices in one of these states, as the last sweep has found them.
+    #[param(style = Form, explode = false, min_items = 1, inline)]
+    status: Option<Vec<StatusName>>,
+    /// True: only devices that are overdue.
+    #[param(default = false)]
+    overdue: Option<bool>,
     /// The sort order. With a minus sign, the largest or latest comes first. Missing values come last, and equal ones
     /// are sorted by `device_id`.
     #[param(inline)]
@@ -133,6 +153,9 @@ async fn list_devices(
     let device_query = DeviceQuery {
         search: query.text("q", MAX_SEARCH),
         group: query.name("group", GroupName::new),
+        tag: query.text("tag", MAX_TAG),
+        states: query.choices("status", &STATES).unwrap_or_default(),
+        is_overdue: query.boolean("overdue"),
         sort,
         descending,
         limit: query.limit().unwrap_or(DEFAULT_LIMIT),

@@ -254,6 +254,24 @@ impl QueryString {
         let rule = format!("must be one of [{}]", names.join(", "));
         self.refuse(name, ViolationCode::Format, &rule, text)
     }
+
+    /// Some of `choices`, by name, with commas between them.
+    pub fn choices<T: Copy>(
+        &mut self,
+        name: &'static str,
+        choices: &[(&str, T)],
+    ) -> Option<Vec<T>> {
+        let text = self.get(name)?;
+        let find = |word: &str| choices.iter().find(|(choice, _)| *choice == word);
+        let found: Option<Vec<T>> =
+            text.split(',').map(|word| find(word.trim()).map(|(_, value)| *value)).collect();
+        if found.is_some() {
+            return found;
+        }
+        let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+        let rule = format!("must be some of [{}]", names.join(", "));
+        self.refuse(name, ViolationCode::Format, &rule, text)
+    }
 }
 
 /// How many unknown parameters are named. No endpoint has as many known ones, and each name is compared with all

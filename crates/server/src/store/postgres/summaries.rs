@@ -35,6 +35,8 @@ const DIALECT: Dialect = Dialect {
     time: |parameter| {
         format!("timestamptz 'epoch' + {parameter}::bigint * interval '1 microsecond'")
     },
+    device: ("d.device_id", "device_id"),
+    is_overdue: "h.is_overdue",
 };
 
 /// Runs a statement that is planned for its parameters: how many rows are asked for decides on the index.
@@ -120,10 +122,10 @@ pub(super) async fn places(
     part: Part,
     filter: &Filter,
 ) -> Result<Places, Error> {
-    if filter.group().is_some()
+    if filter.has_index()
         && count(snapshot, filter, SORTED_IN_MEMORY).await? <= SORTED_IN_MEMORY.into()
     {
-        return Ok(page_of(group_places(snapshot, order, filter).await?, &part));
+        return Ok(page_of(indexed_places(snapshot, order, filter).await?, &part));
     }
     let scan = match order {
         Order::Summary(order) => {
@@ -178,8 +180,8 @@ fn place(row: &Row, order: Order, request: &Request) -> Result<Place, Error> {
     Ok(Place { key: key.transpose()?, device_id: row.try_get(0)? })
 }
 
-/// The places of all devices of a group, in any order.
-async fn group_places(
+/// The places of all devices that an index finds, in any order.
+async fn indexed_places(
     snapshot: &Transaction<'_>,
     order: Order,
     filter: &Filter,

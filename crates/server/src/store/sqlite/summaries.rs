@@ -30,6 +30,8 @@ const DIALECT: Dialect = Dialect {
     device_of_summary: "d.id = s.device",
     created_at: "d.created_at",
     time: str::to_owned,
+    device: ("d.id", "device"),
+    is_overdue: "h.is_overdue = 1",
 };
 
 /// Devices that may differ from their summaries. The latest events are found by their ids, of which SQLite thinks less than
@@ -120,10 +122,9 @@ pub(super) fn places(
     part: Part,
     filter: &Filter,
 ) -> rusqlite::Result<Places> {
-    if filter.group().is_some()
-        && count(connection, filter, SORTED_IN_MEMORY)? <= SORTED_IN_MEMORY.into()
+    if filter.has_index() && count(connection, filter, SORTED_IN_MEMORY)? <= SORTED_IN_MEMORY.into()
     {
-        return Ok(page_of(group_places(connection, order, filter)?, &part));
+        return Ok(page_of(indexed_places(connection, order, filter)?, &part));
     }
     let scan = match order {
         Order::Summary(order) => {
@@ -176,8 +177,8 @@ fn place(row: &Row<'_>, order: Order, request: &Request) -> rusqlite::Result<Pla
     Ok(Place { key: key.transpose()?, device_id: row.get(0)? })
 }
 
-/// The places of all devices of a group, in any order.
-fn group_places(
+/// The places of all devices that an index finds, in any order.
+fn indexed_places(
     connection: &Connection,
     order: Order,
     filter: &Filter,

@@ -4,6 +4,8 @@ use pisync::store::{
     Count, Device, DeviceChange, DeviceQuery, DeviceSort, Freshness, HistoryQuery, Page,
 };
 
+use pisync_core::health::State;
+
 use crate::support::{
     events::{at, device_id, failure, group_name, now, of_job, somebody, success, write, write_at},
     store::TestStore,
@@ -14,6 +16,7 @@ both_stores!(
     search_is_literal_and_ignores_the_case_of_ascii,
     search_looks_at_names_too,
     groups,
+    tags_and_states,
     every_sort_in_both_directions,
     pages_and_their_total,
     a_device_that_never_reported,
@@ -27,6 +30,9 @@ fn all() -> DeviceQuery {
     DeviceQuery {
         search: None,
         group: None,
+        tag: None,
+        states: Vec::new(),
+        is_overdue: false,
         sort: DeviceSort::DeviceId,
         descending: false,
         limit: 100,
@@ -118,6 +124,65 @@ async fn groups(fixture: &TestStore) {
     assert_eq!(ids(fixture, &of_group("Schoo_")).await, [""; 0]);
     let both = DeviceQuery { search: Some("B".to_owned()), ..of_group("School") };
     assert_eq!(ids(fixture, &both).await, ["ab"]);
+}
+
+/// What indexes find is in every order, also where there are more devices than are sorted in memory.
+async fn tags_and_states(fixture: &TestStore) {
+    register(fixture, &["a", "b", "c", "d"]).await;
+    for (device, tags) in [("a", vec!["x", "y"]), ("b", vec!["y"]), ("d", vec!["x"])] {
+        let tags = tags.into_iter().map(str::to_owned).collect();
+        change(fixture, device, DeviceChange { tags: Some(tags), ..DeviceChange::default() }).await;
+    }
+    for (device, state, is_overdue) in
+        [("a", "ok", false), ("b", "silent", true), ("c", "never", true), ("d", "failing", false)]
+    {
+        let (key, time, no) = match fixture.is_postgres() {
+            true => (format!("'{device}'"), "timestamptz '2026-11-22 11:00+00'", "false"),
+            false => (
+                format!("(select id from devices where device_id = '{device}')"),
+                "1795345200000",
+                "0",
+            ),
+        };
+        let is_overdue = match (fixture.is_postgres(), is_overdue) {
+            (true, true) => "true",
+            (true, false) => "false",
+            (false, true) => "1",
+            (false, false) => "0",
+        };
+        let row = format!(
+            "insert into device_health values
+                 ({key}, '', '{state}', {time}, '[]', {no}, {is_overdue}, {no}, 1, 1, {time}, {time}, {time}, 3, 4,
+                  {time}, {time}, {time}, 1, {no})"
+        );
+        fixture.database.execute(&row).await;
+    }
+    let tagged = |tag: &str| DeviceQuery { tag: Some(tag.to_owned()), ..all() };
+    let in_states = |states: &[State]| DeviceQuery { states: states.to_vec(), ..all() };
+    let overdue = DeviceQuery { is_overdue: true, ..all() };
+    for (query, expected) in [
+        (tagged("x"), &["a", "d"][..]),
+        (tagged("y"), &["a", "b"]),
+        (tagged("X"), &[]),
+        (in_states(&[State::Ok]), &["a"]),
+        (in_states(&[State::Silent, State::Failing, State::Silent]), &["b", "d"]),
+        (in_states(&[State::Paused]), &[]),
+        (overdue.clone(), &["b", "c"]),
+        (DeviceQuery { tag: Some("y".to_owned()), ..overdue.clone() }, &["b"]),
+        (DeviceQuery { states: vec![State::Never], ..overdue.clone() }, &["c"]),
+        (DeviceQuery { search: Some("C".to_owned()), ..overdue }, &["c"]),
+    ] {
+        assert_eq!(ids(fixture, &query).await, expected, "{query:?}");
+        for sort in [DeviceSort::Name, DeviceSort::LastSeen, DeviceSort::TotalSyncs] {
+            let query = DeviceQuery { sort, ..query.clone() };
+            assert_eq!(ids(fixture, &query).await, expected, "{query:?}");
+        }
+    }
+    let first = DeviceQuery { limit: 1, ..tagged("y") };
+    let page = devices(fixture, &first).await;
+    let second = devices(fixture, &DeviceQuery { after: page.next, ..first }).await;
+    assert_eq!(second.items[0].device_id, "b");
+    assert!(second.next.is_none());
 }
 
 async fn every_sort_in_both_directions(fixture: &TestStore) {

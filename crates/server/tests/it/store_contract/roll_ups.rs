@@ -203,6 +203,9 @@ async fn assert_lists_exact(fixture: &TestStore, sent: &[SyncEvent]) {
             let mut query = DeviceQuery {
                 search: None,
                 group: None,
+                tag: None,
+                states: Vec::new(),
+                is_overdue: false,
                 sort,
                 descending,
                 limit: 2,
