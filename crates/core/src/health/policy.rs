@@ -636,14 +636,14 @@ mod tests {
     use crate::health::{Level, Levels};
 
     /// The fields and messages of what is wrong with a policy.
-    fn wrong(policy: Value) -> Vec<String> {
-        let violations = Policy::read(&policy, "policy").unwrap_err();
+    fn wrong(policy: &Value) -> Vec<String> {
+        let violations = Policy::read(policy, "policy").unwrap_err();
         violations.into_iter().map(|violation| violation.message).collect()
     }
 
     #[test]
     fn every_wrong_field_is_named() {
-        let found = wrong(json!({
+        let found = wrong(&json!({
             "expect": {"every_seconds": 59},
             "grace_seconds": 2_592_001,
             "failing": {"failures": 6, "of_last": 5},
@@ -702,9 +702,9 @@ mod tests {
             (json!({"cron": 5, "timezone": "UTC"}), r#""policy.expect.cron" must be a string"#),
         ];
         for (expect, message) in cases {
-            assert_eq!(wrong(json!({ "expect": expect })), [message]);
+            assert_eq!(wrong(&json!({ "expect": expect })), [message]);
         }
-        let found = wrong(json!({"expect": {"cron": "0 2 * *", "timezone": "UTC"}}));
+        let found = wrong(&json!({"expect": {"cron": "0 2 * *", "timezone": "UTC"}}));
         let start = r#""policy.expect.cron" is not a cron expression of 5 fields: "#;
         assert!(found[0].starts_with(start), "{found:?}");
     }
@@ -738,14 +738,14 @@ mod tests {
 
     #[test]
     fn each_field_comes_from_the_most_specific_level() {
-        let of = |policy: Value| Policy::read(&policy, "policy").unwrap();
-        let device = of(json!({"grace_seconds": 60}));
-        let group = of(json!({
+        let of = |policy: &Value| Policy::read(policy, "policy").unwrap();
+        let device = of(&json!({"grace_seconds": 60}));
+        let group = of(&json!({
             "grace_seconds": 120,
             "recover_after": 2,
             "jobs": [{"job": "nightly", "recover_after": 3}],
         }));
-        let fleet = of(json!({
+        let fleet = of(&json!({
             "recover_after": 4,
             "max_run_seconds": 600,
             "jobs": [{"job": "nightly", "grace_seconds": 180, "expect": {"every_seconds": 7200}}],

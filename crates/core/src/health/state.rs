@@ -416,16 +416,15 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
             let job = self.job(facts, &expectations, &mut problems);
             jobs.push(job);
         }
-        problems.extend(expectations.iter().filter(|one| !one.is_of_job).filter_map(|one| {
-            one.is_missed(self.now).then(|| Problem {
-                kind: ProblemKind::Silent,
-                job: None,
-                reason: one.reason,
-                since: match one.reason {
-                    Reason::NeverReported => self.facts.expected_from.unwrap_or(one.base),
-                    _ => one.deadline.due_at,
-                },
-            })
+        let missed = expectations.iter().filter(|one| !one.is_of_job && one.is_missed(self.now));
+        problems.extend(missed.map(|one| Problem {
+            kind: ProblemKind::Silent,
+            job: None,
+            reason: one.reason,
+            since: match one.reason {
+                Reason::NeverReported => self.facts.expected_from.unwrap_or(one.base),
+                _ => one.deadline.due_at,
+            },
         }));
         problems.extend(self.behind(behind_after));
         problems.sort();
@@ -764,6 +763,16 @@ mod tests {
         (health.state, problems.collect())
     }
 
+    /// A name, the policy, what is known, the present, and the state and problems that follow.
+    type Case<'a> = (
+        &'static str,
+        &'a EffectivePolicy,
+        DeviceFacts,
+        &'static str,
+        State,
+        &'static [&'static str],
+    );
+
     #[test]
     fn the_worst_problem_is_the_state() {
         let plain = policy(&json!({}));
@@ -782,7 +791,7 @@ mod tests {
         let of_nightly = |last: &str, failures| {
             device(vec![job(Some("nightly"), Some(reports(last, failures)))])
         };
-        let cases: Vec<(&str, &EffectivePolicy, DeviceFacts, &str, State, &[&str])> = vec![
+        let cases: Vec<Case<'_>> = vec![
             ("heard", &plain, well.clone(), "02T10:29:59", State::Ok, &[]),
             (
                 "not heard",

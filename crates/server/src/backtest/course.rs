@@ -341,7 +341,7 @@ impl Course {
             return Ok(());
         }
         let body = answer.into_body().collect().await;
-        let body = body.map(|body| body.to_bytes()).unwrap_or_default();
+        let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let Request { method, path, .. } = request;
         let said = String::from_utf8_lossy(&body);
         Err(impossible(format!("{method} {path} is answered {status}: {said}")))

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use pisync_core::Timestamp;
+use pisync_core::{Timestamp, health::Resolution};
 
 use crate::store::{
     DEVICES_PER_STEP, FleetSettings, IncidentChange, IncidentEvent, Store, StoreError, WindowScope,
@@ -36,7 +36,7 @@ impl Swept {
                     scope,
                     subject,
                     kind,
-                    resolution = event.resolution.map(|resolution| resolution.as_str()),
+                    resolution = event.resolution.map(Resolution::as_str),
                     "incident resolved"
                 ),
                 IncidentChange::Opened | IncidentChange::Reopened | IncidentChange::Flapping => {

@@ -737,7 +737,7 @@ impl Step<'_> {
             .iter()
             .filter(|(_, member, presumed)| {
                 let is_missing = self.is_here(member) && member.has(kind);
-                !is_missing && !(*presumed && late.contains(member.device_id.as_str()))
+                !(is_missing || (*presumed && late.contains(member.device_id.as_str())))
             })
             .map(|(_, member, _)| member)
             .collect();

@@ -307,7 +307,8 @@ impl Dialect {
         if query.group.is_some() {
             let group = statement.bind(self, Parameter::Group);
             // A device leads to fewer incidents than its group: its index must be taken.
-            let column = if query.device_id.is_some() { "'' || i.\"group\"" } else { "i.\"group\"" };
+            let column =
+                if query.device_id.is_some() { "'' || i.\"group\"" } else { "i.\"group\"" };
             condition.push_str(&format!(" and {column} = {group}"));
         }
         let scopes: Vec<_> = IncidentScope::ALL
