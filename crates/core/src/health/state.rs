@@ -472,16 +472,22 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
     /// Sets when the device must be looked at again.
     fn look_again(&self, health: &mut Health) {
         let mut check_at = Vec::new();
+        let mut awaited_since = None;
         for expectation in &health.expectations {
             if expectation.is_missed(self.now) {
                 continue;
             }
             let due_at = expectation.deadline.due_at;
-            let is_any = !expectation.is_of_job && expectation.held_by.is_none();
+            // A report that ends the run ends the waiting, too, and may come at any moment.
+            if expectation.held_by.is_some() && due_at <= self.now {
+                awaited_since = awaited_since.or(Some(due_at));
+            }
             match &self.policy.rules.expect.value.schedule() {
-                Some(Schedule::Every(interval)) if is_any && self.heard().is_some() => {
+                Some(Schedule::Every(interval))
+                    if !expectation.is_of_job && self.heard().is_some() =>
+                {
                     health.silent_after = Some(interval + health.grace);
-                    health.due_at = Some(due_at);
+                    health.due_at = expectation.held_by.is_none().then_some(due_at);
                 }
                 _ => check_at.push(due_at),
             }
@@ -490,6 +496,7 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
             check_at.push(self.longest_end(run));
         }
         health.check_at = check_at.into_iter().filter(|at| *at > self.now).min();
+        health.check_at = awaited_since.or(health.check_at);
     }
 
     /// By when a run must have been reported.
@@ -943,9 +950,18 @@ mod tests {
         assert_eq!(found(&policy, &facts, "04T06:00:04").0, State::Ok);
         let overrun = vec!["failing nightly overrun 04T06:00".to_owned()];
         assert_eq!(found(&policy, &facts, "04T06:00:05"), (State::Failing, overrun));
+        // Before the deadline it is looked at then, and after it in every sweep: the report may come at any moment.
+        let health = evaluate(&policy, &facts, &(), at("04T02:30"));
+        assert_eq!(health.check_at, Some(at("04T03:00")));
         let health = evaluate(&policy, &facts, &(), at("04T05:00"));
-        assert_eq!(health.check_at, Some(at("04T06:00:05")));
+        assert_eq!(health.check_at, Some(at("04T03:00")));
         assert_eq!(health.late_at, None);
+        // Any report within an hour: silence is found though a run was open when the device was looked at.
+        let hourly = self::policy(&json!({}));
+        let mut facts = device(vec![job(None, Some(reports("04T09:00", 0)))]);
+        facts.open_runs.push(OpenRun { job: None, started_at: at("04T09:00") });
+        let health = evaluate(&hourly, &facts, &(), at("04T09:00:15"));
+        assert_eq!((health.silent_after, health.due_at), (Some(90 * MINUTE), None));
     }
 
     #[test]

@@ -146,6 +146,17 @@ async fn numbers_of_devices_by_state_add_up(fixture: &TestStore) {
     sweep_at(&*fixture.store, at(2 * HOUR)).await;
     let silent = r#"(select coalesce(sum(devices), 0) from group_states where state = 'silent')"#;
     assert_eq!(fixture.database.number(silent).await, 9);
+    // The most of the hour are noted by group, and stay when the devices are well again.
+    let again = devices.iter().filter(|device| !["d0", "d5", "d11"].contains(&device.as_str()));
+    let events: Vec<_> = again.map(|device| success(device, at(2 * HOUR + 60))).collect();
+    write_at(&mut *writer, at(2 * HOUR + 60), events).await;
+    sweep_at(&*fixture.store, at(2 * HOUR + 75)).await;
+    for table in ["group_hours", "group_days"] {
+        let most = format!("(select coalesce(sum(most_silent), 0) from {table})");
+        assert_eq!(fixture.database.number(&most).await, 9, "{table}");
+        let most = format!("(select coalesce(sum(most_degraded), 0) from {table})");
+        assert!(fixture.database.number(&most).await >= 3, "{table}");
+    }
 }
 
 /// Two servers sweep at the same moments. Each incident is opened once.

@@ -519,6 +519,7 @@ async fn keep_changes(
         let devices: Vec<i64> = counts.values().map(|(devices, _)| *devices).collect();
         let expected: Vec<i64> = counts.values().map(|(_, expected)| *expected).collect();
         transaction.execute(&count, &[&groups, &states, &devices, &expected]).await?;
+        note_most(transaction, Some(&groups), now).await?;
     }
     let left: Vec<&str> = evaluated.iter().filter_map(Evaluated::left_group).collect();
     if !left.is_empty() {
@@ -526,6 +527,42 @@ async fn keep_changes(
         transaction.execute(&leave, &[&left, &now.to_jiff()]).await?;
     }
     Ok(changed.len())
+}
+
+/// Notes how many devices of some groups, or of each group, are in a state that is not well, if that is the most of this hour
+/// and day.
+async fn note_most(
+    transaction: &Transaction<'_>,
+    groups: Option<&[&str]>,
+    now: Timestamp,
+) -> Result<(), Error> {
+    let tables = [
+        ("group_hours", "hour", "date_trunc('hour', $1::timestamptz, 'UTC')"),
+        ("group_days", "day", "($1::timestamptz at time zone 'UTC')::date"),
+    ];
+    for (table, column, begins) in tables {
+        let note = format!(
+            r#"insert into {table} as kept (
+                   "group", {column}, runs, failed_runs, most_failing, most_silent, most_degraded
+               )
+               select "group", {begins}, 0, 0,
+                      coalesce(sum(devices) filter (where state = 'failing'), 0),
+                      coalesce(sum(devices) filter (where state = 'silent'), 0),
+                      coalesce(sum(devices) filter (where state = 'degraded'), 0)
+                 from group_states
+                where $2::text[] is null or "group" = any($2)
+                group by "group"
+               having coalesce(sum(devices) filter (where state in ('failing', 'silent', 'degraded')), 0) > 0
+                order by "group"
+                   on conflict ("group", {column}) do update
+                  set most_failing = greatest(kept.most_failing, excluded.most_failing),
+                      most_silent = greatest(kept.most_silent, excluded.most_silent),
+                      most_degraded = greatest(kept.most_degraded, excluded.most_degraded)"#
+        );
+        let note = transaction.prepare_cached(&note).await?;
+        transaction.execute(&note, &[&now.to_jiff(), &groups]).await?;
+    }
+    Ok(())
 }
 
 /// Forgets the state of a device that is being deleted, whose row is locked. Its incidents are looked at in the next sweep.
@@ -557,7 +594,14 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
 async fn end_sweep(connection: &mut Object, version: i64, now: Timestamp) -> Result<bool, Error> {
     const END: &str = "update fleet_state set swept_at = $1";
     const FORGET: &str = "delete from fleet_changes where version <= $1";
+    const SWEPT_AT: &str = "select swept_at from fleet_state";
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(false) };
+    let swept_at = optional_time(&transaction.query_one(SWEPT_AT, &[]).await?, 0)?;
+    let hour_of = |at: Timestamp| at.as_millisecond().div_euclid(60 * 60 * 1000);
+    if swept_at.map(hour_of) != Some(hour_of(now)) {
+        // What goes on from the hour before counts in this one, too.
+        note_most(&transaction, None, now).await?;
+    }
     let end = transaction.prepare_cached(END).await?;
     transaction.execute(&end, &[&now.to_jiff()]).await?;
     let forget = transaction.prepare_cached(FORGET).await?;

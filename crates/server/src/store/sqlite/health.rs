@@ -1,7 +1,7 @@
 //! States of devices and jobs in SQLite. The sweep calls it through `HealthStore`. A step reads what is known, evaluates it
 //! and writes the result in one transaction of the writer, short enough that ingest does not notice.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use async_trait::async_trait;
 use pisync_core::{Timestamp, health::Outcome};
@@ -25,6 +25,7 @@ use crate::store::{
         LARGEST_LAG, LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange,
         evaluate, examine, outage, state_counts,
     },
+    verify::DAY_MILLISECONDS,
 };
 
 #[async_trait]
@@ -321,12 +322,50 @@ fn evaluate_devices(
            set devices = kept.devices + excluded.devices, expected = kept.expected + excluded.expected
     "#;
     let counts = state_counts(evaluated.iter().map(|(_, one)| one));
-    for ((group, state), (devices, expected)) in counts {
+    for ((group, state), (devices, expected)) in &counts {
         transaction.prepare_cached(COUNT)?.execute(params![group, state, devices, expected])?;
+    }
+    let groups: BTreeSet<&String> = counts.keys().map(|(group, _)| group).collect();
+    for group in groups {
+        note_most(&transaction, Some(group), now)?;
     }
     let changes = evaluated.iter().filter(|(_, one)| one.change().is_some()).count();
     transaction.commit()?;
     Ok(Some(Evaluations { devices: evaluated.len(), changes }))
+}
+
+fn hour_of(millisecond: i64) -> i64 {
+    millisecond - millisecond.rem_euclid(60 * 60 * 1000)
+}
+
+/// Notes how many devices of a group, or of each group, are in a state that is not well, if that is the most of this hour and
+/// day.
+fn note_most(
+    transaction: &Transaction<'_>,
+    group: Option<&str>,
+    now: Timestamp,
+) -> rusqlite::Result<()> {
+    let hour = hour_of(now.as_millisecond());
+    let day = hour - hour.rem_euclid(DAY_MILLISECONDS);
+    for (table, column, begins) in [("group_hours", "hour", hour), ("group_days", "day", day)] {
+        let note = format!(
+            r#"insert into {table} as kept (
+                   "group", {column}, runs, failed_runs, most_failing, most_silent, most_degraded
+               )
+               select "group", ?1, 0, 0, sum(iif(state = 'failing', devices, 0)),
+                      sum(iif(state = 'silent', devices, 0)), sum(iif(state = 'degraded', devices, 0))
+                 from group_states
+                where ?2 is null or "group" = ?2
+                group by "group"
+               having sum(iif(state in ('failing', 'silent', 'degraded'), devices, 0)) > 0
+                   on conflict ("group", {column}) do update
+                  set most_failing = max(kept.most_failing, excluded.most_failing),
+                      most_silent = max(kept.most_silent, excluded.most_silent),
+                      most_degraded = max(kept.most_degraded, excluded.most_degraded)"#
+        );
+        transaction.prepare_cached(&note)?.execute(params![begins, group])?;
+    }
+    Ok(())
 }
 
 /// Writes what an evaluation has found.
@@ -466,7 +505,13 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
 fn end_sweep(writer: &mut WriteConnection, version: i64, now: Timestamp) -> rusqlite::Result<bool> {
     const END: &str = "update fleet_state set swept_at = ?1";
     const FORGET: &str = "delete from fleet_changes where version <= ?1";
+    const SWEPT_AT: &str = "select swept_at from fleet_state";
     let Some(transaction) = begin_step(writer, now)? else { return Ok(false) };
+    let swept_at: Option<i64> = transaction.query_row(SWEPT_AT, [], |row| row.get(0))?;
+    if swept_at.map(hour_of) != Some(hour_of(now.as_millisecond())) {
+        // What goes on from the hour before counts in this one, too.
+        note_most(&transaction, None, now)?;
+    }
     transaction.prepare_cached(END)?.execute([now.as_millisecond()])?;
     transaction.prepare_cached(FORGET)?.execute([version])?;
     transaction.commit()?;
