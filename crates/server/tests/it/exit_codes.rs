@@ -28,6 +28,7 @@ fn bad_value(variable: &str) -> &'static str {
         "CORS_ORIGINS" => "*",
         "LOG_LEVEL" => "loud",
         "AUTO_MIGRATE" => "perhaps",
+        "FLEET" => "maybe",
         "DATABASE_URL" | "COPY_FROM" | "COPY_TO" => "mysql://localhost/pisync",
         "DB_HOST" => "a,,b",
         "DB_PORT" => "65536",
@@ -137,8 +138,64 @@ fn bad_option(words: &[&str]) -> (&'static str, &'static [&'static str]) {
         ["key", "create", "--device" | "--group" | "--name"] => {
             ("two\nlines", &["--scope", "ingest"])
         }
+        ["device", "list", "--group"]
+        | ["policy", "show", "--group" | "--device"]
+        | ["fleet", "status", "--group"]
+        | ["incident", "list", "--group" | "--device"] => ("", &[]),
+        ["policy", "set", "--group" | "--device"] => ("", &["events"]),
+        ["device", "pause", "--for" | "--until"] => ("soon", &["pi"]),
+        ["fleet", "backtest", "--scenario"] => ("postgres://localhost/pisync", &[]),
+        ["incident", "list", "--state" | "--kind" | "--scope"] => ("other", &[]),
+        ["incident", "list", "--since"] => ("yesterday", &[]),
+        ["incident", "list", "--limit"] => ("0", &[]),
+        ["incident", "ack", "--note"] => ("two\nlines", &["1"]),
+        ["incident", "ack", "--for" | "--until"] => ("soon", &["1"]),
+        ["window", "add", option] => bad_option_of_window(option),
         ["simulate", option] => bad_option_of_simulate(option),
         other => panic!("{other:?} is new: say here what it cannot be"),
+    }
+}
+
+/// The other options are right.
+fn bad_option_of_window(option: &str) -> (&'static str, &'static [&'static str]) {
+    const DAY: [&str; 9] = [
+        "w",
+        "--effect",
+        "closed",
+        "--timezone",
+        "UTC",
+        "--from",
+        "2026-01-01",
+        "--until",
+        "2026-01-02",
+    ];
+    match option {
+        "--group" | "--device" | "--tag" => ("", &DAY),
+        "--effect" => {
+            ("shut", &["w", "--timezone", "UTC", "--from", "2026-01-01", "--until", "2026-01-02"])
+        }
+        "--timezone" => {
+            ("Mars", &["w", "--effect", "closed", "--from", "2026-01-01", "--until", "2026-01-02"])
+        }
+        "--from" => {
+            ("soon", &["w", "--effect", "closed", "--timezone", "UTC", "--until", "2026-01-02"])
+        }
+        "--until" => {
+            ("soon", &["w", "--effect", "closed", "--timezone", "UTC", "--from", "2026-01-01"])
+        }
+        "--days" => (
+            "mo",
+            &["w", "--effect", "closed", "--timezone", "UTC", "--start", "07:00", "--end", "08:00"],
+        ),
+        "--start" => (
+            "7",
+            &["w", "--effect", "closed", "--timezone", "UTC", "--days", "mon", "--end", "08:00"],
+        ),
+        "--end" => (
+            "8",
+            &["w", "--effect", "closed", "--timezone", "UTC", "--days", "mon", "--start", "07:00"],
+        ),
+        other => panic!("{other} is new: say here what it cannot be"),
     }
 }
 

@@ -34,17 +34,17 @@ pub(super) struct DeviceUpdate {
     #[schema(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     group: Option<String>,
     /// Up to 20 tags of 1 to 50 characters.
-    #[schema(value_type = Tags, required = false, inline)]
+    #[schema(value_type = Tags, required = false)]
     tags: Option<Vec<String>>,
     /// A note for people.
     #[schema(min_length = 1, max_length = 1000, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     note: Option<String>,
-    #[schema(value_type = PolicyBody, required = false, inline)]
+    #[schema(value_type = PolicyBody, required = false)]
     policy: Option<Value>,
     /// True puts the device on the roster: it is expected to report. With false nothing is expected of it. Null takes
     /// back what was said.
     expected: Option<bool>,
-    #[schema(value_type = Paused, required = false, inline)]
+    #[schema(value_type = Paused, required = false)]
     paused: Option<Value>,
 }
 
@@ -53,8 +53,8 @@ pub(super) struct Tags;
 
 impl utoipa::PartialSchema for Tags {
     fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
-        let schema = serde_json::from_value(serde_json::json!({
-            "type": ["array", "null"],
+        level::one_of(serde_json::json!([{"type": "null"}, {
+            "type": "array",
             "maxItems": MOST_TAGS,
             "items": {
                 "type": "string",
@@ -62,8 +62,7 @@ impl utoipa::PartialSchema for Tags {
                 "maxLength": MAX_TAG,
                 "pattern": r"^[^\u0000-\u001F\u007F-\u009F]+$",
             },
-        }));
-        schema.unwrap_or_else(|_| utoipa::openapi::ObjectBuilder::new().into())
+        }]))
     }
 }
 

@@ -66,7 +66,7 @@ struct RosterDevice {
     #[schema(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     group: Option<String>,
     /// Up to 20 tags of 1 to 50 characters.
-    #[schema(value_type = Tags, required = false, inline)]
+    #[schema(value_type = Tags, required = false)]
     tags: Option<Vec<String>>,
     /// A note for people.
     #[schema(min_length = 1, max_length = 1000, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]

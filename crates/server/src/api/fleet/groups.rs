@@ -139,9 +139,9 @@ struct GroupList {
 #[schema(example = json!({"policy": {"grace_seconds": 3600}, "note": "closed in August"}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct GroupUpdate {
-    #[schema(value_type = PolicyBody, required = false, inline)]
+    #[schema(value_type = PolicyBody, required = false)]
     policy: Option<Value>,
-    #[schema(value_type = Paused, required = false, inline)]
+    #[schema(value_type = Paused, required = false)]
     paused: Option<Value>,
     /// A note for people; null clears it.
     #[schema(min_length = 1, max_length = 1000, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]

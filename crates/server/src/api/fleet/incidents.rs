@@ -288,7 +288,10 @@ async fn acknowledge_incident(
         let body = JsonBody::of(request, BODY_LIMIT, &state).read().await?;
         // A clock that is behind could otherwise accept an end that has passed.
         let present = present(&*state.store, &state.clock).await?;
-        read_acknowledgement(&body, actor.at.max(present))?
+        match body.trim_ascii() {
+            b"null" => NewAcknowledgement::default(),
+            _ => read_acknowledgement(&body, actor.at.max(present))?,
+        }
     };
     state.gate.look_again(key.as_ref(), NEEDED)?;
     let outcome = state.store.acknowledge_incident(id, Some(&acknowledgement), &actor).await?;

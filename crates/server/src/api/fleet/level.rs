@@ -216,11 +216,8 @@ impl PartialSchema for PolicyBody {
             json!({"at_least": integer(2, 100_000), "percent": integer(1, 100)}),
             json!([]),
         ));
-        rules["jobs"] = json!({
-            "type": ["array", "null"],
-            "maxItems": 20,
-            "items": object(job, json!(["job"])),
-        });
+        rules["jobs"] =
+            either(json!({"type": "array", "maxItems": 20, "items": object(job, json!(["job"]))}));
         one_of(json!([{"type": "null"}, object(rules, json!([]))]))
     }
 }
@@ -228,7 +225,7 @@ impl PartialSchema for PolicyBody {
 impl ToSchema for PolicyBody {}
 
 /// A schema that JSON describes.
-fn one_of(schemas: Value) -> openapi::RefOr<openapi::schema::Schema> {
+pub(crate) fn one_of(schemas: Value) -> openapi::RefOr<openapi::schema::Schema> {
     let schema = serde_json::from_value(json!({ "oneOf": schemas }));
     // It is a constant, and tests compare it with what is served.
     schema.unwrap_or_else(|_| openapi::ObjectBuilder::new().into())

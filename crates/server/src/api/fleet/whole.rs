@@ -93,9 +93,9 @@ impl FleetData {
 #[schema(example = json!({"policy": {"expect": {"every_seconds": 3600}}}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct FleetUpdate {
-    #[schema(value_type = PolicyBody, required = false, inline)]
+    #[schema(value_type = PolicyBody, required = false)]
     policy: Option<Value>,
-    #[schema(value_type = Paused, required = false, inline)]
+    #[schema(value_type = Paused, required = false)]
     paused: Option<Value>,
 }
 
