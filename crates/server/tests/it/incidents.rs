@@ -376,7 +376,9 @@ mod locked {
         server.clock.set(at(3_600));
         let over = reader.get("/api/incident/1").await.data(200);
         assert_eq!(over["acknowledged"], Value::Null);
-        // Without a body, and again.
+        // With an empty body, without one, and again.
+        let again = send(nameless.request(Method::POST, PATH).json(&Value::Null)).await.data(200);
+        assert_eq!(again["acknowledged"]["note"], Value::Null);
         let again = send(nameless.request(Method::POST, PATH)).await.data(200);
         let by = format!("key {}", key_id + 1);
         let expected = json!({"at": at(3_600), "by": by, "until": null, "note": null});
@@ -386,24 +388,31 @@ mod locked {
             assert_eq!(withdrawn["acknowledged"], Value::Null);
         }
         let timeline = reader.get("/api/incident/1").await.data(200)["timeline"].take();
-        assert_eq!(column(&timeline, "what"), ["acknowledged"; 3].map(Value::from));
-        assert_eq!(column(&timeline, "by"), ["Ada", &by, "Ada"].map(Value::from));
+        assert_eq!(column(&timeline, "what"), ["acknowledged"; 4].map(Value::from));
+        assert_eq!(column(&timeline, "by"), ["Ada", &by, &by, "Ada"].map(Value::from));
         assert_eq!(
             column(&timeline, "details"),
             [
                 json!({"note": "power cut", "until": at(3_600)}),
                 json!({}),
+                json!({}),
                 json!({"withdrawn": true}),
             ]
         );
-        let lines = ada.get("/api/audit?limit=3").await.data(200)["entries"].take();
+        let lines = ada.get("/api/audit?limit=4").await.data(200)["entries"].take();
         assert_eq!(
             column(&lines, "action"),
-            ["incident.withdraw", "incident.acknowledge", "incident.acknowledge"].map(Value::from)
+            [
+                "incident.withdraw",
+                "incident.acknowledge",
+                "incident.acknowledge",
+                "incident.acknowledge",
+            ]
+            .map(Value::from)
         );
-        assert_eq!(column(&lines, "subject"), ["1"; 3].map(Value::from));
-        assert_eq!(lines[2]["details"], json!({"note": "power cut", "until": at(3_600)}));
-        assert_eq!(lines[2]["key_id"], key_id);
+        assert_eq!(column(&lines, "subject"), ["1"; 4].map(Value::from));
+        assert_eq!(lines[3]["details"], json!({"note": "power cut", "until": at(3_600)}));
+        assert_eq!(lines[3]["key_id"], key_id);
 
         for (path, status, error) in [
             ("/api/incident/2/acknowledge", 409, "Incident is already resolved"),

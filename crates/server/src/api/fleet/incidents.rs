@@ -343,6 +343,10 @@ fn answer(
 }
 
 fn read_acknowledgement(body: &[u8], now: Timestamp) -> Result<NewAcknowledgement, ApiError> {
+    // The same as no body, as a null field is the same as none.
+    if body.trim_ascii() == b"null" {
+        return Ok(NewAcknowledgement::default());
+    }
     let mut fields = Fields::of(body)?;
     let note = fields.optional("note", text(MAX_NOTE));
     let until = fields.optional("until", Timestamp::from_iso8601);
