@@ -53,7 +53,7 @@ pub(super) struct Tags;
 
 impl utoipa::PartialSchema for Tags {
     fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
-        level::one_of(serde_json::json!([{"type": "null"}, {
+        level::one_of(&serde_json::json!([{"type": "null"}, {
             "type": "array",
             "maxItems": MOST_TAGS,
             "items": {

@@ -151,7 +151,7 @@ pub(crate) struct Paused;
 
 impl PartialSchema for Paused {
     fn schema() -> openapi::RefOr<openapi::schema::Schema> {
-        one_of(json!([
+        one_of(&json!([
             {"type": ["boolean", "null"]},
             {"type": "string", "format": "date-time"},
         ]))
@@ -218,14 +218,14 @@ impl PartialSchema for PolicyBody {
         ));
         rules["jobs"] =
             either(json!({"type": "array", "maxItems": 20, "items": object(job, json!(["job"]))}));
-        one_of(json!([{"type": "null"}, object(rules, json!([]))]))
+        one_of(&json!([{"type": "null"}, object(rules, json!([]))]))
     }
 }
 
 impl ToSchema for PolicyBody {}
 
 /// A schema that JSON describes.
-pub(crate) fn one_of(schemas: Value) -> openapi::RefOr<openapi::schema::Schema> {
+pub(crate) fn one_of(schemas: &Value) -> openapi::RefOr<openapi::schema::Schema> {
     let schema = serde_json::from_value(json!({ "oneOf": schemas }));
     // It is a constant, and tests compare it with what is served.
     schema.unwrap_or_else(|_| openapi::ObjectBuilder::new().into())

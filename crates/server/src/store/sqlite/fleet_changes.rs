@@ -380,11 +380,11 @@ fn update_group(
     Ok(true)
 }
 
+/// A key, a policy and when it was changed, the ends of the last pause, and a note.
+type LevelValues<'a> = (&'a str, String, Option<i64>, Option<i64>, Option<i64>, &'a Option<String>);
+
 /// A key, and the settings of a level, as parameters.
-fn level_values<'a>(
-    key: &'a str,
-    level: &'a LevelSettings,
-) -> (&'a str, String, Option<i64>, Option<i64>, Option<i64>, &'a Option<String>) {
+fn level_values<'a>(key: &'a str, level: &'a LevelSettings) -> LevelValues<'a> {
     let (paused_from, paused_until) = pause_times(level.pause);
     (
         key,
