@@ -254,7 +254,9 @@ fn state(examination: &Examination) -> String {
         State::Ok => "is well",
     };
     match examination.health.since {
-        Some(since) if !matches!(examination.health.state, State::Ok | State::Paused) => {
+        Some(since)
+            if ![State::Ok, State::Paused, State::Never].contains(&examination.health.state) =>
+        {
             format!("{id} {words}, since {}.", shown(since))
         }
         _ => format!("{id} {words}."),

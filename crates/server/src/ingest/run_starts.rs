@@ -17,7 +17,7 @@ use crate::store::{RunKey, RunStarts, StartedRun, Store, StoreError};
 const MOST_WAITING: usize = 65_536;
 
 /// The most bytes of names that wait. Starts with names of the usual length reach the other limit first.
-const MOST_BYTES: usize = 16 << 20;
+const MOST_BYTES_OF_STARTS: usize = 16 << 20;
 
 /// How many starts are stored at a time. SQLite's writer is then busy for some milliseconds, for which ingest waits.
 const STEP: usize = 500;
@@ -71,7 +71,7 @@ impl RunStartQueue {
             return Ok(*received_at);
         }
         let bytes = waiting.bytes + run.key.bytes();
-        if waiting.runs.len() >= MOST_WAITING || bytes > MOST_BYTES {
+        if waiting.runs.len() >= MOST_WAITING || bytes > MOST_BYTES_OF_STARTS {
             return Err(Full);
         }
         let received_at = run.received_at;

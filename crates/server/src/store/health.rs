@@ -308,6 +308,13 @@ pub(super) struct HealthRow {
     pub(super) is_unreconciled: bool,
 }
 
+/// The columns of `device_health` `h` that [`HealthRow`] has, in its order.
+pub(super) const HEALTH_COLUMNS: &str = r#"
+    h."group", h.state, h.since, h.problems, h.is_expected, h.is_overdue, h.is_behind, h.silent_after, h.grace,
+    h.due_at, h.late_at, h.check_at, h.patience, h.behind_after, h.next_due, h.waiting_since, h.heard_at,
+    h.policy_version, h.is_unreconciled
+"#;
+
 /// The state of a job as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct JobHealthRow {

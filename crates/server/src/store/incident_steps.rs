@@ -302,6 +302,36 @@ pub(super) struct GroupFacts {
     pub(super) ended: Vec<IncidentRow>,
 }
 
+impl GroupFacts {
+    /// Whether it must be known which devices are late: while the group has an incident about silence, or may get one.
+    pub(super) fn needs_late(open: &[IncidentRow], devices: &[TroubleRow]) -> bool {
+        let is_silent = |device: &TroubleRow| {
+            device.state.as_ref().is_some_and(|one| one.state == State::Silent.as_str())
+        };
+        Self::of_group(open, ProblemKind::Silent).is_some() || devices.iter().any(is_silent)
+    }
+
+    /// The open incident of the group itself.
+    pub(super) fn of_group(open: &[IncidentRow], kind: ProblemKind) -> Option<&IncidentRow> {
+        open.iter().find(|one| one.scope == IncidentScope::Group && one.kind == kind)
+    }
+
+    /// Notes when a report of each device that is not silent is late.
+    pub(super) fn note_late(&mut self, late: Vec<(String, Timestamp)>, now: Timestamp) {
+        self.next_late =
+            late.iter().map(|(_, late_at)| *late_at).filter(|late_at| *late_at > now).min();
+        let late = late.into_iter().filter(|(_, late_at)| *late_at <= now);
+        let last_heard = self.last_heard;
+        for (device_id, late_at) in late {
+            self.tallies[0].late += 1;
+            if last_heard.is_some_and(|heard| late_at > heard) {
+                self.tallies[0].late_in_dark += 1;
+            }
+            self.late.push(device_id);
+        }
+    }
+}
+
 /// A change of one incident.
 #[derive(Debug)]
 pub(super) struct IncidentWrite {

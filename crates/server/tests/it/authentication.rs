@@ -57,10 +57,13 @@ fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuil
         .replace("{device_id}", device)
         .replace("{key_id}", "999")
         .replace("{window_id}", "999")
+        .replace("{incident_id}", "999")
         .replace("{name}", "nobody");
     let request = client.request(method.clone(), &path);
     match (method.as_str(), path.as_str()) {
         ("POST", "/api/keys") => request.json(&json!({"scope": "read"})),
+        ("POST", "/api/sync-start") => request.json(&json!({"device_id": device})),
+        ("POST", "/api/incident/999/acknowledge") => request.json(&json!({})),
         ("POST", "/api/sync-events") => request.json(&json!([event(device)])),
         ("POST", _) => request.json(&event(device)),
         ("PATCH" | "PUT", _) => request.json(&json!({})),

@@ -42,7 +42,7 @@ struct FleetData {
     pause: PauseData,
     /// How many devices are in which state. A device that no sweep has evaluated yet is in none.
     by_status: ByStatus,
-    /// How many devices are overdue: silent, or on the roster and not heard in time.
+    /// How many devices are on the roster and were not heard in time for the first time.
     #[schema(example = 2)]
     overdue: u64,
     #[schema(example = 1)]

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use deadpool_postgres::Transaction;
 use pisync_core::{
     Timestamp,
-    health::{IncidentScope, ProblemKind, State, Tally, incident::LEAST_LONG},
+    health::{IncidentScope, ProblemKind, Tally, incident::LEAST_LONG},
 };
 use tokio_postgres::{Error, Row};
 
@@ -184,19 +184,12 @@ async fn group_facts(
         .iter()
         .map(|(incident, device_id, presumed)| (*incident, trouble(device_id), *presumed))
         .collect();
-    let is_silent = |device: &TroubleRow| {
-        device.state.as_ref().is_some_and(|one| one.state == State::Silent.as_str())
-    };
-    let is_silence =
-        open.iter().any(|one| one.scope == IncidentScope::Group && one.kind == ProblemKind::Silent)
-            || devices.iter().any(is_silent);
+    let is_silence = GroupFacts::needs_late(&open, &devices);
     let (late, last_heard) = if is_silence {
         (late_in_group(transaction, group).await?, last_heard(transaction, Some(group)).await?)
     } else {
         (Vec::new(), None)
     };
-    let next_late = late.iter().map(|(_, late_at)| *late_at).filter(|late_at| *late_at > now).min();
-    let late: Vec<_> = late.into_iter().filter(|(_, late_at)| *late_at <= now).collect();
     let subjects: Vec<&str> = device_ids.iter().map(String::as_str).collect();
     let mut ended = ended_incidents(transaction, IncidentScope::Device, &subjects, now).await?;
     ended.extend(ended_incidents(transaction, IncidentScope::Group, &[group], now).await?);
@@ -208,23 +201,18 @@ async fn group_facts(
         members,
         missing: [0; 2],
         ended,
-        late: late.iter().map(|(device_id, _)| device_id.clone()).collect(),
-        next_late,
+        late: Vec::new(),
+        next_late: None,
         open,
         devices,
     };
     for (index, kind) in KINDS.into_iter().enumerate() {
         facts.tallies[index] = tally(transaction, Some(group), kind, last_heard, now).await?;
-        let of_group =
-            facts.open.iter().find(|one| one.scope == IncidentScope::Group && one.kind == kind);
-        if let Some(open) = of_group {
+        if let Some(open) = GroupFacts::of_group(&facts.open, kind) {
             facts.missing[index] = missing(transaction, Some(group), kind, open.since).await?;
         }
     }
-    let in_dark =
-        late.iter().filter(|(_, late_at)| last_heard.is_some_and(|heard| *late_at > heard));
-    facts.tallies[0].late = i64::try_from(late.len()).unwrap_or(i64::MAX);
-    facts.tallies[0].late_in_dark += i64::try_from(in_dark.count()).unwrap_or(i64::MAX);
+    facts.note_late(late, now);
     Ok((facts, page))
 }
 

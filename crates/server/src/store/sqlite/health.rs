@@ -21,9 +21,9 @@ use crate::store::{
     DeviceSettings, FleetSettings, StoreError, WindowScope,
     health::{
         Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
-        Examination, HealthRow, HealthStore, INCIDENTS_KEPT, JobFigureRow, JobHealthRow, JobRow,
-        LARGEST_LAG, LastSigns, OUTCOMES_READ, Outage, RunRow, SettingsChange, StateChange,
-        evaluate, examine, outage, state_counts,
+        Examination, HEALTH_COLUMNS, HealthRow, HealthStore, INCIDENTS_KEPT, JobFigureRow,
+        JobHealthRow, JobRow, LARGEST_LAG, LastSigns, OUTCOMES_READ, Outage, RunRow,
+        SettingsChange, StateChange, evaluate, examine, outage, state_counts,
     },
     verify::DAY_MILLISECONDS,
 };
@@ -556,13 +556,6 @@ fn note_outage(transaction: &Transaction<'_>, outage: &Outage, node: &str) -> ru
     }
     Ok(())
 }
-
-/// The columns of `device_health` that [`health_row`] reads.
-const HEALTH_COLUMNS: &str = r#"
-    h."group", h.state, h.since, h.problems, h.is_expected, h.is_overdue, h.is_behind, h.silent_after, h.grace,
-    h.due_at, h.late_at, h.check_at, h.patience, h.behind_after, h.next_due, h.waiting_since, h.heard_at,
-    h.policy_version, h.is_unreconciled
-"#;
 
 /// Reads [`HEALTH_COLUMNS`] from column `first` on.
 fn health_row(row: &Row<'_>, first: usize) -> rusqlite::Result<HealthRow> {

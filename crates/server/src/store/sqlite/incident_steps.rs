@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use pisync_core::{
     Timestamp,
-    health::{IncidentScope, ProblemKind, State, Tally},
+    health::{IncidentScope, ProblemKind, Tally},
 };
 use rusqlite::{OptionalExtension, Row, Transaction, named_params, params};
 
@@ -181,19 +181,12 @@ fn group_facts(
             members.push((id, trouble(transaction, &device_id)?, presumed));
         }
     }
-    let is_silent = |device: &TroubleRow| {
-        device.state.as_ref().is_some_and(|one| one.state == State::Silent.as_str())
-    };
-    let is_silence =
-        open.iter().any(|one| one.scope == IncidentScope::Group && one.kind == ProblemKind::Silent)
-            || devices.iter().any(is_silent);
+    let is_silence = GroupFacts::needs_late(&open, &devices);
     let (late, last_heard) = if is_silence {
         (late_in_group(transaction, group)?, last_heard(transaction, Some(group))?)
     } else {
         (Vec::new(), None)
     };
-    let next_late = late.iter().map(|(_, late_at)| *late_at).filter(|late_at| *late_at > now).min();
-    let late: Vec<_> = late.into_iter().filter(|(_, late_at)| *late_at <= now).collect();
     let mut facts = GroupFacts {
         group: group.to_owned(),
         has_more,
@@ -202,8 +195,8 @@ fn group_facts(
         members,
         missing: [0; 2],
         ended: ended_incidents(transaction, IncidentScope::Group, group, now)?,
-        late: late.iter().map(|(device_id, _)| device_id.clone()).collect(),
-        next_late,
+        late: Vec::new(),
+        next_late: None,
         open,
         devices,
     };
@@ -213,16 +206,11 @@ fn group_facts(
     }
     for (index, kind) in KINDS.into_iter().enumerate() {
         facts.tallies[index] = tally(transaction, Some(group), kind, last_heard, now)?;
-        let of_group =
-            facts.open.iter().find(|one| one.scope == IncidentScope::Group && one.kind == kind);
-        if let Some(open) = of_group {
+        if let Some(open) = GroupFacts::of_group(&facts.open, kind) {
             facts.missing[index] = missing(transaction, Some(group), kind, open.since)?;
         }
     }
-    let in_dark =
-        late.iter().filter(|(_, late_at)| last_heard.is_some_and(|heard| *late_at > heard));
-    facts.tallies[0].late = i64::try_from(late.len()).unwrap_or(i64::MAX);
-    facts.tallies[0].late_in_dark += i64::try_from(in_dark.count()).unwrap_or(i64::MAX);
+    facts.note_late(late, now);
     Ok((facts, page))
 }
 
