@@ -22,7 +22,7 @@ const SCHEMATHESIS: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/schemathesis/bin/schemathesis");
 
 /// Requests of each kind per operation. More find little more, and take their time.
-const EXAMPLES: &str = "25";
+const EXAMPLES: &str = "15";
 
 async fn schemathesis_finds_nothing(database: &TestDatabase) {
     database.migrate().await;

@@ -19,7 +19,7 @@ use crate::store::{
 };
 
 /// How many times a step is retried after a deadlock.
-const RETRIES: u32 = 5;
+const RETRIES: u32 = 10;
 
 #[async_trait]
 impl DeviceDeletions for PostgresStore {
@@ -210,9 +210,10 @@ async fn delete_device(
     ";
     let id = device_id.as_str();
     roll_ups::forget(transaction, device_id, watermark).await?;
-    health::forget(transaction, id).await?;
     if !transaction.query_one(HAS_REPORTED, &[&id]).await?.try_get::<_, bool>(0)? {
+        // Event ids first: the longer they are left, the more often ingest and this wait for each other.
         transaction.execute(DELETE_KEYS, &[&id]).await?;
+        health::forget(transaction, id).await?;
         summaries::forget(transaction, id).await?;
         transaction.execute(DELETE_DEVICE, &[&id]).await?;
         return Ok(());
@@ -230,6 +231,7 @@ async fn delete_device(
     let latest = latest.to_jiff();
     transaction.execute(&insert, &[&id, &latest]).await?;
     misdated::note_set_aside(transaction, id, latest).await?;
+    health::forget(transaction, id).await?;
     fleet_changes::forget(transaction, id).await?;
     roll_ups::aggregate_days_again(transaction, id, watermark).await?;
     roll_ups::aggregate_hours_again(transaction, id, watermark).await?;
