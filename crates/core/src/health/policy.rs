@@ -243,7 +243,7 @@ impl Policy {
     /// Whether it sets nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.to_map().is_empty()
+        *self == Self::default()
     }
 
     /// As JSON, in the form in which it is read. What is inherited is absent.

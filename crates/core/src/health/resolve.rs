@@ -3,8 +3,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::policy::{Expect, FailingRule, JobPolicy, Policy, Rules, Severity};
-use crate::JobName;
+use super::policy::{Expect, FailingRule, JobPolicy, Policy, Rules, Severity, milliseconds};
+use crate::{JobName, Timestamp};
 
 /// Within how many seconds a report is expected when nobody says otherwise: an hour.
 pub const DEFAULT_INTERVAL: u32 = 3600;
@@ -193,6 +193,14 @@ impl<'a> Levels<'a> {
     }
 }
 
+impl EffectiveJob {
+    /// The job's name; `None` for reports that name none.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.job.as_ref().map(JobName::as_str)
+    }
+}
+
 impl EffectiveRules {
     fn to_map(&self) -> Map<String, Value> {
         let number = |number: &u32| json!(number);
@@ -213,8 +221,21 @@ impl EffectivePolicy {
     /// The rules that apply to a job; `None` stands for reports that name none.
     #[must_use]
     pub fn rules_of(&self, job: Option<&str>) -> &EffectiveRules {
-        let entry = self.jobs.iter().find(|entry| entry.job.as_ref().map(JobName::as_str) == job);
+        let entry = self.jobs.iter().find(|entry| entry.name() == job);
         entry.map_or(&self.rules, |entry| &entry.rules)
+    }
+
+    /// Whether a job is expected by name.
+    #[must_use]
+    pub fn names(&self, job: Option<&str>) -> bool {
+        self.jobs.iter().any(|entry| entry.name() == job)
+    }
+
+    /// By when a run of a job that has started must have been reported.
+    #[must_use]
+    pub fn run_end(&self, job: Option<&str>, started_at: Timestamp) -> Timestamp {
+        let longest = milliseconds(self.rules_of(job).max_run_seconds.value);
+        started_at.saturating_add_milliseconds(longest)
     }
 
     /// As JSON: each field with its value and the level that decided it.
@@ -240,7 +261,7 @@ impl EffectivePolicy {
             .iter()
             .map(|entry| {
                 let mut fields = entry.rules.to_map();
-                fields.insert("job".to_owned(), json!(entry.job.as_ref().map(JobName::as_str)));
+                fields.insert("job".to_owned(), json!(entry.name()));
                 fields.insert("from".to_owned(), json!(entry.from.as_str()));
                 Value::Object(fields)
             })

@@ -355,6 +355,8 @@ pub struct Health {
     pub patience: Option<i64>,
     /// By how much dates may be behind receipt before it counts as behind, in milliseconds.
     pub behind_after: i64,
+    /// Whether it is behind, also while it is paused.
+    pub is_behind: bool,
 }
 
 impl Health {
@@ -426,7 +428,9 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
                 _ => one.deadline.due_at,
             },
         }));
-        problems.extend(self.behind(behind_after));
+        let behind = self.behind(behind_after);
+        let is_behind = behind.is_some();
+        problems.extend(behind);
         problems.sort();
         problems.dedup();
         let mut health = Health {
@@ -442,6 +446,7 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
             check_at: None,
             patience,
             behind_after,
+            is_behind,
             expectations,
         };
         if let Some(pause) = pause {
@@ -501,8 +506,7 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
 
     /// By when a run must have been reported.
     fn longest_end(&self, run: &OpenRun) -> Timestamp {
-        let rules = self.policy.rules_of(run.job.as_deref());
-        run.started_at.saturating_add_milliseconds(milliseconds(rules.max_run_seconds.value))
+        self.policy.run_end(run.job.as_deref(), run.started_at)
     }
 
     /// All that is waited for.
@@ -542,7 +546,7 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
             expectations.extend(self.expectation(None, &schedule, grace, &waiting, &runs));
         }
         for entry in &self.policy.jobs {
-            let job = entry.job.as_ref().map(crate::JobName::as_str);
+            let job = entry.name();
             let Some(schedule) = entry.rules.expect.value.schedule() else { continue };
             let facts = self.facts.jobs.iter().find(|facts| facts.job.as_deref() == job);
             let heard = facts.and_then(|facts| facts.reports.as_ref()).map(|one| one.last_received);

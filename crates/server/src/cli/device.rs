@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, GroupName, Timestamp};
 use serde_json::json;
 
-use super::{database, exit::Failure, key::group_name, output::JsonArgs, table};
+use super::{database, distance, exit::Failure, key::group_name, output::JsonArgs, table};
 use crate::{
     api::devices::roster_rows::{RosterError, RosterFormat, read_roster},
     clock::Clock,
@@ -260,14 +260,9 @@ fn end(
     until: Option<&str>,
     now: Timestamp,
 ) -> Result<Option<Timestamp>, Failure> {
-    const MINUTE: i64 = 60 * 1000;
-    let units =
-        [('m', MINUTE), ('h', 60 * MINUTE), ('d', 24 * 60 * MINUTE), ('w', 7 * 24 * 60 * MINUTE)];
     if let Some(length) = length {
-        let milliseconds = units.into_iter().find_map(|(unit, milliseconds)| {
-            let count: u32 = length.strip_suffix(unit)?.parse().ok().filter(|count| *count > 0)?;
-            Some(i64::from(count).saturating_mul(milliseconds))
-        });
+        let milliseconds =
+            distance::milliseconds(length, "mhdw").filter(|milliseconds| *milliseconds > 0);
         let rule = || {
             format!("--for {length}: expected so many minutes, hours, days or weeks, such as 2h")
         };

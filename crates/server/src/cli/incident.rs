@@ -9,7 +9,7 @@ use pisync_core::{
 };
 use serde_json::{Value, json};
 
-use super::{database, exit::Failure, key::group_name, output::JsonArgs, table};
+use super::{database, distance, exit::Failure, key::group_name, output::JsonArgs, table};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs, number},
@@ -229,13 +229,8 @@ fn time(option: &str, when: &str) -> Result<Timestamp, Failure> {
 
 /// A time that was typed as a distance from `now`.
 fn after(now: Timestamp, typed: &str) -> Result<Timestamp, Failure> {
-    const MINUTE: i64 = 60_000;
-    let units =
-        [('m', MINUTE), ('h', 60 * MINUTE), ('d', 24 * 60 * MINUTE), ('w', 7 * 24 * 60 * MINUTE)];
-    let found = units.into_iter().find_map(|(unit, milliseconds)| {
-        let count: u32 = typed.strip_suffix(unit)?.parse().ok()?;
-        Some(now.saturating_add_milliseconds(i64::from(count).saturating_mul(milliseconds)))
-    });
+    let found = distance::milliseconds(typed, "mhdw")
+        .map(|milliseconds| now.saturating_add_milliseconds(milliseconds));
     found.ok_or_else(|| {
         Failure::usage(format!(
             "--for {typed}: expected so many minutes, hours, days or weeks (30m, 4h, 2d, 1w)"

@@ -9,7 +9,7 @@ use pisync_core::{DeviceId, GroupName, Timestamp, text::check_text};
 use serde_json::{Value, json};
 
 use super::{
-    database,
+    database, distance,
     exit::Failure,
     output::{self, JsonArgs},
     table,
@@ -245,12 +245,8 @@ fn key_request(
 
 /// The end that was typed: so long from `now`, or a time.
 fn end(when: &str, now: Timestamp) -> Result<Timestamp, Failure> {
-    const HOUR: i64 = 60 * 60 * 1000;
-    let units = [('h', HOUR), ('d', 24 * HOUR), ('w', 7 * 24 * HOUR)];
-    let so_long = units.into_iter().find_map(|(unit, milliseconds)| {
-        let count: u32 = when.strip_suffix(unit)?.parse().ok()?;
-        Some(now.saturating_add_milliseconds(i64::from(count).saturating_mul(milliseconds)))
-    });
+    let so_long = distance::milliseconds(when, "hdw")
+        .map(|milliseconds| now.saturating_add_milliseconds(milliseconds));
     so_long.or_else(|| Timestamp::parse_iso8601(when)).ok_or_else(|| {
         Failure::usage(format!(
             "--expires {when}: expected so many hours, days or weeks (12h, 90d, 4w), or a time such as 2027-01-01"

@@ -27,6 +27,7 @@ mod copy;
 mod database;
 mod db;
 mod device;
+mod distance;
 mod doctor;
 mod exit;
 mod export;

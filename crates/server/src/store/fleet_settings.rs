@@ -240,12 +240,6 @@ impl FleetSettings {
         Self { version, fleet, groups, windows, outages, resolved, resolved_for_others }
     }
 
-    /// What is set for a group, if anything is.
-    #[must_use]
-    pub fn group(&self, group: &str) -> Option<&LevelSettings> {
-        self.groups.get(group)
-    }
-
     /// The policy that applies to a group as a whole, and to its devices that have none of their own.
     #[must_use]
     pub fn policy_of_group(&self, group: &str) -> &EffectivePolicy {

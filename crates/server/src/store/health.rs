@@ -4,7 +4,7 @@
 //!
 //! Both stores read the rows below, call [`evaluate`], and write what it answers, in one transaction per step.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
 use pisync_core::{
@@ -151,9 +151,6 @@ pub enum OutageCause {
 }
 
 impl OutageCause {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Stopped, Self::Down, Self::Refusing];
-
     /// The word that stands for it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -226,8 +223,6 @@ pub struct Examination {
     pub group: Option<String>,
     /// When the server last heard it.
     pub heard: Option<Timestamp>,
-    /// What is set for it.
-    pub settings: DeviceSettings,
     /// What applies to it.
     pub policy: health::EffectivePolicy,
     /// What is known.
@@ -405,9 +400,9 @@ impl DeviceRow {
     /// The jobs whose last runs must be known, at most [`OUTCOMES`].
     pub(super) fn counted_jobs<'a>(
         &'a mut self,
-        settings: &FleetSettings,
+        settings: &'a FleetSettings,
     ) -> impl Iterator<Item = (&'a str, &'a mut JobFigureRow)> {
-        let policy = settings.policy_of_device(&self.group, &self.settings).into_owned();
+        let policy = settings.policy_of_device(&self.group, &self.settings);
         self.jobs.iter_mut().filter_map(move |row| {
             let figures = row.figures.as_mut()?;
             // Without a failure there is nothing to count.
@@ -417,17 +412,20 @@ impl DeviceRow {
         })
     }
 
+    /// When the device was last heard.
+    fn heard(&self) -> Option<Timestamp> {
+        let figures = self.jobs.iter().filter_map(|job| job.figures.as_ref());
+        figures.map(|figures| figures.last_received).max()
+    }
+
     /// Whether a run is over: its event is stored; its job was heard, where it has no id or its time was over; or the next
     /// run of its job has begun.
-    fn is_over(&self, run: &RunRow, longest_run: Duration) -> bool {
+    fn is_over(&self, run: &RunRow, policy: &health::EffectivePolicy) -> bool {
         let job = self.jobs.iter().find(|job| job.job == run.job);
         let heard = job.and_then(|job| job.figures.as_ref()).map(|figures| figures.last_received);
-        let end = run.received_at.saturating_add_milliseconds(
-            i64::try_from(longest_run.as_millis()).unwrap_or(i64::MAX),
-        );
         run.is_reported
             || (run.run_id.is_empty() && heard > Some(run.received_at))
-            || heard > Some(end)
+            || heard > Some(run.end(policy))
             || self.runs.iter().any(|other| {
                 other.job == run.job && other.received_at > run.received_at && !other.is_reported
             })
@@ -480,14 +478,9 @@ impl DeviceRow {
             })
             .collect();
         // A kept state of a job that is neither expected any more nor was ever heard says nothing.
-        jobs.retain(|job| {
-            job.reports.is_some()
-                || policy.jobs.iter().any(|entry| {
-                    entry.job.as_ref().map(pisync_core::JobName::as_str) == job.job.as_deref()
-                })
-        });
+        jobs.retain(|job| job.reports.is_some() || policy.names(job.job.as_deref()));
         for entry in &policy.jobs {
-            let job = entry.job.as_ref().map(pisync_core::JobName::as_str);
+            let job = entry.name();
             if !jobs.iter().any(|known| known.job.as_deref() == job) {
                 let job = job.map(str::to_owned);
                 jobs.push(JobFacts { job, waiting_since: policy_since, reports: None });
@@ -506,7 +499,7 @@ impl DeviceRow {
             open_runs: self
                 .runs
                 .iter()
-                .filter(|run| !self.is_over(run, longest_run(policy, &run.job)))
+                .filter(|run| !self.is_over(run, policy))
                 .map(|run| OpenRun {
                     job: named(&run.job).map(str::to_owned),
                     started_at: run.received_at,
@@ -516,8 +509,11 @@ impl DeviceRow {
     }
 }
 
-fn longest_run(policy: &health::EffectivePolicy, job: &str) -> Duration {
-    Duration::from_secs(policy.rules_of(named(job)).max_run_seconds.value.into())
+impl RunRow {
+    /// By when it must have been reported.
+    fn end(&self, policy: &health::EffectivePolicy) -> Timestamp {
+        policy.run_end(named(&self.job), self.received_at)
+    }
 }
 
 /// Evaluates a device by what is known, whatever is kept.
@@ -526,18 +522,9 @@ pub(super) fn examine(row: DeviceRow, settings: &FleetSettings, now: Timestamp) 
     let facts = row.facts(settings, &policy, now);
     let excluded = settings.excluded(&row.device_id, &row.group, &row.settings);
     let health = health::evaluate(&policy, &facts, &excluded, now);
-    let reports = row.jobs.iter().filter_map(|job| job.figures.as_ref());
-    let heard = reports.map(|figures| figures.last_received).max();
+    let heard = row.heard();
     let group = (!row.group.is_empty()).then_some(row.group);
-    Examination {
-        device_id: row.device_id,
-        group,
-        heard,
-        settings: row.settings,
-        policy,
-        facts,
-        health,
-    }
+    Examination { device_id: row.device_id, group, heard, policy, facts, health }
 }
 
 /// What to write about a device.
@@ -547,12 +534,6 @@ pub(super) fn evaluate(row: &DeviceRow, settings: &FleetSettings, now: Timestamp
     let excluded = settings.excluded(&row.device_id, &row.group, &row.settings);
     let health = health::evaluate(&policy, &facts, &excluded, now);
     let kept = row.kept.as_ref();
-    let figures = || row.jobs.iter().filter_map(|job| job.figures.as_ref());
-    let heard_at = figures().map(|figures| figures.last_received).max();
-    let newest = figures().map(|figures| figures.last_sync).max();
-    let is_behind = heard_at.zip(newest).is_some_and(|(heard, newest)| {
-        heard.as_millisecond() - newest.as_millisecond() > health.behind_after
-    });
     let state = health.state.as_str();
     let problems = problems_json(&health.problems);
     let since = health.since.unwrap_or_else(|| match kept {
@@ -574,7 +555,7 @@ pub(super) fn evaluate(row: &DeviceRow, settings: &FleetSettings, now: Timestamp
         problems,
         is_expected: health.is_expected,
         is_overdue: health.is_overdue(),
-        is_behind,
+        is_behind: health.is_behind,
         silent_after: health.silent_after,
         grace: health.grace,
         due_at: health.due_at,
@@ -584,7 +565,7 @@ pub(super) fn evaluate(row: &DeviceRow, settings: &FleetSettings, now: Timestamp
         behind_after: health.behind_after,
         next_due: health.next_due(),
         waiting_since: facts.waiting_since,
-        heard_at,
+        heard_at: row.heard(),
         policy_version: settings.version,
         is_unreconciled: kept.is_some_and(|kept| kept.is_unreconciled) || (is_other && !is_plain),
     };
@@ -595,14 +576,12 @@ pub(super) fn evaluate(row: &DeviceRow, settings: &FleetSettings, now: Timestamp
     let (mut ended_runs, mut awaited_runs) = (Vec::new(), Vec::new());
     for run in &row.runs {
         let name = (run.job.clone(), run.run_id.clone());
-        let longest = longest_run(&policy, &run.job);
-        if row.is_over(run, longest) {
+        if row.is_over(run, &policy) {
             ended_runs.push(name);
         } else {
-            let longest = i64::try_from(longest.as_millis()).unwrap_or(i64::MAX);
-            let end = run.received_at.saturating_add_milliseconds(longest);
             // Once its time is over, only a report changes anything.
-            awaited_runs.push((name.0, name.1, (end > now).then_some(end)));
+            let end = Some(run.end(&policy)).filter(|end| *end > now);
+            awaited_runs.push((name.0, name.1, end));
         }
     }
     Evaluated {
@@ -628,9 +607,7 @@ fn job_rows(
         let name = job.job.as_deref().unwrap_or_default();
         let known = row.jobs.iter().find(|known| known.job == name);
         let figures = known.and_then(|known| known.figures.as_ref());
-        let is_named = policy.jobs.iter().any(|entry| {
-            entry.job.as_ref().map(pisync_core::JobName::as_str) == job.job.as_deref()
-        });
+        let is_named = policy.names(job.job.as_deref());
         let is_counted = needs_outcomes(policy.rules_of(job.job.as_deref()))
             && figures.is_some_and(|figures| figures.failed_syncs > 0);
         if !is_named && !is_counted && job.state == State::Ok {

@@ -42,8 +42,8 @@ pub(super) const KINDS: [ProblemKind; 2] = [ProblemKind::Silent, ProblemKind::Fa
 /// Makes incidents. Each step is one transaction.
 #[async_trait]
 pub trait IncidentSteps: Send + Sync {
-    /// The groups whose incidents may differ from the states of their devices, and whether there is any such device. The
-    /// devices in no group are the group with the empty name.
+    /// The groups whose incidents may differ from the states of their devices. The devices in no group are the group with the
+    /// empty name.
     async fn groups_to_reconcile(&self, now: Timestamp) -> Result<Vec<String>, StoreError>;
 
     /// Makes the fleet's incidents match; `None` when another server is at it.

@@ -644,9 +644,7 @@ async fn delete_window(connection: &mut Object, id: i64, by: &Actor) -> Result<b
 
 /// Removes what was said about a device that begins anew.
 pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Result<(), Error> {
-    const TABLES: [&str; 5] =
-        ["device_settings", "device_tags", "device_health", "job_health", "run_starts"];
-    for table in TABLES {
+    for table in ["device_settings", "device_tags"] {
         let delete = format!("delete from {table} where device_id = $1");
         transaction.execute(&delete, &[&device_id]).await?;
     }

@@ -12,7 +12,7 @@ use super::{
     connect::Object,
     fleet_settings::{LEVEL_COLUMNS, fleet_settings, level},
     locks::SWEEP_LOCK,
-    rows::{optional_time, snapshot, time},
+    rows::{instant, optional_time, snapshot, time},
     store::PostgresStore,
 };
 use crate::store::{
@@ -309,10 +309,6 @@ async fn evaluate_devices(
 /// A column of many rows, by a function of the row.
 fn column<'a, R, T>(rows: &[&'a R], of: impl Fn(&'a R) -> T) -> Vec<T> {
     rows.iter().map(|row| of(row)).collect()
-}
-
-fn instant(at: Option<Timestamp>) -> Option<jiff::Timestamp> {
-    at.map(Timestamp::to_jiff)
 }
 
 async fn keep_health(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> Result<(), Error> {

@@ -14,7 +14,7 @@ use tokio_postgres::{Error, Row};
 use super::{
     connect::Object,
     health::begin_step,
-    rows::{optional_time, time},
+    rows::{instant, optional_time, time},
     store::PostgresStore,
 };
 use crate::store::{
@@ -60,10 +60,6 @@ impl IncidentSteps for PostgresStore {
     ) -> Result<Option<Reconciled>, StoreError> {
         self.call(async |connection| reconcile_group(connection, group, settings, now).await).await
     }
-}
-
-fn instant(at: Option<Timestamp>) -> Option<jiff::Timestamp> {
-    at.map(Timestamp::to_jiff)
 }
 
 async fn reconcile_fleet(

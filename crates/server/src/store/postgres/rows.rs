@@ -66,3 +66,8 @@ pub(super) fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp
 pub(super) fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
     row.try_get(column).map(Timestamp::truncate)
 }
+
+/// A time as a parameter.
+pub(super) fn instant(at: Option<Timestamp>) -> Option<jiff::Timestamp> {
+    at.map(Timestamp::to_jiff)
+}

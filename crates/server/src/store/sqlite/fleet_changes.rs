@@ -559,9 +559,7 @@ fn delete_window(connection: &mut Connection, id: i64, by: &Actor) -> rusqlite::
 
 /// Removes what was said about a device that begins anew.
 pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
-    const TABLES: [&str; 5] =
-        ["device_settings", "device_tags", "device_health", "job_health", "run_starts"];
-    for table in TABLES {
+    for table in ["device_settings", "device_tags"] {
         transaction.execute(&format!("delete from {table} where device = ?1"), [device])?;
     }
     Ok(())
