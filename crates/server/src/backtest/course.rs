@@ -1,4 +1,5 @@
-//! The course of a scenario: steps, and a sweep every 15 s in between. Sweeps that would find nothing are left out.
+//! The course of a fleet in simulated time: what happens to it, and a sweep every 15 s in between. Sweeps that would find
+//! nothing are left out. [`run`] follows a scenario, and `replay` what a store has kept.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -65,7 +66,7 @@ pub enum BacktestError {
 /// # Errors
 /// See [`BacktestError`].
 pub async fn run(scenario: &Scenario, store: &Arc<dyn Store>) -> Result<Expected, BacktestError> {
-    let mut course = Course::new(scenario, store)?;
+    let mut course = Course::new(scenario.start.0, store)?;
     for (group, devices) in &scenario.groups {
         let devices: Vec<_> =
             devices.iter().map(|device| (device.clone(), Some(group.clone()))).collect();
@@ -77,17 +78,23 @@ pub async fn run(scenario: &Scenario, store: &Arc<dyn Store>) -> Result<Expected
     course.beat(scenario.start.0, true).await?;
     let steps = in_order(&scenario.steps);
     let mut steps = steps.into_iter().peekable();
-    let interval = i64::try_from(SWEEP_INTERVAL.as_millis()).unwrap_or(i64::MAX);
-    let start = scenario.start.0.as_millisecond();
-    let mut tick = start + (interval - start.rem_euclid(interval)) % interval;
-    while let Some(now) = Timestamp::from_millisecond(tick).filter(|now| *now <= scenario.end.0) {
+    for now in ticks(scenario.start.0, scenario.end.0) {
         while let Some((at, step)) = steps.next_if(|(at, _)| *at <= now) {
             course.step(at, step).await?;
         }
         course.tick(now).await?;
-        tick += interval;
     }
     Ok(course.came)
+}
+
+/// The times of sweeps: :00, :15, :30 and :45 of each minute.
+pub(super) fn ticks(from: Timestamp, until: Timestamp) -> impl Iterator<Item = Timestamp> {
+    let interval = i64::try_from(SWEEP_INTERVAL.as_millis()).unwrap_or(i64::MAX);
+    let from = from.as_millisecond();
+    let first = from + (interval - from.rem_euclid(interval)) % interval;
+    (0..)
+        .map_while(move |number| Timestamp::from_millisecond(first + number * interval))
+        .take_while(move |now| *now <= until)
 }
 
 /// All steps with their repetitions, in the order in which they happen.
@@ -109,9 +116,9 @@ fn in_order(steps: &[Step]) -> Vec<(Timestamp, &Step)> {
     all
 }
 
-struct Course {
-    store: Arc<dyn Store>,
-    writer: Box<dyn EventWriter>,
+pub(super) struct Course {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) writer: Box<dyn EventWriter>,
     router: Router,
     /// In milliseconds.
     now: Arc<AtomicI64>,
@@ -130,8 +137,9 @@ struct Course {
 }
 
 impl Course {
-    fn new(scenario: &Scenario, store: &Arc<dyn Store>) -> Result<Self, BacktestError> {
-        let now = Arc::new(AtomicI64::new(scenario.start.0.as_millisecond()));
+    /// A server that lives from `start` on.
+    pub(super) fn new(start: Timestamp, store: &Arc<dyn Store>) -> Result<Self, BacktestError> {
+        let now = Arc::new(AtomicI64::new(start.as_millisecond()));
         let hand = Arc::clone(&now);
         let clock = Clock::new(move || {
             let now = hand.load(Ordering::Relaxed);
@@ -172,7 +180,7 @@ impl Course {
 
     async fn step(&mut self, at: Timestamp, step: &Step) -> Result<(), BacktestError> {
         self.now.store(at.as_millisecond(), Ordering::Relaxed);
-        self.has_news = true;
+        self.note_news();
         let impossible = |why: String| BacktestError::Step { at, why };
         if let Some(report) = &step.report {
             let events = events_of(report, at, step.repeat.is_some()).map_err(impossible)?;
@@ -199,10 +207,7 @@ impl Course {
                 self.store.note_stop(at).await?;
                 self.is_up = false;
             }
-            Some(ServerStep::Start) if !self.is_up => {
-                self.is_up = true;
-                self.beat(at, true).await?;
-            }
+            Some(ServerStep::Start) if !self.is_up => self.come_back(at).await?,
             _ => {}
         }
         match step.database {
@@ -214,6 +219,31 @@ impl Course {
             None => {}
         }
         Ok(())
+    }
+
+    /// From now on nobody can be heard.
+    pub(super) async fn go_away(&mut self, at: Timestamp) -> Result<(), BacktestError> {
+        self.unsaid = None;
+        self.store.pass_over(at).await?;
+        self.is_up = false;
+        Ok(())
+    }
+
+    /// Somebody is there again.
+    pub(super) async fn come_back(&mut self, at: Timestamp) -> Result<(), BacktestError> {
+        self.is_up = true;
+        self.note_news();
+        self.beat(at, true).await
+    }
+
+    /// Whether somebody can be heard.
+    pub(super) fn is_up(&self) -> bool {
+        self.is_up
+    }
+
+    /// The next sweep may find something.
+    pub(super) fn note_news(&mut self) {
+        self.has_news = true;
     }
 
     fn can_store(&self) -> bool {
@@ -235,7 +265,7 @@ impl Course {
     }
 
     /// A beat and a sweep, where they may find something.
-    async fn tick(&mut self, now: Timestamp) -> Result<(), BacktestError> {
+    pub(super) async fn tick(&mut self, now: Timestamp) -> Result<(), BacktestError> {
         if !self.can_store() {
             return Ok(());
         }

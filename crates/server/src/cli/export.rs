@@ -70,7 +70,8 @@ pub(super) struct ExportCommand {
     migrations: MigrationArgs,
 }
 
-fn date(text: &str) -> Result<Timestamp, String> {
+/// A time, as it is typed.
+pub(super) fn date(text: &str) -> Result<Timestamp, String> {
     Timestamp::from_iso8601(text)
         .map_err(|error| format!("{error}, such as 2026-01-31 or 2026-01-31T12:00:00Z"))
 }

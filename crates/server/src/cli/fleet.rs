@@ -1,21 +1,23 @@
-//! `pisync fleet`: how the fleet is, why a device is in its state, and what comes of a scripted fleet. `status` and `explain` go
-//! straight to the store, also beside a running server, and only read. A backtest has a database of its own.
-
-use std::{fs, path::PathBuf, sync::Arc};
+//! `pisync fleet`: how the fleet is, and why a device is in its state. Both go straight to the store, also beside a running
+//! server, and only read. Its backtests are in [`super::backtest`].
 
 use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, health::State};
 use serde_json::{Value, json};
 
-use super::{database, exit::Failure, key::group_name, output::JsonArgs, table};
+use super::{
+    backtest::{self, BacktestArgs},
+    database,
+    exit::Failure,
+    key::group_name,
+    output::JsonArgs,
+    table,
+};
 use crate::{
-    backtest::{self, Expected, Scenario},
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     fleet::explain::Explanation,
-    store::{
-        self, FleetView, GroupQuery, GroupView, StateCounts, Store, Target, migrations::Migrator,
-    },
+    store::{FleetView, GroupQuery, GroupView, StateCounts, Store, Target},
 };
 
 /// How many groups are listed.
@@ -29,8 +31,8 @@ const LONGEST_WITHOUT_SWEEP: i64 = 10 * 60 * 1000;
 Examples:
   pisync fleet status                       how many devices are in which state
   pisync fleet explain pi-001               why it is in its state, and until when it is waited for
-  pisync fleet backtest --scenario power-cut.json
-                                            what comes of a scripted fleet")]
+  pisync fleet backtest --policy stricter.json
+                                            which incidents a policy would have made of the last 30 days")]
 pub(super) struct FleetCommand {
     #[command(subcommand)]
     action: Action,
@@ -72,33 +74,17 @@ Examples:
         #[arg(value_name = "DEVICE")]
         device: String,
     },
-    /// Run scripted fleets in simulated time, and compare what comes of them with what is expected
-    #[command(after_help = "\
-A scenario is a JSON file: when devices report, what operators change, and which
-states and incidents must come of it. docs/fleet.md describes it. Each runs on a
-temporary database; no other one is opened.
-
-Examples:
-  pisync fleet backtest --scenario power-cut.json
-  pisync fleet backtest --scenario power-cut.json --print
-
-Exit status: 0 when everything is as expected, 1 when something is not, 2 on
-wrong usage.")]
-    Backtest {
-        /// Files with scenarios
-        #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
-        scenario: Vec<PathBuf>,
-        /// Write what came of them, in the form of `expect`
-        #[arg(long)]
-        print: bool,
-    },
+    /// Find out which incidents would have come of stored reports, or of scripted fleets, in simulated time
+    Backtest(BacktestArgs),
 }
 
 pub(super) async fn run(command: &FleetCommand) -> Result<(), Failure> {
     match &command.action {
         Action::Status { group, problems } => status(command, group.as_deref(), *problems).await,
         Action::Explain { device } => explain(command, device).await,
-        Action::Backtest { scenario, print } => run_scenarios(scenario, *print, command.json).await,
+        Action::Backtest(arguments) => {
+            backtest::run(arguments, command.json, &command.database, &command.migrations).await
+        }
     }
 }
 
@@ -266,56 +252,4 @@ async fn explain(command: &FleetCommand, device: &str) -> Result<(), Failure> {
     }
     command.json.document(|| json!({ "database": target.to_string(), "explanation": explanation }));
     Ok(())
-}
-
-async fn run_scenarios(files: &[PathBuf], print: bool, json: JsonArgs) -> Result<(), Failure> {
-    let scenarios = files.iter().map(read_scenario).collect::<Result<Vec<_>, _>>()?;
-    let mut documents = Vec::new();
-    let mut wrong = 0;
-    for (file, scenario) in files.iter().zip(&scenarios) {
-        let came = run_scenario(scenario).await.map_err(|failure| Failure {
-            message: format!("{}: {}", file.display(), failure.message),
-            ..failure
-        })?;
-        let differences = scenario.expect.differences(&came);
-        wrong += usize::from(!differences.is_empty());
-        for difference in &differences {
-            say!(json, "{}: {difference}", scenario.id);
-        }
-        if differences.is_empty() {
-            say!(json, "{}: as expected", scenario.id);
-        }
-        if print && !json.is_asked_for() {
-            println!("{}", json!(came));
-        }
-        json.keep(
-            &mut documents,
-            || json!({ "id": scenario.id, "differences": differences, "came": came }),
-        );
-    }
-    json.document(|| json!({ "scenarios": documents }));
-    if wrong > 0 {
-        return Err(format!("{wrong} of {} scenarios did not end as expected", files.len()).into());
-    }
-    Ok(())
-}
-
-fn read_scenario(file: &PathBuf) -> Result<Scenario, Failure> {
-    let text = fs::read(file)
-        .map_err(|error| Failure::from(format!("cannot read {}: {error}", file.display())))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| Failure::usage(format!("{} is no scenario: {error}", file.display())))
-}
-
-/// Runs a scenario on a database that is removed afterwards.
-async fn run_scenario(scenario: &Scenario) -> Result<Expected, Failure> {
-    let folder = tempfile::tempdir()
-        .map_err(|error| Failure::from(format!("cannot make a temporary folder: {error}")))?;
-    let target = Target::Sqlite(folder.path().join("backtest.db"));
-    let mut migrator = Migrator::new(&target, folder.path()).await?;
-    migrator.up(scenario.start.0).await?;
-    let store: Arc<dyn Store> = store::open(&target).await?;
-    let came = backtest::run(scenario, &store).await;
-    store.close().await?;
-    came.map_err(|error| Failure::from(error.to_string()))
 }

@@ -282,12 +282,12 @@ async fn acknowledge(
 }
 
 /// A time to the second, for people.
-fn moment(time: Timestamp) -> String {
+pub(super) fn moment(time: Timestamp) -> String {
     format!("{}Z", &time.to_string()[..19])
 }
 
 /// What an incident is about.
-fn subject(incident: &Incident) -> String {
+pub(super) fn subject(incident: &Incident) -> String {
     if incident.scope == IncidentScope::Fleet.as_str() {
         return "the fleet".to_owned();
     }
@@ -300,7 +300,7 @@ fn headline(incident: &Incident) -> String {
 }
 
 /// How many devices an incident is about, in words.
-fn devices(incident: &Incident) -> String {
+pub(super) fn devices(incident: &Incident) -> String {
     let count = |name: &str| incident.summary[name].as_i64().unwrap_or(0);
     let (affected, judged, late) = (count(&incident.kind), count("judged"), count("presumed"));
     let mut words = format!("{affected} of {judged}");

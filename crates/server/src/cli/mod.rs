@@ -21,6 +21,7 @@ macro_rules! say {
     ($json:expr, $($argument:tt)*) => { $json.say(format_args!($($argument)*)) };
 }
 
+mod backtest;
 mod backup;
 mod completions;
 mod copy;

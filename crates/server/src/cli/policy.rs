@@ -1,6 +1,6 @@
 //! `pisync policy`: what is expected of the fleet, a group or a device, also beside a running server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use pisync_core::{DeviceId, GroupName, health::Policy};
@@ -132,15 +132,7 @@ pub(super) async fn run(command: &PolicyCommand) -> Result<(), Failure> {
         }
         Action::Set { level, file } => {
             let level = Level::of(level)?;
-            let text = read(file)?;
-            let name = file.display();
-            let value: Value = serde_json::from_slice(&text)
-                .map_err(|error| Failure::from(format!("{name} is not JSON: {error}")))?;
-            let policy = Policy::read(&value, "policy").map_err(|violations| {
-                let messages: Vec<_> =
-                    violations.into_iter().map(|violation| violation.message).collect();
-                Failure::from(format!("{name} is no policy:\n  {}", messages.join("\n  ")))
-            })?;
+            let policy = read_policy(file)?;
             let (target, store) = open().await?;
             set(&*store, &level, &policy, &by).await?;
             say!(json, "set the policy of {}", level.name());
@@ -150,6 +142,18 @@ pub(super) async fn run(command: &PolicyCommand) -> Result<(), Failure> {
             Ok(())
         }
     }
+}
+
+/// The policy that a file holds; - is standard input.
+pub(super) fn read_policy(file: &Path) -> Result<Policy, Failure> {
+    let text = read(file)?;
+    let name = file.display();
+    let value: Value = serde_json::from_slice(&text)
+        .map_err(|error| Failure::from(format!("{name} is not JSON: {error}")))?;
+    Policy::read(&value, "policy").map_err(|violations| {
+        let messages: Vec<_> = violations.into_iter().map(|violation| violation.message).collect();
+        Failure::from(format!("{name} is no policy:\n  {}", messages.join("\n  ")))
+    })
 }
 
 /// The policy, and what applies to a device.

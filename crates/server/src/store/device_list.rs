@@ -1,10 +1,11 @@
-//! The SQL that answers a scan's requests from the indexes of `device_summaries` and `devices`. It is the same for both
+//! The SQL that answers a scan's requests from the indexes of `device_summaries`, `device_states` and `devices`. It is the same for both
 //! stores but for what [`Dialect`] names. The stores bind the parameters and read the rows.
 
 use std::collections::HashMap;
 
 use super::{
     Device, DeviceQuery, DeviceSort,
+    device_states::StateOrder,
     devices::like_pattern,
     ordered_scan::{Direction, KeyPart, Part, Place, Request},
     summaries::SummaryOrder,
@@ -23,8 +24,8 @@ pub(super) struct Dialect {
     pub(super) placeholder: char,
     /// Compares texts without regard to the case of ASCII letters.
     pub(super) like: &'static str,
-    /// Joins a summary `s` with its device `d`.
-    pub(super) device_of_summary: &'static str,
+    /// Joins a row `s` of `device_summaries` or `device_states` with its device `d`.
+    pub(super) device_of_row: &'static str,
     /// When a device `d` was first seen, as a number.
     pub(super) created_at: &'static str,
     /// A parameter with such a number, as `d.created_at` is stored.
@@ -148,6 +149,7 @@ pub(super) enum Order {
     Name,
     CreatedAt,
     Summary(SummaryOrder),
+    State(StateOrder),
 }
 
 impl Order {
@@ -156,6 +158,8 @@ impl Order {
             DeviceSort::DeviceId => return Self::DeviceId,
             DeviceSort::Name => return Self::Name,
             DeviceSort::CreatedAt => return Self::CreatedAt,
+            DeviceSort::Status => return Self::State(StateOrder::Urgency),
+            DeviceSort::StatusSince => return Self::State(StateOrder::Since),
             DeviceSort::LastSeen => SummaryOrder::LastSeen,
             DeviceSort::LastSync => SummaryOrder::LastSync,
             DeviceSort::LastSuccess => SummaryOrder::LastSuccess,
@@ -167,17 +171,27 @@ impl Order {
 
     /// The columns to sort by, and what to read of them.
     fn columns(self, dialect: &Dialect) -> (Vec<String>, Vec<String>) {
+        let of_row = |columns: &[&str]| {
+            let columns: Vec<_> = columns.iter().map(|column| format!("s.{column}")).collect();
+            (columns.clone(), columns)
+        };
         match self {
             Self::DeviceId => (Vec::new(), Vec::new()),
             Self::Name => (vec!["d.name".to_owned()], vec!["d.name".to_owned()]),
             Self::CreatedAt => {
                 (vec!["d.created_at".to_owned()], vec![dialect.created_at.to_owned()])
             }
-            Self::Summary(order) => {
-                let columns: Vec<_> =
-                    order.columns().iter().map(|column| format!("s.{column}")).collect();
-                (columns.clone(), columns)
-            }
+            Self::Summary(order) => of_row(order.columns()),
+            Self::State(order) => of_row(order.columns()),
+        }
+    }
+
+    /// The table `s` that has the order, if it is not `devices` itself.
+    fn table(self) -> Option<&'static str> {
+        match self {
+            Self::DeviceId | Self::Name | Self::CreatedAt => None,
+            Self::Summary(_) => Some("device_summaries"),
+            Self::State(_) => Some("device_states"),
         }
     }
 }
@@ -190,15 +204,16 @@ pub(super) fn places(
     request: &Request,
     dialect: &Dialect,
 ) -> Statement {
+    if let (Order::State(_), Request::Block { key: None, after, limit }) = (order, request) {
+        return without_state(after.as_deref(), *limit, filter, dialect);
+    }
     let mut statement = Statement::new(dialect);
     let (columns, read) = order.columns(dialect);
-    let id = if matches!(order, Order::Summary(_)) { "s.device_id" } else { "d.device_id" };
-    let from = match order {
-        Order::Summary(_) if filter.is_none() => "device_summaries s".to_owned(),
-        Order::Summary(_) => {
-            format!("device_summaries s join devices d on {}", dialect.device_of_summary)
-        }
-        _ => "devices d".to_owned(),
+    let id = if order.table().is_some() { "s.device_id" } else { "d.device_id" };
+    let from = match order.table() {
+        Some(table) if filter.is_none() => format!("{table} s"),
+        Some(table) => format!("{table} s join devices d on {}", dialect.device_of_row),
+        None => "devices d".to_owned(),
     };
     let read = [&[id.to_owned()][..], &read].concat().join(", ");
     statement.sql = format!("select {read} from {from} where true");
@@ -250,6 +265,42 @@ pub(super) fn places(
     };
     let limit = statement.bind(KeyPart::Number(limit.cast_signed()));
     statement.sql.push_str(&format!(" order by {by} limit {limit}"));
+    statement
+}
+
+/// The statement that finds devices that no sweep has evaluated yet. It is the end of a list by states. There are few of them,
+/// so that it looks at every device.
+fn without_state(
+    after: Option<&str>,
+    limit: u64,
+    filter: &Filter,
+    dialect: &Dialect,
+) -> Statement {
+    let mut statement = Statement::new(dialect);
+    statement.sql = format!(
+        "select d.device_id from devices d where not exists (select 1 from device_states s where {})",
+        dialect.device_of_row
+    );
+    if let Some(after) = after {
+        let after = statement.bind(KeyPart::Text(after.to_owned()));
+        statement.sql.push_str(&format!(" and d.device_id > {after}"));
+    }
+    filter.condition(dialect, &mut statement);
+    let limit = statement.bind(KeyPart::Number(limit.cast_signed()));
+    statement.sql.push_str(&format!(" order by d.device_id limit {limit}"));
+    statement
+}
+
+/// The statement that finds all places in a list by states, where an index finds the devices of `filter`.
+pub(super) fn indexed_states(order: StateOrder, filter: &Filter, dialect: &Dialect) -> Statement {
+    let mut statement = Statement::new(dialect);
+    let columns: Vec<_> = order.columns().iter().map(|column| format!("s.{column}")).collect();
+    statement.sql = format!(
+        "select d.device_id, {} from devices d left join device_states s on {} where true",
+        columns.join(", "),
+        dialect.device_of_row
+    );
+    filter.condition(dialect, &mut statement);
     statement
 }
 
@@ -315,7 +366,7 @@ pub(super) fn in_order(places: &[Place], devices: Vec<Device>) -> Vec<Device> {
     places.iter().filter_map(|place| found.remove(&place.device_id)).collect()
 }
 
-/// A device's place in `order`. `summary` is asked only for orders by a figure.
+/// A device's place in `order`, which is not by states. `key` is asked only for orders by a figure.
 pub(super) fn place(
     order: Order,
     device_id: String,
@@ -328,6 +379,7 @@ pub(super) fn place(
         Order::Name => name.map(|name| vec![KeyPart::Text(name)]),
         Order::CreatedAt => Some(vec![KeyPart::Number(created_at)]),
         Order::Summary(order) => key(order),
+        Order::State(_) => None,
     };
     Place { key, device_id }
 }

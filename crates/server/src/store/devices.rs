@@ -76,6 +76,10 @@ pub enum DeviceSort {
     FailedSyncs,
     /// Current streak.
     ConsecutiveFailures,
+    /// The state that the last sweep has found, the most urgent first; then since when.
+    Status,
+    /// Since when the device has been in that state.
+    StatusSince,
 }
 
 impl DeviceSort {
@@ -85,13 +89,15 @@ impl DeviceSort {
         let (parts, may_be_missing) = match self {
             Self::DeviceId => (0, false),
             Self::CreatedAt => (1, false),
+            Self::Status => (2, true),
             Self::Name
             | Self::LastSeen
             | Self::LastSync
             | Self::LastSuccess
             | Self::TotalSyncs
             | Self::FailedSyncs
-            | Self::ConsecutiveFailures => (1, true),
+            | Self::ConsecutiveFailures
+            | Self::StatusSince => (1, true),
         };
         place.key.as_ref().map_or(may_be_missing, |key| {
             let is_right = |part: &KeyPart| match part {

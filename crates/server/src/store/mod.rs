@@ -13,6 +13,7 @@ mod copy;
 mod day_details;
 mod deletion;
 mod device_list;
+mod device_states;
 mod devices;
 mod error;
 mod events;

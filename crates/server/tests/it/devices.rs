@@ -367,7 +367,8 @@ async fn wrong_parameters(server: &TestServer) {
     let get = async |query: &str| server.get(&format!("/api/devices?{query}")).await.complaints();
     let sorts = "device_id, -device_id, name, -name, device_registered, -device_registered, \
         last_seen, -last_seen, last_sync, -last_sync, last_success, -last_success, total_syncs, \
-        -total_syncs, failed_syncs, -failed_syncs, consecutive_failures, -consecutive_failures";
+        -total_syncs, failed_syncs, -failed_syncs, consecutive_failures, -consecutive_failures, \
+        status, -status, status_since, -status_since";
     let mut complaints = get("sort=size&q=&group=%00&limit=1001&offset=-1").await;
     complaints.sort();
     assert_eq!(

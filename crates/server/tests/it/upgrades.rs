@@ -337,6 +337,14 @@ const VERSIONS: &[Version] = &[
                      + (select count(*) from incident_entries)",
         rows: 2 + 14,
     },
+    Version {
+        name: "2026-11-29-19-device-states",
+        // A sweep has found another state.
+        sqlite: "update device_states set urgency = 0",
+        postgres: "update device_states set urgency = 0",
+        count: "(select count(*) from device_states where urgency = 0)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

@@ -27,7 +27,7 @@ use crate::{
 const MAX_SEARCH: usize = 255;
 
 /// The sort orders. A minus sign reverses one.
-const SORTS: [(&str, (DeviceSort, bool)); 18] = [
+const SORTS: [(&str, (DeviceSort, bool)); 22] = [
     ("device_id", (DeviceSort::DeviceId, false)),
     ("-device_id", (DeviceSort::DeviceId, true)),
     ("name", (DeviceSort::Name, false)),
@@ -46,6 +46,10 @@ const SORTS: [(&str, (DeviceSort, bool)); 18] = [
     ("-failed_syncs", (DeviceSort::FailedSyncs, true)),
     ("consecutive_failures", (DeviceSort::ConsecutiveFailures, false)),
     ("-consecutive_failures", (DeviceSort::ConsecutiveFailures, true)),
+    ("status", (DeviceSort::Status, false)),
+    ("-status", (DeviceSort::Status, true)),
+    ("status_since", (DeviceSort::StatusSince, false)),
+    ("-status_since", (DeviceSort::StatusSince, true)),
 ];
 
 /// The states by their names.
@@ -83,7 +87,8 @@ struct DeviceParameters {
     #[param(default = false)]
     overdue: Option<bool>,
     /// The sort order. With a minus sign, the largest or latest comes first. Missing values come last, and equal ones
-    /// are sorted by `device_id`.
+    /// are sorted by `device_id`. `status` begins with the most urgent (silent, failing, degraded, never, ok, paused), and of
+    /// each state with the device that has been in it for the longest time; states are those that the last sweep has found.
     #[param(inline)]
     sort: Option<SortName>,
     /// The most devices to list.

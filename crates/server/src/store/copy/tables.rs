@@ -60,7 +60,7 @@ pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
 
 /// Tables that are not copied but made anew from the others.
 pub(in crate::store) const REBUILT: &[&str] =
-    &["device_summaries", "device_counts", "stale_summaries", "fleet_totals", "device_digest"];
+    &["device_summaries", "device_counts", "stale_summaries", "fleet_totals", "device_digest", "device_states"];
 
 /// Everything that is copied, in an order in which each row finds the rows that it refers to.
 ///

@@ -58,6 +58,7 @@ embedded!(
     "2026-11-26-16-device-summaries",
     "2026-11-27-17-groups-and-days",
     "2026-11-28-18-fleet-health",
+    "2026-11-29-19-device-states",
 );
 
 /// Rolls a take-over back: the `down` of the first migration, in a database whose first rows were the Node service's.

@@ -22,6 +22,7 @@ use super::{
     connect::Connector,
     connection::Connection,
     errors::{is_connection_lost, store_error},
+    health,
     partitions::{self, Partition},
     roll_ups, summaries,
     trusted_time::database_time,
@@ -204,6 +205,7 @@ impl CopyWriter for PostgresCopyWriter {
         }
         client.batch_execute(&summaries::rebuild_statements()).await.map_err(store_error)?;
         client.batch_execute(&roll_ups::recount_totals_statement()).await.map_err(store_error)?;
+        client.batch_execute(&health::rebuild_states_statement()).await.map_err(store_error)?;
         client.batch_execute("commit").await.map_err(|error| {
             if is_connection_lost(&error) {
                 return StoreError::OutcomeUnknown(

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::store::{
     DeviceSettings, FleetSettings, StoreError, WindowScope,
+    device_states::{urgency, urgency_of_health},
     health::{
         Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
         Examination, HEALTH_COLUMNS, HealthRow, HealthStore, INCIDENTS_KEPT, JobFigureRow,
@@ -339,6 +340,16 @@ async fn keep_health(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> 
                waiting_since = excluded.waiting_since, heard_at = excluded.heard_at,
                policy_version = excluded.policy_version, is_unreconciled = excluded.is_unreconciled
     "#;
+    // What is kept here is locked by the statement before.
+    const KEEP_STATES: &str = "
+        insert into device_states as kept (device_id, urgency, since)
+        select given.*
+          from unnest($1::text[], $2::bigint[], $3::bigint[]) as given (device_id)
+          join device_health h on h.device_id = given.device_id
+         order by given.device_id
+            on conflict (device_id) do update set urgency = excluded.urgency, since = excluded.since
+         where (kept.urgency, kept.since) <> (excluded.urgency, excluded.since)
+    ";
     let rows: Vec<(&str, &HealthRow)> = evaluated
         .iter()
         .filter_map(|one| one.health.as_ref().map(|health| (one.device_id.as_str(), health)))
@@ -375,8 +386,20 @@ async fn keep_health(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> 
                 &column(&rows, |row| row.is_unreconciled),
             ],
         )
-        .await
-        .map(|_| ())
+        .await?;
+    let keep_states = transaction.prepare_cached(KEEP_STATES).await?;
+    let urgencies = column(&rows, |row| urgency(&row.state));
+    let since = column(&rows, |row| row.since.as_millisecond());
+    transaction.execute(&keep_states, &[&ids, &urgencies, &since]).await.map(|_| ())
+}
+
+/// Fills `device_states` of a new database.
+pub(super) fn rebuild_states_statement() -> String {
+    format!(
+        "insert into device_states (device_id, urgency, since)
+         select h.device_id, {}, floor(extract(epoch from h.since) * 1000) from device_health h",
+        urgency_of_health()
+    )
 }
 
 async fn keep_jobs(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> Result<(), Error> {
@@ -579,7 +602,7 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
         transaction.execute(COUNT, &[&group, &state, &is_expected]).await?;
         transaction.execute(LOOK, &[&group]).await?;
     }
-    for table in ["job_health", "run_starts"] {
+    for table in ["device_states", "job_health", "run_starts"] {
         transaction
             .execute(&format!("delete from {table} where device_id = $1"), &[&device_id])
             .await?;

@@ -30,7 +30,7 @@ use crate::store::{
 const DIALECT: Dialect = Dialect {
     placeholder: '$',
     like: "ilike",
-    device_of_summary: "d.device_id = s.device_id",
+    device_of_row: "d.device_id = s.device_id",
     created_at: "(extract(epoch from d.created_at) * 1000000)::bigint",
     time: |parameter| {
         format!("timestamptz 'epoch' + {parameter}::bigint * interval '1 microsecond'")
@@ -133,7 +133,7 @@ pub(super) async fn places(
             return summary_places(snapshot, order, part, filter, &changed).await;
         }
         Order::DeviceId => Scan::by_device_id(part.clone()),
-        Order::Name | Order::CreatedAt => Scan::new(part.clone(), Vec::new()),
+        Order::Name | Order::CreatedAt | Order::State(_) => Scan::new(part.clone(), Vec::new()),
     };
     run(snapshot, scan, order, part.direction, filter).await
 }
@@ -186,6 +186,15 @@ async fn indexed_places(
     order: Order,
     filter: &Filter,
 ) -> Result<Vec<Place>, Error> {
+    if let Order::State(order) = order {
+        let place = |row: &Row| {
+            let key = (1..row.len())
+                .map(|column| Ok(row.try_get::<_, Option<i64>>(column)?.map(KeyPart::Number)));
+            Ok(Place { key: key.collect::<Result<_, Error>>()?, device_id: row.try_get(0)? })
+        };
+        let select = device_list::indexed_states(order, filter, &DIALECT);
+        return query(snapshot, select).await?.iter().map(place).collect();
+    }
     let columns = format!("{DEVICE_COLUMNS}, {}, {}", job_sums(), DIALECT.created_at);
     let joins = "devices d left join device_jobs j using (device_id)";
     let select = device_list::filtered(&columns, joins, filter, "d.device_id", &DIALECT);

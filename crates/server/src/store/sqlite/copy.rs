@@ -20,6 +20,7 @@ use super::{
     backup::Copy,
     claim,
     connection::{open_existing, open_for_writing, store_error},
+    health,
     roll_ups, summaries,
 };
 use crate::store::{
@@ -190,6 +191,7 @@ impl CopyWriter for SqliteCopyWriter {
             let watermark = last_id(connection, events_table())?;
             connection.execute("update roll_up_state set folded_id = ?1", [watermark])?;
             summaries::rebuild(connection)?;
+            health::rebuild_states(connection)?;
             roll_ups::recount_totals(connection)?;
             connection.execute_batch("commit; pragma optimize = 0x10002;")
         })

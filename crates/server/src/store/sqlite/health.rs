@@ -19,6 +19,7 @@ use super::{
 };
 use crate::store::{
     DeviceSettings, FleetSettings, StoreError, WindowScope,
+    device_states::{urgency, urgency_of_health},
     health::{
         Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
         Examination, HEALTH_COLUMNS, HealthRow, HealthStore, INCIDENTS_KEPT, JobFigureRow,
@@ -423,6 +424,12 @@ fn keep_health(
             policy_version, is_unreconciled
         ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20)
     "#;
+    const KEEP_STATE: &str = "
+        insert into device_states (device, device_id, urgency, since)
+        select id, device_id, ?2, ?3 from devices where id = ?1
+            on conflict (device) do update set urgency = excluded.urgency, since = excluded.since
+         where urgency <> excluded.urgency or since <> excluded.since
+    ";
     let instant = |at: Option<Timestamp>| at.map(Timestamp::as_millisecond);
     let values = params![
         device,
@@ -446,7 +453,9 @@ fn keep_health(
         health.policy_version,
         health.is_unreconciled,
     ];
-    transaction.prepare_cached(KEEP)?.execute(values).map(|_| ())
+    transaction.prepare_cached(KEEP)?.execute(values)?;
+    let state = params![device, urgency(&health.state), health.since.as_millisecond()];
+    transaction.prepare_cached(KEEP_STATE)?.execute(state).map(|_| ())
 }
 
 fn keep_job(
@@ -477,6 +486,16 @@ fn keep_job(
     transaction.prepare_cached(KEEP)?.execute(values).map(|_| ())
 }
 
+/// Fills `device_states` of a new database.
+pub(super) fn rebuild_states(connection: &Connection) -> rusqlite::Result<()> {
+    let rebuild = format!(
+        "insert into device_states (device, device_id, urgency, since)
+         select h.device, d.device_id, {}, h.since from device_health h join devices d on d.id = h.device",
+        urgency_of_health()
+    );
+    connection.execute_batch(&rebuild)
+}
+
 /// Forgets the state of a device that is being deleted. Its incidents are looked at in the next sweep.
 pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Result<()> {
     const FORGET: &str = r#"
@@ -496,7 +515,7 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
         transaction.prepare_cached(COUNT)?.execute(params![group, state, is_expected])?;
         transaction.prepare_cached(LOOK)?.execute([group])?;
     }
-    for table in ["job_health", "run_starts"] {
+    for table in ["device_states", "job_health", "run_starts"] {
         transaction.execute(&format!("delete from {table} where device = ?1"), [device])?;
     }
     Ok(())

@@ -200,9 +200,11 @@ fn group_facts(
         open,
         devices,
     };
-    for device in &facts.devices {
-        let subject = &device.device_id;
-        facts.ended.extend(ended_incidents(transaction, IncidentScope::Device, subject, now)?);
+    if has_ended_incidents(transaction, now)? {
+        for device in &facts.devices {
+            let subject = &device.device_id;
+            facts.ended.extend(ended_incidents(transaction, IncidentScope::Device, subject, now)?);
+        }
     }
     for (index, kind) in KINDS.into_iter().enumerate() {
         facts.tallies[index] = tally(transaction, Some(group), kind, last_heard, now)?;
@@ -253,6 +255,13 @@ fn open_incidents(
         .query_map([group], incident)?
         .collect::<rusqlite::Result<Vec<_>>>()?;
     Ok(rows.into_iter().flatten().collect())
+}
+
+/// Whether any incident ended not long ago. Most often none did, and then none need be looked for, device by device.
+fn has_ended_incidents(transaction: &Transaction<'_>, now: Timestamp) -> rusqlite::Result<bool> {
+    const HAS_ENDED: &str = "select exists (select 1 from incidents where resolved_at >= ?1)";
+    let since = reopened_since(now).as_millisecond();
+    transaction.prepare_cached(HAS_ENDED)?.query_row([since], |row| row.get(0))
 }
 
 /// The last incidents of a subject, of each kind, that ended not long ago and that somebody may have been told of.

@@ -27,7 +27,7 @@ use crate::store::{
 const DIALECT: Dialect = Dialect {
     placeholder: '?',
     like: "like",
-    device_of_summary: "d.id = s.device",
+    device_of_row: "d.id = s.device",
     created_at: "d.created_at",
     time: str::to_owned,
     device: ("d.id", "device"),
@@ -131,7 +131,7 @@ pub(super) fn places(
             return summary_places(connection, order, part, filter, &changed(connection, filter)?);
         }
         Order::DeviceId => Scan::by_device_id(part.clone()),
-        Order::Name | Order::CreatedAt => Scan::new(part.clone(), Vec::new()),
+        Order::Name | Order::CreatedAt | Order::State(_) => Scan::new(part.clone(), Vec::new()),
     };
     run(connection, scan, order, part.direction, filter)
 }
@@ -183,6 +183,13 @@ fn indexed_places(
     order: Order,
     filter: &Filter,
 ) -> rusqlite::Result<Vec<Place>> {
+    if let Order::State(order) = order {
+        return query(connection, device_list::indexed_states(order, filter, &DIALECT), |row| {
+            let parts = 1..row.as_ref().column_count();
+            let key = parts.map(|column| Ok(row.get::<_, Option<i64>>(column)?.map(KeyPart::Number)));
+            Ok(Place { key: key.collect::<rusqlite::Result<_>>()?, device_id: row.get(0)? })
+        });
+    }
     let columns = format!("{DEVICE_COLUMNS}, {}", job_sums());
     let joins = "devices d left join device_jobs j on j.device = d.id";
     let select = device_list::filtered(&columns, joins, filter, "d.id", &DIALECT);

@@ -1,9 +1,14 @@
 //! The list of devices, and what people change about them.
 
-use pisync::store::{
-    Count, Device, DeviceChange, DeviceQuery, DeviceSort, Freshness, HistoryQuery, Page,
-};
+use std::collections::BTreeSet;
 
+use pisync::{
+    fleet::sweep::sweep,
+    store::{
+        Count, Device, DeviceChange, DeviceQuery, DeviceSort, Freshness, HistoryQuery, Page,
+        PauseChange,
+    },
+};
 use pisync_core::health::State;
 
 use crate::support::{
@@ -18,6 +23,7 @@ both_stores!(
     groups,
     tags_and_states,
     every_sort_in_both_directions,
+    every_sort_by_state,
     pages_and_their_total,
     a_device_that_never_reported,
     name_and_group_are_set_left_and_emptied,
@@ -173,7 +179,9 @@ async fn tags_and_states(fixture: &TestStore) {
         (DeviceQuery { search: Some("C".to_owned()), ..overdue }, &["c"]),
     ] {
         assert_eq!(ids(fixture, &query).await, expected, "{query:?}");
-        for sort in [DeviceSort::Name, DeviceSort::LastSeen, DeviceSort::TotalSyncs] {
+        for sort in
+            [DeviceSort::Name, DeviceSort::LastSeen, DeviceSort::TotalSyncs, DeviceSort::StatusSince]
+        {
             let query = DeviceQuery { sort, ..query.clone() };
             assert_eq!(ids(fixture, &query).await, expected, "{query:?}");
         }
@@ -213,6 +221,89 @@ async fn every_sort_in_both_directions(fixture: &TestStore) {
             let query = DeviceQuery { sort, descending, ..all() };
             let found = ids(fixture, &query).await.concat();
             assert_eq!(found, expected, "{sort:?}, descending: {descending}");
+        }
+    }
+}
+
+/// Lists by state have what the last sweep found, page by page. A device that was never evaluated comes last.
+async fn every_sort_by_state(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let mut events = Vec::new();
+    for number in 0..30 {
+        let device = format!("d{:02}", (number * 7) % 30);
+        // Some are silent, some since the same moment.
+        let last = at(-60 * 60 * (number % 4) - 60 * (number / 8));
+        let streak = number % 5;
+        events.extend((0..streak).map(|back| failure(&device, at(-10_000 - back))));
+        events.push(if streak > 0 { failure(&device, last) } else { success(&device, last) });
+    }
+    for event in events {
+        write_at(&mut *writer, event.timestamp.max(at(-20_000)), vec![event]).await;
+    }
+    let paused = DeviceChange {
+        pause: Some(PauseChange::Until(None)),
+        ..DeviceChange::default()
+    };
+    change(fixture, "d04", paused).await;
+    let expected = DeviceChange { expected: Some(Some(true)), ..DeviceChange::default() };
+    fixture.store.put_device(&device_id("n1"), &expected, &somebody()).await.unwrap();
+    sweep(&*fixture.store, at(0)).await.unwrap();
+    write_at(&mut *writer, at(5), vec![success("d03", at(5))]).await;
+    fixture.store.delete_device(&device_id("d09"), &somebody()).await.unwrap();
+    sweep(&*fixture.store, at(600)).await.unwrap();
+    // No sweep has seen these.
+    register(fixture, &["x2", "c1", "x1"]).await;
+
+    let all_ids = ids(fixture, &all()).await;
+    assert_eq!(all_ids.len(), 33);
+    let views = fixture.store.device_views(&all_ids).await.unwrap();
+    let urgency = |state: State| {
+        let order =
+            [State::Silent, State::Failing, State::Degraded, State::Never, State::Ok, State::Paused];
+        order.iter().position(|known| *known == state).unwrap()
+    };
+    let key = |device_id: &String, sort| {
+        let health = views[device_id].health.as_ref()?;
+        let urgency = if sort == DeviceSort::Status { urgency(health.state) } else { 0 };
+        Some((urgency, health.since))
+    };
+    let states: BTreeSet<_> = all_ids
+        .iter()
+        .filter_map(|id| views[id].health.as_ref().map(|health| health.state))
+        .collect();
+    assert_eq!(states.len(), State::ALL.len(), "{states:?}");
+    for (sort, descending) in [
+        (DeviceSort::Status, false),
+        (DeviceSort::Status, true),
+        (DeviceSort::StatusSince, false),
+        (DeviceSort::StatusSince, true),
+    ] {
+        let mut expected = all_ids.clone();
+        expected.sort_by(|left, right| {
+            let (left_key, right_key) = (key(left, sort), key(right, sort));
+            let of_keys = match (left_key, right_key) {
+                (Some(left), Some(right)) if descending => right.cmp(&left),
+                (Some(left), Some(right)) => left.cmp(&right),
+                _ => left_key.is_none().cmp(&right_key.is_none()),
+            };
+            of_keys.then_with(|| left.cmp(right))
+        });
+        for search in [None, Some("1".to_owned())] {
+            let mut query = DeviceQuery { sort, descending, limit: 4, search, ..all() };
+            let mut found = Vec::new();
+            loop {
+                let page = devices(fixture, &query).await;
+                assert!(page.next.as_ref().is_none_or(|place| sort.has(place)), "{page:?}");
+                found.extend(page.items.into_iter().map(|device| device.device_id));
+                query.after = page.next;
+                if query.after.is_none() {
+                    break;
+                }
+            }
+            let is_searched =
+                |id: &&String| query.search.as_ref().is_none_or(|text| id.contains(text.as_str()));
+            let expected: Vec<_> = expected.iter().filter(is_searched).cloned().collect();
+            assert_eq!(found, expected, "{sort:?}, descending: {descending}, {:?}", query.search);
         }
     }
 }
