@@ -192,9 +192,18 @@ struct EntryData {
 impl From<IncidentEntry> for EntryData {
     fn from(entry: IncidentEntry) -> Self {
         let IncidentEntry { at, what, by, details } = entry;
-        let empty = || Value::Object(serde_json::Map::new());
-        Self { at, what, by, details: if details.is_object() { details } else { empty() } }
+        Self { at, what, by, details: Value::Object(shown_details(&details)) }
     }
+}
+
+/// The details of an entry as they are shown: times as texts. Foreign SQL may have made them something else.
+pub(crate) fn shown_details(details: &Value) -> serde_json::Map<String, Value> {
+    let mut shown = details.as_object().cloned().unwrap_or_default();
+    if let Some(heard) = shown.get_mut("last_heard") {
+        let at = heard.as_i64().and_then(Timestamp::from_millisecond);
+        *heard = at.map_or(Value::Null, |at| at.to_string().into());
+    }
+    shown
 }
 
 /// Enums of the OpenAPI document.

@@ -414,7 +414,8 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
         let behind_after = patience.unwrap_or(0).max(LEAST_BEHIND);
         let mut problems = Vec::new();
         let mut jobs = Vec::new();
-        for facts in &self.facts.jobs {
+        let unheard = self.overrun_jobs();
+        for facts in self.facts.jobs.iter().chain(&unheard) {
             let job = self.job(facts, &expectations, &mut problems);
             jobs.push(job);
         }
@@ -472,6 +473,18 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
         };
         self.look_again(&mut health);
         health
+    }
+
+    /// Jobs that no report and no policy names, and of which a run takes too long.
+    fn overrun_jobs(&self) -> Vec<JobFacts> {
+        let mut jobs: Vec<JobFacts> = Vec::new();
+        for run in self.facts.open_runs.iter().filter(|run| self.now >= self.longest_end(run)) {
+            let is_known = |facts: &JobFacts| facts.job == run.job;
+            if !self.facts.jobs.iter().any(is_known) && !jobs.iter().any(is_known) {
+                jobs.push(JobFacts { job: run.job.clone(), waiting_since: None, reports: None });
+            }
+        }
+        jobs
     }
 
     /// Sets when the device must be looked at again.
@@ -645,6 +658,7 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
         own.sort();
         let worst = own.first();
         let state = match worst {
+            Some(problem) if problem.reason == Reason::Overrun => State::Failing,
             _ if facts.reports.is_none() => State::Never,
             Some(problem) => problem.kind.state(),
             None => State::Ok,
@@ -966,6 +980,22 @@ mod tests {
         facts.open_runs.push(OpenRun { job: None, started_at: at("04T09:00") });
         let health = evaluate(&hourly, &facts, &(), at("04T09:00:15"));
         assert_eq!((health.silent_after, health.due_at), (Some(90 * MINUTE), None));
+    }
+
+    /// A run hangs whose job nobody names, and that was never heard.
+    #[test]
+    fn an_open_run_of_an_unknown_job_is_too_long_in_the_end() {
+        let policy = policy(&json!({"max_run_seconds": 3600}));
+        let mut facts = device(vec![job(None, Some(reports("04T09:00", 0)))]);
+        facts.open_runs.push(OpenRun { job: Some("bk".to_owned()), started_at: at("04T09:30") });
+        assert_eq!(found(&policy, &facts, "04T10:29"), (State::Ok, Vec::new()));
+        let overrun = vec!["failing bk overrun 04T10:30".to_owned()];
+        assert_eq!(found(&policy, &facts, "04T12:00"), (State::Failing, overrun.clone()));
+        let health = evaluate(&policy, &facts, &(), at("04T10:00"));
+        assert_eq!(health.check_at, Some(at("04T10:30")));
+        // It has never reported at all.
+        facts.jobs.clear();
+        assert_eq!(found(&policy, &facts, "04T12:00"), (State::Never, overrun));
     }
 
     #[test]

@@ -1,1 +1,2 @@
+-- loses: nothing
 drop table device_states;

@@ -39,6 +39,9 @@ use crate::{
     store::{Batch, Beat, EventWriter, RunKey, StartedRun, Store, StoreError},
 };
 
+/// The most steps, with their repetitions: as many as take some hundred megabytes.
+const MOST_STEPS: usize = 10_000_000;
+
 /// How many changes of states are read at a time.
 const CHANGES_AT_ONCE: u32 = 1_000;
 
@@ -76,7 +79,7 @@ pub async fn run(scenario: &Scenario, store: &Arc<dyn Store>) -> Result<Expected
         course.request(request).await?;
     }
     course.beat(scenario.start.0, true).await?;
-    let steps = in_order(&scenario.steps);
+    let steps = in_order(scenario)?;
     let mut steps = steps.into_iter().peekable();
     for now in ticks(scenario.start.0, scenario.end.0) {
         while let Some((at, step)) = steps.next_if(|(at, _)| *at <= now) {
@@ -98,22 +101,36 @@ pub(super) fn ticks(from: Timestamp, until: Timestamp) -> impl Iterator<Item = T
 }
 
 /// All steps with their repetitions, in the order in which they happen.
-fn in_order(steps: &[Step]) -> Vec<(Timestamp, &Step)> {
+fn in_order(scenario: &Scenario) -> Result<Vec<(Timestamp, &Step)>, BacktestError> {
     let mut all = Vec::new();
-    for step in steps {
-        all.push((step.at.0, step));
-        if let Some(repeat) = step.repeat {
-            let every = i64::from(repeat.every_seconds.max(1)) * 1000;
-            let mut at = step.at.0.saturating_add_milliseconds(every);
-            while at <= repeat.until.0 {
-                all.push((at, step));
-                at = at.saturating_add_milliseconds(every);
+    for step in &scenario.steps {
+        let at = step.at.0;
+        if !(scenario.start.0..=scenario.end.0).contains(&at) {
+            let why = "the step is not between start and end".to_owned();
+            return Err(BacktestError::Step { at, why });
+        }
+        all.push((at, step));
+        let Some(repeat) = step.repeat else { continue };
+        let every = i64::from(repeat.every_seconds.max(1)) * 1000;
+        let until = repeat.until.0.min(scenario.end.0);
+        let mut next = at.saturating_add_milliseconds(every);
+        while next <= until {
+            all.push((next, step));
+            if all.len() > MOST_STEPS {
+                let why = format!("there are more than {MOST_STEPS} steps with their repetitions");
+                return Err(BacktestError::Step { at, why });
             }
+            let later = next.saturating_add_milliseconds(every);
+            // The end of all times.
+            if later <= next {
+                break;
+            }
+            next = later;
         }
     }
     // The sort keeps the file's order of equal instants.
     all.sort_by_key(|(at, _)| *at);
-    all
+    Ok(all)
 }
 
 pub(super) struct Course {

@@ -7,9 +7,7 @@ use std::collections::HashMap;
 use pisync_core::{DeviceId, GroupName, JobName, SyncEvent, Timestamp, sync_event::MAX_COUNT};
 
 use super::{BacktestError, course::ticks};
-use crate::store::{
-    DeviceSettings, FleetSettings, HistoryQuery, Store, StoreError, StoredEvent,
-};
+use crate::store::{DeviceSettings, FleetSettings, HistoryQuery, Store, StoreError, StoredEvent};
 
 /// The number of events per page.
 const PAGE: u32 = 1_000;
@@ -77,8 +75,14 @@ impl History {
     ) -> Result<Self, StoreError> {
         let HistoryRange { group, from, until } = range;
         let settings = store.fleet_settings().await?;
-        let mut history =
-            Self { from, until, settings, devices: Vec::new(), reports: Vec::new(), jobs: Vec::new() };
+        let mut history = Self {
+            from,
+            until,
+            settings,
+            devices: Vec::new(),
+            reports: Vec::new(),
+            jobs: Vec::new(),
+        };
         let mut job_numbers = HashMap::new();
         let mut seen = 0;
         let mut after: Option<DeviceId> = None;
@@ -89,7 +93,9 @@ impl History {
             let mut views = store.device_views(&names).await?;
             for device_id in &device_ids {
                 let settings = views.remove(device_id.as_str()).unwrap_or_default().settings;
-                history.read_device(store, device_id, settings, &mut job_numbers, &mut seen).await?;
+                history
+                    .read_device(store, device_id, settings, &mut job_numbers, &mut seen)
+                    .await?;
                 watch(seen);
             }
             after = device_ids.into_iter().next_back();

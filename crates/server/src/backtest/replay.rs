@@ -60,7 +60,8 @@ pub async fn replay(
         }
         loop {
             let mut end = next;
-            while end - next < WRITTEN_AT_ONCE && history.received(end).is_some_and(|at| at <= now) {
+            while end - next < WRITTEN_AT_ONCE && history.received(end).is_some_and(|at| at <= now)
+            {
                 end += 1;
             }
             if end == next {
@@ -202,8 +203,7 @@ fn device_changes(history: &History, before: Timestamp) -> Vec<(Timestamp, Roste
                 let policy = &settings.level.policy;
                 change.group = Some(device.group.clone());
                 change.tags = Some(settings.tags.clone());
-                change.policy =
-                    (!policy.is_empty()).then(|| PolicyUpdate::Replace(policy.clone()));
+                change.policy = (!policy.is_empty()).then(|| PolicyUpdate::Replace(policy.clone()));
             }
             rows.push((at, RosterRow { device_id: device.device_id.clone(), change }));
         }
@@ -218,7 +218,8 @@ fn level_changes(
     until: Timestamp,
 ) -> Vec<(Timestamp, LevelChange)> {
     let policy = PolicyUpdate::Replace(level.policy.clone());
-    let mut changes = vec![(before, LevelChange { policy: Some(policy), ..LevelChange::default() })];
+    let mut changes =
+        vec![(before, LevelChange { policy: Some(policy), ..LevelChange::default() })];
     if let Some((at, pause)) = pause_change(level.pause, before, until) {
         changes.push((at, LevelChange { pause: Some(pause), ..LevelChange::default() }));
     }

@@ -1,7 +1,12 @@
 //! `pisync fleet backtest`: which incidents would have come of the stored reports, under the present policy and another one,
 //! and what comes of scripted fleets. Each backtest runs on a temporary database. That of the fleet is only read.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use clap::Args;
 use pisync_core::{Timestamp, health::Policy};
@@ -25,6 +30,7 @@ use crate::{
     incident_format::IncidentData,
     maintenance::present,
     store::{self, Incident, Store, Target, migrations::Migrator},
+    temporary::TemporaryFile,
 };
 
 /// How much of the past is replayed, unless it is said, in milliseconds: 30 days.
@@ -80,7 +86,8 @@ pub(super) async fn run(
     if !arguments.scenario.is_empty() {
         return run_scenarios(&arguments.scenario, arguments.print, json).await;
     }
-    let policy = arguments.policy.as_deref().map(read_policy).transpose()?;
+    let policy = arguments.policy.as_deref().map(read_policy).transpose();
+    let policy = policy.map_err(|failure| Failure::usage(failure.message))?;
     let group = arguments.group.as_deref().map(group_name).transpose()?;
     let target = database::existing(database)?;
     let store = database::open_current(&target, migrations).await?;
@@ -97,9 +104,8 @@ pub(super) async fn run(
     let range = HistoryRange { group, from, until };
     let history = read_history(&*store, range).await?;
     store.close().await?;
-    if history.device_count() == 0 {
-        let whose = arguments.group.as_ref().map(|name| format!(" in the group {name}"));
-        return Err(format!("there were no devices{}", whose.unwrap_or_default()).into());
+    if let Some(name) = arguments.group.as_ref().filter(|_| history.device_count() == 0) {
+        return Err(format!("there were no devices in the group {name}").into());
     }
     let now_set = replay(&history, None, "what is set now").await?;
     let given = match (&policy, &arguments.policy) {
@@ -312,10 +318,14 @@ async fn on_temporary_store<T>(
     now: Timestamp,
     what: impl AsyncFnOnce(&Arc<dyn Store>) -> Result<T, BacktestError>,
 ) -> Result<T, Failure> {
-    let folder = tempfile::tempdir()
-        .map_err(|error| Failure::from(format!("cannot make a temporary folder: {error}")))?;
-    let target = Target::Sqlite(folder.path().join("backtest.db"));
-    let mut migrator = Migrator::new(&target, folder.path()).await?;
+    let folder = std::env::temp_dir();
+    // It is removed also when a signal ends the command.
+    let file = TemporaryFile::beside(&folder.join("backtest.db")).map_err(|error| {
+        let folder = folder.display();
+        Failure::from(format!("cannot make a temporary file in {folder}: {error}; set TMPDIR"))
+    })?;
+    let target = Target::Sqlite(file.path().to_owned());
+    let mut migrator = Migrator::new(&target, Path::new("")).await?;
     migrator.up(now).await?;
     let store: Arc<dyn Store> = store::open(&target).await?;
     let done = what(&store).await;

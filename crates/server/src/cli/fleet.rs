@@ -17,7 +17,7 @@ use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     fleet::explain::Explanation,
-    store::{FleetView, GroupQuery, GroupView, StateCounts, Store, Target},
+    store::{FleetView, GroupQuery, GroupView, StateCounts, Target},
 };
 
 /// How many groups are listed.
@@ -25,6 +25,9 @@ const SHOWN_GROUPS: u32 = 1_000;
 
 /// After this time without a sweep the states are not told, in milliseconds: 10 minutes. Sweeps follow each other every 15 s.
 const LONGEST_WITHOUT_SWEEP: i64 = 10 * 60 * 1000;
+
+/// How far the last sweep may lie ahead of this machine's clock, in milliseconds: a minute.
+const LARGEST_LEAD: i64 = 60 * 1000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -105,24 +108,30 @@ async fn status(
         .swept_at
         .ok_or_else(|| Failure::usage("no server has looked after this fleet yet; start one"))?;
     let age = clock.now().as_millisecond() - swept_at.as_millisecond();
+    if age < -LARGEST_LEAD {
+        return Err(Failure::usage(format!(
+            "the last sweep was at {swept_at}, which is in the future: a server's clock was ahead, or this machine's is behind"
+        )));
+    }
     if age > LONGEST_WITHOUT_SWEEP {
         return Err(Failure::usage(format!(
             "no server has looked after this fleet since {swept_at}; is one running, without FLEET=off?"
         )));
     }
-    let has_problem = |states: &StateCounts| {
-        [State::Failing, State::Silent].iter().any(|state| count(states, *state) > 0)
+    let has_problem = |states: &StateCounts, overdue: u64| {
+        overdue > 0 || [State::Failing, State::Silent].iter().any(|state| count(states, *state) > 0)
     };
+    let of_group = |group: &GroupView| has_problem(&group.states, group.overdue);
     let shown: Vec<&GroupView> =
-        groups.iter().filter(|group| !only_problems || has_problem(&group.states)).collect();
+        groups.iter().filter(|group| !only_problems || of_group(group)).collect();
+    // Of one group, the figures are those of that group.
+    let (states, overdue, open_incidents) = match (group, groups.first()) {
+        (Some(_), Some(group)) => (&group.states, group.overdue, group.open_incidents),
+        _ => (&fleet.states, fleet.overdue, fleet.open_incidents),
+    };
     if !command.json.is_asked_for() {
-        if group.is_none() {
-            println!("{}", in_words(&fleet.states));
-            println!(
-                "overdue: {}; open incidents: {}; as of {swept_at}",
-                fleet.overdue, fleet.open_incidents
-            );
-        }
+        println!("{}", in_words(states));
+        println!("overdue: {overdue}; open incidents: {open_incidents}; as of {swept_at}");
         if !shown.is_empty() {
             table_of(&shown).iter().for_each(|line| println!("{line}"));
         }
@@ -131,19 +140,19 @@ async fn status(
         let groups: Vec<_> = shown.iter().map(|group| group_json(group)).collect();
         json!({
             "database": target.to_string(),
-            "by_status": states_json(&fleet.states),
-            "overdue": fleet.overdue,
-            "open_incidents": fleet.open_incidents,
+            "by_status": states_json(states),
+            "overdue": overdue,
+            "open_incidents": open_incidents,
             "swept_at": swept_at,
             "groups": groups,
         })
     });
-    let is_wrong = if group.is_some() {
-        groups.iter().any(|group| has_problem(&group.states))
-    } else {
-        has_problem(&fleet.states) || fleet.overdue > 0
-    };
-    if is_wrong { Err("something is wrong in the fleet".to_owned().into()) } else { Ok(()) }
+    if has_problem(states, overdue) {
+        let whose =
+            group.map_or_else(|| "the fleet".to_owned(), |name| format!("the group {name}"));
+        return Err(format!("something is wrong in {whose}").into());
+    }
+    Ok(())
 }
 
 /// How the fleet is.
@@ -231,6 +240,7 @@ fn group_json(group: &GroupView) -> Value {
         "name": group.name,
         "devices": group.devices,
         "by_status": states_json(&group.states),
+        "overdue": group.overdue,
         "open_incidents": group.open_incidents,
     })
 }

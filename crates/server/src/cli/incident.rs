@@ -13,7 +13,7 @@ use super::{database, distance, exit::Failure, key::group_name, output::JsonArgs
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs, number},
-    incident_format::{IncidentData, IncidentDetailData, MAX_NOTE},
+    incident_format::{IncidentData, IncidentDetailData, MAX_NOTE, shown_details},
     maintenance::present,
     store::{
         AcknowledgeOutcome, Acknowledgement, Actor, Count, INCIDENT_KINDS, Incident,
@@ -291,6 +291,9 @@ pub(super) fn subject(incident: &Incident) -> String {
     if incident.scope == IncidentScope::Fleet.as_str() {
         return "the fleet".to_owned();
     }
+    if incident.scope == IncidentScope::Group.as_str() && incident.subject.is_empty() {
+        return "devices in no group".to_owned();
+    }
     format!("{} {}", incident.scope, incident.subject)
 }
 
@@ -411,9 +414,8 @@ fn lines_of_incident(detail: &IncidentDetail, now: Timestamp) -> Vec<String> {
         lines.push(String::new());
         lines.extend(timeline.iter().map(|entry| {
             let by = entry.by.as_ref().map(|by| format!(" by {by}")).unwrap_or_default();
-            let details = entry.details.as_object().filter(|details| !details.is_empty());
-            let details =
-                details.map(|details| format!("  {}", words_of(details))).unwrap_or_default();
+            let details = words_of(&shown_details(&entry.details));
+            let details = if details.is_empty() { details } else { format!("  {details}") };
             format!("{}  {}{by}{details}", moment(entry.at), entry.what)
         }));
     }
@@ -426,13 +428,25 @@ fn jobs(jobs: &Value) -> String {
     names.map(|job| job.as_str().unwrap_or("-")).collect::<Vec<_>>().join(", ")
 }
 
-/// Details for people: `name: value`, without the marks of JSON.
+/// Details for people: `name: value`, without the marks of JSON, and without what says nothing.
 fn words_of(details: &serde_json::Map<String, Value>) -> String {
-    let words = details.iter().map(|(name, value)| match value {
-        Value::String(text) => format!("{name}: {text}"),
-        other => format!("{name}: {other}"),
-    });
-    words.collect::<Vec<_>>().join(", ")
+    fn words(value: &Value) -> String {
+        match value {
+            Value::String(text) => text.clone(),
+            Value::Array(values) => values.iter().map(words).collect::<Vec<_>>().join(", "),
+            other => other.to_string(),
+        }
+    }
+    let says_nothing = |value: &Value| match value {
+        Value::Array(values) => values.iter().all(Value::is_null),
+        value => value.is_null(),
+    };
+    let words: Vec<_> = details
+        .iter()
+        .filter(|(_, value)| !says_nothing(value))
+        .map(|(name, value)| format!("{}: {}", name.replace('_', " "), words(value)))
+        .collect();
+    words.join("; ")
 }
 
 #[cfg(test)]

@@ -275,15 +275,22 @@ fn problem(examination: &Examination, problem: &Problem) -> String {
     let failures = reports.map_or(0, |reports: &JobReports| reports.consecutive_failures);
     let rules = examination.policy.rules_of(problem.job.as_deref());
     match (problem.kind, problem.reason) {
-        (_, Reason::Failures) => {
-            let rule = match rules.failing.value {
-                FailingRule::InARow(runs) => format!("{runs} failures in a row are too many"),
-                FailingRule::OfLast { failures, of_last } => {
-                    format!("{failures} failures of the last {of_last} runs are too many")
-                }
-            };
-            format!("Runs of {job} have failed {failures} times in a row, since {since}; {rule}.")
-        }
+        (_, Reason::Failures) => match rules.failing.value {
+            FailingRule::InARow(runs) => {
+                let times = if failures == 1 { "time" } else { "times" };
+                format!(
+                    "Runs of {job} have failed {failures} {times} in a row, since {since}; {runs} failures in a row are too many."
+                )
+            }
+            FailingRule::OfLast { failures: most, of_last } => {
+                let last = reports.map_or(&[][..], |reports| &reports.outcomes);
+                let looked_at = last.iter().rev().take(of_last as usize);
+                let failed = looked_at.filter(|outcome| outcome.has_failed).count();
+                format!(
+                    "{failed} of the last {of_last} runs of {job} have failed, since {since}; {most} are too many."
+                )
+            }
+        },
         (_, Reason::Overrun) => {
             let most = lasting(i64::from(rules.max_run_seconds.value) * 1000);
             format!(
@@ -328,8 +335,11 @@ fn awaited(examination: &Examination, awaited: &Expectation, now: Timestamp) -> 
         }
         Expect::Nothing => format!("by {}", shown(awaited.deadline.expected_at)),
     };
+    let is_past = awaited.deadline.due_at <= now;
     let (was, deadline) = if awaited.is_missed(now) {
         ("was", format!("it had to be there by {}", shown(awaited.deadline.due_at)))
+    } else if is_past {
+        ("was", format!("it would be missing since {}", shown(awaited.deadline.due_at)))
     } else {
         ("is", format!("it will be missing from {} on", shown(awaited.deadline.due_at)))
     };
@@ -346,12 +356,18 @@ fn awaited(examination: &Examination, awaited: &Expectation, now: Timestamp) -> 
             Cause::Pause => "there was a pause",
             Cause::ClosedWindow => "a window is closed",
         };
-        sentence += &format!(" That was moved, because {why} from {from} until {until}.");
+        // A pause that nobody has ended.
+        if moved.interval.until == Timestamp::MAX {
+            sentence += &format!(" Nothing is missing while the pause lasts that began at {from}.");
+        } else {
+            sentence += &format!(" That was moved, because {why} from {from} until {until}.");
+        }
     }
     if let Some(run) = awaited.held_by {
         let (from, until) = (shown(run.from), shown(run.until));
+        let may = if run.until <= now { "was to take" } else { "may take" };
         sentence += &format!(
-            " It is not missing while the run is open that was started at {from} and may take until {until}."
+            " It is not missing while the run is open that was started at {from} and {may} until {until}."
         );
     }
     sentence

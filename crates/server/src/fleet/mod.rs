@@ -9,15 +9,21 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pisync_core::Timestamp;
+
 use self::sweep::sweep;
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{Beat, Store, StoreError},
+    store::{Beat, LARGEST_LAG, Store, StoreError},
 };
 
 /// How often a sweep begins, at most, and how often a server gives a sign of life.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
+
+/// After this time without any sweep, a last one that is in the future no longer counts. Another server whose clock is right
+/// about it would have swept by then.
+const FOLLOWED_AFTER: Duration = Duration::from_secs(120);
 
 /// After each sweep, this many times as long as it took passes before the next.
 const SWEEP_YIELD: u32 = 19;
@@ -41,9 +47,10 @@ pub(crate) async fn watch(
         }
     };
     let sweeps = async {
+        let mut ahead = None;
         loop {
             let started = Instant::now();
-            sweep_once(&*store, &clock).await;
+            sweep_once(&*store, &clock, &mut ahead).await;
             metrics.swept(started.elapsed());
             let pause = started.elapsed().saturating_mul(SWEEP_YIELD).max(SWEEP_INTERVAL);
             tokio::time::sleep(pause).await;
@@ -52,13 +59,50 @@ pub(crate) async fn watch(
     tokio::join!(beats, sweeps);
 }
 
-async fn sweep_once(store: &dyn Store, clock: &Clock) {
+/// The last sweep, when that was in the future, and since when nobody has swept.
+type Ahead = Option<(Timestamp, Instant)>;
+
+async fn sweep_once(store: &dyn Store, clock: &Clock, ahead: &mut Ahead) {
     // A clock that is not set would make everybody silent, or nobody.
     let Ok(now) = clock.check() else { return };
-    match sweep(store, now).await {
-        Ok(swept) => swept.log(),
-        Err(error) => log_failure(&error, "looking after the fleet"),
+    let swept = match sweep(store, now).await {
+        Ok(swept) => swept,
+        Err(error) => return log_failure(&error, "looking after the fleet"),
+    };
+    swept.log();
+    if swept.is_complete {
+        *ahead = None;
+    } else if let Err(error) = follow_clock(store, now, ahead).await {
+        log_failure(&error, "looking after the fleet");
     }
+}
+
+/// A sweep that was made by a clock that was ahead would stop all others until then. When nobody has swept for two minutes,
+/// this server's clock is followed.
+async fn follow_clock(
+    store: &dyn Store,
+    now: Timestamp,
+    ahead: &mut Ahead,
+) -> Result<(), StoreError> {
+    let swept_at = store.health_counts().await?.swept_at;
+    let in_future = swept_at.filter(|at| at.as_millisecond() - now.as_millisecond() > LARGEST_LAG);
+    let Some(swept_at) = in_future else {
+        *ahead = None;
+        return Ok(());
+    };
+    match *ahead {
+        Some((same, since)) if same == swept_at => {
+            if since.elapsed() >= FOLLOWED_AFTER && store.follow_clock(swept_at, now).await? {
+                tracing::warn!(
+                    %swept_at,
+                    "the last sweep was made by a clock that was ahead; this server's clock counts from now on"
+                );
+                *ahead = None;
+            }
+        }
+        _ => *ahead = Some((swept_at, Instant::now())),
+    }
+    Ok(())
 }
 
 fn log_failure(error: &StoreError, work: &str) {

@@ -270,12 +270,7 @@ pub(super) fn places(
 
 /// The statement that finds devices that no sweep has evaluated yet. It is the end of a list by states. There are few of them,
 /// so that it looks at every device.
-fn without_state(
-    after: Option<&str>,
-    limit: u64,
-    filter: &Filter,
-    dialect: &Dialect,
-) -> Statement {
+fn without_state(after: Option<&str>, limit: u64, filter: &Filter, dialect: &Dialect) -> Statement {
     let mut statement = Statement::new(dialect);
     statement.sql = format!(
         "select d.device_id from devices d where not exists (select 1 from device_states s where {})",

@@ -129,6 +129,8 @@ pub struct GroupView {
     pub devices: u64,
     /// How many of them are in which state.
     pub states: StateCounts,
+    /// How many of them are overdue.
+    pub overdue: u64,
     /// How many incidents of the group and its devices are open.
     pub open_incidents: u64,
     /// What is set for it.

@@ -34,7 +34,7 @@ pub(super) const DELETED_AT_ONCE: i64 = 1_000;
 pub(super) const LONGEST_SILENCE: i64 = 45_000;
 
 /// By how much a clock may be behind the last sweep before its server does not sweep, in milliseconds: 5 s.
-pub(super) const LARGEST_LAG: i64 = 5_000;
+pub(crate) const LARGEST_LAG: i64 = 5_000;
 
 /// The states of devices and jobs.
 #[async_trait]
@@ -64,6 +64,10 @@ pub trait HealthStore: Send + Sync {
     /// Notes that a sweep has begun at `now` and gone through by the settings of a version; false when another server is
     /// sweeping, or has swept with a later time.
     async fn end_sweep(&self, version: i64, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// Takes `now` for the time of the last sweep, if that was at `swept_at`, which is ahead: the clock by which it was made was
+    /// wrong. False when another server has swept since.
+    async fn follow_clock(&self, swept_at: Timestamp, now: Timestamp) -> Result<bool, StoreError>;
 
     /// Deletes some changes of states that are older than 30 days, and some incidents that ended 400 days ago; true when more
     /// are left.
@@ -167,6 +171,14 @@ impl OutageCause {
 pub(super) struct LastSigns {
     pub(super) alive_at: Option<Timestamp>,
     pub(super) stopped_at: Option<Timestamp>,
+}
+
+impl LastSigns {
+    /// Whether the clock was further on at the last sign of life, by more than two servers' clocks differ.
+    pub(super) fn has_stepped_back(&self, now: Timestamp) -> bool {
+        let ahead = |alive_at: Timestamp| alive_at.as_millisecond() - now.as_millisecond();
+        self.alive_at.is_some_and(|alive_at| ahead(alive_at) > LARGEST_LAG)
+    }
 }
 
 /// The outage that ends with a beat, if any does. `is_alone` is whether no other server can be alive: on SQLite.

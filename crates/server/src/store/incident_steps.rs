@@ -438,6 +438,9 @@ pub(super) fn fleet_writes(
                 calm.end(&mut write, Resolution::Recovered, now);
                 if write.incident.is_open() {
                     write.incident.next_at = Some(now);
+                } else {
+                    // Whom it was about stays to be seen.
+                    write.incident.summary = open.summary.clone();
                 }
                 writes.push(write);
             }
@@ -807,10 +810,15 @@ impl Step<'_> {
         write.incident.summary = summary.json(facts.last_heard);
         let calm = Calm { missing: missing + late_count, at_risk: tally.at_risk(), threshold };
         if is_in_fleet && !group.is_told(now) {
+            write.incident.summary = group.summary.clone();
             resolve(write, Resolution::Merged, now);
             return true;
         }
         calm.end(write, resolution, now);
+        if !write.incident.is_open() {
+            // Whom it was about stays to be seen.
+            write.incident.summary = group.summary.clone();
+        }
         if write.incident.is_open() {
             // Devices become late, and are heard again, without a step of their own.
             let is_spreading =

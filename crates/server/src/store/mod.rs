@@ -73,6 +73,7 @@ pub use fleet_views::{
     DeviceDetailView, DeviceView, FleetView, FleetViews, GroupQuery, GroupView, HealthView,
     JobView, OutageView, StateCounts, pause_in_force,
 };
+pub(crate) use health::LARGEST_LAG;
 pub use health::{
     Beat, DEVICES_PER_STEP, Evaluations, Examination, HealthStore, Outage, OutageCause,
     SettingsChange, StateChange,

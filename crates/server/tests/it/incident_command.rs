@@ -81,7 +81,7 @@ async fn incidents_on_the_command_line(installed: &Installed) {
         "pi-1    -, nightly  2026-11-22T11:59:00Z  2026-11-22T11:59:50Z\n",
         "only late\n",
         "2026-11-22T11:59:00Z  opened  devices: 199\n",
-        "  acknowledged by command line  note: power is off, until: 20",
+        "  acknowledged by command line  note: power is off; until: 20",
     ] {
         assert!(shown.success().contains(text), "{text:?} in {}", shown.stdout);
     }

@@ -4,7 +4,7 @@
 //!
 //! Every tenth round goes back to the schema of an earlier version, and this version brings it up to date again.
 //!
-//! `PISYNC_KILL_SECONDS` is how long (default: 120 for each store). `PISYNC_PREVIOUS` names a program of that earlier
+//! `PISYNC_KILL_SECONDS` is how long (default: 45 for each store). `PISYNC_PREVIOUS` names a program of that earlier
 //! version, which is then killed on its schema, too. See CONTRIBUTING.md.
 
 use std::{
@@ -26,7 +26,7 @@ use crate::{
 
 both_stores!(everything_beside_a_server_that_is_killed);
 
-const DEFAULT_SECONDS: u64 = 120;
+const DEFAULT_SECONDS: u64 = 45;
 
 /// The last migration of the version whose program `PISYNC_PREVIOUS` names.
 const PREVIOUS_SCHEMA: &str = "2026-11-23-06-failed-events";

@@ -5,6 +5,7 @@ use std::{fs, sync::Arc};
 
 use pisync::{
     backtest::{self, History, HistoryRange, Scenario},
+    clock::Clock,
     store::{self, Incident, IncidentQuery, Store},
 };
 use pisync_core::Timestamp;
@@ -57,8 +58,15 @@ fn in_words(incidents: Vec<Incident>) -> Vec<String> {
     words
 }
 
-/// Whether only reports and outages happen in a scenario. What is set has been so from the beginning.
+/// Whether only reports and outages happen in a scenario. What is set has been so from the beginning. Large fleets take long,
+/// and show nothing else.
 fn is_replayed(file: &Value) -> bool {
+    const MOST_DEVICES: usize = 50;
+    let groups = file["groups"].as_object().into_iter().flatten();
+    let devices: usize = groups.map(|(_, devices)| devices.as_array().unwrap().len()).sum();
+    if devices > MOST_DEVICES {
+        return false;
+    }
     let steps = file["steps"].as_array().unwrap();
     steps.iter().all(|step| step.get("request").is_none() && step.get("start").is_none())
 }
@@ -78,8 +86,7 @@ async fn what_was_lived_through_comes_out_again(fixture: &TestStore) {
         source.migrate().await;
         let lived: Arc<_> = store::open(&source.target).await.unwrap();
         backtest::run(&scenario, &lived).await.unwrap();
-        let range =
-            HistoryRange { group: None, from: scenario.start.0, until: scenario.end.0 };
+        let range = HistoryRange { group: None, from: scenario.start.0, until: scenario.end.0 };
         let history = History::read(&*lived, range, |_| {}).await.unwrap();
         let copy = TestDatabase::sqlite();
         copy.migrate().await;
@@ -98,7 +105,7 @@ async fn what_was_lived_through_comes_out_again(fixture: &TestStore) {
 
 /// Hours before the present; reports of a device come at the same minute of each.
 fn hours_ago(hours: i64) -> Timestamp {
-    let now = Timestamp::truncate(jiff::Timestamp::now());
+    let now = Clock::system().now();
     now.saturating_add_milliseconds(-hours * 3_600_000)
 }
 
@@ -126,10 +133,12 @@ async fn another_policy_is_compared(installed: &Installed) {
     fs::write(program.path("lenient.json"), policy.to_string()).unwrap();
     let (from, until) = (hours_ago(60).to_string(), hours_ago(1).to_string());
     let command = ["fleet", "backtest", "--from", &from, "--until", &until];
-    let compared =
-        program.run(&[&command[..], &["--policy", "lenient.json", "--json"]].concat());
+    let compared = program.run(&[&command[..], &["--policy", "lenient.json", "--json"]].concat());
     let compared = documented("fleet backtest", &compared);
-    assert_eq!((&compared["devices"], &compared["present"]["counts"]), (&json!(3), &json!({"device": {"failing": 1, "silent": 1}})));
+    assert_eq!(
+        (&compared["devices"], &compared["present"]["counts"]),
+        (&json!(3), &json!({"device": {"failing": 1, "silent": 1}}))
+    );
     let of = |list: &Value| -> Vec<(String, String)> {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let list = list.as_array().unwrap().iter();
@@ -161,9 +170,9 @@ async fn another_policy_is_compared(installed: &Installed) {
         (&["--until", &future], 2, "--until must not be in the future"),
         (&["--from", "soon"], 2, "--from"),
         (&["--group", "nowhere"], 1, "no devices in the group nowhere"),
-        (&["--policy", "wrong.json"], 1, "\"policy.recover_after\" must be greater"),
-        (&["--policy", "wrong.json"], 1, "\"policy.grace\" is not allowed"),
-        (&["--policy", "missing.json"], 1, "cannot read missing.json"),
+        (&["--policy", "wrong.json"], 2, "\"policy.recover_after\" must be greater"),
+        (&["--policy", "wrong.json"], 2, "\"policy.grace\" is not allowed"),
+        (&["--policy", "missing.json"], 2, "cannot read missing.json"),
         (&["--print"], 2, "--scenario"),
         (&["--scenario", "x.json", "--group", "y"], 2, "cannot be used with"),
     ] {

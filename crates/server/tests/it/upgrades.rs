@@ -345,6 +345,32 @@ const VERSIONS: &[Version] = &[
         count: "(select count(*) from device_states where urgency = 0)",
         rows: 1,
     },
+    Version {
+        name: "2026-11-30-20-notifications",
+        // A channel, a route, and a message that waits.
+        sqlite: "
+            insert into channels (name, kind, config, secrets, is_enabled, is_default, created_at)
+            values ('ops', 'webhook', '{}', x'0102', 1, 1, 1795345500000);
+            insert into routes values (1, '{\"channels\":[1]}');
+            update notify_state set version = 2;
+            insert into notifications (channel, message_id, kind, \"group\", state, created_at, due_at)
+            values (1, 'msg_1', 'incidents', 'school', 'pending', 1795345500000, 1795345560000);
+            insert into notification_items values (1, 1, 'opened', 1795345500000);
+        ",
+        postgres: "
+            insert into channels (name, kind, config, secrets, is_enabled, is_default, created_at)
+            values ('ops', 'webhook', '{}', '\\x0102', true, true, '2026-11-22 11:05+00');
+            insert into routes values (1, '{\"channels\":[1]}');
+            update notify_state set version = 2;
+            insert into notifications (channel, message_id, kind, \"group\", state, created_at, due_at)
+            values (1, 'msg_1', 'incidents', 'school', 'pending', '2026-11-22 11:05+00', '2026-11-22 11:06+00');
+            insert into notification_items values (1, 1, 'opened', '2026-11-22 11:05+00');
+        ",
+        count: "(select count(*) from channels) + (select count(*) from routes)
+                     + (select version from notify_state) + (select count(*) from notifications)
+                     + (select count(*) from notification_items)",
+        rows: 1 + 1 + 2 + 1 + 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

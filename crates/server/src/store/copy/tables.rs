@@ -59,8 +59,14 @@ pub(super) const fn column(name: &'static str, kind: Kind) -> Column {
 }
 
 /// Tables that are not copied but made anew from the others.
-pub(in crate::store) const REBUILT: &[&str] =
-    &["device_summaries", "device_counts", "stale_summaries", "fleet_totals", "device_digest", "device_states"];
+pub(in crate::store) const REBUILT: &[&str] = &[
+    "device_summaries",
+    "device_counts",
+    "stale_summaries",
+    "fleet_totals",
+    "device_digest",
+    "device_states",
+];
 
 /// Everything that is copied, in an order in which each row finds the rows that it refers to.
 ///
@@ -480,6 +486,69 @@ pub(in crate::store) const TABLES: &[Table] = &[
             column("what", Kind::Text),
             column("by", Kind::Text),
             column("details", Kind::Text),
+        ],
+    ),
+    table(
+        "channels",
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("name", Kind::Text),
+            column("kind", Kind::Text),
+            column("config", Kind::Text),
+            column("secrets", Kind::Bytes),
+            column("is_enabled", Kind::Boolean),
+            column("is_default", Kind::Boolean),
+            column("template", Kind::Text),
+            column("created_at", Kind::Time),
+            column("failures", Kind::Integer),
+            column("failing_since", Kind::Time),
+            column("last_error", Kind::Text),
+            column("next_send_at", Kind::Time),
+            column("lease", Kind::Text),
+            column("leased_until", Kind::Time),
+        ],
+    ),
+    table(
+        "routes",
+        Rows::Plain,
+        &[column("position", Kind::Integer32), column("route", Kind::Text)],
+    ),
+    table(
+        "notify_state",
+        Rows::Single,
+        &[column("id", Kind::Integer32), column("version", Kind::Integer)],
+    ),
+    table(
+        "notifications",
+        Rows::Numbered,
+        &[
+            column("id", Kind::Integer),
+            column("channel", Kind::Integer),
+            column("message_id", Kind::Text),
+            column("kind", Kind::Text),
+            column("group", Kind::Text),
+            column("state", Kind::Text),
+            column("created_at", Kind::Time),
+            column("due_at", Kind::Time),
+            column("frozen_at", Kind::Time),
+            column("content_type", Kind::Text),
+            column("body", Kind::Bytes),
+            column("plain", Kind::Bytes),
+            column("attempts", Kind::Integer),
+            column("last_attempt_at", Kind::Time),
+            column("last_error", Kind::Text),
+            column("ended_at", Kind::Time),
+        ],
+    ),
+    table(
+        "notification_items",
+        Rows::Plain,
+        &[
+            column("notification", Kind::Integer),
+            column("incident", Kind::Integer),
+            column("what", Kind::Text),
+            column("at", Kind::Time),
         ],
     ),
 ];

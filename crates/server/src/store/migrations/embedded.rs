@@ -59,6 +59,7 @@ embedded!(
     "2026-11-27-17-groups-and-days",
     "2026-11-28-18-fleet-health",
     "2026-11-29-19-device-states",
+    "2026-11-30-20-notifications",
 );
 
 /// Rolls a take-over back: the `down` of the first migration, in a database whose first rows were the Node service's.

@@ -162,7 +162,9 @@ fn select_groups(source: &str) -> String {
                   ),
                   (select count(*) from incidents i where i."group" = n.name and i.resolved_at is null),
                   coalesce(g.policy, '{{}}'), g.policy_since, g.paused_from, g.paused_until, g.note,
-                  '{{}}', null::timestamptz, f.paused_from, f.paused_until, null::text
+                  '{{}}', null::timestamptz, f.paused_from, f.paused_until, null::text,
+                  (select count(*) from device_health o
+                    where o."group" = n.name and o.state = 'never' and o.is_overdue)
              from ({source}) n
              left join groups g on g.name = n.name
             cross join fleet_state f"#
@@ -174,6 +176,7 @@ fn group_row(row: &Row) -> Result<GroupView, Error> {
         name: row.try_get(0)?,
         devices: row.try_get::<_, i64>(1)?.cast_unsigned(),
         states: StateCounts::from_json(row.try_get(2)?),
+        overdue: row.try_get::<_, i64>(14)?.cast_unsigned(),
         open_incidents: row.try_get::<_, i64>(3)?.cast_unsigned(),
         level: level(row, 4)?,
         fleet_pause: level(row, 9)?.pause,

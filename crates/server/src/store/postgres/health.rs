@@ -58,6 +58,20 @@ impl HealthStore for PostgresStore {
         self.call(async |connection| end_sweep(connection, version, now).await).await
     }
 
+    async fn follow_clock(&self, swept_at: Timestamp, now: Timestamp) -> Result<bool, StoreError> {
+        // PostgreSQL counts microseconds.
+        const FOLLOW: &str = "
+            update fleet_state set swept_at = $2
+             where swept_at >= $1 and swept_at < $1 + interval '1 millisecond'
+        ";
+        self.call(async |connection| {
+            let followed =
+                connection.execute(FOLLOW, &[&swept_at.to_jiff(), &now.to_jiff()]).await?;
+            Ok(followed > 0)
+        })
+        .await
+    }
+
     async fn drop_old_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
         const CHANGES: &str = "
             delete from state_changes
@@ -638,6 +652,8 @@ async fn note_beat(connection: &mut Object, beat: &Beat) -> Result<Option<Outage
     ";
     const ALIVE: &str = "update fleet_state set alive_at = greatest(alive_at, $1)";
     const STEPPED_BACK: &str = "update fleet_state set alive_at = $1";
+    const NOT_YET: &str = "delete from outages where from_at >= $1";
+    const CUT: &str = "update outages set until_at = $1 where until_at > $1";
     let transaction = connection.transaction().await?;
     let signs = transaction.prepare_cached(SIGNS).await?;
     let row = transaction.query_one(&signs, &[]).await?;
@@ -648,10 +664,13 @@ async fn note_beat(connection: &mut Object, beat: &Beat) -> Result<Option<Outage
         note_outage(&transaction, found, &beat.node).await?;
     }
     // The clock of another server may be a little ahead. One that went back by more is followed.
-    let is_far_back = signs
-        .alive_at
-        .is_some_and(|alive_at| alive_at.as_millisecond() - beat.at.as_millisecond() > LARGEST_LAG);
-    let alive = if is_far_back { STEPPED_BACK } else { ALIVE };
+    let has_stepped_back = signs.has_stepped_back(beat.at);
+    if has_stepped_back {
+        // What the clock took for an outage has not been yet.
+        transaction.execute(NOT_YET, &[&beat.at.to_jiff()]).await?;
+        transaction.execute(CUT, &[&beat.at.to_jiff()]).await?;
+    }
+    let alive = if has_stepped_back { STEPPED_BACK } else { ALIVE };
     let alive = transaction.prepare_cached(alive).await?;
     transaction.execute(&alive, &[&beat.at.to_jiff()]).await?;
     transaction.commit().await?;

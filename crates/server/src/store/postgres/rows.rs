@@ -3,7 +3,10 @@
 
 use deadpool_postgres::GenericClient;
 use pisync_core::Timestamp;
-use tokio_postgres::{Error, IsolationLevel, Row};
+use tokio_postgres::{
+    Error, IsolationLevel, Row,
+    types::{FromSql, Type},
+};
 
 use super::connect::Object;
 use crate::store::{Device, Figures, figure_columns};
@@ -59,12 +62,31 @@ pub(super) fn figures(row: &Row, first: usize) -> Result<Figures, Error> {
     )
 }
 
+/// A time as PostgreSQL keeps it: microseconds since 2000. One that is beyond all years, such as `infinity`, is the first or the
+/// last that there is: a row that cannot be read would stop whatever reads many.
+struct StoredTime(Timestamp);
+
+impl FromSql<'_> for StoredTime {
+    fn from_sql(_: &Type, bytes: &[u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        /// 2000-01-01T00:00Z in milliseconds since 1970.
+        const EPOCH: i64 = 946_684_800_000;
+        let microsecond = i64::from_be_bytes(bytes.try_into()?);
+        let millisecond = microsecond.div_euclid(1000).saturating_add(EPOCH);
+        let limit = if microsecond < 0 { Timestamp::MIN } else { Timestamp::MAX };
+        Ok(Self(Timestamp::from_millisecond(millisecond).unwrap_or(limit)))
+    }
+
+    fn accepts(kind: &Type) -> bool {
+        *kind == Type::TIMESTAMPTZ
+    }
+}
+
 pub(super) fn optional_time(row: &Row, column: usize) -> Result<Option<Timestamp>, Error> {
-    Ok(row.try_get::<_, Option<jiff::Timestamp>>(column)?.map(Timestamp::truncate))
+    Ok(row.try_get::<_, Option<StoredTime>>(column)?.map(|stored| stored.0))
 }
 
 pub(super) fn time(row: &Row, column: usize) -> Result<Timestamp, Error> {
-    row.try_get(column).map(Timestamp::truncate)
+    row.try_get::<_, StoredTime>(column).map(|stored| stored.0)
 }
 
 /// A time as a parameter.

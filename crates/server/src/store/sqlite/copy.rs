@@ -20,8 +20,7 @@ use super::{
     backup::Copy,
     claim,
     connection::{open_existing, open_for_writing, store_error},
-    health,
-    roll_ups, summaries,
+    health, roll_ups, summaries,
 };
 use crate::store::{
     StoreError,

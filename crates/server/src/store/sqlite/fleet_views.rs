@@ -179,7 +179,9 @@ fn select_groups(source: &str) -> String {
                   (select json_group_object(c.state, c.devices) from group_states c where c."group" = n.name),
                   (select count(*) from incidents i where i."group" = n.name and i.resolved_at is null),
                   ifnull(g.policy, '{{}}'), g.policy_since, g.paused_from, g.paused_until, g.note,
-                  '{{}}', null, f.paused_from, f.paused_until, null
+                  '{{}}', null, f.paused_from, f.paused_until, null,
+                  (select count(*) from device_health o
+                    where o."group" = n.name and o.state = 'never' and o.is_overdue = 1)
              from ({source}) n
              left join groups g on g.name = n.name
              join fleet_state f"#
@@ -193,6 +195,7 @@ fn group_row(row: &Row<'_>) -> rusqlite::Result<GroupView> {
         name: row.get(0)?,
         devices: devices.cast_unsigned(),
         states: StateCounts::from_json(&states),
+        overdue: row.get::<_, i64>(14)?.cast_unsigned(),
         open_incidents: open_incidents.cast_unsigned(),
         level: level(row, 4)?,
         fleet_pause: level(row, 9)?.pause,

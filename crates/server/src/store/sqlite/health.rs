@@ -18,7 +18,7 @@ use super::{
     write_connection::WriteConnection,
 };
 use crate::store::{
-    DeviceSettings, FleetSettings, StoreError, WindowScope,
+    DeviceSettings, FleetSettings, FleetWindow, StoreError, WindowScope,
     device_states::{urgency, urgency_of_health},
     health::{
         Beat, CHANGES_KEPT, DELETED_AT_ONCE, DEVICES_PER_STEP, DeviceRow, Evaluated, Evaluations,
@@ -62,6 +62,14 @@ impl HealthStore for SqliteStore {
 
     async fn end_sweep(&self, version: i64, now: Timestamp) -> Result<bool, StoreError> {
         self.writer.call(move |connection| end_sweep(connection, version, now)).await
+    }
+
+    async fn follow_clock(&self, swept_at: Timestamp, now: Timestamp) -> Result<bool, StoreError> {
+        const FOLLOW: &str = "update fleet_state set swept_at = ?2 where swept_at = ?1";
+        let values = [swept_at.as_millisecond(), now.as_millisecond()];
+        let followed =
+            self.writer.call(move |writer| writer.connection.execute(FOLLOW, values)).await?;
+        Ok(followed > 0)
     }
 
     async fn drop_old_changes(&self, now: Timestamp) -> Result<bool, StoreError> {
@@ -185,7 +193,7 @@ impl HealthStore for SqliteStore {
         self.read_events(Cost::Short, move |connection| {
             let snapshot = connection.unchecked_transaction()?;
             let settings = fleet_settings(&snapshot)?;
-            let row = device_row(&snapshot, &device_id, &settings)?;
+            let row = Reading::new(&snapshot, &settings)?.device_row(&snapshot, &device_id)?;
             Ok(row.map(|(_, row)| examine(row, &settings, now)))
         })
         .await
@@ -308,9 +316,10 @@ fn evaluate_devices(
     now: Timestamp,
 ) -> rusqlite::Result<Option<Evaluations>> {
     let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
+    let reading = Reading::new(&transaction, settings)?;
     let mut evaluated = Vec::with_capacity(devices.len());
     for device_id in devices {
-        if let Some((device, row)) = device_row(&transaction, device_id, settings)? {
+        if let Some((device, row)) = reading.device_row(&transaction, device_id)? {
             evaluated.push((device, evaluate(&row, settings, now)));
         }
     }
@@ -327,9 +336,7 @@ fn evaluate_devices(
         transaction.prepare_cached(COUNT)?.execute(params![group, state, devices, expected])?;
     }
     let groups: BTreeSet<&String> = counts.keys().map(|(group, _)| group).collect();
-    for group in groups {
-        note_most(&transaction, Some(group), now)?;
-    }
+    note_most(&transaction, Some(&groups), now)?;
     let changes = evaluated.iter().filter(|(_, one)| one.change().is_some()).count();
     transaction.commit()?;
     Ok(Some(Evaluations { devices: evaluated.len(), changes }))
@@ -339,15 +346,20 @@ fn hour_of(millisecond: i64) -> i64 {
     millisecond - millisecond.rem_euclid(60 * 60 * 1000)
 }
 
-/// Notes how many devices of a group, or of each group, are in a state that is not well, if that is the most of this hour and
-/// day.
+/// Notes how many devices of some groups, or of each group, are in a state that is not well, if that is the most of this hour
+/// and day.
 fn note_most(
     transaction: &Transaction<'_>,
-    group: Option<&str>,
+    groups: Option<&BTreeSet<&String>>,
     now: Timestamp,
 ) -> rusqlite::Result<()> {
     let hour = hour_of(now.as_millisecond());
     let day = hour - hour.rem_euclid(DAY_MILLISECONDS);
+    let groups = groups.map(|groups| serde_json::json!(groups).to_string());
+    let of_groups = match groups {
+        Some(_) => r#""group" in (select value from json_each(?2))"#,
+        None => "?2 is null",
+    };
     for (table, column, begins) in [("group_hours", "hour", hour), ("group_days", "day", day)] {
         let note = format!(
             r#"insert into {table} as kept (
@@ -356,7 +368,7 @@ fn note_most(
                select "group", ?1, 0, 0, sum(iif(state = 'failing', devices, 0)),
                       sum(iif(state = 'silent', devices, 0)), sum(iif(state = 'degraded', devices, 0))
                  from group_states
-                where ?2 is null or "group" = ?2
+                where {of_groups}
                 group by "group"
                having sum(iif(state in ('failing', 'silent', 'degraded'), devices, 0)) > 0
                    on conflict ("group", {column}) do update
@@ -364,7 +376,7 @@ fn note_most(
                       most_silent = max(kept.most_silent, excluded.most_silent),
                       most_degraded = max(kept.most_degraded, excluded.most_degraded)"#
         );
-        transaction.prepare_cached(&note)?.execute(params![begins, group])?;
+        transaction.prepare_cached(&note)?.execute(params![begins, groups])?;
     }
     Ok(())
 }
@@ -387,7 +399,7 @@ fn keep(
     const AWAIT_RUN: &str =
         "update run_starts set due_at = ?4 where device = ?1 and job = ?2 and run_id = ?3";
     if let Some(health) = &evaluated.health {
-        keep_health(transaction, device, health)?;
+        keep_health(transaction, device, &evaluated.device_id, health)?;
     }
     if let Some((from, to)) = evaluated.change() {
         let change = params![now.as_millisecond(), evaluated.device_id, from, to, evaluated.reason];
@@ -415,18 +427,23 @@ fn keep(
 fn keep_health(
     transaction: &Transaction<'_>,
     device: i64,
+    device_id: &str,
     health: &HealthRow,
 ) -> rusqlite::Result<()> {
     const KEEP: &str = r#"
-        insert or replace into device_health (
+        insert into device_health (
             device, "group", state, since, problems, is_expected, is_overdue, is_behind, silent_after,
             grace, due_at, late_at, check_at, patience, behind_after, next_due, waiting_since, heard_at,
             policy_version, is_unreconciled
         ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20)
+            on conflict (device) do update
+           set "group" = ?2, state = ?3, since = ?4, problems = ?5, is_expected = ?6, is_overdue = ?7, is_behind = ?8,
+               silent_after = ?9, grace = ?10, due_at = ?11, late_at = ?12, check_at = ?13, patience = ?14,
+               behind_after = ?15, next_due = ?16, waiting_since = ?17, heard_at = ?18, policy_version = ?19,
+               is_unreconciled = ?20
     "#;
     const KEEP_STATE: &str = "
-        insert into device_states (device, device_id, urgency, since)
-        select id, device_id, ?2, ?3 from devices where id = ?1
+        insert into device_states (device, device_id, urgency, since) values (?1, ?4, ?2, ?3)
             on conflict (device) do update set urgency = excluded.urgency, since = excluded.since
          where urgency <> excluded.urgency or since <> excluded.since
     ";
@@ -454,7 +471,8 @@ fn keep_health(
         health.is_unreconciled,
     ];
     transaction.prepare_cached(KEEP)?.execute(values)?;
-    let state = params![device, urgency(&health.state), health.since.as_millisecond()];
+    let since = health.since.as_millisecond();
+    let state = params![device, urgency(&health.state), since, device_id];
     transaction.prepare_cached(KEEP_STATE)?.execute(state).map(|_| ())
 }
 
@@ -542,6 +560,8 @@ fn note_beat(writer: &mut WriteConnection, beat: &Beat) -> rusqlite::Result<Opti
     const SIGNS: &str = "
         select ifnull(alive_at, (select max(last_received) from device_jobs)), stopped_at from fleet_state
     ";
+    const NOT_YET: &str = "delete from outages where from_at >= ?1";
+    const CUT: &str = "update outages set until_at = ?1 where until_at > ?1";
     const ALIVE: &str = "update fleet_state set alive_at = ?1";
     let transaction =
         writer.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -551,6 +571,11 @@ fn note_beat(writer: &mut WriteConnection, beat: &Beat) -> rusqlite::Result<Opti
     let found = outage(beat, signs, true);
     if let Some(found) = &found {
         note_outage(&transaction, found, &beat.node)?;
+    }
+    // A clock that was ahead has gone back: what it took for an outage has not been yet.
+    if signs.has_stepped_back(beat.at) {
+        transaction.prepare_cached(NOT_YET)?.execute([beat.at.as_millisecond()])?;
+        transaction.prepare_cached(CUT)?.execute([beat.at.as_millisecond()])?;
     }
     transaction.prepare_cached(ALIVE)?.execute([beat.at.as_millisecond()])?;
     transaction.commit()?;
@@ -601,56 +626,84 @@ fn health_row(row: &Row<'_>, first: usize) -> rusqlite::Result<HealthRow> {
     })
 }
 
-/// All that an evaluation of a device needs, and its number; `None` when it is unknown.
-fn device_row(
-    snapshot: &Connection,
-    device_id: &str,
-    settings: &FleetSettings,
-) -> rusqlite::Result<Option<(i64, DeviceRow)>> {
-    let of_settings = LEVEL_COLUMNS.split(", ").map(|column| format!("s.{column}"));
-    let of_settings = of_settings.collect::<Vec<_>>().join(", ");
-    let select = format!(
-        r#"select d.id, ifnull(d."group", ''), d.created_at, s.device is not null, h.device is not null,
-                  s.expected_from, ifnull(s.is_excused, 0), {of_settings}, {HEALTH_COLUMNS}
-             from devices d
-             left join device_settings s on s.device = d.id
-             left join device_health h on h.device = d.id
-            where d.device_id = ?1"#
-    );
-    let mut select = snapshot.prepare_cached(&select)?;
-    let row = select.query_row([device_id], |row| {
-        let has_settings: bool = row.get(3)?;
-        let is_kept: bool = row.get(4)?;
-        let device: i64 = row.get(0)?;
-        let mut of_device = DeviceSettings::default();
-        if has_settings {
-            of_device.level = level(row, 7)?;
-            of_device.expected_from = optional_time(row, 5)?;
-            of_device.is_excused = row.get(6)?;
-        }
-        let kept = if is_kept { Some(health_row(row, 12)?) } else { None };
-        Ok((
+/// What is read of devices in one transaction.
+struct Reading<'a> {
+    settings: &'a FleetSettings,
+    /// The statement that reads a device.
+    device: String,
+    /// Whether anything is set for tags.
+    has_tags: bool,
+    /// Whether any run has been started.
+    has_runs: bool,
+}
+
+impl<'a> Reading<'a> {
+    fn new(snapshot: &Connection, settings: &'a FleetSettings) -> rusqlite::Result<Self> {
+        const HAS_RUNS: &str = "select exists (select 1 from run_starts)";
+        let of_settings = LEVEL_COLUMNS.split(", ").map(|column| format!("s.{column}"));
+        let of_settings = of_settings.collect::<Vec<_>>().join(", ");
+        let device = format!(
+            r#"select d.id, ifnull(d."group", ''), d.created_at, s.device is not null, h.device is not null,
+                      s.expected_from, ifnull(s.is_excused, 0), {of_settings}, {HEALTH_COLUMNS}
+                 from devices d
+                 left join device_settings s on s.device = d.id
+                 left join device_health h on h.device = d.id
+                where d.device_id = ?1"#
+        );
+        let is_of_tag = |window: &FleetWindow| matches!(window.scope, WindowScope::Tag(_));
+        Ok(Self {
+            settings,
             device,
-            DeviceRow {
-                device_id: device_id.to_owned(),
-                group: row.get(1)?,
-                registered_at: time(row, 2)?,
-                settings: of_device,
-                kept,
-                jobs: Vec::new(),
-                runs: Vec::new(),
-            },
-        ))
-    });
-    let Some((device, mut row)) = row.optional()? else { return Ok(None) };
-    row.settings.tags = tags(snapshot, device)?;
-    row.jobs = jobs(snapshot, device)?;
-    row.runs = runs(snapshot, device)?;
-    add_first_failures(snapshot, device, &mut row)?;
-    for (job, figures) in row.counted_jobs(settings) {
-        figures.outcomes = outcomes(snapshot, device, job, figures.last_sync)?;
+            has_tags: settings.windows.iter().any(is_of_tag),
+            has_runs: snapshot.prepare_cached(HAS_RUNS)?.query_row([], |row| row.get(0))?,
+        })
     }
-    Ok(Some((device, row)))
+
+    /// All that an evaluation of a device needs, and its number; `None` when it is unknown.
+    fn device_row(
+        &self,
+        snapshot: &Connection,
+        device_id: &str,
+    ) -> rusqlite::Result<Option<(i64, DeviceRow)>> {
+        let mut select = snapshot.prepare_cached(&self.device)?;
+        let row = select.query_row([device_id], |row| {
+            let has_settings: bool = row.get(3)?;
+            let is_kept: bool = row.get(4)?;
+            let device: i64 = row.get(0)?;
+            let mut of_device = DeviceSettings::default();
+            if has_settings {
+                of_device.level = level(row, 7)?;
+                of_device.expected_from = optional_time(row, 5)?;
+                of_device.is_excused = row.get(6)?;
+            }
+            let kept = if is_kept { Some(health_row(row, 12)?) } else { None };
+            Ok((
+                device,
+                DeviceRow {
+                    device_id: device_id.to_owned(),
+                    group: row.get(1)?,
+                    registered_at: time(row, 2)?,
+                    settings: of_device,
+                    kept,
+                    jobs: Vec::new(),
+                    runs: Vec::new(),
+                },
+            ))
+        });
+        let Some((device, mut row)) = row.optional()? else { return Ok(None) };
+        if self.has_tags {
+            row.settings.tags = tags(snapshot, device)?;
+        }
+        row.jobs = jobs(snapshot, device)?;
+        if self.has_runs {
+            row.runs = runs(snapshot, device)?;
+        }
+        add_first_failures(snapshot, device, &mut row)?;
+        for (job, figures) in row.counted_jobs(self.settings) {
+            figures.outcomes = outcomes(snapshot, device, job, figures.last_sync)?;
+        }
+        Ok(Some((device, row)))
+    }
 }
 
 pub(super) fn tags(snapshot: &Connection, device: i64) -> rusqlite::Result<Vec<String>> {

@@ -1,6 +1,6 @@
 //! Makes incidents in SQLite. The sweep calls it through `IncidentSteps`. Each step is one transaction of the writer.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
 use pisync_core::{
@@ -8,6 +8,7 @@ use pisync_core::{
     health::{IncidentScope, ProblemKind, Tally},
 };
 use rusqlite::{OptionalExtension, Row, Transaction, named_params, params};
+use serde_json::json;
 
 use super::{
     health::begin_step,
@@ -124,15 +125,13 @@ fn reconcile_group(
 ) -> rusqlite::Result<Option<Reconciled>> {
     const RECONCILED: &str = "
         update device_health set is_unreconciled = 0
-         where device = (select id from devices where device_id = ?1)
+         where device in (select d.id from json_each(?1) page join devices d on d.device_id = page.value)
     ";
     let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
     let (facts, page) = group_facts(&transaction, group, now)?;
     let writes = group_writes(&facts, settings, now);
     let events = apply(&transaction, &writes, now)?;
-    for device_id in &page {
-        transaction.prepare_cached(RECONCILED)?.execute([device_id])?;
-    }
+    transaction.prepare_cached(RECONCILED)?.execute([json!(page).to_string()])?;
     transaction.commit()?;
     Ok(Some(Reconciled { events, has_more: facts.has_more }))
 }
@@ -161,15 +160,12 @@ fn group_facts(
         .collect::<rusqlite::Result<Vec<String>>>()?;
     let has_more = i64::try_from(page.len()).is_ok_and(|found| found > DEVICES_AT_ONCE);
     page.truncate(usize::try_from(DEVICES_AT_ONCE).unwrap_or(usize::MAX));
-    let mut devices = Vec::new();
-    for device_id in &page {
-        devices.push(trouble(transaction, device_id)?);
-    }
-    for own in open.iter().filter(|one| one.scope == IncidentScope::Device) {
-        if !devices.iter().any(|device| device.device_id == own.subject) {
-            devices.push(trouble(transaction, &own.subject)?);
-        }
-    }
+    let mut device_ids = page.clone();
+    let own = open.iter().filter(|one| one.scope == IncidentScope::Device);
+    device_ids.extend(own.map(|own| own.subject.clone()));
+    device_ids.sort_unstable();
+    device_ids.dedup();
+    let devices = troubles(transaction, device_ids)?;
     let mut members = Vec::new();
     for of_group in open.iter().filter(|one| one.scope == IncidentScope::Group) {
         let Some(id) = of_group.id else { continue };
@@ -177,9 +173,9 @@ fn group_facts(
             .prepare_cached(MEMBERS)?
             .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<rusqlite::Result<Vec<(String, bool)>>>()?;
-        for (device_id, presumed) in rows {
-            members.push((id, trouble(transaction, &device_id)?, presumed));
-        }
+        let (device_ids, presumed): (Vec<String>, Vec<bool>) = rows.into_iter().unzip();
+        let rows = troubles(transaction, device_ids)?.into_iter().zip(presumed);
+        members.extend(rows.map(|(member, presumed)| (id, member, presumed)));
     }
     let is_silence = GroupFacts::needs_late(&open, &devices);
     let (late, last_heard) = if is_silence {
@@ -290,32 +286,36 @@ fn ended_incidents(
     Ok(ended)
 }
 
-/// What is kept of a device's state.
-fn trouble(transaction: &Transaction<'_>, device_id: &str) -> rusqlite::Result<TroubleRow> {
-    const TROUBLE: &str = r#"
-        select h."group", h.state, h.problems, h.is_expected, h.patience, h.heard_at,
+/// What is kept of devices' states, in the order of `device_ids`.
+fn troubles(
+    transaction: &Transaction<'_>,
+    device_ids: Vec<String>,
+) -> rusqlite::Result<Vec<TroubleRow>> {
+    const TROUBLES: &str = r#"
+        select d.device_id, h."group", h.state, h.problems, h.is_expected, h.patience, h.heard_at,
                (select max(j.last_success) from device_jobs j where j.device = h.device),
                ifnull((select s.policy from device_settings s where s.device = h.device), '{}')
-          from devices d
-          join device_health h on h.device = d.id
-         where d.device_id = ?1
+          from json_each(?1) page
+         cross join devices d on d.device_id = page.value
+         cross join device_health h on h.device = d.id
     "#;
-    let state = transaction
-        .prepare_cached(TROUBLE)?
-        .query_row([device_id], |row| {
-            Ok(TroubleState {
-                group: row.get(0)?,
-                state: row.get(1)?,
-                problems: row.get(2)?,
-                is_expected: row.get(3)?,
-                patience: row.get(4)?,
-                heard_at: optional_time(row, 5)?,
-                last_success: optional_time(row, 6)?,
-                policy: row.get(7)?,
-            })
-        })
-        .optional()?;
-    Ok(TroubleRow { device_id: device_id.to_owned(), state })
+    let mut troubles = transaction.prepare_cached(TROUBLES)?;
+    let states = troubles.query_map([json!(device_ids).to_string()], |row| {
+        let state = TroubleState {
+            group: row.get(1)?,
+            state: row.get(2)?,
+            problems: row.get(3)?,
+            is_expected: row.get(4)?,
+            patience: row.get(5)?,
+            heard_at: optional_time(row, 6)?,
+            last_success: optional_time(row, 7)?,
+            policy: row.get(8)?,
+        };
+        Ok((row.get(0)?, state))
+    })?;
+    let mut states = states.collect::<rusqlite::Result<HashMap<String, TroubleState>>>()?;
+    let of = |device_id: String| TroubleRow { state: states.remove(&device_id), device_id };
+    Ok(device_ids.into_iter().map(of).collect())
 }
 
 /// How a group, or the fleet, is doing, but for those who are late.

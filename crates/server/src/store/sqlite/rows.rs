@@ -62,13 +62,14 @@ pub(super) fn figures(row: &Row<'_>, first: usize) -> rusqlite::Result<Figures> 
     )
 }
 
+/// A time. One that foreign SQL has put beyond all years is the first or the last that there is: a row that cannot be read
+/// would stop whatever reads many.
 pub(super) fn optional_time(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<Timestamp>> {
-    let Some(millisecond) = row.get::<_, Option<i64>>(column)? else {
-        return Ok(None);
-    };
-    Timestamp::from_millisecond(millisecond)
-        .map(Some)
-        .ok_or(rusqlite::Error::IntegralValueOutOfRange(column, millisecond))
+    let millisecond: Option<i64> = row.get(column)?;
+    Ok(millisecond.map(|millisecond| {
+        let limit = if millisecond < 0 { Timestamp::MIN } else { Timestamp::MAX };
+        Timestamp::from_millisecond(millisecond).unwrap_or(limit)
+    }))
 }
 
 pub(super) fn time(row: &Row<'_>, column: usize) -> rusqlite::Result<Timestamp> {

@@ -186,7 +186,8 @@ fn indexed_places(
     if let Order::State(order) = order {
         return query(connection, device_list::indexed_states(order, filter, &DIALECT), |row| {
             let parts = 1..row.as_ref().column_count();
-            let key = parts.map(|column| Ok(row.get::<_, Option<i64>>(column)?.map(KeyPart::Number)));
+            let key =
+                parts.map(|column| Ok(row.get::<_, Option<i64>>(column)?.map(KeyPart::Number)));
             Ok(Place { key: key.collect::<rusqlite::Result<_>>()?, device_id: row.get(0)? })
         });
     }

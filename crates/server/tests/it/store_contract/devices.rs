@@ -179,9 +179,12 @@ async fn tags_and_states(fixture: &TestStore) {
         (DeviceQuery { search: Some("C".to_owned()), ..overdue }, &["c"]),
     ] {
         assert_eq!(ids(fixture, &query).await, expected, "{query:?}");
-        for sort in
-            [DeviceSort::Name, DeviceSort::LastSeen, DeviceSort::TotalSyncs, DeviceSort::StatusSince]
-        {
+        for sort in [
+            DeviceSort::Name,
+            DeviceSort::LastSeen,
+            DeviceSort::TotalSyncs,
+            DeviceSort::StatusSince,
+        ] {
             let query = DeviceQuery { sort, ..query.clone() };
             assert_eq!(ids(fixture, &query).await, expected, "{query:?}");
         }
@@ -240,10 +243,7 @@ async fn every_sort_by_state(fixture: &TestStore) {
     for event in events {
         write_at(&mut *writer, event.timestamp.max(at(-20_000)), vec![event]).await;
     }
-    let paused = DeviceChange {
-        pause: Some(PauseChange::Until(None)),
-        ..DeviceChange::default()
-    };
+    let paused = DeviceChange { pause: Some(PauseChange::Until(None)), ..DeviceChange::default() };
     change(fixture, "d04", paused).await;
     let expected = DeviceChange { expected: Some(Some(true)), ..DeviceChange::default() };
     fixture.store.put_device(&device_id("n1"), &expected, &somebody()).await.unwrap();
@@ -258,8 +258,14 @@ async fn every_sort_by_state(fixture: &TestStore) {
     assert_eq!(all_ids.len(), 33);
     let views = fixture.store.device_views(&all_ids).await.unwrap();
     let urgency = |state: State| {
-        let order =
-            [State::Silent, State::Failing, State::Degraded, State::Never, State::Ok, State::Paused];
+        let order = [
+            State::Silent,
+            State::Failing,
+            State::Degraded,
+            State::Never,
+            State::Ok,
+            State::Paused,
+        ];
         order.iter().position(|known| *known == state).unwrap()
     };
     let key = |device_id: &String, sort| {

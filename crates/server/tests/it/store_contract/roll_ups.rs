@@ -169,7 +169,11 @@ fn sort_key(sort: DeviceSort, figures: &Figures) -> Option<i64> {
         DeviceSort::TotalSyncs => Some(figures.total_syncs),
         DeviceSort::FailedSyncs => Some(figures.failed_syncs),
         DeviceSort::ConsecutiveFailures => Some(figures.consecutive_failures),
-        DeviceSort::DeviceId | DeviceSort::Name | DeviceSort::CreatedAt => None,
+        DeviceSort::DeviceId
+        | DeviceSort::Name
+        | DeviceSort::CreatedAt
+        | DeviceSort::Status
+        | DeviceSort::StatusSince => None,
     }
 }
 
