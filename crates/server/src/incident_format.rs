@@ -219,7 +219,7 @@ macro_rules! words {
 
 words! {
     /// What an incident is about.
-    IncidentScopeName { Device, Group, Fleet }
+    IncidentScopeName { Device, Group, Fleet, Channel }
     /// What is wrong: reports do not come, or too many runs have failed.
     IncidentKindName { Silent, Failing }
     /// Whether an incident is over.

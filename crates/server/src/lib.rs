@@ -21,6 +21,7 @@ pub mod maintenance;
 pub mod metrics;
 mod middleware;
 pub mod net;
+pub mod notify;
 mod permissions;
 pub mod random;
 pub mod simulate;

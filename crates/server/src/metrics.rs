@@ -39,6 +39,7 @@ pub struct Metrics {
     /// Seconds per committed batch.
     pub batch_duration: Histogram,
     events: IntCounterVec,
+    notifications: IntCounterVec,
     sweep_duration: Histogram,
     events_refused: IntCounterVec,
     events_rejected: IntCounterVec,
@@ -49,6 +50,7 @@ pub struct Metrics {
     success_ratio: Gauge,
     incidents_open: IntGaugeVec,
     last_sweep: Gauge,
+    notifications_waiting: IntGauge,
 }
 
 /// The status of devices that no sweep has evaluated yet.
@@ -112,6 +114,10 @@ impl Metrics {
                 HistogramOpts::new("pisync_sweep_seconds", "Time that a sweep over the fleet took.")
                     .buckets(DURATION_BUCKETS.to_vec()),
             )?)?,
+            notifications: keep.this(IntCounterVec::new(
+                Opts::new("pisync_notifications_total", "Attempts to send a notification, by the kind of channel and by result."),
+                &["kind", "result"],
+            )?)?,
             events: keep.this(IntCounterVec::new(
                 Opts::new("pisync_sync_events_total", "Sync events acknowledged, by their result: stored as ok or failed, or a duplicate of one stored before."),
                 &["result"],
@@ -157,6 +163,10 @@ impl Metrics {
                 Opts::new("pisync_incidents_open", "Open incidents, by kind and scope."),
                 &["kind", "scope"],
             )?)?,
+            notifications_waiting: keep.this(IntGauge::new(
+                "pisync_notifications_waiting",
+                "Notifications that wait to be sent.",
+            )?)?,
             last_sweep: keep.this(Gauge::new(
                 "pisync_last_sweep_timestamp_seconds",
                 "When the last sweep over the devices began that was completed; 0 before the first.",
@@ -170,6 +180,11 @@ impl Metrics {
         let status = StatusText::of(status);
         self.requests.with_label_values(&[method, route, status.as_str()]).inc();
         self.request_duration.with_label_values(&[method, route]).observe(duration.as_secs_f64());
+    }
+
+    /// Counts an attempt to send a notification: sent, failed, refused or disabled.
+    pub fn notified(&self, kind: &str, result: &str) {
+        self.notifications.with_label_values(&[kind, result]).inc();
     }
 
     /// Notes how long a sweep took.
@@ -252,6 +267,7 @@ impl Metrics {
         }
         let swept_at = health.swept_at.map_or(0.0, |at| at.as_millisecond() as f64 / 1000.0);
         self.last_sweep.set(swept_at);
+        self.notifications_waiting.set(health.waiting_notifications.cast_signed());
         self.active_devices.set(stats.active_devices.cast_signed());
         self.success_ratio.set(stats.figures.success_ratio().unwrap_or(f64::NAN));
     }

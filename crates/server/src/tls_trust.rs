@@ -1,10 +1,10 @@
-//! Whose certificate a client of ours takes: PostgreSQL's (`store/postgres/tls`) and a PiSync server's own (`cli/health`).
-//! Whatever is taken, the other side must prove that it has the certificate's key.
+//! Whose certificate a client of ours takes: PostgreSQL's (`store/postgres/tls`), a PiSync server's own (`cli/health`), and
+//! those of receivers of messages (`notify`). Whatever is taken, the other side must prove that it has the certificate's key.
 
 use std::sync::Arc;
 
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -16,6 +16,22 @@ use rustls::{
 /// The cryptography that clients use.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
+}
+
+/// The certificates that this system trusts, those that can be read.
+pub(crate) fn system_roots() -> Vec<CertificateDer<'static>> {
+    rustls_native_certs::load_native_certs().certs
+}
+
+/// A client that takes a certificate of the name that was asked for, which one of these vouches for.
+///
+/// # Errors
+/// When the provider knows no version of TLS.
+pub(crate) fn named_by(roots: RootCertStore) -> Result<ClientConfig, Error> {
+    Ok(ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth())
 }
 
 /// Whose certificate is taken.

@@ -32,11 +32,13 @@ pub enum IncidentScope {
     Group,
     /// Most devices of the fleet.
     Fleet,
+    /// A channel by which people are told.
+    Channel,
 }
 
 impl IncidentScope {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Device, Self::Group, Self::Fleet];
+    pub const ALL: [Self; 4] = [Self::Device, Self::Group, Self::Fleet, Self::Channel];
 
     /// The word that stands for it, in answers and in the database.
     #[must_use]
@@ -45,6 +47,7 @@ impl IncidentScope {
             Self::Device => "device",
             Self::Group => "group",
             Self::Fleet => "fleet",
+            Self::Channel => "channel",
         }
     }
 

@@ -45,8 +45,6 @@ insert into notify_state (id) values (1);
 create table notifications (
     id              integer primary key autoincrement,
     channel         integer not null references channels (id) on delete cascade,
-    -- The id by which a receiver knows it, the same in every attempt.
-    message_id      text    not null unique,
     -- What is told together: 'incidents', 'digest' or 'test', and the group.
     kind            text    not null,
     "group"         text    not null,
@@ -61,6 +59,8 @@ create table notifications (
     -- What is sent instead when the receiver does not understand it.
     plain           blob,
     attempts        integer not null default 0,
+    -- How often the receiver did not want it.
+    refusals        integer not null default 0,
     last_attempt_at integer,
     last_error      text,
     ended_at        integer

@@ -23,11 +23,12 @@ use tower::ServiceExt;
 use tower_http::{compression::CompressionLayer, cors::CorsLayer};
 use utoipa::openapi::OpenApi as Document;
 
+use self::fleet::channels::ChannelTests;
 use self::{
     access::{audit, keys},
     devices::{explain, history, list, one as device, repeated_failures, roster},
     events::{many, one, start},
-    fleet::{groups, incidents, stats, whole, windows},
+    fleet::{channels, groups, incidents, notifications, routes, stats, whole, windows},
     server::{docs, health, metrics, welcome},
     wire::{
         large::{self, LargeAnswers},
@@ -50,6 +51,7 @@ use crate::{
         rate_limit::RateLimits,
         route_policy::Policies,
     },
+    notify::{courier::SystemCourier, secrets::Secrets},
     random::Randomness,
     store::Store,
 };
@@ -73,6 +75,12 @@ pub struct ApiState {
     /// Permits for decompressing bodies.
     pub(crate) decoders: Semaphore,
     pub(crate) randomness: Randomness,
+    /// The secrets of channels.
+    pub(crate) secrets: Secrets,
+    /// What sends to channels; `None` where nothing is sent.
+    pub(crate) courier: Option<Arc<SystemCourier>>,
+    /// When somebody last tried a channel.
+    pub(crate) channel_tests: ChannelTests,
     /// True if a layer inside CORS admits requests, instead of `observe`.
     pub(crate) admits_within_cors: bool,
     pub(crate) trusted_proxies: TrustedProxies,
@@ -132,6 +140,9 @@ fn resources(large_answers: &LargeAnswers) -> (Router<SharedState>, Document, Po
         .merge(keys::routes())
         .merge(audit::routes())
         .merge(incidents::routes())
+        .merge(notifications::routes())
+        .merge(channels::routes())
+        .merge(routes::routes())
         .merge(metrics::routes())
         .layer(map_response_with_state(large_answers.clone(), large::count))
         // Brotli's encoder would hold some 10 MiB while a client reads its response; gzip's holds 0.3 MiB.
@@ -159,11 +170,32 @@ pub fn openapi_json() -> Result<String, serde_json::Error> {
     Ok(text)
 }
 
-/// The router of the entire API.
+/// The router of the entire API, without a key for the secrets of channels: those that have some are locked.
 ///
 /// # Errors
 /// When the document cannot be serialized, or a file of the documentation is missing. No input can cause that.
 pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::io::Error> {
+    router_of(parts, settings, Secrets::unavailable(), None)
+}
+
+/// The router of the entire API, with what sends to channels.
+///
+/// # Errors
+/// The same as [`router`].
+pub fn router_with_courier(
+    parts: ApiParts,
+    settings: &HttpSettings,
+    courier: Arc<SystemCourier>,
+) -> Result<Router, std::io::Error> {
+    router_of(parts, settings, courier.secrets.clone(), Some(courier))
+}
+
+fn router_of(
+    parts: ApiParts,
+    settings: &HttpSettings,
+    secrets: Secrets,
+    courier: Option<Arc<SystemCourier>>,
+) -> Result<Router, std::io::Error> {
     let large_answers = LargeAnswers::new(settings.answer_bytes);
     let (routes, document, mut policies) = resources(&large_answers);
     let (pages, _, policies_of_pages) = docs::routes(&document)?.into_parts();
@@ -183,6 +215,9 @@ pub fn router(parts: ApiParts, settings: &HttpSettings) -> Result<Router, std::i
         large_answers,
         decoders: Semaphore::new(many::DECODERS),
         randomness: parts.randomness,
+        secrets,
+        courier,
+        channel_tests: ChannelTests::default(),
         admits_within_cors: !settings.cors_origins.is_empty(),
         store: parts.store,
         ingest: parts.ingest,

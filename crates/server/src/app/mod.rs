@@ -19,6 +19,13 @@ use crate::{
     maintenance::{Maintenance, loops},
     metrics::Metrics,
     net::{self, ConnectionSettings, Listeners, Tls},
+    notify::{
+        courier::SystemCourier,
+        dispatch::{Courier, dispatch},
+        heartbeat,
+        secrets::Secrets,
+        sender::Sender,
+    },
     random::Randomness,
     store::{
         self, Store, StoreError, Target,
@@ -59,6 +66,9 @@ pub enum AppError {
     /// TLS is configured, but its files are invalid.
     #[error("{0}")]
     Tls(String),
+    /// Messages cannot be sent with these settings.
+    #[error("{0}")]
+    Notify(String),
     /// The OpenAPI document cannot be written: a bug.
     #[error("cannot write the API's documentation: {0}")]
     Document(std::io::Error),
@@ -141,10 +151,21 @@ async fn serve(
     tasks.start("aggregation", forever(aggregation));
     tasks.start("summaries", forever(loops::refresh_summaries(Arc::clone(&store))));
     tasks.start("deletions", forever(loops::finish_deletions(Arc::<dyn Store>::clone(&store))));
+    let courier = Arc::new(courier(&settings, &clock)?);
     if settings.watches_fleet {
         let node = format!("{address} ({})", std::process::id());
+        let holder = node.clone();
         let watch = fleet::watch(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node);
         tasks.start("fleet health", forever(watch));
+        let carrier: Arc<dyn Courier> = Arc::<SystemCourier>::clone(&courier);
+        let sending =
+            dispatch(Arc::clone(&store), carrier, clock.clone(), Arc::clone(&metrics), holder);
+        tasks.start("notifications", forever(sending));
+    }
+    if let Some(url) = settings.heartbeat_url.clone() {
+        let sender = courier.sender.clone();
+        let beats = heartbeat::beat(url, sender, Arc::clone(&store), ingest.clone(), clock.clone());
+        tasks.start("heartbeat", forever(beats));
     }
     let run_starts = Arc::new(RunStartQueue::default());
     tasks.start("run starts", forever(Arc::clone(&run_starts).follow(Arc::clone(&store))));
@@ -163,7 +184,8 @@ async fn serve(
         keyring,
         address,
     };
-    let router = api::router(parts, &settings.http).map_err(AppError::Document)?;
+    let router = api::router_with_courier(parts, &settings.http, Arc::clone(&courier));
+    let router = router.map_err(AppError::Document)?;
 
     let connections = ConnectionSettings {
         max_connections: settings.http.max_connections,
@@ -204,6 +226,18 @@ async fn serve(
         return Err(AppError::NotClosed(error));
     }
     Ok(())
+}
+
+/// What sends messages.
+fn courier(settings: &Settings, clock: &Clock) -> Result<SystemCourier, AppError> {
+    let sender = Sender::new(settings.sender.clone()).map_err(AppError::Notify)?;
+    let secrets = Secrets::of(&settings.target, settings.secrets_key.clone(), Randomness::system());
+    Ok(SystemCourier {
+        sender,
+        secrets,
+        base_url: settings.public_url.clone(),
+        clock: clock.clone(),
+    })
 }
 
 /// Adapts a task that never ends by itself.
@@ -302,6 +336,10 @@ mod tests {
             migrations_dir: "/nonexistent".into(),
             auto_migrate: true,
             watches_fleet: true,
+            public_url: None,
+            secrets_key: None,
+            sender: crate::notify::sender::SenderSettings::default(),
+            heartbeat_url: None,
             event_id_retention_days: 90,
             retention: None,
             http: HttpSettings {
@@ -373,6 +411,8 @@ mod tests {
             "summaries",
             "deletions",
             "fleet health",
+            "notifications",
+            "heartbeat",
             "run starts",
             "API keys",
             "the database",
@@ -382,6 +422,9 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let mut settings = settings(Target::Sqlite(folder.path().join("pisync.db")));
             settings.http.tls = Some(tls_files(folder.path()));
+            // An address that is not reached.
+            let heartbeat = "http://127.0.0.1:9/".parse().unwrap();
+            settings.heartbeat_url = Some(crate::notify::Hidden::new(heartbeat));
             let clock = Clock::system();
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
             let address = listener.local_addr().unwrap();

@@ -22,9 +22,12 @@ use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tower::ServiceExt as _;
 
-use super::scenario::{
-    DatabaseStep, Expected, IncidentEntry, Instant, Report, Request, Scenario, ServerStep,
-    StateEntry, Step,
+use super::{
+    receivers::{Receivers, create_receiver},
+    scenario::{
+        DatabaseStep, Expected, IncidentEntry, Instant, Report, Request, Scenario, ServerStep,
+        StateEntry, Step,
+    },
 };
 use crate::{
     api::{self, ApiParts},
@@ -77,6 +80,9 @@ pub async fn run(scenario: &Scenario, store: &Arc<dyn Store>) -> Result<Expected
     }
     for request in &scenario.setup {
         course.request(request).await?;
+    }
+    for channel in &scenario.channels {
+        create_receiver(&**store, channel, scenario.start.0).await?;
     }
     course.beat(scenario.start.0, true).await?;
     let steps = in_order(scenario)?;
@@ -150,6 +156,8 @@ pub(super) struct Course {
     unsaid: Option<Timestamp>,
     /// The last change of a state that was seen.
     last_change: i64,
+    clock: Clock,
+    receivers: Receivers,
     came: Expected,
 }
 
@@ -172,7 +180,7 @@ impl Course {
             store: Arc::clone(store),
             ingest,
             run_starts: Arc::new(RunStartQueue::default()),
-            clock,
+            clock: clock.clone(),
             metrics,
             randomness: Randomness::system(),
             keyring: Arc::new(Keyring::default()),
@@ -191,6 +199,8 @@ impl Course {
             next_look: None,
             unsaid: None,
             last_change: 0,
+            clock,
+            receivers: Receivers::default(),
             came: Expected::default(),
         })
     }
@@ -290,13 +300,14 @@ impl Course {
         let is_due = self.next_look.is_some_and(|next| next <= now);
         if !self.has_news && !is_due {
             self.unsaid = Some(now);
-            return Ok(());
+            return self.dispatch(now).await;
         }
         self.say_unsaid().await?;
         self.beat(now, false).await?;
         let swept = sweep(&*self.store, now).await?;
         self.has_news = !swept.is_complete;
         self.next_look = self.store.next_look().await?;
+        self.receivers.learn(&swept.events);
         self.came.incidents.extend(swept.events.into_iter().map(|event| IncidentEntry {
             at: Instant(now),
             what: event.what.as_str().to_owned(),
@@ -310,6 +321,12 @@ impl Course {
         if swept.changes > 0 {
             self.read_changes().await?;
         }
+        self.dispatch(now).await
+    }
+
+    /// Sends the messages that are due.
+    async fn dispatch(&mut self, now: Timestamp) -> Result<(), BacktestError> {
+        self.came.messages.extend(self.receivers.receive(&*self.store, &self.clock, now).await?);
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 mod comparison;
 mod course;
 mod history;
+mod receivers;
 mod replay;
 pub mod scenario;
 

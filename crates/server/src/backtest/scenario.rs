@@ -149,7 +149,51 @@ pub struct Expected {
     pub incidents: Vec<IncidentEntry>,
     /// What people are told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub messages: Vec<Value>,
+    pub messages: Vec<MessageEntry>,
+}
+
+/// A message that people get.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MessageEntry {
+    /// When it is sent.
+    pub at: Instant,
+    /// The name of the channel.
+    pub channel: String,
+    /// What it tells, in any order.
+    pub items: Vec<MessageItem>,
+}
+
+/// What a message tells of an incident.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MessageItem {
+    /// What has happened: opened, reopened, reminder, flapping, resolved.
+    pub event: String,
+    /// What the incident is about: a device, a group, the fleet.
+    pub scope: String,
+    /// Which.
+    pub subject: String,
+    /// The problem.
+    pub kind: String,
+}
+
+impl MessageEntry {
+    /// The same, with what it tells in one order.
+    fn sorted(&self) -> Self {
+        let mut sorted = self.clone();
+        sorted.items.sort();
+        sorted
+    }
+
+    fn in_words(&self) -> String {
+        let items = self.items.iter().map(|item| {
+            let MessageItem { event, scope, subject, kind } = item;
+            format!("{scope} {subject} ({kind}) {event}")
+        });
+        let items: Vec<_> = items.collect();
+        format!("{} message to {}: {}", self.at.0, self.channel, items.join(", "))
+    }
 }
 
 /// Devices that change their state.
@@ -221,6 +265,17 @@ impl Expected {
         differences.extend(
             incidents.iter().map(|incident| format!("not expected: {}", incident.in_words())),
         );
+        let mut messages: Vec<_> = came.messages.iter().map(MessageEntry::sorted).collect();
+        for expected in self.messages.iter().map(MessageEntry::sorted) {
+            match messages.iter().position(|message| *message == expected) {
+                Some(found) => {
+                    messages.swap_remove(found);
+                }
+                None => differences.push(format!("missing: {}", expected.in_words())),
+            }
+        }
+        let unexpected = messages.iter().map(|one| format!("not expected: {}", one.in_words()));
+        differences.extend(unexpected);
         differences
     }
 }

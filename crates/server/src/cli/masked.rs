@@ -1,13 +1,21 @@
-//! Error messages without the passwords that were typed. A database's URL that stands in the wrong place, or in the
+//! Error messages without the passwords and keys that were typed. A database's URL that stands in the wrong place, or in the
 //! wrong setting, would be shown by whatever says that it is wrong there. `cli` passes its messages through here.
 
 use std::ffi::OsString;
+
+use crate::notify::secrets::SecretsKey;
 
 /// What stands for the rest of a URL.
 const HIDDEN: &str = "[hidden]";
 
 /// Schemes of URLs that may hold a password although it is not between a colon and an @.
 const SCHEMES: [&str; 2] = ["postgres", "postgresql"];
+
+/// The flag of the key under which secrets are stored.
+const SECRETS_KEY: &str = "--secrets-key";
+
+/// What is shorter is no secret, and most likely a part of every message.
+const LEAST_KEY: usize = 6;
 
 /// Texts that are not shown, and what is shown instead, the longest first.
 #[derive(Debug, Default)]
@@ -17,9 +25,14 @@ impl Masks {
     /// Those of everything that was typed, or that a setting was set to.
     pub(super) fn of(words: &[OsString]) -> Self {
         let mut masks = Vec::new();
+        let mut is_key = false;
         for word in words {
             let word = word.to_string_lossy();
-            let Some((secret, shown)) = find_secret(&word) else { continue };
+            let is_key_itself = is_key && !word.starts_with("--") && word.len() >= LEAST_KEY;
+            let found =
+                if is_key_itself { Some((&*word, HIDDEN.to_owned())) } else { find_secret(&word) };
+            is_key = word == SECRETS_KEY;
+            let Some((secret, shown)) = found else { continue };
             // A message may name the part before a comma or an equals sign, where the text was cut.
             let cuts = secret.match_indices([',', '=']).map(|(end, _)| end).chain([secret.len()]);
             for part in cuts.map(|end| secret[..end].trim_end()) {
@@ -47,6 +60,9 @@ impl Masks {
 /// The part of a word that may hold a password, and what to show in its place.
 fn find_secret(word: &str) -> Option<(&str, String)> {
     let lower = word.to_ascii_lowercase();
+    if let Some(key) = find_key(word) {
+        return Some((key, HIDDEN.to_owned()));
+    }
     if let Some(scheme_end) = word.find("://") {
         let in_scheme = |letter: char| letter.is_ascii_alphanumeric() || "+-.".contains(letter);
         let scheme = word[..scheme_end].rsplit(|letter| !in_scheme(letter)).next()?;
@@ -70,6 +86,16 @@ fn find_secret(word: &str) -> Option<(&str, String)> {
     };
     let (before, _) = value.rsplit_once('@')?;
     before.contains(':').then(|| (value, HIDDEN.to_owned()))
+}
+
+/// The part of a word that is meant as the key under which secrets are stored, or could be it in a wrong place.
+fn find_key(word: &str) -> Option<&str> {
+    let value = match word.strip_prefix("--").and_then(|flag| flag.split_once('=')) {
+        Some((_, value)) => value,
+        None => word,
+    };
+    let is_meant = word.starts_with(SECRETS_KEY) && word.contains('=') && value.len() >= LEAST_KEY;
+    (is_meant || SecretsKey::parse(value).is_ok()).then_some(value)
 }
 
 #[cfg(test)]
@@ -96,6 +122,21 @@ mod tests {
             ("https://h/?password=secret", "https://h/?password=secret", "https://[hidden]"),
         ] {
             assert_eq!(Masks::of(&[word.into()]).mask(message), expected, "{word}");
+        }
+    }
+
+    #[test]
+    fn keys_of_secrets_are_hidden() {
+        let key = "Tm90IGEga2V5LCBidXQgMzIgYnl0ZXMgb2YgdGV4dCE=";
+        for (words, message, expected) in [
+            (&["--secrets-key=mistyped"][..], "'mistyped'", "'[hidden]'"),
+            (&["--secrets-key", "mistyped"], "'mistyped'", "'[hidden]'"),
+            (&["serve", "--port", key], key, "[hidden]"),
+            (&[&format!("--host={key}")], key, "[hidden]"),
+            (&["--secrets-key", "--port=x"], "port x", "port x"),
+        ] {
+            let words: Vec<_> = words.iter().map(OsString::from).collect();
+            assert_eq!(Masks::of(&words).mask(message), expected, "{words:?}");
         }
     }
 

@@ -23,6 +23,7 @@ macro_rules! say {
 
 mod backtest;
 mod backup;
+mod channel;
 mod completions;
 mod copy;
 mod database;
@@ -48,6 +49,7 @@ mod output;
 mod policy;
 mod progress;
 pub mod reference;
+mod secrets;
 mod serve;
 mod settings;
 mod simulate;
@@ -144,6 +146,10 @@ Examples:
     Policy(policy::PolicyCommand),
     /// Make, list and delete times at which nothing is expected, or nobody is told
     Window(window::WindowCommand),
+    /// Make, list and delete the ways by which people are told of incidents
+    Channel(channel::ChannelCommand),
+    /// Change the key under which the secrets of channels are stored
+    Secrets(secrets::SecretsCommand),
     /// Would a server of this configuration work? Check everything, change nothing
     Doctor(Box<doctor::DoctorCommand>),
     /// Ask the running server whether it can serve
@@ -184,7 +190,9 @@ impl Command {
             | Self::Incident(_)
             | Self::Fleet(_)
             | Self::Policy(_)
-            | Self::Window(_) => "run it again",
+            | Self::Window(_)
+            | Self::Channel(_) => "run it again",
+            Self::Secrets(_) => "either key may be in use; run it again",
             Self::Doctor(_) | Self::Health(_) => "nothing was changed",
             Self::Simulate(_) => {
                 "what was sent stays on the server; start again with another --seed"
@@ -240,6 +248,8 @@ pub fn main() -> ExitCode {
             Some(Command::Device(command)) => device::run(&command).await,
             Some(Command::Policy(command)) => policy::run(&command).await,
             Some(Command::Window(command)) => window::run(&command).await,
+            Some(Command::Channel(command)) => channel::run(&command).await,
+            Some(Command::Secrets(command)) => secrets::run(&command).await,
             Some(Command::Doctor(command)) => {
                 doctor::run(&command, &settings_file, problem.as_deref(), &masks).await
             }

@@ -77,7 +77,8 @@ impl SettingsFile {
     pub(super) fn is_readable_by_others(&self) -> bool {
         const OTHERS_READ: u32 = 0o004;
         let is_secret = |setting: &Setting| {
-            let is_password = setting.name == "DB_PASSWORD" && !setting.value.is_empty();
+            let is_password = ["DB_PASSWORD", "SECRETS_KEY"].contains(&&*setting.name)
+                && !setting.value.is_empty();
             is_password || setting.value.contains("://") && setting.value.contains('@')
         };
         let is_open = std::fs::metadata(".env")

@@ -6,6 +6,7 @@ pub mod database;
 mod database_url;
 pub(crate) mod env_file;
 pub mod http;
+mod notify;
 pub mod serve;
 mod settings;
 
@@ -13,10 +14,11 @@ use std::{ops::RangeInclusive, str::FromStr};
 
 use clap::{Args, builder::TypedValueParser};
 
-use crate::logs::LogLevel;
+use crate::{logs::LogLevel, notify::secrets::SecretsKey};
 
 pub use self::{
     database::{CopyArgs, DatabaseArgs, MigrationArgs},
+    notify::NotifyArgs,
     serve::{AppEnv, ListenArgs, ServeArgs},
     settings::Settings,
 };
@@ -42,6 +44,28 @@ pub struct ClockSkewArgs {
         value_parser = number::<u32>(0..=86_400)
     )]
     pub max_clock_skew_seconds: u32,
+}
+
+/// The key under which secrets are stored.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Notifications")]
+pub struct SecretsArgs {
+    /// Key under which the secrets of channels are stored: 32 bytes as base64 or hexadecimal digits (openssl
+    /// rand -base64 32). Without it, SQLite has a key in the file secrets.key beside the database
+    #[arg(long, env = "SECRETS_KEY", global = true, value_name = "KEY")]
+    secrets_key: Option<Secret>,
+}
+
+impl SecretsArgs {
+    /// The key, if one is set.
+    ///
+    /// # Errors
+    /// When it is no key. The message never shows it.
+    pub fn key(&self) -> Result<Option<SecretsKey>, ConfigError> {
+        let text = given(self.secrets_key.as_ref().map(|secret| &secret.0));
+        let key = text.map(SecretsKey::parse).transpose();
+        key.or_else(|rule| wrong(format!("SECRETS_KEY {rule}")))
+    }
 }
 
 /// The numbers of a setting that has no bound of its own.

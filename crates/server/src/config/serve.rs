@@ -9,10 +9,11 @@ use std::{
 use axum::http::{HeaderValue, Uri};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
+use url::Url;
 
 use super::{
-    ANY_NUMBER, ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs,
-    database_url, given,
+    ANY_NUMBER, ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, NotifyArgs,
+    SecretsArgs, database_url, given,
     http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts, TlsFiles},
     items, number,
     settings::Settings,
@@ -195,6 +196,14 @@ pub struct ServeArgs {
     #[arg(long, env = "LOG_DIR", default_value = "logs", help_heading = "Logs")]
     log_dir: String,
 
+    /// Address at which people reach this server, such as https://fleet.example, for links in messages
+    #[arg(long, env = "PUBLIC_URL", value_name = "ADDRESS", help_heading = "Notifications")]
+    public_url: Option<String>,
+    #[command(flatten)]
+    notify: NotifyArgs,
+    #[command(flatten)]
+    secrets: SecretsArgs,
+
     #[command(flatten)]
     pub(crate) database: DatabaseArgs,
     #[command(flatten)]
@@ -287,6 +296,10 @@ impl ServeArgs {
         let tls = noted(&mut problems, self.tls());
         let trusted_proxies = noted(&mut problems, self.trusted_proxies());
         let cors_origins = noted(&mut problems, self.cors_origins());
+        let public_url = noted(&mut problems, self.public_url());
+        let secrets_key = noted(&mut problems, self.secrets.key());
+        let sender = noted(&mut problems, self.notify.sender());
+        let heartbeat_url = noted(&mut problems, self.notify.heartbeat_url());
         let target = noted(&mut problems, self.database.target());
         let retention = noted(&mut problems, self.retention());
         let (
@@ -295,9 +308,25 @@ impl ServeArgs {
             Some(tls),
             Some(trusted_proxies),
             Some(cors_origins),
+            Some(public_url),
+            Some(secrets_key),
+            Some(sender),
+            Some(heartbeat_url),
             Some(target),
             Some(retention),
-        ) = (host, auth, tls, trusted_proxies, cors_origins, target, retention)
+        ) = (
+            host,
+            auth,
+            tls,
+            trusted_proxies,
+            cors_origins,
+            public_url,
+            secrets_key,
+            sender,
+            heartbeat_url,
+            target,
+            retention,
+        )
         else {
             return wrong(problems.join("; "));
         };
@@ -306,6 +335,10 @@ impl ServeArgs {
             migrations_dir: self.migrations.migrations_dir.clone(),
             auto_migrate: self.auto_migrate,
             watches_fleet: self.fleet == Fleet::On,
+            public_url,
+            secrets_key,
+            sender,
+            heartbeat_url,
             event_id_retention_days: self.event_id_retention_days,
             retention,
             http: HttpSettings {
@@ -323,6 +356,23 @@ impl ServeArgs {
                 timeouts: Timeouts::default(),
             },
         })
+    }
+
+    fn public_url(&self) -> Result<Option<String>, ConfigError> {
+        let Some(text) = given(self.public_url.as_ref()) else { return Ok(None) };
+        let is_right = |url: &Url| {
+            ["http", "https"].contains(&url.scheme())
+                && url.has_host()
+                && url.username().is_empty()
+                && url.password().is_none()
+                && url.query().is_none()
+                && url.fragment().is_none()
+        };
+        match Url::parse(text).ok().filter(is_right) {
+            Some(url) => Ok(Some(url.as_str().trim_end_matches('/').to_owned())),
+            // It may have a password in it.
+            None => wrong("PUBLIC_URL is no address such as https://fleet.example"),
+        }
     }
 
     fn auth(&self) -> Result<AuthMode, ConfigError> {
@@ -411,6 +461,44 @@ mod tests {
     }
 
     #[test]
+    fn addresses_for_links_are_checked() {
+        let public_url =
+            |text| parse(&["--public-url", text]).settings().map(|settings| settings.public_url);
+        for (text, expected) in [
+            ("", None),
+            ("https://fleet.example", Some("https://fleet.example")),
+            ("http://10.0.0.5:3000/", Some("http://10.0.0.5:3000")),
+            ("https://example.org/pisync/", Some("https://example.org/pisync")),
+        ] {
+            assert_eq!(public_url(text), Ok(expected.map(str::to_owned)), "{text}");
+        }
+        for text in [
+            "fleet.example",
+            "ftp://fleet.example",
+            "https://pi:s3cret@fleet.example",
+            "https://fleet.example/?a=b",
+            "https://fleet.example/#a",
+            "https://",
+        ] {
+            let error = public_url(text).unwrap_err().to_string();
+            assert_eq!(error, "PUBLIC_URL is no address such as https://fleet.example", "{text}");
+        }
+    }
+
+    #[test]
+    fn keys_of_secrets_are_checked_and_never_shown() {
+        let arguments = parse(&["--secrets-key", "s3cret"]);
+        assert!(!format!("{arguments:?}").contains("s3cret"));
+        let error = arguments.settings().unwrap_err().to_string();
+        assert!(error.starts_with("SECRETS_KEY must be 32 bytes"), "{error}");
+        assert!(!error.contains("s3cret"), "{error}");
+        let settings = parse(&["--secrets-key", &"0f".repeat(32)]).settings().unwrap();
+        assert!(settings.secrets_key.is_some());
+        assert!(!format!("{settings:?}").contains("0f0f"), "{settings:?}");
+        assert_eq!(parse(&["--secrets-key", ""]).settings().unwrap().secrets_key, None);
+    }
+
+    #[test]
     fn events_are_kept_for_ever_or_long_enough() {
         let settings = |arguments: &[&str]| parse(arguments).settings();
         assert!(settings(&[]).unwrap().retention.is_none());
@@ -441,14 +529,14 @@ mod tests {
 
     #[test]
     fn urls_and_their_tls() {
-        let url = "postgres://u:secret@a,b:5433/db?sslmode=verify-full&sslrootcert=%2Fca.pem&connect_timeout=3";
+        let url = "postgres://u:hunter2@a,b:5433/db?sslmode=verify-full&sslrootcert=%2Fca.pem&connect_timeout=3";
         assert_eq!(target(&["--database-url", url]), "PostgreSQL a:5432,b:5433/db");
-        let arguments = parse(&["--database-url", url, "--db-password", "secret"]);
-        assert!(!format!("{arguments:?}").contains("secret"), "{arguments:?}");
+        let arguments = parse(&["--database-url", url, "--db-password", "hunter2"]);
+        assert!(!format!("{arguments:?}").contains("hunter2"), "{arguments:?}");
         let Ok(Target::Postgres(postgres)) = arguments.database.target() else { panic!() };
         assert_eq!(postgres.ssl_mode, SslMode::VerifyFull);
         assert_eq!(postgres.ssl_root_cert, Some(PathBuf::from("/ca.pem")));
-        assert!(!format!("{postgres:?}").contains("secret"));
+        assert!(!format!("{postgres:?}").contains("hunter2"));
         for bad in ["mysql://x", "postgres://u@h/db?sslmode=maybe", "postgres://h/db?typo=1"] {
             assert!(target(&["--database-url", bad]).starts_with("error: DATABASE_URL"), "{bad}");
         }

@@ -3,8 +3,13 @@
 
 use std::path::PathBuf;
 
+use reqwest::Url;
+
 use super::http::HttpSettings;
-use crate::store::{Retention, Target};
+use crate::{
+    notify::{Hidden, secrets::SecretsKey, sender::SenderSettings},
+    store::{Retention, Target},
+};
 
 /// The settings of a server.
 #[derive(Debug, Clone)]
@@ -17,6 +22,14 @@ pub struct Settings {
     pub auto_migrate: bool,
     /// Whether the server finds out how its fleet is doing.
     pub watches_fleet: bool,
+    /// The address at which people reach this server, without a slash at the end, for links in messages.
+    pub public_url: Option<String>,
+    /// The key under which the secrets of channels are stored; `None` for the file beside an SQLite database.
+    pub secrets_key: Option<SecretsKey>,
+    /// How messages are sent.
+    pub sender: SenderSettings,
+    /// Who is told that this server lives.
+    pub heartbeat_url: Option<Hidden<Url>>,
     /// For how many days event ids are remembered.
     pub event_id_retention_days: u32,
     /// How long single events are kept; `None` keeps them for ever.

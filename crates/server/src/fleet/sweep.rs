@@ -78,6 +78,9 @@ pub async fn sweep(store: &dyn Store, now: Timestamp) -> Result<Swept, StoreErro
     {
         return Ok(swept);
     }
+    let Some(events) = store.reconcile_channels(&settings, now).await? else { return Ok(swept) };
+    swept.events.extend(events);
+    store.add_reminders(&settings, now).await?;
     swept.is_complete = store.end_sweep(settings.version, now).await?;
     Ok(swept)
 }

@@ -1,13 +1,15 @@
 //! The audit log: who changed what, and when. The API reads it. Each line is written in the transaction of the change
 //! that it describes; no line may ever be changed or removed.
 
+use std::collections::BTreeSet;
+
 use async_trait::async_trait;
 use pisync_core::{DeviceId, GroupName, Timestamp};
 use serde_json::{Value, json};
 
 use super::{
-    DeviceChange, LevelChange, NewAcknowledgement, NewKey, NewWindow, RosterOutcome, StoreError,
-    incidents::details_of,
+    ChannelUpdate, DeviceChange, LevelChange, NewAcknowledgement, NewChannel, NewKey, NewWindow,
+    RosterOutcome, Route, StoreError, incidents::details_of,
 };
 
 /// The audit log. Lines are added by the methods that change something.
@@ -104,12 +106,41 @@ impl NewAuditEntry {
         Self::new("window.delete", id.to_string(), &json!({ "name": name }))
     }
 
+    pub(super) fn channel_created(id: i64, channel: &NewChannel, is_default: bool) -> Self {
+        Self::new("channel.create", id.to_string(), &channel.details(is_default))
+    }
+
+    pub(super) fn channel_updated(id: i64, update: &ChannelUpdate) -> Self {
+        Self::new(update.action(), id.to_string(), &update.details())
+    }
+
+    pub(super) fn channel_deleted(id: i64, name: &str, waiting: u64) -> Self {
+        let details = json!({ "name": name, "dropped_notifications": waiting });
+        Self::new("channel.delete", id.to_string(), &details)
+    }
+
+    pub(super) fn routes_replaced(routes: &[Route]) -> Self {
+        // All of them may be as long as thousands of other lines.
+        let channels: BTreeSet<_> = routes.iter().flat_map(|route| &route.channels).collect();
+        let details = json!({ "routes": routes.len(), "channels": channels });
+        Self::new("routes.put", "", &details)
+    }
+
+    pub(super) fn secrets_resealed(channels: u64) -> Self {
+        Self::new("secrets.rekey", "", &json!({ "channels": channels }))
+    }
+
     /// An incident was acknowledged; `None`: that was withdrawn.
     pub(super) fn acknowledged(id: i64, acknowledgement: Option<&NewAcknowledgement>) -> Self {
         let details = acknowledgement.map_or_else(|| json!({}), |given| details_of(Some(given)));
         let action =
             if acknowledgement.is_some() { "incident.acknowledge" } else { "incident.withdraw" };
         Self::new(action, id.to_string(), &details)
+    }
+
+    /// A message that was given up is sent again.
+    pub(super) fn notification_retried(id: i64) -> Self {
+        Self::new("notification.retry", id.to_string(), &json!({}))
     }
 
     pub(super) fn device_deleted(device_id: &DeviceId, events: u64) -> Self {

@@ -13,7 +13,7 @@ use pisync_core::{
 };
 use serde_json::Value;
 
-use super::StoreError;
+use super::{StoreError, routing::Routing};
 
 /// Outages that ended before are of no interest to any deadline, in milliseconds: the longest interval and grace together,
 /// and as much again.
@@ -217,6 +217,8 @@ pub struct FleetSettings {
     pub windows: Vec<FleetWindow>,
     /// When nobody could be heard, in the order of time.
     pub outages: Vec<Interval>,
+    /// How incidents reach people.
+    pub(super) routing: Routing,
     /// The policies of groups, for devices that have none of their own.
     resolved: HashMap<String, EffectivePolicy>,
     /// That of devices in groups about which nothing is said.
@@ -230,6 +232,7 @@ impl FleetSettings {
         groups: HashMap<String, LevelSettings>,
         windows: Vec<FleetWindow>,
         outages: Vec<Interval>,
+        routing: Routing,
     ) -> Self {
         let nothing = Policy::default();
         let of =
@@ -237,7 +240,7 @@ impl FleetSettings {
         let resolved =
             groups.iter().map(|(name, group)| (name.clone(), of(&group.policy))).collect();
         let resolved_for_others = of(&nothing);
-        Self { version, fleet, groups, windows, outages, resolved, resolved_for_others }
+        Self { version, fleet, groups, windows, outages, routing, resolved, resolved_for_others }
     }
 
     /// The policy that applies to a group as a whole, and to its devices that have none of their own.

@@ -30,7 +30,8 @@ pub(super) const DEVICES_AT_ONCE: i64 = 500;
 /// How many devices an entry of a timeline names.
 const NAMED_IN_ENTRY: usize = 20;
 
-/// After this time somebody counts as told of an incident, in milliseconds: as long as a message waits for others.
+/// Where there are no channels, somebody counts as told of an incident after this time, in milliseconds: as long as a message
+/// would wait for others.
 const TOLD_AFTER: i64 = 60_000;
 
 /// The subject of the fleet's incidents.
@@ -140,6 +141,8 @@ pub(super) struct IncidentRow {
     pub(super) calm_at: Option<Timestamp>,
     pub(super) next_at: Option<Timestamp>,
     pub(super) summary: Value,
+    /// Whether a message has told of it.
+    pub(super) is_told: bool,
 }
 
 /// The columns of an incident as both stores keep them.
@@ -160,12 +163,17 @@ pub(super) struct IncidentColumns {
     pub(super) calm_at: Option<Timestamp>,
     pub(super) next_at: Option<Timestamp>,
     pub(super) summary: String,
+    pub(super) is_told: bool,
 }
 
 /// The columns that [`IncidentColumns`] has, in its order.
 pub(super) const INCIDENT_COLUMNS: &str = r#"
     id, scope, subject, "group", kind, severity, since, opened_at, resolved_at, resolution, reopened, reopenings,
-    flapping_since, calm_at, next_at, summary
+    flapping_since, calm_at, next_at, summary,
+    exists (select 1
+              from notification_items t
+              join notifications n on n.id = t.notification
+             where t.incident = incidents.id and n.frozen_at is not null) as is_told
 "#;
 
 impl IncidentColumns {
@@ -189,6 +197,7 @@ impl IncidentColumns {
             calm_at: self.calm_at,
             next_at: self.next_at,
             summary: serde_json::from_str(&self.summary).unwrap_or_else(|_| json!({})),
+            is_told: self.is_told,
         })
     }
 }
@@ -204,7 +213,11 @@ impl IncidentRow {
         self.resolved_at.is_none()
     }
 
-    fn is_told(&self, now: Timestamp) -> bool {
+    /// Whether anybody knows of it.
+    fn is_told(&self, settings: &FleetSettings, now: Timestamp) -> bool {
+        if !settings.routing.is_empty() {
+            return self.is_told;
+        }
         let opened_at = self.reopenings.last().copied().unwrap_or(self.opened_at);
         now.as_millisecond() - opened_at.as_millisecond() >= TOLD_AFTER
     }
@@ -468,6 +481,47 @@ pub(super) fn fleet_writes(
     writes
 }
 
+/// What becomes of the incidents about channels. `channels` are those that are enabled, and since when each has failed that has
+/// done so for long.
+pub(super) fn channel_writes(
+    open: &[IncidentRow],
+    channels: &[(String, Option<Timestamp>)],
+    now: Timestamp,
+) -> Vec<IncidentWrite> {
+    let mut writes = Vec::new();
+    for (name, failing_since) in channels {
+        let Some(since) = *failing_since else { continue };
+        if open.iter().any(|one| one.subject == *name) {
+            continue;
+        }
+        let new = NewIncident {
+            scope: IncidentScope::Channel,
+            subject: name,
+            group: "",
+            kind: ProblemKind::Failing,
+            severity: Severity::Critical,
+            since,
+        };
+        let mut write = new.open(None, now);
+        let summary = Summary { kind: ProblemKind::Failing, count: 1, presumed: 0, judged: 1 };
+        write.incident.summary = summary.json(None);
+        write.entries.push((word(&write), write.incident.summary.clone()));
+        writes.push(write);
+    }
+    for incident in open {
+        let channel = channels.iter().find(|(name, _)| *name == incident.subject);
+        let resolution = match channel {
+            Some((_, Some(_))) => continue,
+            Some((_, None)) => Resolution::Recovered,
+            None => Resolution::Deleted,
+        };
+        let mut write = IncidentWrite::of(incident.clone());
+        resolve(&mut write, resolution, now);
+        writes.push(write);
+    }
+    writes
+}
+
 /// The word for what happened to an incident, in its timeline.
 fn word(write: &IncidentWrite) -> &'static str {
     write.event.unwrap_or(IncidentChange::Opened).as_str()
@@ -593,6 +647,7 @@ impl NewIncident<'_> {
                     calm_at: None,
                     next_at: None,
                     summary: json!({}),
+                    is_told: false,
                 });
                 write.event = Some(IncidentChange::Opened);
                 write
@@ -787,6 +842,7 @@ impl Step<'_> {
         let missing = facts.missing[index];
         let threshold = threshold(self.settings.policy_of_group(&facts.group), &facts.group);
         let late_count = if is_silence { tally.late } else { 0 };
+        let is_told = group.is_told(self.settings, now);
         let write = self.write(group);
         write.left.extend(left);
         write.left.sort();
@@ -809,7 +865,7 @@ impl Step<'_> {
         let summary = Summary { kind, count: missing, presumed: late_count, judged: tally.judged };
         write.incident.summary = summary.json(facts.last_heard);
         let calm = Calm { missing: missing + late_count, at_risk: tally.at_risk(), threshold };
-        if is_in_fleet && !group.is_told(now) {
+        if is_in_fleet && !is_told {
             write.incident.summary = group.summary.clone();
             resolve(write, Resolution::Merged, now);
             return true;
@@ -853,7 +909,7 @@ impl Step<'_> {
             let group = state.group.clone();
             let is_merged = is_covered
                 && group == self.facts.group
-                && !own.is_told(now)
+                && !own.is_told(self.settings, now)
                 && !device.is_long(kind, now);
             let summary = summary_of_device(device, kind);
             let (since, jobs) = (device.since(kind), device.jobs(kind));

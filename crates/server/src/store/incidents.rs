@@ -198,7 +198,7 @@ pub struct IncidentEntry {
     pub details: Value,
 }
 
-/// How many devices and incidents are in which state.
+/// How many devices and incidents are in which state, and how many messages wait.
 #[derive(Debug, Default)]
 pub struct HealthCounts {
     /// Devices by state.
@@ -207,6 +207,8 @@ pub struct HealthCounts {
     pub incidents: Vec<(String, String, u64)>,
     /// When the last sweep began that was completed.
     pub swept_at: Option<Timestamp>,
+    /// How many messages wait to be sent.
+    pub waiting_notifications: u64,
 }
 
 /// The word for an actor in a timeline, given the name of the actor's key.

@@ -9,9 +9,11 @@ mod actor;
 mod audit;
 mod backup;
 mod batch;
+mod channels;
 mod copy;
 mod day_details;
 mod deletion;
+mod delivery;
 mod device_list;
 mod device_states;
 mod devices;
@@ -34,9 +36,12 @@ pub mod migrations;
 mod model;
 mod open;
 mod ordered_scan;
+mod outbox;
 mod postgres;
 mod retention;
 mod roll_up_sql;
+mod routes;
+mod routing;
 mod run_starts;
 mod sqlite;
 mod stats;
@@ -55,9 +60,18 @@ pub use actor::{Actor, Via};
 pub use audit::{AuditEntry, AuditLog};
 pub use backup::{Restored, backup, restore};
 pub use batch::{Batch, Conflict, Duplicate, FailureStreak, GroupClaim, Observations, Written};
+pub use channels::{
+    Channel, ChannelCreation, ChannelList, ChannelOutcome, ChannelUpdate, Channels, MOST_CHANNELS,
+    NewChannel, NewConfig, Reseal, Resealed, RouteList, RoutesOutcome, Seal, UpdateReason,
+};
 pub use copy::{Copied, CopyError, CopyProgress, copy};
 pub use day_details::DayDetails;
 pub use deletion::{DeletionStep, DeviceDeletions};
+pub use delivery::{
+    Attempt, Delivery, FrozenText, ItemFacts, Lane, MOST_ITEMS, MOST_MEMBERS, MessageFacts,
+    MessageKind, MessageText, Notification, NotificationPage, NotificationQuery, NotificationState,
+    OutgoingMessage, REFUSALS, RetryOutcome,
+};
 pub use devices::{DeviceQuery, DeviceSort, DeviceStore};
 pub use error::{OtherGroup, StoreError};
 pub use events::{EventStore, EventWriter};
@@ -95,7 +109,9 @@ pub use open::{
     open,
 };
 pub use ordered_scan::{KeyPart, Place};
+pub use outbox::ItemKind;
 pub use retention::Retention;
+pub use routes::{MOST_ROUTES, Route, RouteDigest, RouteMatch};
 pub use run_starts::{MOST_STARTS, RunKey, RunStarts, StartedRun};
 pub use sqlite::{BackedUp, JournalFileReport, JournalReport, JournalSalvage, JournalStretch};
 pub use stats::{FailureQuery, FleetStats, StatsStore};
@@ -122,6 +138,8 @@ pub trait Store:
     + HealthStore
     + IncidentSteps
     + Incidents
+    + Delivery
+    + Channels
     + RunStarts
     + KeyStore
     + AuditLog

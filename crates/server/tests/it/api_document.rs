@@ -94,6 +94,7 @@ async fn parameters_that_nobody_reads_are_refused() {
                 .replace("{device_id}", "pi")
                 .replace("{key_id}", "1")
                 .replace("{window_id}", "1")
+                .replace("{channel_id}", "1")
                 .replace("{incident_id}", "1")
                 .replace("{name}", "school");
             let method: Method = method.to_uppercase().parse().unwrap();

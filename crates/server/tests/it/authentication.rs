@@ -57,6 +57,7 @@ fn to(client: &Client, method: &Method, path: &str, device: &str) -> RequestBuil
         .replace("{device_id}", device)
         .replace("{key_id}", "999")
         .replace("{window_id}", "999")
+        .replace("{channel_id}", "999")
         .replace("{incident_id}", "999")
         .replace("{name}", "nobody");
     let request = client.request(method.clone(), &path);

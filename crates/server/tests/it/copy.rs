@@ -150,9 +150,19 @@ async fn fill_health(fixture: &TestStore) {
         },
     };
     assert!(fixture.store.create_window(&holidays, &somebody()).await.unwrap().is_some());
-    let (device, time, yes, no) = match fixture.is_postgres() {
-        true => ("'pi-1'", "timestamptz '2026-11-22 11:00+00'", "true", "false"),
-        false => ("(select id from devices where device_id = 'pi-1')", "1795345200000", "1", "0"),
+    let (device, time, yes, no, bytes) = match fixture.is_postgres() {
+        true => ("'pi-1'", "timestamptz '2026-11-22 11:00+00'", "true", "false", r"'\x00ff'"),
+        false => (
+            "(select id from devices where device_id = 'pi-1')",
+            "1795345200000",
+            "1",
+            "0",
+            "x'00ff'",
+        ),
+    };
+    let states = match fixture.is_postgres() {
+        true => format!("{device}, 5, 1795345200000"),
+        false => format!("{device}, 'pi-1', 5, {time}"),
     };
     let incident = "(select max(id) from incidents)";
     let rows = format!(
@@ -161,6 +171,7 @@ async fn fill_health(fixture: &TestStore) {
         insert into device_health values
             ({device}, 'school', 'paused', {time}, '[]', {no}, {yes}, {no}, 5400000, 1800000, {time}, {time}, {time}, 3,
              4, {time}, {time}, {time}, 1, {yes});
+        insert into device_states values ({states});
         insert into job_health values
             ({device}, 'nightly', {yes}, 'failing', 'failures', {time}, {time}, {time}, {time}, 3, 4);
         insert into group_states values ('school', 'paused', 1, 0);
@@ -170,6 +181,16 @@ async fn fill_health(fixture: &TestStore) {
         values ('device', 'pi-1', 'school', 'failing', 'warning', {time}, {time}, {time}, 'paused');
         insert into incident_members values ({incident}, 'pi-1', '[]', {time}, {time}, {yes});
         insert into incident_entries values ({incident}, 7, {time}, 'opened', 'key 3', '{{}}');
+        insert into channels (name, kind, config, secrets, is_enabled, is_default, template, created_at, failures,
+                              failing_since, last_error, next_send_at, lease, leased_until)
+        values ('ops', 'webhook', '{{}}', {bytes}, {yes}, {no}, 'hello', {time}, 2, {time}, 'away', {time}, 'a', {time});
+        insert into routes values (1, '{{}}');
+        update notify_state set version = 7;
+        insert into notifications (channel, kind, "group", state, created_at, due_at, frozen_at, content_type, body, plain,
+                                   attempts, refusals, last_attempt_at, last_error, ended_at)
+        values ((select max(id) from channels), 'incidents', 'school', 'failed', {time}, {time}, {time}, 'text/plain',
+                {bytes}, {bytes}, 3, 3, {time}, '400', {time});
+        insert into notification_items values ((select max(id) from notifications), {incident}, 'opened', {time});
         "#
     );
     fixture.database.execute(&rows).await;
@@ -310,7 +331,7 @@ async fn last_id(store: &dyn Store) -> i64 {
 }
 
 /// A copy has been migrated by itself, has a journal of its own, and finds out anew which time to believe.
-const OF_EACH_DATABASE: [&str; 8] = [
+const OF_EACH_DATABASE: [&str; 9] = [
     "pisync_migrations",
     "ingest_state",
     "trusted_time",
@@ -319,6 +340,7 @@ const OF_EACH_DATABASE: [&str; 8] = [
     "stale_summaries",
     "fleet_totals",
     "device_digest",
+    "device_states",
 ];
 
 /// Every table and column that migrations make is known to the copy: this fails when one is added that is
@@ -395,7 +417,7 @@ async fn there_and_back_is_the_same() {
         copy(&there.target, &back.target, at(2 * DAY)).await.unwrap();
         // What is made anew is the same as what the background task makes.
         fixture.store.refresh_summaries().await.unwrap();
-        for table in ["device_summaries", "device_counts", "fleet_totals"] {
+        for table in ["device_summaries", "device_counts", "fleet_totals", "device_states"] {
             let source = rows(fixture.target(), table).await;
             assert!(!source.is_empty(), "{table}");
             assert_eq!(source, rows(&back.target, table).await, "{table}");

@@ -37,6 +37,13 @@ fn bad_value(variable: &str) -> &'static str {
             "postgres://localhost/pisync"
         }
         "PISYNC_KEY" => "psk_mistyped",
+        "PUBLIC_URL" => "ftp://fleet.example",
+        "SECRETS_KEY" => "no-key-at-all",
+        "SMTP_URL" | "HEARTBEAT_URL" => "ftp://mail.example",
+        // Without the other one.
+        "SMTP_FROM" => "pisync@example.com",
+        "NOTIFY_ALLOW" => "10.0.0.0/8,here",
+        "NOTIFY_PROXY" => "ftp://proxy.example",
         // Any text at all; but several lines are no text of a file's line.
         "DB_PASSWORD" => "",
         limit if limit.starts_with("RATE_LIMIT_") || limit.starts_with("MAX_") => "-1",
@@ -145,15 +152,16 @@ fn bad_option(words: &[&str]) -> (&'static str, &'static [&'static str]) {
         ["policy", "set", "--group" | "--device"] => ("", &["events"]),
         ["device", "pause", "--for" | "--until"] => ("soon", &["pi"]),
         ["fleet", "backtest", "--scenario"] => ("postgres://localhost/pisync", &[]),
-        ["fleet", "backtest", "--from" | "--until"] => ("soon", &[]),
-        ["fleet", "backtest", "--group"] => ("\u{1}", &[]),
-        ["fleet", "backtest", "--policy"] => ("no/such/file.json", &[]),
+        ["fleet", "backtest", "--from" | "--until"] => ("yesterday", &[]),
+        ["fleet", "backtest", "--group" | "--policy"] => ("", &[]),
         ["incident", "list", "--state" | "--kind" | "--scope"] => ("other", &[]),
         ["incident", "list", "--since"] => ("yesterday", &[]),
         ["incident", "list", "--limit"] => ("0", &[]),
         ["incident", "ack", "--note"] => ("two\nlines", &["1"]),
         ["incident", "ack", "--for" | "--until"] => ("soon", &["1"]),
         ["window", "add", option] => bad_option_of_window(option),
+        // There is nothing in it.
+        ["secrets", "rekey", "--new-key"] => ("events", &[]),
         ["simulate", option] => bad_option_of_simulate(option),
         other => panic!("{other:?} is new: say here what it cannot be"),
     }

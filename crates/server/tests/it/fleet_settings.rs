@@ -327,6 +327,7 @@ async fn groups_and_the_fleet(server: &TestServer) {
     let fleet = server.get("/api/fleet").await.data(200);
     let fields = [
         "by_status",
+        "channels",
         "open_incidents",
         "outages",
         "overdue",

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use reqwest::{Method, header::HeaderValue};
 
 use crate::node_wire::HELMET;
-use crate::support::http::{Answer, event, send};
+use crate::support::http::{Answer, client_builder, event, send};
 use crate::support::server::TestServer;
 
 /// Every route, its methods, and a path to it.
-const ROUTES: [(&str, &str, &[&str]); 30] = [
+const ROUTES: [(&str, &str, &[&str]); 37] = [
     ("/", "/", &["GET", "HEAD"]),
     ("/api", "/api", &["GET", "HEAD"]),
     ("/api/sync-event", "/api/sync-event", &["POST"]),
@@ -25,6 +25,13 @@ const ROUTES: [(&str, &str, &[&str]); 30] = [
     ("/api/fleet", "/api/fleet", &["GET", "HEAD", "PATCH"]),
     ("/api/windows", "/api/windows", &["GET", "HEAD", "POST"]),
     ("/api/window/{window_id}", "/api/window/1", &["DELETE", "PUT"]),
+    ("/api/channels", "/api/channels", &["GET", "HEAD", "POST"]),
+    ("/api/channel/{channel_id}", "/api/channel/1", &["DELETE", "GET", "HEAD", "PATCH", "PUT"]),
+    ("/api/channel/{channel_id}/rotate-secret", "/api/channel/1/rotate-secret", &["POST"]),
+    ("/api/channel/{channel_id}/test", "/api/channel/1/test", &["POST"]),
+    ("/api/routes", "/api/routes", &["GET", "HEAD", "PUT"]),
+    ("/api/notifications", "/api/notifications", &["GET", "HEAD"]),
+    ("/api/notification/{notification_id}/retry", "/api/notification/1/retry", &["POST"]),
     ("/api/keys", "/api/keys", &["GET", "HEAD", "POST"]),
     ("/api/key/{key_id}", "/api/key/1", &["DELETE"]),
     ("/api/audit", "/api/audit", &["GET", "HEAD"]),
@@ -257,10 +264,7 @@ async fn long_answers_are_compressed_for_who_asks() {
         assert_eq!(answer.header("content-type"), "application/json");
         assert!(answer.body.len() * 5 < plain.body.len(), "{asked}: {}", answer.body.len());
     }
-    for client in [
-        reqwest::Client::builder().no_proxy().no_brotli(),
-        reqwest::Client::builder().no_proxy().no_gzip(),
-    ] {
+    for client in [client_builder().no_proxy().no_brotli(), client_builder().no_proxy().no_gzip()] {
         let response = client.build().unwrap().get(server.url(path)).send().await.unwrap();
         assert_eq!(response.bytes().await.unwrap(), plain.body);
     }

@@ -1,6 +1,7 @@
 //! What the rest of the program may expect of a store, whichever it is. Everything goes through the
 //! trait; where a test looks behind it, or is about one store alone, it says why.
 
+mod channels;
 mod deletion;
 mod devices;
 mod event_ids;

@@ -353,8 +353,8 @@ const VERSIONS: &[Version] = &[
             values ('ops', 'webhook', '{}', x'0102', 1, 1, 1795345500000);
             insert into routes values (1, '{\"channels\":[1]}');
             update notify_state set version = 2;
-            insert into notifications (channel, message_id, kind, \"group\", state, created_at, due_at)
-            values (1, 'msg_1', 'incidents', 'school', 'pending', 1795345500000, 1795345560000);
+            insert into notifications (channel, kind, \"group\", state, created_at, due_at)
+            values (1, 'incidents', 'school', 'pending', 1795345500000, 1795345560000);
             insert into notification_items values (1, 1, 'opened', 1795345500000);
         ",
         postgres: "
@@ -362,8 +362,8 @@ const VERSIONS: &[Version] = &[
             values ('ops', 'webhook', '{}', '\\x0102', true, true, '2026-11-22 11:05+00');
             insert into routes values (1, '{\"channels\":[1]}');
             update notify_state set version = 2;
-            insert into notifications (channel, message_id, kind, \"group\", state, created_at, due_at)
-            values (1, 'msg_1', 'incidents', 'school', 'pending', '2026-11-22 11:05+00', '2026-11-22 11:06+00');
+            insert into notifications (channel, kind, \"group\", state, created_at, due_at)
+            values (1, 'incidents', 'school', 'pending', '2026-11-22 11:05+00', '2026-11-22 11:06+00');
             insert into notification_items values (1, 1, 'opened', '2026-11-22 11:05+00');
         ",
         count: "(select count(*) from channels) + (select count(*) from routes)

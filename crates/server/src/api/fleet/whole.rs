@@ -10,6 +10,7 @@ use utoipa_axum::routes;
 use crate::{
     api::{
         SharedState,
+        fleet::channels::ChannelStateName,
         fleet::level::{ByStatus, PauseData, Paused, PolicyBody, fleet_change},
         wire::{
             envelope::Success,
@@ -23,6 +24,7 @@ use crate::{
         auth::{self, By},
         route_policy::RoutePolicy,
     },
+    notify::manage::{self, ChannelView},
     store::{FleetView, Scope},
 };
 
@@ -52,6 +54,19 @@ struct FleetData {
     swept_at: Option<Timestamp>,
     /// The last 20 times in which nobody could be heard, the latest first.
     outages: Vec<OutageData>,
+    /// By which ways people are told of incidents, by id.
+    channels: Vec<ChannelSummary>,
+}
+
+/// How a channel is.
+#[derive(Serialize, ToSchema)]
+struct ChannelSummary {
+    #[schema(example = 3)]
+    id: i64,
+    #[schema(example = "on call")]
+    name: String,
+    #[schema(value_type = ChannelStateName)]
+    state: &'static str,
 }
 
 /// A time in which nobody could be heard.
@@ -67,7 +82,7 @@ struct OutageData {
 }
 
 impl FleetData {
-    fn of(fleet: FleetView, now: Timestamp) -> Self {
+    fn of(fleet: FleetView, channels: Vec<ChannelView>, now: Timestamp) -> Self {
         let outages = fleet.outages.into_iter();
         Self {
             policy: fleet.level.policy.to_json(),
@@ -81,6 +96,14 @@ impl FleetData {
                     from: outage.from,
                     until: outage.until,
                     cause: outage.cause,
+                })
+                .collect(),
+            channels: channels
+                .into_iter()
+                .map(|view| ChannelSummary {
+                    id: view.channel.id,
+                    state: view.state().as_str(),
+                    name: view.channel.name,
                 })
                 .collect(),
         }
@@ -100,7 +123,8 @@ struct FleetUpdate {
 }
 
 async fn read_fleet(state: &SharedState) -> Result<FleetData, ApiError> {
-    Ok(FleetData::of(state.store.fleet().await?, state.clock.now()))
+    let channels = manage::channels(&*state.store, &state.secrets).await?;
+    Ok(FleetData::of(state.store.fleet().await?, channels, state.clock.now()))
 }
 
 /// The fleet

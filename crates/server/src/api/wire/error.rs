@@ -305,6 +305,18 @@ pub(crate) enum OfIncident {
     NotFound(ErrorBody),
 }
 
+/// The additional errors of sending a notification again.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "describes answers, is never made")]
+pub(crate) enum OfFailedNotification {
+    /// No such notification.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+    /// It was not given up.
+    #[response(status = 409)]
+    Conflict(ErrorBody),
+}
+
 /// The additional errors of a change of something that may be over.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "describes answers, is never made")]

@@ -64,6 +64,11 @@ impl Fields {
         self.fields.remove(field)
     }
 
+    /// Takes all fields that are not read yet, to be read by the caller.
+    pub(crate) fn take_rest(&mut self) -> Map<String, Value> {
+        std::mem::take(&mut self.fields)
+    }
+
     /// Records violations that the caller has found.
     pub(crate) fn add(&mut self, violations: Vec<Violation>) {
         self.violations.extend(violations);

@@ -525,7 +525,6 @@ pub(in crate::store) const TABLES: &[Table] = &[
         &[
             column("id", Kind::Integer),
             column("channel", Kind::Integer),
-            column("message_id", Kind::Text),
             column("kind", Kind::Text),
             column("group", Kind::Text),
             column("state", Kind::Text),
@@ -536,6 +535,7 @@ pub(in crate::store) const TABLES: &[Table] = &[
             column("body", Kind::Bytes),
             column("plain", Kind::Bytes),
             column("attempts", Kind::Integer),
+            column("refusals", Kind::Integer),
             column("last_attempt_at", Kind::Time),
             column("last_error", Kind::Text),
             column("ended_at", Kind::Time),

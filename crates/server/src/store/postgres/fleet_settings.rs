@@ -8,6 +8,7 @@ use pisync_core::health::Interval;
 use tokio_postgres::{Error, Row};
 
 use super::{
+    outbox::routing,
     rows::{optional_time, snapshot, time},
     store::PostgresStore,
 };
@@ -55,7 +56,8 @@ pub(super) async fn fleet_settings(snapshot: &impl GenericClient) -> Result<Flee
         .map(|row| Ok((row.try_get(0)?, level(row, 1)?)))
         .collect::<Result<HashMap<String, LevelSettings>, Error>>()?;
     let (windows, outages) = (windows(snapshot).await?, outages(snapshot).await?);
-    Ok(FleetSettings::new(version, fleet, groups, windows, outages))
+    let routing = routing(snapshot).await?;
+    Ok(FleetSettings::new(version, fleet, groups, windows, outages, routing))
 }
 
 /// All windows, by id.

@@ -14,6 +14,7 @@ use tokio_postgres::{Error, Row};
 use super::{
     connect::Object,
     health::begin_step,
+    outbox,
     rows::{instant, optional_time, time},
     store::PostgresStore,
 };
@@ -33,7 +34,7 @@ impl IncidentSteps for PostgresStore {
             select distinct "group" from device_health where is_unreconciled
              union
             select "group" from incidents
-             where resolved_at is null and next_at <= $1 and scope <> 'fleet'
+             where resolved_at is null and next_at <= $1 and scope in ('device', 'group')
              order by 1
         "#;
         self.call(async |connection| {
@@ -104,7 +105,7 @@ async fn reconcile_fleet(
         tally.groups = tally.groups.max(groups);
     }
     let writes = fleet_writes(&facts, settings, now);
-    let events = apply(&transaction, &writes, now).await?;
+    let events = keep_incidents(&transaction, settings, &writes, now).await?;
     for write in &writes {
         if write.incident.resolved_at.is_some() {
             // The devices that are left get incidents of their own, or of their groups.
@@ -126,7 +127,7 @@ async fn reconcile_group(
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(None) };
     let (facts, page) = group_facts(&transaction, group, now).await?;
     let writes = group_writes(&facts, settings, now);
-    let events = apply(&transaction, &writes, now).await?;
+    let events = keep_incidents(&transaction, settings, &writes, now).await?;
     let reconciled = transaction.prepare_cached(RECONCILED).await?;
     transaction.execute(&reconciled, &[&page]).await?;
     transaction.commit().await?;
@@ -231,6 +232,7 @@ fn incident(row: &Row) -> Result<Option<IncidentRow>, Error> {
         calm_at: optional_time(row, 13)?,
         next_at: optional_time(row, 14)?,
         summary: row.try_get(15)?,
+        is_told: row.try_get(16)?,
     };
     Ok(columns.incident())
 }
@@ -244,7 +246,7 @@ async fn open_incidents(
         r#"select {INCIDENT_COLUMNS} from incidents where resolved_at is null and scope = 'fleet'
             union all
            select {INCIDENT_COLUMNS} from incidents
-            where resolved_at is null and scope <> 'fleet' and "group" = $1"#
+            where resolved_at is null and scope in ('device', 'group') and "group" = $1"#
     );
     let select = transaction.prepare_cached(&select).await?;
     let rows = transaction.query(&select, &[&group]).await?;
@@ -430,12 +432,36 @@ async fn late_in_fleet(
     Ok(((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?))
 }
 
-/// Writes the changes of incidents, and answers what people would want to know.
+/// The open incidents about channels.
+pub(super) async fn channel_incidents(
+    transaction: &Transaction<'_>,
+) -> Result<Vec<IncidentRow>, Error> {
+    let select = format!(
+        "select {INCIDENT_COLUMNS} from incidents where resolved_at is null and scope = 'channel'"
+    );
+    let select = transaction.prepare_cached(&select).await?;
+    let rows = transaction.query(&select, &[]).await?;
+    rows.iter().filter_map(|row| incident(row).transpose()).collect()
+}
+
+/// Writes the changes of incidents, has people told of them, and answers what they would want to know.
+pub(super) async fn keep_incidents(
+    transaction: &Transaction<'_>,
+    settings: &FleetSettings,
+    writes: &[IncidentWrite],
+    now: Timestamp,
+) -> Result<Vec<IncidentEvent>, Error> {
+    let events = apply(transaction, writes, now).await?;
+    outbox::tell(transaction, settings, &events, now).await?;
+    Ok(events.into_iter().map(|(_, event)| event).collect())
+}
+
+/// Writes the changes of incidents, and answers what has become of them, with the group of each.
 async fn apply(
     transaction: &Transaction<'_>,
     writes: &[IncidentWrite],
     now: Timestamp,
-) -> Result<Vec<IncidentEvent>, Error> {
+) -> Result<Vec<(String, IncidentEvent)>, Error> {
     const JOIN: &str = "
         insert into incident_members as kept (incident, device_id, jobs, joined_at, left_at, presumed)
         select $1, device_id, jobs, $5, null, presumed
@@ -471,7 +497,7 @@ async fn apply(
         for (what, details) in &write.entries {
             transaction.execute(&entry, &[&id, &at, what, &details.to_string()]).await?;
         }
-        events.extend(write.event(id));
+        events.extend(write.event(id).map(|event| (write.incident.group.clone(), event)));
     }
     Ok(events)
 }

@@ -110,7 +110,7 @@ fn position(row: &Row) -> Result<HistoryPosition, Error> {
 }
 
 /// Reads [`INCIDENT_COLUMNS`].
-fn stored_incident(row: &Row) -> Result<Incident, Error> {
+pub(super) fn stored_incident(row: &Row) -> Result<Incident, Error> {
     let acknowledgement = match optional_time(row, 9)? {
         Some(at) => Some(Acknowledgement {
             at,
@@ -281,6 +281,7 @@ async fn health_counts(connection: &mut Object) -> Result<HealthCounts, Error> {
         select kind, scope, count(*) from incidents where resolved_at is null group by scope, kind
     ";
     const SWEPT_AT: &str = "select swept_at from fleet_state";
+    const WAITING: &str = "select count(*) from notifications where state = 'pending'";
     let snapshot = snapshot(connection).await?;
     let devices = snapshot.prepare_cached(DEVICES).await?;
     let devices = snapshot.query(&devices, &[]).await?;
@@ -288,6 +289,8 @@ async fn health_counts(connection: &mut Object) -> Result<HealthCounts, Error> {
     let incidents = snapshot.query(&incidents, &[]).await?;
     let swept_at = snapshot.prepare_cached(SWEPT_AT).await?;
     let swept_at = optional_time(&snapshot.query_one(&swept_at, &[]).await?, 0)?;
+    let waiting = snapshot.prepare_cached(WAITING).await?;
+    let waiting = snapshot.query_one(&waiting, &[]).await?;
     let count = |row: &Row, column: usize| {
         row.try_get::<_, i64>(column).map(|count| count.max(0).cast_unsigned())
     };
@@ -301,5 +304,6 @@ async fn health_counts(connection: &mut Object) -> Result<HealthCounts, Error> {
             .map(|row| Ok((row.try_get(0)?, row.try_get(1)?, count(row, 2)?)))
             .collect::<Result<_, Error>>()?,
         swept_at,
+        waiting_notifications: count(&waiting, 0)?,
     })
 }

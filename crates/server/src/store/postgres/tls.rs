@@ -52,7 +52,7 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore, StoreError> {
             }
         }
         None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            roots.add_parsable_certificates(tls_trust::system_roots());
             if roots.is_empty() {
                 return Err(StoreError::Failed(
                     "TLS: this system has no root certificates to check PostgreSQL's certificate with; name some with \

@@ -7,6 +7,7 @@ use pisync_core::health::Interval;
 use rusqlite::{Connection, Row};
 
 use super::{
+    outbox::routing,
     rows::{optional_time, time},
     store::SqliteStore,
 };
@@ -48,7 +49,8 @@ pub(super) fn fleet_settings(snapshot: &Connection) -> rusqlite::Result<FleetSet
         .prepare_cached(&groups)?
         .query_map([], |row| Ok((row.get(0)?, level(row, 1)?)))?
         .collect::<rusqlite::Result<HashMap<String, LevelSettings>>>()?;
-    Ok(FleetSettings::new(version, fleet, groups, windows(snapshot)?, outages(snapshot)?))
+    let (windows, outages) = (windows(snapshot)?, outages(snapshot)?);
+    Ok(FleetSettings::new(version, fleet, groups, windows, outages, routing(snapshot)?))
 }
 
 /// All windows, by id.

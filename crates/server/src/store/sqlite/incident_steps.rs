@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{
     health::begin_step,
+    outbox,
     rows::{optional_time, time},
     store::SqliteStore,
     write_connection::WriteConnection,
@@ -32,7 +33,7 @@ impl IncidentSteps for SqliteStore {
             select distinct "group" from device_health where is_unreconciled = 1
              union
             select "group" from incidents
-             where resolved_at is null and next_at <= ?1 and scope <> 'fleet'
+             where resolved_at is null and next_at <= ?1 and scope in ('device', 'group')
              order by 1
         "#;
         self.read(move |connection| {
@@ -106,7 +107,7 @@ fn reconcile_fleet(
         tally.groups = tally.groups.max(groups);
     }
     let writes = fleet_writes(&facts, settings, now);
-    let events = apply(&transaction, &writes, now)?;
+    let events = keep_incidents(&transaction, settings, &writes, now)?;
     for write in &writes {
         if write.incident.resolved_at.is_some() {
             // The devices that are left get incidents of their own, or of their groups.
@@ -130,7 +131,7 @@ fn reconcile_group(
     let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
     let (facts, page) = group_facts(&transaction, group, now)?;
     let writes = group_writes(&facts, settings, now);
-    let events = apply(&transaction, &writes, now)?;
+    let events = keep_incidents(&transaction, settings, &writes, now)?;
     transaction.prepare_cached(RECONCILED)?.execute([json!(page).to_string()])?;
     transaction.commit()?;
     Ok(Some(Reconciled { events, has_more: facts.has_more }))
@@ -231,6 +232,7 @@ fn incident(row: &Row<'_>) -> rusqlite::Result<Option<IncidentRow>> {
         calm_at: optional_time(row, 13)?,
         next_at: optional_time(row, 14)?,
         summary: row.get(15)?,
+        is_told: row.get(16)?,
     };
     Ok(columns.incident())
 }
@@ -244,7 +246,7 @@ fn open_incidents(
         r#"select {INCIDENT_COLUMNS} from incidents where resolved_at is null and scope = 'fleet'
             union all
            select {INCIDENT_COLUMNS} from incidents
-            where resolved_at is null and scope <> 'fleet' and "group" = ?1"#
+            where resolved_at is null and scope in ('device', 'group') and "group" = ?1"#
     );
     let rows = transaction
         .prepare_cached(&select)?
@@ -448,12 +450,38 @@ fn late_in_fleet(
         .query_row(parameters, |row| Ok(((row.get(0)?, row.get(1)?), row.get(2)?)))
 }
 
-/// Writes the changes of incidents, and answers what people would want to know.
+/// The open incidents about channels.
+pub(super) fn channel_incidents(
+    transaction: &Transaction<'_>,
+) -> rusqlite::Result<Vec<IncidentRow>> {
+    let select = format!(
+        "select {INCIDENT_COLUMNS} from incidents where resolved_at is null and scope = 'channel'"
+    );
+    let rows = transaction
+        .prepare_cached(&select)?
+        .query_map([], incident)?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    Ok(rows.into_iter().flatten().collect())
+}
+
+/// Writes the changes of incidents, has people told of them, and answers what they would want to know.
+pub(super) fn keep_incidents(
+    transaction: &Transaction<'_>,
+    settings: &FleetSettings,
+    writes: &[IncidentWrite],
+    now: Timestamp,
+) -> rusqlite::Result<Vec<IncidentEvent>> {
+    let events = apply(transaction, writes, now)?;
+    outbox::tell(transaction, settings, &events, now)?;
+    Ok(events.into_iter().map(|(_, event)| event).collect())
+}
+
+/// Writes the changes of incidents, and answers what has become of them, with the group of each.
 fn apply(
     transaction: &Transaction<'_>,
     writes: &[IncidentWrite],
     now: Timestamp,
-) -> rusqlite::Result<Vec<IncidentEvent>> {
+) -> rusqlite::Result<Vec<(String, IncidentEvent)>> {
     const JOIN: &str = "
         insert into incident_members as kept (incident, device_id, jobs, joined_at, left_at, presumed)
         values (?1, ?2, ?3, ?4, null, ?5)
@@ -484,7 +512,7 @@ fn apply(
             let entry = params![id, at, what, details.to_string()];
             transaction.prepare_cached(ENTRY)?.execute(entry)?;
         }
-        events.extend(write.event(id));
+        events.extend(write.event(id).map(|event| (write.incident.group.clone(), event)));
     }
     Ok(events)
 }

@@ -102,7 +102,7 @@ fn values(query: &IncidentQuery, statement: &Statement, limit: i64) -> Vec<Value
 }
 
 /// Reads [`INCIDENT_COLUMNS`].
-fn stored_incident(row: &Row<'_>) -> rusqlite::Result<Incident> {
+pub(super) fn stored_incident(row: &Row<'_>) -> rusqlite::Result<Incident> {
     let acknowledgement = match optional_time(row, 9)? {
         Some(at) => Some(Acknowledgement {
             at,
@@ -270,6 +270,7 @@ fn health_counts(connection: &Connection) -> rusqlite::Result<HealthCounts> {
         select kind, scope, count(*) from incidents where resolved_at is null group by scope, kind
     ";
     const SWEPT_AT: &str = "select swept_at from fleet_state";
+    const WAITING: &str = "select count(*) from notifications where state = 'pending'";
     let snapshot = connection.unchecked_transaction()?;
     let devices = snapshot
         .prepare_cached(DEVICES)?
@@ -280,7 +281,9 @@ fn health_counts(connection: &Connection) -> rusqlite::Result<HealthCounts> {
         .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?.cast_unsigned())))?
         .collect::<rusqlite::Result<_>>()?;
     let swept_at = snapshot.prepare_cached(SWEPT_AT)?.query_row([], |row| optional_time(row, 0))?;
-    Ok(HealthCounts { devices, incidents, swept_at })
+    let waiting: i64 = snapshot.prepare_cached(WAITING)?.query_row([], |row| row.get(0))?;
+    let waiting_notifications = waiting.cast_unsigned();
+    Ok(HealthCounts { devices, incidents, swept_at, waiting_notifications })
 }
 
 #[cfg(test)]

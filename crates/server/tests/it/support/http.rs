@@ -1,11 +1,12 @@
 //! Requests as clients send them, and the answers taken apart. A raw connection stands beside the
 //! well-behaved client, for what that one would never send.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use pisync_core::{Timestamp, ViolationCode};
 use reqwest::{Method, RequestBuilder, header::HeaderMap};
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -18,6 +19,17 @@ use super::events::at;
 /// No answer may take longer, however loaded the machine is: a server that hangs fails the test.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What makes clients that speak HTTP. Left to itself, reqwest would look for the process's cryptography, of which there is
+/// none: the program names its own wherever it needs some.
+pub(crate) fn client_builder() -> reqwest::ClientBuilder {
+    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(RootCertStore::empty())
+        .with_no_client_auth();
+    reqwest::Client::builder().tls_backend_preconfigured(tls)
+}
+
 /// A well-behaved client of one server.
 #[derive(Clone)]
 pub(crate) struct Client {
@@ -29,7 +41,7 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(address: SocketAddr) -> Self {
-        let client = reqwest::Client::builder()
+        let client = client_builder()
             .timeout(PATIENCE)
             // What the server does of its own accord is to be seen.
             .redirect(reqwest::redirect::Policy::none())

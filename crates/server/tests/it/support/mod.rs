@@ -11,6 +11,7 @@ pub(crate) mod pgbouncer;
 pub(crate) mod postgres;
 pub(crate) mod program;
 pub(crate) mod proxy;
+pub(crate) mod receiver;
 pub(crate) mod server;
 pub(crate) mod small_disk;
 #[macro_use]

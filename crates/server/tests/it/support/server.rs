@@ -135,6 +135,10 @@ fn settings(target: Target) -> Settings {
         migrations_dir: "/nonexistent".into(),
         auto_migrate: true,
         watches_fleet: true,
+        public_url: None,
+        secrets_key: None,
+        sender: pisync::notify::sender::SenderSettings::default(),
+        heartbeat_url: None,
         event_id_retention_days: 90,
         retention: None,
         http: HttpSettings {
