@@ -11,14 +11,15 @@ use serde_json::{Value, json};
 use super::{database, device::read, exit::Failure, output::JsonArgs, table};
 use crate::{
     api::{
-        fleet::channels::ChannelData,
+        fleet::channels::{ChannelData, ChannelTest},
         wire::{error::ApiError, fields::Fields},
     },
     clock::Clock,
-    config::{DatabaseArgs, MigrationArgs, SecretsArgs, number},
+    config::{DatabaseArgs, MigrationArgs, NotifyArgs, SecretsArgs, number},
     notify::{
         manage::{self, ChannelError, ChannelView},
         secrets::Secrets,
+        sender::Sender,
     },
     random::Randomness,
     store::{Actor, Store, Via},
@@ -29,6 +30,7 @@ use crate::{
 Examples:
   pisync channel create on-call.json    by what the file says; - is standard input
   pisync channel list
+  pisync channel test 3                 sends a message now, and says how that went
   pisync channel rotate 3               a new signing secret, shown this once
   pisync channel delete 3
 
@@ -76,6 +78,22 @@ and, where they differ from the usual, enabled, default and template.")]
         /// The file of the channel; - is standard input
         #[arg(value_name = "FILE")]
         file: PathBuf,
+        #[command(flatten)]
+        notify: NotifyArgs,
+    },
+    /// Send a test message by a channel, and say how that went
+    #[command(after_help = "\
+Example:
+  pisync channel test 3
+
+It is sent at once, from here, by the settings that are set here. What waits is
+sent by the server alone. Exit status: 0 the receiver took it, 1 it did not.")]
+    Test {
+        /// Its number, as listed
+        #[arg(value_name = "NUMBER", value_parser = number::<i64>(1..=i64::MAX.unsigned_abs()))]
+        id: i64,
+        #[command(flatten)]
+        notify: NotifyArgs,
     },
     /// Give a webhook a new signing secret; it is shown this once
     #[command(after_help = "\
@@ -128,12 +146,14 @@ pub(super) async fn run(command: &ChannelCommand) -> Result<(), Failure> {
             json.document(|| json!({"database": target.to_string(), "channels": channels}));
             Ok(())
         }
-        Action::Create { file } => {
+        Action::Create { file, notify } => {
+            let sender = sender(notify)?;
             let text = read(file)?;
             let (target, store, secrets) = open().await?;
             let fields = Fields::of(&text).map_err(|error| why(file, error))?;
             let request =
                 manage::read_new(fields, &secrets).map_err(|error| why(file, error.into()))?;
+            request.check_target(&sender).await.map_err(|error| why(file, error.into()))?;
             let created = manage::create(&*store, &secrets, request, &by).await;
             let (id, secret) = created.map_err(failure)?;
             say_made(json, id, secret.as_deref());
@@ -141,6 +161,33 @@ pub(super) async fn run(command: &ChannelCommand) -> Result<(), Failure> {
                 || json!({"database": target.to_string(), "id": id, "signing_secret": secret}),
             );
             Ok(())
+        }
+        Action::Test { id, notify } => {
+            let (sender, base_url) = (sender(notify)?, notify.public_url()?);
+            let (target, store, secrets) = open().await?;
+            let view = manage::channel(&*store, &secrets, *id).await.map_err(failure)?;
+            let sent = manage::send_test(&view, &sender, base_url.as_deref(), clock.now()).await;
+            let (delivery, milliseconds) = sent.map_err(failure)?;
+            let test = ChannelTest::new(delivery, milliseconds);
+            json.document(|| {
+                json!({
+                    "database": target.to_string(),
+                    "id": id,
+                    "delivered": test.delivered,
+                    "status": test.status,
+                    "milliseconds": test.milliseconds,
+                    "error": test.error,
+                })
+            });
+            match test.error {
+                None => {
+                    say!(json, "channel {id} has taken a test message, in {milliseconds} ms");
+                    Ok(())
+                }
+                Some(error) => {
+                    Err(format!("channel {id} has not taken a test message: {error}").into())
+                }
+            }
         }
         Action::Rotate { id } => {
             let (target, store, secrets) = open().await?;
@@ -161,6 +208,11 @@ pub(super) async fn run(command: &ChannelCommand) -> Result<(), Failure> {
             delete(json, &target.to_string(), &*store, ids, &by).await
         }
     }
+}
+
+/// What sends messages, by the settings that are set here.
+fn sender(notify: &NotifyArgs) -> Result<Sender, Failure> {
+    Ok(Sender::new(notify.sender()?)?)
 }
 
 /// The signing secret stands alone on standard output, for scripts.

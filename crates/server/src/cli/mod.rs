@@ -146,7 +146,7 @@ Examples:
     Policy(policy::PolicyCommand),
     /// Make, list and delete times at which nothing is expected, or nobody is told
     Window(window::WindowCommand),
-    /// Make, list and delete the ways by which people are told of incidents
+    /// Make, list, test and delete the ways by which people are told of incidents
     Channel(channel::ChannelCommand),
     /// Change the key under which the secrets of channels are stored
     Secrets(secrets::SecretsCommand),

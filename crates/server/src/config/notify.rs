@@ -1,5 +1,5 @@
-//! Settings of notifications: the server for e-mail, which addresses may be reached, and who is told that this server lives.
-//! `serve` has them, and so have the commands that send.
+//! Settings of notifications: the server for e-mail, which addresses may be reached, and where links lead. `serve` has them,
+//! and so have the commands that send.
 
 use std::net::IpAddr;
 
@@ -9,16 +9,17 @@ use reqwest::Url;
 
 use super::{ConfigError, Secret, given, items, wrong};
 use crate::notify::{
-    Hidden,
     sender::{ProxyUrl, SenderSettings},
     smtp::SmtpSettings,
-    targets::read_url,
 };
 
 /// How messages are sent.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Notifications")]
 pub struct NotifyArgs {
+    /// Address at which people reach this server, such as https://fleet.example, for links in messages
+    #[arg(long, env = "PUBLIC_URL", value_name = "ADDRESS")]
+    public_url: Option<String>,
     /// Server for e-mail: smtp://USER:PASSWORD@HOST:587?tls=required or smtps://USER:PASSWORD@HOST
     #[arg(long, env = "SMTP_URL", value_name = "URL")]
     smtp_url: Option<Secret>,
@@ -31,9 +32,6 @@ pub struct NotifyArgs {
     /// Proxy through which everything but e-mail is sent
     #[arg(long, env = "NOTIFY_PROXY", value_name = "URL")]
     notify_proxy: Option<Secret>,
-    /// Address to which this server posts each minute while it looks after the fleet
-    #[arg(long, env = "HEARTBEAT_URL", value_name = "URL")]
-    heartbeat_url: Option<Secret>,
 }
 
 impl NotifyArgs {
@@ -68,17 +66,24 @@ impl NotifyArgs {
         })
     }
 
-    /// Who is told that this server lives.
+    /// Where people reach the server, without a slash at its end.
     ///
     /// # Errors
-    /// When it is no URL. The message does not repeat it.
-    pub fn heartbeat_url(&self) -> Result<Option<Hidden<Url>>, ConfigError> {
-        let Some(text) = given(self.heartbeat_url.as_ref().map(|url| &url.0)) else {
-            return Ok(None);
+    /// When it is no such address. The message does not repeat it.
+    pub fn public_url(&self) -> Result<Option<String>, ConfigError> {
+        let Some(text) = given(self.public_url.as_ref()) else { return Ok(None) };
+        let is_right = |url: &Url| {
+            ["http", "https"].contains(&url.scheme())
+                && url.has_host()
+                && url.username().is_empty()
+                && url.password().is_none()
+                && url.query().is_none()
+                && url.fragment().is_none()
         };
-        match read_url(text) {
-            Ok(url) => Ok(Some(Hidden::new(url))),
-            Err(rule) => wrong(format!("HEARTBEAT_URL {rule}")),
+        match Url::parse(text).ok().filter(is_right) {
+            Some(url) => Ok(Some(url.as_str().trim_end_matches('/').to_owned())),
+            // It may have a password in it.
+            None => wrong("PUBLIC_URL is no address such as https://fleet.example"),
         }
     }
 }

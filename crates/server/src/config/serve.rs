@@ -13,7 +13,7 @@ use url::Url;
 
 use super::{
     ANY_NUMBER, ClockSkewArgs, ConfigError, DatabaseArgs, LogLevelArgs, MigrationArgs, NotifyArgs,
-    SecretsArgs, database_url, given,
+    Secret, SecretsArgs, database_url, given,
     http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts, TlsFiles},
     items, number,
     settings::Settings,
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     logs::{LogLevel, LogSettings},
+    notify::{Hidden, targets::read_url},
     store::Retention,
 };
 
@@ -196,11 +197,11 @@ pub struct ServeArgs {
     #[arg(long, env = "LOG_DIR", default_value = "logs", help_heading = "Logs")]
     log_dir: String,
 
-    /// Address at which people reach this server, such as https://fleet.example, for links in messages
-    #[arg(long, env = "PUBLIC_URL", value_name = "ADDRESS", help_heading = "Notifications")]
-    public_url: Option<String>,
     #[command(flatten)]
     notify: NotifyArgs,
+    /// Address to which this server posts each minute while it looks after the fleet
+    #[arg(long, env = "HEARTBEAT_URL", value_name = "URL", help_heading = "Notifications")]
+    heartbeat_url: Option<Secret>,
     #[command(flatten)]
     secrets: SecretsArgs,
 
@@ -296,10 +297,10 @@ impl ServeArgs {
         let tls = noted(&mut problems, self.tls());
         let trusted_proxies = noted(&mut problems, self.trusted_proxies());
         let cors_origins = noted(&mut problems, self.cors_origins());
-        let public_url = noted(&mut problems, self.public_url());
+        let public_url = noted(&mut problems, self.notify.public_url());
         let secrets_key = noted(&mut problems, self.secrets.key());
         let sender = noted(&mut problems, self.notify.sender());
-        let heartbeat_url = noted(&mut problems, self.notify.heartbeat_url());
+        let heartbeat_url = noted(&mut problems, self.heartbeat_url());
         let target = noted(&mut problems, self.database.target());
         let retention = noted(&mut problems, self.retention());
         let (
@@ -358,20 +359,13 @@ impl ServeArgs {
         })
     }
 
-    fn public_url(&self) -> Result<Option<String>, ConfigError> {
-        let Some(text) = given(self.public_url.as_ref()) else { return Ok(None) };
-        let is_right = |url: &Url| {
-            ["http", "https"].contains(&url.scheme())
-                && url.has_host()
-                && url.username().is_empty()
-                && url.password().is_none()
-                && url.query().is_none()
-                && url.fragment().is_none()
+    fn heartbeat_url(&self) -> Result<Option<Hidden<Url>>, ConfigError> {
+        let Some(text) = given(self.heartbeat_url.as_ref().map(|url| &url.0)) else {
+            return Ok(None);
         };
-        match Url::parse(text).ok().filter(is_right) {
-            Some(url) => Ok(Some(url.as_str().trim_end_matches('/').to_owned())),
-            // It may have a password in it.
-            None => wrong("PUBLIC_URL is no address such as https://fleet.example"),
+        match read_url(text) {
+            Ok(url) => Ok(Some(Hidden::new(url))),
+            Err(rule) => wrong(format!("HEARTBEAT_URL {rule}")),
         }
     }
 

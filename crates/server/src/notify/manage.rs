@@ -2,11 +2,14 @@
 //! encrypted on the way to the store and opened on the way back. Nothing here answers, logs or repeats a secret, except a
 //! signing secret to whoever has just made it.
 
-use pisync_core::{Violation, ViolationCode};
+use std::time::Instant;
+
+use pisync_core::{Timestamp, Violation, ViolationCode};
 use serde_json::{Map, Value};
 
 use super::{
-    channels::{ChannelConfig, ChannelKind, SigningSecret},
+    channels::{Attempt, ChannelConfig, ChannelKind, Delivery, SigningSecret},
+    message::Message,
     secrets::{Opener, Secrets},
     sender::Sender,
     template,
@@ -412,7 +415,7 @@ fn merged(
     Ok((common, config))
 }
 
-/// Checks that a changed channel may be reached.
+/// Checks that a changed channel can be reached.
 ///
 /// # Errors
 /// See [`ChannelError`].
@@ -431,19 +434,44 @@ pub(crate) async fn check_changed<S: Store + ?Sized>(
     }
 }
 
-/// Checks that a channel may be reached.
+/// Checks that a channel can be reached.
 ///
 /// # Errors
-/// [`ChannelError::Fields`] when its URL leads to an address that may not be reached.
+/// [`ChannelError::Fields`], see [`ChannelConfig::check_target`].
 async fn check_target(config: &ChannelConfig, sender: &Sender) -> Result<(), ChannelError> {
     config.check_target(sender).await.map_err(|violation| wrong(vec![violation]))
 }
 
+/// Sends a test message at once, past what waits. Answers how that went, and how long it took in milliseconds.
+///
+/// # Errors
+/// [`ChannelError::Locked`].
+pub(crate) async fn send_test(
+    view: &ChannelView,
+    sender: &Sender,
+    base_url: Option<&str>,
+    now: Timestamp,
+) -> Result<(Delivery, u64), ChannelError> {
+    let config = view.config.as_ref().ok_or(ChannelError::Locked)?;
+    let message = Message::test(now, base_url.map(str::to_owned));
+    let rendered = config.render(&message, view.channel.template.as_deref());
+    let attempt = Attempt {
+        id: &format!("test_{:x}_{}", now.as_millisecond(), view.channel.id),
+        content_type: &rendered.content_type,
+        body: &rendered.body,
+        is_plain: false,
+        at: now,
+    };
+    let started = Instant::now();
+    let delivery = config.deliver(&attempt, sender).await;
+    Ok((delivery, u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)))
+}
+
 impl ChannelRequest {
-    /// Checks that the channel may be reached.
+    /// Checks that the channel can be reached.
     ///
     /// # Errors
-    /// [`ChannelError::Fields`] when its URL leads to an address that may not be reached.
+    /// [`ChannelError::Fields`], see [`ChannelConfig::check_target`].
     pub(crate) async fn check_target(&self, sender: &Sender) -> Result<(), ChannelError> {
         check_target(&self.config, sender).await
     }

@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 use crate::{
     json_output::documented,
     support::{
-        http::{Client, column, send},
+        http::{Client, column, send, with},
         program::{Ended, Installed, Program},
+        receiver::{Receiver, Reply},
         store::{Fixture, TestDatabase},
     },
 };
@@ -21,6 +22,7 @@ use crate::{
 both_stores!(
     channels_are_made_listed_and_deleted,
     what_is_wrong_with_a_file_is_said_without_its_values,
+    a_test_message_is_sent,
     a_webhook_gets_a_new_secret,
     secrets_are_stored_under_a_new_key,
     secrets_show_nowhere,
@@ -146,6 +148,52 @@ async fn what_is_wrong_with_a_file_is_said_without_its_values(installed: &WithKe
     }
     let unknown = program.run(&["channel", "rotate", "9"]);
     assert_eq!(unknown.failure(), "no such channel; `pisync channel list` lists them");
+}
+
+async fn a_test_message_is_sent(installed: &WithKey) {
+    let taking = Receiver::start(|_| Reply::status("200 OK")).await;
+    let failing = Receiver::start(|_| Reply::status("503 Service Unavailable")).await;
+    let program = installed.program();
+    for (name, receiver) in [("taking", &taking), ("failing", &failing)] {
+        let server = receiver.url("/");
+        installed.write("ntfy.json", &with(ntfy(), &json!({"name": name, "server": server})));
+        let refused = program.run(&["channel", "create", "ntfy.json"]);
+        let expected =
+            "\"server\" leads to 127.0.0.1, a loopback address; allow it with NOTIFY_ALLOW=";
+        assert!(refused.code() == 1 && refused.stderr.contains(expected), "{refused:?}");
+        let allow = ["channel", "create", "ntfy.json", "--notify-allow", "127.0.0.0/8"];
+        program.run(&allow).success();
+    }
+    let test = |number, more: &[&str]| {
+        program.run(
+            &[&["channel", "test", number, "--notify-allow", "127.0.0.0/8"][..], more].concat(),
+        )
+    };
+    let sent = test("1", &["--public-url", "https://fleet.example"]);
+    assert!(sent.success().starts_with("channel 1 has taken a test message, in "), "{sent:?}");
+    let received = taking.only();
+    let message = received.json();
+    assert_eq!(message["title"], "Test message from PiSync");
+    assert!(message["click"].as_str().unwrap().starts_with("https://fleet.example"), "{message}");
+    assert_eq!(received.header("authorization"), "Bearer tk_access-s3cret");
+    let document = documented("channel test", &test("1", &["--json"]));
+    assert_eq!((&document["delivered"], &document["status"]), (&json!(true), &json!(200)));
+    let failed = test("2", &["--json"]);
+    assert_eq!(failed.code(), 1);
+    assert_eq!(failed.document()["status"], json!(503));
+    let failure = test("2", &[]).failure().to_owned();
+    assert!(failure.starts_with("channel 2 has not taken a test message: "), "{failure}");
+    // Not by the settings of somebody who may not.
+    let refused = program.run(&["channel", "test", "1"]);
+    assert!(refused.failure().contains("NOTIFY_ALLOW"), "{refused:?}");
+    assert_eq!(taking.received().len(), 2);
+    let unknown = test("9", &[]);
+    assert_eq!(unknown.failure(), "no such channel; `pisync channel list` lists them");
+    // Mail needs a server for it.
+    installed.write("mail.json", &json!({"name": "m", "kind": "email", "to": "ada@example.com"}));
+    let refused = program.run(&["channel", "create", "mail.json"]);
+    let expected = "there is no server for it; set SMTP_URL and SMTP_FROM";
+    assert!(refused.code() == 1 && refused.stderr.contains(expected), "{refused:?}");
 }
 
 async fn a_webhook_gets_a_new_secret(installed: &WithKey) {

@@ -5,7 +5,6 @@
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
-    time::Instant,
 };
 
 use axum::{
@@ -35,9 +34,8 @@ use crate::{
         route_policy::RoutePolicy,
     },
     notify::{
-        channels::{Attempt, Delivery},
+        channels::Delivery,
         manage::{self, Change, ChannelError, ChannelView},
-        message::Message,
     },
     store::{Actor, Scope},
 };
@@ -559,45 +557,39 @@ async fn test_channel(
     let Some(courier) = &state.courier else {
         return Err(ApiError::Conflict("Nothing is sent here".to_owned()));
     };
-    let config = view.config.as_ref().ok_or(ChannelError::Locked)?;
-    let message = Message::test(now, courier.base_url.clone());
-    let rendered = config.render(&message, view.channel.template.as_deref());
-    let message_id = format!("test_{:x}_{id}", now.as_millisecond());
-    let attempt = Attempt {
-        id: &message_id,
-        content_type: &rendered.content_type,
-        body: &rendered.body,
-        is_plain: false,
-        at: now,
-    };
-    let started = Instant::now();
-    let delivery = config.deliver(&attempt, &courier.sender).await;
-    let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let data = match delivery {
-        Delivery::Delivered { status } => {
-            ChannelTest { delivered: true, status: Some(status), milliseconds, error: None }
-        }
-        Delivery::Failed { status, error, .. } => {
-            ChannelTest { delivered: false, status, milliseconds, error: Some(error) }
-        }
-    };
+    let base_url = courier.base_url.as_deref();
+    let (delivery, milliseconds) = manage::send_test(&view, &courier.sender, base_url, now).await?;
+    let data = ChannelTest::new(delivery, milliseconds);
     Ok(Success::new("Test message sent", data))
 }
 
 /// How a test message went.
 #[derive(Serialize, ToSchema)]
-struct ChannelTest {
+pub(crate) struct ChannelTest {
     /// Whether the receiver has it.
     #[schema(example = true)]
-    delivered: bool,
-    /// What the receiver answered; null when it did not, and for e-mail.
+    pub(crate) delivered: bool,
+    /// The status that the receiver answered, of HTTP or SMTP; null when it did not answer.
     #[schema(example = 200)]
-    status: Option<u16>,
+    pub(crate) status: Option<u16>,
     /// How long it took.
     #[schema(example = 120)]
-    milliseconds: u64,
+    pub(crate) milliseconds: u64,
     /// Why it was not delivered.
-    error: Option<String>,
+    pub(crate) error: Option<String>,
+}
+
+impl ChannelTest {
+    pub(crate) fn new(delivery: Delivery, milliseconds: u64) -> Self {
+        match delivery {
+            Delivery::Delivered { status } => {
+                Self { delivered: true, status: Some(status), milliseconds, error: None }
+            }
+            Delivery::Failed { status, error, .. } => {
+                Self { delivered: false, status, milliseconds, error: Some(error) }
+            }
+        }
+    }
 }
 
 /// When each channel was tried last.

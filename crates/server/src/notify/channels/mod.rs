@@ -373,11 +373,15 @@ impl ChannelConfig {
         }
     }
 
-    /// Checks that the channel may be reached, before it is stored.
+    /// Checks that the channel can be reached, before it is stored.
     ///
     /// # Errors
-    /// When its URL leads to an address that may not be reached.
+    /// When its URL leads to an address that may not be reached, or when there is no server for e-mail.
     pub async fn check_target(&self, sender: &Sender) -> Result<(), Violation> {
+        if self.kind() == ChannelKind::Email && !sender.has_smtp() {
+            let rule = "cannot be email: there is no server for it; set SMTP_URL and SMTP_FROM";
+            return Err(Violation::of("kind", ViolationCode::Conflict, rule, None));
+        }
         let Some((field, url)) = each!(self, channel => channel.target()) else { return Ok(()) };
         sender.check(url).await.map_err(|refusal| {
             Violation::of(field, ViolationCode::Conflict, &refusal.to_string(), None)

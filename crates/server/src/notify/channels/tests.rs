@@ -4,9 +4,13 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    notify::message::{
-        MessageEvent, MessageItem, MessageKind,
-        tests::{at, device, message, school},
+    notify::{
+        message::{
+            MessageEvent, MessageItem, MessageKind,
+            tests::{at, device, message, school},
+        },
+        sender::SenderSettings,
+        smtp::SmtpSettings,
     },
     random::Randomness,
 };
@@ -558,20 +562,33 @@ fn an_answer_that_repeats_the_address_gives_no_secret_away() {
 
 #[tokio::test]
 async fn a_target_is_checked_before_it_is_stored() {
-    let sender = Sender::new(crate::notify::sender::SenderSettings::default()).unwrap();
-    let violation = async |kind, fields| {
+    let nobody = Sender::new(SenderSettings::default()).unwrap();
+    let violation = async |sender: &Sender, kind, fields| {
         let config = ChannelConfig::read(kind, &object(fields), None).unwrap();
-        config.check_target(&sender).await.err().map(|violation| violation.message)
+        config.check_target(sender).await.err().map(|violation| violation.message)
     };
     assert_eq!(
-        violation(ChannelKind::Slack, json!({"url": "https://10.0.0.5/x"})).await.as_deref(),
+        violation(&nobody, ChannelKind::Slack, json!({"url": "https://10.0.0.5/x"}))
+            .await
+            .as_deref(),
         Some("\"url\" leads to 10.0.0.5, a private address; allow it with NOTIFY_ALLOW=10.0.0.0/8")
     );
     let ntfy = json!({"server": "http://[::1]:80", "topic": "topic"});
     assert_eq!(
-        violation(ChannelKind::Ntfy, ntfy).await.as_deref(),
+        violation(&nobody, ChannelKind::Ntfy, ntfy).await.as_deref(),
         Some("\"server\" leads to ::1, a loopback address; allow it with NOTIFY_ALLOW=::1/128")
     );
-    assert_eq!(violation(ChannelKind::Discord, json!({"url": "https://1.1.1.1/x"})).await, None);
-    assert_eq!(violation(ChannelKind::Email, json!({"to": "ada@example.com"})).await, None);
+    assert_eq!(
+        violation(&nobody, ChannelKind::Discord, json!({"url": "https://1.1.1.1/x"})).await,
+        None
+    );
+    let email = || json!({"to": "ada@example.com"});
+    assert_eq!(
+        violation(&nobody, ChannelKind::Email, email()).await.as_deref(),
+        Some("\"kind\" cannot be email: there is no server for it; set SMTP_URL and SMTP_FROM")
+    );
+    let smtp = SmtpSettings::parse("smtp://mail.example", Some("pisync@example.com")).unwrap();
+    let settings = SenderSettings { smtp: Some(smtp), ..SenderSettings::default() };
+    let sender = Sender::new(settings).unwrap();
+    assert_eq!(violation(&sender, ChannelKind::Email, email()).await, None);
 }

@@ -15,6 +15,7 @@ use pisync::{
     clock::Clock,
     config::Settings,
     config::http::{ANSWER_BYTES, AuthMode, HttpSettings, Timeouts},
+    notify::{sender::SenderSettings, smtp::SmtpSettings},
     store::Target,
 };
 use pisync_core::Timestamp;
@@ -130,6 +131,7 @@ impl TestServer {
 
 /// What a server is told to be: the defaults, but without rate limits.
 fn settings(target: Target) -> Settings {
+    let smtp = SmtpSettings::parse("smtp://localhost:1?tls=none", Some("pisync@fleet.example"));
     Settings {
         target,
         migrations_dir: "/nonexistent".into(),
@@ -137,7 +139,8 @@ fn settings(target: Target) -> Settings {
         watches_fleet: true,
         public_url: None,
         secrets_key: None,
-        sender: pisync::notify::sender::SenderSettings::default(),
+        // Channels of e-mail may be made. Nobody listens there.
+        sender: SenderSettings { smtp: Some(smtp.unwrap()), ..SenderSettings::default() },
         heartbeat_url: None,
         event_id_retention_days: 90,
         retention: None,
