@@ -2,13 +2,12 @@
 //! a key, except the one that creates it.
 
 use axum::{
-    extract::{FromRequestParts, Path, Request, State},
+    extract::{FromRequestParts, Request, State},
     http::{HeaderValue, StatusCode, header, request::Parts},
     response::Response,
 };
-use pisync_core::{DeviceId, GroupName, Timestamp, Violation, ViolationCode};
+use pisync_core::{DeviceId, GroupName, Timestamp};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
@@ -18,7 +17,7 @@ use crate::{
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, WithBody, WithQuery},
-            extract::{JsonBody, NoQuery, Query},
+            extract::{JsonBody, NoQuery, Query, id_in_path},
             fields::{Fields, text},
             page::{DEFAULT_LIMIT, Pagination},
             routes::Routes,
@@ -186,17 +185,7 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
-        let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
-        id.map(Self).ok_or_else(|| {
-            let violation = Violation::of(
-                "key_id",
-                ViolationCode::Format,
-                "must be a positive number",
-                text.map(Value::from),
-            );
-            ApiError::Validation(vec![violation])
-        })
+        id_in_path(parts, state, "key_id").await.map(Self)
     }
 }
 

@@ -8,11 +8,11 @@ use std::{
 };
 
 use axum::{
-    extract::{FromRequestParts, Path, Request, State},
+    extract::{FromRequestParts, Request, State},
     http::{HeaderValue, StatusCode, header, request::Parts},
     response::Response,
 };
-use pisync_core::{Timestamp, Violation, ViolationCode};
+use pisync_core::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, IntoResponses, ToSchema};
@@ -24,7 +24,7 @@ use crate::{
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, WithBody, WithConflict, WithQuery},
-            extract::{JsonBody, NoQuery, read_object},
+            extract::{JsonBody, NoQuery, id_in_path, read_object},
             fields::Fields,
             routes::Routes,
         },
@@ -72,17 +72,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ChannelPath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
-        let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
-        id.map(Self).ok_or_else(|| {
-            let violation = Violation::of(
-                "channel_id",
-                ViolationCode::Format,
-                "must be a positive number",
-                text.map(Value::from),
-            );
-            ApiError::Validation(vec![violation])
-        })
+        id_in_path(parts, state, "channel_id").await.map(Self)
     }
 }
 

@@ -3,12 +3,10 @@
 
 use axum::{
     body::HttpBody as _,
-    extract::{FromRequestParts, Path, Request, State},
+    extract::{FromRequestParts, Request, State},
     http::request::Parts,
 };
-use pisync_core::{
-    DeviceId, GroupName, Timestamp, Violation, ViolationCode, health::IncidentScope,
-};
+use pisync_core::{DeviceId, GroupName, Timestamp, ViolationCode, health::IncidentScope};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -22,7 +20,7 @@ use crate::{
             error::{
                 AnyTime, ApiError, ErrorBody, OfIncident, OfOpenIncident, WithBody, WithQuery,
             },
-            extract::{JsonBody, NoQuery, Query},
+            extract::{JsonBody, NoQuery, Query, id_in_path},
             fields::{Fields, text},
             page::{DEFAULT_LIMIT, Pagination},
             query::cursor_text,
@@ -161,17 +159,7 @@ impl<S: Send + Sync> FromRequestParts<S> for IncidentPath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
-        let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
-        id.map(Self).ok_or_else(|| {
-            let violation = Violation::of(
-                "incident_id",
-                ViolationCode::Format,
-                "must be a positive number",
-                text.map(Value::from),
-            );
-            ApiError::Validation(vec![violation])
-        })
+        id_in_path(parts, state, "incident_id").await.map(Self)
     }
 }
 

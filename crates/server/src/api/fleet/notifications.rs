@@ -2,13 +2,12 @@
 //! outbox makes notifications, and the dispatcher sends them; nothing here does.
 
 use axum::{
-    extract::{FromRequestParts, Path, State},
+    extract::{FromRequestParts, State},
     http::{StatusCode, request::Parts},
     response::Response,
 };
-use pisync_core::{Timestamp, Violation, ViolationCode};
+use pisync_core::Timestamp;
 use serde::Serialize;
-use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
@@ -18,7 +17,7 @@ use crate::{
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, OfFailedNotification, WithQuery},
-            extract::{NoQuery, Query},
+            extract::{NoQuery, Query, id_in_path},
             page::DEFAULT_LIMIT,
             routes::Routes,
         },
@@ -193,17 +192,7 @@ impl<S: Send + Sync> FromRequestParts<S> for NotificationPath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
-        let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
-        id.map(Self).ok_or_else(|| {
-            let violation = Violation::of(
-                "notification_id",
-                ViolationCode::Format,
-                "must be a positive number",
-                text.map(Value::from),
-            );
-            ApiError::Validation(vec![violation])
-        })
+        id_in_path(parts, state, "notification_id").await.map(Self)
     }
 }
 

@@ -2,7 +2,7 @@
 //! which nobody is told. The command line reads windows with the same function.
 
 use axum::{
-    extract::{FromRequestParts, Path, Request, State},
+    extract::{FromRequestParts, Request, State},
     http::{StatusCode, request::Parts},
     response::Response,
 };
@@ -27,7 +27,7 @@ use crate::{
         wire::{
             envelope::Success,
             error::{AnyTime, ApiError, ErrorBody, WithBody, WithConflict, WithQuery},
-            extract::{JsonBody, NoQuery},
+            extract::{JsonBody, NoQuery, id_in_path},
             fields::{Fields, text},
             routes::Routes,
         },
@@ -64,17 +64,7 @@ impl<S: Send + Sync> FromRequestParts<S> for WindowPath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
-        let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
-        id.map(Self).ok_or_else(|| {
-            let violation = Violation::of(
-                "window_id",
-                ViolationCode::Format,
-                "must be a positive number",
-                text.map(Value::from),
-            );
-            ApiError::Validation(vec![violation])
-        })
+        id_in_path(parts, state, "window_id").await.map(Self)
     }
 }
 

@@ -258,6 +258,24 @@ impl<S: Send + Sync> FromRequestParts<S> for DevicePath {
     }
 }
 
+/// Reads the number in a path. `parameter` is its name in the path's template, such as `key_id`.
+///
+/// # Errors
+/// [`ApiError::Validation`], when it is not a positive number.
+pub(crate) async fn id_in_path<S: Send + Sync>(
+    parts: &mut Parts,
+    state: &S,
+    parameter: &'static str,
+) -> Result<i64, ApiError> {
+    let text = Path::<String>::from_request_parts(parts, state).await.ok().map(|path| path.0);
+    let id = text.as_ref().and_then(|text| text.parse().ok()).filter(|id| *id > 0);
+    id.ok_or_else(|| {
+        let rule = "must be a positive number";
+        let value = text.map(Value::from);
+        ApiError::Validation(vec![Violation::of(parameter, ViolationCode::Format, rule, value)])
+    })
+}
+
 /// A request's query string, not yet read.
 pub(crate) struct Query(pub(crate) QueryString);
 

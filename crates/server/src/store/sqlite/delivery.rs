@@ -676,37 +676,33 @@ fn notifications(
     const ITEMS: &str = "
         select incident, what from notification_items where notification = ?1 order by incident, what limit ?2
     ";
-    let mut conditions = vec!["n.id < ?1".to_owned()];
-    let mut values: Vec<Value> = vec![query.before.unwrap_or(i64::MAX).into()];
-    let mut counted = vec!["true".to_owned()];
-    let mut counted_values: Vec<Value> = Vec::new();
+    let snapshot = connection.unchecked_transaction()?;
+    let mut filter = "true".to_owned();
+    let mut values: Vec<Value> = Vec::new();
     if let Some(channel) = query.channel {
         values.push(channel.into());
-        conditions.push(format!("n.channel = ?{}", values.len()));
-        counted_values.push(channel.into());
-        counted.push(format!("n.channel = ?{}", counted_values.len()));
+        filter += &format!(" and n.channel = ?{}", values.len());
     }
     if let Some(state) = query.state {
         values.push(state.as_str().to_owned().into());
-        conditions.push(format!("n.state = ?{}", values.len()));
-        counted_values.push(state.as_str().to_owned().into());
-        counted.push(format!("n.state = ?{}", counted_values.len()));
+        filter += &format!(" and n.state = ?{}", values.len());
     }
-    let limit = i64::from(query.limit);
+    let count = format!(
+        "select count(*) from (select 1 from notifications n where {filter} limit {})",
+        COUNTED + 1
+    );
+    let total: i64 = snapshot
+        .prepare_cached(&count)?
+        .query_row(rusqlite::params_from_iter(&values), |row| row.get(0))?;
+    values.push(query.before.unwrap_or(i64::MAX).into());
     let select = format!(
         r#"select n.id, n.channel, c.name, n.kind, n."group", n.state, n.created_at, n.due_at, n.ended_at,
                   n.attempts, n.last_attempt_at, n.last_error
              from notifications n join channels c on c.id = n.channel
-            where {} order by n.id desc limit {}"#,
-        conditions.join(" and "),
-        limit + 1
+            where {filter} and n.id < ?{} order by n.id desc limit {}"#,
+        values.len(),
+        i64::from(query.limit) + 1
     );
-    let count = format!(
-        "select count(*) from (select 1 from notifications n where {} limit {})",
-        counted.join(" and "),
-        COUNTED + 1
-    );
-    let snapshot = connection.unchecked_transaction()?;
     let mut notifications = snapshot
         .prepare_cached(&select)?
         .query_map(rusqlite::params_from_iter(values), notification)?
@@ -720,9 +716,6 @@ fn notifications(
             .query_map([notification.id, most], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<rusqlite::Result<_>>()?;
     }
-    let total: i64 = snapshot
-        .prepare_cached(&count)?
-        .query_row(rusqlite::params_from_iter(counted_values), |row| row.get(0))?;
     let next = notifications.last().filter(|_| has_more).map(|last| last.id);
     let total = Count::up_to(COUNTED, total.cast_unsigned());
     Ok(NotificationPage { notifications, total, next })
