@@ -25,8 +25,11 @@ pub const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 /// about it would have swept by then.
 const FOLLOWED_AFTER: Duration = Duration::from_secs(120);
 
-/// After each sweep, this many times as long as it took passes before the next.
+/// After each sweep, this many times as long as it took passes before the next, up to [`LONGEST_PAUSE`].
 const SWEEP_YIELD: u32 = 19;
+
+/// However long a sweep took, what happens meanwhile must not go unnoticed for long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sweeps, and gives signs of life, for as long as the server runs. `node` is what this server is called.
 pub(crate) async fn watch(
@@ -52,7 +55,8 @@ pub(crate) async fn watch(
             let started = Instant::now();
             sweep_once(&*store, &clock, &mut ahead).await;
             metrics.swept(started.elapsed());
-            let pause = started.elapsed().saturating_mul(SWEEP_YIELD).max(SWEEP_INTERVAL);
+            let pause = started.elapsed().saturating_mul(SWEEP_YIELD);
+            let pause = pause.clamp(SWEEP_INTERVAL, LONGEST_PAUSE);
             tokio::time::sleep(pause).await;
         }
     };

@@ -312,14 +312,13 @@ pub(super) struct HealthRow {
     pub(super) waiting_since: Option<Timestamp>,
     pub(super) heard_at: Option<Timestamp>,
     pub(super) policy_version: i64,
-    pub(super) is_unreconciled: bool,
 }
 
 /// The columns of `device_health` `h` that [`HealthRow`] has, in its order.
 pub(super) const HEALTH_COLUMNS: &str = r#"
     h."group", h.state, h.since, h.problems, h.is_expected, h.is_overdue, h.is_behind, h.silent_after, h.grace,
     h.due_at, h.late_at, h.check_at, h.patience, h.behind_after, h.next_due, h.waiting_since, h.heard_at,
-    h.policy_version, h.is_unreconciled
+    h.policy_version
 "#;
 
 /// The state of a job as it is kept.
@@ -345,6 +344,10 @@ pub(super) struct Evaluated {
     pub(super) health: Option<HealthRow>,
     /// The group, the state, and whether a report was expected, as they were kept.
     pub(super) before: Option<(String, String, bool)>,
+    /// Whether incidents are to be made from it.
+    pub(super) is_unreconciled: bool,
+    /// Whether it is in another state than before, or since another time.
+    pub(super) is_in_other_state: bool,
     /// The reason of the worst problem.
     pub(super) reason: Option<&'static str>,
     /// Jobs whose rows are new or differ.
@@ -579,8 +582,9 @@ pub(super) fn evaluate(row: &DeviceRow, settings: &FleetSettings, now: Timestamp
         waiting_since: facts.waiting_since,
         heard_at: row.heard(),
         policy_version: settings.version,
-        is_unreconciled: kept.is_some_and(|kept| kept.is_unreconciled) || (is_other && !is_plain),
     };
+    let is_in_other_state =
+        kept.is_none_or(|kept| kept.state != next.state || kept.since != next.since);
     let is_same = kept.is_some_and(|kept| {
         *kept == HealthRow { policy_version: kept.policy_version, ..next.clone() }
     });
@@ -600,6 +604,8 @@ pub(super) fn evaluate(row: &DeviceRow, settings: &FleetSettings, now: Timestamp
         device_id: row.device_id.clone(),
         health: (!is_same).then_some(next),
         before: kept.map(|kept| (kept.group.clone(), kept.state.clone(), kept.is_expected)),
+        is_unreconciled: is_other && !is_plain,
+        is_in_other_state,
         reason: health.problems.first().map(|problem| problem.reason.as_str()),
         jobs,
         forgotten_jobs,

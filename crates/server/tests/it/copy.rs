@@ -170,7 +170,8 @@ async fn fill_health(fixture: &TestStore) {
         insert into outages values ({time}, {time}, 'stopped', 'node-1');
         insert into device_health values
             ({device}, 'school', 'paused', {time}, '[]', {no}, {yes}, {no}, 5400000, 1800000, {time}, {time}, {time}, 3,
-             4, {time}, {time}, {time}, 1, {yes});
+             4, {time}, {time}, {time}, 1);
+        insert into unreconciled_devices values ('school', {device}, 'paused');
         insert into device_states values ({states});
         insert into job_health values
             ({device}, 'nightly', {yes}, 'failing', 'failures', {time}, {time}, {time}, {time}, 3, 4);

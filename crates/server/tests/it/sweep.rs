@@ -188,10 +188,8 @@ async fn sweeps_at_once_make_no_incident_twice(fixture: &TestStore) {
     assert_eq!(fixture.database.number("(select count(*) from device_health)").await, DEVICES);
     let silent = "(select count(*) from device_health where state = 'silent')";
     assert_eq!(fixture.database.number(silent).await, DEVICES);
-    let unreconciled =
-        if fixture.is_postgres() { "is_unreconciled" } else { "is_unreconciled = 1" };
-    let left = format!("(select count(*) from device_health where {unreconciled})");
-    assert_eq!(fixture.database.number(&left).await, 0);
+    let left = "(select count(*) from unreconciled_devices)";
+    assert_eq!(fixture.database.number(left).await, 0);
     if fixture.is_postgres() {
         other.close().await.unwrap();
     }

@@ -87,12 +87,12 @@ fn expected_incidents(rounds: usize) -> Vec<String> {
 
 /// What a sweep has left to do.
 async fn left(database: &TestDatabase) -> i64 {
-    let (is_unreconciled, health_of) = match database.file() {
-        Some(_) => ("is_unreconciled = 1", "h.device = d.id"),
-        None => ("is_unreconciled", "h.device_id = d.device_id"),
+    let health_of = match database.file() {
+        Some(_) => "h.device = d.id",
+        None => "h.device_id = d.device_id",
     };
     let left = format!(
-        "(select count(*) from device_health where {is_unreconciled})
+        "(select count(*) from unreconciled_devices)
          + (select count(*) from devices d where not exists (select 1 from device_health h where {health_of}
                                                                 and h.state <> 'never'))"
     );

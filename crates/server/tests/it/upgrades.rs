@@ -371,6 +371,13 @@ const VERSIONS: &[Version] = &[
                      + (select count(*) from notification_items)",
         rows: 1 + 1 + 2 + 1 + 1,
     },
+    Version {
+        name: "2026-12-01-21-unreconciled-devices",
+        sqlite: "insert into unreconciled_devices values ('school', 1, 'failing')",
+        postgres: "insert into unreconciled_devices values ('school', 'first', 'failing')",
+        count: "(select count(*) from unreconciled_devices)",
+        rows: 1,
+    },
 ];
 
 /// The program's own migrations, in their order, as files.

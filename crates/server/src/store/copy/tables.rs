@@ -384,7 +384,15 @@ pub(in crate::store) const TABLES: &[Table] = &[
             column("waiting_since", Kind::Time),
             column("heard_at", Kind::Time),
             column("policy_version", Kind::Integer),
-            column("is_unreconciled", Kind::Boolean),
+        ],
+    ),
+    table(
+        "unreconciled_devices",
+        Rows::Plain,
+        &[
+            column("group", Kind::Text),
+            column("device_id", Kind::Text),
+            column("state", Kind::Text),
         ],
     ),
     table(

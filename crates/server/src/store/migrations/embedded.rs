@@ -60,6 +60,7 @@ embedded!(
     "2026-11-28-18-fleet-health",
     "2026-11-29-19-device-states",
     "2026-11-30-20-notifications",
+    "2026-12-01-21-unreconciled-devices",
 );
 
 /// Rolls a take-over back: the `down` of the first migration, in a database whose first rows were the Node service's.

@@ -1,7 +1,10 @@
 //! States of devices and jobs in PostgreSQL. The sweep calls it through `HealthStore`. A step reads what is known about some
 //! devices, evaluates it and writes the result in one transaction. One server at a time does so; the others sit the step out.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, LazyLock},
+};
 
 use async_trait::async_trait;
 use deadpool_postgres::{GenericClient, Transaction};
@@ -232,7 +235,10 @@ async fn contradicted_devices(
             or (h.state <> 'ok' and j.last_received is distinct from h.heard_at)
     ";
     const RUNS: &str = "select distinct device_id from run_starts where due_at <= $1";
+    // 100,000 devices are compared in memory.
+    const SETTINGS: &str = "set local work_mem = '32MB'";
     let snapshot = snapshot(connection).await?;
+    snapshot.batch_execute(SETTINGS).await?;
     let mut found = Vec::new();
     for select in [DEVICES, RUNS] {
         let select = snapshot.prepare_cached(select).await?;
@@ -287,12 +293,19 @@ pub(super) async fn begin_step(
     connection: &mut Object,
     now: Timestamp,
 ) -> Result<Option<Transaction<'_>>, Error> {
-    // A server that is stopped in the middle of a step must not hold the lock for ever.
-    const TIMEOUT: &str = "set local idle_in_transaction_session_timeout = '10s'";
+    // A server that is stopped in the middle of a step must not hold the lock for ever. A step looks up few rows of large
+    // tables whose figures have just changed: by its own costs, the planner would read them whole. What a power cut takes of
+    // the last steps, the next sweep does again; a message about it is sent only after a commit that is synced.
+    const SETTINGS: &str = "
+        set local idle_in_transaction_session_timeout = '10s';
+        set local random_page_cost = 1.1;
+        set local max_parallel_workers_per_gather = 0;
+        set local synchronous_commit = off
+    ";
     const LOCK: &str = "select pg_try_advisory_xact_lock($1)";
     const SWEPT_AT: &str = "select swept_at from fleet_state";
     let transaction = connection.transaction().await?;
-    transaction.batch_execute(TIMEOUT).await?;
+    transaction.batch_execute(SETTINGS).await?;
     let lock = transaction.prepare_cached(LOCK).await?;
     if !transaction.query_one(&lock, &[&SWEEP_LOCK]).await?.try_get::<_, bool>(0)? {
         return Ok(None);
@@ -313,9 +326,12 @@ async fn evaluate_devices(
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(None) };
     let rows = device_rows(&transaction, devices, settings).await?;
     let evaluated: Vec<_> = rows.iter().map(|row| evaluate(row, settings, now)).collect();
-    keep_health(&transaction, &evaluated).await?;
+    // What adds rows comes first, because it locks their devices. A deletion locks the device, and then its state.
+    keep_health(&transaction, &evaluated, true).await?;
     keep_jobs(&transaction, &evaluated).await?;
     keep_runs(&transaction, &evaluated).await?;
+    keep_health(&transaction, &evaluated, false).await?;
+    keep_states(&transaction, &evaluated).await?;
     let changes = keep_changes(&transaction, &evaluated, now).await?;
     transaction.commit().await?;
     Ok(Some(Evaluations { devices: evaluated.len(), changes }))
@@ -326,54 +342,70 @@ fn column<'a, R, T>(rows: &[&'a R], of: impl Fn(&'a R) -> T) -> Vec<T> {
     rows.iter().map(|row| of(row)).collect()
 }
 
-async fn keep_health(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> Result<(), Error> {
-    // A device that was deleted meanwhile is left out.
-    const KEEP: &str = r#"
-        insert into device_health (
-            device_id, "group", state, since, problems, is_expected, is_overdue, is_behind, silent_after,
-            grace, due_at, late_at, check_at, patience, behind_after, next_due, waiting_since, heard_at,
-            policy_version, is_unreconciled
-        )
-        select given.*
-          from unnest(
-                   $1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::text[], $6::bool[], $7::bool[],
-                   $8::bool[], $9::bigint[], $10::bigint[], $11::timestamptz[], $12::timestamptz[],
-                   $13::timestamptz[], $14::bigint[], $15::bigint[], $16::timestamptz[],
-                   $17::timestamptz[], $18::timestamptz[], $19::bigint[], $20::bool[]
-               ) as given (device_id)
-          join devices d on d.device_id = given.device_id
-         order by given.device_id
-           for key share of d
-            on conflict (device_id) do update
-           set "group" = excluded."group", state = excluded.state, since = excluded.since,
-               problems = excluded.problems, is_expected = excluded.is_expected,
-               is_overdue = excluded.is_overdue, is_behind = excluded.is_behind,
-               silent_after = excluded.silent_after, grace = excluded.grace, due_at = excluded.due_at,
-               late_at = excluded.late_at, check_at = excluded.check_at, patience = excluded.patience,
-               behind_after = excluded.behind_after, next_due = excluded.next_due,
-               waiting_since = excluded.waiting_since, heard_at = excluded.heard_at,
-               policy_version = excluded.policy_version, is_unreconciled = excluded.is_unreconciled
-    "#;
-    // What is kept here is locked by the statement before.
-    const KEEP_STATES: &str = "
-        insert into device_states as kept (device_id, urgency, since)
-        select given.*
-          from unnest($1::text[], $2::bigint[], $3::bigint[]) as given (device_id)
-          join device_health h on h.device_id = given.device_id
-         order by given.device_id
-            on conflict (device_id) do update set urgency = excluded.urgency, since = excluded.since
-         where (kept.urgency, kept.since) <> (excluded.urgency, excluded.since)
-    ";
+/// The columns of `device_health` but for the device, and their types.
+const KEPT_COLUMNS: [(&str, &str); 18] = [
+    ("\"group\"", "text"),
+    ("state", "text"),
+    ("since", "timestamptz"),
+    ("problems", "text"),
+    ("is_expected", "boolean"),
+    ("is_overdue", "boolean"),
+    ("is_behind", "boolean"),
+    ("silent_after", "bigint"),
+    ("grace", "bigint"),
+    ("due_at", "timestamptz"),
+    ("late_at", "timestamptz"),
+    ("check_at", "timestamptz"),
+    ("patience", "bigint"),
+    ("behind_after", "bigint"),
+    ("next_due", "timestamptz"),
+    ("waiting_since", "timestamptz"),
+    ("heard_at", "timestamptz"),
+    ("policy_version", "bigint"),
+];
+
+/// The statements that add rows to `device_health`, and that change rows of it.
+static KEEP: LazyLock<[String; 2]> = LazyLock::new(|| {
+    let list = |of: &dyn Fn(usize, &str, &str) -> String| {
+        let columns = KEPT_COLUMNS.iter().enumerate();
+        columns.map(|(at, (name, kind))| of(at, name, kind)).collect::<Vec<_>>().join(", ")
+    };
+    let names = list(&|_, name, _| name.to_owned());
+    let arrays = list(&|at, _, kind| format!("${}::{kind}[]", at + 2));
+    let changed = list(&|_, name, _| format!("{name} = given.{name}"));
+    let given = format!("unnest($1::text[], {arrays}) as given (device_id, {names})");
+    [
+        // A device that was deleted meanwhile is left out.
+        format!(
+            "insert into device_health (device_id, {names})
+             select given.*
+               from {given}
+               join devices d on d.device_id = given.device_id
+              order by given.device_id
+                for key share of d
+                 on conflict do nothing"
+        ),
+        format!(
+            "update device_health kept set {changed} from {given} where kept.device_id = given.device_id"
+        ),
+    ]
+});
+
+async fn keep_health(
+    transaction: &Transaction<'_>,
+    evaluated: &[Evaluated],
+    is_new: bool,
+) -> Result<(), Error> {
     let rows: Vec<(&str, &HealthRow)> = evaluated
         .iter()
+        .filter(|one| one.before.is_none() == is_new)
         .filter_map(|one| one.health.as_ref().map(|health| (one.device_id.as_str(), health)))
         .collect();
     if rows.is_empty() {
         return Ok(());
     }
-    let ids: Vec<&str> = rows.iter().map(|(device_id, _)| *device_id).collect();
-    let rows: Vec<&HealthRow> = rows.into_iter().map(|(_, health)| health).collect();
-    let keep = transaction.prepare_cached(KEEP).await?;
+    let (ids, rows): (Vec<&str>, Vec<&HealthRow>) = rows.into_iter().unzip();
+    let keep = transaction.prepare_cached(&KEEP[usize::from(!is_new)]).await?;
     transaction
         .execute(
             &keep,
@@ -397,14 +429,50 @@ async fn keep_health(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> 
                 &column(&rows, |row| instant(row.waiting_since)),
                 &column(&rows, |row| instant(row.heard_at)),
                 &column(&rows, |row| row.policy_version),
-                &column(&rows, |row| row.is_unreconciled),
             ],
         )
-        .await?;
-    let keep_states = transaction.prepare_cached(KEEP_STATES).await?;
-    let urgencies = column(&rows, |row| urgency(&row.state));
-    let since = column(&rows, |row| row.since.as_millisecond());
-    transaction.execute(&keep_states, &[&ids, &urgencies, &since]).await.map(|_| ())
+        .await
+        .map(|_| ())
+}
+
+/// Writes the order of devices by state, and from whose states incidents are to be made. Their rows of `device_health` are
+/// locked.
+async fn keep_states(transaction: &Transaction<'_>, evaluated: &[Evaluated]) -> Result<(), Error> {
+    const STATES: &str = "
+        insert into device_states (device_id, urgency, since)
+        select given.*
+          from unnest($1::text[], $2::bigint[], $3::bigint[]) as given (device_id)
+          join device_health h on h.device_id = given.device_id
+         order by given.device_id
+            on conflict (device_id) do update set urgency = excluded.urgency, since = excluded.since
+    ";
+    const UNRECONCILED: &str = r#"
+        insert into unreconciled_devices ("group", device_id, state)
+        select * from unnest($1::text[], $2::text[], $3::text[])
+            on conflict ("group", device_id) do update set state = excluded.state
+    "#;
+    let rows = |is_written: fn(&Evaluated) -> bool| {
+        evaluated
+            .iter()
+            .filter(move |one| is_written(one))
+            .filter_map(|one| one.health.as_ref().map(|health| (one.device_id.as_str(), health)))
+            .unzip::<_, _, Vec<&str>, Vec<&HealthRow>>()
+    };
+    let (ids, states) = rows(|one| one.is_in_other_state);
+    if !ids.is_empty() {
+        let keep = transaction.prepare_cached(STATES).await?;
+        let urgencies = column(&states, |row| urgency(&row.state));
+        let since = column(&states, |row| row.since.as_millisecond());
+        transaction.execute(&keep, &[&ids, &urgencies, &since]).await?;
+    }
+    let (ids, states) = rows(|one| one.is_unreconciled);
+    if !ids.is_empty() {
+        let keep = transaction.prepare_cached(UNRECONCILED).await?;
+        let groups = column(&states, |row| row.group.as_str());
+        let states = column(&states, |row| row.state.as_str());
+        transaction.execute(&keep, &[&groups, &ids, &states]).await?;
+    }
+    Ok(())
 }
 
 /// Fills `device_states` of a new database.
@@ -552,7 +620,6 @@ async fn keep_changes(
         let devices: Vec<i64> = counts.values().map(|(devices, _)| *devices).collect();
         let expected: Vec<i64> = counts.values().map(|(_, expected)| *expected).collect();
         transaction.execute(&count, &[&groups, &states, &devices, &expected]).await?;
-        note_most(transaction, Some(&groups), now).await?;
     }
     let left: Vec<&str> = evaluated.iter().filter_map(Evaluated::left_group).collect();
     if !left.is_empty() {
@@ -562,13 +629,8 @@ async fn keep_changes(
     Ok(changed.len())
 }
 
-/// Notes how many devices of some groups, or of each group, are in a state that is not well, if that is the most of this hour
-/// and day.
-async fn note_most(
-    transaction: &Transaction<'_>,
-    groups: Option<&[&str]>,
-    now: Timestamp,
-) -> Result<(), Error> {
+/// Notes how many devices of each group are in a state that is not well, if that is the most of this hour and day.
+async fn note_most(transaction: &Transaction<'_>, now: Timestamp) -> Result<(), Error> {
     let tables = [
         ("group_hours", "hour", "date_trunc('hour', $1::timestamptz, 'UTC')"),
         ("group_days", "day", "($1::timestamptz at time zone 'UTC')::date"),
@@ -583,17 +645,18 @@ async fn note_most(
                       coalesce(sum(devices) filter (where state = 'silent'), 0),
                       coalesce(sum(devices) filter (where state = 'degraded'), 0)
                  from group_states
-                where $2::text[] is null or "group" = any($2)
                 group by "group"
                having coalesce(sum(devices) filter (where state in ('failing', 'silent', 'degraded')), 0) > 0
                 order by "group"
                    on conflict ("group", {column}) do update
                   set most_failing = greatest(kept.most_failing, excluded.most_failing),
                       most_silent = greatest(kept.most_silent, excluded.most_silent),
-                      most_degraded = greatest(kept.most_degraded, excluded.most_degraded)"#
+                      most_degraded = greatest(kept.most_degraded, excluded.most_degraded)
+                where kept.most_failing < excluded.most_failing or kept.most_silent < excluded.most_silent
+                   or kept.most_degraded < excluded.most_degraded"#
         );
         let note = transaction.prepare_cached(&note).await?;
-        transaction.execute(&note, &[&now.to_jiff(), &groups]).await?;
+        transaction.execute(&note, &[&now.to_jiff()]).await?;
     }
     Ok(())
 }
@@ -616,7 +679,7 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
         transaction.execute(COUNT, &[&group, &state, &is_expected]).await?;
         transaction.execute(LOOK, &[&group]).await?;
     }
-    for table in ["device_states", "job_health", "run_starts"] {
+    for table in ["device_states", "job_health", "run_starts", "unreconciled_devices"] {
         transaction
             .execute(&format!("delete from {table} where device_id = $1"), &[&device_id])
             .await?;
@@ -627,14 +690,8 @@ pub(super) async fn forget(transaction: &Transaction<'_>, device_id: &str) -> Re
 async fn end_sweep(connection: &mut Object, version: i64, now: Timestamp) -> Result<bool, Error> {
     const END: &str = "update fleet_state set swept_at = $1";
     const FORGET: &str = "delete from fleet_changes where version <= $1";
-    const SWEPT_AT: &str = "select swept_at from fleet_state";
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(false) };
-    let swept_at = optional_time(&transaction.query_one(SWEPT_AT, &[]).await?, 0)?;
-    let hour_of = |at: Timestamp| at.as_millisecond().div_euclid(60 * 60 * 1000);
-    if swept_at.map(hour_of) != Some(hour_of(now)) {
-        // What goes on from the hour before counts in this one, too.
-        note_most(&transaction, None, now).await?;
-    }
+    note_most(&transaction, now).await?;
     let end = transaction.prepare_cached(END).await?;
     transaction.execute(&end, &[&now.to_jiff()]).await?;
     let forget = transaction.prepare_cached(FORGET).await?;
@@ -721,7 +778,6 @@ fn health_row(row: &Row, first: usize) -> Result<HealthRow, Error> {
         waiting_since: optional_time(row, first + 15)?,
         heard_at: optional_time(row, first + 16)?,
         policy_version: row.try_get(first + 17)?,
-        is_unreconciled: row.try_get(first + 18)?,
     })
 }
 

@@ -31,7 +31,7 @@ use crate::store::{
 impl IncidentSteps for PostgresStore {
     async fn groups_to_reconcile(&self, now: Timestamp) -> Result<Vec<String>, StoreError> {
         const GROUPS: &str = r#"
-            select distinct "group" from device_health where is_unreconciled
+            select distinct "group" from unreconciled_devices
              union
             select "group" from incidents
              where resolved_at is null and next_at <= $1 and scope in ('device', 'group')
@@ -68,10 +68,12 @@ async fn reconcile_fleet(
     settings: &FleetSettings,
     now: Timestamp,
 ) -> Result<Option<Vec<IncidentEvent>>, Error> {
-    const NEW: &str = "
-        select exists (select from device_health where is_unreconciled and state = $1)
-    ";
-    const AGAIN: &str = "update device_health set is_unreconciled = true where state = $1";
+    const NEW: &str = "select exists (select from unreconciled_devices where state = $1)";
+    const AGAIN: &str = r#"
+        insert into unreconciled_devices ("group", device_id, state)
+        select "group", device_id, state from device_health where state = $1
+            on conflict do nothing
+    "#;
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(None) };
     let open = open_incidents(&transaction, None).await?;
     let mut has_new = [false; 2];
@@ -123,25 +125,27 @@ async fn reconcile_group(
     now: Timestamp,
 ) -> Result<Option<Reconciled>, Error> {
     const RECONCILED: &str =
-        "update device_health set is_unreconciled = false where device_id = any($1)";
+        r#"delete from unreconciled_devices where "group" = $1 and device_id <= $2"#;
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(None) };
-    let (facts, page) = group_facts(&transaction, group, now).await?;
+    let (facts, last) = group_facts(&transaction, group, now).await?;
     let writes = group_writes(&facts, settings, now);
     let events = keep_incidents(&transaction, settings, &writes, now).await?;
-    let reconciled = transaction.prepare_cached(RECONCILED).await?;
-    transaction.execute(&reconciled, &[&page]).await?;
+    if let Some(last) = last {
+        let reconciled = transaction.prepare_cached(RECONCILED).await?;
+        transaction.execute(&reconciled, &[&group, &last]).await?;
+    }
     transaction.commit().await?;
     Ok(Some(Reconciled { events, has_more: facts.has_more }))
 }
 
-/// What a step of a group reads, and the devices whose state is taken up by it.
+/// What a step of a group reads, and the last device whose state is taken up by it.
 async fn group_facts(
     transaction: &Transaction<'_>,
     group: &str,
     now: Timestamp,
-) -> Result<(GroupFacts, Vec<String>), Error> {
+) -> Result<(GroupFacts, Option<String>), Error> {
     const PAGE: &str = r#"
-        select device_id from device_health where "group" = $1 and is_unreconciled order by device_id limit $2
+        select device_id from unreconciled_devices where "group" = $1 order by device_id limit $2
     "#;
     const MEMBERS: &str = "
         select incident, device_id, presumed from incident_members
@@ -153,7 +157,8 @@ async fn group_facts(
     let mut page = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<String>, Error>>()?;
     let has_more = i64::try_from(page.len()).is_ok_and(|found| found > DEVICES_AT_ONCE);
     page.truncate(usize::try_from(DEVICES_AT_ONCE).unwrap_or(usize::MAX));
-    let mut device_ids = page.clone();
+    let last = page.last().cloned();
+    let mut device_ids = page;
     let own = open.iter().filter(|one| one.scope == IncidentScope::Device);
     device_ids.extend(own.map(|own| own.subject.clone()));
     device_ids.sort_unstable();
@@ -210,7 +215,7 @@ async fn group_facts(
         }
     }
     facts.note_late(late, now);
-    Ok((facts, page))
+    Ok((facts, last))
 }
 
 /// Reads [`INCIDENT_COLUMNS`].
@@ -314,17 +319,18 @@ async fn tally(
     last_heard: Option<Timestamp>,
     now: Timestamp,
 ) -> Result<Tally, Error> {
-    let of_group = if group.is_some() { r#""group" = $1"# } else { "$1::text is null" };
+    let (of_group, with) = of_group(group);
     let judged =
         format!("select coalesce(sum(expected), 0)::bigint from group_states where {of_group}");
     let in_problem = format!(
-        r#"select count(*) filter (where is_recent), count(*) filter (where not is_recent),
+        r#"{with}
+           select count(*) filter (where is_recent), count(*) filter (where not is_recent),
                   min(since) filter (where is_recent),
                   count(*) filter (where is_recent and since - grace * interval '1 millisecond' > $5),
                   count(distinct "group") filter (where is_recent)
              from (select *, since >= $3::timestamptz - greatest($4, coalesce(patience, 0)) * interval '1 millisecond' as is_recent
-                     from device_health
-                    where {of_group} and state = $2 and is_expected) troubled"#
+                     from health
+                    where state = $2 and is_expected) troubled"#
     );
     let judged = transaction.prepare_cached(&judged).await?;
     let judged = transaction.query_one(&judged, &[&group]).await?.try_get(0)?;
@@ -350,12 +356,25 @@ async fn missing(
     kind: ProblemKind,
     since: Timestamp,
 ) -> Result<i64, Error> {
-    let of_group = if group.is_some() { r#""group" = $3"# } else { "$3::text is null" };
+    let (_, with) = of_group(group);
     let missing = format!(
-        "select count(*) from device_health where state = $1 and since >= $2 and is_expected and {of_group}"
+        "{with} select count(*) from health where state = $2 and since >= $3 and is_expected"
     );
     let missing = transaction.prepare_cached(&missing).await?;
-    transaction.query_one(&missing, &[&kind.as_str(), &since.to_jiff(), &group]).await?.try_get(0)
+    transaction.query_one(&missing, &[&group, &kind.as_str(), &since.to_jiff()]).await?.try_get(0)
+}
+
+/// The condition by which rows are of a group, or of the fleet, and the states of its devices as `health`. Those of a group
+/// are read by the group: right after thousands have changed, the planner takes any state for rare.
+fn of_group(group: Option<&str>) -> (&'static str, String) {
+    let (condition, materialized) = match group {
+        Some(_) => (r#""group" = $1"#, "materialized"),
+        None => ("$1::text is null", "not materialized"),
+    };
+    (
+        condition,
+        format!("with health as {materialized} (select * from device_health where {condition})"),
+    )
 }
 
 /// When any device of a group, or of the fleet, was last heard.

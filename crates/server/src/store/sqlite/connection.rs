@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, ffi, ffi::SQLITE_CONSTRAINT_TRIGGER};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, config::DbConfig, ffi, ffi::SQLITE_CONSTRAINT_TRIGGER,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::files;
@@ -70,6 +72,8 @@ pub(super) fn open_for_writing(path: &Path) -> Result<Connection, StoreError> {
         connection.pragma_update(None, "cache_size", -16_384)?;
         connection.pragma_update(None, "temp_store", "memory")?;
         connection.set_prepared_statement_cache_capacity(CACHED_STATEMENTS);
+        // Otherwise a statement is planned anew for each value that the planner had a look at: for each device of a step.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
         Ok(connection)
     };
     open().map_err(|error| files::sqlite_cannot_open(path, &error))

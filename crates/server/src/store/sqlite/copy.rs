@@ -228,9 +228,18 @@ enum ColumnPlace {
 fn place_of(table: &Table, column: &Column) -> ColumnPlace {
     match (table.name, column.name) {
         (
-            "device_jobs" | "sync_events" | "device_days" | "event_keys" | "group_changes"
-            | "device_day_groups" | "device_settings" | "device_tags" | "device_health"
-            | "job_health" | "run_starts",
+            "device_jobs"
+            | "sync_events"
+            | "device_days"
+            | "event_keys"
+            | "group_changes"
+            | "device_day_groups"
+            | "device_settings"
+            | "device_tags"
+            | "device_health"
+            | "unreconciled_devices"
+            | "job_health"
+            | "run_starts",
             "device_id",
         ) => ColumnPlace::DeviceNumber,
         ("devices", "updated_at") => ColumnPlace::Derived(

@@ -1,7 +1,7 @@
 //! States of devices and jobs in SQLite. The sweep calls it through `HealthStore`. A step reads what is known, evaluates it
 //! and writes the result in one transaction of the writer, short enough that ingest does not notice.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use pisync_core::{Timestamp, health::Outcome};
@@ -335,8 +335,6 @@ fn evaluate_devices(
     for ((group, state), (devices, expected)) in &counts {
         transaction.prepare_cached(COUNT)?.execute(params![group, state, devices, expected])?;
     }
-    let groups: BTreeSet<&String> = counts.keys().map(|(group, _)| group).collect();
-    note_most(&transaction, Some(&groups), now)?;
     let changes = evaluated.iter().filter(|(_, one)| one.change().is_some()).count();
     transaction.commit()?;
     Ok(Some(Evaluations { devices: evaluated.len(), changes }))
@@ -346,20 +344,10 @@ fn hour_of(millisecond: i64) -> i64 {
     millisecond - millisecond.rem_euclid(60 * 60 * 1000)
 }
 
-/// Notes how many devices of some groups, or of each group, are in a state that is not well, if that is the most of this hour
-/// and day.
-fn note_most(
-    transaction: &Transaction<'_>,
-    groups: Option<&BTreeSet<&String>>,
-    now: Timestamp,
-) -> rusqlite::Result<()> {
+/// Notes how many devices of each group are in a state that is not well, if that is the most of this hour and day.
+fn note_most(transaction: &Transaction<'_>, now: Timestamp) -> rusqlite::Result<()> {
     let hour = hour_of(now.as_millisecond());
     let day = hour - hour.rem_euclid(DAY_MILLISECONDS);
-    let groups = groups.map(|groups| serde_json::json!(groups).to_string());
-    let of_groups = match groups {
-        Some(_) => r#""group" in (select value from json_each(?2))"#,
-        None => "?2 is null",
-    };
     for (table, column, begins) in [("group_hours", "hour", hour), ("group_days", "day", day)] {
         let note = format!(
             r#"insert into {table} as kept (
@@ -368,15 +356,17 @@ fn note_most(
                select "group", ?1, 0, 0, sum(iif(state = 'failing', devices, 0)),
                       sum(iif(state = 'silent', devices, 0)), sum(iif(state = 'degraded', devices, 0))
                  from group_states
-                where {of_groups}
+                where true
                 group by "group"
                having sum(iif(state in ('failing', 'silent', 'degraded'), devices, 0)) > 0
                    on conflict ("group", {column}) do update
                   set most_failing = max(kept.most_failing, excluded.most_failing),
                       most_silent = max(kept.most_silent, excluded.most_silent),
-                      most_degraded = max(kept.most_degraded, excluded.most_degraded)"#
+                      most_degraded = max(kept.most_degraded, excluded.most_degraded)
+                where kept.most_failing < excluded.most_failing or kept.most_silent < excluded.most_silent
+                   or kept.most_degraded < excluded.most_degraded"#
         );
-        transaction.prepare_cached(&note)?.execute(params![begins, groups])?;
+        transaction.prepare_cached(&note)?.execute([begins])?;
     }
     Ok(())
 }
@@ -399,7 +389,7 @@ fn keep(
     const AWAIT_RUN: &str =
         "update run_starts set due_at = ?4 where device = ?1 and job = ?2 and run_id = ?3";
     if let Some(health) = &evaluated.health {
-        keep_health(transaction, device, &evaluated.device_id, health)?;
+        keep_health(transaction, device, evaluated, health)?;
     }
     if let Some((from, to)) = evaluated.change() {
         let change = params![now.as_millisecond(), evaluated.device_id, from, to, evaluated.reason];
@@ -427,26 +417,28 @@ fn keep(
 fn keep_health(
     transaction: &Transaction<'_>,
     device: i64,
-    device_id: &str,
+    evaluated: &Evaluated,
     health: &HealthRow,
 ) -> rusqlite::Result<()> {
     const KEEP: &str = r#"
         insert into device_health (
             device, "group", state, since, problems, is_expected, is_overdue, is_behind, silent_after,
             grace, due_at, late_at, check_at, patience, behind_after, next_due, waiting_since, heard_at,
-            policy_version, is_unreconciled
-        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20)
+            policy_version
+        ) values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)
             on conflict (device) do update
            set "group" = ?2, state = ?3, since = ?4, problems = ?5, is_expected = ?6, is_overdue = ?7, is_behind = ?8,
                silent_after = ?9, grace = ?10, due_at = ?11, late_at = ?12, check_at = ?13, patience = ?14,
-               behind_after = ?15, next_due = ?16, waiting_since = ?17, heard_at = ?18, policy_version = ?19,
-               is_unreconciled = ?20
+               behind_after = ?15, next_due = ?16, waiting_since = ?17, heard_at = ?18, policy_version = ?19
     "#;
     const KEEP_STATE: &str = "
         insert into device_states (device, device_id, urgency, since) values (?1, ?4, ?2, ?3)
             on conflict (device) do update set urgency = excluded.urgency, since = excluded.since
-         where urgency <> excluded.urgency or since <> excluded.since
     ";
+    const RECONCILE: &str = r#"
+        insert into unreconciled_devices ("group", device, state) values (?1, ?2, ?3)
+            on conflict ("group", device) do update set state = excluded.state
+    "#;
     let instant = |at: Option<Timestamp>| at.map(Timestamp::as_millisecond);
     let values = params![
         device,
@@ -468,12 +460,18 @@ fn keep_health(
         instant(health.waiting_since),
         instant(health.heard_at),
         health.policy_version,
-        health.is_unreconciled,
     ];
     transaction.prepare_cached(KEEP)?.execute(values)?;
-    let since = health.since.as_millisecond();
-    let state = params![device, urgency(&health.state), since, device_id];
-    transaction.prepare_cached(KEEP_STATE)?.execute(state).map(|_| ())
+    if evaluated.is_in_other_state {
+        let since = health.since.as_millisecond();
+        let state = params![device, urgency(&health.state), since, evaluated.device_id];
+        transaction.prepare_cached(KEEP_STATE)?.execute(state)?;
+    }
+    if evaluated.is_unreconciled {
+        let unreconciled = params![health.group, device, health.state];
+        transaction.prepare_cached(RECONCILE)?.execute(unreconciled)?;
+    }
+    Ok(())
 }
 
 fn keep_job(
@@ -533,7 +531,7 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
         transaction.prepare_cached(COUNT)?.execute(params![group, state, is_expected])?;
         transaction.prepare_cached(LOOK)?.execute([group])?;
     }
-    for table in ["device_states", "job_health", "run_starts"] {
+    for table in ["device_states", "job_health", "run_starts", "unreconciled_devices"] {
         transaction.execute(&format!("delete from {table} where device = ?1"), [device])?;
     }
     Ok(())
@@ -542,13 +540,8 @@ pub(super) fn forget(transaction: &Transaction<'_>, device: i64) -> rusqlite::Re
 fn end_sweep(writer: &mut WriteConnection, version: i64, now: Timestamp) -> rusqlite::Result<bool> {
     const END: &str = "update fleet_state set swept_at = ?1";
     const FORGET: &str = "delete from fleet_changes where version <= ?1";
-    const SWEPT_AT: &str = "select swept_at from fleet_state";
     let Some(transaction) = begin_step(writer, now)? else { return Ok(false) };
-    let swept_at: Option<i64> = transaction.query_row(SWEPT_AT, [], |row| row.get(0))?;
-    if swept_at.map(hour_of) != Some(hour_of(now.as_millisecond())) {
-        // What goes on from the hour before counts in this one, too.
-        note_most(&transaction, None, now)?;
-    }
+    note_most(&transaction, now)?;
     transaction.prepare_cached(END)?.execute([now.as_millisecond()])?;
     transaction.prepare_cached(FORGET)?.execute([version])?;
     transaction.commit()?;
@@ -622,7 +615,6 @@ fn health_row(row: &Row<'_>, first: usize) -> rusqlite::Result<HealthRow> {
         waiting_since: optional_time(row, first + 15)?,
         heard_at: optional_time(row, first + 16)?,
         policy_version: row.get(first + 17)?,
-        is_unreconciled: row.get(first + 18)?,
     })
 }
 

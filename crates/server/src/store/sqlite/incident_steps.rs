@@ -30,7 +30,7 @@ use crate::store::{
 impl IncidentSteps for SqliteStore {
     async fn groups_to_reconcile(&self, now: Timestamp) -> Result<Vec<String>, StoreError> {
         const GROUPS: &str = r#"
-            select distinct "group" from device_health where is_unreconciled = 1
+            select distinct "group" from unreconciled_devices
              union
             select "group" from incidents
              where resolved_at is null and next_at <= ?1 and scope in ('device', 'group')
@@ -70,10 +70,10 @@ fn reconcile_fleet(
     settings: &FleetSettings,
     now: Timestamp,
 ) -> rusqlite::Result<Option<Vec<IncidentEvent>>> {
-    const NEW: &str = "
-        select exists (select 1 from device_health where is_unreconciled = 1 and state = ?1)
-    ";
-    const AGAIN: &str = "update device_health set is_unreconciled = 1 where state = ?1";
+    const NEW: &str = "select exists (select 1 from unreconciled_devices where state = ?1)";
+    const AGAIN: &str = r#"
+        insert or ignore into unreconciled_devices select "group", device, state from device_health where state = ?1
+    "#;
     let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
     let open = open_incidents(&transaction, None)?;
     let mut has_new = [false; 2];
@@ -124,31 +124,32 @@ fn reconcile_group(
     settings: &FleetSettings,
     now: Timestamp,
 ) -> rusqlite::Result<Option<Reconciled>> {
-    const RECONCILED: &str = "
-        update device_health set is_unreconciled = 0
-         where device in (select d.id from json_each(?1) page join devices d on d.device_id = page.value)
-    ";
+    const RECONCILED: &str =
+        r#"delete from unreconciled_devices where "group" = ?1 and device <= ?2"#;
     let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
-    let (facts, page) = group_facts(&transaction, group, now)?;
+    let (facts, last) = group_facts(&transaction, group, now)?;
     let writes = group_writes(&facts, settings, now);
     let events = keep_incidents(&transaction, settings, &writes, now)?;
-    transaction.prepare_cached(RECONCILED)?.execute([json!(page).to_string()])?;
+    if let Some(last) = last {
+        transaction.prepare_cached(RECONCILED)?.execute(params![group, last])?;
+    }
     transaction.commit()?;
     Ok(Some(Reconciled { events, has_more: facts.has_more }))
 }
 
-/// What a step of a group reads, and the devices whose state is taken up by it.
+/// What a step of a group reads, and the number of the last device whose state is taken up by it.
 fn group_facts(
     transaction: &Transaction<'_>,
     group: &str,
     now: Timestamp,
-) -> rusqlite::Result<(GroupFacts, Vec<String>)> {
+) -> rusqlite::Result<(GroupFacts, Option<i64>)> {
+    // The row of a device that foreign SQL has deleted is still to be taken away.
     const PAGE: &str = r#"
-        select d.device_id
-          from device_health h
-          join devices d on d.id = h.device
-         where h."group" = ?1 and h.is_unreconciled = 1
-         order by h.device
+        select u.device, d.device_id
+          from unreconciled_devices u
+          left join devices d on d.id = u.device
+         where u."group" = ?1
+         order by u.device
          limit ?2
     "#;
     const MEMBERS: &str = "
@@ -157,11 +158,13 @@ fn group_facts(
     let open = open_incidents(transaction, Some(group))?;
     let mut page = transaction
         .prepare_cached(PAGE)?
-        .query_map(params![group, DEVICES_AT_ONCE + 1], |row| row.get(0))?
-        .collect::<rusqlite::Result<Vec<String>>>()?;
+        .query_map(params![group, DEVICES_AT_ONCE + 1], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<rusqlite::Result<Vec<(i64, Option<String>)>>>()?;
     let has_more = i64::try_from(page.len()).is_ok_and(|found| found > DEVICES_AT_ONCE);
     page.truncate(usize::try_from(DEVICES_AT_ONCE).unwrap_or(usize::MAX));
-    let mut device_ids = page.clone();
+    let last = page.last().map(|(device, _)| *device);
+    let mut device_ids: Vec<String> =
+        page.into_iter().filter_map(|(_, device_id)| device_id).collect();
     let own = open.iter().filter(|one| one.scope == IncidentScope::Device);
     device_ids.extend(own.map(|own| own.subject.clone()));
     device_ids.sort_unstable();
@@ -210,7 +213,7 @@ fn group_facts(
         }
     }
     facts.note_late(late, now);
-    Ok((facts, page))
+    Ok((facts, last))
 }
 
 /// Reads [`INCIDENT_COLUMNS`].
