@@ -8,6 +8,7 @@ mod build_info;
 pub mod cli;
 pub mod clock;
 pub mod config;
+mod csv_row;
 pub mod event_format;
 pub mod export;
 pub mod fleet;

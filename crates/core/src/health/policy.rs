@@ -434,7 +434,8 @@ impl Reader {
                 if let Some(timezone) = fields.get("timezone") {
                     let rule = r#"is not allowed without "cron""#;
                     let field = format!("{path}.timezone");
-                    return self.refuse(&field, ViolationCode::Conflict, rule, timezone);
+                    let _: Option<()> =
+                        self.refuse(&field, ViolationCode::Conflict, rule, timezone);
                 }
                 if fields["every_seconds"].is_null() {
                     let field = format!("{path}.every_seconds");
@@ -703,6 +704,18 @@ mod tests {
         ];
         for (expect, message) in cases {
             assert_eq!(wrong(&json!({ "expect": expect })), [message]);
+        }
+        // A field does not hide another one.
+        for (expect, expected) in [
+            (json!({"every_seconds": 5, "timezone": "UTC"}), ["every_seconds", "timezone"]),
+            (json!({"cron": "0 2 * *", "timezone": "Mars/Base"}), ["cron", "timezone"]),
+            (json!({"cron": 7, "colour": "red"}), ["colour", "cron"]),
+        ] {
+            let found = wrong(&json!({ "expect": expect }));
+            for field in expected {
+                let name = format!("\"policy.expect.{field}\" ");
+                assert!(found.iter().any(|one| one.starts_with(&name)), "{field}: {found:?}");
+            }
         }
         let found = wrong(&json!({"expect": {"cron": "0 2 * *", "timezone": "UTC"}}));
         let start = r#""policy.expect.cron" is not a cron expression of 5 fields: "#;

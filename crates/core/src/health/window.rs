@@ -56,12 +56,15 @@ pub fn weekday(name: &str) -> Option<Weekday> {
     WEEKDAYS.iter().find(|(known, _)| *known == name).map(|(_, day)| *day)
 }
 
-/// A time of day as `HH:MM`. The end of a day may be written `24:00`, and is the beginning of the next.
+/// The end of a part of a day: a [`time_of_day`], or `24:00`, which is the midnight behind it.
+#[must_use]
+pub fn end_of_part(text: &str) -> Option<Time> {
+    if text == "24:00" { Some(Time::midnight()) } else { time_of_day(text) }
+}
+
+/// A time of day as `HH:MM`, from `00:00` to `23:59`. `24:00` is none: nobody could tell which of two midnights it is.
 #[must_use]
 pub fn time_of_day(text: &str) -> Option<Time> {
-    if text == "24:00" {
-        return Some(Time::midnight());
-    }
     let (hour, minute) = text.split_once(':')?;
     let number = |digits: &str| {
         (digits.len() == 2 && digits.bytes().all(|byte| byte.is_ascii_digit()))
@@ -190,6 +193,24 @@ mod tests {
         assert_eq!(touching(&nights, "03-09T00:00", "03-09T05:00"), []);
         assert_eq!(nights.open_until(at("03-07T05:59")), Some(at("03-07T06:00")));
         assert_eq!(nights.open_until(at("03-07T06:00")), None);
+    }
+
+    #[test]
+    fn only_an_end_may_be_midnight_by_two_names() {
+        let time = |hour, minute| Some(Time::constant(hour, minute, 0, 0));
+        for (text, of_day, end) in [
+            ("00:00", time(0, 0), time(0, 0)),
+            ("23:59", time(23, 59), time(23, 59)),
+            ("24:00", None, time(0, 0)),
+            ("24:01", None, None),
+            ("7:00", None, None),
+            ("07:60", None, None),
+            ("07:00:00", None, None),
+            ("+7:00", None, None),
+            ("", None, None),
+        ] {
+            assert_eq!((time_of_day(text), end_of_part(text)), (of_day, end), "{text}");
+        }
     }
 
     #[test]

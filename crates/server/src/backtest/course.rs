@@ -2,6 +2,7 @@
 //! nothing are left out. [`run`] follows a scenario, and `replay` what a store has kept.
 
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
@@ -15,19 +16,18 @@ use axum::{
     http::{Request as HttpRequest, header},
 };
 use http_body_util::BodyExt as _;
-use pisync_core::{
-    DeviceId, EventId, JobName, ParseError, SyncEvent, Timestamp, sync_event::Arrival,
-};
+use pisync_core::{SyncEvent, Timestamp, Violation};
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tower::ServiceExt as _;
 
 use super::{
-    receivers::{Receivers, create_receiver},
+    receivers::{Receivers, ReplayedChannel, SentMessage, create_receivers},
     scenario::{
-        DatabaseStep, Expected, IncidentEntry, Instant, Report, Request, Scenario, ServerStep,
-        StateEntry, Step,
+        Action, DatabaseStep, Expected, IncidentEntry, Instant, Report, Request, Scenario,
+        ServerStep, StateEntry, Step,
     },
+    scenario_reader,
 };
 use crate::{
     api::{self, ApiParts},
@@ -39,7 +39,7 @@ use crate::{
     metrics::Metrics,
     middleware::client_address::Peer,
     random::Randomness,
-    store::{Batch, Beat, EventWriter, RunKey, StartedRun, Store, StoreError},
+    store::{Batch, Beat, EventWriter, Route, RouteDigest, RunKey, StartedRun, Store, StoreError},
 };
 
 /// The most steps, with their repetitions: as many as take some hundred megabytes.
@@ -55,8 +55,10 @@ pub enum BacktestError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A step is not possible.
-    #[error("{at}: {why}")]
+    #[error("{place} at {at}: {why}")]
     Step {
+        /// Where it stands in the scenario, such as `steps[3]`.
+        place: String,
         /// When.
         at: Timestamp,
         /// Why not.
@@ -67,33 +69,73 @@ pub enum BacktestError {
     Server(String),
 }
 
-/// Runs a scenario on an empty database, and answers what came of it.
+/// Runs a scenario on an empty database, and answers what came of it. Calls `watch` with the time that it has come to.
 ///
 /// # Errors
 /// See [`BacktestError`].
-pub async fn run(scenario: &Scenario, store: &Arc<dyn Store>) -> Result<Expected, BacktestError> {
-    let mut course = Course::new(scenario.start.0, store)?;
+pub async fn run(
+    scenario: &Scenario,
+    store: &Arc<dyn Store>,
+    mut watch: impl FnMut(Timestamp),
+) -> Result<Expected, BacktestError> {
+    let at = scenario.start.0;
+    let mut course = Course::new(at, store)?;
     for (group, devices) in &scenario.groups {
         let devices: Vec<_> =
             devices.iter().map(|device| (device.clone(), Some(group.clone()))).collect();
         store.register_devices(&devices, scenario.start.0).await?;
     }
-    for request in &scenario.setup {
-        course.request(request).await?;
+    for (index, request) in scenario.setup.iter().enumerate() {
+        course.request(request).await.map_err(|fault| fault.of(format!("setup[{index}]"), at))?;
     }
-    for channel in &scenario.channels {
-        create_receiver(&**store, channel, scenario.start.0).await?;
-    }
+    let channels: Vec<_> =
+        scenario.channels.iter().map(|name| ReplayedChannel::unstored(name)).collect();
+    create_receivers(&**store, &channels, &[], at).await?;
+    course.read_routes().await?;
     course.beat(scenario.start.0, true).await?;
     let steps = in_order(scenario)?;
     let mut steps = steps.into_iter().peekable();
     for now in ticks(scenario.start.0, scenario.end.0) {
-        while let Some((at, step)) = steps.next_if(|(at, _)| *at <= now) {
-            course.step(at, step).await?;
+        while let Some((at, index)) = steps.next_if(|(at, _)| *at <= now) {
+            let done = course.step(at, &scenario.steps[index]).await;
+            done.map_err(|fault| fault.of(format!("steps[{index}]"), at))?;
         }
         course.tick(now).await?;
+        watch(now);
     }
-    Ok(course.came)
+    let Course { mut came, messages, .. } = course;
+    came.messages = messages.into_iter().map(Into::into).collect();
+    Ok(came)
+}
+
+/// Why a step was not done.
+enum Fault {
+    /// It is not possible.
+    Impossible(String),
+    /// Something else has failed.
+    Failed(BacktestError),
+}
+
+impl From<BacktestError> for Fault {
+    fn from(error: BacktestError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl Fault {
+    /// The error, with where and when it came.
+    fn of(self, place: String, at: Timestamp) -> BacktestError {
+        match self {
+            Self::Impossible(why) => BacktestError::Step { place, at, why },
+            Self::Failed(error) => error,
+        }
+    }
 }
 
 /// The times of sweeps: :00, :15, :30 and :45 of each minute.
@@ -106,25 +148,21 @@ pub(super) fn ticks(from: Timestamp, until: Timestamp) -> impl Iterator<Item = T
         .take_while(move |now| *now <= until)
 }
 
-/// All steps with their repetitions, in the order in which they happen.
-fn in_order(scenario: &Scenario) -> Result<Vec<(Timestamp, &Step)>, BacktestError> {
+/// The times and numbers of all steps with their repetitions, in the order in which they happen.
+fn in_order(scenario: &Scenario) -> Result<Vec<(Timestamp, usize)>, BacktestError> {
     let mut all = Vec::new();
-    for step in &scenario.steps {
+    for (index, step) in scenario.steps.iter().enumerate() {
         let at = step.at.0;
-        if !(scenario.start.0..=scenario.end.0).contains(&at) {
-            let why = "the step is not between start and end".to_owned();
-            return Err(BacktestError::Step { at, why });
-        }
-        all.push((at, step));
+        all.push((at, index));
         let Some(repeat) = step.repeat else { continue };
         let every = i64::from(repeat.every_seconds.max(1)) * 1000;
         let until = repeat.until.0.min(scenario.end.0);
         let mut next = at.saturating_add_milliseconds(every);
         while next <= until {
-            all.push((next, step));
+            all.push((next, index));
             if all.len() > MOST_STEPS {
                 let why = format!("there are more than {MOST_STEPS} steps with their repetitions");
-                return Err(BacktestError::Step { at, why });
+                return Err(BacktestError::Step { place: format!("steps[{index}]"), at, why });
             }
             let later = next.saturating_add_milliseconds(every);
             // The end of all times.
@@ -152,13 +190,24 @@ pub(super) struct Course {
     has_news: bool,
     /// The next sweep that may find something by itself.
     next_look: Option<Timestamp>,
+    /// The times at which reminders and digests may be due.
+    next_reminders: BTreeSet<Timestamp>,
+    /// After which times people are reminded, in milliseconds.
+    reminders: BTreeSet<i64>,
+    /// The digests that there are.
+    digests: Vec<RouteDigest>,
+    /// Whether messages wait to be sent.
+    has_waiting: bool,
     /// The last instant of which a beat is owed.
     unsaid: Option<Timestamp>,
     /// The last change of a state that was seen.
     last_change: i64,
     clock: Clock,
     receivers: Receivers,
+    /// What came, but for messages.
     came: Expected,
+    /// In the order in which they were sent.
+    pub(super) messages: Vec<SentMessage>,
 }
 
 impl Course {
@@ -197,53 +246,49 @@ impl Course {
             has_refused: false,
             has_news: true,
             next_look: None,
+            next_reminders: BTreeSet::new(),
+            reminders: BTreeSet::new(),
+            digests: Vec::new(),
+            has_waiting: false,
             unsaid: None,
             last_change: 0,
             clock,
             receivers: Receivers::default(),
             came: Expected::default(),
+            messages: Vec::new(),
         })
     }
 
-    async fn step(&mut self, at: Timestamp, step: &Step) -> Result<(), BacktestError> {
+    async fn step(&mut self, at: Timestamp, step: &Step) -> Result<(), Fault> {
         self.now.store(at.as_millisecond(), Ordering::Relaxed);
         self.note_news();
-        let impossible = |why: String| BacktestError::Step { at, why };
-        if let Some(report) = &step.report {
-            let events = events_of(report, at, step.repeat.is_some()).map_err(impossible)?;
-            self.receive(at, events).await?;
-        }
-        if let Some(batch) = &step.batch {
-            let events = batch.iter().map(|event| event_of(event.clone(), at));
-            let events = events.collect::<Result<Vec<_>, _>>().map_err(impossible)?;
-            self.receive(at, events).await?;
-        }
-        if let Some(start) = &step.start
-            && self.can_store()
-        {
-            self.start_run(start, at).await?;
-        }
-        if let Some(request) = &step.request
-            && self.can_store()
-        {
-            self.request(request).await?;
-        }
-        match step.server {
-            Some(ServerStep::Stop) if self.is_up => {
+        match &step.action {
+            Action::Report(report) => {
+                let events = events_of(report, at, step.repeat.is_some())?;
+                self.receive(at, events).await?;
+            }
+            Action::Batch(batch) => {
+                let events = batch.iter().map(|event| event_of(event.clone(), at));
+                let events = events.collect::<Result<Vec<_>, _>>()?;
+                self.receive(at, events).await?;
+            }
+            Action::Start(start) if self.can_store() => self.start_run(start, at).await?,
+            Action::Request(request) if self.can_store() => {
+                self.request(request).await?;
+                self.read_routes().await?;
+            }
+            Action::Server(ServerStep::Stop) if self.is_up => {
                 self.say_unsaid().await?;
                 self.store.note_stop(at).await?;
                 self.is_up = false;
             }
-            Some(ServerStep::Start) if !self.is_up => self.come_back(at).await?,
-            _ => {}
-        }
-        match step.database {
-            Some(DatabaseStep::Away) => {
+            Action::Server(ServerStep::Start) if !self.is_up => self.come_back(at).await?,
+            Action::Database(DatabaseStep::Away) => {
                 self.say_unsaid().await?;
                 self.is_away = true;
             }
-            Some(DatabaseStep::Back) => self.is_away = false,
-            None => {}
+            Action::Database(DatabaseStep::Back) => self.is_away = false,
+            Action::Start(_) | Action::Request(_) | Action::Server(_) => {}
         }
         Ok(())
     }
@@ -297,7 +342,8 @@ impl Course {
             return Ok(());
         }
         self.now.store(now.as_millisecond(), Ordering::Relaxed);
-        let is_due = self.next_look.is_some_and(|next| next <= now);
+        let looks = self.next_look.into_iter().chain(self.next_reminders.first().copied());
+        let is_due = looks.min().is_some_and(|next| next <= now);
         if !self.has_news && !is_due {
             self.unsaid = Some(now);
             return self.dispatch(now).await;
@@ -307,6 +353,9 @@ impl Course {
         let swept = sweep(&*self.store, now).await?;
         self.has_news = !swept.is_complete;
         self.next_look = self.store.next_look().await?;
+        self.next_reminders.retain(|at| *at > now);
+        self.next_reminders.extend(self.digests.iter().filter_map(|digest| digest.next_after(now)));
+        self.has_waiting = self.has_messages().await?;
         self.receivers.learn(&swept.events);
         self.came.incidents.extend(swept.events.into_iter().map(|event| IncidentEntry {
             at: Instant(now),
@@ -326,7 +375,31 @@ impl Course {
 
     /// Sends the messages that are due.
     async fn dispatch(&mut self, now: Timestamp) -> Result<(), BacktestError> {
-        self.came.messages.extend(self.receivers.receive(&*self.store, &self.clock, now).await?);
+        if !self.has_waiting {
+            return Ok(());
+        }
+        let sent = self.receivers.receive(&*self.store, &self.clock, now).await?;
+        if !sent.is_empty() {
+            let reminders = self.reminders.iter();
+            self.next_reminders
+                .extend(reminders.map(|after| now.saturating_add_milliseconds(*after)));
+            self.messages.extend(sent);
+            self.has_waiting = self.has_messages().await?;
+        }
+        Ok(())
+    }
+
+    /// Whether any message waits to be sent at some time.
+    async fn has_messages(&self) -> Result<bool, StoreError> {
+        Ok(!self.store.due_channels(Timestamp::MAX).await?.is_empty())
+    }
+
+    /// Takes in the routes as they are now: sweeps at which they remind somebody are not passed over.
+    pub(super) async fn read_routes(&mut self) -> Result<(), StoreError> {
+        let routes = self.store.routes().await?.routes;
+        let seconds = routes.iter().filter_map(|route| route.remind_seconds);
+        self.reminders = seconds.map(|seconds| i64::from(seconds) * 1000).collect();
+        self.digests = routes.into_iter().filter_map(|Route { digest, .. }| digest).collect();
         Ok(())
     }
 
@@ -368,27 +441,19 @@ impl Course {
         Ok(())
     }
 
-    async fn start_run(&mut self, start: &Value, at: Timestamp) -> Result<(), BacktestError> {
-        let impossible = |why: String| BacktestError::Step { at, why };
-        let text = |field: &str| start.get(field).and_then(Value::as_str);
-        let device_id = DeviceId::new(text("device_id").unwrap_or_default());
-        let job = text("job").map(JobName::new).transpose();
-        let run_id = text("run_id").map(EventId::new).transpose();
-        let key = RunKey {
-            device_id: device_id.map_err(|error| impossible(format!("device_id {error}")))?,
-            job: job.map_err(|error| impossible(format!("job {error}")))?,
-            run_id: run_id.map_err(|error| impossible(format!("run_id {error}")))?,
-        };
-        let run = StartedRun { key, received_at: at, timestamp: None, group: None };
+    async fn start_run(&mut self, start: &Map<String, Value>, at: Timestamp) -> Result<(), Fault> {
+        let start = scenario_reader::run_start(start, at).map_err(impossible)?;
+        let key = RunKey { device_id: start.device_id, job: start.job, run_id: start.run_id };
+        let run = StartedRun { key, received_at: at, timestamp: start.timestamp, group: None };
         self.store.add_run_starts(&[run]).await?;
         Ok(())
     }
 
     /// Sends a request to the API, which must accept it.
-    async fn request(&mut self, request: &Request) -> Result<(), BacktestError> {
-        let at = Timestamp::from_millisecond(self.now.load(Ordering::Relaxed));
-        let at = at.unwrap_or(Timestamp::MAX);
-        let impossible = |why: String| BacktestError::Step { at, why };
+    async fn request(&mut self, request: &Request) -> Result<(), Fault> {
+        // Whoever is acknowledged until some time is reminded again from then on.
+        let until = request.body.as_ref().and_then(|body| body.get("until")?.as_str());
+        self.next_reminders.extend(until.and_then(|text| Timestamp::from_iso8601(text).ok()));
         let body = request.body.as_ref().map_or_else(Body::empty, |body| body.to_string().into());
         let peer = Peer(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
         let sent = HttpRequest::builder()
@@ -398,7 +463,7 @@ impl Course {
             .header(header::HOST, "localhost")
             .extension(peer)
             .body(body)
-            .map_err(|error| impossible(error.to_string()))?;
+            .map_err(|error| Fault::Impossible(error.to_string()))?;
         let Ok(answer) = self.router.clone().oneshot(sent).await;
         let status = answer.status();
         if status.is_success() {
@@ -408,12 +473,12 @@ impl Course {
         let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let Request { method, path, .. } = request;
         let said = String::from_utf8_lossy(&body);
-        Err(impossible(format!("{method} {path} is answered {status}: {said}")))
+        Err(Fault::Impossible(format!("{method} {path} is answered {status}: {said}")))
     }
 }
 
 /// The events of a report. Those that are repeated have no id of their own.
-fn events_of(report: &Report, at: Timestamp, is_repeated: bool) -> Result<Vec<SyncEvent>, String> {
+fn events_of(report: &Report, at: Timestamp, is_repeated: bool) -> Result<Vec<SyncEvent>, Fault> {
     let mut fields = report.event.clone();
     if is_repeated {
         fields.remove("event_id");
@@ -426,21 +491,13 @@ fn events_of(report: &Report, at: Timestamp, is_repeated: bool) -> Result<Vec<Sy
     report.device_ids.iter().map(of).collect()
 }
 
-/// An event of which only what matters is given.
-fn event_of(mut fields: Map<String, Value>, at: Timestamp) -> Result<SyncEvent, String> {
-    fields.entry("timestamp").or_insert_with(|| at.to_string().into());
-    fields.entry("total_files_synced").or_insert_with(|| 1.into());
-    fields.entry("total_errors").or_insert_with(|| 0.into());
-    let body = Value::Object(fields).to_string();
-    // A scenario may have clocks that are ahead; what the server does with them is tested elsewhere.
-    let arrival = Arrival { received: at, latest: Timestamp::MAX };
-    SyncEvent::from_json(body.as_bytes(), arrival).map_err(|error| match error {
-        ParseError::Malformed(why) => format!("{body}: {why}"),
-        ParseError::Invalid(violations) => {
-            let words: Vec<_> = violations.into_iter().map(|one| one.message).collect();
-            format!("{body}: {}", words.join(", "))
-        }
-    })
+fn event_of(fields: Map<String, Value>, at: Timestamp) -> Result<SyncEvent, Fault> {
+    scenario_reader::event(fields, at).map_err(impossible)
+}
+
+fn impossible(violations: Vec<Violation>) -> Fault {
+    let words: Vec<_> = violations.into_iter().map(|one| one.message).collect();
+    Fault::Impossible(words.join(", "))
 }
 
 /// A server that asks nobody for anything.

@@ -1,13 +1,15 @@
-//! The past of a fleet, as a store has kept it: its devices, what is set for them now, and their reports in the order in which
-//! the server received them. A replay takes it as its input. Nothing is written. Each read is short, so that the database can
+//! The past of a fleet, as a store has kept it: its devices, what is set for them now, the channels and routes of now, and the
+//! reports in the order in which the server received them. A replay takes it as its input. Nothing is written. Each read is short, so that the database can
 //! clean up behind it, and reports are kept in memory: 40 bytes each.
 
 use std::collections::HashMap;
 
 use pisync_core::{DeviceId, GroupName, JobName, SyncEvent, Timestamp, sync_event::MAX_COUNT};
 
-use super::{BacktestError, course::ticks};
-use crate::store::{DeviceSettings, FleetSettings, HistoryQuery, Store, StoreError, StoredEvent};
+use super::{BacktestError, course::ticks, receivers::ReplayedChannel};
+use crate::store::{
+    DeviceSettings, FleetSettings, HistoryQuery, Route, Store, StoreError, StoredEvent,
+};
 
 /// The number of events per page.
 const PAGE: u32 = 1_000;
@@ -15,15 +17,23 @@ const PAGE: u32 = 1_000;
 /// How many of a job's reports from before the beginning are kept: as many as a rule can look back at.
 const EARLIER_REPORTS: usize = pisync_core::health::state::OUTCOMES;
 
+/// What the channel is called that there is where none is stored. It gets whatever no route matches.
+const EVERYTHING: &str = "everything";
+
 /// The past of a fleet.
 #[derive(Debug)]
 pub struct History {
-    /// From when on it is replayed.
+    /// From when on it is replayed: as was asked, or from the first thing on that is stored. Before that, nobody knows who
+    /// reported, so that everybody would look silent.
     pub from: Timestamp,
     /// Until when, at most the moment at which it was read.
     pub until: Timestamp,
     /// What is set for the fleet, its groups and in windows, and when nobody could be heard.
     pub(super) settings: FleetSettings,
+    /// Who is told. It is never empty.
+    pub channels: Vec<ReplayedChannel>,
+    /// By which rules.
+    pub(super) routes: Vec<Route>,
     pub(super) devices: Vec<PastDevice>,
     /// In the order of time.
     reports: Vec<PastReport>,
@@ -75,10 +85,17 @@ impl History {
     ) -> Result<Self, StoreError> {
         let HistoryRange { group, from, until } = range;
         let settings = store.fleet_settings().await?;
+        let stored = store.channels().await?.channels;
+        let mut channels: Vec<_> = stored.into_iter().map(ReplayedChannel::from).collect();
+        if channels.is_empty() {
+            channels.push(ReplayedChannel::unstored(EVERYTHING));
+        }
         let mut history = Self {
             from,
             until,
             settings,
+            channels,
+            routes: store.routes().await?.routes,
             devices: Vec::new(),
             reports: Vec::new(),
             jobs: Vec::new(),
@@ -104,7 +121,17 @@ impl History {
             }
         }
         history.reports.sort_unstable_by_key(|report| (report.received, report.id));
+        if history.earlier_count() == 0 {
+            history.from = history.from.max(history.beginning());
+        }
         Ok(history)
+    }
+
+    /// When the first thing happened that is stored.
+    fn beginning(&self) -> Timestamp {
+        let registered = || self.devices.iter().map(|device| device.registered_at).min();
+        let first = self.reports.first().map(|report| report.received);
+        first.or_else(registered).unwrap_or(self.until)
     }
 
     /// Reads a device, unless it was first seen after the end, or has been deleted meanwhile.

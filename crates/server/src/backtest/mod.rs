@@ -8,9 +8,12 @@ mod history;
 mod receivers;
 mod replay;
 pub mod scenario;
+mod scenario_reader;
 
 pub use comparison::Comparison;
 pub use course::{BacktestError, run};
 pub use history::{History, HistoryRange};
-pub use replay::replay;
+pub use receivers::{ReplayedChannel, SentItem, SentMessage};
+pub use replay::{Replayed, replay};
 pub use scenario::{Expected, Scenario};
+pub use scenario_reader::ScenarioError;

@@ -1,5 +1,6 @@
 //! The replay of a fleet's past: what a store has kept happens once more, on another store, under what is set now. [`History`]
-//! is its input, and the incidents that come of it are its answer. The server's own sweeps run over it, see `course`.
+//! is its input, and the incidents and messages that come of it are its answer. The server's own sweeps run over it, see
+//! `course`.
 
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use pisync_core::{
 use super::{
     BacktestError, History,
     course::{Course, ticks},
+    receivers::{SentMessage, create_receivers},
 };
 use crate::store::{
     Actor, Batch, DeviceChange, FleetWindow, Incident, IncidentQuery, LevelChange, LevelSettings,
@@ -27,9 +29,17 @@ const WRITTEN_AT_ONCE: usize = 1_000;
 /// The most incidents that are read at a time.
 const INCIDENTS_AT_ONCE: u32 = 1_000;
 
-/// Replays a history on an empty store, and answers the incidents that came of it, in the order in which they opened.
-/// `policy` takes the place of the fleet's. Those of groups and devices stay as they are. Calls `watch` with the number of
-/// reports so far.
+/// What came of a history.
+#[derive(Debug)]
+pub struct Replayed {
+    /// The incidents, in the order in which they opened.
+    pub incidents: Vec<Incident>,
+    /// What people would have been told, in the order in which it would have been sent.
+    pub messages: Vec<SentMessage>,
+}
+
+/// Replays a history on an empty store, and answers what came of it. `policy` takes the place of the fleet's. Those of groups
+/// and devices stay as they are. Calls `watch` with the time that it has come to, and the number of reports so far.
 ///
 /// # Errors
 /// See [`BacktestError`].
@@ -37,9 +47,11 @@ pub async fn replay(
     history: &History,
     policy: Option<&Policy>,
     store: &Arc<dyn Store>,
-    mut watch: impl FnMut(u64),
-) -> Result<Vec<Incident>, BacktestError> {
+    mut watch: impl FnMut(Timestamp, u64),
+) -> Result<Replayed, BacktestError> {
     let mut course = Course::new(history.from, store)?;
+    create_receivers(&**store, &history.channels, &history.routes, history.from).await?;
+    course.read_routes().await?;
     let mut happenings = happenings(history, policy).into_iter().peekable();
     while let Some((at, happening)) = happenings.next_if(|(at, _)| *at < history.from) {
         happening.happen(at, &mut course).await?;
@@ -71,9 +83,10 @@ pub async fn replay(
             next = end;
         }
         course.tick(now).await?;
-        watch((next - history.earlier_count()) as u64);
+        watch(now, (next - history.earlier_count()) as u64);
     }
-    all_incidents(&**store).await
+    let incidents = all_incidents(&**store).await?;
+    Ok(Replayed { incidents, messages: course.messages })
 }
 
 /// Stores reports, each as of the time at which it was received.

@@ -1,53 +1,40 @@
-//! A scenario: what a fleet and its operators do in some hours, and what must come of it. It is written as JSON.
+//! A scenario: what a fleet and its operators do in some hours, and what must come of it. It is written as JSON, which
+//! `scenario_reader` reads. `course` follows it, and what came is compared here with what was expected.
 
 use std::collections::BTreeMap;
 
 use pisync_core::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 /// What happens, and what must come of it.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct Scenario {
     /// A short name.
     pub id: String,
     /// What it shows, as a sentence.
     pub title: String,
     /// Whose report it goes back to.
-    #[serde(default)]
     pub from: String,
     /// When simulated time begins.
     pub start: Instant,
     /// When it ends.
     pub end: Instant,
     /// Devices that are known from the start, by group. Nothing is expected of them until they are heard.
-    #[serde(default)]
     pub groups: BTreeMap<String, Vec<String>>,
     /// Requests before the start.
-    #[serde(default)]
     pub setup: Vec<Request>,
     /// Webhooks, by name.
-    #[serde(default)]
     pub channels: Vec<String>,
     /// What happens. Steps at the same instant run in this order.
     pub steps: Vec<Step>,
     /// What must come of it.
-    #[serde(default)]
     pub expect: Expected,
 }
 
 /// An instant, written as an ISO 8601 time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Instant(pub Timestamp);
-
-impl<'de> Deserialize<'de> for Instant {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let timestamp = Timestamp::from_iso8601(&text);
-        timestamp.map(Self).map_err(|error| serde::de::Error::custom(format!("{text} {error}")))
-    }
-}
 
 impl Serialize for Instant {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -56,60 +43,55 @@ impl Serialize for Instant {
 }
 
 /// A request to the API.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct Request {
     /// Its method.
     pub method: String,
     /// Its path.
     pub path: String,
     /// Its body, as JSON.
-    #[serde(default)]
     pub body: Option<Value>,
 }
 
 /// Something that happens.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct Step {
     /// When.
     pub at: Instant,
-    /// Devices report.
-    #[serde(default)]
-    pub report: Option<Report>,
-    /// One of them reports events of earlier times.
-    #[serde(default)]
-    pub batch: Option<Vec<Map<String, Value>>>,
-    /// A device starts a run.
-    #[serde(default)]
-    pub start: Option<Value>,
-    /// Somebody changes something.
-    #[serde(default)]
-    pub request: Option<Request>,
-    /// The server stops, or starts.
-    #[serde(default)]
-    pub server: Option<ServerStep>,
-    /// The database goes away, or is back.
-    #[serde(default)]
-    pub database: Option<DatabaseStep>,
+    /// What.
+    pub action: Action,
     /// The same again.
-    #[serde(default)]
     pub repeat: Option<Repeat>,
 }
 
+/// What happens in a step.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Devices report.
+    Report(Report),
+    /// Devices report events of earlier times.
+    Batch(Vec<Map<String, Value>>),
+    /// A device starts a run. The fields are those that it sends.
+    Start(Map<String, Value>),
+    /// Somebody changes something.
+    Request(Request),
+    /// The server stops, or starts.
+    Server(ServerStep),
+    /// The database goes away, or is back.
+    Database(DatabaseStep),
+}
+
 /// Reports of several devices at once.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone)]
 pub struct Report {
     /// The devices.
     pub device_ids: Vec<String>,
     /// The fields of the event, but for the device. Without a date it has that of the step.
-    #[serde(flatten)]
     pub event: Map<String, Value>,
 }
 
 /// What becomes of the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServerStep {
     /// It stops.
     Stop,
@@ -118,8 +100,7 @@ pub enum ServerStep {
 }
 
 /// What becomes of the database.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatabaseStep {
     /// It cannot be reached.
     Away,
@@ -128,8 +109,7 @@ pub enum DatabaseStep {
 }
 
 /// How often a step is repeated.
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy)]
 pub struct Repeat {
     /// The time between, in seconds.
     pub every_seconds: u32,
@@ -138,23 +118,19 @@ pub struct Repeat {
 }
 
 /// What must come of a scenario, or what came of it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Expected {
     /// Devices that change their state.
-    #[serde(default)]
     pub states: Vec<StateEntry>,
     /// What becomes of incidents.
-    #[serde(default)]
     pub incidents: Vec<IncidentEntry>,
     /// What people are told.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub messages: Vec<MessageEntry>,
 }
 
 /// A message that people get.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MessageEntry {
     /// When it is sent.
     pub at: Instant,
@@ -165,8 +141,7 @@ pub struct MessageEntry {
 }
 
 /// What a message tells of an incident.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct MessageItem {
     /// What has happened: opened, reopened, reminder, flapping, resolved.
     pub event: String,
@@ -197,24 +172,22 @@ impl MessageEntry {
 }
 
 /// Devices that change their state.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StateEntry {
     /// When.
     pub at: Instant,
     /// The device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub device_id: Option<String>,
     /// Several of them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub device_ids: Vec<String>,
     /// The state that they are in from then on.
     pub state: String,
 }
 
 /// What becomes of an incident.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct IncidentEntry {
     /// When.
     pub at: Instant,
@@ -227,13 +200,13 @@ pub struct IncidentEntry {
     /// The problem.
     pub kind: String,
     /// Since when there is the problem.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<Instant>,
     /// Why it ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<String>,
     /// How many devices have the problem.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub members: Option<i64>,
 }
 

@@ -1,5 +1,6 @@
-//! `pisync fleet backtest`: which incidents would have come of the stored reports, under the present policy and another one,
-//! and what comes of scripted fleets. Each backtest runs on a temporary database. That of the fleet is only read.
+//! `pisync fleet backtest`: which incidents and messages would have come of the stored reports, under the present policy and
+//! another one, and what comes of scripted fleets. Each backtest runs on a temporary database. That of the fleet is only
+//! read, and nobody is told anything.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +17,7 @@ use super::{
     database,
     exit::Failure,
     export::date,
-    incident::{devices, moment, subject},
+    incident::{devices, moment, subject, subject_of},
     key::group_name,
     output::JsonArgs,
     policy::read_policy,
@@ -24,28 +25,40 @@ use super::{
     table,
 };
 use crate::{
-    backtest::{self, BacktestError, Comparison, Expected, History, HistoryRange, Scenario},
+    backtest::{
+        self, BacktestError, Comparison, Expected, History, HistoryRange, Replayed,
+        ReplayedChannel, Scenario, SentItem, SentMessage,
+    },
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     incident_format::IncidentData,
     maintenance::present,
-    store::{self, Incident, Store, Target, migrations::Migrator},
+    store::{self, Incident, MessageKind, Store, Target, migrations::Migrator},
     temporary::TemporaryFile,
 };
 
 /// How much of the past is replayed, unless it is said, in milliseconds: 30 days.
 const REPLAYED: i64 = 30 * 24 * 60 * 60 * 1000;
 
+const HOUR: u64 = 60 * 60 * 1000;
+
+/// How many messages are listed for people. `--json` has all of them.
+const LISTED_MESSAGES: usize = 50;
+
+/// How much of a message is listed for people.
+const LISTED_ITEMS: usize = 3;
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Stored reports are replayed in simulated time, under the settings of now: which
-incidents would have come? With --policy, another policy takes the place of the
-fleet's, and what differs is shown. Those of groups and devices stay as they are.
-The database is only read, also beside a running server; nobody is told anything.
+incidents would have come, and which messages by which channel? With --policy,
+another policy takes the place of the fleet's, and what differs is shown. Those of
+groups and devices stay as they are. The database is only read, also beside a
+running server. Nothing is sent, and no secret of a channel is needed.
 
 A scenario is a JSON file: when devices report, what operators change, and which
-states and incidents must come of it. docs/fleet.md describes it. No database is
-opened for it.
+states, incidents and messages must come of it. docs/fleet.md describes it. No
+database is opened for it.
 
 Examples:
   pisync fleet backtest                     the last 30 days
@@ -57,7 +70,7 @@ Examples:
 Exit status: 0, 1 when a scenario does not end as expected or something failed,
 2 on wrong usage.")]
 pub(super) struct BacktestArgs {
-    /// From when on [default: 30 days before the end]; a bare date is its midnight in UTC
+    /// From when on, or from the first stored report on [default: 30 days before the end]; a bare date is its midnight in UTC
     #[arg(long, value_name = "DATE", value_parser = date)]
     from: Option<Timestamp>,
     /// Until when [default: now]
@@ -93,10 +106,10 @@ pub(super) async fn run(
     let store = database::open_current(&target, migrations).await?;
     let clock = Clock::system();
     let now = present(&*store, &clock).await?;
-    let until = arguments.until.unwrap_or(now);
+    let until = arguments.until.unwrap_or(now).min(now);
     let from = arguments.from.unwrap_or(until.saturating_add_milliseconds(-REPLAYED));
-    if until > now {
-        return Err(Failure::usage("--until must not be in the future"));
+    if arguments.until.is_some_and(|asked| asked > now) {
+        say!(json, "--until is in the future: the replay ends now");
     }
     if from >= until {
         return Err(Failure::usage("--from must be before --until"));
@@ -107,18 +120,30 @@ pub(super) async fn run(
     if let Some(name) = arguments.group.as_ref().filter(|_| history.device_count() == 0) {
         return Err(format!("there were no devices in the group {name}").into());
     }
+    if history.from > from {
+        say!(
+            json,
+            "nothing is stored from before {}: the replay begins there",
+            moment(history.from)
+        );
+    }
     let now_set = replay(&history, None, "what is set now").await?;
     let given = match (&policy, &arguments.policy) {
         (Some(policy), Some(file)) => {
-            Some(replay(&history, Some(policy), &file.display().to_string()).await?)
+            let file = file.display().to_string();
+            Some((replay(&history, Some(policy), &file).await?, file))
         }
         _ => None,
     };
+    let given = given.as_ref();
     if !json.is_asked_for() {
-        let lines = in_words(&history, &now_set, given.as_deref(), arguments.policy.as_ref());
+        let lines = match given {
+            Some((given, file)) => compared(&history, &now_set, given, file),
+            None => in_words(&history, &now_set),
+        };
         lines.iter().for_each(|line| println!("{line}"));
     }
-    json.document(|| document(&target, &history, &now_set, given.as_deref()));
+    json.document(|| document(&target, &history, &now_set, given.map(|(given, _)| given)));
     Ok(())
 }
 
@@ -134,15 +159,23 @@ async fn replay(
     history: &History,
     policy: Option<&Policy>,
     name: &str,
-) -> Result<Vec<Incident>, Failure> {
-    let total = history.report_count() as u64;
-    let mut progress = Progress::new(Some(total)).counting(format!("reports under {name}"));
-    let incidents = on_temporary_store(history.from, async |store| {
-        backtest::replay(history, policy, store, |done| progress.update(done, done)).await
+) -> Result<Replayed, Failure> {
+    // Time passes also when nobody reports.
+    let passed = passed_since(history.from);
+    let mut progress =
+        Progress::new(Some(passed(history.until))).counting(format!("reports under {name}"));
+    let replayed = on_temporary_store(history.from, async |store| {
+        backtest::replay(history, policy, store, |now, done| progress.update(passed(now), done))
+            .await
     })
     .await;
     progress.finish();
-    incidents
+    replayed
+}
+
+/// Milliseconds of simulated time.
+fn passed_since(from: Timestamp) -> impl Fn(Timestamp) -> u64 {
+    move |now| (now.as_millisecond() - from.as_millisecond()).max(0).unsigned_abs()
 }
 
 /// How many incidents there are of each scope and kind.
@@ -167,38 +200,125 @@ fn counted(incidents: &[Incident]) -> String {
     }
 }
 
-fn in_words(
-    history: &History,
-    now_set: &[Incident],
-    given: Option<&[Incident]>,
-    file: Option<&PathBuf>,
-) -> Vec<String> {
-    let mut lines = vec![format!(
+/// How many messages a channel would have got.
+fn sent_by(messages: &[SentMessage], channel: &str) -> usize {
+    messages.iter().filter(|message| message.channel == channel).count()
+}
+
+/// A number of messages in words.
+fn messages_of(count: usize) -> String {
+    match count {
+        0 => "no messages".to_owned(),
+        1 => "1 message".to_owned(),
+        _ => format!("{count} messages"),
+    }
+}
+
+fn heading(history: &History) -> String {
+    format!(
         "{} to {}: {} devices, {} reports",
         moment(history.from),
         moment(history.until),
         history.device_count(),
         history.report_count()
-    )];
-    let all = |incidents: &[Incident]| table_of(&incidents.iter().collect::<Vec<_>>(), history);
-    let (Some(given), Some(file)) = (given, file) else {
-        lines.push(format!("under what is set now, {}", counted(now_set)));
-        lines.extend(all(now_set));
-        return lines;
-    };
-    let file = file.display();
-    let Comparison { only_first, only_second, both } = Comparison::new(now_set, given);
-    lines.push(format!("under what is set now, {}", counted(now_set)));
-    lines.push(format!("under {file}, {}", counted(given)));
-    lines.extend(all(given));
-    for (name, incidents) in
-        [("what is set now".to_owned(), only_first), (file.to_string(), only_second)]
-    {
+    )
+}
+
+/// What came under what is set now.
+fn in_words(history: &History, now_set: &Replayed) -> Vec<String> {
+    let Replayed { incidents, messages } = now_set;
+    let mut lines = vec![heading(history)];
+    lines.push(format!("under what is set now, {}", counted(incidents)));
+    lines.extend(table_of(&incidents.iter().collect::<Vec<_>>(), history));
+    lines.push(String::new());
+    lines.push(format!("under what is set now, {}", messages_of(messages.len())));
+    let mut rows = vec![["CHANNEL", "KIND", "MESSAGES"].map(str::to_owned)];
+    rows.extend(history.channels.iter().map(|channel| {
+        let sent = sent_by(messages, &channel.name).to_string();
+        [channel.name.clone(), kind_of(channel), sent]
+    }));
+    lines.extend(table::lines(&rows));
+    lines.extend(message_table(messages));
+    lines
+}
+
+/// What came under what is set now and under another policy, and what differs.
+fn compared(history: &History, now_set: &Replayed, given: &Replayed, file: &str) -> Vec<String> {
+    let mut lines = vec![heading(history)];
+    let Comparison { only_first, only_second, both } =
+        Comparison::new(&now_set.incidents, &given.incidents);
+    lines.push(format!("under what is set now, {}", counted(&now_set.incidents)));
+    lines.push(format!("under {file}, {}", counted(&given.incidents)));
+    lines.extend(table_of(&given.incidents.iter().collect::<Vec<_>>(), history));
+    for (name, incidents) in [("what is set now", only_first), (file, only_second)] {
         lines.push(String::new());
         lines.push(format!("only under {name}: {} ({both} under both)", incidents.len()));
         lines.extend(table_of(&incidents, history));
     }
+    lines.push(String::new());
+    lines.push(format!(
+        "under {file}, {} instead of {}",
+        messages_of(given.messages.len()),
+        now_set.messages.len()
+    ));
+    let mut rows = vec![["CHANNEL", "KIND", "MESSAGES", "INSTEAD OF"].map(str::to_owned)];
+    rows.extend(history.channels.iter().map(|channel| {
+        let sent = |replayed: &Replayed| sent_by(&replayed.messages, &channel.name).to_string();
+        [channel.name.clone(), kind_of(channel), sent(given), sent(now_set)]
+    }));
+    lines.extend(table::lines(&rows));
+    lines.extend(message_table(&given.messages));
     lines
+}
+
+/// The kind of a channel, and whether anything is sent by it.
+fn kind_of(channel: &ReplayedChannel) -> String {
+    match channel {
+        ReplayedChannel { id: None, .. } => "no channel yet".to_owned(),
+        ReplayedChannel { is_enabled: false, kind, .. } => format!("{kind}, disabled"),
+        ReplayedChannel { kind, .. } => kind.clone(),
+    }
+}
+
+/// The first messages.
+fn message_table(messages: &[SentMessage]) -> Vec<String> {
+    if messages.is_empty() {
+        return Vec::new();
+    }
+    let mut rows = vec![["SENT", "CHANNEL", "WHAT"].map(str::to_owned)];
+    rows.extend(
+        messages
+            .iter()
+            .take(LISTED_MESSAGES)
+            .map(|message| [moment(message.at), message.channel.clone(), told(message)]),
+    );
+    let mut lines = vec![String::new()];
+    lines.extend(table::lines(&rows));
+    if messages.len() > LISTED_MESSAGES {
+        let more = messages.len() - LISTED_MESSAGES;
+        lines.push(format!("and {more} more, which --json lists"));
+    }
+    lines
+}
+
+/// What a message tells.
+fn told(message: &SentMessage) -> String {
+    if message.kind == MessageKind::Digest {
+        return "digest".to_owned();
+    }
+    let mut items: Vec<_> = message
+        .items
+        .iter()
+        .take(LISTED_ITEMS)
+        .map(|item| {
+            let about = subject_of(&item.scope, &item.subject);
+            format!("{about} {} {}", item.kind, item.event.as_str())
+        })
+        .collect();
+    if message.items.len() > LISTED_ITEMS {
+        items.push(format!("and {} more", message.items.len() - LISTED_ITEMS));
+    }
+    items.join(", ")
 }
 
 fn table_of(incidents: &[&Incident], history: &History) -> Vec<String> {
@@ -235,8 +355,8 @@ fn is_older(incident: &Incident, history: &History) -> bool {
 fn document(
     target: &Target,
     history: &History,
-    now_set: &[Incident],
-    given: Option<&[Incident]>,
+    now_set: &Replayed,
+    given: Option<&Replayed>,
 ) -> Value {
     let listed = |incidents: &[&Incident]| -> Vec<Value> {
         incidents
@@ -249,13 +369,43 @@ fn document(
             })
             .collect()
     };
-    let of = |incidents: &[Incident]| {
+    let of = |Replayed { incidents, messages }: &Replayed| {
         let all: Vec<_> = incidents.iter().collect();
-        json!({ "counts": counts(incidents), "incidents": listed(&all) })
+        let channels = history.channels.iter().map(|channel| {
+            json!({
+                "id": channel.id,
+                "name": channel.name,
+                "kind": channel.kind,
+                "enabled": channel.is_enabled,
+                "messages": sent_by(messages, &channel.name),
+            })
+        });
+        json!({
+            "counts": counts(incidents),
+            "incidents": listed(&all),
+            "channels": channels.collect::<Vec<_>>(),
+            "messages": messages.iter().map(message_document).collect::<Vec<_>>(),
+        })
     };
     let difference = given.map(|given| {
-        let Comparison { only_first, only_second, both } = Comparison::new(now_set, given);
-        json!({ "only_present": listed(&only_first), "only_given": listed(&only_second), "both": both })
+        let Comparison { only_first, only_second, both } =
+            Comparison::new(&now_set.incidents, &given.incidents);
+        let sent = |present: usize, given: usize| json!({ "present": present, "given": given });
+        let channels = history.channels.iter().map(|channel| {
+            let of = |replayed: &Replayed| sent_by(&replayed.messages, &channel.name);
+            let mut sent = sent(of(now_set), of(given));
+            sent["id"] = json!(channel.id);
+            sent["name"] = json!(channel.name);
+            sent
+        });
+        let mut messages = sent(now_set.messages.len(), given.messages.len());
+        messages["channels"] = channels.collect();
+        json!({
+            "only_present": listed(&only_first),
+            "only_given": listed(&only_second),
+            "both": both,
+            "messages": messages,
+        })
     });
     json!({
         "database": target.to_string(),
@@ -269,8 +419,25 @@ fn document(
     })
 }
 
+fn message_document(message: &SentMessage) -> Value {
+    let SentMessage { at, channel, kind, group, items } = message;
+    let items = items.iter().map(|item| {
+        let SentItem { incident, event, scope, subject, kind } = item;
+        json!({
+            "incident": incident, "event": event.as_str(), "scope": scope, "subject": subject, "kind": kind,
+        })
+    });
+    json!({
+        "at": at,
+        "channel": channel,
+        "kind": kind.as_str(),
+        "group": group,
+        "items": items.collect::<Vec<_>>(),
+    })
+}
+
 async fn run_scenarios(files: &[PathBuf], print: bool, json: JsonArgs) -> Result<(), Failure> {
-    let scenarios = files.iter().map(read_scenario).collect::<Result<Vec<_>, _>>()?;
+    let scenarios = read_scenarios(files)?;
     let mut documents = Vec::new();
     let mut wrong = 0;
     for (file, scenario) in files.iter().zip(&scenarios) {
@@ -301,16 +468,34 @@ async fn run_scenarios(files: &[PathBuf], print: bool, json: JsonArgs) -> Result
     Ok(())
 }
 
-fn read_scenario(file: &PathBuf) -> Result<Scenario, Failure> {
-    let text = fs::read(file)
-        .map_err(|error| Failure::from(format!("cannot read {}: {error}", file.display())))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| Failure::usage(format!("{} is no scenario: {error}", file.display())))
+/// Reads all scenarios, or tells what is wrong in any of them.
+fn read_scenarios(files: &[PathBuf]) -> Result<Vec<Scenario>, Failure> {
+    let (mut scenarios, mut wrong) = (Vec::new(), Vec::new());
+    for file in files {
+        let text = fs::read(file)
+            .map_err(|error| Failure::from(format!("cannot read {}: {error}", file.display())))?;
+        match Scenario::read(&text) {
+            Ok(scenario) => scenarios.push(scenario),
+            Err(error) => wrong.push(format!("{} is no scenario:\n  {error}", file.display())),
+        }
+    }
+    if wrong.is_empty() { Ok(scenarios) } else { Err(Failure::usage(wrong.join("\n"))) }
 }
 
 /// Runs a scenario on a database that is removed afterwards.
 async fn run_scenario(scenario: &Scenario) -> Result<Expected, Failure> {
-    on_temporary_store(scenario.start.0, async |store| backtest::run(scenario, store).await).await
+    let start = scenario.start.0;
+    let passed = passed_since(start);
+    let total = passed(scenario.end.0);
+    let unit = format!("hours of {}", scenario.id);
+    let mut progress = Progress::new(Some(total)).counting(unit);
+    let came = on_temporary_store(start, async |store| {
+        let watch = |now| progress.update(passed(now), passed(now) / HOUR);
+        backtest::run(scenario, store, watch).await
+    })
+    .await;
+    progress.finish();
+    came
 }
 
 /// Does something on an empty store that is removed afterwards.

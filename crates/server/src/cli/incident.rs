@@ -288,13 +288,18 @@ pub(super) fn moment(time: Timestamp) -> String {
 
 /// What an incident is about.
 pub(super) fn subject(incident: &Incident) -> String {
-    if incident.scope == IncidentScope::Fleet.as_str() {
+    subject_of(&incident.scope, &incident.subject)
+}
+
+/// What an incident with this scope and subject is about.
+pub(super) fn subject_of(scope: &str, subject: &str) -> String {
+    if scope == IncidentScope::Fleet.as_str() {
         return "the fleet".to_owned();
     }
-    if incident.scope == IncidentScope::Group.as_str() && incident.subject.is_empty() {
+    if scope == IncidentScope::Group.as_str() && subject.is_empty() {
         return "devices in no group".to_owned();
     }
-    format!("{} {}", incident.scope, incident.subject)
+    format!("{scope} {subject}")
 }
 
 fn headline(incident: &Incident) -> String {

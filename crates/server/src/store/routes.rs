@@ -2,9 +2,12 @@
 //! them from the store, where each is a JSON object.
 
 use jiff::civil::{Time, Weekday};
-use pisync_core::health::{
-    IncidentScope, ProblemKind, Severity, WEEKDAYS, time_zone,
-    window::{time_of_day, weekday},
+use pisync_core::{
+    Timestamp,
+    health::{
+        IncidentScope, ProblemKind, Severity, WEEKDAYS, time_zone,
+        window::{time_of_day, weekday},
+    },
 };
 use serde_json::{Value, json};
 
@@ -122,6 +125,25 @@ impl Route {
 }
 
 impl RouteDigest {
+    /// Its next time after `after`. A time that a clock change skips counts an hour later.
+    #[must_use]
+    pub fn next_after(&self, after: Timestamp) -> Option<Timestamp> {
+        let zone = time_zone(&self.timezone)?;
+        let mut day = after.to_jiff().to_zoned(zone.clone()).date();
+        // Some day of a week is one of its days, and today's may be over.
+        for _ in 0..8 {
+            if self.days.is_empty() || self.days.contains(&day.weekday()) {
+                let local = zone.to_ambiguous_zoned(day.to_datetime(self.at));
+                let at = Timestamp::truncate(local.compatible().ok()?.timestamp());
+                if at > after {
+                    return Some(at);
+                }
+            }
+            day = day.tomorrow().ok()?;
+        }
+        None
+    }
+
     fn to_json(&self) -> Value {
         let days = WEEKDAYS.iter().filter(|(_, day)| self.days.contains(day));
         let days: Vec<_> = days.map(|(name, _)| *name).collect();
@@ -189,6 +211,26 @@ mod tests {
             let mut odd = fields.clone();
             odd[field] = json!("odd");
             assert_eq!(Route::from_json(&odd), None, "{field}");
+        }
+    }
+
+    #[test]
+    fn the_next_digest_is_at_its_local_time_of_one_of_its_days() {
+        let of = |days: &[Weekday]| RouteDigest {
+            at: time_of_day("02:30").unwrap(),
+            days: days.to_vec(),
+            timezone: "Europe/Berlin".to_owned(),
+        };
+        let at = |text: &str| Timestamp::parse_iso8601(text).unwrap();
+        // Berlin skips 02:00 to 03:00 on Sunday, 29 March 2026.
+        for (days, after, next) in [
+            (&[][..], "2026-03-28T01:29:59Z", "2026-03-28T01:30:00Z"),
+            (&[], "2026-03-28T01:30:00Z", "2026-03-29T01:30:00Z"),
+            (&[], "2026-03-29T01:30:00Z", "2026-03-30T00:30:00Z"),
+            (&[Weekday::Monday], "2026-03-23T01:30:00Z", "2026-03-30T00:30:00Z"),
+            (&[Weekday::Monday, Weekday::Friday], "2026-03-24T00:00:00Z", "2026-03-27T01:30:00Z"),
+        ] {
+            assert_eq!(of(days).next_after(at(after)), Some(at(next)), "{days:?} {after}");
         }
     }
 

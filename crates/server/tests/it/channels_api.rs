@@ -568,7 +568,7 @@ async fn wrong_routes(server: &WithKey) {
         (
             json!({"channels": [id], "digest": {"at": "7", "days": ["Monday"], "timezone": "CET"}}),
             vec![
-                "\"routes[0].digest.at\" must be a time of day such as 07:00",
+                "\"routes[0].digest.at\" must be a time of day such as 07:00, from 00:00 to 23:59",
                 "\"routes[0].digest.days[0]\" must be one of [mon, tue, wed, thu, fri, sat, sun]",
                 "\"routes[0].digest.timezone\" must be an IANA time zone",
             ],

@@ -32,7 +32,16 @@ async fn a_roster_is_imported(installed: &Installed) {
     fs::write(&roster, "device_id,group\npi-3,\npi-1,x\npi-1,y\n").unwrap();
     let wrong = program.run(&["device", "import", "roster.csv"]);
     assert_eq!(wrong.code(), 1);
-    assert!(wrong.stderr.contains("\"[2].device_id\" must not be listed twice"), "{wrong:?}");
+    assert!(
+        wrong.stderr.contains("\"[2].device_id\" must not be listed twice (line 4)"),
+        "{wrong:?}"
+    );
+    fs::write(&roster, "device_id,name\npi-3,\"Hall\npi-4,Attic\n").unwrap();
+    let wrong = program.run(&["device", "import", "roster.csv"]);
+    assert_eq!(wrong.code(), 1);
+    let expected =
+        "roster.csv was not imported:\n  \"[0]\" has a quotation mark that is not closed (line 2)";
+    assert!(wrong.stderr.contains(expected) && !wrong.stderr.contains("JSON"), "{wrong:?}");
     let listed = documented("device list", &program.run(&["device", "list", "--json"]));
     assert_eq!(column(&listed["devices"], "device_id"), ["pi-1", "pi-2"]);
     assert_eq!(listed["devices"][0]["tags"], json!(["a", "b"]));

@@ -276,8 +276,17 @@ async fn a_wrong_row_stores_nothing(server: &TestServer) {
     assert_eq!(answer.wrong_fields(), expected);
     let csv = "device_id,group\npi-1,a\npi-1,b\n,c\n";
     let complaints = put_roster(server, "text/csv", csv).await.complaints();
-    let expected = ["\"[1].device_id\" must not be listed twice", "\"[2].device_id\" is required"];
+    let expected = [
+        "\"[1].device_id\" must not be listed twice (line 3)",
+        "\"[2].device_id\" is required (line 4)",
+    ];
     assert_eq!(complaints, expected);
+    let unclosed =
+        put_roster(server, "text/csv", "device_id,name\npi-1,\"Library\npi-2,Hall\n").await;
+    let rule = "\"[0]\" has a quotation mark that is not closed (line 2)";
+    assert_eq!(unclosed.complaints(), [rule]);
+    let empty = put_roster(server, "text/csv", "").await;
+    assert_eq!(empty.complaints(), ["\"value\" must be CSV in UTF-8: there is nothing in it"]);
     let many: Vec<_> = (0..300).map(|_| json!({})).collect();
     assert_eq!(server.put("/api/devices", &json!(many)).await.wrong_fields().len(), 100);
     assert!(
@@ -361,6 +370,12 @@ fn nights() -> Value {
 }
 
 async fn windows_are_kept(server: &TestServer) {
+    // Midnight is the end of a day.
+    let late =
+        with(nights(), &json!({"weekly": {"days": ["mon"], "start": "16:00", "end": "24:00"}}));
+    let made = server.post("/api/windows", &late).await.data(201);
+    assert_eq!(made["weekly"], json!({"days": ["mon"], "start": "16:00", "end": "00:00"}));
+    server.delete(&format!("/api/window/{}", made["id"])).await.data(200);
     let answer = server.post("/api/windows", &nights()).await;
     assert_eq!(answer.json(201)["message"], "Window created successfully");
     let made = answer.data(201);
@@ -456,10 +471,11 @@ async fn wrong_windows(server: &TestServer) {
             vec!["\"key\" length must be less than or equal to 50 characters long"],
         ),
         (
-            json!({"scope": "school", "effect": "shut", "timezone": "CET", "name": "", "colour": 1, "until": "soon"}),
+            json!({"scope": "school", "key": "x".repeat(256), "effect": "shut", "timezone": "CET", "name": "", "colour": 1, "until": "soon"}),
             vec![
                 "\"name\" is not allowed to be empty",
                 "\"scope\" must be one of [fleet, group, device, tag]",
+                "\"key\" length must be less than or equal to 255 characters long",
                 "\"effect\" must be one of [closed, quiet]",
                 "\"timezone\" must be an IANA time zone",
                 "\"until\" must be in ISO 8601 date format",
@@ -470,9 +486,20 @@ async fn wrong_windows(server: &TestServer) {
             json!({"weekly": {"days": [], "start": "7:00", "end": 7, "at": 1}}),
             vec![
                 "\"weekly.days\" must contain at least 1 items",
-                "\"weekly.start\" must be a time of day such as 16:00",
+                "\"weekly.start\" must be a time of day such as 16:00, from 00:00 to 23:59",
                 "\"weekly.end\" must be a string",
                 "\"weekly.at\" is not allowed",
+            ],
+        ),
+        (
+            json!({"scope": 7, "key": 7}),
+            vec!["\"scope\" must be a string", "\"key\" must be a string"],
+        ),
+        (
+            json!({"weekly": with(weekly.clone(), &json!({"start": "24:00", "end": "24:01"}))}),
+            vec![
+                "\"weekly.start\" must be a time of day such as 16:00, from 00:00 to 23:59",
+                "\"weekly.end\" must be a time of day such as 07:00, from 00:00 to 24:00",
             ],
         ),
         (

@@ -23,12 +23,12 @@ pub(crate) fn scenarios() -> Vec<PathBuf> {
 async fn run(share: usize, is_postgres: bool) {
     let mut differences = Vec::new();
     for file in scenarios().into_iter().skip(share).step_by(SHARES) {
-        let scenario: Scenario = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        let scenario = Scenario::read(&fs::read(&file).unwrap()).unwrap();
         let database =
             if is_postgres { TestDatabase::postgres().await } else { TestDatabase::sqlite() };
         database.migrate().await;
         let store: Arc<_> = pisync::store::open(&database.target).await.unwrap();
-        match backtest::run(&scenario, &store).await {
+        match backtest::run(&scenario, &store, |_| {}).await {
             Ok(came) => differences.extend(
                 scenario
                     .expect

@@ -105,7 +105,7 @@ impl From<RosterOutcome> for RosterData {
 /// `[17].group`, where rows are counted from 0.
 ///
 /// CSV begins with a line of names: `device_id`, and any of `name`, `group`, `tags` and `note`. Tags are separated by
-/// semicolons. An empty cell leaves the field as it is.
+/// semicolons. An empty cell leaves the field as it is. `details` also names the line, as editors count them.
 #[utoipa::path(
     put,
     path = "/api/devices",

@@ -15,6 +15,7 @@ use crate::{
         devices::change::described,
         wire::{error::ApiError, fields::Fields},
     },
+    csv_row::{Reading, Row},
     store::{MOST_ROSTER_ROWS, RosterRow},
 };
 
@@ -88,6 +89,31 @@ pub(crate) fn read_roster(
     }
 }
 
+/// Where a row stands.
+struct Place {
+    /// Its number from 0, as an index.
+    name: String,
+    /// Of CSV, its line, as editors count them.
+    line: Option<usize>,
+}
+
+impl Place {
+    /// A violation of this row.
+    fn of(&self, violation: Violation) -> Violation {
+        let violation = violation.within(&self.name);
+        match self.line {
+            Some(line) => in_line(violation, line),
+            None => violation,
+        }
+    }
+}
+
+/// A violation that says in which line it is.
+fn in_line(mut violation: Violation, line: usize) -> Violation {
+    violation.message += &format!(" (line {line})");
+    violation
+}
+
 /// The rows that were read.
 #[derive(Default)]
 struct Rows {
@@ -99,25 +125,25 @@ struct Rows {
 }
 
 impl Rows {
-    /// Counts a row, and answers its name.
-    fn next(&mut self) -> Result<String, RosterError> {
+    /// Counts a row, and answers its place.
+    fn next(&mut self, line: Option<usize>) -> Result<Place, RosterError> {
         if self.count >= MOST_ROSTER_ROWS {
             return Err(RosterError::TooManyRows);
         }
         self.count += 1;
-        Ok(format!("[{}]", self.count - 1))
+        Ok(Place { name: format!("[{}]", self.count - 1), line })
     }
 
-    fn refuse(&mut self, row: &str, violations: Vec<Violation>) {
+    fn refuse(&mut self, row: &Place, violations: Vec<Violation>) {
         // Of more, nobody is told.
         if self.violations.len() < MOST_DETAILS {
             let violations = violations.into_iter();
-            self.violations.extend(violations.map(|violation| violation.within(row)));
+            self.violations.extend(violations.map(|violation| row.of(violation)));
         }
     }
 
     /// Reads one device.
-    fn take(&mut self, row: &str, object: Map<String, Value>) {
+    fn take(&mut self, row: &Place, object: Map<String, Value>) {
         let mut fields = Fields::new(object);
         let device_id = fields.required("device_id", DeviceId::new);
         let change = described(&mut fields);
@@ -138,7 +164,7 @@ impl Rows {
     }
 
     fn take_json(&mut self, piece: Piece<'_>, format: Format) -> Result<(), RosterError> {
-        let row = self.next()?;
+        let row = self.next(None)?;
         let text = match piece {
             Piece::Event(text) => text,
             Piece::TooLong(_) => {
@@ -161,7 +187,9 @@ impl Rows {
                 let code = ViolationCode::MalformedJson;
                 self.refuse(&row, vec![Violation::worded("", code, message, None)]);
             }
-            Err(how) => return Err(RosterError::Malformed(format!("row {row}: {how}"))),
+            Err(how) => {
+                return Err(RosterError::Malformed(format!("row {}: {how}", row.name)));
+            }
         }
         Ok(())
     }
@@ -173,56 +201,122 @@ fn read_json(body: &[u8], format: Format, rows: &mut Rows) -> Result<(), RosterE
     splitter.finish(&mut |piece| rows.take_json(piece, format))
 }
 
+/// Reads line by line: no field of a device may have several, so that a quotation mark is closed in its line or not at all.
 fn read_csv(body: &[u8], rows: &mut Rows) -> Result<(), RosterError> {
-    let text = json_text(body).map_err(RosterError::Malformed)?;
-    let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
-    let malformed = |error: &csv::Error| RosterError::Malformed(error.to_string());
-    let columns = reader.headers().map_err(|error| malformed(&error))?.clone();
-    let names: Vec<_> = columns.iter().map(str::trim).collect();
-    check_columns(&names)?;
-    for record in reader.records() {
-        let record = record.map_err(|error| malformed(&error))?;
+    let mut names: Option<Vec<String>> = None;
+    let mut row = Row::default();
+    for (number, line) in lines(csv_text(body)?).enumerate().map(|(index, line)| (index + 1, line))
+    {
+        let read = read_line(&mut row, line);
+        let cells = || row.cells().map(String::from_utf8_lossy);
+        let Some(names) = &names else {
+            if cells().all(|cell| cell.is_empty()) && read.is_ok() {
+                continue;
+            }
+            read.map_err(|rule| wrong_csv(rule, Some(number)))?;
+            let found: Vec<_> = cells().map(|name| name.trim().to_owned()).collect();
+            check_columns(&found)?;
+            names = Some(found);
+            continue;
+        };
         // A line of commas, as spreadsheets leave behind, is no device.
-        if record.iter().all(str::is_empty) {
+        if read.is_ok() && cells().all(|cell| cell.is_empty()) {
             continue;
         }
-        let row = rows.next()?;
-        if record.len() != names.len() {
-            let rule = format!("must have {} cells, and has {}", names.len(), record.len());
-            rows.refuse(&row, vec![Violation::of_whole(ViolationCode::Format, &rule, None)]);
+        let place = rows.next(Some(number))?;
+        let rule = match read {
+            Err(rule) => Some(rule.to_owned()),
+            Ok(()) if row.cells.len() != names.len() => {
+                Some(format!("must have {} cells, and has {}", names.len(), row.cells.len()))
+            }
+            Ok(()) => None,
+        };
+        if let Some(rule) = rule {
+            rows.refuse(&place, vec![Violation::of_whole(ViolationCode::Format, &rule, None)]);
             continue;
         }
-        let cells = names.iter().zip(&record).filter(|(_, cell)| !cell.is_empty());
-        let object = cells.map(|(name, cell)| {
-            let value = match *name {
+        let filled = names.iter().zip(cells()).filter(|(_, cell)| !cell.is_empty());
+        let object = filled.map(|(name, cell)| {
+            let value = match name.as_str() {
                 "tags" => {
                     let tags = cell.split(';').map(str::trim).filter(|tag| !tag.is_empty());
                     tags.map(Value::from).collect()
                 }
-                _ => Value::from(cell),
+                _ => Value::from(&*cell),
             };
-            ((*name).to_owned(), value)
+            (name.clone(), value)
         });
-        rows.take(&row, object.collect());
+        rows.take(&place, object.collect());
     }
-    Ok(())
+    match names {
+        Some(_) => Ok(()),
+        None => Err(wrong_csv("must begin with a line that names its columns", None)),
+    }
+}
+
+/// Reads the cells of a line, or says what is wrong with it.
+fn read_line(row: &mut Row, line: &str) -> Result<(), &'static str> {
+    match row.read(line.as_bytes()) {
+        // A NUL byte ends a record.
+        Reading::Closed { end } if end < line.len() => Err("must not contain NUL bytes"),
+        Reading::Closed { .. } if row.has_text_behind_quotes => {
+            Err("has text behind a quotation mark that ends its cell")
+        }
+        Reading::Closed { .. } => Ok(()),
+        Reading::Open | Reading::Doubtful => Err("has a quotation mark that is not closed"),
+    }
+}
+
+/// The lines of a text, however they end.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let Some(end) = text.find(['\n', '\r']) else {
+            rest = None;
+            return Some(text);
+        };
+        let ending = if text[end..].starts_with("\r\n") { 2 } else { 1 };
+        rest = Some(&text[end + ending..]);
+        Some(&text[..end])
+    })
+}
+
+/// The text of a body that is CSV, without a byte order mark.
+fn csv_text(body: &[u8]) -> Result<&str, RosterError> {
+    json_text(body).map_err(|how| {
+        let line = std::str::from_utf8(body).err().map(|error| {
+            let before = &body[..error.valid_up_to()];
+            1 + before.iter().filter(|byte| **byte == b'\n').count()
+        });
+        wrong_csv(&format!("must be CSV in UTF-8: {how}"), line)
+    })
+}
+
+/// What is wrong with CSV as a whole.
+fn wrong_csv(rule: &str, line: Option<usize>) -> RosterError {
+    let violation = Violation::of_whole(ViolationCode::Format, rule, None);
+    RosterError::Invalid(vec![match line {
+        Some(line) => in_line(violation, line),
+        None => violation,
+    }])
 }
 
 /// The first line must name each column once, and `device_id` among them.
-fn check_columns(names: &[&str]) -> Result<(), RosterError> {
+fn check_columns(names: &[String]) -> Result<(), RosterError> {
     let mut violations = Vec::new();
     for (position, name) in names.iter().enumerate() {
         let mut refuse = |code, rule: &str| {
-            violations.push(Violation::of((*name).to_owned(), code, rule, None));
+            violations.push(Violation::of(name.clone(), code, rule, None));
         };
-        if !COLUMNS.contains(name) {
+        if !COLUMNS.contains(&name.as_str()) {
             let rule = format!("is not a column of a roster: these are [{}]", COLUMNS.join(", "));
             refuse(ViolationCode::UnknownField, &rule);
         } else if names[..position].contains(name) {
             refuse(ViolationCode::Conflict, "must be named only once");
         }
     }
-    if !names.contains(&"device_id") {
+    if !names.iter().any(|name| name == "device_id") {
         violations.push(Violation::required("device_id"));
     }
     violations.truncate(MOST_DETAILS);
@@ -278,7 +372,10 @@ mod tests {
         let lines = "{\"device_id\": \"a\"}\n{";
         assert!(wrong(lines, RosterFormat::Lines)[0].starts_with("Malformed JSON: "));
         let csv = "device_id,group\na\nb,c\n";
-        assert_eq!(wrong(csv, RosterFormat::Csv), ["\"[0]\" must have 2 cells, and has 1"]);
+        assert_eq!(
+            wrong(csv, RosterFormat::Csv),
+            ["\"[0]\" must have 2 cells, and has 1 (line 2)"]
+        );
         let expected = [
             "\"colour\" is not a column of a roster: these are [device_id, name, group, tags, note]",
             "\"name\" must be named only once",
@@ -291,5 +388,54 @@ mod tests {
             (0..=MOST_ROSTER_ROWS).map(|row| format!("{{\"device_id\":\"{row}\"}}\n")).collect();
         let error = read_roster(rows.as_bytes(), RosterFormat::Lines).unwrap_err();
         assert!(matches!(error, RosterError::TooManyRows), "{error:?}");
+    }
+
+    #[test]
+    fn what_is_wrong_with_csv_is_said_of_its_line() {
+        let header = "device_id,name,tags\r\n";
+        let unclosed = "has a quotation mark that is not closed";
+        for (lines, expected) in [
+            ("a,\"Library,x\r\nb,Hall,\r\n", format!("\"[0]\" {unclosed} (line 2)")),
+            ("a,Library,\r\n\r\nb,\"Hall", format!("\"[1]\" {unclosed} (line 4)")),
+            // The mark that opens another cell does not close this one.
+            ("a,\"Library,\rb,\"Hall\",\r", format!("\"[0]\" {unclosed} (line 2)")),
+            ("a,\"two\nlines\",\n", format!("\"[0]\" {unclosed} (line 2)")),
+            (
+                "a,\"Library,\"x\n",
+                "\"[0]\" has text behind a quotation mark that ends its cell (line 2)".to_owned(),
+            ),
+            ("a,b\0c,\n", "\"[0]\" must not contain NUL bytes (line 2)".to_owned()),
+            (",Hall,\n", "\"[0].device_id\" is required (line 2)".to_owned()),
+            ("a,,\na,,\n", "\"[1].device_id\" must not be listed twice (line 3)".to_owned()),
+            ("a,,x;x\u{1},", "\"[0]\" must have 3 cells, and has 4 (line 2)".to_owned()),
+            (
+                "a,,x;x\u{1}",
+                "\"[0].tags[1]\" must not contain control characters (line 2)".to_owned(),
+            ),
+        ] {
+            let found = wrong(&format!("{header}{lines}"), RosterFormat::Csv);
+            assert_eq!(found[0], expected, "{lines:?}");
+        }
+        // What follows an unclosed mark is read by itself.
+        let two = wrong(&format!("{header}a,\"x\nb,\"y\n"), RosterFormat::Csv);
+        let expected =
+            [(0, 2), (1, 3)].map(|(row, line)| format!("\"[{row}]\" {unclosed} (line {line})"));
+        assert_eq!(two[..2], expected);
+        for (text, expected) in [
+            (&b""[..], "\"value\" must be CSV in UTF-8: there is nothing in it"),
+            (b"\n \n,,\n", "\"value\" must begin with a line that names its columns"),
+            (b"device_id,\"name\n", "\"value\" has a quotation mark that is not closed (line 1)"),
+            (
+                b"device_id\na\nb\xff\n",
+                "\"value\" must be CSV in UTF-8: it is not UTF-8: byte 0xff after 13 bytes; send UTF-8 (line 3)",
+            ),
+        ] {
+            match read_roster(text, RosterFormat::Csv) {
+                Err(RosterError::Invalid(violations)) => {
+                    assert_eq!(violations[0].message, expected);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
     }
 }

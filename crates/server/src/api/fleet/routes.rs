@@ -138,7 +138,7 @@ struct RouteMatchBody {
 #[schema(as = RouteDigest)]
 struct RouteDigestBody {
     /// The local time of day.
-    #[schema(pattern = "^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$", example = "07:00")]
+    #[schema(pattern = "^([01][0-9]|2[0-3]):[0-5][0-9]$", example = "07:00")]
     at: String,
     /// The weekdays; all of them when this is left out.
     #[schema(min_items = 1, example = json!(["mon", "tue", "wed", "thu", "fri"]))]
@@ -375,7 +375,8 @@ fn everything() -> RouteMatch {
 
 fn read_digest(fields: &mut Fields) -> Option<RouteDigest> {
     let at = fields.required("at", |text| {
-        time_of_day(text).ok_or_else(|| "must be a time of day such as 07:00".to_owned())
+        let rule = || "must be a time of day such as 07:00, from 00:00 to 23:59".to_owned();
+        time_of_day(text).ok_or_else(rule)
     });
     let days = words(fields, "days", &WEEKDAYS);
     let timezone = fields.required("timezone", |text| {

@@ -11,7 +11,7 @@ use pisync_core::{
     DeviceId, GroupName, Timestamp, Violation, ViolationCode,
     health::{
         WEEKDAYS, Weekly, WindowTimes, time_zone,
-        window::{LONGEST_WINDOW, time_of_day, weekday},
+        window::{LONGEST_WINDOW, end_of_part, time_of_day, weekday},
     },
     text::{TextError, check_text},
 };
@@ -108,9 +108,9 @@ struct WeeklyData {
     #[schema(min_items = 1)]
     days: Vec<WeekdayName>,
     /// When it begins.
-    #[schema(pattern = "^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$")]
+    #[schema(pattern = "^([01][0-9]|2[0-3]):[0-5][0-9]$")]
     start: String,
-    /// When it ends: the next day, unless this is after `start`.
+    /// When it ends: the next day, unless this is after `start`. `24:00` is midnight.
     #[schema(pattern = "^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$")]
     end: String,
 }
@@ -336,8 +336,8 @@ pub(crate) fn read_window(mut fields: Fields) -> Result<NewWindow, Vec<Violation
     let scope = match scope {
         Some(scope) => read_scope(&mut fields, &scope),
         None => {
-            // Without a scope, nobody knows what it must be.
-            fields.take("key");
+            // Of an unknown scope, it must be what the key of any scope is.
+            fields.optional("key", text(DeviceId::MAX_CHARACTERS));
             None
         }
     };
@@ -391,12 +391,14 @@ fn read_weekly(fields: &mut Fields) -> Option<Option<Weekly>> {
     };
     let mut inner = Fields::new(object);
     let days = read_days(&mut inner);
-    let mut time = |name| {
-        inner.required(name, |text| {
-            time_of_day(text).ok_or_else(|| "must be a time of day such as 16:00".to_owned())
-        })
-    };
-    let (start, end) = (time("start"), time("end"));
+    let start = inner.required("start", |text| {
+        let rule = || "must be a time of day such as 16:00, from 00:00 to 23:59".to_owned();
+        time_of_day(text).ok_or_else(rule)
+    });
+    let end = inner.required("end", |text| {
+        let rule = || "must be a time of day such as 07:00, from 00:00 to 24:00".to_owned();
+        end_of_part(text).ok_or_else(rule)
+    });
     let violations = inner.into_violations();
     let is_right = violations.is_empty();
     fields.add(violations.into_iter().map(|violation| violation.within("weekly")).collect());

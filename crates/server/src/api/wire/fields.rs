@@ -1,5 +1,5 @@
-//! Reads the fields of a JSON object. It serves every request body except reports, which `pisync_core` reads. Each
-//! field is read by its rule, and every invalid field is named at once.
+//! Reads the fields of a JSON object. It serves every request body except reports, which `pisync_core` reads, and what is
+//! stored of channels. Each field is read by its rule, and every invalid field is named at once.
 
 use pisync_core::{
     TimestampError, Violation, ViolationCode,
@@ -36,6 +36,12 @@ impl From<String> for Rule {
     }
 }
 
+impl From<(ViolationCode, String)> for Rule {
+    fn from((code, words): (ViolationCode, String)) -> Self {
+        Self { code, words }
+    }
+}
+
 /// A reader of texts that have 1 to `most` characters and no control characters.
 pub(crate) fn text(most: usize) -> impl FnOnce(&str) -> Result<String, TextError> {
     move |text| check_text(text, most).map(|()| text.to_owned())
@@ -46,6 +52,8 @@ pub(crate) fn text(most: usize) -> impl FnOnce(&str) -> Result<String, TextError
 pub(crate) struct Fields {
     fields: Map<String, Value>,
     violations: Vec<Violation>,
+    /// Whether a violation says nothing of the value that was sent.
+    hides_values: bool,
 }
 
 impl Fields {
@@ -56,12 +64,31 @@ impl Fields {
 
     /// The fields of an object.
     pub(crate) fn new(fields: Map<String, Value>) -> Self {
-        Self { fields, violations: Vec::new() }
+        Self { fields, violations: Vec::new(), hides_values: false }
+    }
+
+    /// The fields of an object in which any value may be a secret, also that of a misspelt field. None is repeated.
+    pub(crate) fn of_secrets(fields: Map<String, Value>) -> Self {
+        Self { hides_values: true, ..Self::new(fields) }
+    }
+
+    /// A field that is not read yet.
+    pub(crate) fn get(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field)
     }
 
     /// Takes a field that is no text, to be read by the caller.
     pub(crate) fn take(&mut self, field: &str) -> Option<Value> {
         self.fields.remove(field)
+    }
+
+    /// Takes a whole number for the text that it would be.
+    pub(crate) fn number_as_text(&mut self, field: &str) {
+        if let Some(value) = self.fields.get_mut(field)
+            && let Some(number) = value.as_i64()
+        {
+            *value = number.to_string().into();
+        }
     }
 
     /// Takes all fields that are not read yet, to be read by the caller.
@@ -128,6 +155,7 @@ impl Fields {
         rule: &str,
         value: Option<Value>,
     ) {
+        let value = value.filter(|_| !self.hides_values);
         self.violations.push(Violation::of(field, code, rule, value));
     }
 
@@ -142,7 +170,8 @@ impl Fields {
         for (field, value) in self.fields {
             let rule = "is not allowed";
             let code = ViolationCode::UnknownField;
-            self.violations.push(Violation::of(field, code, rule, Some(value)));
+            let value = Some(value).filter(|_| !self.hides_values);
+            self.violations.push(Violation::of(field, code, rule, value));
         }
         self.violations
     }
@@ -179,6 +208,22 @@ mod tests {
             ("z", "unknown_field"),
         ];
         assert_eq!(codes(fields), expected.map(|(field, code)| (field.to_owned(), code)));
+    }
+
+    #[test]
+    fn no_secret_is_repeated() {
+        let Value::Object(fields) =
+            serde_json::json!({"a": "s3cret", "b": null, "c": 7, "s3cret": "s3cret"})
+        else {
+            panic!("it is an object")
+        };
+        let mut fields = Fields::of_secrets(fields);
+        assert_eq!(fields.required("a", text(5)), None);
+        assert_eq!(fields.required("b", text(5)), None);
+        assert_eq!(fields.optional("c", text(5)), None);
+        let violations = fields.into_violations();
+        assert_eq!(violations.len(), 4);
+        assert!(violations.iter().all(|violation| violation.value.is_none()), "{violations:?}");
     }
 
     #[test]

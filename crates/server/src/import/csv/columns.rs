@@ -5,8 +5,10 @@
 use pisync_core::event_fields::{EVENT_FIELDS, EventField, FieldKind};
 use serde_json::{Number, Value, value::RawValue};
 
-use super::row::{Cell, Reading, Row, ends_line};
-use crate::import::{ImportError, records::Record};
+use crate::{
+    csv_row::{Cell, Reading, Row, ends_line},
+    import::{ImportError, records::Record},
+};
 
 /// When a server received the event. This column exists besides the event's own fields.
 const CREATED_AT: EventField =

@@ -6,16 +6,13 @@
 //! a wrong record, and the next line is read by itself.
 
 mod columns;
-mod row;
 
 use std::collections::VecDeque;
 
 pub use self::columns::ColumnNames;
-use self::{
-    columns::{Columns, no_events},
-    row::{Reading, Row, ends_line, is_blank},
-};
+use self::columns::{Columns, no_events};
 use super::{ImportError, records::Record};
+use crate::csv_row::{Reading, Row, ends_line, is_blank};
 use pisync_core::event_stream::{MAX_BEGINNING_BYTES, MAX_EVENT_BYTES};
 
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();

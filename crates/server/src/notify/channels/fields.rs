@@ -1,91 +1,15 @@
-//! Reads a channel's fields from a request or from the store. Every wrong field is named at once. No value is repeated: in
-//! the wrong field, too, it may be a secret.
+//! What the kinds of channels share to read their fields and to show them: rules, and masks for secrets.
 
-use pisync_core::{Violation, ViolationCode};
-use serde_json::{Map, Value};
+use pisync_core::ViolationCode;
+use serde_json::Value;
+
+pub(super) use crate::api::wire::fields::Fields;
 
 /// Why a value is not valid: the kind of rule, and the words that follow the quoted name of the field.
 pub(super) type Rule = (ViolationCode, String);
 
 /// What stands for the hidden part of a secret.
 pub(super) const MASK: char = '…';
-
-/// The fields that are not read yet, and what was wrong with the others.
-pub(super) struct Fields {
-    fields: Map<String, Value>,
-    violations: Vec<Violation>,
-}
-
-impl Fields {
-    pub(super) fn new(fields: Map<String, Value>) -> Self {
-        Self { fields, violations: Vec::new() }
-    }
-
-    /// A text that must be there.
-    pub(super) fn required<T>(
-        &mut self,
-        field: &'static str,
-        read: impl FnOnce(&str) -> Result<T, Rule>,
-    ) -> Option<T> {
-        match self.fields.get(field) {
-            None => {
-                self.violations.push(Violation::required(field));
-                None
-            }
-            Some(Value::Null) => {
-                self.fields.remove(field);
-                self.refuse(field, (ViolationCode::Type, "must be a string".to_owned()));
-                None
-            }
-            Some(_) => self.optional(field, read),
-        }
-    }
-
-    /// A text that may be absent or null.
-    pub(super) fn optional<T>(
-        &mut self,
-        field: &'static str,
-        read: impl FnOnce(&str) -> Result<T, Rule>,
-    ) -> Option<T> {
-        let read = match self.take(field)? {
-            Value::String(text) => read(&text),
-            _ => Err((ViolationCode::Type, "must be a string".to_owned())),
-        };
-        read.map_err(|rule| self.refuse(field, rule)).ok()
-    }
-
-    /// A field of any type; `None` when it is absent or null.
-    pub(super) fn take(&mut self, field: &str) -> Option<Value> {
-        self.fields.remove(field).filter(|value| !value.is_null())
-    }
-
-    /// Takes a whole number for the text that it would be.
-    pub(super) fn number_as_text(&mut self, field: &str) {
-        if let Some(value) = self.fields.get_mut(field)
-            && let Some(number) = value.as_i64()
-        {
-            *value = number.to_string().into();
-        }
-    }
-
-    /// Notes that a field is wrong.
-    pub(super) fn refuse(&mut self, field: &'static str, (code, words): Rule) {
-        self.violations.push(Violation::of(field, code, &words, None));
-    }
-
-    /// Hands on what was read, unless something was wrong or is not known.
-    pub(super) fn finish<T>(self, read: Option<T>) -> Result<T, Vec<Violation>> {
-        let Self { fields, mut violations } = self;
-        for (field, _) in fields {
-            let code = ViolationCode::UnknownField;
-            violations.push(Violation::of(field, code, "is not allowed", None));
-        }
-        match read {
-            Some(read) if violations.is_empty() => Ok(read),
-            _ => Err(violations),
-        }
-    }
-}
 
 /// A broken rule about a text's form.
 pub(super) fn wrong_form<T>(words: &str) -> Result<T, Rule> {
@@ -125,10 +49,6 @@ mod tests {
 
     use super::*;
 
-    fn short(text: &str) -> Result<String, Rule> {
-        if text.len() <= 3 { Ok(text.to_owned()) } else { wrong_form("is too long") }
-    }
-
     #[test]
     fn a_mask_gives_little_away() {
         for (secret, shown) in [
@@ -145,34 +65,5 @@ mod tests {
         let headers = json!({"x-token": "0123456789abcdef"});
         assert_eq!(masked(&headers), json!({"x-token": "…cdef"}));
         assert!(is_masked(&masked(&headers)) && !is_masked(&headers));
-    }
-
-    #[test]
-    fn every_wrong_field_is_named_and_no_value_repeated() {
-        let Value::Object(fields) =
-            json!({"a": "s3cret", "b": null, "d": 1, "e": null, "s3cret": "s3cret"})
-        else {
-            panic!("it is an object")
-        };
-        let mut fields = Fields::new(fields);
-        assert_eq!(fields.required("a", short), None);
-        assert_eq!(fields.required("b", short), None);
-        assert_eq!(fields.required("c", short), None);
-        assert_eq!(fields.optional("d", short), None);
-        assert_eq!(fields.optional("e", short), None);
-        let violations = fields.finish(Some(())).unwrap_err();
-        let messages: Vec<_> =
-            violations.iter().map(|violation| violation.message.as_str()).collect();
-        assert_eq!(
-            messages,
-            [
-                "\"a\" is too long",
-                "\"b\" must be a string",
-                "\"c\" is required",
-                "\"d\" must be a string",
-                "\"s3cret\" is not allowed",
-            ]
-        );
-        assert!(violations.iter().all(|violation| violation.value.is_none()));
     }
 }

@@ -297,9 +297,13 @@ impl ChannelConfig {
             fields: Map<String, Value>,
             make: fn(C) -> ChannelConfig,
         ) -> Result<ChannelConfig, Vec<Violation>> {
-            let mut fields = Fields::new(fields);
+            let mut fields = Fields::of_secrets(fields);
             let read = C::read(&mut fields).map(make);
-            fields.finish(read)
+            let violations = fields.into_violations();
+            match read {
+                Some(read) if violations.is_empty() => Ok(read),
+                _ => Err(violations),
+            }
         }
         match kind {
             ChannelKind::Webhook => of(fields, Self::Webhook),

@@ -31,11 +31,10 @@ pub struct TelegramChannel {
 
 impl TelegramChannel {
     fn read_thread(fields: &mut Fields) -> Option<i64> {
-        let thread = fields.take("thread_id")?;
+        let thread = fields.take("thread_id").filter(|thread| !thread.is_null())?;
         let read = thread.as_i64().filter(|thread| *thread > 0);
         if read.is_none() {
-            fields
-                .refuse("thread_id", (ViolationCode::Type, "must be a positive number".to_owned()));
+            fields.refuse("thread_id", ViolationCode::Type, "must be a positive number", None);
         }
         read
     }

@@ -181,13 +181,11 @@ impl Channel for WebhookChannel {
         let signing_secret = fields.required("signing_secret", |text| {
             text.parse().map_err(|words: &str| (ViolationCode::Format, words.to_owned()))
         });
-        let headers = match fields.take("headers").map(|headers| read_headers(&headers)) {
+        let headers = match fields.take("headers").filter(|headers| !headers.is_null()) {
             None => Some(Vec::new()),
-            Some(Ok(headers)) => Some(headers),
-            Some(Err(rule)) => {
-                fields.refuse("headers", rule);
-                None
-            }
+            Some(headers) => read_headers(&headers)
+                .map_err(|(code, words)| fields.refuse("headers", code, &words, None))
+                .ok(),
         };
         Some(Self {
             url: url?,

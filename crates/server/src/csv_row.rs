@@ -1,33 +1,35 @@
-//! Reads one record of CSV: its cells, and whether its quotation marks are closed. The cutter of `csv` and `columns`
-//! call it. It knows no columns, and must not read beyond the text that it is given.
+//! Reads one record of CSV: its cells, and whether its quotation marks are closed. The import of events and the reader of
+//! rosters call it. It knows no columns, and must not read beyond the text that it is given.
 
 /// A NUL byte ends a line too. After a power cut a file may contain NUL bytes where the end of its last line should be.
-pub(super) fn ends_line(byte: u8) -> bool {
+pub(crate) fn ends_line(byte: u8) -> bool {
     matches!(byte, b'\n' | b'\r' | 0)
 }
 
-pub(super) fn is_blank(byte: u8) -> bool {
+pub(crate) fn is_blank(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t')
 }
 
 /// The cells of one record.
 #[derive(Default)]
-pub(super) struct Row {
+pub(crate) struct Row {
     /// The text of the cells, one after the other.
-    pub(super) bytes: Vec<u8>,
-    pub(super) cells: Vec<Cell>,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) cells: Vec<Cell>,
+    /// Whether a cell goes on behind its closing quotation mark.
+    pub(crate) has_text_behind_quotes: bool,
 }
 
-pub(super) struct Cell {
+pub(crate) struct Cell {
     /// Where the cell ends in `bytes`.
-    pub(super) end: usize,
+    pub(crate) end: usize,
     /// Whether the cell continues over several lines.
-    pub(super) has_lines: bool,
+    pub(crate) has_lines: bool,
 }
 
 /// The result of reading a record.
 #[derive(PartialEq, Eq)]
-pub(super) enum Reading {
+pub(crate) enum Reading {
     /// The record ends before this position, at the end of a line or of the text.
     Closed { end: usize },
     /// The text ends inside quotation marks.
@@ -39,9 +41,10 @@ pub(super) enum Reading {
 
 impl Row {
     /// Reads the record at the beginning of `text`. Blanks around cells, outside of quotation marks, are ignored.
-    pub(super) fn read(&mut self, text: &[u8]) -> Reading {
+    pub(crate) fn read(&mut self, text: &[u8]) -> Reading {
         self.bytes.clear();
         self.cells.clear();
+        self.has_text_behind_quotes = false;
         let mut position = 0;
         let mut has_lines = false;
         loop {
@@ -62,8 +65,11 @@ impl Row {
             let length = length.unwrap_or(behind.len());
             // Usually there is nothing behind a closing quotation mark.
             let plain = behind[..length].trim_ascii_end();
-            if unquoted > start && !plain.is_empty() && has_lines {
-                return Reading::Doubtful;
+            if unquoted > start && !plain.is_empty() {
+                self.has_text_behind_quotes = true;
+                if has_lines {
+                    return Reading::Doubtful;
+                }
             }
             self.bytes.extend_from_slice(plain);
             cell.end = self.bytes.len();
@@ -95,7 +101,7 @@ impl Row {
         }
     }
 
-    pub(super) fn cells(&self) -> impl Iterator<Item = &[u8]> {
+    pub(crate) fn cells(&self) -> impl Iterator<Item = &[u8]> {
         let mut start = 0;
         self.cells
             .iter()
@@ -103,7 +109,7 @@ impl Row {
     }
 
     /// The entire text, for error messages.
-    pub(super) fn text(&self) -> Vec<u8> {
+    pub(crate) fn text(&self) -> Vec<u8> {
         self.cells().collect::<Vec<_>>().join(&b',')
     }
 }
