@@ -39,7 +39,7 @@ use crate::{
     metrics::Metrics,
     middleware::client_address::Peer,
     random::Randomness,
-    store::{Batch, Beat, EventWriter, RunKey, StartedRun, Store, StoreError},
+    store::{Batch, Beat, EventWriter, FleetSettings, RunKey, StartedRun, Store, StoreError},
 };
 
 /// The most steps, with their repetitions: as many as take some hundred megabytes.
@@ -152,6 +152,8 @@ pub(super) struct Course {
     has_news: bool,
     /// The next sweep that may find something by itself.
     next_look: Option<Timestamp>,
+    /// The settings, while they have people told of something because it is time.
+    reminding: Option<Arc<FleetSettings>>,
     /// The last instant of which a beat is owed.
     unsaid: Option<Timestamp>,
     /// The last change of a state that was seen.
@@ -197,6 +199,7 @@ impl Course {
             has_refused: false,
             has_news: true,
             next_look: None,
+            reminding: None,
             unsaid: None,
             last_change: 0,
             clock,
@@ -300,6 +303,9 @@ impl Course {
         let is_due = self.next_look.is_some_and(|next| next <= now);
         if !self.has_news && !is_due {
             self.unsaid = Some(now);
+            if let Some(settings) = &self.reminding {
+                self.store.add_reminders(settings, now).await?;
+            }
             return self.dispatch(now).await;
         }
         self.say_unsaid().await?;
@@ -307,6 +313,8 @@ impl Course {
         let swept = sweep(&*self.store, now).await?;
         self.has_news = !swept.is_complete;
         self.next_look = self.store.next_look().await?;
+        let settings = Arc::new(self.store.fleet_settings().await?);
+        self.reminding = Some(settings).filter(|settings| settings.tells_by_the_clock());
         self.receivers.learn(&swept.events);
         self.came.incidents.extend(swept.events.into_iter().map(|event| IncidentEntry {
             at: Instant(now),
