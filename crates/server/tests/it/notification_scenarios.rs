@@ -516,16 +516,57 @@ async fn the_database_goes_away(is_postgres: bool) {
         },
     }))
     .unwrap();
-    let run = Run::start(&scenario, database(is_postgres).await).await;
-    let (came, used) = run.run(&scenario).await;
+    assert_came(&scenario, is_postgres).await;
+}
+
+/// No file has routes. Reminders come at instants at which no deadline has a sweep look at anything.
+async fn people_are_reminded(is_postgres: bool) {
+    let message = |at: &str, event: &str| {
+        json!({
+            "at": at, "channel": "W",
+            "items": [{"event": event, "scope": "device", "subject": "d", "kind": "failing"}],
+        })
+    };
+    let failed = |second: u32| json!({"device_id": "d", "timestamp": format!("2026-03-02T09:00:0{second}Z"), "total_errors": 1});
+    let scenario: Scenario = serde_json::from_value(json!({
+        "id": "reminded", "title": "Whoever was told of a failure is reminded of it.",
+        "start": "2026-03-02T08:59:00Z", "end": "2026-03-02T12:00:00Z",
+        "setup": [{"method": "PATCH", "path": "/api/fleet", "body": {"policy": {"expect": "nothing"}}}],
+        "channels": ["W"],
+        "steps": [
+            // The version is that which the channel has made.
+            {"at": "2026-03-02T08:59:00Z", "request": {"method": "PUT", "path": "/api/routes", "body": {
+                "version": 1, "routes": [{"match": {}, "channels": [1], "remind_seconds": 3600}],
+            }}},
+            {"at": "2026-03-02T09:00:05Z", "batch": [failed(1), failed(2), failed(3)]},
+        ],
+        "expect": {
+            "incidents": [{
+                "at": "2026-03-02T09:00:15Z", "what": "opened", "scope": "device", "subject": "d",
+                "kind": "failing", "since": "2026-03-02T09:00:01Z",
+            }],
+            "messages": [
+                message("2026-03-02T09:01:15Z", "opened"),
+                message("2026-03-02T10:01:15Z", "reminder"),
+                message("2026-03-02T11:01:15Z", "reminder"),
+            ],
+        },
+    }))
+    .unwrap();
+    assert_came(&scenario, is_postgres).await;
+}
+
+/// A scenario must end as it says, through a server and through a backtest.
+async fn assert_came(scenario: &Scenario, is_postgres: bool) {
+    let run = Run::start(scenario, database(is_postgres).await).await;
+    let (came, used) = run.run(scenario).await;
     assert_eq!(scenario.expect.differences(&came), Vec::<String>::new());
     used.remove().await;
-    // A backtest finds the same.
     let other = database(is_postgres).await;
     other.migrate().await;
     let store: Arc<_> = pisync::store::open(&other.target).await.unwrap();
-    let came = backtest::run(&scenario, &store).await.unwrap();
-    assert_eq!(scenario.expect.differences(&came), Vec::<String>::new());
+    let came = backtest::run(scenario, &store).await.unwrap();
+    assert_eq!(scenario.expect.differences(&came), Vec::<String>::new(), "in a backtest");
     store.close().await.unwrap();
     drop(store);
     other.remove().await;
@@ -557,4 +598,5 @@ on_both!(
     the_second_share: run(1),
     the_third_share: run(2),
     the_database_goes_away: the_database_goes_away(),
+    people_are_reminded: people_are_reminded(),
 );
