@@ -403,7 +403,7 @@ fn a_digest_tells_how_many_devices_are_in_which_state() {
     let escaped = |kind, text: String| match kind {
         // Of its Markdown, which has no mark in the line but the colon.
         ChannelKind::Discord => text.replace("\\\\:", ":"),
-        // A line of a mail may be folded by its encoding.
+        // A line of a mail may be broken by its encoding.
         ChannelKind::Email => text.replace("=\r\n", ""),
         _ => text,
     };
