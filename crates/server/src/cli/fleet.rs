@@ -119,7 +119,7 @@ async fn status(
         )));
     }
     let has_problem = |states: &StateCounts, overdue: u64| {
-        overdue > 0 || [State::Failing, State::Silent].iter().any(|state| count(states, *state) > 0)
+        overdue > 0 || [State::Failing, State::Silent].iter().any(|state| states.count(*state) > 0)
     };
     let of_group = |group: &GroupView| has_problem(&group.states, group.overdue);
     let shown: Vec<&GroupView> =
@@ -130,7 +130,7 @@ async fn status(
         _ => (&fleet.states, fleet.overdue, fleet.open_incidents),
     };
     if !command.json.is_asked_for() {
-        println!("{}", in_words(states));
+        println!("{}", states.in_words());
         println!("overdue: {overdue}; open incidents: {open_incidents}; as of {swept_at}");
         if !shown.is_empty() {
             table_of(&shown).iter().for_each(|line| println!("{line}"));
@@ -184,35 +184,12 @@ async fn read_status(
     Ok(Status { target, fleet, groups })
 }
 
-fn count(states: &StateCounts, state: State) -> u64 {
-    State::ALL
-        .iter()
-        .zip(states.0)
-        .find(|(known, _)| **known == state)
-        .map_or(0, |(_, count)| count)
-}
-
-fn in_words(states: &StateCounts) -> String {
-    let total: u64 = states.0.iter().sum();
-    let words: Vec<_> = State::ALL
-        .iter()
-        .rev()
-        .filter(|state| count(states, **state) > 0)
-        .map(|state| format!("{} {}", count(states, *state), state.as_str()))
-        .collect();
-    match total {
-        0 => "no device has been evaluated yet".to_owned(),
-        1 => format!("1 device: {}", words.join(", ")),
-        _ => format!("{total} devices: {}", words.join(", ")),
-    }
-}
-
 fn table_of(groups: &[&GroupView]) -> Vec<String> {
     let heading =
         ["group", "devices", "ok", "degraded", "failing", "silent", "never", "paused", "incidents"];
     let mut rows = vec![heading.map(str::to_owned)];
     rows.extend(groups.iter().map(|group| {
-        let of = |state| count(&group.states, state).to_string();
+        let of = |state| group.states.count(state).to_string();
         [
             group.name.clone(),
             group.devices.to_string(),
@@ -229,10 +206,7 @@ fn table_of(groups: &[&GroupView]) -> Vec<String> {
 }
 
 fn states_json(states: &StateCounts) -> Value {
-    State::ALL
-        .iter()
-        .map(|state| (state.as_str().to_owned(), json!(count(states, *state))))
-        .collect()
+    states.each().map(|(state, devices)| (state.as_str().to_owned(), json!(devices))).collect()
 }
 
 fn group_json(group: &GroupView) -> Value {

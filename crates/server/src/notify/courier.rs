@@ -148,6 +148,7 @@ fn message(facts: &MessageFacts, base_url: Option<String>) -> Message {
         group: Some(facts.group.clone()).filter(|group| !group.is_empty()),
         items: facts.items.iter().map(|item| item_of(item, facts.at)).collect(),
         items_total: facts.items_total,
+        states: facts.states,
         base_url,
     }
 }

@@ -4,6 +4,8 @@
 use jiff::tz::TimeZone;
 use pisync_core::{Timestamp, health::Resolution};
 
+use crate::store::StateCounts;
+
 /// The most incidents in one message. What is beyond is counted.
 pub const MAX_ITEMS: usize = 50;
 
@@ -107,6 +109,8 @@ pub struct Message {
     pub items: Vec<MessageItem>,
     /// How much happened, with what is not in `items`.
     pub items_total: u64,
+    /// How many devices of the fleet are in which state. Only a digest tells it.
+    pub states: Option<StateCounts>,
     /// Where people reach this server (`PUBLIC_URL`).
     pub base_url: Option<String>,
 }
@@ -154,6 +158,7 @@ impl Message {
             group: None,
             items: Vec::new(),
             items_total: 0,
+            states: None,
             base_url,
         }
     }
@@ -178,7 +183,9 @@ impl Message {
                     1 => "1 open incident".to_owned(),
                     many => format!("{many} open incidents"),
                 };
-                (format!("{}: {open}", self.place()), texts)
+                let states = self.states.as_ref().map(StateCounts::in_words);
+                let lines = states.into_iter().chain(texts).collect();
+                (format!("{}: {open}", self.place()), lines)
             }
         };
         Text { subject, lines, unlisted, link: self.link(), is_link_for_cut: false }
@@ -516,7 +523,19 @@ pub(crate) mod tests {
             group: Some("school-17".into()),
             items_total: items.len() as u64,
             items,
+            states: None,
             base_url: Some("https://fleet.example/".into()),
+        }
+    }
+
+    /// A digest of incidents that are still open.
+    pub(crate) fn digest(items: Vec<MessageItem>) -> Message {
+        let remind = |item| MessageItem { event: MessageEvent::Reminder, ..item };
+        Message {
+            kind: MessageKind::Digest,
+            group: None,
+            states: Some(StateCounts([0, 0, 9, 5, 0, 198])),
+            ..message(items.into_iter().map(remind).collect())
         }
     }
 
@@ -625,9 +644,23 @@ pub(crate) mod tests {
         assert_eq!(text.lines[2], "b: no longer silent");
         assert_eq!(text.link.as_deref(), Some("https://fleet.example/incidents"));
 
-        let digest = Message { kind: MessageKind::Digest, ..message(vec![school()]) };
-        assert_eq!(digest.text().subject, "school-17: 1 open incident");
-        let test = Message::test(digest.at, None).text();
+        let text = digest(vec![school()]).text();
+        assert_eq!(text.subject, "PiSync: 1 open incident");
+        assert_eq!(
+            text.lines,
+            [
+                "212 devices: 198 ok, 5 failing, 9 silent",
+                "school-17: 199 of 200 devices still silent, last heard 09:00 UTC"
+            ]
+        );
+        let calm = Message { states: Some(StateCounts([0, 0, 0, 0, 0, 1])), ..digest(vec![]) };
+        assert_eq!(
+            calm.text().fit(100, characters),
+            "PiSync: no open incident\n1 device: 1 ok\nhttps://fleet.example/incidents"
+        );
+        let new = Message { states: Some(StateCounts::default()), ..calm.clone() };
+        assert_eq!(new.text().lines, ["no device has been evaluated yet"]);
+        let test = Message::test(calm.at, None).text();
         assert_eq!((test.subject.as_str(), test.link), ("Test message from PiSync", None));
         let many = Message { items_total: 80, group: None, ..message(vec![device(1, "a")]) }.text();
         assert_eq!((many.subject.as_str(), many.unlisted), ("PiSync: 80 changes of incidents", 79));

@@ -1,15 +1,16 @@
 //! Texts that administrators write for a channel, in the language of Jinja (minijinja). A template is checked when it is
-//! saved, against a sample. It can neither loop for long nor write without end, and it reads nothing but the message.
+//! saved, against a sample of each kind of message. It can neither loop for long nor write without end, and it reads nothing but the message.
 
 use std::io;
 
 use minijinja::{
     Environment, Error, ErrorKind, UndefinedBehavior, Value as Variable, value::Serde,
 };
-use pisync_core::{Timestamp, Violation, ViolationCode};
+use pisync_core::{Timestamp, Violation, ViolationCode, health::State};
 use serde_json::{Value, json};
 
 use super::message::{Message, MessageEvent, MessageItem, MessageKind};
+use crate::store::StateCounts;
 
 /// The longest template, in bytes.
 pub const MAX_TEMPLATE: usize = 16 << 10;
@@ -40,8 +41,10 @@ pub fn check(template: &str) -> Result<(), Violation> {
     if !template.chars().all(is_allowed) {
         return refuse(ViolationCode::Format, "must not contain control characters");
     }
-    let rendered = render_with(template, &sample(), str::to_owned);
-    rendered.map(drop).map_err(|error| {
+    let rendered = samples()
+        .iter()
+        .try_for_each(|sample| render_with(template, sample, str::to_owned).map(drop));
+    rendered.map_err(|error| {
         let line = error.line().map_or_else(String::new, |line| format!(" line {line}"));
         let message = format!("\"template\"{line}: {}", explain(&error));
         Violation::worded("template", ViolationCode::Format, message, None)
@@ -95,7 +98,15 @@ fn variables(message: &Message) -> Value {
         "url": text.link,
         "incidents": incidents,
         "incidents_total": message.items_total,
+        "devices": devices(message.states),
     })
+}
+
+/// How many devices are in which state; without numbers in messages that do not tell it.
+fn devices(states: Option<StateCounts>) -> Value {
+    let number = |state| states.map(|states| states.count(state));
+    let numbers = State::ALL.map(|state| (state.as_str().to_owned(), json!(number(state))));
+    Value::Object(numbers.into_iter().collect())
 }
 
 fn incident(item: &MessageItem, message: &Message) -> Value {
@@ -119,7 +130,26 @@ fn incident(item: &MessageItem, message: &Message) -> Value {
     })
 }
 
-/// A message in which everything happens that may.
+/// A message of each kind that a template is used for. A template must pass with both.
+fn samples() -> [Message; 2] {
+    let incidents = sample();
+    let still_open = incidents.items.iter().map(|item| MessageItem {
+        event: MessageEvent::Reminder,
+        resolution: None,
+        lasted_seconds: None,
+        ..item.clone()
+    });
+    let digest = Message {
+        kind: MessageKind::Digest,
+        group: None,
+        items: still_open.collect(),
+        states: Some(StateCounts([0, 1, 199, 2, 0, 10])),
+        ..incidents.clone()
+    };
+    [incidents, digest]
+}
+
+/// A message in which everything happens that may happen to incidents.
 fn sample() -> Message {
     // 2026-03-02T10:31:00Z.
     let at = Timestamp::from_millisecond(1_772_447_460_000).unwrap_or(Timestamp::MIN);
@@ -160,6 +190,7 @@ fn sample() -> Message {
         group: Some("school-17".to_owned()),
         items: vec![group, device],
         items_total: 2,
+        states: None,
         base_url: Some("https://fleet.example".to_owned()),
     }
 }
@@ -199,7 +230,7 @@ impl io::Write for Bounded {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::notify::message::tests::{message, school};
+    use crate::notify::message::tests::{digest, message, school};
 
     fn error(template: &str) -> String {
         check(template).unwrap_err().message
@@ -292,5 +323,26 @@ mod tests {
         let (least, most) = (variables(&least), variables(&sample()));
         assert_eq!(names(&least), names(&most));
         assert_eq!(names(&least["incidents"][0]), names(&most["incidents"][1]));
+        let of_digest = variables(&digest(vec![school()]));
+        assert_eq!(names(&of_digest), names(&most));
+        assert_eq!(names(&of_digest["devices"]), names(&most["devices"]));
+        assert_eq!(of_digest["devices"]["ok"], 198);
+        assert_eq!(most["devices"]["ok"], Value::Null);
+    }
+
+    #[test]
+    fn a_template_is_checked_with_a_digest_too() {
+        let counts = "{{ devices.ok }} ok, {{ devices.silent }} silent";
+        assert_eq!(check(counts), Ok(()));
+        let escape = str::to_owned;
+        let of_digest = |template| render(template, &digest(vec![school()]), escape);
+        assert_eq!(of_digest(counts).unwrap(), "198 ok, 9 silent");
+        assert_eq!(error("{{ devices.oka }}"), "\"template\" line 1: unknown variable devices.oka");
+        // What holds in one kind of message alone must be said in that kind alone.
+        assert!(error("{{ devices.ok + devices.failing }}").contains("line 1"));
+        let guarded = "{% if type == 'fleet.digest' %}{{ devices.ok + devices.failing }}{% else %}x{% endif %}";
+        assert_eq!(check(guarded), Ok(()));
+        assert_eq!(of_digest(guarded).unwrap(), "203");
+        assert!(error("{% if type == 'fleet.digest' %}{{ grup }}{% endif %}").contains("grup"));
     }
 }

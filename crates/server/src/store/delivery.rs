@@ -377,13 +377,18 @@ pub(super) struct DueItem {
     pub(super) group: String,
     /// The tags of the device that it is about.
     pub(super) tags: Vec<String>,
+    /// Whether that device is silent.
+    pub(super) is_silent: bool,
 }
 
-/// What is told now, and what waits for the end of a quiet time.
+/// What is told now, what waits for the end of a quiet time, and what is not told any more.
+#[derive(Default)]
 pub(super) struct Sorted {
     pub(super) told: Vec<ItemFacts>,
     /// Incidents, what is told of them, and until when they wait.
     pub(super) held: Vec<(i64, ItemKind, Timestamp)>,
+    /// Reminders that nobody needs since they began to wait.
+    pub(super) outdated: Vec<(i64, ItemKind)>,
 }
 
 /// Sorts out what a quiet time holds back: all but the ends of incidents, and on channels for people those, too.
@@ -393,8 +398,13 @@ pub(super) fn sort_out(
     settings: &FleetSettings,
     now: Timestamp,
 ) -> Sorted {
-    let mut sorted = Sorted { told: Vec::new(), held: Vec::new() };
+    let mut sorted = Sorted::default();
     for item in items {
+        let incident = &item.facts.incident;
+        if item.facts.what == ItemKind::Reminder && !may_remind(incident, item.is_silent, now) {
+            sorted.outdated.push((incident.id, item.facts.what));
+            continue;
+        }
         let passes = item.facts.what == ItemKind::Resolved && lane_kind == "webhook";
         let until = if passes { None } else { quiet_until(&item, settings, now) };
         match until {
@@ -451,12 +461,16 @@ pub(super) fn needs_reminder(
     is_hidden: bool,
     now: Timestamp,
 ) -> bool {
+    may_remind(incident, is_hidden, now) && told_at.saturating_add_milliseconds(remind) <= now
+}
+
+/// Whether a reminder of an incident would say anything that people do not know.
+fn may_remind(incident: &Incident, is_hidden: bool, now: Timestamp) -> bool {
     let is_failing = incident.kind == ProblemKind::Failing.as_str();
     incident.resolved_at.is_none()
         && !incident.is_flapping()
         && incident.acknowledged(now).is_none()
         && !(is_hidden && is_failing)
-        && told_at.saturating_add_milliseconds(remind) <= now
 }
 
 /// What an entry of a timeline says of a message.

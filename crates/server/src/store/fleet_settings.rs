@@ -287,6 +287,12 @@ impl FleetSettings {
             .max_by_key(|pause| pause.until.unwrap_or(Timestamp::MAX))
     }
 
+    /// Whether messages wait for the end of some window.
+    #[must_use]
+    pub fn has_quiet_windows(&self) -> bool {
+        self.windows.iter().any(|window| window.effect == WindowEffect::Quiet)
+    }
+
     /// The windows with an effect that are for a device.
     pub fn windows_of<'a>(
         &'a self,

@@ -195,6 +195,26 @@ impl StateCounts {
     pub fn each(&self) -> impl Iterator<Item = (State, u64)> {
         State::ALL.into_iter().zip(self.0)
     }
+
+    /// How many devices are in this state.
+    #[must_use]
+    pub fn count(&self, state: State) -> u64 {
+        self.each().find(|(known, _)| *known == state).map_or(0, |(_, devices)| devices)
+    }
+
+    /// One line for people, such as `212 devices: 198 ok, 5 failing, 9 silent`. States without devices are left out.
+    #[must_use]
+    pub fn in_words(&self) -> String {
+        let total: u64 = self.0.iter().sum();
+        let states = State::ALL.into_iter().rev().filter(|state| self.count(*state) > 0);
+        let words: Vec<_> =
+            states.map(|state| format!("{} {}", self.count(state), state.as_str())).collect();
+        match total {
+            0 => "no device has been evaluated yet".to_owned(),
+            1 => format!("1 device: {}", words.join(", ")),
+            _ => format!("{total} devices: {}", words.join(", ")),
+        }
+    }
 }
 
 /// The pause that is in force at `now`; of several the one that ends last.

@@ -6,7 +6,10 @@
 
 use std::collections::BTreeMap;
 
-use pisync_core::{Timestamp, health::Resolution};
+use pisync_core::{
+    Timestamp,
+    health::{IncidentScope, Resolution},
+};
 
 use super::{
     incident_steps::{IncidentChange, IncidentEvent},
@@ -93,7 +96,8 @@ pub(super) struct BundleWrite {
     pub(super) id: Option<i64>,
     pub(super) channel: i64,
     pub(super) group: String,
-    /// When a new one is due.
+    /// When a new one is due. One that waits for the end of a quiet time is looked at again then, because what is added may
+    /// not wait.
     pub(super) due_at: Timestamp,
     pub(super) added: Vec<(i64, ItemKind)>,
     pub(super) removed: Vec<(i64, ItemKind)>,
@@ -106,7 +110,8 @@ struct Bundle {
     id: Option<i64>,
     channel: i64,
     group: String,
-    due_at: Timestamp,
+    /// When the first of what was added is to be told.
+    due_at: Option<Timestamp>,
     before: Vec<(i64, ItemKind)>,
     items: Vec<(i64, ItemKind)>,
 }
@@ -126,7 +131,7 @@ pub(super) fn bundle_writes(
             id: Some(open.id),
             channel: open.channel,
             group: open.group.clone(),
-            due_at: now,
+            due_at: None,
             before: open.items.clone(),
             items: open.items.clone(),
         })
@@ -138,7 +143,7 @@ pub(super) fn bundle_writes(
             begin(&mut bundles, facts, routing, group, event, now);
         }
     }
-    bundles.into_iter().filter_map(Bundle::write).collect()
+    bundles.into_iter().filter_map(|bundle| bundle.write(now)).collect()
 }
 
 /// Takes up an incident that is open now.
@@ -160,6 +165,10 @@ fn begin(
     };
     let item = (event.id, ItemKind::of(event.what));
     for (channel, timing) in routing.targets(about) {
+        if event.scope == IncidentScope::Channel && routing.is_named(channel, &event.subject) {
+            // It would learn of its own failure once that is over.
+            continue;
+        }
         let is_told = facts.told.contains(&(event.id, channel));
         let ended = bundles.iter_mut().find(|bundle| {
             bundle.channel == channel && bundle.items.contains(&(event.id, ItemKind::Resolved))
@@ -196,7 +205,12 @@ fn end(
     let told = facts.told.iter().filter(|(incident, _)| *incident == event.id);
     for (_, channel) in told {
         // A message that says that all is well again does not wait for its turn.
-        let due_at = if facts.others.contains(channel) {
+        let tells_more = |bundle: &Bundle| {
+            bundle.channel == *channel
+                && bundle.group == group
+                && bundle.items.iter().any(|(_, what)| *what != ItemKind::Resolved)
+        };
+        let due_at = if facts.others.contains(channel) || bundles.iter().any(tells_more) {
             due(facts, *channel, Timing::BUILT_IN, now)
         } else {
             now.saturating_add_milliseconds(Timing::BUILT_IN.wait)
@@ -224,13 +238,15 @@ fn bundle_of<'a>(
             id: None,
             channel,
             group: group.to_owned(),
-            due_at,
+            due_at: None,
             before: Vec::new(),
             items: Vec::new(),
         });
         bundles.len() - 1
     });
-    &mut bundles[place]
+    let bundle = &mut bundles[place];
+    bundle.due_at = Some(bundle.due_at.map_or(due_at, |known| known.min(due_at)));
+    bundle
 }
 
 impl Bundle {
@@ -240,7 +256,7 @@ impl Bundle {
         }
     }
 
-    fn write(self) -> Option<BundleWrite> {
+    fn write(self, now: Timestamp) -> Option<BundleWrite> {
         let differ = |left: &[(i64, ItemKind)], right: &[(i64, ItemKind)]| {
             left.iter().filter(|item| !right.contains(item)).copied().collect::<Vec<_>>()
         };
@@ -253,7 +269,7 @@ impl Bundle {
             id: self.id,
             channel: self.channel,
             group: self.group,
-            due_at: self.due_at,
+            due_at: self.due_at.unwrap_or(now),
             is_dropped: self.id.is_some() && self.items.is_empty(),
             added,
             removed,
@@ -278,7 +294,7 @@ pub(super) fn by_group(events: &[(String, IncidentEvent)]) -> BTreeMap<String, V
 
 #[cfg(test)]
 mod tests {
-    use pisync_core::health::{IncidentScope, ProblemKind, Severity};
+    use pisync_core::health::{ProblemKind, Severity};
 
     use super::*;
 
@@ -302,7 +318,7 @@ mod tests {
 
     /// Channel 1 is the only one, and gets everything.
     fn writes(facts: &OutboxFacts, events: &[IncidentEvent]) -> Vec<BundleWrite> {
-        let routing = Routing::stored(vec![(1, true)], &[]);
+        let routing = Routing::stored(vec![(1, true, "ops".to_owned())], &[]);
         bundle_writes(facts, &routing, "school", events, at(0))
     }
 
@@ -359,6 +375,38 @@ mod tests {
             ..event(1, IncidentChange::Resolved)
         };
         assert_eq!(writes(&facts, &[merged]), []);
+    }
+
+    #[test]
+    fn what_is_added_to_a_bundle_says_when_it_is_to_be_told() {
+        let facts = OutboxFacts {
+            open: open(&[(2, ItemKind::Opened)]),
+            told: vec![(1, 1)],
+            last: vec![(1, at(-30))],
+            ..OutboxFacts::default()
+        };
+        // The bundle of another incident is not told earlier than people want it.
+        let events = [event(1, IncidentChange::Resolved)];
+        let [write] = &writes(&facts, &events)[..] else { panic!() };
+        assert_eq!((write.id, write.due_at), (Some(5), at(270)));
+        let facts = OutboxFacts { last: vec![(1, at(-900))], ..facts };
+        let [write] = &writes(&facts, &events)[..] else { panic!() };
+        assert_eq!((write.id, write.due_at), (Some(5), at(60)));
+    }
+
+    #[test]
+    fn a_channel_is_not_told_of_itself() {
+        let of_channel = |subject: &str| IncidentEvent {
+            scope: IncidentScope::Channel,
+            subject: subject.to_owned(),
+            ..event(1, IncidentChange::Opened)
+        };
+        let facts = OutboxFacts::default();
+        assert_eq!(writes(&facts, &[of_channel("ops")]), []);
+        assert_eq!(writes(&facts, &[of_channel("other")]).len(), 1);
+        let device =
+            IncidentEvent { subject: "ops".to_owned(), ..event(1, IncidentChange::Opened) };
+        assert_eq!(writes(&facts, &[device]).len(), 1);
     }
 
     #[test]

@@ -19,9 +19,10 @@ pub(super) struct Routing {
 }
 
 /// A channel that is enabled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RoutedChannel {
     pub(super) id: i64,
+    name: String,
     /// Whether it gets what no route matches.
     pub(super) is_default: bool,
 }
@@ -58,10 +59,11 @@ pub(super) struct About<'a> {
 }
 
 impl Routing {
-    /// Reads channels and routes as they are stored. What foreign SQL made wrong is left out.
-    pub(super) fn stored(channels: Vec<(i64, bool)>, routes: &[String]) -> Self {
-        let channels =
-            channels.into_iter().map(|(id, is_default)| RoutedChannel { id, is_default }).collect();
+    /// Reads channels and routes as they are stored: of a channel its id, whether it is a default, and its name. What foreign
+    /// SQL made wrong is left out.
+    pub(super) fn stored(channels: Vec<(i64, bool, String)>, routes: &[String]) -> Self {
+        let channel = |(id, is_default, name)| RoutedChannel { id, name, is_default };
+        let channels = channels.into_iter().map(channel).collect();
         let routes = routes
             .iter()
             .filter_map(|text| Route::from_json(&serde_json::from_str(text).ok()?))
@@ -74,6 +76,10 @@ impl Routing {
         self.channels.is_empty()
     }
 
+    /// Whether this is the name of a channel that is enabled.
+    pub(super) fn is_named(&self, channel: i64, name: &str) -> bool {
+        self.channels.iter().any(|known| known.id == channel && known.name == name)
+    }
     /// Whether routes ask for the tags of devices.
     pub(super) fn asks_for_tags(&self) -> bool {
         self.routes.iter().any(|route| !route.matching.tags.is_empty())
@@ -214,7 +220,9 @@ mod tests {
             route.to_string()
         };
         let routes: Vec<_> = routes.iter().map(stored).collect();
-        Routing::stored(vec![(1, true), (2, false), (3, true)], &routes)
+        let channels = [(1, true, "ops"), (2, false, "school"), (3, true, "chat")];
+        let channels = channels.map(|(id, is_default, name)| (id, is_default, name.to_owned()));
+        Routing::stored(channels.to_vec(), &routes)
     }
 
     fn ids(routing: &Routing, about: About<'_>) -> Vec<i64> {

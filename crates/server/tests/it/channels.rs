@@ -75,6 +75,7 @@ pub(crate) fn message() -> Message {
         group: Some("school-17".into()),
         items: vec![incident(MessageEvent::Opened, "school-17")],
         items_total: 1,
+        states: None,
         base_url: Some("https://fleet.example".into()),
     }
 }

@@ -67,6 +67,8 @@ mod migrate_command;
 mod migrations;
 mod node_wire;
 mod notification_list;
+mod notification_scenarios;
+mod notification_times;
 mod notifications;
 mod pages_elsewhere;
 mod postgres_outcomes;

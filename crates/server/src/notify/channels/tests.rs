@@ -7,7 +7,7 @@ use crate::{
     notify::{
         message::{
             MessageEvent, MessageItem, MessageKind,
-            tests::{at, device, message, school},
+            tests::{at, device, digest, message, school},
         },
         sender::SenderSettings,
         smtp::SmtpSettings,
@@ -394,6 +394,39 @@ fn names_are_text_and_no_markup() {
     let template = Some("{{ incidents[0].subject }}");
     let slack = json_of(&config(ChannelKind::Slack).render(&message, template).body);
     assert!(slack["text"].as_str().unwrap().starts_with("&lt;!channel&gt; *x*"), "{slack}");
+}
+
+/// Every kind of channel tells in a digest how the fleet is, with and without markup.
+#[test]
+fn a_digest_tells_how_many_devices_are_in_which_state() {
+    let line = "212 devices: 198 ok, 5 failing, 9 silent";
+    let escaped = |kind, text: String| match kind {
+        // Of its Markdown, which has no mark in the line but the colon.
+        ChannelKind::Discord => text.replace("\\\\:", ":"),
+        // A line of a mail may be broken by its encoding.
+        ChannelKind::Email => text.replace("=\r\n", ""),
+        _ => text,
+    };
+    for items in [vec![], vec![school()], vec![school(), device(1, "pi")]] {
+        let message = digest(items);
+        for kind in ChannelKind::ALL {
+            let rendered = config(kind).render(&message, None);
+            for body in std::iter::once(&rendered.body).chain(&rendered.plain) {
+                let text = escaped(kind, String::from_utf8(body.clone()).unwrap());
+                assert!(text.contains(line), "{kind:?}: {text}");
+            }
+        }
+    }
+    let body = json_of(&config(ChannelKind::Webhook).render(&digest(vec![school()]), None).body);
+    assert_eq!(body["type"], "fleet.digest");
+    assert_eq!(
+        body["data"]["devices"],
+        json!({"paused": 0, "never": 0, "silent": 9, "failing": 5, "degraded": 0, "ok": 198})
+    );
+    assert_eq!(body["data"]["group"], Value::Null);
+    // Other messages are about what has happened.
+    let body = json_of(&config(ChannelKind::Webhook).render(&message(vec![school()]), None).body);
+    assert_eq!(body["data"].get("devices"), None);
 }
 
 #[test]

@@ -24,6 +24,7 @@ use crate::{
         sender::Sender,
     },
     random::Randomness,
+    store::StateCounts,
 };
 
 /// A receiver is a program of the user's own. Five messages a second burden none.
@@ -227,6 +228,7 @@ impl Channel for WebhookChannel {
                 group: message.group.as_deref(),
                 incidents: incidents(message, room),
                 incidents_total: message.items_total,
+                devices: message.states.map(devices),
                 text: &text,
             },
         };
@@ -264,7 +266,15 @@ struct Data<'a> {
     group: Option<&'a str>,
     incidents: Vec<Incident<'a>>,
     incidents_total: u64,
+    /// Devices by their state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    devices: Option<Map<String, Value>>,
     text: &'a str,
+}
+
+/// How many devices are in which state, by the names of the states.
+fn devices(states: StateCounts) -> Map<String, Value> {
+    states.each().map(|(state, count)| (state.as_str().to_owned(), count.into())).collect()
 }
 
 #[derive(Serialize)]

@@ -28,8 +28,8 @@ use crate::store::{
     RetryOutcome, StateCounts, StoreError,
     audit::NewAuditEntry,
     delivery::{
-        DELETED_AT_ONCE, DIGEST_WITHIN, DueItem, FAILING_FOR_LONG, LEASED, LOCKED_FOR,
-        NOTIFICATIONS_KEPT, about, needs_reminder, retry_after, sort_out, told_details,
+        DELETED_AT_ONCE, DIGEST_WITHIN, FAILING_FOR_LONG, LEASED, LOCKED_FOR, NOTIFICATIONS_KEPT,
+        Sorted, about, needs_reminder, retry_after, sort_out, told_details,
     },
     incident_steps::channel_writes,
     incidents::{COUNTED, INCIDENT_COLUMNS},
@@ -333,14 +333,16 @@ async fn facts_of(
         (facts.items, facts.items_total) = open_incidents(transaction).await?;
         return Ok(Some(facts));
     }
-    let sorted = sort_out(due_items(transaction, due.id).await?, &lane.kind, settings, now);
+    let items = outbox::due_items(transaction, due.id).await?;
+    let sorted = sort_out(items, &lane.kind, settings, now);
+    remove(transaction, due.id, &sorted.outdated).await?;
     if sorted.told.is_empty() && sorted.held.is_empty() {
-        // Its incidents were deleted.
+        // Its incidents were deleted, or nobody needs its reminders.
         let drop = transaction.prepare_cached(DROP).await?;
         transaction.execute(&drop, &[&due.id, &now.to_jiff()]).await?;
         return Ok(None);
     }
-    hold(transaction, lane, due, &sorted.held, sorted.told.is_empty(), now).await?;
+    hold(transaction, lane, settings, due, &sorted, now).await?;
     if sorted.told.is_empty() {
         return Ok(None);
     }
@@ -357,29 +359,24 @@ async fn facts_of(
 async fn hold(
     transaction: &Transaction<'_>,
     lane: &Lane,
+    settings: &FleetSettings,
     due: &Due,
-    held: &[(i64, ItemKind, Timestamp)],
-    is_all: bool,
+    sorted: &Sorted,
     now: Timestamp,
 ) -> Result<(), Error> {
     const POSTPONE: &str = "update notifications set due_at = $2 where id = $1";
     // The bundle itself is made up at once, and no longer in the way of another one.
     const BEGIN: &str = "update notifications set frozen_at = $2 where id = $1";
-    const REMOVE: &str = "
-        delete from notification_items where notification = $1 and incident = $2 and what = $3
-    ";
+    let held = &sorted.held;
     let Some(until) = held.iter().map(|(.., until)| *until).min() else { return Ok(()) };
-    if is_all {
+    if sorted.told.is_empty() {
         let postpone = transaction.prepare_cached(POSTPONE).await?;
         return transaction.execute(&postpone, &[&due.id, &until.to_jiff()]).await.map(|_| ());
     }
     let begin = transaction.prepare_cached(BEGIN).await?;
     transaction.execute(&begin, &[&due.id, &now.to_jiff()]).await?;
     let items: Vec<_> = held.iter().map(|(incident, what, _)| (*incident, *what)).collect();
-    let remove = transaction.prepare_cached(REMOVE).await?;
-    for (incident, what) in &items {
-        transaction.execute(&remove, &[&due.id, incident, &what.as_str()]).await?;
-    }
+    remove(transaction, due.id, &items).await?;
     let write = BundleWrite {
         id: None,
         channel: lane.channel,
@@ -389,29 +386,26 @@ async fn hold(
         removed: Vec::new(),
         is_dropped: false,
     };
-    outbox::keep(transaction, &write, now).await
+    outbox::keep(transaction, settings, &write, now).await
 }
 
-async fn due_items(
+/// Takes items out of a message.
+async fn remove(
     transaction: &Transaction<'_>,
     notification: i64,
-) -> Result<Vec<DueItem>, Error> {
-    let select = format!(
-        r#"select {INCIDENT_COLUMNS}, t.what, i."group",
-                  array(select g.tag from device_tags g where i.scope = 'device' and g.device_id = i.subject)
-             from notification_items t
-             join incidents i on i.id = t.incident
-            where t.notification = $1"#
-    );
-    let select = transaction.prepare_cached(&select).await?;
-    let mut items = Vec::new();
-    for row in transaction.query(&select, &[&notification]).await? {
-        let Some(what) = ItemKind::from_word(row.try_get(16)?) else { continue };
-        let incident = stored_incident(&row)?;
-        let facts = ItemFacts { what, incident, members: Vec::new(), members_total: 0 };
-        items.push(DueItem { facts, group: row.try_get(17)?, tags: row.try_get(18)? });
+    items: &[(i64, ItemKind)],
+) -> Result<(), Error> {
+    const REMOVE: &str = "
+        delete from notification_items where notification = $1 and incident = $2 and what = $3
+    ";
+    if items.is_empty() {
+        return Ok(());
     }
-    Ok(items)
+    let remove = transaction.prepare_cached(REMOVE).await?;
+    for (incident, what) in items {
+        transaction.execute(&remove, &[&notification, incident, &what.as_str()]).await?;
+    }
+    Ok(())
 }
 
 /// Some members of an incident, and how many there are. An incident of a device is about that.
@@ -617,7 +611,7 @@ async fn add_reminders(
             removed: Vec::new(),
             is_dropped: false,
         };
-        outbox::keep(transaction, &write, now).await?;
+        outbox::keep(transaction, settings, &write, now).await?;
     }
     Ok(())
 }

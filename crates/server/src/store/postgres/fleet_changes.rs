@@ -15,7 +15,7 @@ use super::{
     audit::record,
     connect::Object,
     fleet_settings::{LEVEL_COLUMNS, level},
-    groups,
+    groups, outbox,
     rows::optional_time,
     store::PostgresStore,
 };
@@ -598,6 +598,7 @@ async fn replace_window(
     const RENAME: &str = "update windows set name = $2 where id = $1 and name <> $2";
     let transaction = begin(connection).await?;
     let Some((_, scope)) = stored_window(&transaction, id).await? else { return Ok(false) };
+    outbox::look_again(&transaction, by.at).await?;
     let [from, until] =
         [window.times.from, window.times.until].map(|time| time.map(Timestamp::to_jiff));
     let weekly = window.weekly();
@@ -634,6 +635,7 @@ async fn delete_window(connection: &mut Object, id: i64, by: &Actor) -> Result<b
     const DELETE: &str = "delete from windows where id = $1 returning id";
     let transaction = begin(connection).await?;
     let Some((name, scope)) = stored_window(&transaction, id).await? else { return Ok(false) };
+    outbox::look_again(&transaction, by.at).await?;
     transaction.query_one(DELETE, &[&id]).await?;
     let changes: Vec<_> = scope.iter().map(window_changed).collect();
     note_changes(&transaction, &changes).await?;

@@ -5,11 +5,13 @@ use deadpool_postgres::{GenericClient, Transaction};
 use pisync_core::Timestamp;
 use tokio_postgres::{Error, Row};
 
-use super::rows::time;
+use super::{incidents::stored_incident, rows::time};
 use crate::store::{
-    FleetSettings, IncidentChange, IncidentEvent, ItemKind,
+    FleetSettings, IncidentChange, IncidentEvent, ItemFacts, ItemKind,
+    delivery::{DueItem, sort_out},
+    incidents::INCIDENT_COLUMNS,
     outbox::{BundleWrite, OpenBundle, OutboxFacts, bundle_writes, by_group},
-    routing::Routing,
+    routing::{Routing, Timing},
 };
 
 /// Adds what has become of incidents to the bundles of their groups.
@@ -22,7 +24,7 @@ pub(super) async fn tell(
     for (group, events) in by_group(events) {
         let facts = facts(transaction, &settings.routing, &group, &events).await?;
         for write in bundle_writes(&facts, &settings.routing, &group, &events, now) {
-            keep(transaction, &write, now).await?;
+            keep(transaction, settings, &write, now).await?;
         }
     }
     Ok(())
@@ -30,13 +32,13 @@ pub(super) async fn tell(
 
 /// The channels and routes as they are set.
 pub(super) async fn routing(snapshot: &impl GenericClient) -> Result<Routing, Error> {
-    const CHANNELS: &str = "select id, is_default from channels where is_enabled order by id";
+    const CHANNELS: &str = "select id, is_default, name from channels where is_enabled order by id";
     const ROUTES: &str = "select route from routes order by position";
     let channels = snapshot.prepare_cached(CHANNELS).await?;
     let channels = snapshot.query(&channels, &[]).await?;
     let channels = channels
         .iter()
-        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?)))
         .collect::<Result<_, Error>>()?;
     let routes = snapshot.prepare_cached(ROUTES).await?;
     let routes = snapshot.query(&routes, &[]).await?;
@@ -144,6 +146,7 @@ async fn facts(
 /// Writes a change of a bundle.
 pub(super) async fn keep(
     transaction: &Transaction<'_>,
+    settings: &FleetSettings,
     write: &BundleWrite,
     now: Timestamp,
 ) -> Result<(), Error> {
@@ -171,12 +174,19 @@ pub(super) async fn keep(
           from incident_entries
          where incident = $1
     "#;
-    let at = now.to_jiff();
+    const SOONER: &str = "update notifications set due_at = least(due_at, $2) where id = $1";
+    let (at, due_at) = (now.to_jiff(), write.due_at.to_jiff());
     let id: i64 = match write.id {
-        Some(id) => id,
+        Some(id) => {
+            // What is added may not wait for the end of a quiet time.
+            if !write.added.is_empty() && is_held(transaction, settings, id, now).await? {
+                let sooner = transaction.prepare_cached(SOONER).await?;
+                transaction.execute(&sooner, &[&id, &due_at]).await?;
+            }
+            id
+        }
         None => {
             let add = transaction.prepare_cached(ADD).await?;
-            let due_at = write.due_at.to_jiff();
             transaction
                 .query_one(&add, &[&write.channel, &write.group, &at, &due_at])
                 .await?
@@ -200,4 +210,59 @@ pub(super) async fn keep(
         transaction.execute(&drop, &[&id, &at]).await?;
     }
     Ok(())
+}
+
+/// Whether all that a bundle would tell waits for the end of a quiet time.
+async fn is_held(
+    transaction: &Transaction<'_>,
+    settings: &FleetSettings,
+    notification: i64,
+    now: Timestamp,
+) -> Result<bool, Error> {
+    const KIND: &str =
+        "select c.kind from notifications n join channels c on c.id = n.channel where n.id = $1";
+    if !settings.has_quiet_windows() {
+        return Ok(false);
+    }
+    let kind = transaction.prepare_cached(KIND).await?;
+    let kind: String = transaction.query_one(&kind, &[&notification]).await?.try_get(0)?;
+    let items = due_items(transaction, notification).await?;
+    Ok(sort_out(items, &kind, settings, now).told.is_empty())
+}
+
+/// Has bundles looked at again within a minute that may wait for the end of a quiet time: its window is about to change.
+pub(super) async fn look_again(transaction: &Transaction<'_>, now: Timestamp) -> Result<(), Error> {
+    const LOOK_AGAIN: &str = "
+        update notifications set due_at = $1
+         where kind = 'incidents' and state = 'pending' and frozen_at is null and due_at > $1
+           and exists (select 1 from windows where effect = 'quiet')
+    ";
+    let due_at = now.saturating_add_milliseconds(Timing::BUILT_IN.wait).to_jiff();
+    transaction.execute(LOOK_AGAIN, &[&due_at]).await.map(|_| ())
+}
+
+/// What a message that is due would tell.
+pub(super) async fn due_items(
+    transaction: &Transaction<'_>,
+    notification: i64,
+) -> Result<Vec<DueItem>, Error> {
+    let select = format!(
+        r#"select {INCIDENT_COLUMNS}, t.what, i."group",
+                  array(select g.tag from device_tags g where i.scope = 'device' and g.device_id = i.subject),
+                  exists (select 1 from device_health h
+                           where i.scope = 'device' and h.device_id = i.subject and h.state = 'silent')
+             from notification_items t
+             join incidents i on i.id = t.incident
+            where t.notification = $1"#
+    );
+    let select = transaction.prepare_cached(&select).await?;
+    let mut items = Vec::new();
+    for row in transaction.query(&select, &[&notification]).await? {
+        let Some(what) = ItemKind::from_word(row.try_get(16)?) else { continue };
+        let incident = stored_incident(&row)?;
+        let facts = ItemFacts { what, incident, members: Vec::new(), members_total: 0 };
+        let (group, tags, is_silent) = (row.try_get(17)?, row.try_get(18)?, row.try_get(19)?);
+        items.push(DueItem { facts, group, tags, is_silent });
+    }
+    Ok(items)
 }

@@ -26,8 +26,8 @@ use crate::store::{
     StoreError,
     audit::NewAuditEntry,
     delivery::{
-        DELETED_AT_ONCE, DIGEST_WITHIN, DueItem, FAILING_FOR_LONG, LEASED, LOCKED_FOR,
-        NOTIFICATIONS_KEPT, about, needs_reminder, retry_after, sort_out, told_details,
+        DELETED_AT_ONCE, DIGEST_WITHIN, FAILING_FOR_LONG, LEASED, LOCKED_FOR, NOTIFICATIONS_KEPT,
+        Sorted, about, needs_reminder, retry_after, sort_out, told_details,
     },
     incident_steps::channel_writes,
     incidents::{COUNTED, INCIDENT_COLUMNS},
@@ -328,13 +328,15 @@ fn facts_of(
         (facts.items, facts.items_total) = open_incidents(transaction)?;
         return Ok(Some(facts));
     }
-    let sorted = sort_out(due_items(transaction, due.id)?, &lane.kind, settings, now);
+    let items = outbox::due_items(transaction, due.id)?;
+    let sorted = sort_out(items, &lane.kind, settings, now);
+    remove(transaction, due.id, &sorted.outdated)?;
     if sorted.told.is_empty() && sorted.held.is_empty() {
-        // Its incidents were deleted.
+        // Its incidents were deleted, or nobody needs its reminders.
         transaction.prepare_cached(DROP)?.execute(params![due.id, now.as_millisecond()])?;
         return Ok(None);
     }
-    hold(transaction, lane, due, &sorted.held, sorted.told.is_empty(), now)?;
+    hold(transaction, lane, settings, due, &sorted, now)?;
     if sorted.told.is_empty() {
         return Ok(None);
     }
@@ -351,27 +353,23 @@ fn facts_of(
 fn hold(
     transaction: &Transaction<'_>,
     lane: &Lane,
+    settings: &FleetSettings,
     due: &Due,
-    held: &[(i64, ItemKind, Timestamp)],
-    is_all: bool,
+    sorted: &Sorted,
     now: Timestamp,
 ) -> rusqlite::Result<()> {
     const POSTPONE: &str = "update notifications set due_at = ?2 where id = ?1";
     // The bundle itself is made up at once, and no longer in the way of another one.
     const BEGIN: &str = "update notifications set frozen_at = ?2 where id = ?1";
+    let held = &sorted.held;
     let Some(until) = held.iter().map(|(.., until)| *until).min() else { return Ok(()) };
-    if is_all {
+    if sorted.told.is_empty() {
         let values = params![due.id, until.as_millisecond()];
         return transaction.prepare_cached(POSTPONE)?.execute(values).map(|_| ());
     }
     transaction.prepare_cached(BEGIN)?.execute(params![due.id, now.as_millisecond()])?;
     let items: Vec<_> = held.iter().map(|(incident, what, _)| (*incident, *what)).collect();
-    for (incident, what) in &items {
-        transaction.execute(
-            "delete from notification_items where notification = ?1 and incident = ?2 and what = ?3",
-            params![due.id, incident, what.as_str()],
-        )?;
-    }
+    remove(transaction, due.id, &items)?;
     let write = BundleWrite {
         id: None,
         channel: lane.channel,
@@ -381,34 +379,23 @@ fn hold(
         removed: Vec::new(),
         is_dropped: false,
     };
-    outbox::keep(transaction, &write, now)
+    outbox::keep(transaction, settings, &write, now)
 }
 
-fn due_items(transaction: &Transaction<'_>, notification: i64) -> rusqlite::Result<Vec<DueItem>> {
-    let select = format!(
-        r#"select {INCIDENT_COLUMNS}, t.what, i."group",
-                  (select json_group_array(g.tag)
-                     from devices d join device_tags g on g.device = d.id
-                    where i.scope = 'device' and d.device_id = i.subject)
-             from notification_items t
-             join incidents i on i.id = t.incident
-            where t.notification = ?1"#
-    );
-    let mut items = Vec::new();
-    let mut select = transaction.prepare_cached(&select)?;
-    let rows = select.query_map([notification], |row| {
-        let what: String = row.get(16)?;
-        let tags: String = row.get(18)?;
-        Ok((ItemKind::from_word(&what), stored_incident(row)?, row.get(17)?, tags))
-    })?;
-    for row in rows {
-        let (what, incident, group, tags) = row?;
-        let Some(what) = what else { continue };
-        let tags = serde_json::from_str(&tags).unwrap_or_default();
-        let facts = ItemFacts { what, incident, members: Vec::new(), members_total: 0 };
-        items.push(DueItem { facts, group, tags });
+/// Takes items out of a message.
+fn remove(
+    transaction: &Transaction<'_>,
+    notification: i64,
+    items: &[(i64, ItemKind)],
+) -> rusqlite::Result<()> {
+    const REMOVE: &str = "
+        delete from notification_items where notification = ?1 and incident = ?2 and what = ?3
+    ";
+    let mut remove = transaction.prepare_cached(REMOVE)?;
+    for (incident, what) in items {
+        remove.execute(params![notification, incident, what.as_str()])?;
     }
-    Ok(items)
+    Ok(())
 }
 
 /// Some members of an incident, and how many there are. An incident of a device is about that.
@@ -617,7 +604,7 @@ fn add_reminders(
             removed: Vec::new(),
             is_dropped: false,
         };
-        outbox::keep(transaction, &write, now)?;
+        outbox::keep(transaction, settings, &write, now)?;
     }
     Ok(())
 }

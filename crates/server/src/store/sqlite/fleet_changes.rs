@@ -10,7 +10,7 @@ use super::{
     audit::record,
     connection::expect_row,
     fleet_settings::{LEVEL_COLUMNS, level},
-    groups,
+    groups, outbox,
     rows::optional_time,
     store::SqliteStore,
     write_connection::WriteConnection,
@@ -519,6 +519,7 @@ fn replace_window(
     const RENAME: &str = "update windows set name = ?2 where id = ?1 and name <> ?2";
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let Some((_, scope)) = stored_window(&transaction, id)? else { return Ok(false) };
+    outbox::look_again(&transaction, by.at)?;
     let replaced = transaction.execute(
         REPLACE,
         params![
@@ -548,6 +549,7 @@ fn replace_window(
 fn delete_window(connection: &mut Connection, id: i64, by: &Actor) -> rusqlite::Result<bool> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let Some((name, scope)) = stored_window(&transaction, id)? else { return Ok(false) };
+    outbox::look_again(&transaction, by.at)?;
     let deleted = transaction.execute("delete from windows where id = ?1", [id])?;
     expect_row("windows", deleted)?;
     let changes: Vec<_> = scope.iter().map(window_changed).collect();

@@ -4,11 +4,13 @@
 use pisync_core::Timestamp;
 use rusqlite::{Connection, Transaction, params, params_from_iter};
 
-use super::rows::time;
+use super::{incidents::stored_incident, rows::time};
 use crate::store::{
-    FleetSettings, IncidentChange, IncidentEvent, ItemKind,
+    FleetSettings, IncidentChange, IncidentEvent, ItemFacts, ItemKind,
+    delivery::{DueItem, sort_out},
+    incidents::INCIDENT_COLUMNS,
     outbox::{BundleWrite, OpenBundle, OutboxFacts, bundle_writes, by_group},
-    routing::Routing,
+    routing::{Routing, Timing},
 };
 
 /// Adds what has become of incidents to the bundles of their groups.
@@ -24,7 +26,7 @@ pub(super) fn tell(
     for (group, events) in by_group(events) {
         let facts = facts(transaction, &settings.routing, &group, &events)?;
         for write in bundle_writes(&facts, &settings.routing, &group, &events, now) {
-            keep(transaction, &write, now)?;
+            keep(transaction, settings, &write, now)?;
         }
     }
     Ok(())
@@ -32,11 +34,12 @@ pub(super) fn tell(
 
 /// The channels and routes as they are set.
 pub(super) fn routing(snapshot: &Connection) -> rusqlite::Result<Routing> {
-    const CHANNELS: &str = "select id, is_default from channels where is_enabled = 1 order by id";
+    const CHANNELS: &str =
+        "select id, is_default, name from channels where is_enabled = 1 order by id";
     const ROUTES: &str = "select route from routes order by position";
     let channels = snapshot
         .prepare_cached(CHANNELS)?
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
         .collect::<rusqlite::Result<_>>()?;
     let routes = snapshot
         .prepare_cached(ROUTES)?
@@ -165,6 +168,7 @@ fn others(
 /// Writes a change of a bundle.
 pub(super) fn keep(
     transaction: &Transaction<'_>,
+    settings: &FleetSettings,
     write: &BundleWrite,
     now: Timestamp,
 ) -> rusqlite::Result<()> {
@@ -190,10 +194,17 @@ pub(super) fn keep(
          where incident = ?1
     "#;
     let at = now.as_millisecond();
+    const SOONER: &str = "update notifications set due_at = min(due_at, ?2) where id = ?1";
+    let due_at = write.due_at.as_millisecond();
     let id = match write.id {
-        Some(id) => id,
+        Some(id) => {
+            // What is added may not wait for the end of a quiet time.
+            if !write.added.is_empty() && is_held(transaction, settings, id, now)? {
+                transaction.prepare_cached(SOONER)?.execute([id, due_at])?;
+            }
+            id
+        }
         None => {
-            let due_at = write.due_at.as_millisecond();
             let values = params![write.channel, write.group, at, due_at];
             transaction.prepare_cached(ADD)?.query_row(values, |row| row.get(0))?
         }
@@ -211,4 +222,67 @@ pub(super) fn keep(
         transaction.prepare_cached(DROP)?.execute(params![id, at])?;
     }
     Ok(())
+}
+
+/// Whether all that a bundle would tell waits for the end of a quiet time.
+fn is_held(
+    transaction: &Transaction<'_>,
+    settings: &FleetSettings,
+    notification: i64,
+    now: Timestamp,
+) -> rusqlite::Result<bool> {
+    const KIND: &str =
+        "select c.kind from notifications n join channels c on c.id = n.channel where n.id = ?1";
+    if !settings.has_quiet_windows() {
+        return Ok(false);
+    }
+    let kind: String =
+        transaction.prepare_cached(KIND)?.query_row([notification], |row| row.get(0))?;
+    let sorted = sort_out(due_items(transaction, notification)?, &kind, settings, now);
+    Ok(sorted.told.is_empty())
+}
+
+/// Has bundles looked at again within a minute that may wait for the end of a quiet time: its window is about to change.
+pub(super) fn look_again(transaction: &Transaction<'_>, now: Timestamp) -> rusqlite::Result<()> {
+    const LOOK_AGAIN: &str = "
+        update notifications set due_at = ?1
+         where kind = 'incidents' and state = 'pending' and frozen_at is null and due_at > ?1
+           and exists (select 1 from windows where effect = 'quiet')
+    ";
+    let due_at = now.saturating_add_milliseconds(Timing::BUILT_IN.wait).as_millisecond();
+    transaction.execute(LOOK_AGAIN, [due_at]).map(|_| ())
+}
+
+/// What a message that is due would tell.
+pub(super) fn due_items(
+    transaction: &Transaction<'_>,
+    notification: i64,
+) -> rusqlite::Result<Vec<DueItem>> {
+    let select = format!(
+        r#"select {INCIDENT_COLUMNS}, t.what, i."group",
+                  (select json_group_array(g.tag)
+                     from devices d join device_tags g on g.device = d.id
+                    where i.scope = 'device' and d.device_id = i.subject),
+                  exists (select 1 from device_health h join devices d on d.id = h.device
+                           where i.scope = 'device' and d.device_id = i.subject and h.state = 'silent')
+             from notification_items t
+             join incidents i on i.id = t.incident
+            where t.notification = ?1"#
+    );
+    let mut items = Vec::new();
+    let mut select = transaction.prepare_cached(&select)?;
+    let rows = select.query_map([notification], |row| {
+        let what: String = row.get(16)?;
+        let tags: String = row.get(18)?;
+        let (group, is_silent) = (row.get(17)?, row.get(19)?);
+        Ok((ItemKind::from_word(&what), stored_incident(row)?, group, tags, is_silent))
+    })?;
+    for row in rows {
+        let (what, incident, group, tags, is_silent) = row?;
+        let Some(what) = what else { continue };
+        let tags = serde_json::from_str(&tags).unwrap_or_default();
+        let facts = ItemFacts { what, incident, members: Vec::new(), members_total: 0 };
+        items.push(DueItem { facts, group, tags, is_silent });
+    }
+    Ok(items)
 }

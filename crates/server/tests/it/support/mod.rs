@@ -1,6 +1,7 @@
 //! What tests stand on: databases to work in, events to store, and the naive truth to compare with.
 
 pub(crate) mod documents;
+pub(crate) mod driven;
 pub(crate) mod events;
 pub(crate) mod fleet;
 pub(crate) mod http;
