@@ -80,6 +80,7 @@ impl Routing {
     pub(super) fn is_named(&self, channel: i64, name: &str) -> bool {
         self.channels.iter().any(|known| known.id == channel && known.name == name)
     }
+
     /// Whether routes ask for the tags of devices.
     pub(super) fn asks_for_tags(&self) -> bool {
         self.routes.iter().any(|route| !route.matching.tags.is_empty())

@@ -4,8 +4,8 @@
 //!
 //! The test looks after the fleet itself, by the functions that a server calls (see `support::driven`): a beat, a sweep and
 //! the sending of messages, in this order, at each :00, :15, :30 and :45. Instants at which nothing can happen are passed over:
-//! nothing was reported or changed since the last sweep, which went through; no deadline has come (`next_look`); no route tells
-//! by the clock; and no message is due. `server` stops and starts the whole server on the same database. `database` cuts the
+//! nothing was reported or changed since the last sweep, which went through; no deadline has come (`next_look`); there are no routes
+//! that may tell by the clock; and no message is due. `server` stops and starts the whole server on the same database. `database` cuts the
 //! server off from PostgreSQL, so that it refuses reports by itself; on SQLite, where nothing is away without damage, reports
 //! are kept from it, and the next beat says that some were refused.
 
@@ -16,8 +16,8 @@ use pisync::{
     backtest::{
         self, Expected, Scenario,
         scenario::{
-            DatabaseStep, IncidentEntry, Instant, MessageEntry, MessageItem, Request, ServerStep,
-            StateEntry, Step,
+            Action, DatabaseStep, IncidentEntry, Instant, MessageEntry, MessageItem, Request,
+            ServerStep, StateEntry, Step,
         },
     },
     store::{NotificationQuery, NotificationState, Target},
@@ -113,7 +113,7 @@ impl Run {
         let mut now = instant_at_or_after(start);
         while now <= end {
             while let Some((at, step)) = steps.next_if(|(at, _)| *at <= now) {
-                if step.server.is_some() || step.database.is_some() {
+                if matches!(step.action, Action::Server(_) | Action::Database(_)) {
                     self.live_until(passed.take()).await;
                 }
                 self.step(at, step).await;
@@ -153,50 +153,35 @@ impl Run {
         if let Some(driven) = &self.driven {
             driven.clock.set(at);
         }
-        if let Some(report) = &step.report {
-            let mut fields = report.event.clone();
-            if step.repeat.is_some() {
-                fields.remove("event_id");
+        match &step.action {
+            Action::Report(report) => {
+                let of = |device: &String| {
+                    let mut fields = report.event.clone();
+                    fields.insert("device_id".to_owned(), device.as_str().into());
+                    event(fields, at)
+                };
+                self.report(report.device_ids.iter().map(of).collect()).await;
             }
-            let of = |device: &String| {
-                let mut fields = fields.clone();
-                fields.insert("device_id".to_owned(), device.as_str().into());
-                event(fields, at)
-            };
-            self.report(report.device_ids.iter().map(of).collect()).await;
-        }
-        if let Some(batch) = &step.batch {
-            self.batch(batch.iter().map(|fields| event(fields.clone(), at)).collect()).await;
-        }
-        if let Some(start) = &step.start
-            && self.can_store()
-        {
-            self.start_run(start).await;
-        }
-        if let Some(change) = &step.request
-            && self.can_store()
-        {
-            request(self.driven(), change).await;
-        }
-        match step.server {
-            Some(ServerStep::Stop) => {
+            Action::Batch(batch) => {
+                self.batch(batch.iter().map(|fields| event(fields.clone(), at)).collect()).await;
+            }
+            Action::Start(start) if self.can_store() => self.start_run(start).await,
+            Action::Request(change) if self.can_store() => request(self.driven(), change).await,
+            Action::Start(_) | Action::Request(_) => {}
+            Action::Server(ServerStep::Stop) => {
                 if let Some(driven) = self.driven.take() {
                     self.database = Some(driven.stop().await);
                 }
             }
-            Some(ServerStep::Start) => {
+            Action::Server(ServerStep::Start) => {
                 if let Some(database) = self.database.take() {
                     let driven = DrivenServer::start(at, database, |_| {}).await;
                     driven.beat(true, false).await;
                     self.driven = Some(driven);
                 }
             }
-            None => {}
-        }
-        match step.database {
-            Some(DatabaseStep::Away) => self.cut_off(true).await,
-            Some(DatabaseStep::Back) => self.cut_off(false).await,
-            None => {}
+            Action::Database(DatabaseStep::Away) => self.cut_off(true).await,
+            Action::Database(DatabaseStep::Back) => self.cut_off(false).await,
         }
     }
 
@@ -252,7 +237,7 @@ impl Run {
     }
 
     /// A run begins. It is stored within a second.
-    async fn start_run(&self, start: &Value) {
+    async fn start_run(&self, start: &Map<String, Value>) {
         let driven = self.driven();
         driven.post("/api/sync-start", start).await.data(202);
         let path = format!("/api/device/{}", start["device_id"].as_str().unwrap());
@@ -469,7 +454,7 @@ fn message(channels: &[WebhookReceiver], received: &Received, now: Timestamp) ->
 }
 
 fn read(file: &Path) -> Scenario {
-    serde_json::from_slice(&fs::read(file).unwrap()).unwrap()
+    Scenario::read(&fs::read(file).unwrap()).unwrap()
 }
 
 async fn database(is_postgres: bool) -> TestDatabase {
@@ -492,7 +477,7 @@ async fn run(share: usize, is_postgres: bool) {
 
 /// No file has a database that goes away. This one does: what was refused meanwhile excuses whoever would have reported, once.
 async fn the_database_goes_away(is_postgres: bool) {
-    let scenario: Scenario = serde_json::from_value(json!({
+    let scenario = Scenario::from_value(json!({
         "id": "away", "title": "What was refused is no silence.",
         "start": "2026-03-02T08:59:00Z", "end": "2026-03-02T12:00:00Z",
         "channels": ["W"],
@@ -528,7 +513,7 @@ async fn people_are_reminded(is_postgres: bool) {
         })
     };
     let failed = |second: u32| json!({"device_id": "d", "timestamp": format!("2026-03-02T09:00:0{second}Z"), "total_errors": 1});
-    let scenario: Scenario = serde_json::from_value(json!({
+    let scenario = Scenario::from_value(json!({
         "id": "reminded", "title": "Whoever was told of a failure is reminded of it.",
         "start": "2026-03-02T08:59:00Z", "end": "2026-03-02T12:00:00Z",
         "setup": [{"method": "PATCH", "path": "/api/fleet", "body": {"policy": {"expect": "nothing"}}}],
@@ -565,7 +550,7 @@ async fn assert_came(scenario: &Scenario, is_postgres: bool) {
     let other = database(is_postgres).await;
     other.migrate().await;
     let store: Arc<_> = pisync::store::open(&other.target).await.unwrap();
-    let came = backtest::run(scenario, &store).await.unwrap();
+    let came = backtest::run(scenario, &store, |_| {}).await.unwrap();
     assert_eq!(scenario.expect.differences(&came), Vec::<String>::new(), "in a backtest");
     store.close().await.unwrap();
     drop(store);
