@@ -7,13 +7,10 @@ use axum::http::HeaderMap;
 use reqwest::Url;
 
 use super::{Hidden, sender::Sender};
-use crate::{clock::Clock, ingest::Ingest, store::Store};
+use crate::{clock::Clock, fleet::LONGEST_SINCE_SWEEP, ingest::Ingest, store::Store};
 
 /// How often it is posted.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(60);
-
-/// A sweep must have ended within this time, in milliseconds: 2 minutes.
-const LONGEST_SINCE_SWEEP: i64 = 2 * 60 * 1000;
 
 /// Posts the heartbeat for as long as the server runs.
 pub(crate) async fn beat(
