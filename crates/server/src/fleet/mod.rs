@@ -29,12 +29,12 @@ pub(crate) const LONGEST_SINCE_SWEEP: i64 = 2 * 60 * 1000;
 /// about it would have swept by then.
 const FOLLOWED_AFTER: Duration = Duration::from_secs(120);
 
-/// After each sweep, this many times as long as it took passes before the next, but no more than [`LONGEST_PAUSE`].
+/// After each sweep, this many times as long as it took passes before the next, but no more than [`LONGEST_SWEEP_PAUSE`].
 const SWEEP_YIELD: u32 = 19;
 
 /// The longest time between two sweeps. Without it, one in which a million devices turn silent (50 s) would be followed by a
 /// quarter of an hour in which nobody looks after the fleet: longer than anybody who watches from outside waits.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_SWEEP_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sweeps, and gives signs of life, for as long as the server runs. `node` is what this server is called.
 pub(crate) async fn watch(
@@ -68,7 +68,7 @@ pub(crate) async fn watch(
 
 /// How long to wait after a sweep that took so long.
 fn pause_after(sweep: Duration) -> Duration {
-    sweep.saturating_mul(SWEEP_YIELD).clamp(SWEEP_INTERVAL, LONGEST_PAUSE)
+    sweep.saturating_mul(SWEEP_YIELD).clamp(SWEEP_INTERVAL, LONGEST_SWEEP_PAUSE)
 }
 
 /// The last sweep, when that was in the future, and since when nobody has swept.
@@ -177,7 +177,7 @@ mod tests {
             assert_eq!(pause_after(seconds(sweep)), seconds(pause), "{sweep}");
         }
         // As long as each sweep takes no more than half a minute, whoever watches finds one that is recent enough.
-        let longest = 2 * Duration::from_secs(30) + LONGEST_PAUSE;
+        let longest = 2 * Duration::from_secs(30) + LONGEST_SWEEP_PAUSE;
         assert!(longest.as_millis() <= u128::from(LONGEST_SINCE_SWEEP.unsigned_abs()));
     }
 }

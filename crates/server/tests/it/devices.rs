@@ -119,6 +119,7 @@ async fn a_device_and_its_jobs(server: &TestServer) {
             "expected": null,
             "paused": false,
             "paused_until": null,
+            "paused_by": [],
             "policy": {},
             "device_registered": at(0),
             "last_seen": at(5),

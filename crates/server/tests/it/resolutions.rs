@@ -20,7 +20,9 @@ fn at(time: &str) -> String {
 
 /// A request at a time.
 fn request(time: &str, method: &str, path: &str, body: Value) -> Value {
-    json!({"at": at(time), "request": {"method": method, "path": path, "body": body}})
+    let mut step = json!({"at": at(time), "request": {"method": method, "path": path}});
+    step["request"]["body"] = body;
+    step
 }
 
 /// A change at a time.

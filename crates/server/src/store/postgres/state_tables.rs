@@ -5,10 +5,8 @@
 use deadpool_postgres::{GenericClient, Transaction};
 use tokio_postgres::Error;
 
-use super::{
-    connect::Object, errors::store_error, locks::SWEEP_LOCK, store::PostgresStore, verify,
-};
-use crate::store::{StateDifferences, StoreError, device_states::urgency_of_health};
+use super::{connect::Object, locks::SWEEP_LOCK};
+use crate::store::{StateDifferences, device_states::urgency_of_health};
 
 /// How many rows of `device_states` are made good in one transaction.
 const DEVICES_AT_ONCE: usize = 500;
@@ -68,18 +66,6 @@ pub(super) async fn differences(snapshot: &impl GenericClient) -> Result<WrongSt
         wrong.devices.push(row.try_get(0)?);
     }
     Ok(wrong)
-}
-
-/// Compares both tables, and makes good what differs. Answers what did.
-pub(super) async fn correct(store: &PostgresStore) -> Result<StateDifferences, StoreError> {
-    let work = async |connection: &mut Object| {
-        let snapshot = verify::snapshot(connection).await.map_err(store_error)?;
-        let wrong = differences(&snapshot).await.map_err(store_error)?;
-        drop(snapshot);
-        make_good(connection, &wrong).await.map_err(store_error)?;
-        Ok(wrong.number())
-    };
-    store.call_unbounded(work).await
 }
 
 /// Makes good what was found. Each step counts again what is there, so that what has changed meanwhile does no harm.

@@ -133,7 +133,14 @@ impl Verification for PostgresStore {
     }
 
     async fn correct_states(&self) -> Result<StateDifferences, StoreError> {
-        state_tables::correct(self).await
+        self.call_unbounded(async |connection| {
+            let snapshot = snapshot(connection).await.map_err(store_error)?;
+            let wrong = state_tables::differences(&snapshot).await.map_err(store_error)?;
+            drop(snapshot);
+            state_tables::make_good(connection, &wrong).await.map_err(store_error)?;
+            Ok(wrong.number())
+        })
+        .await
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -434,7 +441,7 @@ async fn repair_hour(connection: &mut Object, seen: &SumDifference) -> Result<bo
 }
 
 /// A snapshot without the usual time limit.
-pub(super) async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
+async fn snapshot(connection: &mut Object) -> Result<Transaction<'_>, Error> {
     let snapshot = connection
         .build_transaction()
         .isolation_level(IsolationLevel::RepeatableRead)

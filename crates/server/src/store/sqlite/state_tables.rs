@@ -5,7 +5,7 @@
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use serde_json::json;
 
-use super::{connection::Cost, store::SqliteStore, write_connection::WriteConnection};
+use super::{store::SqliteStore, write_connection::WriteConnection};
 use crate::store::{StateDifferences, StoreError, device_states::urgency_of_health};
 
 /// How many rows of `device_states` are made good in one transaction.
@@ -65,15 +65,6 @@ pub(super) fn differences(snapshot: &Connection) -> rusqlite::Result<WrongStates
         .query_map([], |row| row.get(0))?
         .collect::<rusqlite::Result<_>>()?;
     Ok(WrongStates { groups, devices })
-}
-
-/// Compares both tables, and makes good what differs. Answers what did.
-pub(super) async fn correct(store: &SqliteStore) -> Result<StateDifferences, StoreError> {
-    let compare = |connection: &Connection| differences(&*connection.unchecked_transaction()?);
-    let wrong = store.read_events(Cost::Unbounded, compare).await?;
-    let number = wrong.number();
-    make_good(store, wrong).await?;
-    Ok(number)
 }
 
 /// Makes good what was found. Each step counts again what is there, so that what has changed meanwhile does no harm.

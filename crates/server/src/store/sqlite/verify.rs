@@ -95,7 +95,13 @@ impl Verification for SqliteStore {
     }
 
     async fn correct_states(&self) -> Result<StateDifferences, StoreError> {
-        state_tables::correct(self).await
+        let compare = |connection: &Connection| {
+            state_tables::differences(&*connection.unchecked_transaction()?)
+        };
+        let wrong = self.read_events(Cost::Unbounded, compare).await?;
+        let number = wrong.number();
+        state_tables::make_good(self, wrong).await?;
+        Ok(number)
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
