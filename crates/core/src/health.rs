@@ -15,7 +15,8 @@ pub use policy::{Expect, FailingRule, JobPolicy, Policy, PolicyChange, Rules, Se
 pub use resolve::{Decided, EffectivePolicy, EffectiveRules, Level, Levels};
 pub use schedule::{CronError, CronSchedule, Schedule, time_zone};
 pub use state::{
-    DeviceFacts, Expectation, Health, JobFacts, JobHealth, JobReports, OpenRun, Outcome, Pause,
-    Problem, ProblemKind, Reason, State, evaluate, needs_outcomes, waiting_since,
+    DeviceFacts, EndError, Expectation, FARTHEST_END, Health, JobFacts, JobHealth, JobReports,
+    OpenRun, Outcome, Pause, Problem, ProblemKind, Reason, State, check_end, evaluate,
+    needs_outcomes, waiting_since,
 };
 pub use window::{WEEKDAYS, Weekly, WindowTimes};

@@ -94,7 +94,8 @@ pub struct Deadline {
     pub expected_at: Timestamp,
     /// From this instant on, the device or job is silent.
     pub due_at: Timestamp,
-    /// What moved the deadline, in the order in which it did.
+    /// What moved the deadline, in the order in which it did. Of a cron expression this is also what times were passed over
+    /// for, at most the last eight causes.
     pub moved_by: Vec<MovedBy>,
 }
 
@@ -150,6 +151,7 @@ fn of_cron(
     // A time at the very instant from which on times are asked for is one of them.
     let asked_since = asked_since.map(|since| since.saturating_add_milliseconds(-1));
     let mut time = cron.next(waiting.heard.max(asked_since)?)?;
+    let mut passed_over: Vec<MovedBy> = Vec::new();
     for _ in 0..MOST_SKIPPED {
         let gap = cron
             .previous(time)
@@ -158,18 +160,27 @@ fn of_cron(
         let earliest = time.saturating_add_milliseconds(-early);
         let due_at = time.saturating_add_milliseconds(grace);
         let is_answered = waiting.heard.is_some_and(|heard| heard >= earliest);
-        let is_excused = || {
+        let excuse = || {
             let span = Interval { from: earliest, until: due_at };
             let at_time = Interval { from: time, until: time };
-            excluded.touching(span).iter().any(|(cause, interval)| match cause {
+            excluded.touching(span).into_iter().find(|(cause, interval)| match cause {
                 Cause::Outage => true,
                 Cause::Pause | Cause::ClosedWindow => interval.touches(&at_time),
             })
         };
-        if !is_answered && !is_excused() {
-            let mut deadline = Deadline { expected_at: time, due_at, moved_by: Vec::new() };
-            move_out(&mut deadline, grace, excluded);
-            return Some(deadline);
+        if !is_answered {
+            let Some((cause, interval)) = excuse() else {
+                let mut deadline = Deadline { expected_at: time, due_at, moved_by: passed_over };
+                move_out(&mut deadline, grace, excluded);
+                return Some(deadline);
+            };
+            let moved = MovedBy { cause, interval };
+            if passed_over.last() != Some(&moved) {
+                if passed_over.len() == MOST_MOVES {
+                    passed_over.remove(0);
+                }
+                passed_over.push(moved);
+            }
         }
         time = cron.next(time)?;
     }
@@ -336,6 +347,33 @@ mod tests {
         assert_eq!(due(&heard("02T01:00"), &pause("03T00:00", "03T01:00")), Some(at("04T02:00")));
         // One that begins once the report was expected moves the deadline alone.
         assert_eq!(due(&heard("02T01:00"), &pause("03T01:30", "03T05:00")), Some(at("03T06:00")));
+    }
+
+    /// What a time was passed over for is told: each cause once, and of many the last.
+    #[test]
+    fn what_times_were_passed_over_for_is_told() {
+        let hourly = cron("0 * * * *", "UTC");
+        let found = |heard_at: &str, excluded: &[_]| {
+            deadline(&hourly, 0, &heard(heard_at), excluded).unwrap()
+        };
+        assert_eq!(found("02T08:00", &[]).moved_by, []);
+        let night = excluded(Cause::ClosedWindow, "02T08:30", "02T11:30");
+        let outage = excluded(Cause::Outage, "02T12:00", "02T12:01");
+        let deadline = found("02T08:00", &[outage, night]);
+        assert_eq!(deadline.expected_at, at("02T13:00"));
+        let causes: Vec<_> =
+            deadline.moved_by.iter().map(|moved| (moved.cause, moved.interval)).collect();
+        assert_eq!(causes, [night, outage]);
+        // A time that was answered was not passed over.
+        assert_eq!(found("02T12:30", &[outage, night]).moved_by, []);
+        let outages: Vec<_> = (1..20)
+            .map(|hour| {
+                excluded(Cause::Outage, &format!("02T{hour:02}:00"), &format!("02T{hour:02}:01"))
+            })
+            .collect();
+        let moved_by = found("02T00:00", &outages).moved_by;
+        assert_eq!(moved_by.len(), MOST_MOVES);
+        assert_eq!(moved_by.last().unwrap().interval.from, at("02T19:00"));
     }
 
     proptest! {

@@ -58,18 +58,18 @@ impl IncidentScope {
     }
 }
 
-/// Why an incident has ended.
+/// Why an incident has ended. An incident of many devices ends for the reason of most of those that left it last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resolution {
-    /// A report ended it.
+    /// A report ended it; or the share of devices that have the problem fell.
     Recovered,
     /// A success that came late, dated before the incident was opened.
     LateReport,
-    /// Somebody changed what is expected.
+    /// Somebody changed what is expected, from how many devices on a group has an incident, or in which groups devices are.
     Policy,
     /// Somebody paused the device, its group, or the fleet.
     Paused,
-    /// The device was deleted.
+    /// The device was deleted, or the group: nothing is in it any more.
     Deleted,
     /// The incident of its group, or of the fleet, took it over before anybody was told.
     Merged,

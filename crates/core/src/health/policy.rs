@@ -166,9 +166,14 @@ pub struct Policy {
     pub jobs: Option<Vec<JobPolicy>>,
 }
 
-/// A change of a policy. Each field is left alone when it is `None`, and inherited again when it is `Some(Value::Null)`.
+/// A change of a policy. An absent field is left alone, and null inherits it again. So it is with the members of
+/// [`MERGED_FIELDS`], as in a JSON Merge Patch (RFC 7396). Any other field is replaced as a whole.
 #[derive(Debug, Clone, Default)]
 pub struct PolicyChange(Map<String, Value>);
+
+/// The fields whose members are settings of their own, each with a level that decides it. `expect`, `failing` and `jobs` are
+/// one setting each: half of a cron expression's object, or of a rule's, would mean nothing.
+const MERGED_FIELDS: [&str; 2] = ["severity", "group"];
 
 /// The fields of a policy, in the order in which they are documented.
 pub const POLICY_FIELDS: [&str; 9] = [
@@ -204,7 +209,17 @@ impl PolicyChange {
     pub fn apply_to(&self, policy: &Policy) -> Policy {
         let mut merged = policy.to_map();
         for (field, value) in &self.0 {
-            merged.insert(field.clone(), value.clone());
+            match (merged.get_mut(field), value) {
+                // A member that is null counts as absent when the policy is read again.
+                (Some(Value::Object(kept)), Value::Object(members))
+                    if MERGED_FIELDS.contains(&field.as_str()) =>
+                {
+                    kept.extend(members.clone());
+                }
+                _ => {
+                    merged.insert(field.clone(), value.clone());
+                }
+            }
         }
         merged.retain(|_, value| !value.is_null());
         Policy::from_stored(&Value::Object(merged))
@@ -747,6 +762,73 @@ mod tests {
         // What foreign SQL made wrong is inherited, the rest stays.
         let stored = json!({"grace_seconds": "long", "recover_after": 2});
         assert_eq!(Policy::from_stored(&stored).to_json(), json!({"recover_after": 2}));
+    }
+
+    /// A change that names one member of an object leaves its other members alone; null takes a member away.
+    #[test]
+    fn members_of_objects_are_changed_one_by_one() {
+        let policy = json!({
+            "expect": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"},
+            "failing": {"failures": 2, "of_last": 5},
+            "severity": {"silent": "info", "failing": "critical"},
+            "group": {"at_least": 7, "percent": 30},
+        });
+        let read = Policy::read(&policy, "policy").unwrap();
+        for (change, field, expected) in [
+            (
+                json!({"severity": {"silent": "warning"}}),
+                "severity",
+                json!({"silent": "warning", "failing": "critical"}),
+            ),
+            (json!({"severity": {"failing": null}}), "severity", json!({"silent": "info"})),
+            (json!({"severity": {"silent": null, "failing": null}}), "severity", Value::Null),
+            (json!({"severity": {}}), "severity", policy["severity"].clone()),
+            (json!({"severity": null}), "severity", Value::Null),
+            (json!({"group": {"percent": 60}}), "group", json!({"at_least": 7, "percent": 60})),
+            (json!({"group": {"at_least": null}}), "group", json!({"percent": 30})),
+            // These are one setting each.
+            (json!({"failing": {"in_a_row": 4}}), "failing", json!({"in_a_row": 4})),
+            (json!({"expect": {"every_seconds": 600}}), "expect", json!({"every_seconds": 600})),
+        ] {
+            let changed = PolicyChange::read(&change, "policy").unwrap().apply_to(&read).to_json();
+            assert_eq!(changed.get(field).unwrap_or(&Value::Null), &expected, "{change}");
+            for other in policy.as_object().unwrap().keys().filter(|other| *other != field) {
+                assert_eq!(changed[other], policy[other], "{change}: {other}");
+            }
+        }
+        // A member that was not set before is added, and the rest stays inherited.
+        let change = PolicyChange::read(&json!({"group": {"percent": 60}}), "policy").unwrap();
+        assert_eq!(
+            change.apply_to(&Policy::default()).to_json(),
+            json!({"group": {"percent": 60}})
+        );
+    }
+
+    /// Each member of an object is decided by itself: a level that sets one of them says nothing about the others.
+    #[test]
+    fn members_of_objects_come_from_the_most_specific_level_that_sets_them() {
+        let of = |policy: &Value| Policy::read(policy, "policy").unwrap();
+        let device = of(&json!({"severity": {"silent": "info"}}));
+        let group = of(&json!({"severity": {"silent": "critical"}, "group": {"percent": 30}}));
+        let fleet = of(&json!({
+            "severity": {"silent": "critical", "failing": "info"},
+            "group": {"at_least": 7, "percent": 60},
+        }));
+        let resolved = Levels { device: &device, group: &group, fleet: &fleet }.resolve().to_json();
+        let decided = |value: Value, from: &str| json!({"value": value, "from": from});
+        assert_eq!(
+            resolved["severity"],
+            json!({"silent": decided(json!("info"), "device"), "failing": decided(json!("info"), "fleet")})
+        );
+        assert_eq!(
+            resolved["group"],
+            json!({"at_least": decided(json!(7), "fleet"), "percent": decided(json!(30), "group")})
+        );
+        let nothing = Policy::default();
+        let resolved =
+            Levels { device: &device, group: &nothing, fleet: &nothing }.resolve().to_json();
+        assert_eq!(resolved["severity"]["failing"], decided(json!("warning"), "built-in"));
+        assert_eq!(resolved["group"]["percent"], decided(json!(50), "built-in"));
     }
 
     #[test]

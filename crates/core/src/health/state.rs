@@ -1,6 +1,8 @@
 //! The state of a device and of its jobs, as a function of what is known about them. The order in which reports arrive does
 //! not matter: silence goes by when the server received the last one, failure by the dates that devices give.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use super::{
@@ -161,7 +163,9 @@ pub struct Problem {
     pub job: Option<String>,
     /// Why.
     pub reason: Reason,
-    /// Since when.
+    /// Since when: the deadline that passed; of a device that was never heard, when it came to the roster; the date of the first
+    /// failed run that counts (of a streak, the first after the last success); the moment an overrun began; or the newest
+    /// date of what is behind. Never after the evaluation.
     pub since: Timestamp,
 }
 
@@ -208,6 +212,42 @@ pub struct OpenRun {
     pub job: Option<String>,
     /// When the server heard of the start.
     pub started_at: Timestamp,
+}
+
+/// How far ahead a pause, or an acknowledgement of an incident, may end, in milliseconds: 10 years. What ends later is a slip
+/// of the pen in its year, and would be forgotten. Who means "until somebody ends it" gives no end.
+pub const FARTHEST_END: i64 = 3_653 * 24 * 60 * 60 * 1000;
+
+/// Why something cannot end at a time. [`fmt::Display`] gives the words that follow the quoted field name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndError {
+    /// It has come.
+    Past,
+    /// It is more than [`FARTHEST_END`] ahead.
+    TooFar,
+}
+
+impl fmt::Display for EndError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Past => "must be in the future",
+            Self::TooFar => "must be within 10 years",
+        })
+    }
+}
+
+/// Checks when a pause, or an acknowledgement, is to end.
+///
+/// # Errors
+/// When that is not in the future, or too far in it.
+pub fn check_end(until: Timestamp, now: Timestamp) -> Result<(), EndError> {
+    if until <= now {
+        return Err(EndError::Past);
+    }
+    if until > now.saturating_add_milliseconds(FARTHEST_END) {
+        return Err(EndError::TooFar);
+    }
+    Ok(())
 }
 
 /// A time in which a device is not judged.
@@ -691,6 +731,11 @@ impl<E: Exclusions + ?Sized> Evaluation<'_, E> {
 }
 
 /// Since when a job is failing; `None` when it is not.
+///
+/// This is the date of the first failed run of those that made it failing: of a streak, the first after the last success; by
+/// "N of the last M", the first failure among the M runs that ended with the N-th. It may be older than a recovery in between,
+/// because runs count whether or not an incident was open. It stays while the job is failing, also when that run is no longer among
+/// the last M. Only the last [`OUTCOMES`] runs are known: a job that has been failing for longer is so since the first that is.
 fn failing_since(rules: &EffectiveRules, reports: &JobReports) -> Option<Timestamp> {
     if !needs_outcomes(rules) {
         let FailingRule::InARow(runs) = rules.failing.value else { return None };
@@ -786,6 +831,82 @@ mod tests {
             format!("{} {job} {} {since}", problem.kind.as_str(), problem.reason.as_str())
         });
         (health.state, problems.collect())
+    }
+
+    /// A job is failing since the first failed run of those that made it failing, until it has recovered.
+    #[test]
+    fn a_job_is_failing_since_the_first_failure_that_counts() {
+        // Each letter is a run, an hour after the one before: F failed, and S did not. The number is that of the run since which
+        // the job is failing after the last one.
+        let of_last = |failures, of_last| FailingRule::OfLast { failures, of_last };
+        for (rule, recover_after, runs, since) in [
+            // The second failure of the last five makes it failing: since the first of the two.
+            (of_last(2, 5), 1, "SFSSF", Some(1)),
+            (of_last(2, 5), 1, "FSSSSF", None),
+            (of_last(2, 5), 1, "FSSSF", Some(0)),
+            // It stays so when that failure is no longer among the last five.
+            (of_last(2, 5), 1, "FFSFSF", Some(0)),
+            (of_last(3, 5), 1, "FFFFFFFFFF", Some(0)),
+            // It has recovered, and fails anew. A failure before the recovery counts, if it is among the last five.
+            (of_last(2, 5), 1, "FFSSSSFF", Some(6)),
+            (of_last(2, 5), 1, "FFSSSSF", None),
+            (of_last(2, 5), 1, "FSSSFSSSF", Some(4)),
+            // One success is not enough, and two failures of five remain.
+            (of_last(2, 5), 3, "FFSS", Some(0)),
+            (of_last(2, 5), 3, "FFSSSSS", None),
+            // A streak: since its own first run.
+            (FailingRule::InARow(3), 2, "FSFFF", Some(2)),
+            (FailingRule::InARow(3), 2, "FSFFFSF", Some(2)),
+            (FailingRule::InARow(3), 2, "FSFFFSSF", None),
+        ] {
+            let rule = match rule {
+                FailingRule::InARow(runs) => json!({"in_a_row": runs}),
+                FailingRule::OfLast { failures, of_last } => {
+                    json!({"failures": failures, "of_last": of_last})
+                }
+            };
+            let policy = policy(&json!({"failing": rule, "recover_after": recover_after}));
+            let hour = |run: usize| {
+                at("02T00:00").saturating_add_milliseconds(i64::try_from(run).unwrap() * HOUR)
+            };
+            let outcomes: Vec<_> = runs
+                .chars()
+                .enumerate()
+                .map(|(run, letter)| Outcome { at: hour(run), has_failed: letter == 'F' })
+                .collect();
+            let streak = runs.chars().rev().take_while(|letter| *letter == 'F').count();
+            let last = hour(runs.len() - 1);
+            let reports = JobReports {
+                last_received: last,
+                last_sync: last,
+                consecutive_failures: i64::try_from(streak).unwrap(),
+                first_failure: (streak > 0).then(|| hour(runs.len() - streak)),
+                outcomes,
+            };
+            let facts = device(vec![job(None, Some(reports))]);
+            let health = evaluate(&policy, &facts, &(), last);
+            let failing = health.problems.iter().find(|one| one.kind == ProblemKind::Failing);
+            assert_eq!(
+                failing.map(|one| one.since),
+                since.map(hour),
+                "{rule} {recover_after} {runs}"
+            );
+        }
+    }
+
+    #[test]
+    fn ends_are_in_the_future_and_not_too_far() {
+        let now = at("02T00:00");
+        let after = |milliseconds: i64| now.saturating_add_milliseconds(milliseconds);
+        for (until, expected) in [
+            (now, Err(EndError::Past)),
+            (after(1), Ok(())),
+            (after(FARTHEST_END), Ok(())),
+            (after(FARTHEST_END + 1), Err(EndError::TooFar)),
+            (Timestamp::MAX, Err(EndError::TooFar)),
+        ] {
+            assert_eq!(check_end(until, now), expected, "{until}");
+        }
     }
 
     /// A name, the policy, what is known, the present, and the state and problems that follow.

@@ -6,17 +6,20 @@ use std::{
 };
 
 use clap::{Args, Subcommand};
-use pisync_core::{DeviceId, GroupName, Timestamp};
+use pisync_core::{
+    DeviceId, Timestamp,
+    health::{EndError, Level, check_end},
+};
 use serde_json::json;
 
-use super::{database, distance, exit::Failure, key::group_name, output::JsonArgs, table};
+use super::{database, distance, exit::Failure, key::group_filter, output::JsonArgs, table};
 use crate::{
     api::devices::roster_rows::{RosterError, RosterFormat, read_roster},
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
     store::{
-        Actor, Device, DeviceChange, DeviceQuery, DeviceSort, DeviceView, MOST_ROSTER_ROWS,
-        PauseChange, RosterOutcome, Store, Via,
+        Actor, Device, DeviceChange, DeviceQuery, DeviceSort, DeviceView, GroupFilter,
+        MOST_ROSTER_ROWS, PauseChange, Pauses, RosterOutcome, Store, Via,
     },
 };
 
@@ -68,7 +71,7 @@ Examples:
   pisync device list
   pisync device list --group school-17 --json")]
     List {
-        /// Only devices of this group
+        /// Only devices of this group; '' for devices in no group
         #[arg(long, value_name = "NAME")]
         group: Option<String>,
     },
@@ -89,10 +92,13 @@ Examples:
         #[arg(long, value_name = "TIME")]
         until: Option<String>,
     },
-    /// Expect a paused device to report again
+    /// End the pause of a device
     #[command(after_help = "\
 Example:
-  pisync device resume pi-001")]
+  pisync device resume pi-001
+
+It ends the device's own pause. While its group or the whole fleet is paused,
+the device stays so, and the command says it.")]
     Resume {
         /// The device
         #[arg(value_name = "ID")]
@@ -144,7 +150,7 @@ pub(super) async fn run(command: &DeviceCommand) -> Result<(), Failure> {
             Ok(())
         }
         Action::List { group } => {
-            let group = group.as_deref().map(group_name).transpose()?;
+            let group = group.as_deref().map(group_filter).transpose()?;
             let (target, store) = open().await?;
             let devices = devices(&*store, group).await?;
             if !json.is_asked_for() {
@@ -161,23 +167,37 @@ pub(super) async fn run(command: &DeviceCommand) -> Result<(), Failure> {
             let until = end(length.as_deref(), until.as_deref(), now)?;
             let (target, store) = open().await?;
             set_pause(&*store, &device_id, PauseChange::Until(until), &by).await?;
+            let pauses = pauses(&*store, &device_id).await?;
+            let others = others(pauses, now);
+            let others = if others.is_empty() { others } else { format!(" ({others} besides)") };
             match until {
-                Some(until) => say!(json, "paused {device_id} until {until}"),
-                None => say!(json, "paused {device_id}; `pisync device resume` ends it"),
+                Some(until) => say!(json, "paused {device_id} until {until}{others}"),
+                None => say!(json, "paused {device_id}; `pisync device resume` ends it{others}"),
             }
-            json.document(|| {
-                json!({"database": target.to_string(), "device_id": device_id, "paused": true, "paused_until": until})
-            });
+            json.document(|| pause_document(&target.to_string(), &device_id, pauses, now));
             Ok(())
         }
         Action::Resume { device } => {
             let device_id = device_id(device)?;
             let (target, store) = open().await?;
+            let before = pauses(&*store, &device_id).await?;
             set_pause(&*store, &device_id, PauseChange::End, &by).await?;
-            say!(json, "{device_id} is expected to report again");
-            json.document(|| {
-                json!({"database": target.to_string(), "device_id": device_id, "paused": false, "paused_until": null})
-            });
+            let after = pauses(&*store, &device_id).await?;
+            let had_own = before.device.is_some_and(|pause| pause.is_on(now));
+            let others = others(after, now);
+            match (had_own, others.is_empty()) {
+                (true, true) => say!(json, "{device_id} is judged again"),
+                (true, false) => say!(
+                    json,
+                    "ended the pause of {device_id} itself; it stays paused, because {others}"
+                ),
+                (false, true) => say!(json, "{device_id} was not paused"),
+                (false, false) => say!(
+                    json,
+                    "{device_id} has no pause of its own; it stays paused, because {others}"
+                ),
+            }
+            json.document(|| pause_document(&target.to_string(), &device_id, after, now));
             Ok(())
         }
         Action::Delete { device } => {
@@ -254,6 +274,46 @@ async fn set_pause(
     }
 }
 
+/// The pauses of a device, its group and the fleet.
+async fn pauses(store: &dyn Store, device_id: &DeviceId) -> Result<Pauses, Failure> {
+    let detail = store.device_detail(device_id).await?;
+    detail.map(|detail| detail.pauses).ok_or_else(|| unknown(device_id))
+}
+
+/// Which other pauses hold a device: those of its group and of the fleet.
+fn others(pauses: Pauses, now: Timestamp) -> String {
+    let others = pauses.in_force(now).filter_map(|(level, pause)| {
+        let whose = match level {
+            Level::Group => "its group",
+            Level::Fleet => "the fleet",
+            Level::Device | Level::BuiltIn => return None,
+        };
+        let until = pause
+            .until
+            .map_or_else(|| "until somebody ends it".to_owned(), |until| format!("until {until}"));
+        Some(format!("{whose} is paused {until}"))
+    });
+    others.collect::<Vec<_>>().join(", and ")
+}
+
+/// Whether a device is paused, by itself or by what it belongs to, with the names that the API gives the fields.
+fn pause_document(
+    target: &str,
+    device_id: &DeviceId,
+    pauses: Pauses,
+    now: Timestamp,
+) -> serde_json::Value {
+    let longest = pauses.longest(now);
+    let by: Vec<_> = pauses.in_force(now).map(|(level, _)| level.as_str()).collect();
+    json!({
+        "database": target,
+        "device_id": device_id,
+        "paused": longest.is_some(),
+        "paused_until": longest.and_then(|pause| pause.until),
+        "paused_by": by,
+    })
+}
+
 /// The end of a pause; `None` when somebody must end it.
 fn end(
     length: Option<&str>,
@@ -267,20 +327,30 @@ fn end(
             format!("--for {length}: expected so many minutes, hours, days or weeks, such as 2h")
         };
         let milliseconds = milliseconds.ok_or_else(|| Failure::usage(rule()))?;
-        return Ok(Some(now.saturating_add_milliseconds(milliseconds)));
+        let until = now.saturating_add_milliseconds(milliseconds);
+        return checked(until, now, &format!("--for {length}")).map(Some);
     }
     let Some(until) = until else { return Ok(None) };
-    match Timestamp::from_iso8601(until) {
-        Ok(until) if until > now => Ok(Some(until)),
-        Ok(_) => Err(Failure::usage(format!("--until {until}: must be in the future"))),
-        Err(error) => Err(Failure::usage(format!("--until {until}: {error}"))),
-    }
+    let option = format!("--until {until}");
+    let until = Timestamp::from_iso8601(until)
+        .map_err(|error| Failure::usage(format!("{option}: {error}")))?;
+    checked(until, now, &option).map(Some)
+}
+
+fn checked(until: Timestamp, now: Timestamp, option: &str) -> Result<Timestamp, Failure> {
+    check_end(until, now).map(|()| until).map_err(|error| {
+        let hint = match error {
+            EndError::Past => "",
+            EndError::TooFar => "; leave it out to pause until somebody ends it",
+        };
+        Failure::usage(format!("{option}: {error}{hint}"))
+    })
 }
 
 /// All devices, by id, with what is set for them.
 async fn devices(
     store: &dyn Store,
-    group: Option<GroupName>,
+    group: Option<GroupFilter>,
 ) -> Result<Vec<(Device, DeviceView)>, Failure> {
     let mut query = DeviceQuery {
         search: None,
@@ -374,6 +444,8 @@ mod tests {
             (Some("-1h"), None),
             (None, Some("2026-11-22")),
             (None, Some("soon")),
+            (None, Some("2206-11-23")),
+            (Some("600w"), None),
         ] {
             assert!(of(length, until).is_err(), "{length:?} {until:?}");
         }

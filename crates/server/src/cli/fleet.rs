@@ -9,22 +9,19 @@ use super::{
     backtest::{self, BacktestArgs},
     database,
     exit::Failure,
-    key::group_name,
+    key::group_filter,
     output::JsonArgs,
     table,
 };
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs},
-    fleet::explain::Explanation,
-    store::{FleetView, GroupQuery, GroupView, StateCounts, Target},
+    fleet::{LONGEST_SINCE_SWEEP, explain::Explanation},
+    store::{FleetView, GroupFilter, GroupQuery, GroupView, StateCounts, Target},
 };
 
 /// How many groups are listed.
 const SHOWN_GROUPS: u32 = 1_000;
-
-/// After this time without a sweep the states are not told, in milliseconds: 10 minutes. Sweeps follow each other every 15 s.
-const LONGEST_WITHOUT_SWEEP: i64 = 10 * 60 * 1000;
 
 /// How far the last sweep may lie ahead of this machine's clock, in milliseconds: a minute.
 const LARGEST_LEAD: i64 = 60 * 1000;
@@ -55,12 +52,13 @@ Examples:
   pisync fleet status
   pisync fleet status --problems            only the groups in which something is wrong
   pisync fleet status --group school-17
+  pisync fleet status --group ''            the devices in no group
   pisync fleet status --json
 
 Exit status: 0 when all is well, 1 when a device is failing, silent or overdue,
 2 on wrong usage, and when this cannot be told.")]
     Status {
-        /// Only this group
+        /// Only this group; '' for the devices in no group
         #[arg(long, value_name = "NAME")]
         group: Option<String>,
         /// Only the groups in which something is wrong
@@ -102,7 +100,8 @@ async fn status(
     only_problems: bool,
 ) -> Result<(), Failure> {
     let clock = Clock::system();
-    let found = read_status(command, &clock, group).await.map_err(untold)?;
+    let group = group.map(group_filter).transpose()?;
+    let found = read_status(command, &clock, group.as_ref()).await.map_err(untold)?;
     let Status { target, fleet, groups } = found;
     let swept_at = fleet
         .swept_at
@@ -113,7 +112,7 @@ async fn status(
             "the last sweep was at {swept_at}, which is in the future: a server's clock was ahead, or this machine's is behind"
         )));
     }
-    if age > LONGEST_WITHOUT_SWEEP {
+    if age > LONGEST_SINCE_SWEEP {
         return Err(Failure::usage(format!(
             "no server has looked after this fleet since {swept_at}; is one running, without FLEET=off?"
         )));
@@ -125,7 +124,7 @@ async fn status(
     let shown: Vec<&GroupView> =
         groups.iter().filter(|group| !only_problems || of_group(group)).collect();
     // Of one group, the figures are those of that group.
-    let (states, overdue, open_incidents) = match (group, groups.first()) {
+    let (states, overdue, open_incidents) = match (&group, groups.first()) {
         (Some(_), Some(group)) => (&group.states, group.overdue, group.open_incidents),
         _ => (&fleet.states, fleet.overdue, fleet.open_incidents),
     };
@@ -148,9 +147,12 @@ async fn status(
         })
     });
     if has_problem(states, overdue) {
-        let whose =
-            group.map_or_else(|| "the fleet".to_owned(), |name| format!("the group {name}"));
-        return Err(format!("something is wrong in {whose}").into());
+        let whose = match &group {
+            None => "in the fleet".to_owned(),
+            Some(GroupFilter::Named(name)) => format!("in the group {name}"),
+            Some(GroupFilter::Ungrouped) => "with devices in no group".to_owned(),
+        };
+        return Err(format!("something is wrong {whose}").into());
     }
     Ok(())
 }
@@ -165,17 +167,18 @@ struct Status {
 async fn read_status(
     command: &FleetCommand,
     clock: &Clock,
-    group: Option<&str>,
+    group: Option<&GroupFilter>,
 ) -> Result<Status, Failure> {
     let target = database::existing(&command.database)?;
     let store = database::open_current(&target, &command.migrations).await?;
     database::warn_of_clock(&*store, clock).await?;
     let fleet = store.fleet().await?;
     let groups = match group {
-        Some(name) => {
-            let found = store.group(&group_name(name)?).await?;
+        Some(GroupFilter::Named(name)) => {
+            let found = store.group(name).await?;
             vec![found.ok_or_else(|| Failure::usage(format!("no such group: {name}")))?]
         }
+        Some(GroupFilter::Ungrouped) => vec![store.ungrouped().await?],
         None => {
             let query = GroupQuery { search: None, limit: SHOWN_GROUPS, offset: 0 };
             store.groups(&query).await?.items
@@ -190,8 +193,9 @@ fn table_of(groups: &[&GroupView]) -> Vec<String> {
     let mut rows = vec![heading.map(str::to_owned)];
     rows.extend(groups.iter().map(|group| {
         let of = |state| group.states.count(state).to_string();
+        let name = if group.name.is_empty() { "(none)" } else { &group.name };
         [
-            group.name.clone(),
+            name.to_owned(),
             group.devices.to_string(),
             of(State::Ok),
             of(State::Degraded),
@@ -211,7 +215,7 @@ fn states_json(states: &StateCounts) -> Value {
 
 fn group_json(group: &GroupView) -> Value {
     json!({
-        "name": group.name,
+        "name": Some(&group.name).filter(|name| !name.is_empty()),
         "devices": group.devices,
         "by_status": states_json(&group.states),
         "overdue": group.overdue,

@@ -4,12 +4,12 @@
 use clap::{Args, Subcommand, builder::PossibleValuesParser};
 use pisync_core::{
     DeviceId, Timestamp,
-    health::{IncidentScope, ProblemKind},
+    health::{EndError, IncidentScope, ProblemKind, check_end},
     text::check_text,
 };
 use serde_json::{Value, json};
 
-use super::{database, distance, exit::Failure, key::group_name, output::JsonArgs, table};
+use super::{database, distance, exit::Failure, key::group_filter, output::JsonArgs, table};
 use crate::{
     clock::Clock,
     config::{DatabaseArgs, MigrationArgs, number},
@@ -99,7 +99,7 @@ struct ListArgs {
     /// Only those about devices, groups or the fleet
     #[arg(long, value_name = "SCOPE", value_parser = PossibleValuesParser::new(IncidentScope::ALL.map(IncidentScope::as_str)))]
     scope: Option<String>,
-    /// Only those of this group and of its devices
+    /// Only those of this group and of its devices; '' for devices in no group
     #[arg(long, value_name = "NAME")]
     group: Option<String>,
     /// Only those of this device, and those that it is a member of
@@ -121,7 +121,7 @@ impl ListArgs {
             is_resolved: self.state == "resolved",
             kind: INCIDENT_KINDS.into_iter().find(|kind| named(&self.kind, kind.as_str())),
             scope: IncidentScope::ALL.into_iter().find(|scope| named(&self.scope, scope.as_str())),
-            group: self.group.as_deref().map(group_name).transpose()?,
+            group: self.group.as_deref().map(group_filter).transpose()?,
             device_id: device_id.map_err(|error| Failure::usage(format!("--device {error}")))?,
             since: self.since.as_deref().map(|when| time("--since", when)).transpose()?,
             limit: self.limit,
@@ -252,8 +252,14 @@ fn acknowledgement(
         (None, Some(until)) => Some(("--until", time("--until", until)?)),
         (None, None) => None,
     };
-    if let Some((option, _)) = end.filter(|(_, end)| *end <= now) {
-        return Err(Failure::usage(format!("{option} must be in the future")));
+    if let Some((option, end)) = end {
+        check_end(end, now).map_err(|error| {
+            let hint = match error {
+                EndError::Past => "",
+                EndError::TooFar => "; leave it out if it is to count until the incident ends",
+            };
+            Failure::usage(format!("{option} {error}{hint}"))
+        })?;
     }
     Ok(NewAcknowledgement { note: note.map(str::to_owned), until: end.map(|(_, end)| end) })
 }

@@ -20,7 +20,7 @@ use crate::{
     keys::{self, KeyRequest, MAX_NAME},
     maintenance::present,
     random::Randomness,
-    store::{Actor, ApiKey, Revocation, Scope, Via},
+    store::{Actor, ApiKey, GroupFilter, Revocation, Scope, Via},
 };
 
 #[derive(Debug, Args)]
@@ -222,6 +222,11 @@ fn option(field: &str) -> &str {
 /// The name of a group that was typed.
 pub(super) fn group_name(text: &str) -> Result<GroupName, Failure> {
     GroupName::new(text).map_err(|error| Failure::usage(format!("--group {error}")))
+}
+
+/// The group whose devices or incidents are asked for; empty for those in none.
+pub(super) fn group_filter(text: &str) -> Result<GroupFilter, Failure> {
+    GroupFilter::new(text).map_err(|error| Failure::usage(format!("--group {error}")))
 }
 
 fn key_request(

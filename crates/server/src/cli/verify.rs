@@ -104,6 +104,8 @@ async fn recount(command: &VerifyCommand) -> Result<Option<String>, Failure> {
             "differing_digests": derived.digests,
             "differing_group_days": derived.group_days,
             "differing_group_hours": derived.group_hours,
+            "differing_group_states": derived.states.group_states,
+            "differing_device_states": derived.states.device_states,
             "uncounted_days": unfilled,
             "uncounted_group_hours": derived.uncounted_group_hours,
             "is_repaired": is_repaired,

@@ -5,8 +5,8 @@ use jiff::tz::TimeZone;
 use pisync_core::{
     Timestamp,
     health::{
-        Cause, Expect, Expectation, FailingRule, Interval, JobReports, Pause, Problem, ProblemKind,
-        Reason, State,
+        Cause, Expect, Expectation, FailingRule, Interval, JobReports, Level, Pause, Problem,
+        ProblemKind, Reason, State,
     },
 };
 use serde::Serialize;
@@ -46,8 +46,10 @@ struct KnownFacts {
     /// Since when the present policy waits for it.
     #[schema(value_type = Option<String>, format = DateTime)]
     waiting_since: Option<Timestamp>,
-    /// The pause that is in force.
+    /// The pause that is in force; of several the one that ends last.
     paused: Option<KnownPause>,
+    /// All pauses that are in force: the device's own, its group's, the fleet's.
+    pauses: Vec<KnownPause>,
     /// Its jobs.
     jobs: Vec<KnownJob>,
     /// Runs that were started and are not over.
@@ -55,8 +57,11 @@ struct KnownFacts {
 }
 
 /// A pause that is in force.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 struct KnownPause {
+    /// Whose it is: `device`, `group` or `fleet`.
+    #[schema(example = "group")]
+    by: &'static str,
     #[schema(value_type = String, format = DateTime)]
     from: Timestamp,
     /// Null until somebody ends it.
@@ -159,7 +164,12 @@ impl Explanation {
             .open_runs
             .iter()
             .map(|run| KnownRun { job: run.job.clone(), started_at: run.started_at });
-        let paused = facts.pause.map(|Pause { from, until }| KnownPause { from, until });
+        let pauses: Vec<_> = examination
+            .pauses
+            .in_force(now)
+            .map(|(level, Pause { from, until })| KnownPause { by: level.as_str(), from, until })
+            .collect();
+        let longest = pauses.iter().max_by_key(|pause| pause.until.unwrap_or(Timestamp::MAX));
         Self {
             now,
             device_id: examination.device_id.clone(),
@@ -168,7 +178,8 @@ impl Explanation {
                 last_seen: examination.heard,
                 expected_from: facts.expected_from,
                 waiting_since: facts.waiting_since,
-                paused,
+                paused: longest.cloned(),
+                pauses,
                 jobs: jobs.collect(),
                 runs: runs.collect(),
             },
@@ -219,28 +230,55 @@ fn sentences(examination: &Examination, now: Timestamp) -> Vec<String> {
     } else if let Some(from) = examination.facts.expected_from {
         sentences.push(format!("It has been on the roster since {}.", shown(from)));
     }
-    if let Some(pause) = examination.facts.pause {
-        let until = pause.until.map_or_else(
-            || "until somebody ends it".to_owned(),
-            |until| format!("until {}", shown(until)),
-        );
-        sentences.push(format!("It is paused since {}, {until}.", shown(pause.from)));
+    let pauses = examination.pauses.in_force(now).map(|(level, pause)| paused(level, pause));
+    sentences.extend(pauses);
+    if examination.facts.pause.is_some() {
         return sentences;
     }
     sentences.extend(examination.health.problems.iter().map(|one| problem(examination, one)));
     sentences
         .extend(examination.health.expectations.iter().map(|one| awaited(examination, one, now)));
     if examination.health.expectations.is_empty() {
-        let why = if examination.facts.is_excused {
-            "somebody has said so"
-        } else if examination.heard.is_none() && examination.facts.expected_from.is_none() {
-            "it has never reported, and is on no roster"
-        } else {
-            "its policy says so"
-        };
-        sentences.push(format!("Nothing is expected of it: {why}."));
+        sentences.push(format!("Nothing is expected of it: {}.", why_nothing(examination)));
     }
     sentences
+}
+
+/// A pause that is in force, and how long.
+fn paused(level: Level, pause: Pause) -> String {
+    let whose = match level {
+        Level::Device | Level::BuiltIn => "The device itself is paused",
+        Level::Group => "Its group is paused",
+        Level::Fleet => "The whole fleet is paused",
+    };
+    let until = pause.until.map_or_else(
+        || "until somebody ends it".to_owned(),
+        |until| format!("until {}", shown(until)),
+    );
+    format!("{whose} since {}, {until}.", shown(pause.from))
+}
+
+/// Why nothing is expected of a device that is not paused.
+fn why_nothing(examination: &Examination) -> &'static str {
+    let policy = &examination.policy;
+    let has_schedule = |expect: &Expect| !matches!(expect, Expect::Nothing);
+    let is_asked = has_schedule(&policy.rules.expect.value)
+        || policy.jobs.iter().any(|job| has_schedule(&job.rules.expect.value));
+    if examination.facts.is_excused {
+        return "somebody has said so";
+    }
+    if !is_asked {
+        return match policy.rules.expect.from {
+            Level::Device => "its own policy says so",
+            Level::Group => "the policy of its group says so",
+            Level::Fleet => "the policy of the fleet says so",
+            Level::BuiltIn => "its policy says so",
+        };
+    }
+    if examination.heard.is_none() && examination.facts.expected_from.is_none() {
+        return "it has never reported, and is on no roster";
+    }
+    "no time of its schedule is to come that is not within a closed window, a pause or an outage"
 }
 
 fn state(examination: &Examination) -> String {
@@ -351,14 +389,14 @@ fn awaited(examination: &Examination, awaited: &Expectation, now: Timestamp) -> 
     let mut sentence = format!("{what} {was} expected {when}{grace}; {deadline}.");
     for moved in &awaited.deadline.moved_by {
         let (from, until) = (shown(moved.interval.from), shown(moved.interval.until));
-        let why = match moved.cause {
-            Cause::Outage => "nobody could be heard",
-            Cause::Pause => "there was a pause",
-            Cause::ClosedWindow => "a window is closed",
+        let (why, what) = match moved.cause {
+            Cause::Outage => ("nobody could be heard", "the outage"),
+            Cause::Pause => ("there was a pause", "the pause"),
+            Cause::ClosedWindow => ("a window is closed", "the closed window"),
         };
-        // A pause that nobody has ended.
+        // One that nobody has ended.
         if moved.interval.until == Timestamp::MAX {
-            sentence += &format!(" Nothing is missing while the pause lasts that began at {from}.");
+            sentence += &format!(" Nothing is missing while {what} lasts that began at {from}.");
         } else {
             sentence += &format!(" That was moved, because {why} from {from} until {until}.");
         }

@@ -21,15 +21,20 @@ use crate::{
 /// How often a sweep begins, at most, and how often a server gives a sign of life.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 
+/// When the last sweep began longer ago than this, nobody looks after the fleet, in milliseconds: 2 minutes. Then there is no
+/// heartbeat, and `pisync fleet status` tells no states. A sweep begins a minute after the last one at the latest.
+pub(crate) const LONGEST_SINCE_SWEEP: i64 = 2 * 60 * 1000;
+
 /// After this time without any sweep, a last one that is in the future no longer counts. Another server whose clock is right
 /// about it would have swept by then.
 const FOLLOWED_AFTER: Duration = Duration::from_secs(120);
 
-/// After each sweep, this many times as long as it took passes before the next, up to [`LONGEST_PAUSE`].
+/// After each sweep, this many times as long as it took passes before the next, but no more than [`LONGEST_SWEEP_PAUSE`].
 const SWEEP_YIELD: u32 = 19;
 
-/// However long a sweep took, what happens meanwhile must not go unnoticed for long.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// The longest time between two sweeps. Without it, one in which a million devices turn silent (50 s) would be followed by a
+/// quarter of an hour in which nobody looks after the fleet: longer than anybody who watches from outside waits.
+const LONGEST_SWEEP_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sweeps, and gives signs of life, for as long as the server runs. `node` is what this server is called.
 pub(crate) async fn watch(
@@ -55,12 +60,15 @@ pub(crate) async fn watch(
             let started = Instant::now();
             sweep_once(&*store, &clock, &mut ahead).await;
             metrics.swept(started.elapsed());
-            let pause = started.elapsed().saturating_mul(SWEEP_YIELD);
-            let pause = pause.clamp(SWEEP_INTERVAL, LONGEST_PAUSE);
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(pause_after(started.elapsed())).await;
         }
     };
     tokio::join!(beats, sweeps);
+}
+
+/// How long to wait after a sweep that took so long.
+fn pause_after(sweep: Duration) -> Duration {
+    sweep.saturating_mul(SWEEP_YIELD).clamp(SWEEP_INTERVAL, LONGEST_SWEEP_PAUSE)
 }
 
 /// The last sweep, when that was in the future, and since when nobody has swept.
@@ -155,5 +163,21 @@ impl Pulse {
                 false
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sweeps_give_way_and_are_never_taken_for_missing() {
+        let seconds = Duration::from_secs_f64;
+        for (sweep, pause) in [(0.1, 15.0), (1.0, 19.0), (3.0, 57.0), (50.0, 60.0)] {
+            assert_eq!(pause_after(seconds(sweep)), seconds(pause), "{sweep}");
+        }
+        // As long as each sweep takes no more than half a minute, whoever watches finds one that is recent enough.
+        let longest = 2 * Duration::from_secs(30) + LONGEST_SWEEP_PAUSE;
+        assert!(longest.as_millis() <= u128::from(LONGEST_SINCE_SWEEP.unsigned_abs()));
     }
 }

@@ -16,7 +16,10 @@ pub(crate) use self::trusted_clock::{doubt, present};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    store::{self, HealthStore, Retention, Store, StoreError, TrustedTimeStore, Verification},
+    store::{
+        self, HealthStore, Retention, StateDifferences, Store, StoreError, TrustedTimeStore,
+        Verification,
+    },
 };
 
 /// After each step, maintenance waits this many times as long as the step took. Ingest therefore has nineteen
@@ -82,6 +85,7 @@ impl Maintenance {
         }
         self.forget_event_ids(now).await?;
         drop_old_changes(&*self.store, now).await?;
+        correct_states(&*self.store).await?;
         if let Some(retention) = &self.retention {
             drop_old_events(&*self.store, now, retention).await?;
         }
@@ -110,6 +114,20 @@ async fn recount_misdated(store: &dyn Verification, now: Timestamp) -> Result<()
         tracing::warn!(
             jobs,
             "a clock was wrong when events of some jobs were received, and the jobs were counted again: events count in sums alone until their dates have come, and then in streaks and as the last"
+        );
+    }
+    Ok(())
+}
+
+/// Makes good the numbers and the order of devices by state, if another program or a mistake has made them wrong. A sweep only
+/// adds to them what has changed, so that it costs the same however many devices there are.
+async fn correct_states(store: &dyn Verification) -> Result<(), StoreError> {
+    let StateDifferences { group_states, device_states } = store.correct_states().await?;
+    if group_states + device_states > 0 {
+        tracing::warn!(
+            group_states,
+            device_states,
+            "numbers of devices by state, or their order, were wrong and are right again; does another program write to the database?"
         );
     }
     Ok(())

@@ -8,16 +8,13 @@ use pisync_core::Timestamp;
 use reqwest::Url;
 
 use super::{Hidden, sender::Sender};
-use crate::{clock::Clock, ingest::Ingest, store::Store};
+use crate::{clock::Clock, fleet::LONGEST_SINCE_SWEEP, ingest::Ingest, store::Store};
 
 /// How often it is posted, in milliseconds.
 const HEARTBEAT_INTERVAL: i64 = 60 * 1000;
 
 /// How often it is looked whether one is due.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// A sweep must have ended within this time, in milliseconds: 2 minutes. After a start the first one may take as long.
-const LONGEST_SINCE_SWEEP: i64 = 2 * 60 * 1000;
 
 /// Posts the heartbeat for as long as the server runs.
 pub(crate) async fn beat(

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use super::{
-    Device, DeviceQuery, DeviceSort,
+    Device, DeviceQuery, DeviceSort, GroupFilter,
     device_states::StateOrder,
     devices::like_pattern,
     ordered_scan::{Direction, KeyPart, Part, Place, Request},
@@ -61,7 +61,7 @@ impl Statement {
 pub(super) struct Filter {
     /// A pattern for the id or the name.
     search: Option<String>,
-    group: Option<String>,
+    group: Option<GroupFilter>,
     tag: Option<String>,
     /// The states, if not all of them are meant.
     states: Vec<&'static str>,
@@ -74,7 +74,7 @@ impl Filter {
     pub(super) fn of(query: &DeviceQuery) -> Self {
         Self {
             search: query.search.as_deref().map(like_pattern),
-            group: query.group.as_ref().map(ToString::to_string),
+            group: query.group.clone(),
             tag: query.tag.clone(),
             states: query.states.iter().map(|state| state.as_str()).collect(),
             is_overdue: query.is_overdue,
@@ -111,9 +111,13 @@ impl Filter {
                 r" and (d.device_id {like} {pattern} escape '\' or d.name {like} {pattern} escape '\')"
             ));
         }
-        if let Some(group) = &self.group {
-            let group = statement.bind(KeyPart::Text(group.clone()));
-            statement.sql.push_str(&format!(r#" and d."group" = {group}"#));
+        match &self.group {
+            Some(GroupFilter::Named(group)) => {
+                let group = statement.bind(KeyPart::Text(group.to_string()));
+                statement.sql.push_str(&format!(r#" and d."group" = {group}"#));
+            }
+            Some(GroupFilter::Ungrouped) => statement.sql.push_str(r#" and d."group" is null"#),
+            None => {}
         }
         let (device, column) = dialect.device;
         if let Some(tag) = &self.tag {

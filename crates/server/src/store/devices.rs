@@ -2,7 +2,7 @@
 //! is in [`super::fleet_changes`]. Deleting one takes many transactions; see [`super::deletion`].
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, GroupName, health::State};
+use pisync_core::{DeviceId, GroupName, health::State, text::TextError};
 
 use super::{Device, DeviceWithJobs, KeyPart, Page, Place, StoreError};
 
@@ -30,13 +30,47 @@ pub trait DeviceStore: Send + Sync {
     ) -> Result<Vec<DeviceId>, StoreError>;
 }
 
+/// Whose devices or incidents to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GroupFilter {
+    /// Those of a group.
+    Named(GroupName),
+    /// Those of the devices that are in no group.
+    Ungrouped,
+}
+
+impl GroupFilter {
+    /// Reads one. A name may be any text, so only the empty one can stand for "no group".
+    ///
+    /// # Errors
+    /// When the text cannot be a group's name.
+    pub fn new(text: &str) -> Result<Self, TextError> {
+        if text.is_empty() { Ok(Self::Ungrouped) } else { GroupName::new(text).map(Self::Named) }
+    }
+
+    /// The group as states and incidents are kept under it: the empty name for none.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Named(name) => name.as_str(),
+            Self::Ungrouped => "",
+        }
+    }
+}
+
+impl From<GroupName> for GroupFilter {
+    fn from(name: GroupName) -> Self {
+        Self::Named(name)
+    }
+}
+
 /// Which devices to list, and in which order.
 #[derive(Debug, Clone)]
 pub struct DeviceQuery {
     /// A part of the device's id or name. The case of ASCII letters does not matter.
     pub search: Option<String>,
-    /// Only devices of this group.
-    pub group: Option<GroupName>,
+    /// Only devices of this group, or of none.
+    pub group: Option<GroupFilter>,
     /// Only devices with this tag.
     pub tag: Option<String>,
     /// Only devices in one of these states, as the last sweep has found them; all when empty.

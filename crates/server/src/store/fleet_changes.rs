@@ -31,7 +31,8 @@ pub trait FleetChanges: Send + Sync {
         by: &Actor,
     ) -> Result<bool, StoreError>;
 
-    /// The same, but an unknown device becomes known. True when it is new.
+    /// The same, but an unknown device becomes known. Unless the change says otherwise, it is expected from now on; one of which
+    /// somebody said that nothing is to be expected stays so, as every field does that is not named. True when it is new.
     async fn put_device(
         &self,
         device_id: &DeviceId,
@@ -39,8 +40,8 @@ pub trait FleetChanges: Send + Sync {
         by: &Actor,
     ) -> Result<bool, StoreError>;
 
-    /// Does the same for many devices, none of which is named twice. A dry run changes nothing, and only tells what would
-    /// change.
+    /// Does the same for many devices, none of which is named twice. All of them are expected from now on: a roster has no field
+    /// by which it could say otherwise. A dry run changes nothing, and only tells what would change.
     async fn put_roster(
         &self,
         rows: &[RosterRow],
@@ -381,6 +382,12 @@ impl DeviceChange {
         Self { expected: self.expected.or(Some(Some(true))), ..self.clone() }
     }
 
+    /// The same for a device that is put by itself: on the roster, unless somebody said before that nothing is to be expected of
+    /// it. So a script that sets names and groups does not call back what was said.
+    pub(super) fn put(&self, is_excused: bool) -> Self {
+        if is_excused { self.clone() } else { self.on_roster() }
+    }
+
     /// The details of its line in the audit log: the fields as they were sent.
     pub(super) fn details(&self) -> Value {
         let mut details = Map::new();
@@ -460,6 +467,21 @@ mod tests {
         let again = expect(&excused, Some(true), 4);
         assert_eq!((again.settings.expected_from, again.settings.is_excused), (Some(at(4)), false));
         assert_eq!(expect(&excused, None, 5), record);
+    }
+
+    #[test]
+    fn what_is_put_is_expected_unless_somebody_said_otherwise() {
+        let putting = |expected| DeviceChange { expected, ..DeviceChange::default() };
+        for (said, is_excused, expected) in [
+            (None, false, Some(Some(true))),
+            (None, true, None),
+            (Some(Some(true)), true, Some(Some(true))),
+            (Some(Some(false)), false, Some(Some(false))),
+            (Some(None), false, Some(None)),
+            (Some(None), true, Some(None)),
+        ] {
+            assert_eq!(putting(said).put(is_excused).expected, expected, "{said:?} {is_excused}");
+        }
     }
 
     #[test]

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use pisync_core::{
     Timestamp,
     health::{
-        Cause, EffectivePolicy, Exclusions, Interval, Levels, Pause, Policy, Weekly, WindowTimes,
-        time_zone,
+        Cause, EffectivePolicy, Exclusions, Interval, Level, Levels, Pause, Policy, Weekly,
+        WindowTimes, time_zone,
     },
 };
 use serde_json::Value;
@@ -53,6 +53,38 @@ pub struct DeviceSettings {
     pub is_excused: bool,
     /// Its tags, in byte-wise order.
     pub tags: Vec<String>,
+}
+
+/// The last pauses of a device, its group, and the whole fleet, in force or not. A device is paused while any of them is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pauses {
+    /// Its own.
+    pub device: Option<Pause>,
+    /// Its group's.
+    pub group: Option<Pause>,
+    /// The fleet's.
+    pub fleet: Option<Pause>,
+}
+
+impl Pauses {
+    /// Each of them, and whose it is.
+    pub fn each(self) -> impl Iterator<Item = (Level, Pause)> {
+        [(Level::Device, self.device), (Level::Group, self.group), (Level::Fleet, self.fleet)]
+            .into_iter()
+            .filter_map(|(level, pause)| pause.map(|pause| (level, pause)))
+    }
+
+    /// Those that are in force at `now`.
+    pub fn in_force(self, now: Timestamp) -> impl Iterator<Item = (Level, Pause)> {
+        self.each().filter(move |(_, pause)| pause.is_on(now))
+    }
+
+    /// The one in force that ends last.
+    #[must_use]
+    pub fn longest(self, now: Timestamp) -> Option<Pause> {
+        let in_force = self.in_force(now).map(|(_, pause)| pause);
+        in_force.max_by_key(|pause| pause.until.unwrap_or(Timestamp::MAX))
+    }
 }
 
 /// What a window is for.
@@ -273,18 +305,13 @@ impl FleetSettings {
     }
 
     /// The pauses of a device, its group, and the fleet, in force or not.
-    fn pauses(&self, group: &str, settings: &DeviceSettings) -> Vec<Pause> {
-        let group = self.groups.get(group).and_then(|group| group.pause);
-        [settings.level.pause, group, self.fleet.pause].into_iter().flatten().collect()
-    }
-
-    /// The pause that is in force for a device; of several the one that ends last.
     #[must_use]
-    pub fn pause(&self, group: &str, settings: &DeviceSettings, now: Timestamp) -> Option<Pause> {
-        self.pauses(group, settings)
-            .into_iter()
-            .filter(|pause| pause.is_on(now))
-            .max_by_key(|pause| pause.until.unwrap_or(Timestamp::MAX))
+    pub fn pauses(&self, group: &str, settings: &DeviceSettings) -> Pauses {
+        Pauses {
+            device: settings.level.pause,
+            group: self.groups.get(group).and_then(|group| group.pause),
+            fleet: self.fleet.pause,
+        }
     }
 
     /// Whether messages wait for the end of some window.
@@ -334,7 +361,7 @@ impl FleetSettings {
 pub struct ExcludedTime<'a> {
     /// In the order of time; none overlaps another.
     outages: &'a [Interval],
-    pauses: Vec<Pause>,
+    pauses: Pauses,
     windows: Vec<&'a WindowTimes>,
 }
 
@@ -344,7 +371,7 @@ impl Exclusions for ExcludedTime<'_> {
             |interval: &Interval| interval.from <= span.until && span.from <= interval.until;
         let first = self.outages.partition_point(|outage| outage.until < span.from);
         let outages = self.outages[first..].iter().take_while(|outage| outage.from <= span.until);
-        let pauses = self.pauses.iter().map(Pause::interval).filter(touches);
+        let pauses = self.pauses.each().map(|(_, pause)| pause.interval()).filter(touches);
         let windows = self.windows.iter().flat_map(|window| window.touching(span));
         outages
             .map(|outage| (Cause::Outage, *outage))

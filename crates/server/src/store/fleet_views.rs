@@ -10,7 +10,7 @@ use pisync_core::{
 };
 use serde_json::Value;
 
-use super::{DeviceSettings, FleetWindow, LevelSettings, Page, StoreError};
+use super::{DeviceSettings, FleetWindow, LevelSettings, Page, Pauses, StoreError};
 
 /// How many outages are shown, the latest first.
 pub(super) const SHOWN_OUTAGES: u32 = 20;
@@ -35,6 +35,9 @@ pub trait FleetViews: Send + Sync {
 
     /// One group; `None` when nothing is said about it, and no device is in it.
     async fn group(&self, name: &GroupName) -> Result<Option<GroupView>, StoreError>;
+
+    /// The devices that are in no group, as a group with the empty name.
+    async fn ungrouped(&self) -> Result<GroupView, StoreError>;
 
     /// The whole fleet.
     async fn fleet(&self) -> Result<FleetView, StoreError>;
@@ -89,7 +92,7 @@ pub struct DeviceDetailView {
     /// The device by itself.
     pub device: DeviceView,
     /// The last pauses of the device, its group, and the fleet.
-    pub pauses: Vec<Pause>,
+    pub pauses: Pauses,
     /// The policy that applies to it.
     pub policy: EffectivePolicy,
     /// What is known of its jobs; `None` stands for reports that name none.
@@ -215,11 +218,4 @@ impl StateCounts {
             _ => format!("{total} devices: {}", words.join(", ")),
         }
     }
-}
-
-/// The pause that is in force at `now`; of several the one that ends last.
-#[must_use]
-pub fn pause_in_force(pauses: impl IntoIterator<Item = Pause>, now: Timestamp) -> Option<Pause> {
-    let in_force = pauses.into_iter().filter(|pause| pause.is_on(now));
-    in_force.max_by_key(|pause| pause.until.unwrap_or(Timestamp::MAX))
 }

@@ -16,7 +16,7 @@ use pisync_core::{
 };
 use serde_json::{Value, json};
 
-use super::{DeviceSettings, FleetSettings, StoreError, WindowScope};
+use super::{DeviceSettings, FleetSettings, Pauses, StoreError, WindowScope};
 
 /// How many devices are evaluated at a time.
 pub const DEVICES_PER_STEP: usize = 500;
@@ -237,6 +237,8 @@ pub struct Examination {
     pub heard: Option<Timestamp>,
     /// What applies to it.
     pub policy: health::EffectivePolicy,
+    /// The pauses of the device, its group and the fleet, in force or not.
+    pub pauses: Pauses,
     /// What is known.
     pub facts: DeviceFacts,
     /// What follows.
@@ -509,7 +511,7 @@ impl DeviceRow {
                 kept.map(|kept| (kept.waiting_since, is_silent(kept))),
                 policy_since,
             ),
-            pause: settings.pause(&self.group, &self.settings, now),
+            pause: settings.pauses(&self.group, &self.settings).longest(now),
             jobs,
             open_runs: self
                 .runs
@@ -538,8 +540,9 @@ pub(super) fn examine(row: DeviceRow, settings: &FleetSettings, now: Timestamp) 
     let excluded = settings.excluded(&row.device_id, &row.group, &row.settings);
     let health = health::evaluate(&policy, &facts, &excluded, now);
     let heard = row.heard();
+    let pauses = settings.pauses(&row.group, &row.settings);
     let group = (!row.group.is_empty()).then_some(row.group);
-    Examination { device_id: row.device_id, group, heard, policy, facts, health }
+    Examination { device_id: row.device_id, group, heard, policy, pauses, facts, health }
 }
 
 /// What to write about a device.

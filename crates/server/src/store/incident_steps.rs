@@ -240,11 +240,53 @@ pub(super) struct TroubleState {
     pub(super) is_expected: bool,
     pub(super) patience: Option<i64>,
     pub(super) heard_at: Option<Timestamp>,
-    /// The latest date of a success of any job.
-    pub(super) last_success: Option<Timestamp>,
+    /// Of each job its name, the latest date of a success, and when it was last received, as JSON.
+    pub(super) reports: String,
     /// Its own policy, as JSON.
     pub(super) policy: String,
 }
+
+impl TroubleState {
+    /// When jobs last succeeded, by their own dates, and when they were last received; `None` stands for all jobs.
+    fn last_reports(&self, jobs: Option<&[String]>) -> (Option<Timestamp>, Option<Timestamp>) {
+        let reports: Vec<(String, Option<i64>, Option<i64>)> =
+            serde_json::from_str(&self.reports).unwrap_or_default();
+        let wanted = || {
+            reports
+                .iter()
+                .filter(|(job, ..)| jobs.is_none_or(|jobs| jobs.iter().any(|one| one == job)))
+        };
+        let success = wanted().filter_map(|(_, success, _)| *success).max();
+        let received = wanted().filter_map(|(.., received)| *received).max();
+        (
+            success.and_then(Timestamp::from_millisecond),
+            received.and_then(Timestamp::from_millisecond),
+        )
+    }
+}
+
+/// A device that an incident of many is no longer about.
+#[derive(Debug)]
+pub(super) struct GoneMember {
+    pub(super) device: TroubleRow,
+    pub(super) joined_at: Timestamp,
+    /// The jobs for which it joined, as JSON.
+    pub(super) jobs: String,
+    pub(super) is_presumed: bool,
+}
+
+/// Which members of an incident tell why it ends: those that leave it now, and those that have left it since it became calm.
+#[derive(Debug)]
+pub(super) struct WantedMembers {
+    pub(super) incident: i64,
+    pub(super) kind: ProblemKind,
+    /// The group that the incident is about; `None` for the fleet.
+    pub(super) group: Option<String>,
+    pub(super) left_since: Timestamp,
+}
+
+/// How many members are asked why an incident ends.
+pub(super) const ASKED_MEMBERS: i64 = 500;
 
 impl TroubleRow {
     /// The problems of a kind: jobs, reasons, and since when.
@@ -371,6 +413,60 @@ impl IncidentWrite {
             || !open.contains(&self.incident)
     }
 
+    /// Whom to ask why it ends; `None` when it does not, when that is known, or when it is about one device alone.
+    pub(super) fn wanted_members(
+        &self,
+        open: &[IncidentRow],
+        now: Timestamp,
+    ) -> Option<WantedMembers> {
+        let incident = &self.incident;
+        let is_open_question = self.event == Some(IncidentChange::Resolved)
+            && incident.resolution.as_deref() == Some(Resolution::Recovered.as_str());
+        let group = match incident.scope {
+            IncidentScope::Group if is_open_question => Some(incident.subject.clone()),
+            IncidentScope::Fleet if is_open_question => None,
+            _ => return None,
+        };
+        let before = open.iter().find(|one| one.id == incident.id)?;
+        let calm_since = before.calm_at.map(|calm_at| {
+            calm_at.saturating_add_milliseconds(-calm_for(before.flapping_since.is_some()))
+        });
+        Some(WantedMembers {
+            incident: incident.id?,
+            kind: incident.kind,
+            group,
+            left_since: calm_since.unwrap_or(now),
+        })
+    }
+
+    /// Sets why it ends: for the reason of most of those that left it last. `has_devices` is whether any device is in its
+    /// group.
+    pub(super) fn ends_for(&mut self, gone: &[GoneMember], has_devices: bool) {
+        let incident = &self.incident;
+        let reasons: Vec<_> =
+            gone.iter().filter_map(|member| why_gone(member, incident, has_devices)).collect();
+        let count = |one: &Resolution| reasons.iter().filter(|reason| *reason == one).count();
+        // Of equally many the first.
+        let order = [
+            Resolution::Recovered,
+            Resolution::LateReport,
+            Resolution::Paused,
+            Resolution::Policy,
+            Resolution::Deleted,
+        ];
+        let Some(most) = order.into_iter().rev().max_by_key(count).filter(|most| count(most) > 0)
+        else {
+            return;
+        };
+        let word = most.as_str();
+        self.incident.resolution = Some(word.to_owned());
+        for (what, details) in &mut self.entries {
+            if *what == IncidentChange::Resolved.as_str() {
+                *details = json!({ "resolution": word });
+            }
+        }
+    }
+
     /// What people would want to know of it, once it has its id.
     pub(super) fn event(&self, id: i64) -> Option<IncidentEvent> {
         let incident = &self.incident;
@@ -447,8 +543,9 @@ pub(super) fn fleet_writes(
                 let calm = Calm { missing: missing + late, at_risk: tally.at_risk(), threshold };
                 let mut write = IncidentWrite::of(open.clone());
                 write.incident.summary = silent.json(facts.last_heard);
+                remember(&mut write, &open.summary, &threshold, BTreeSet::new());
                 // Its members may come and go with every sweep.
-                calm.end(&mut write, Resolution::Recovered, now);
+                calm.end(&mut write, calm.resolution(&open.summary), now);
                 if write.incident.is_open() {
                     write.incident.next_at = Some(now);
                 } else {
@@ -473,6 +570,7 @@ pub(super) fn fleet_writes(
                 write.incident.summary = silent.json(facts.last_heard);
                 write.incident.next_at = Some(now);
                 write.entries.push((word(&write), write.incident.summary.clone()));
+                remember(&mut write, &Value::Null, &threshold, BTreeSet::new());
                 writes.push(write);
             }
             None => {}
@@ -566,7 +664,46 @@ struct Calm {
     threshold: Threshold,
 }
 
+/// For how long it must be calm before an incident of many ends, in milliseconds.
+fn calm_for(is_flapping: bool) -> i64 {
+    if is_flapping { incident::calm_of_flapping(None) } else { CALM_FOR }
+}
+
+/// Notes with an incident of many what its end depends on: the share of devices at which it opened, and why its devices fail.
+fn remember(
+    write: &mut IncidentWrite,
+    before: &Value,
+    threshold: &Threshold,
+    mut reasons: BTreeSet<String>,
+) {
+    let summary = &mut write.incident.summary;
+    summary["percent"] = json!(percent_at_opening(before).unwrap_or(threshold.percent));
+    reasons.extend(texts(&before["reasons"]));
+    if !reasons.is_empty() {
+        summary["reasons"] = json!(reasons);
+    }
+}
+
+fn percent_at_opening(summary: &Value) -> Option<u32> {
+    summary["percent"].as_u64().and_then(|percent| u32::try_from(percent).ok())
+}
+
+/// The texts of a JSON array.
+fn texts(value: &Value) -> impl Iterator<Item = String> {
+    value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned)
+}
+
 impl Calm {
+    /// Why it ends: because somebody raised the share of devices, if by the share at which it opened it would go on. Otherwise
+    /// its devices tell.
+    fn resolution(&self, summary: &Value) -> Resolution {
+        let percent = percent_at_opening(summary).unwrap_or(self.threshold.percent);
+        let at_opening = Threshold { percent, ..self.threshold };
+        let would_go_on =
+            self.missing > 0 && !incident::is_calm(&at_opening, self.missing, self.at_risk);
+        if would_go_on { Resolution::Policy } else { Resolution::Recovered }
+    }
+
     /// Ends it at once when nobody is missing, and after a while when few enough are.
     fn end(&self, write: &mut IncidentWrite, resolution: Resolution, now: Timestamp) {
         let incident = &mut write.incident;
@@ -576,7 +713,7 @@ impl Calm {
             incident.calm_at = None;
             return;
         }
-        let wait = if is_flapping { incident::calm_of_flapping(None) } else { CALM_FOR };
+        let wait = calm_for(is_flapping);
         let calm_at = incident.calm_at.unwrap_or(now.saturating_add_milliseconds(wait));
         incident.calm_at = Some(calm_at);
         if is_over || calm_at <= now {
@@ -786,6 +923,8 @@ impl Step<'_> {
         write.incident.summary = summary.json(self.facts.last_heard);
         write.incident.next_at = Some(self.now);
         write.entries.push((word(&write), write.incident.summary.clone()));
+        let threshold = threshold(policy, &self.facts.group);
+        remember(&mut write, &Value::Null, &threshold, reasons(with.iter().copied(), kind));
         for device in with.iter().filter(is_new) {
             let jobs = Value::from(device.jobs(kind)).to_string();
             write.joined.push((device.device_id.clone(), jobs, false));
@@ -829,7 +968,6 @@ impl Step<'_> {
             })
             .map(|(_, member, _)| member)
             .collect();
-        let resolution = resolution_of_all(&gone, without, group);
         let left: Vec<String> = gone.iter().map(|member| member.device_id.clone()).collect();
         let known: BTreeSet<&str> =
             members.iter().map(|(_, member, _)| member.device_id.as_str()).collect();
@@ -843,6 +981,8 @@ impl Step<'_> {
         let threshold = threshold(self.settings.policy_of_group(&facts.group), &facts.group);
         let late_count = if is_silence { tally.late } else { 0 };
         let is_told = group.is_told(self.settings, now);
+        let with_problem = with.iter().copied().chain(members.iter().map(|(_, member, _)| member));
+        let reasons = reasons(with_problem, kind);
         let write = self.write(group);
         write.left.extend(left);
         write.left.sort();
@@ -864,13 +1004,14 @@ impl Step<'_> {
         }
         let summary = Summary { kind, count: missing, presumed: late_count, judged: tally.judged };
         write.incident.summary = summary.json(facts.last_heard);
+        remember(write, &group.summary, &threshold, reasons);
         let calm = Calm { missing: missing + late_count, at_risk: tally.at_risk(), threshold };
         if is_in_fleet && !is_told {
             write.incident.summary = group.summary.clone();
             resolve(write, Resolution::Merged, now);
             return true;
         }
-        calm.end(write, resolution, now);
+        calm.end(write, calm.resolution(&group.summary), now);
         if !write.incident.is_open() {
             // Whom it was about stays to be seen.
             write.incident.summary = group.summary.clone();
@@ -928,7 +1069,7 @@ impl Step<'_> {
             }
             return;
         }
-        let resolution = resolution(device, own);
+        let resolution = resolution(device, &Concern::of_device(own));
         let patience = device.state.as_ref().and_then(|state| state.patience);
         let is_gone = device.state.is_none();
         let write = self.write(own);
@@ -1000,42 +1141,110 @@ fn summary_of_device(device: &TroubleRow, kind: ProblemKind) -> Value {
     })
 }
 
-/// Why a device's incident ends.
-fn resolution(device: &TroubleRow, own: &IncidentRow) -> Resolution {
+/// Why devices have a problem of a kind. Of silence it is of no interest.
+fn reasons<'a>(
+    devices: impl Iterator<Item = &'a TroubleRow>,
+    kind: ProblemKind,
+) -> BTreeSet<String> {
+    if kind == ProblemKind::Silent {
+        return BTreeSet::new();
+    }
+    devices.flat_map(|device| device.problems(kind)).map(|(_, reason, _)| reason).collect()
+}
+
+/// What an incident says of a device that had its problem.
+struct Concern {
+    kind: ProblemKind,
+    /// Since when there is the problem.
+    since: Timestamp,
+    /// Since when the incident is about the device.
+    from: Timestamp,
+    /// The jobs that have it, reports that name none under the empty name; `None` for the device as a whole.
+    jobs: Option<Vec<String>>,
+    /// Whether failed runs are the problem, and not only one that takes too long.
+    is_failures: bool,
+}
+
+impl Concern {
+    /// The device that an incident is about alone.
+    fn of_device(own: &IncidentRow) -> Self {
+        Self {
+            kind: own.kind,
+            since: own.since,
+            from: last_opening(own),
+            jobs: jobs_of(own.kind, &own.summary["jobs"]),
+            is_failures: texts(&own.summary["reasons"]).any(|reason| reason == FAILURES),
+        }
+    }
+
+    /// One of many.
+    fn of_member(incident: &IncidentRow, member: &GoneMember) -> Self {
+        let mut reasons = texts(&incident.summary["reasons"]).peekable();
+        Self {
+            kind: incident.kind,
+            since: incident.since,
+            from: last_opening(incident).max(member.joined_at),
+            jobs: jobs_of(
+                incident.kind,
+                &serde_json::from_str(&member.jobs).unwrap_or(Value::Null),
+            ),
+            is_failures: reasons.peek().is_none() || reasons.any(|reason| reason == FAILURES),
+        }
+    }
+}
+
+/// The word for failed runs in the reasons of an incident.
+const FAILURES: &str = "failures";
+
+fn last_opening(incident: &IncidentRow) -> Timestamp {
+    incident.reopenings.last().copied().unwrap_or(incident.opened_at)
+}
+
+/// The jobs of a JSON array; null is silence of the device as a whole, and failures of reports that name no job.
+fn jobs_of(kind: ProblemKind, jobs: &Value) -> Option<Vec<String>> {
+    let jobs = jobs.as_array().filter(|jobs| !jobs.is_empty())?;
+    if kind == ProblemKind::Silent && jobs.iter().any(Value::is_null) {
+        return None;
+    }
+    Some(jobs.iter().map(|job| job.as_str().unwrap_or_default().to_owned()).collect())
+}
+
+/// Why a device no longer has a problem.
+fn resolution(device: &TroubleRow, concern: &Concern) -> Resolution {
     let Some(state) = &device.state else { return Resolution::Deleted };
     if state.state == State::Paused.as_str() {
         return Resolution::Paused;
     }
-    let opened_at = own.reopenings.last().copied().unwrap_or(own.opened_at);
-    let is_heard = state.heard_at.is_some_and(|heard| heard >= opened_at);
-    let is_failures = own.summary["reasons"]
-        .as_array()
-        .is_some_and(|reasons| reasons.iter().any(|reason| reason == "failures"));
-    match own.kind {
-        _ if !is_heard || !state.is_expected && own.kind == ProblemKind::Silent => {
+    let (success, received) = state.last_reports(concern.jobs.as_deref());
+    let is_heard = received.is_some_and(|received| received >= concern.from);
+    match concern.kind {
+        // Of a job that is no longer expected nothing need be heard.
+        _ if !is_heard || !state.is_expected && concern.kind == ProblemKind::Silent => {
             Resolution::Policy
         }
-        ProblemKind::Failing if is_failures => match state.last_success {
-            Some(success) if success >= opened_at => Resolution::Recovered,
-            Some(success) if success >= own.since => Resolution::LateReport,
+        ProblemKind::Failing if concern.is_failures => match success {
+            Some(success) if success >= concern.from => Resolution::Recovered,
+            Some(success) if success >= concern.since => Resolution::LateReport,
             Some(_) | None => Resolution::Policy,
         },
         _ => Resolution::Recovered,
     }
 }
 
-/// Why an incident of many ends, by those that have just left it.
-fn resolution_of_all(
-    gone: &[&TroubleRow],
-    without: &[&TroubleRow],
-    incident: &IncidentRow,
-) -> Resolution {
-    let resolutions: Vec<_> =
-        gone.iter().chain(without).map(|device| resolution(device, incident)).collect();
-    [Resolution::Recovered, Resolution::LateReport, Resolution::Paused, Resolution::Policy]
-        .into_iter()
-        .find(|resolution| resolutions.contains(resolution))
-        .unwrap_or(if resolutions.is_empty() { Resolution::Recovered } else { Resolution::Deleted })
+/// Why a device is no longer one of those that an incident is about; `None` when this does not tell.
+fn why_gone(member: &GoneMember, incident: &IncidentRow, has_devices: bool) -> Option<Resolution> {
+    let Some(state) = &member.device.state else { return Some(Resolution::Deleted) };
+    if incident.scope == IncidentScope::Group && state.group != incident.subject {
+        // A group that was deleted, or given another name, has left no device behind.
+        return Some(if has_devices { Resolution::Policy } else { Resolution::Deleted });
+    }
+    if member.device.has(incident.kind) {
+        return None;
+    }
+    let resolution = resolution(&member.device, &Concern::of_member(incident, member));
+    // A device that was only late may be so still.
+    let is_late = member.is_presumed && state.is_expected && resolution == Resolution::Policy;
+    (!is_late).then_some(resolution)
 }
 
 /// Incidents that ended before this are not opened again.

@@ -4,12 +4,12 @@
 
 use async_trait::async_trait;
 use pisync_core::{
-    DeviceId, GroupName, Timestamp,
+    DeviceId, Timestamp,
     health::{IncidentScope, ProblemKind},
 };
 use serde_json::Value;
 
-use super::{Actor, Count, HistoryPosition, StoreError, Via, incident_steps::KINDS};
+use super::{Actor, Count, GroupFilter, HistoryPosition, StoreError, Via, incident_steps::KINDS};
 
 /// Incidents and members are counted up to this number.
 pub(super) const COUNTED: u32 = 10_000;
@@ -53,8 +53,8 @@ pub struct IncidentQuery {
     pub kind: Option<ProblemKind>,
     /// Only of this scope.
     pub scope: Option<IncidentScope>,
-    /// Only this group's: about itself, or about one of its devices.
-    pub group: Option<GroupName>,
+    /// Only this group's: about itself, or about one of its devices. Or only those about devices in no group.
+    pub group: Option<GroupFilter>,
     /// Only this device's: about itself, or with it as a member. A member that has left an open incident does not count.
     pub device_id: Option<DeviceId>,
     /// Only those opened at this time or later.
@@ -313,9 +313,14 @@ impl Dialect {
                 if query.device_id.is_some() { "'' || i.\"group\"" } else { "i.\"group\"" };
             condition.push_str(&format!(" and {column} = {group}"));
         }
+        // Incidents of the fleet and of channels are of no group either, but not of devices in none.
+        let has_group = |scope: &IncidentScope| {
+            query.group.is_none() || matches!(scope, IncidentScope::Device | IncidentScope::Group)
+        };
         let scopes: Vec<_> = IncidentScope::ALL
             .into_iter()
             .filter(|scope| query.scope.is_none_or(|wanted| wanted == *scope))
+            .filter(has_group)
             .map(IncidentScope::as_str)
             .collect();
         let kinds: Vec<_> = INCIDENT_KINDS
@@ -323,6 +328,9 @@ impl Dialect {
             .filter(|kind| query.kind.is_none_or(|wanted| wanted == *kind))
             .map(ProblemKind::as_str)
             .collect();
+        if scopes.is_empty() {
+            return vec![format!("from incidents i where {condition} and 1 = 0")];
+        }
         if query.device_id.is_none() {
             let pairs = scopes.iter().flat_map(|scope| kinds.iter().map(move |kind| (scope, kind)));
             return pairs

@@ -72,7 +72,7 @@ pub use delivery::{
     MessageKind, MessageText, Notification, NotificationPage, NotificationQuery, NotificationState,
     OutgoingMessage, REFUSALS, RetryOutcome,
 };
-pub use devices::{DeviceQuery, DeviceSort, DeviceStore};
+pub use devices::{DeviceQuery, DeviceSort, DeviceStore, GroupFilter};
 pub use error::{OtherGroup, StoreError};
 pub use events::{EventStore, EventWriter};
 pub use fleet_changes::{
@@ -81,11 +81,11 @@ pub use fleet_changes::{
 };
 pub use fleet_settings::{
     DeviceSettings, ExcludedTime, FleetSettings, FleetSettingsStore, FleetWindow, LevelSettings,
-    WindowEffect, WindowScope,
+    Pauses, WindowEffect, WindowScope,
 };
 pub use fleet_views::{
     DeviceDetailView, DeviceView, FleetView, FleetViews, GroupQuery, GroupView, HealthView,
-    JobView, OutageView, StateCounts, pause_in_force,
+    JobView, OutageView, StateCounts,
 };
 pub(crate) use health::LARGEST_LAG;
 pub use health::{
@@ -120,7 +120,8 @@ pub use target::{PostgresTarget, SslMode, Target};
 pub(crate) use trusted_time::{LARGEST_STEP, NOTABLE_DIFFERENCE, Standing};
 pub use trusted_time::{TrustedTime, TrustedTimeStore};
 pub use verify::{
-    FigureDifference, JobDifference, SumDifference, SummaryDifferences, Verification, Verified,
+    FigureDifference, JobDifference, StateDifferences, SumDifference, SummaryDifferences,
+    Verification, Verified,
 };
 pub use window::Window;
 

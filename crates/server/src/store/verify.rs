@@ -46,8 +46,8 @@ pub trait Verification: Send + Sync {
     /// a second. Once old events were dropped, sums can only be found to be too small.
     async fn verify_hours(&self) -> Result<Vec<SumDifference>, StoreError>;
 
-    /// Compares the summaries and digests of devices, the counts of devices, the totals, and the days and hours of groups
-    /// with what they are made from, as of one moment. With `repair` it makes all of them anew, when any differs or hours
+    /// Compares the summaries and digests of devices, the counts of devices, the totals, the days and hours of groups, and the
+    /// numbers and the order of devices by state with what they are made from, as of one moment. With `repair` it makes all of them anew, when any differs or hours
     /// of groups are not counted yet. Answers how many differ.
     async fn verify_summaries(
         &self,
@@ -55,9 +55,23 @@ pub trait Verification: Send + Sync {
         repair: bool,
     ) -> Result<SummaryDifferences, StoreError>;
 
+    /// Compares the numbers of devices by group and state, and the order of devices by state, with the states that sweeps have
+    /// found, and makes good what differs. Answers how much did: only foreign SQL or a mistake makes them differ. It reads the
+    /// state of every device, so it is for every hour and not for every sweep.
+    async fn correct_states(&self) -> Result<StateDifferences, StoreError>;
+
     /// Replaces an hour's sums with the recounted ones. False, and nothing is changed, when the stored sums are no
     /// longer what was found.
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError>;
+}
+
+/// How many rows differ from the states of devices, as sweeps have found them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StateDifferences {
+    /// Numbers of devices of a group in a state.
+    pub group_states: u64,
+    /// Places of devices in the order by state.
+    pub device_states: u64,
 }
 
 /// How many rows differ from what they are made from.
@@ -75,6 +89,8 @@ pub struct SummaryDifferences {
     pub group_days: u64,
     /// Hours of groups that are wrong.
     pub group_hours: u64,
+    /// Numbers and places of devices by state that are wrong.
+    pub states: StateDifferences,
     /// Hours of the last 14 days that are not counted by group, although their events are kept: they were aggregated by
     /// an earlier version. This is no difference.
     pub uncounted_group_hours: u64,
@@ -84,8 +100,17 @@ impl SummaryDifferences {
     /// How many rows differ.
     #[must_use]
     pub fn number(&self) -> u64 {
-        let Self { summaries, counts, totals, digests, group_days, group_hours, .. } = *self;
-        summaries + counts + totals + digests + group_days + group_hours
+        let Self { summaries, counts, totals, digests, group_days, group_hours, states, .. } =
+            *self;
+        let StateDifferences { group_states, device_states } = states;
+        summaries
+            + counts
+            + totals
+            + digests
+            + group_days
+            + group_hours
+            + group_states
+            + device_states
     }
 }
 

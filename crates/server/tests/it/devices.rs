@@ -119,6 +119,7 @@ async fn a_device_and_its_jobs(server: &TestServer) {
             "expected": null,
             "paused": false,
             "paused_until": null,
+            "paused_by": [],
             "policy": {},
             "device_registered": at(0),
             "last_seen": at(5),
@@ -255,6 +256,9 @@ async fn groups(server: &TestServer) {
     assert_eq!(listed(server, "group=north").await, ["a", "c"]);
     assert_eq!(listed(server, "group=North").await, ["b"]);
     assert!(listed(server, "group=nort").await.is_empty());
+    // Those in no group.
+    assert_eq!(listed(server, "group=").await, ["d"]);
+    assert!(listed(server, "group=&q=a").await.is_empty());
     assert_eq!(listed(server, "group=north&q=c").await, ["c"]);
     let data = server.get("/api/devices?group=north&offset=1").await.data(200);
     assert_eq!(column(&data["devices"], "device_id"), ["c"]);

@@ -145,10 +145,11 @@ fn bad_option(words: &[&str]) -> (&'static str, &'static [&'static str]) {
         ["key", "create", "--device" | "--group" | "--name"] => {
             ("two\nlines", &["--scope", "ingest"])
         }
-        ["device", "list", "--group"]
-        | ["policy", "show", "--group" | "--device"]
-        | ["fleet", "status", "--group"]
-        | ["incident", "list", "--group" | "--device"] => ("", &[]),
+        // No group is a group, too.
+        ["device" | "incident", "list", "--group"] | ["fleet", "status", "--group"] => {
+            ("two\nlines", &[])
+        }
+        ["policy", "show", "--group" | "--device"] | ["incident", "list", "--device"] => ("", &[]),
         ["policy", "set", "--group" | "--device"] => ("", &["events"]),
         ["device", "pause", "--for" | "--until"] => ("soon", &["pi"]),
         ["fleet", "backtest", "--scenario"] => ("postgres://localhost/pisync", &[]),

@@ -12,7 +12,14 @@ use crate::{
     },
 };
 
-both_stores!(a_roster_is_imported, devices_are_paused_and_deleted, policies, windows);
+both_stores!(
+    a_roster_is_imported,
+    devices_are_paused_and_deleted,
+    a_device_is_resumed_while_others_are_paused,
+    states_of_a_group_and_of_none,
+    policies,
+    windows,
+);
 
 async fn a_roster_is_imported(installed: &Installed) {
     let Installed { program, .. } = installed;
@@ -74,6 +81,8 @@ async fn devices_are_paused_and_deleted(installed: &Installed) {
     for (words, status, said) in [
         (&["pause", "pi", "--for", "soon"][..], 2, "--for soon"),
         (&["pause", "pi", "--until", "2020-01-01"], 2, "must be in the future"),
+        (&["pause", "pi", "--until", "9999-01-01"], 2, "must be within 10 years; leave it out"),
+        (&["pause", "pi", "--for", "600w"], 2, "must be within 10 years; leave it out"),
         (&["pause", "pi", "--for", "1h", "--until", "2100-01-01"], 2, "cannot be used with"),
         (&["pause", "nobody"], 1, "no such device: nobody"),
         (&["delete", "nobody"], 1, "no such device: nobody"),
@@ -86,6 +95,108 @@ async fn devices_are_paused_and_deleted(installed: &Installed) {
     assert_eq!(deleted["deleted_events"], 1);
     serving.client.get("/api/device/pi").await.error(404);
     serving.stop();
+}
+
+/// What `resume` says is what holds: a device whose group or fleet is paused is not judged.
+async fn a_device_is_resumed_while_others_are_paused(installed: &Installed) {
+    let Installed { program, .. } = installed;
+    program.run(&["db", "setup"]).success();
+    let serving = program.serve(&[]);
+    serving.client.store(&event("pi")).await;
+    let set = async |path: &str, paused: Value| {
+        serving.client.patch(path, &json!({"paused": paused})).await.data(200);
+    };
+    let body = json!({"group": "school"});
+    serving.client.patch("/api/device/pi", &body).await.data(200);
+    let said = |words: &[&str]| program.run(&[&["device"], words].concat()).success().to_owned();
+    assert_eq!(said(&["resume", "pi"]), "pi was not paused\n");
+    let paused = program.run(&["device", "pause", "pi", "--for", "2h", "--json"]).document();
+    let until = paused["paused_until"].as_str().unwrap();
+    assert_eq!(said(&["resume", "pi"]), "pi is judged again\n");
+
+    set("/api/group/school", json!(true)).await;
+    let of_group = "its group is paused until somebody ends it";
+    assert_eq!(
+        said(&["resume", "pi"]),
+        format!("pi has no pause of its own; it stays paused, because {of_group}\n")
+    );
+    set("/api/fleet", json!(until)).await;
+    let both = format!("{of_group}, and the fleet is paused until {until}");
+    assert_eq!(
+        said(&["pause", "pi"]),
+        format!("paused pi; `pisync device resume` ends it ({both} besides)\n")
+    );
+    let paused = documented("device pause", &program.run(&["device", "pause", "pi", "--json"]));
+    assert_eq!(paused["paused_by"], json!(["device", "group", "fleet"]));
+    assert_eq!(
+        said(&["resume", "pi"]),
+        format!("ended the pause of pi itself; it stays paused, because {both}\n")
+    );
+    let resumed = documented("device resume", &program.run(&["device", "resume", "pi", "--json"]));
+    let served = serving.client.get("/api/device/pi").await.data(200);
+    for field in ["paused", "paused_until", "paused_by"] {
+        assert_eq!(resumed[field], served[field], "{field}");
+    }
+    assert_eq!((&resumed["paused"], &resumed["paused_until"]), (&json!(true), &Value::Null));
+    let explained = program.run(&["fleet", "explain", "pi"]);
+    for sentence in
+        ["pi is paused.", "Its group is paused since ", "The whole fleet is paused since "]
+    {
+        assert!(explained.success().contains(sentence), "{sentence}: {explained:?}");
+    }
+    assert!(!explained.stdout.contains("The device itself is paused"), "{explained:?}");
+    serving.stop();
+}
+
+/// The states of a group, of the devices that are in none, and when they are not told.
+async fn states_of_a_group_and_of_none(installed: &Installed) {
+    let Installed { program, database } = installed;
+    program.run(&["db", "setup"]).success();
+    let serving = program.serve(&[]);
+    for device in ["lone", "pi-1", "pi-2"] {
+        serving.client.store(&event(device)).await;
+    }
+    for device in ["pi-1", "pi-2"] {
+        let path = format!("/api/device/{device}");
+        serving.client.patch(&path, &json!({"group": "school"})).await.data(200);
+    }
+    // Until a sweep has seen them where they are.
+    let states = async |group: &str, devices: u64| {
+        for _ in 0..300 {
+            let ended = program.run(&["fleet", "status", "--group", group, "--json"]);
+            if ended.code() < 2 {
+                let status = documented("fleet status", &ended);
+                let evaluated = status["by_status"].as_object().unwrap().values();
+                if evaluated.filter_map(Value::as_u64).sum::<u64>() == devices {
+                    return status["groups"][0].clone();
+                }
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        panic!("no sweep has evaluated {devices} devices of the group {group:?}");
+    };
+    let school = states("school", 2).await;
+    assert_eq!((&school["name"], &school["devices"]), (&json!("school"), &json!(2)));
+    let ungrouped = states("", 1).await;
+    assert_eq!((&ungrouped["name"], &ungrouped["devices"]), (&Value::Null, &json!(1)));
+    let shown = program.run(&["fleet", "status", "--group", ""]);
+    assert!(shown.stdout.contains("(none)"), "{shown:?}");
+    let listed = program.run(&["device", "list", "--group", "", "--json"]).document();
+    assert_eq!(column(&listed["devices"], "device_id"), ["lone"]);
+    serving.stop();
+
+    // A sweep of three minutes ago says nothing about now.
+    let ago = |minutes: i64| match installed.is_postgres() {
+        true => format!("now() - interval '{minutes} minutes'"),
+        false => format!("(unixepoch() - {minutes} * 60) * 1000"),
+    };
+    for (minutes, is_told) in [(1, true), (3, false)] {
+        database.execute(&format!("update fleet_state set swept_at = {}", ago(minutes))).await;
+        let ended = program.run(&["fleet", "status"]);
+        let is_untold = ended.stderr.contains("no server has looked after this fleet since");
+        assert_eq!(is_untold, !is_told, "{ended:?}");
+        assert_eq!(ended.code() == 2, !is_told, "{ended:?}");
+    }
 }
 
 async fn policies(installed: &Installed) {

@@ -22,6 +22,8 @@ both_stores!(
     local_times_belong_to_the_time_zone,
     wrong_windows,
     what_a_sweep_has_found_is_shown,
+    what_nothing_is_expected_for_is_explained,
+    pauses_and_passed_over_times_are_explained,
     changes_are_in_the_audit_log,
 );
 
@@ -101,9 +103,21 @@ async fn putting_a_device_on_the_roster(server: &TestServer) {
     let again = server.put("/api/device/pi%2F1", &json!({})).await;
     assert_eq!(again.json(200)["message"], "Device updated successfully");
     assert_eq!(unswept(again.data(200)), unswept(made));
-    // One that was excused is expected again, and its first report is counted.
-    change(server, "/api/device/pi%2F1", json!({"expected": false})).await;
-    assert_eq!(server.put("/api/device/pi%2F1", &json!({})).await.data(200)["expected"], true);
+    // One that was excused stays so, unless this is said or a roster lists it.
+    let path = "/api/device/pi%2F1";
+    for (body, expected) in [
+        (json!({"expected": false}), json!(false)),
+        (json!({"note": "in the cupboard"}), json!(false)),
+        (json!({"expected": null}), Value::Null),
+        (json!({"note": null}), json!(true)),
+        (json!({"expected": false}), json!(false)),
+        (json!({"expected": true}), json!(true)),
+        (json!({"expected": false}), json!(false)),
+    ] {
+        assert_eq!(server.put(path, &body).await.data(200)["expected"], expected, "{body}");
+    }
+    server.put("/api/devices", &json!([{"device_id": "pi/1"}])).await.data(200);
+    assert_eq!(device(server, "pi%2F1").await["expected"], true);
     server.clock.set(at(5));
     server.store(&event("pi/1")).await;
     let heard = device(server, "pi%2F1").await;
@@ -141,6 +155,27 @@ async fn policies_are_merged_and_replaced(server: &TestServer) {
     ] {
         assert_eq!(effective[field], json!({"value": value, "from": from}), "{field}");
     }
+    // So does each member of `severity` and `group`: what a level does not name, a lower one decides.
+    let members = json!({"policy": {"severity": {"silent": "info", "failing": "critical"}, "group": {"percent": 60}}});
+    change(server, "/api/device/pi", members).await;
+    let one = json!({"policy": {"severity": {"silent": null}, "group": {"at_least": 9}}});
+    let after = change(server, "/api/device/pi", one).await;
+    assert_eq!(after["policy"]["severity"], json!({"failing": "critical"}));
+    assert_eq!(after["policy"]["group"], json!({"at_least": 9, "percent": 60}));
+    change(
+        server,
+        "/api/group/school",
+        json!({"policy": {"severity": {"silent": "critical", "failing": "info"}}}),
+    )
+    .await;
+    let effective = device(server, "pi").await["effective_policy"].take();
+    assert_eq!(
+        effective["severity"],
+        json!({
+            "silent": {"value": "critical", "from": "group"},
+            "failing": {"value": "critical", "from": "device"},
+        })
+    );
     let replaced = server.put("/api/device/pi", &json!({"policy": {"grace_seconds": 60}})).await;
     assert_eq!(replaced.data(200)["policy"], json!({"grace_seconds": 60}));
     let replaced = server.put("/api/group/school", &json!({"policy": {}})).await;
@@ -165,6 +200,11 @@ async fn wrong_fields_are_all_named(server: &TestServer) {
                 "\"paused\" must be in the future",
                 "\"colour\" is not allowed",
             ],
+        ),
+        (
+            "/api/device/pi",
+            json!({"paused": "9999-12-31T00:00:00Z"}),
+            vec!["\"paused\" must be within 10 years"],
         ),
         (
             "/api/device/pi",
@@ -319,10 +359,15 @@ async fn groups_and_the_fleet(server: &TestServer) {
             "note": "closed",
             "paused": true,
             "paused_until": null,
+            "paused_by": ["group"],
         })
     );
-    // A device is paused by its group.
+    // A device is paused by its group, whatever becomes of its own pause.
     assert_eq!(device(server, "a").await["paused"], true);
+    let both = change(server, "/api/device/a", json!({"paused": at(60)})).await;
+    assert_eq!(both["paused_by"], json!(["device", "group"]));
+    let resumed = change(server, "/api/device/a", json!({"paused": false})).await;
+    assert_eq!((&resumed["paused"], &resumed["paused_by"]), (&json!(true), &json!(["group"])));
     server.put("/api/group/another", &json!({})).await.data(200);
     let list = server.get("/api/groups").await;
     assert_eq!(list.json(200)["message"], "Groups retrieved successfully");
@@ -342,11 +387,13 @@ async fn groups_and_the_fleet(server: &TestServer) {
         "outages",
         "overdue",
         "paused",
+        "paused_by",
         "paused_until",
         "policy",
         "swept_at",
     ];
     assert_eq!(keys(&fleet), fields);
+    assert_eq!(fleet["paused_by"], json!([]));
     let paused = change(server, "/api/fleet", json!({"paused": at(3600)})).await;
     assert_eq!(paused["paused_until"], json!(at(3600)));
     let another = server.get("/api/groups?q=another").await.data(200)["groups"][0].take();
@@ -593,6 +640,104 @@ async fn what_a_sweep_has_found_is_shown(server: &WithoutSweeps) {
     assert_eq!((&fleet["overdue"], &fleet["open_incidents"]), (&json!(1), &json!(1)));
     assert_eq!(fleet["outages"][0], json!({"from": at(0), "until": at(0), "cause": "down"}));
     assert_eq!((&group["by_status"]["silent"], &group["open_incidents"]), (&json!(1), &json!(1)));
+}
+
+async fn sentences(server: &TestServer, device: &str) -> Vec<String> {
+    let explained = server.get(&format!("/api/device/{device}/explain")).await.data(200);
+    let sentences = explained["sentences"].as_array().unwrap().iter();
+    sentences.map(|sentence| sentence.as_str().unwrap().to_owned()).collect()
+}
+
+/// Whatever the cause is, it is the one that is told.
+async fn what_nothing_is_expected_for_is_explained(server: &TestServer) {
+    server.store(&event("pi")).await;
+    change(server, "/api/device/pi", json!({"group": "school"})).await;
+    let nothing = json!({"policy": {"expect": "nothing"}});
+    let inherit = json!({"policy": null});
+    let jobs = json!({"policy": {"jobs": [{"job": "nightly", "expect": "nothing"}]}});
+    let nightly = json!({"policy": {"expect": {"cron": "0 2 * * *", "timezone": "UTC"}}});
+    for (path, set, unset, why) in [
+        (
+            "/api/device/pi",
+            json!({"expected": false}),
+            json!({"expected": null}),
+            "somebody has said so",
+        ),
+        ("/api/device/pi", nothing.clone(), inherit.clone(), "its own policy says so"),
+        ("/api/group/school", nothing.clone(), inherit.clone(), "the policy of its group says so"),
+        ("/api/fleet", nothing, inherit.clone(), "the policy of the fleet says so"),
+        ("/api/device/pi", jobs, inherit.clone(), "its policy says so"),
+    ] {
+        change(server, path, set.clone()).await;
+        let last = sentences(server, "pi").await.pop().unwrap();
+        assert_eq!(last, format!("Nothing is expected of it: {why}."), "{path} {set}");
+        change(server, path, unset).await;
+        let said = sentences(server, "pi").await.concat();
+        assert!(!said.contains("Nothing is expected"), "{path} {set}: {said}");
+    }
+    // It is always closed.
+    change(server, "/api/device/pi", nightly).await;
+    let always = json!({
+        "name": "always", "scope": "fleet", "effect": "closed", "timezone": "UTC",
+        "weekly": {"days": ["mon", "tue", "wed", "thu", "fri", "sat", "sun"], "start": "00:00", "end": "24:00"},
+    });
+    server.post("/api/windows", &always).await.data(201);
+    let last = sentences(server, "pi").await.pop().unwrap();
+    let why = "no time of its schedule is to come that is not within a closed window, a pause or an outage";
+    assert_eq!(last, format!("Nothing is expected of it: {why}."));
+    // It was made known, and put on no roster.
+    server.put("/api/device/new", &json!({"expected": null})).await.data(201);
+    let last = sentences(server, "new").await.pop().unwrap();
+    assert_eq!(last, "Nothing is expected of it: it has never reported, and is on no roster.");
+}
+
+/// Every pause that is in force is told with whose it is, and why the times of a schedule were passed over.
+async fn pauses_and_passed_over_times_are_explained(server: &TestServer) {
+    server.store(&event("pi")).await;
+    change(server, "/api/device/pi", json!({"group": "school"})).await;
+    for (path, paused) in [
+        ("/api/device/pi", json!(at(60))),
+        ("/api/group/school", json!(at(3600))),
+        ("/api/fleet", json!(true)),
+    ] {
+        let method = if path == "/api/group/school" { Method::PUT } else { Method::PATCH };
+        send(server.request(method, path).json(&json!({"paused": paused}))).await.data(200);
+    }
+    let said = sentences(server, "pi").await;
+    assert_eq!(
+        said[2..],
+        [
+            "The device itself is paused since 2026-11-22 12:00 UTC, until 2026-11-22 12:01 UTC.",
+            "Its group is paused since 2026-11-22 12:00 UTC, until 2026-11-22 13:00 UTC.",
+            "The whole fleet is paused since 2026-11-22 12:00 UTC, until somebody ends it.",
+        ]
+    );
+    let facts = server.get("/api/device/pi/explain").await.data(200)["facts"].take();
+    assert_eq!(column(&facts["pauses"], "by"), ["device", "group", "fleet"]);
+    assert_eq!(facts["paused"]["by"], "fleet");
+    change(server, "/api/device/pi", json!({"paused": false})).await;
+    change(server, "/api/fleet", json!({"paused": false})).await;
+    let said = sentences(server, "pi").await;
+    assert_eq!(
+        said[2..],
+        ["Its group is paused since 2026-11-22 12:00 UTC, until 2026-11-22 13:00 UTC."]
+    );
+
+    change(server, "/api/group/school", json!({"paused": false})).await;
+    let hourly =
+        json!({"policy": {"expect": {"cron": "0 * * * *", "timezone": "UTC"}, "grace_seconds": 0}});
+    change(server, "/api/device/pi", hourly).await;
+    let afternoon = json!({
+        "name": "afternoon", "scope": "device", "key": "pi", "effect": "closed", "timezone": "UTC",
+        "from": "2026-11-22T12:30:00", "until": "2026-11-22T16:30:00",
+    });
+    server.post("/api/windows", &afternoon).await.data(201);
+    let last = sentences(server, "pi").await.pop().unwrap();
+    assert_eq!(
+        last,
+        "A report is expected at 2026-11-22 17:00 UTC (`0 * * * *`, UTC); it will be missing from 2026-11-22 17:00 UTC on. \
+         That was moved, because a window is closed from 2026-11-22 12:30 UTC until 2026-11-22 16:30 UTC."
+    );
 }
 
 async fn changes_are_in_the_audit_log(server: &TestServer) {

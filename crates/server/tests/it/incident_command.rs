@@ -21,6 +21,7 @@ async fn prepare(installed: &Installed) {
         Row::of_group(1, "school-17").sql(database),
         Row { flapping_since: Some(at(0)), ..Row::of_device(2, "pi-9", "school-17") }.sql(database),
         Row::of_group(3, "school-18").resolved(at(-1)).sql(database),
+        Row { kind: "silent", ..Row::of_device(5, "lone", "") }.resolved(at(-1)).sql(database),
         Row {
             scope: "fleet",
             subject: "fleet".to_owned(),
@@ -52,7 +53,8 @@ async fn incidents_on_the_command_line(installed: &Installed) {
         assert!(line.contains("2026-11-22T11:5"), "{line}");
     }
     for (options, expected) in [
-        (&["--state", "resolved"][..], 2),
+        (&["--state", "resolved"][..], 3),
+        (&["--state", "resolved", "--group", ""], 2),
         (&["--kind", "failing"], 2),
         (&["--scope", "group", "--group", "school-17"], 2),
         (&["--device", "pi-2"], 2),
@@ -132,6 +134,8 @@ fn commands_that_make_no_sense() {
         (&["ack", "1", "--for", "soon"], "--for soon: expected so many minutes, hours"),
         (&["ack", "1", "--for", "1h", "--until", "2099-01-01"], "cannot be used with"),
         (&["ack", "1", "--until", "2020-01-01"], "--until must be in the future"),
+        (&["ack", "1", "--until", "9999-12-31"], "--until must be within 10 years; leave it out"),
+        (&["ack", "1", "--for", "600w"], "--for must be within 10 years; leave it out"),
         (&["ack", "1", "--note", "two\nlines"], "--note must not contain control characters"),
         (&["ack", "1", "--note", "n", "--withdraw"], "cannot be used with"),
     ] {

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 
 use pisync::{
     keys::KeyRequest,
-    store::{AcknowledgeOutcome, Actor, Count, IncidentQuery, NewAcknowledgement, Scope, Via},
+    store::{
+        AcknowledgeOutcome, Actor, Count, GroupFilter, IncidentQuery, NewAcknowledgement, Scope,
+        Via,
+    },
 };
 use pisync_core::{
     Timestamp,
@@ -81,7 +84,10 @@ mod stored {
         row.resolved_at.is_some() == query.is_resolved
             && query.kind.is_none_or(|kind| kind.as_str() == row.kind)
             && query.scope.is_none_or(|scope| scope.as_str() == row.scope)
-            && query.group.as_ref().is_none_or(|group| group.as_str() == row.group)
+            && query.group.as_ref().is_none_or(|group| {
+                // Those of the fleet are of no group, and not about devices in none.
+                group.key() == row.group && row.scope != "fleet"
+            })
             && query.device_id.as_ref().is_none_or(|device| of_device(device.as_str()))
             && query.since.is_none_or(|since| row.opened_at >= since)
     }
@@ -91,7 +97,12 @@ mod stored {
         let mut queries = Vec::new();
         for scope in IncidentScope::ALL.map(Some).into_iter().chain([None]) {
             for kind in [None, Some(ProblemKind::Silent), Some(ProblemKind::Failing)] {
-                for group in [None, Some(group_name("north")), Some(group_name("nowhere"))] {
+                for group in [
+                    None,
+                    Some(group_name("north").into()),
+                    Some(group_name("nowhere").into()),
+                    Some(GroupFilter::Ungrouped),
+                ] {
                     for device in [None, Some(device_id("pi")), Some(device_id("nobody"))] {
                         for since in [None, Some(at(-20))] {
                             queries.extend([false, true].map(|is_resolved| IncidentQuery {
@@ -312,6 +323,13 @@ mod served {
             let listed = server.get(&format!("/api/incidents?{query}")).await.data(200);
             assert_eq!(listed["pagination"]["total"], expected, "{query}");
         }
+        // Those about devices in no group, and not that of the fleet.
+        let fleet = Row { scope: "fleet", subject: "fleet".to_owned(), ..Row::of_group(7, "") };
+        write(database, [Row::of_device(8, "lone", "").sql(database), fleet.sql(database)]).await;
+        let ungrouped = server.get("/api/incidents?group=").await.data(200);
+        assert_eq!(column(&ungrouped["incidents"], "id"), [8].map(Value::from));
+        let none = server.get("/api/incidents?group=&scope=fleet").await.data(200);
+        assert_eq!(none["pagination"]["total"], 0);
     }
 
     async fn what_is_wrong_is_named(server: &TestServer) {
@@ -341,6 +359,9 @@ mod served {
                 "\"by\" is not allowed",
             ]
         );
+        let body = json!({"until": "9999-12-31T00:00:00Z"});
+        let complaints = server.post(PATH, &body).await.complaints();
+        assert_eq!(complaints, ["\"until\" must be within 10 years"]);
         let body = json!({"note": "x".repeat(1_001), "until": "tomorrow"});
         assert_eq!(server.post(PATH, &body).await.complaints().len(), 2);
         assert_eq!(server.get("/api/incident/1").await.data(200)["timeline"], json!([]));

@@ -77,6 +77,7 @@ mod postgres_sessions;
 mod rate_limit;
 mod repeated_failures;
 mod replay;
+mod resolutions;
 mod revoked_midway;
 mod routes;
 mod scenarios;

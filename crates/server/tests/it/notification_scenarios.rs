@@ -165,7 +165,9 @@ impl Run {
             Action::Batch(batch) => {
                 self.batch(batch.iter().map(|fields| event(fields.clone(), at)).collect()).await;
             }
-            Action::Start(start) if self.can_store() => self.start_run(start).await,
+            Action::Start(start) if self.can_store() => {
+                self.start_run(&Value::Object(start.clone())).await;
+            }
             Action::Request(change) if self.can_store() => request(self.driven(), change).await,
             Action::Start(_) | Action::Request(_) => {}
             Action::Server(ServerStep::Stop) => {
@@ -237,7 +239,7 @@ impl Run {
     }
 
     /// A run begins. It is stored within a second.
-    async fn start_run(&self, start: &Map<String, Value>) {
+    async fn start_run(&self, start: &Value) {
         let driven = self.driven();
         driven.post("/api/sync-start", start).await.data(202);
         let path = format!("/api/device/{}", start["device_id"].as_str().unwrap());

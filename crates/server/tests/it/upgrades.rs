@@ -27,6 +27,13 @@ struct Version {
     rows: i64,
 }
 
+/// A sweep finds the only device silent.
+const FOUND_SILENT: &str = "
+    update device_health set state = 'silent';
+    update group_states set state = 'silent';
+    update device_states set urgency = 0;
+";
+
 /// From the first release on. The present is 2026-11-22T12:00:00Z, in milliseconds 1795348800000.
 const VERSIONS: &[Version] = &[
     Version {
@@ -340,8 +347,8 @@ const VERSIONS: &[Version] = &[
     Version {
         name: "2026-11-29-19-device-states",
         // A sweep has found another state.
-        sqlite: "update device_states set urgency = 0",
-        postgres: "update device_states set urgency = 0",
+        sqlite: FOUND_SILENT,
+        postgres: FOUND_SILENT,
         count: "(select count(*) from device_states where urgency = 0)",
         rows: 1,
     },

@@ -3,7 +3,13 @@
 
 use std::sync::Arc;
 
-use pisync::store::{self, Freshness, JobDifference, Store, Window};
+use pisync::{
+    fleet::sweep::sweep,
+    store::{
+        self, DeviceChange, DeviceQuery, DeviceSort, Freshness, GroupQuery, JobDifference,
+        PauseChange, StateDifferences, Store, Window,
+    },
+};
 use serde_json::json;
 
 use crate::{
@@ -12,7 +18,10 @@ use crate::{
         retention::{aggregate, expire, retention},
     },
     support::{
-        events::{at, device_id, failure, later, now, of_job, somebody, success, write, write_at},
+        events::{
+            at, device_id, failure, group_name, later, now, of_job, somebody, success, write,
+            write_at,
+        },
         http::{event, with},
         program::Installed,
         store::{TestStore, assert_right, differences},
@@ -29,6 +38,8 @@ both_stores!(
     a_repair_of_sums_beside_aggregation,
     what_is_left_of_old_events_tells_which_sums_are_too_small,
     a_deletion_under_way_is_no_fault,
+    states_are_counted_and_ordered_again,
+    states_are_made_good_beside_sweeps,
     the_command,
 );
 
@@ -327,6 +338,127 @@ async fn what_is_left_of_old_events_tells_which_sums_are_too_small(fixture: &Tes
     let page = fixture.store.verify(None, later(), true).await.unwrap();
     assert_eq!(page.days.len(), 1);
     assert_eq!(fixture.store.verify(None, later(), true).await.unwrap().days, page.days);
+}
+
+/// How many rows about states differ, as `verify` finds it.
+async fn wrong_states(store: &dyn Store) -> (u64, u64) {
+    let StateDifferences { group_states, device_states } =
+        store.verify_summaries(now(), false).await.unwrap().states;
+    (group_states, device_states)
+}
+
+/// Devices in two groups and in none: some are silent, one is paused, and some have just reported.
+async fn swept(fixture: &TestStore) {
+    let mut writer = fixture.writer();
+    let old = (0..6).map(|number| success(&format!("old-{number}"), at(-7_200))).collect();
+    write_at(&mut *writer, at(-7_200), old).await;
+    let new = (0..6).map(|number| success(&format!("new-{number}"), at(-60))).collect();
+    write_at(&mut *writer, at(-60), new).await;
+    // Who is silent stays so in another group.
+    assert!(sweep(&*fixture.store, at(-30)).await.unwrap().is_complete);
+    for (device, group) in [("old-0", "a"), ("old-1", "a"), ("new-0", "a"), ("new-1", "b")] {
+        let change =
+            DeviceChange { group: Some(Some(group_name(group))), ..DeviceChange::default() };
+        fixture.store.update_device(&device_id(device), &change, &somebody()).await.unwrap();
+    }
+    let pause = DeviceChange { pause: Some(PauseChange::Until(None)), ..DeviceChange::default() };
+    fixture.store.update_device(&device_id("new-2"), &pause, &somebody()).await.unwrap();
+    assert!(sweep(&*fixture.store, at(0)).await.unwrap().is_complete);
+}
+
+/// What people see of `group_states` and `device_states`.
+async fn seen(store: &dyn Store) -> String {
+    let groups = store.groups(&GroupQuery { search: None, limit: 100, offset: 0 }).await.unwrap();
+    let groups: Vec<_> = groups.items.iter().map(|group| (&group.name, group.states)).collect();
+    let counts = store.fleet().await.unwrap().states;
+    let query = DeviceQuery {
+        search: None,
+        group: None,
+        tag: None,
+        states: Vec::new(),
+        is_overdue: false,
+        sort: DeviceSort::Status,
+        descending: false,
+        limit: 100,
+        offset: 0,
+        after: None,
+    };
+    let devices = store.devices(&query).await.unwrap().items;
+    let order: Vec<_> = devices.iter().map(|device| &device.device_id).collect();
+    format!("{groups:?} {counts:?} {order:?}")
+}
+
+/// Whatever other programs make of them, the numbers and the order of devices by state are found wrong, and are right again.
+async fn states_are_counted_and_ordered_again(fixture: &TestStore) {
+    let store = &*fixture.store;
+    swept(fixture).await;
+    assert_eq!(wrong_states(store).await, (0, 0));
+    assert_eq!(store.correct_states().await.unwrap(), StateDifferences::default());
+    let right = seen(store).await;
+    let lone = if fixture.is_postgres() {
+        "device_id = 'new-3'"
+    } else {
+        "device = (select id from devices where device_id = 'new-3')"
+    };
+    // In `a` there are silent and well devices, in `b` well ones, and in no group silent, well and paused ones.
+    for (wrong, expected) in [
+        ("update group_states set devices = devices + 1".to_owned(), (6, 0)),
+        ("update group_states set expected = 0 where state = 'silent'".to_owned(), (2, 0)),
+        ("update group_states set devices = -5 where state = 'ok'".to_owned(), (3, 0)),
+        ("delete from group_states".to_owned(), (6, 0)),
+        ("insert into group_states values ('gone', 'silent', 7, 7)".to_owned(), (1, 0)),
+        ("update device_states set urgency = 5 - urgency".to_owned(), (0, 12)),
+        (format!("update device_states set since = since + 1 where {lone}"), (0, 1)),
+        ("delete from device_states".to_owned(), (0, 12)),
+        // A state that nobody counted, and a row of a device that has none.
+        (format!("update device_health set state = 'failing' where {lone}"), (2, 1)),
+        (format!("delete from device_health where {lone}"), (1, 1)),
+    ] {
+        for is_command in [true, false] {
+            fixture.database.execute(&wrong).await;
+            if is_command {
+                assert_eq!(wrong_states(store).await, expected, "{wrong}");
+                let found = store.verify_summaries(now(), true).await.unwrap();
+                assert_eq!(found.number(), expected.0 + expected.1, "{wrong}");
+            } else if !wrong.contains("device_health") {
+                let found = store.correct_states().await.unwrap();
+                assert_eq!((found.group_states, found.device_states), expected, "{wrong}");
+            }
+            assert_eq!(wrong_states(store).await, (0, 0), "{wrong}");
+            if !wrong.contains("device_health") {
+                assert_eq!(seen(store).await, right, "{wrong}");
+            }
+        }
+    }
+}
+
+/// Sweeps and deletions go on while numbers are made good, and none of them makes the other's wrong.
+async fn states_are_made_good_beside_sweeps(fixture: &TestStore) {
+    swept(fixture).await;
+    let other = store::open(fixture.target()).await.unwrap();
+    for round in 0..12_i64 {
+        let wrong = match round % 3 {
+            0 => "update group_states set devices = devices + 3, expected = 1",
+            1 => "delete from group_states",
+            _ => "delete from device_states",
+        };
+        fixture.database.execute(wrong).await;
+        let now = at(1_800 * (round + 1));
+        let mut writer = fixture.writer();
+        let device = format!("new-{}", round % 6);
+        let meanwhile = async {
+            write_at(&mut *writer, now, vec![failure(&device, now)]).await;
+            sweep(&*fixture.store, now).await.unwrap();
+            if round % 4 == 3 {
+                let gone = device_id(&format!("old-{}", round / 4));
+                fixture.store.delete_device(&gone, &somebody()).await.unwrap();
+            }
+            sweep(&*fixture.store, now.saturating_add_milliseconds(15_000)).await.unwrap();
+        };
+        let (_, corrected) = tokio::join!(meanwhile, other.correct_states());
+        corrected.unwrap();
+        assert_eq!(wrong_states(&*other).await, (0, 0), "round {round}");
+    }
 }
 
 async fn a_deletion_under_way_is_no_fault(installed: &Installed) {

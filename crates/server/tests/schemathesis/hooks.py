@@ -39,6 +39,11 @@ def lines(context, value):
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
 
 
+def within_years(date):
+    """The same in 2032, which has a 29th of February. The server's clock stands in 2026: that is not past, and not too far ahead."""
+    return "2032" + date[4:]
+
+
 def is_date(value):
     return isinstance(value, str) and value[:4].isdigit()
 
@@ -92,7 +97,7 @@ def before_call(context, case, kwargs):
     if case.path.endswith("/acknowledge") and isinstance(body, dict):
         until = body.get("until")
         if isinstance(until, str) and until[:4].isdigit():
-            case.body = {**body, "until": "3" + until[1:]}
+            case.body = {**body, "until": within_years(until)}
         return
     if not isinstance(body, dict):
         return
@@ -102,7 +107,7 @@ def before_call(context, case, kwargs):
     if "policy" in body or is_date(body.get("paused")):
         body = {**body, **({"policy": possible_policy(body["policy"])} if "policy" in body else {})}
         if is_date(body.get("paused")):
-            body["paused"] = "3" + body["paused"][1:]
+            body["paused"] = within_years(body["paused"])
         case.body = body
         return
     if body.get("scope") not in ("ingest", "read", "operate", "admin"):

@@ -1,7 +1,7 @@
 //! `GET /api/devices`: the devices of the fleet, in pages. `one` defines how a device looks.
 
 use axum::extract::State;
-use pisync_core::{GroupName, health::State as Health};
+use pisync_core::health::State as Health;
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -21,7 +21,7 @@ use crate::{
         },
     },
     middleware::route_policy::RoutePolicy,
-    store::{DeviceQuery, DeviceSort},
+    store::{DeviceQuery, DeviceSort, GroupFilter},
 };
 
 const MAX_SEARCH: usize = 255;
@@ -74,8 +74,8 @@ struct DeviceParameters {
     /// A part of the device's id or name. Case is ignored for the letters a to z.
     #[param(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     q: Option<String>,
-    /// Only devices of this group.
-    #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    /// Only devices of this group. Empty: only devices that are in no group.
+    #[param(max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]*$")]
     group: Option<String>,
     /// Only devices with this tag.
     #[param(min_length = 1, max_length = 50, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
@@ -157,7 +157,7 @@ async fn list_devices(
     let (list, (sort, descending)) = order.unwrap_or(SORTS[0]);
     let device_query = DeviceQuery {
         search: query.text("q", MAX_SEARCH),
-        group: query.name("group", GroupName::new),
+        group: query.name("group", GroupFilter::new),
         tag: query.text("tag", MAX_TAG),
         states: query.choices("status", &STATES).unwrap_or_default(),
         is_overdue: query.boolean("overdue"),

@@ -278,8 +278,8 @@ async fn read_device(state: &SharedState, device_id: &DeviceId) -> Result<Device
 
 /// Put a device on the roster
 ///
-/// The device need not be known. It is expected to report from now on, unless `expected` says otherwise. Absent fields stay
-/// unchanged. A policy replaces the stored one.
+/// The device need not be known. It is expected to report from now on, unless `expected` says otherwise now, or somebody said
+/// `false` before: absent fields stay unchanged. A policy replaces the stored one.
 #[utoipa::path(
     put,
     path = "/api/device/{device_id}",
@@ -319,7 +319,9 @@ async fn put_device(
 /// Change what is set for a device
 ///
 /// Its name, group, tags, note and policy, whether it is expected, and whether it is paused. The fields of a policy are
-/// changed one by one; null inherits a field again. A device whose policy or group changes is waited for anew.
+/// changed one by one, and so are the members of `severity` and `group`; null inherits a field or a member again. A device
+/// whose policy or group changes is waited for anew. `paused` is the device's own pause: `paused_by` of the answer tells
+/// whose pauses are in force.
 #[utoipa::path(
     patch,
     path = "/api/device/{device_id}",

@@ -28,7 +28,7 @@ use crate::{
         auth::{self, By},
         route_policy::RoutePolicy,
     },
-    store::{GroupQuery, GroupView, Scope},
+    store::{GroupQuery, GroupView, Pauses, Scope},
 };
 
 const BODY_LIMIT: usize = 64 << 10;
@@ -120,7 +120,10 @@ impl GroupData {
             open_incidents: group.open_incidents,
             policy: group.level.policy.to_json(),
             note: group.level.note,
-            pause: PauseData::of([group.level.pause, group.fleet_pause].into_iter().flatten(), now),
+            pause: PauseData::of(
+                Pauses { device: None, group: group.level.pause, fleet: group.fleet_pause },
+                now,
+            ),
         }
     }
 }
@@ -230,7 +233,8 @@ async fn put_group(
 
 /// Change a group
 ///
-/// The fields of a policy are changed one by one; null inherits a field again.
+/// The fields of a policy are changed one by one, and so are the members of `severity` and `group`; null inherits a field or
+/// a member again.
 #[utoipa::path(
     patch,
     path = "/api/group/{name}",

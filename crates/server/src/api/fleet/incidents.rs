@@ -6,7 +6,10 @@ use axum::{
     extract::{FromRequestParts, Request, State},
     http::request::Parts,
 };
-use pisync_core::{DeviceId, GroupName, Timestamp, ViolationCode, health::IncidentScope};
+use pisync_core::{
+    DeviceId, Timestamp, ViolationCode,
+    health::{IncidentScope, check_end},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -36,7 +39,10 @@ use crate::{
         auth::{self, By, WithKey},
         route_policy::RoutePolicy,
     },
-    store::{AcknowledgeOutcome, Count, INCIDENT_KINDS, IncidentQuery, NewAcknowledgement, Scope},
+    store::{
+        AcknowledgeOutcome, Count, GroupFilter, INCIDENT_KINDS, IncidentQuery, NewAcknowledgement,
+        Scope,
+    },
 };
 
 const BODY_LIMIT: usize = 64 << 10;
@@ -64,8 +70,8 @@ struct IncidentParameters {
     /// Only incidents of this scope.
     #[param(inline)]
     scope: Option<IncidentScopeName>,
-    /// Only incidents of this group and of its devices.
-    #[param(min_length = 1, max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
+    /// Only incidents of this group and of its devices. Empty: only incidents about devices that are in no group.
+    #[param(max_length = 100, pattern = r"^[^\u0000-\u001F\u007F-\u009F]*$")]
     group: Option<String>,
     /// Only incidents of this device, and those that it is a member of. Open incidents that it has left are not listed.
     #[param(min_length = 1, max_length = 255, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
@@ -131,13 +137,14 @@ struct IncidentWithMembers {
 /// What to say about an incident. Unknown fields are refused.
 #[derive(ToSchema, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[schema(as = NewAcknowledgement, example = json!({"note": "The power is off until noon", "until": "2099-03-02T12:00:00Z"}))]
+#[schema(as = NewAcknowledgement, example = json!({"note": "The power is off until noon"}))]
 #[expect(dead_code, reason = "describes the body, is never made")]
 struct AcknowledgementBody {
     /// A note for people.
     #[schema(min_length = 1, max_length = 1000, pattern = r"^[^\u0000-\u001F\u007F-\u009F]+$")]
     note: Option<String>,
-    /// From this time on it does not count as acknowledged. It must be in the future.
+    /// From this time on it does not count as acknowledged. It must be in the future, and within 10 years. Without it, it
+    /// counts until it is withdrawn, or until the incident ends.
     #[schema(format = DateTime)]
     until: Option<String>,
 }
@@ -189,7 +196,7 @@ async fn list_incidents(
             .unwrap_or_default(),
         kind: query.choice("kind", &INCIDENT_KINDS.map(|kind| (kind.as_str(), kind))),
         scope: query.choice("scope", &IncidentScope::ALL.map(|scope| (scope.as_str(), scope))),
-        group: query.name("group", GroupName::new),
+        group: query.name("group", GroupFilter::new),
         device_id: query.name("device_id", DeviceId::new),
         since: query.timestamp("since"),
         limit: query.limit().unwrap_or(DEFAULT_LIMIT),
@@ -338,9 +345,11 @@ fn read_acknowledgement(body: &[u8], now: Timestamp) -> Result<NewAcknowledgemen
     let mut fields = Fields::of(body)?;
     let note = fields.optional("note", text(MAX_NOTE));
     let until = fields.optional("until", Timestamp::from_iso8601);
-    if let Some(until) = until.filter(|until| *until <= now) {
+    if let Some(until) = until
+        && let Err(error) = check_end(until, now)
+    {
         let value = Some(Value::from(until.to_string()));
-        fields.refuse("until", ViolationCode::Range, "must be in the future", value);
+        fields.refuse("until", ViolationCode::Range, &error.to_string(), value);
     }
     fields.finish()?;
     Ok(NewAcknowledgement { note, until })

@@ -3,7 +3,7 @@
 
 use pisync_core::{
     Timestamp, Violation, ViolationCode,
-    health::{Pause, Policy, PolicyChange},
+    health::{Level, Policy, PolicyChange, check_end},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use utoipa::{PartialSchema, ToSchema, openapi};
 
 use crate::{
     api::wire::fields::{Fields, text},
-    store::{LevelChange, PauseChange, PolicyUpdate, StateCounts, pause_in_force},
+    store::{LevelChange, PauseChange, Pauses, PolicyUpdate, StateCounts},
 };
 
 /// The longest note, in characters.
@@ -45,15 +45,17 @@ pub(crate) fn policy(fields: &mut Fields, update: Update) -> Option<PolicyUpdate
     }
 }
 
-/// The field `paused`: yes, no, or until a time after `now`.
+/// The field `paused`: yes, no, or until a time after `now`, within 10 years.
 pub(crate) fn paused(fields: &mut Fields, now: Timestamp) -> Option<PauseChange> {
     let value = fields.take("paused")?;
     let (code, rule) = match &value {
         Value::Null | Value::Bool(false) => return Some(PauseChange::End),
         Value::Bool(true) => return Some(PauseChange::Until(None)),
         Value::String(text) => match Timestamp::from_iso8601(text) {
-            Ok(until) if until > now => return Some(PauseChange::Until(Some(until))),
-            Ok(_) => (ViolationCode::Range, "must be in the future".to_owned()),
+            Ok(until) => match check_end(until, now) {
+                Ok(()) => return Some(PauseChange::Until(Some(until))),
+                Err(error) => (ViolationCode::Range, error.to_string()),
+            },
             Err(error) => (error.code(), error.to_string()),
         },
         _ => (ViolationCode::Type, "must be true, false or a time in the future".to_owned()),
@@ -97,22 +99,38 @@ pub(crate) fn fleet_change(
 }
 
 /// Whether something is paused now.
-#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub(crate) struct PauseData {
     /// Whether it is paused now, by itself or by what it belongs to.
     #[schema(example = false)]
     paused: bool,
-    /// When this pause ends; null without one, and for one that somebody must end.
+    /// When the last of its pauses ends; null without one, and for one that somebody must end.
     #[schema(value_type = Option<String>, format = DateTime)]
     paused_until: Option<Timestamp>,
+    /// Whose pauses are in force: its own, its group's, the fleet's. `paused` of each level ends its own pause alone.
+    #[schema(value_type = Vec<PausedByName>)]
+    paused_by: Vec<&'static str>,
 }
 
 impl PauseData {
-    /// The one that ends last of several.
-    pub(crate) fn of(pauses: impl IntoIterator<Item = Pause>, now: Timestamp) -> Self {
-        let pause = pause_in_force(pauses, now);
-        Self { paused: pause.is_some(), paused_until: pause.and_then(|pause| pause.until) }
+    /// What is in force of several pauses at `now`.
+    pub(crate) fn of(pauses: Pauses, now: Timestamp) -> Self {
+        let longest = pauses.longest(now);
+        Self {
+            paused: longest.is_some(),
+            paused_until: longest.and_then(|pause| pause.until),
+            paused_by: pauses.in_force(now).map(|(level, _)| Level::as_str(level)).collect(),
+        }
     }
+}
+
+/// Whose pause is in force.
+#[derive(Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum PausedByName {
+    Device,
+    Group,
+    Fleet,
 }
 
 /// How many devices are in which state, as the last sweep has found them.
@@ -146,7 +164,7 @@ pub(crate) enum StatusName {
     Paused,
 }
 
-/// `true`, `false`, or a time in the future.
+/// `true`, `false`, or a time in the future, within 10 years.
 pub(crate) struct Paused;
 
 impl PartialSchema for Paused {

@@ -25,7 +25,7 @@ use crate::{
         route_policy::RoutePolicy,
     },
     notify::manage::{self, ChannelView},
-    store::{FleetView, Scope},
+    store::{FleetView, Pauses, Scope},
 };
 
 const BODY_LIMIT: usize = 64 << 10;
@@ -86,7 +86,7 @@ impl FleetData {
         let outages = fleet.outages.into_iter();
         Self {
             policy: fleet.level.policy.to_json(),
-            pause: PauseData::of(fleet.level.pause, now),
+            pause: PauseData::of(Pauses { fleet: fleet.level.pause, ..Pauses::default() }, now),
             by_status: fleet.states.into(),
             overdue: fleet.overdue,
             open_incidents: fleet.open_incidents,
@@ -148,7 +148,8 @@ async fn get_fleet(
 
 /// Change what is set for the fleet
 ///
-/// The fields of a policy are changed one by one; with null, a field is as it is built in.
+/// The fields of a policy are changed one by one, and so are the members of `severity` and `group`; with null, a field or
+/// a member is as it is built in.
 #[utoipa::path(
     patch,
     path = "/api/fleet",

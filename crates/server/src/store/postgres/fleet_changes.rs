@@ -46,8 +46,7 @@ impl FleetChanges for PostgresStore {
         change: &DeviceChange,
         by: &Actor,
     ) -> Result<bool, StoreError> {
-        let change = change.on_roster();
-        self.call(async |connection| put_device(connection, device_id, &change, by).await).await
+        self.call(async |connection| put_device(connection, device_id, change, by).await).await
     }
 
     async fn put_roster(
@@ -397,13 +396,19 @@ async fn put_device(
     change: &DeviceChange,
     by: &Actor,
 ) -> Result<bool, Error> {
+    // Nobody else changes it meanwhile: changes of settings follow one another.
+    const IS_EXCUSED: &str = "
+        select exists (select from device_settings where device_id = $1 and is_excused)
+    ";
     let transaction = begin(connection).await?;
-    let rows = [(device_id.as_str(), change)];
+    let is_excused = transaction.query_one(IS_EXCUSED, &[&device_id.as_str()]).await?.try_get(0)?;
+    let change = change.put(is_excused);
+    let rows = [(device_id.as_str(), &change)];
     let devices = change_devices(&transaction, &rows, true, by.at).await?;
     let is_new = devices.iter().any(|device| device.before.is_none());
     let entry = match is_new {
-        true => NewAuditEntry::device_created(device_id, change),
-        false => NewAuditEntry::device_updated(device_id, change),
+        true => NewAuditEntry::device_created(device_id, &change),
+        false => NewAuditEntry::device_updated(device_id, &change),
     };
     record(&transaction, by, &entry).await?;
     transaction.commit().await?;

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::store::{
     Count, DeviceView, FleetView, FleetViews, FleetWindow, GroupQuery, GroupView, HealthView,
-    JobView, LevelSettings, OutageView, Page, StateCounts, StoreError,
+    JobView, LevelSettings, OutageView, Page, Pauses, StateCounts, StoreError,
     devices::like_pattern,
     fleet_views::{DeviceDetailView, SHOWN_OUTAGES},
 };
@@ -56,9 +56,18 @@ impl FleetViews for PostgresStore {
                 or exists (select from devices where "group" = $1)
         "#;
         self.call(async |connection| {
-            let select = connection.prepare_cached(&select_groups(source)).await?;
+            let select = connection.prepare_cached(&select_groups(source, OF_GROUP)).await?;
             let row = connection.query_opt(&select, &[&name.as_str()]).await?;
             row.as_ref().map(group_row).transpose()
+        })
+        .await
+    }
+
+    async fn ungrouped(&self) -> Result<GroupView, StoreError> {
+        self.call(async |connection| {
+            let select = select_groups("select ''::text as name", OF_NO_GROUP);
+            let select = connection.prepare_cached(&select).await?;
+            group_row(&connection.query_one(&select, &[]).await?)
         })
         .await
     }
@@ -111,7 +120,7 @@ async fn device_detail(
     let own = &device.settings.level;
     let policy =
         Levels { device: &own.policy, group: &group.policy, fleet: &fleet.policy }.resolve();
-    let pauses = [own.pause, group.pause, fleet.pause].into_iter().flatten().collect();
+    let pauses = Pauses { device: own.pause, group: group.pause, fleet: fleet.pause };
     let jobs = jobs(&snapshot, device_id.as_str()).await?;
     Ok(Some(DeviceDetailView { pauses, policy, jobs, device }))
 }
@@ -152,15 +161,21 @@ async fn jobs(
     Ok(jobs)
 }
 
-/// Selects groups, whose names `source` selects, in the columns that [`group_row`] reads.
-fn select_groups(source: &str) -> String {
+/// The devices `d` of a group `n`, and those of none.
+const OF_GROUP: &str = r#"d."group" = n.name"#;
+const OF_NO_GROUP: &str = r#"d."group" is null"#;
+
+/// Selects groups, whose names `source` selects, in the columns that [`group_row`] reads. `devices` is the condition on their
+/// devices.
+fn select_groups(source: &str, devices: &str) -> String {
     format!(
-        r#"select n.name, (select count(*) from devices d where d."group" = n.name),
+        r#"select n.name, (select count(*) from devices d where {devices}),
                   coalesce(
                       (select json_object_agg(c.state, c.devices)::text from group_states c where c."group" = n.name),
                       '{{}}'
                   ),
-                  (select count(*) from incidents i where i."group" = n.name and i.resolved_at is null),
+                  (select count(*) from incidents i
+                    where i."group" = n.name and i.resolved_at is null and i.scope in ('device', 'group')),
                   coalesce(g.policy, '{{}}'), g.policy_since, g.paused_from, g.paused_until, g.note,
                   '{{}}', null::timestamptz, f.paused_from, f.paused_until, null::text,
                   (select count(*) from device_health o
@@ -199,7 +214,7 @@ async fn groups(connection: &mut Object, query: &GroupQuery) -> Result<Page<Grou
     let count = snapshot.prepare_cached(&format!("select count(*) from ({NAMES}) named")).await?;
     let total: i64 = snapshot.query_one(&count, &[&search]).await?.try_get(0)?;
     let page = format!("{NAMES} order by name limit $2 offset $3");
-    let select = format!("{} order by n.name", select_groups(&page));
+    let select = format!("{} order by n.name", select_groups(&page, OF_GROUP));
     let select = snapshot.prepare_cached(&select).await?;
     let rows = snapshot.query(&select, &[&search, &i64::from(query.limit), &offset]).await?;
     let items = rows.iter().map(group_row).collect::<Result<_, _>>()?;

@@ -2,7 +2,7 @@
 //! devices, evaluates it and writes the result in one transaction. One server at a time does so; the others sit the step out.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, LazyLock},
 };
 
@@ -325,12 +325,12 @@ async fn evaluate_devices(
 ) -> Result<Option<Evaluations>, Error> {
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(None) };
     let rows = device_rows(&transaction, devices, settings).await?;
-    let evaluated: Vec<_> = rows.iter().map(|row| evaluate(row, settings, now)).collect();
+    let mut evaluated: Vec<_> = rows.iter().map(|row| evaluate(row, settings, now)).collect();
     // What adds rows comes first, because it locks their devices. A deletion locks the device, and then its state.
-    keep_health(&transaction, &evaluated, true).await?;
+    keep_health(&transaction, &mut evaluated, true).await?;
     keep_jobs(&transaction, &evaluated).await?;
     keep_runs(&transaction, &evaluated).await?;
-    keep_health(&transaction, &evaluated, false).await?;
+    keep_health(&transaction, &mut evaluated, false).await?;
     keep_states(&transaction, &evaluated).await?;
     let changes = keep_changes(&transaction, &evaluated, now).await?;
     transaction.commit().await?;
@@ -391,11 +391,14 @@ static KEEP: LazyLock<[String; 2]> = LazyLock::new(|| {
     ]
 });
 
+/// Writes the states of devices that have none yet, or of those that have one. A device that was deleted meanwhile is taken
+/// out of `evaluated`.
 async fn keep_health(
     transaction: &Transaction<'_>,
-    evaluated: &[Evaluated],
+    evaluated: &mut Vec<Evaluated>,
     is_new: bool,
 ) -> Result<(), Error> {
+    const LEFT: &str = "select device_id from device_health where device_id = any($1)";
     let rows: Vec<(&str, &HealthRow)> = evaluated
         .iter()
         .filter(|one| one.before.is_none() == is_new)
@@ -406,7 +409,7 @@ async fn keep_health(
     }
     let (ids, rows): (Vec<&str>, Vec<&HealthRow>) = rows.into_iter().unzip();
     let keep = transaction.prepare_cached(&KEEP[usize::from(!is_new)]).await?;
-    transaction
+    let kept = transaction
         .execute(
             &keep,
             &[
@@ -431,8 +434,15 @@ async fn keep_health(
                 &column(&rows, |row| row.policy_version),
             ],
         )
-        .await
-        .map(|_| ())
+        .await?;
+    if usize::try_from(kept) != Ok(ids.len()) {
+        let ids: Vec<String> = ids.into_iter().map(str::to_owned).collect();
+        let left = transaction.query(LEFT, &[&ids]).await?;
+        let left = left.iter().map(|row| row.try_get(0)).collect::<Result<HashSet<String>, _>>()?;
+        let is_gone = |device_id: &String| ids.contains(device_id) && !left.contains(device_id);
+        evaluated.retain(|one| !is_gone(&one.device_id));
+    }
+    Ok(())
 }
 
 /// Writes the order of devices by state, and from whose states incidents are to be made. Their rows of `device_health` are

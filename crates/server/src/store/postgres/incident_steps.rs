@@ -21,9 +21,10 @@ use super::{
 use crate::store::{
     FleetSettings, StoreError,
     incident_steps::{
-        DEVICES_AT_ONCE, FLEET, FleetFacts, GroupFacts, INCIDENT_COLUMNS, IncidentColumns,
-        IncidentEvent, IncidentRow, IncidentSteps, IncidentWrite, KINDS, Reconciled, TroubleRow,
-        TroubleState, fleet_writes, group_writes, reopened_since,
+        ASKED_MEMBERS, DEVICES_AT_ONCE, FLEET, FleetFacts, GoneMember, GroupFacts,
+        INCIDENT_COLUMNS, IncidentColumns, IncidentEvent, IncidentRow, IncidentSteps,
+        IncidentWrite, KINDS, Reconciled, TroubleRow, TroubleState, WantedMembers, fleet_writes,
+        group_writes, reopened_since,
     },
 };
 
@@ -35,6 +36,11 @@ impl IncidentSteps for PostgresStore {
              union
             select "group" from incidents
              where resolved_at is null and next_at <= $1 and scope in ('device', 'group')
+             union
+            select "group" from incidents
+             where resolved_at is null and scope = 'group'
+               and (subject in (select key from fleet_changes where scope = 'group')
+                    or exists (select from fleet_changes where scope = 'fleet'))
              order by 1
         "#;
         self.call(async |connection| {
@@ -106,7 +112,8 @@ async fn reconcile_fleet(
         (tally.late, tally.late_in_dark) = (late.0, tally.late_in_dark + late.1);
         tally.groups = tally.groups.max(groups);
     }
-    let writes = fleet_writes(&facts, settings, now);
+    let mut writes = fleet_writes(&facts, settings, now);
+    explain_ends(&transaction, &facts.open, &mut writes, now).await?;
     let events = keep_incidents(&transaction, settings, &writes, now).await?;
     for write in &writes {
         if write.incident.resolved_at.is_some() {
@@ -128,7 +135,8 @@ async fn reconcile_group(
         r#"delete from unreconciled_devices where "group" = $1 and device_id <= $2"#;
     let Some(transaction) = begin_step(connection, now).await? else { return Ok(None) };
     let (facts, last) = group_facts(&transaction, group, now).await?;
-    let writes = group_writes(&facts, settings, now);
+    let mut writes = group_writes(&facts, settings, now);
+    explain_ends(&transaction, &facts.open, &mut writes, now).await?;
     let events = keep_incidents(&transaction, settings, &writes, now).await?;
     if let Some(last) = last {
         let reconciled = transaction.prepare_cached(RECONCILED).await?;
@@ -136,6 +144,58 @@ async fn reconcile_group(
     }
     transaction.commit().await?;
     Ok(Some(Reconciled { events, has_more: facts.has_more }))
+}
+
+/// Finds out why incidents of many devices end. `open` are the incidents before the step.
+async fn explain_ends(
+    transaction: &Transaction<'_>,
+    open: &[IncidentRow],
+    writes: &mut [IncidentWrite],
+    now: Timestamp,
+) -> Result<(), Error> {
+    const HAS_DEVICES: &str = r#"
+        select exists (select from device_health where $1::text is null or "group" = $1)
+    "#;
+    for write in writes {
+        let Some(wanted) = write.wanted_members(open, now) else { continue };
+        let gone = gone_members(transaction, &wanted).await?;
+        let has_devices = transaction.prepare_cached(HAS_DEVICES).await?;
+        let has_devices =
+            transaction.query_one(&has_devices, &[&wanted.group]).await?.try_get(0)?;
+        write.ends_for(&gone, has_devices);
+    }
+    Ok(())
+}
+
+/// Some members of an incident that it is no longer about.
+async fn gone_members(
+    transaction: &Transaction<'_>,
+    wanted: &WantedMembers,
+) -> Result<Vec<GoneMember>, Error> {
+    const GONE: &str = r#"
+        select m.device_id, m.joined_at, m.jobs, m.presumed
+          from incident_members m
+          left join device_health h using (device_id)
+         where m.incident = $1 and (m.left_at is null or m.left_at >= $2)
+           and (h.state is null or h.state <> $3 or h."group" <> $4)
+         limit $5
+    "#;
+    let select = transaction.prepare_cached(GONE).await?;
+    let left_since = wanted.left_since.to_jiff();
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+        [&wanted.incident, &left_since, &wanted.kind.as_str(), &wanted.group, &ASKED_MEMBERS];
+    let rows = transaction.query(&select, &values).await?;
+    let ids = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<String>, Error>>()?;
+    let mut states = troubles(transaction, &ids).await?;
+    let member = |(device_id, row): (String, &Row)| {
+        Ok(GoneMember {
+            device: TroubleRow { state: states.remove(&device_id), device_id },
+            joined_at: time(row, 1)?,
+            jobs: row.try_get(2)?,
+            is_presumed: row.try_get(3)?,
+        })
+    };
+    ids.into_iter().zip(&rows).map(member).collect()
 }
 
 /// What a step of a group reads, and the last device whose state is taken up by it.
@@ -288,7 +348,14 @@ async fn troubles(
 ) -> Result<HashMap<String, TroubleState>, Error> {
     const TROUBLES: &str = r#"
         select h.device_id, h."group", h.state, h.problems, h.is_expected, h.patience, h.heard_at,
-               (select max(j.last_success) from device_jobs j where j.device_id = h.device_id),
+               coalesce(
+                   (select json_agg(json_build_array(
+                               j.job, floor(extract(epoch from j.last_success) * 1000)::bigint,
+                               floor(extract(epoch from j.last_received) * 1000)::bigint
+                           ))::text
+                      from device_jobs j where j.device_id = h.device_id),
+                   '[]'
+               ),
                coalesce((select s.policy from device_settings s where s.device_id = h.device_id), '{}')
           from device_health h
          where h.device_id = any($1)
@@ -303,7 +370,7 @@ async fn troubles(
             is_expected: row.try_get(4)?,
             patience: row.try_get(5)?,
             heard_at: optional_time(row, 6)?,
-            last_success: optional_time(row, 7)?,
+            reports: row.try_get(7)?,
             policy: row.try_get(8)?,
         };
         Ok((row.try_get(0)?, state))

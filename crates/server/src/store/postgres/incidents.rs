@@ -3,7 +3,7 @@
 
 use async_trait::async_trait;
 use deadpool_postgres::{GenericClient, Transaction};
-use pisync_core::{DeviceId, GroupName, Timestamp};
+use pisync_core::{DeviceId, Timestamp};
 use tokio_postgres::{Error, Row, types::ToSql};
 
 use super::{
@@ -13,9 +13,9 @@ use super::{
     store::PostgresStore,
 };
 use crate::store::{
-    AcknowledgeOutcome, Acknowledgement, Actor, Count, HealthCounts, HistoryPosition, Incident,
-    IncidentDetail, IncidentEntry, IncidentMember, IncidentPage, IncidentQuery, Incidents,
-    NewAcknowledgement, StoreError, Via,
+    AcknowledgeOutcome, Acknowledgement, Actor, Count, GroupFilter, HealthCounts, HistoryPosition,
+    Incident, IncidentDetail, IncidentEntry, IncidentMember, IncidentPage, IncidentQuery,
+    Incidents, NewAcknowledgement, StoreError, Via,
     audit::NewAuditEntry,
     incidents::{
         COUNTED, Dialect, INCIDENT_COLUMNS, Parameter, Standing, Statement, TIMELINE, details_of,
@@ -86,7 +86,7 @@ async fn select(
         jiff::Timestamp::from_microsecond(microsecond).unwrap_or(latest).max(earliest)
     });
     let after_id = query.after.map(|after| after.id);
-    let group = query.group.as_ref().map(GroupName::as_str);
+    let group = query.group.as_ref().map(GroupFilter::key);
     let device = query.device_id.as_ref().map(DeviceId::as_str);
     let values: Vec<&(dyn ToSql + Sync)> = statement
         .parameters

@@ -40,6 +40,7 @@ mod roll_ups;
 mod rows;
 mod run_starts;
 mod session;
+mod state_tables;
 mod statements;
 mod stats;
 mod store;

@@ -18,13 +18,14 @@ use super::{
     misdated,
     roll_ups::{self, sums},
     rows::{optional_time, time},
+    state_tables::{self, WrongStates},
     statements::unanswered_failures,
     store::PostgresStore,
     summaries,
 };
 use crate::store::{
-    DayDetails, StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
-    day_details, figure_columns,
+    DayDetails, StateDifferences, StoreError, SumDifference, SummaryDifferences, Sums,
+    Verification, Verified, day_details, figure_columns,
     verify::{
         Counted, PAGE_DEVICES, Recount, SumRecount, devices_to_fill, devices_to_repair,
         page_length, repair_hour_statement,
@@ -120,14 +121,26 @@ impl Verification for PostgresStore {
         let compare = async |connection: &mut Object| {
             summary_differences(connection, now).await.map_err(store_error)
         };
-        let found = self.call_unbounded(compare).await?;
+        let (found, wrong_states) = self.call_unbounded(compare).await?;
         if repair {
             let make_good = async |connection: &mut Object| {
-                repair_summaries(connection, &found, now).await.map_err(store_error)
+                repair_summaries(connection, &found, now).await.map_err(store_error)?;
+                state_tables::make_good(connection, &wrong_states).await.map_err(store_error)
             };
             self.call_unbounded(make_good).await?;
         }
         Ok(found)
+    }
+
+    async fn correct_states(&self) -> Result<StateDifferences, StoreError> {
+        self.call_unbounded(async |connection| {
+            let snapshot = snapshot(connection).await.map_err(store_error)?;
+            let wrong = state_tables::differences(&snapshot).await.map_err(store_error)?;
+            drop(snapshot);
+            state_tables::make_good(connection, &wrong).await.map_err(store_error)?;
+            Ok(wrong.number())
+        })
+        .await
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -361,22 +374,25 @@ async fn hours(connection: &mut Object) -> Result<Vec<SumDifference>, Error> {
 async fn summary_differences(
     connection: &mut Object,
     now: Timestamp,
-) -> Result<SummaryDifferences, Error> {
+) -> Result<(SummaryDifferences, WrongStates), Error> {
     let snapshot = snapshot(connection).await?;
     let (summaries, counts) = summaries::differences(&snapshot).await?;
     let totals = roll_ups::totals_are_wrong(&snapshot).await?;
     let digests = digests::differences(&snapshot).await?;
     let (group_days, group_hours, uncounted_group_hours) =
         groups::differences(&snapshot, now).await?;
-    Ok(SummaryDifferences {
+    let wrong_states = state_tables::differences(&snapshot).await?;
+    let found = SummaryDifferences {
         summaries,
         counts,
         totals: totals.into(),
         digests,
         group_days,
         group_hours,
+        states: wrong_states.number(),
         uncounted_group_hours,
-    })
+    };
+    Ok((found, wrong_states))
 }
 
 /// Makes good what was found.

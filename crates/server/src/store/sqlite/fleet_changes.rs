@@ -43,7 +43,7 @@ impl FleetChanges for SqliteStore {
         change: &DeviceChange,
         by: &Actor,
     ) -> Result<bool, StoreError> {
-        let (device_id, change, by) = (device_id.clone(), change.on_roster(), *by);
+        let (device_id, change, by) = (device_id.clone(), change.clone(), *by);
         self.writer.call(move |writer| put_device(writer, &device_id, &change, &by)).await
     }
 
@@ -299,11 +299,14 @@ fn put_device(
     by: &Actor,
 ) -> rusqlite::Result<bool> {
     let transaction = begin(writer)?;
+    let is_excused =
+        find(&transaction, device_id)?.is_some_and(|(_, record)| record.settings.is_excused);
+    let change = change.put(is_excused);
     let mut changes = Vec::new();
-    let (before, _) = self::change(&transaction, device_id, change, by.at, &mut changes)?;
+    let (before, _) = self::change(&transaction, device_id, &change, by.at, &mut changes)?;
     let entry = match before {
-        None => NewAuditEntry::device_created(device_id, change),
-        Some(_) => NewAuditEntry::device_updated(device_id, change),
+        None => NewAuditEntry::device_created(device_id, &change),
+        Some(_) => NewAuditEntry::device_updated(device_id, &change),
     };
     note_changes(&transaction, &changes)?;
     record(&transaction, by, &entry)?;

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::store::{
     Count, DeviceView, FleetView, FleetViews, FleetWindow, GroupQuery, GroupView, HealthView,
-    JobView, LevelSettings, OutageView, Page, StateCounts, StoreError,
+    JobView, LevelSettings, OutageView, Page, Pauses, StateCounts, StoreError,
     devices::like_pattern,
     fleet_views::{DeviceDetailView, SHOWN_OUTAGES},
 };
@@ -53,9 +53,17 @@ impl FleetViews for SqliteStore {
                  where exists (select 1 from groups where name = :name)
                     or exists (select 1 from devices where "group" = :name)
             "#;
-            let select = select_groups(source);
+            let select = select_groups(source, OF_GROUP);
             let mut select = connection.prepare_cached(&select)?;
             select.query_row(named_params! { ":name": name.as_str() }, group_row).optional()
+        })
+        .await
+    }
+
+    async fn ungrouped(&self) -> Result<GroupView, StoreError> {
+        self.read(|connection| {
+            let select = select_groups("select '' as name", OF_NO_GROUP);
+            connection.prepare_cached(&select)?.query_row([], group_row)
         })
         .await
     }
@@ -125,7 +133,7 @@ fn device_detail(
     let own = &device.settings.level;
     let policy =
         Levels { device: &own.policy, group: &group.policy, fleet: &fleet.policy }.resolve();
-    let pauses = [own.pause, group.pause, fleet.pause].into_iter().flatten().collect();
+    let pauses = Pauses { device: own.pause, group: group.pause, fleet: fleet.pause };
     Ok(Some(DeviceDetailView { pauses, policy, jobs: jobs(&snapshot, number)?, device }))
 }
 
@@ -172,12 +180,18 @@ fn jobs(snapshot: &Connection, device: i64) -> rusqlite::Result<HashMap<Option<S
     Ok(jobs)
 }
 
-/// Selects groups, whose names `source` selects, in the columns that [`group_row`] reads.
-fn select_groups(source: &str) -> String {
+/// The devices `d` of a group `n`, and those of none.
+const OF_GROUP: &str = r#"d."group" = n.name"#;
+const OF_NO_GROUP: &str = r#"d."group" is null"#;
+
+/// Selects groups, whose names `source` selects, in the columns that [`group_row`] reads. `devices` is the condition on their
+/// devices.
+fn select_groups(source: &str, devices: &str) -> String {
     format!(
-        r#"select n.name, (select count(*) from devices d where d."group" = n.name),
+        r#"select n.name, (select count(*) from devices d where {devices}),
                   (select json_group_object(c.state, c.devices) from group_states c where c."group" = n.name),
-                  (select count(*) from incidents i where i."group" = n.name and i.resolved_at is null),
+                  (select count(*) from incidents i
+                    where i."group" = n.name and i.resolved_at is null and i.scope in ('device', 'group')),
                   ifnull(g.policy, '{{}}'), g.policy_since, g.paused_from, g.paused_until, g.note,
                   '{{}}', null, f.paused_from, f.paused_until, null,
                   (select count(*) from device_health o
@@ -215,7 +229,7 @@ fn groups(connection: &Connection, query: &GroupQuery) -> rusqlite::Result<Page<
         .prepare_cached(&format!("select count(*) from ({NAMES})"))?
         .query_row(named_params! { ":search": search }, |row| row.get(0))?;
     let page = format!("{NAMES} order by name limit :limit offset :offset");
-    let select = format!("{} order by n.name", select_groups(&page));
+    let select = format!("{} order by n.name", select_groups(&page, OF_GROUP));
     let items = snapshot
         .prepare_cached(&select)?
         .query_map(

@@ -20,9 +20,10 @@ use super::{
 use crate::store::{
     FleetSettings, StoreError,
     incident_steps::{
-        DEVICES_AT_ONCE, FLEET, FleetFacts, GroupFacts, INCIDENT_COLUMNS, IncidentColumns,
-        IncidentEvent, IncidentRow, IncidentSteps, IncidentWrite, KINDS, Reconciled, TroubleRow,
-        TroubleState, fleet_writes, group_writes, reopened_since,
+        ASKED_MEMBERS, DEVICES_AT_ONCE, FLEET, FleetFacts, GoneMember, GroupFacts,
+        INCIDENT_COLUMNS, IncidentColumns, IncidentEvent, IncidentRow, IncidentSteps,
+        IncidentWrite, KINDS, Reconciled, TroubleRow, TroubleState, WantedMembers, fleet_writes,
+        group_writes, reopened_since,
     },
 };
 
@@ -34,6 +35,11 @@ impl IncidentSteps for SqliteStore {
              union
             select "group" from incidents
              where resolved_at is null and next_at <= ?1 and scope in ('device', 'group')
+             union
+            select "group" from incidents
+             where resolved_at is null and scope = 'group'
+               and (subject in (select key from fleet_changes where scope = 'group')
+                    or exists (select 1 from fleet_changes where scope = 'fleet'))
              order by 1
         "#;
         self.read(move |connection| {
@@ -106,7 +112,8 @@ fn reconcile_fleet(
         (tally.late, tally.late_in_dark) = (late.0, tally.late_in_dark + late.1);
         tally.groups = tally.groups.max(groups);
     }
-    let writes = fleet_writes(&facts, settings, now);
+    let mut writes = fleet_writes(&facts, settings, now);
+    explain_ends(&transaction, &facts.open, &mut writes, now)?;
     let events = keep_incidents(&transaction, settings, &writes, now)?;
     for write in &writes {
         if write.incident.resolved_at.is_some() {
@@ -128,13 +135,69 @@ fn reconcile_group(
         r#"delete from unreconciled_devices where "group" = ?1 and device <= ?2"#;
     let Some(transaction) = begin_step(writer, now)? else { return Ok(None) };
     let (facts, last) = group_facts(&transaction, group, now)?;
-    let writes = group_writes(&facts, settings, now);
+    let mut writes = group_writes(&facts, settings, now);
+    explain_ends(&transaction, &facts.open, &mut writes, now)?;
     let events = keep_incidents(&transaction, settings, &writes, now)?;
     if let Some(last) = last {
         transaction.prepare_cached(RECONCILED)?.execute(params![group, last])?;
     }
     transaction.commit()?;
     Ok(Some(Reconciled { events, has_more: facts.has_more }))
+}
+
+/// Finds out why incidents of many devices end. `open` are the incidents before the step.
+fn explain_ends(
+    transaction: &Transaction<'_>,
+    open: &[IncidentRow],
+    writes: &mut [IncidentWrite],
+    now: Timestamp,
+) -> rusqlite::Result<()> {
+    const HAS_DEVICES: &str = r#"
+        select exists (select 1 from device_health where ?1 is null or "group" = ?1)
+    "#;
+    for write in writes {
+        let Some(wanted) = write.wanted_members(open, now) else { continue };
+        let gone = gone_members(transaction, &wanted)?;
+        let has_devices = transaction
+            .prepare_cached(HAS_DEVICES)?
+            .query_row([&wanted.group], |row| row.get(0))?;
+        write.ends_for(&gone, has_devices);
+    }
+    Ok(())
+}
+
+/// Some members of an incident that it is no longer about.
+fn gone_members(
+    transaction: &Transaction<'_>,
+    wanted: &WantedMembers,
+) -> rusqlite::Result<Vec<GoneMember>> {
+    const GONE: &str = r#"
+        select m.device_id, m.joined_at, m.jobs, m.presumed
+          from incident_members m
+          left join devices d on d.device_id = m.device_id
+          left join device_health h on h.device = d.id
+         where m.incident = ?1 and (m.left_at is null or m.left_at >= ?2)
+           and (h.state is null or h.state <> ?3 or h."group" <> ?4)
+         limit ?5
+    "#;
+    let left_since = wanted.left_since.as_millisecond();
+    let kind = wanted.kind.as_str();
+    let found = transaction
+        .prepare_cached(GONE)?
+        .query_map(
+            params![wanted.incident, left_since, kind, wanted.group, ASKED_MEMBERS],
+            |row| Ok((row.get(0)?, (time(row, 1)?, row.get(2)?, row.get(3)?))),
+        )?
+        .collect::<rusqlite::Result<Vec<(String, (Timestamp, String, bool))>>>()?;
+    let (device_ids, members): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+    let devices = troubles(transaction, device_ids)?.into_iter();
+    let member = |(device, (joined_at, jobs, is_presumed))| GoneMember {
+        device,
+        joined_at,
+        jobs,
+        is_presumed,
+    };
+    Ok(devices.zip(members).map(member).collect())
 }
 
 /// What a step of a group reads, and the number of the last device whose state is taken up by it.
@@ -298,7 +361,8 @@ fn troubles(
 ) -> rusqlite::Result<Vec<TroubleRow>> {
     const TROUBLES: &str = r#"
         select d.device_id, h."group", h.state, h.problems, h.is_expected, h.patience, h.heard_at,
-               (select max(j.last_success) from device_jobs j where j.device = h.device),
+               (select json_group_array(json_array(j.job, j.last_success, j.last_received))
+                  from device_jobs j where j.device = h.device),
                ifnull((select s.policy from device_settings s where s.device = h.device), '{}')
           from json_each(?1) page
          cross join devices d on d.device_id = page.value
@@ -313,7 +377,7 @@ fn troubles(
             is_expected: row.get(4)?,
             patience: row.get(5)?,
             heard_at: optional_time(row, 6)?,
-            last_success: optional_time(row, 7)?,
+            reports: row.get(7)?,
             policy: row.get(8)?,
         };
         Ok((row.get(0)?, state))

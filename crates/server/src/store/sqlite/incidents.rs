@@ -2,7 +2,7 @@
 //! `Incidents`. Only the sweep makes and resolves them.
 
 use async_trait::async_trait;
-use pisync_core::{DeviceId, GroupName, Timestamp};
+use pisync_core::{DeviceId, Timestamp};
 use rusqlite::{
     Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params, params_from_iter,
     types::Value,
@@ -15,9 +15,9 @@ use super::{
     store::SqliteStore,
 };
 use crate::store::{
-    AcknowledgeOutcome, Acknowledgement, Actor, Count, HealthCounts, HistoryPosition, Incident,
-    IncidentDetail, IncidentEntry, IncidentMember, IncidentPage, IncidentQuery, Incidents,
-    NewAcknowledgement, StoreError, Via,
+    AcknowledgeOutcome, Acknowledgement, Actor, Count, GroupFilter, HealthCounts, HistoryPosition,
+    Incident, IncidentDetail, IncidentEntry, IncidentMember, IncidentPage, IncidentQuery,
+    Incidents, NewAcknowledgement, StoreError, Via,
     audit::NewAuditEntry,
     incidents::{
         COUNTED, Dialect, INCIDENT_COLUMNS, Parameter, Standing, Statement, TIMELINE, details_of,
@@ -95,7 +95,7 @@ fn values(query: &IncidentQuery, statement: &Statement, limit: i64) -> Vec<Value
                 query.after.map_or(i64::MAX, |after| after.microsecond.div_euclid(1000)).into()
             }
             Parameter::AfterId => query.after.map_or(i64::MAX, |after| after.id).into(),
-            Parameter::Group => text(query.group.as_ref().map(GroupName::as_str)),
+            Parameter::Group => text(query.group.as_ref().map(GroupFilter::key)),
             Parameter::Device => text(query.device_id.as_ref().map(DeviceId::as_str)),
         })
         .collect()
@@ -304,7 +304,7 @@ mod tests {
         let mut migrator = Migrator::new(&target, Path::new("/nonexistent")).await.unwrap();
         migrator.up(Timestamp::from_millisecond(0).unwrap()).await.unwrap();
         let connection = Connection::open(path).unwrap();
-        let group = Some(GroupName::new("g").unwrap());
+        let group = Some(GroupFilter::new("g").unwrap());
         let device = Some(DeviceId::new("pi").unwrap());
         let position = Some(HistoryPosition { microsecond: 1, id: 1 });
         let mut checked = 0;

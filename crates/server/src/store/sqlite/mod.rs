@@ -50,6 +50,7 @@ mod quarantine;
 mod roll_ups;
 mod rows;
 mod run_starts;
+mod state_tables;
 mod stats;
 mod store;
 mod summaries;

@@ -17,13 +17,14 @@ use super::{
     misdated,
     roll_ups::{self, sums},
     rows::time,
+    state_tables::{self, WrongStates},
     store::SqliteStore,
     summaries,
     write_connection::WriteConnection,
 };
 use crate::store::{
-    DayDetails, StoreError, SumDifference, SummaryDifferences, Sums, Verification, Verified,
-    day_details,
+    DayDetails, StateDifferences, StoreError, SumDifference, SummaryDifferences, Sums,
+    Verification, Verified, day_details,
     group_runs::HOUR_MILLISECONDS,
     roll_up_sql::DerivedTable,
     verify::{
@@ -85,11 +86,22 @@ impl Verification for SqliteStore {
         repair: bool,
     ) -> Result<SummaryDifferences, StoreError> {
         let compare = move |connection: &Connection| summary_differences(connection, now);
-        let found = self.read_events(Cost::Unbounded, compare).await?;
+        let (found, wrong_states) = self.read_events(Cost::Unbounded, compare).await?;
         if repair {
             self.repair_summaries(&found, now).await?;
+            state_tables::make_good(self, wrong_states).await?;
         }
         Ok(found)
+    }
+
+    async fn correct_states(&self) -> Result<StateDifferences, StoreError> {
+        let compare = |connection: &Connection| {
+            state_tables::differences(&*connection.unchecked_transaction()?)
+        };
+        let wrong = self.read_events(Cost::Unbounded, compare).await?;
+        let number = wrong.number();
+        state_tables::make_good(self, wrong).await?;
+        Ok(number)
     }
 
     async fn repair_hour(&self, seen: &SumDifference) -> Result<bool, StoreError> {
@@ -291,21 +303,24 @@ fn hours(connection: &Connection) -> rusqlite::Result<Vec<SumDifference>> {
 fn summary_differences(
     connection: &Connection,
     now: Timestamp,
-) -> rusqlite::Result<SummaryDifferences> {
+) -> rusqlite::Result<(SummaryDifferences, WrongStates)> {
     let snapshot = connection.unchecked_transaction()?;
     let (summaries, counts) = summaries::differences(&snapshot)?;
     let totals = roll_ups::totals_are_wrong(&snapshot)?;
     let digests = digests::differences(&snapshot)?;
     let (group_days, group_hours, uncounted_group_hours) = groups::differences(&snapshot, now)?;
-    Ok(SummaryDifferences {
+    let wrong_states = state_tables::differences(&snapshot)?;
+    let found = SummaryDifferences {
         summaries,
         counts,
         totals: totals.into(),
         digests,
         group_days,
         group_hours,
+        states: wrong_states.number(),
         uncounted_group_hours,
-    })
+    };
+    Ok((found, wrong_states))
 }
 
 impl SqliteStore {

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use pisync::{
     fleet::sweep::sweep,
     store::{
-        Count, Device, DeviceChange, DeviceQuery, DeviceSort, Freshness, HistoryQuery, Page,
-        PauseChange,
+        Count, Device, DeviceChange, DeviceQuery, DeviceSort, Freshness, GroupFilter, HistoryQuery,
+        Page, PauseChange,
     },
 };
 use pisync_core::health::State;
@@ -124,7 +124,11 @@ async fn groups(fixture: &TestStore) {
     change(fixture, "a", group("School")).await;
     change(fixture, "b", group("school")).await;
     change(fixture, "ab", group("School")).await;
-    let of_group = |text: &str| DeviceQuery { group: Some(group_name(text)), ..all() };
+    let of_group = |text: &str| DeviceQuery { group: Some(group_name(text).into()), ..all() };
+    let ungrouped = DeviceQuery { group: Some(GroupFilter::Ungrouped), ..all() };
+    for sort in [DeviceSort::DeviceId, DeviceSort::LastSeen, DeviceSort::Status] {
+        assert_eq!(ids(fixture, &DeviceQuery { sort, ..ungrouped.clone() }).await, ["c"]);
+    }
     assert_eq!(ids(fixture, &of_group("School")).await, ["a", "ab"]);
     assert_eq!(ids(fixture, &of_group("school")).await, ["b"]);
     assert_eq!(ids(fixture, &of_group("Schoo_")).await, [""; 0]);

@@ -1,8 +1,8 @@
 //! What people set for the fleet, its groups and its devices: what a change leaves for the sweep, and what it leaves alone.
 
 use pisync::store::{
-    DeviceChange, GroupQuery, LevelChange, NewWindow, PauseChange, PolicyUpdate, RosterOutcome,
-    RosterRow, WindowEffect, WindowScope,
+    DeviceChange, GroupQuery, LevelChange, NewWindow, PauseChange, Pauses, PolicyUpdate,
+    RosterOutcome, RosterRow, WindowEffect, WindowScope,
 };
 use pisync_core::{
     Timestamp,
@@ -299,7 +299,7 @@ async fn a_group_goes_and_its_devices_stay(fixture: &TestStore) {
         let found = store.device(&device_id(device)).await.unwrap().unwrap();
         assert_eq!(found.device.group, None);
         let detail = store.device_detail(&device_id(device)).await.unwrap().unwrap();
-        assert!(detail.pauses.is_empty());
+        assert_eq!(detail.pauses, Pauses::default());
         assert_eq!(detail.device.settings.level.policy_since, Some(at(3)));
     }
     assert_eq!(store.delete_group(&group_name("empty"), &by(3)).await.unwrap(), Some(0));
