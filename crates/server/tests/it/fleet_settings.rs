@@ -602,7 +602,7 @@ async fn what_a_sweep_has_found_is_shown(server: &WithoutSweeps) {
         delete from group_states;
         insert into device_health values
             ({device_key}, 'school', 'silent', {time}, '{problems}', {yes}, {yes}, {no}, 1, 1, {time}, {time}, {time}, 3,
-             4, {time}, {time}, {time}, 1, {no});
+             4, {time}, {time}, {time}, 1);
         insert into job_health values
             ({device_key}, 'weekly', {yes}, 'failing', 'failures', {time}, {time}, {time}, {time}, 3, 4);
         insert into group_states values ('school', 'silent', 1, 1), ('', 'ok', 2, 2), ('', 'never', 3, 0);

@@ -107,7 +107,7 @@ fn requests() -> Vec<(&'static str, &'static str, Value)> {
         ("POST", "/api/channels", mail),
         ("POST", "/api/channels", ntfy.clone()),
         ("PUT", "/api/routes", routes),
-        ("POST", "/api/incident/1/acknowledge", json!({"note": "x", "until": "2100-01-01"})),
+        ("POST", "/api/incident/1/acknowledge", json!({"note": "x", "until": "2032-01-01"})),
         (
             "POST",
             "/api/sync-start",

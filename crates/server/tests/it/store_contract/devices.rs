@@ -163,7 +163,7 @@ async fn tags_and_states(fixture: &TestStore) {
         let row = format!(
             "insert into device_health values
                  ({key}, '', '{state}', {time}, '[]', {no}, {is_overdue}, {no}, 1, 1, {time}, {time}, {time}, 3, 4,
-                  {time}, {time}, {time}, 1, {no})"
+                  {time}, {time}, {time}, 1)"
         );
         fixture.database.execute(&row).await;
     }
