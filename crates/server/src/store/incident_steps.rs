@@ -236,7 +236,7 @@ pub(super) struct TroubleRow {
 pub(super) struct TroubleState {
     pub(super) group: String,
     pub(super) state: String,
-    pub(super) problems: String,
+    pub(super) problems: Vec<KeptProblem>,
     pub(super) is_expected: bool,
     pub(super) patience: Option<i64>,
     pub(super) heard_at: Option<Timestamp>,
@@ -244,6 +244,31 @@ pub(super) struct TroubleState {
     pub(super) reports: String,
     /// Its own policy, as JSON.
     pub(super) policy: String,
+}
+
+/// A problem as it is kept in `device_health`.
+#[derive(Debug, Clone)]
+pub(super) struct KeptProblem {
+    kind: String,
+    job: Option<String>,
+    reason: String,
+    since: Timestamp,
+}
+
+impl KeptProblem {
+    /// Reads the JSON array of `device_health`. What foreign SQL made wrong is left out.
+    pub(super) fn read(problems: &str) -> Vec<Self> {
+        let problems: Value = serde_json::from_str(problems).unwrap_or(Value::Null);
+        let read = |problem: &Value| {
+            Some(Self {
+                kind: problem["kind"].as_str()?.to_owned(),
+                job: problem["job"].as_str().map(str::to_owned),
+                reason: problem["reason"].as_str()?.to_owned(),
+                since: Timestamp::parse_iso8601(problem["since"].as_str()?)?,
+            })
+        };
+        problems.as_array().into_iter().flatten().filter_map(read).collect()
+    }
 }
 
 impl TroubleState {
@@ -289,33 +314,22 @@ pub(super) struct WantedMembers {
 pub(super) const ASKED_MEMBERS: i64 = 500;
 
 impl TroubleRow {
-    /// The problems of a kind: jobs, reasons, and since when.
-    fn problems(&self, kind: ProblemKind) -> Vec<(Option<String>, String, Timestamp)> {
-        let Some(state) = &self.state else { return Vec::new() };
-        let problems: Value = serde_json::from_str(&state.problems).unwrap_or(Value::Null);
-        problems
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|problem| problem["kind"] == kind.as_str())
-            .filter_map(|problem| {
-                let job = problem["job"].as_str().map(str::to_owned);
-                let reason = problem["reason"].as_str()?.to_owned();
-                Some((job, reason, Timestamp::parse_iso8601(problem["since"].as_str()?)?))
-            })
-            .collect()
+    /// The problems of a kind.
+    fn problems(&self, kind: ProblemKind) -> impl Iterator<Item = &KeptProblem> {
+        let problems = self.state.iter().flat_map(|state| &state.problems);
+        problems.filter(move |problem| problem.kind == kind.as_str())
     }
 
     fn has(&self, kind: ProblemKind) -> bool {
-        !self.problems(kind).is_empty()
+        self.problems(kind).next().is_some()
     }
 
     fn since(&self, kind: ProblemKind) -> Option<Timestamp> {
-        self.problems(kind).into_iter().map(|(.., since)| since).min()
+        self.problems(kind).map(|problem| problem.since).min()
     }
 
     fn jobs(&self, kind: ProblemKind) -> Vec<String> {
-        self.problems(kind).into_iter().filter_map(|(job, ..)| job).collect()
+        self.problems(kind).filter_map(|problem| problem.job.clone()).collect()
     }
 
     /// Whether it has had the problem for so long that it no longer counts for its group.
@@ -1129,15 +1143,15 @@ fn named(devices: &[String]) -> Value {
 }
 
 fn summary_of_device(device: &TroubleRow, kind: ProblemKind) -> Value {
-    let problems = device.problems(kind);
+    let problems: Vec<&KeptProblem> = device.problems(kind).collect();
     let heard = device.state.as_ref().and_then(|state| state.heard_at);
     json!({
         kind.as_str(): 1,
         "presumed": 0,
         "judged": 1,
         "last_heard": heard.map(Timestamp::as_millisecond),
-        "jobs": problems.iter().map(|(job, ..)| job).collect::<Vec<_>>(),
-        "reasons": problems.iter().map(|(_, reason, _)| reason).collect::<Vec<_>>(),
+        "jobs": problems.iter().map(|problem| &problem.job).collect::<Vec<_>>(),
+        "reasons": problems.iter().map(|problem| &problem.reason).collect::<Vec<_>>(),
     })
 }
 
@@ -1149,7 +1163,7 @@ fn reasons<'a>(
     if kind == ProblemKind::Silent {
         return BTreeSet::new();
     }
-    devices.flat_map(|device| device.problems(kind)).map(|(_, reason, _)| reason).collect()
+    devices.flat_map(|device| device.problems(kind)).map(|problem| problem.reason.clone()).collect()
 }
 
 /// What an incident says of a device that had its problem.

@@ -23,8 +23,8 @@ use crate::store::{
     incident_steps::{
         ASKED_MEMBERS, DEVICES_AT_ONCE, FLEET, FleetFacts, GoneMember, GroupFacts,
         INCIDENT_COLUMNS, IncidentColumns, IncidentEvent, IncidentRow, IncidentSteps,
-        IncidentWrite, KINDS, Reconciled, TroubleRow, TroubleState, WantedMembers, fleet_writes,
-        group_writes, reopened_since,
+        IncidentWrite, KINDS, KeptProblem, Reconciled, TroubleRow, TroubleState, WantedMembers,
+        fleet_writes, group_writes, reopened_since,
     },
 };
 
@@ -366,7 +366,7 @@ async fn troubles(
         let state = TroubleState {
             group: row.try_get(1)?,
             state: row.try_get(2)?,
-            problems: row.try_get(3)?,
+            problems: KeptProblem::read(row.try_get(3)?),
             is_expected: row.try_get(4)?,
             patience: row.try_get(5)?,
             heard_at: optional_time(row, 6)?,

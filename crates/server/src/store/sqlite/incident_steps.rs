@@ -22,8 +22,8 @@ use crate::store::{
     incident_steps::{
         ASKED_MEMBERS, DEVICES_AT_ONCE, FLEET, FleetFacts, GoneMember, GroupFacts,
         INCIDENT_COLUMNS, IncidentColumns, IncidentEvent, IncidentRow, IncidentSteps,
-        IncidentWrite, KINDS, Reconciled, TroubleRow, TroubleState, WantedMembers, fleet_writes,
-        group_writes, reopened_since,
+        IncidentWrite, KINDS, KeptProblem, Reconciled, TroubleRow, TroubleState, WantedMembers,
+        fleet_writes, group_writes, reopened_since,
     },
 };
 
@@ -373,7 +373,7 @@ fn troubles(
         let state = TroubleState {
             group: row.get(1)?,
             state: row.get(2)?,
-            problems: row.get(3)?,
+            problems: KeptProblem::read(row.get_ref(3)?.as_str()?),
             is_expected: row.get(4)?,
             patience: row.get(5)?,
             heard_at: optional_time(row, 6)?,
@@ -437,9 +437,10 @@ fn missing(
     since: Timestamp,
 ) -> rusqlite::Result<i64> {
     let of_group = if group.is_some() { r#""group" = ?3"# } else { "?3 is null" };
+    // Of a group, the index by group is the right one, however few devices the planner takes to be in the state since then.
     let missing = format!(
         "select count(*) from device_health
-          where state = ?1 and since >= ?2 and is_expected = 1 and {of_group}"
+          where state = ?1 and +since >= ?2 and is_expected = 1 and {of_group}"
     );
     let parameters = params![kind.as_str(), since.as_millisecond(), group];
     transaction.prepare_cached(&missing)?.query_row(parameters, |row| row.get(0))
