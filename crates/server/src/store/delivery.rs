@@ -49,10 +49,15 @@ pub const REFUSALS: u64 = 3;
 /// Messages on their way.
 #[async_trait]
 pub trait Delivery: Send + Sync {
+    /// Gives back the channels that were leased when a server ended in the middle of sending. Whoever sends calls it before the
+    /// first message. It does nothing where other servers may be sending: their leases end by themselves.
+    async fn forget_leases(&self) -> Result<(), StoreError>;
+
     /// The channels that have a message to be sent at `now`, and that nobody else is sending to.
     async fn due_channels(&self, now: Timestamp) -> Result<Vec<i64>, StoreError>;
 
-    /// Takes a channel for 25 s, or renews that. `None` when another server has it, or it is gone or disabled.
+    /// Takes a channel for 25 s, or renews that. `None` when another server has it, or is changing it at this moment, and when
+    /// it is gone, disabled, or waits. The latter does not count for its holder, who has waited.
     async fn lease_channel(
         &self,
         channel: i64,
@@ -80,7 +85,8 @@ pub trait Delivery: Send + Sync {
         now: Timestamp,
     ) -> Result<Option<OutgoingMessage>, StoreError>;
 
-    /// Notes what became of an attempt. False when another server has the channel by now; then nothing is noted.
+    /// Notes what became of an attempt. False when another server has had the channel since; then nothing is noted. An attempt
+    /// counts that took longer than the lease, or whose channel was disabled meanwhile: the receiver may have the message.
     async fn end_attempt(
         &self,
         lane: &Lane,
@@ -137,8 +143,10 @@ pub struct Lane {
     pub secrets: Option<Vec<u8>>,
     /// How people want its messages.
     pub template: Option<String>,
-    /// Who sends.
+    /// Who sends. No two servers have the same name.
     pub holder: String,
+    /// Until when nobody else does.
+    pub leased_until: Timestamp,
     /// How many attempts have failed since the last one that did not.
     pub failures: u64,
 }
@@ -429,12 +437,13 @@ fn quiet_until(item: &DueItem, settings: &FleetSettings, now: Timestamp) -> Opti
 
 /// What routes ask of an incident that is stored. `None` when foreign SQL has written it.
 pub(super) fn about<'a>(
-    incident: &Incident,
+    incident: &'a Incident,
     group: &'a str,
     tags: &'a [String],
 ) -> Option<About<'a>> {
     Some(About {
         scope: IncidentScope::from_word(&incident.scope)?,
+        subject: &incident.subject,
         group,
         kind: ProblemKind::from_word(&incident.kind)?,
         severity: Severity::from_word(&incident.severity)?,
@@ -487,6 +496,7 @@ mod tests {
             secrets: Some(b"hidden".to_vec()),
             template: Some("hidden".to_owned()),
             holder: "a".to_owned(),
+            leased_until: Timestamp::from_millisecond(0).unwrap(),
             failures: 0,
         };
         let shown = format!("{lane:?}");

@@ -133,7 +133,7 @@ pub(super) fn bundle_writes(
         .collect();
     for event in events {
         if event.what == IncidentChange::Resolved {
-            end(&mut bundles, facts, group, event, now);
+            end(&mut bundles, facts, routing, group, event, now);
         } else {
             begin(&mut bundles, facts, routing, group, event, now);
         }
@@ -150,16 +150,8 @@ fn begin(
     event: &IncidentEvent,
     now: Timestamp,
 ) {
-    let tags = facts.tags.iter().find(|(device, _)| *device == event.subject);
-    let about = About {
-        scope: event.scope,
-        group,
-        kind: event.kind,
-        severity: event.severity,
-        tags: tags.map_or(&[], |(_, tags)| tags),
-    };
     let item = (event.id, ItemKind::of(event.what));
-    for (channel, timing) in routing.targets(about) {
+    for (channel, timing) in routing.targets(about(facts, group, event)) {
         let is_told = facts.told.contains(&(event.id, channel));
         let ended = bundles.iter_mut().find(|bundle| {
             bundle.channel == channel && bundle.items.contains(&(event.id, ItemKind::Resolved))
@@ -178,10 +170,24 @@ fn begin(
     }
 }
 
+/// What routes ask of an incident.
+fn about<'a>(facts: &'a OutboxFacts, group: &'a str, event: &'a IncidentEvent) -> About<'a> {
+    let tags = facts.tags.iter().find(|(device, _)| *device == event.subject);
+    About {
+        scope: event.scope,
+        subject: &event.subject,
+        group,
+        kind: event.kind,
+        severity: event.severity,
+        tags: tags.map_or(&[], |(_, tags)| tags),
+    }
+}
+
 /// Takes up the end of an incident.
 fn end(
     bundles: &mut Vec<Bundle>,
     facts: &OutboxFacts,
+    routing: &Routing,
     group: &str,
     event: &IncidentEvent,
     now: Timestamp,
@@ -193,13 +199,17 @@ fn end(
     if event.resolution == Some(Resolution::Merged) {
         return;
     }
+    let targets = routing.targets(about(facts, group, event));
     let told = facts.told.iter().filter(|(incident, _)| *incident == event.id);
     for (_, channel) in told {
+        // Who would not be told any more that it opened is told that it ended.
+        let target = targets.iter().find(|(target, _)| target == channel);
+        let timing = target.map_or(Timing::BUILT_IN, |(_, timing)| *timing);
         // A message that says that all is well again does not wait for its turn.
         let due_at = if facts.others.contains(channel) {
-            due(facts, *channel, Timing::BUILT_IN, now)
+            due(facts, *channel, timing, now)
         } else {
-            now.saturating_add_milliseconds(Timing::BUILT_IN.wait)
+            now.saturating_add_milliseconds(timing.wait)
         };
         bundle_of(bundles, *channel, group, due_at).add((event.id, ItemKind::Resolved));
     }
@@ -302,7 +312,7 @@ mod tests {
 
     /// Channel 1 is the only one, and gets everything.
     fn writes(facts: &OutboxFacts, events: &[IncidentEvent]) -> Vec<BundleWrite> {
-        let routing = Routing::stored(vec![(1, true)], &[]);
+        let routing = Routing::stored(vec![(1, "ops".to_owned(), true)], &[]);
         bundle_writes(facts, &routing, "school", events, at(0))
     }
 
@@ -359,6 +369,30 @@ mod tests {
             ..event(1, IncidentChange::Resolved)
         };
         assert_eq!(writes(&facts, &[merged]), []);
+    }
+
+    #[test]
+    fn an_end_waits_as_long_as_its_route_says() {
+        let route = serde_json::json!({
+            "match": {
+                "groups": ["school"], "tags": [], "kinds": [], "scopes": [], "severity_at_least": "info",
+            },
+            "channels": [1], "wait_seconds": 5, "interval_seconds": 90, "remind_seconds": null,
+            "digest": null, "stop": false,
+        });
+        let channels = vec![(1, "ops".to_owned(), true), (7, "desk".to_owned(), true)];
+        let routing = Routing::stored(channels, &[route.to_string()]);
+        let ended = [event(1, IncidentChange::Resolved)];
+        let dues = |facts: &OutboxFacts| {
+            let writes = bundle_writes(facts, &routing, "school", &ended, at(0));
+            writes.iter().map(|write| (write.channel, write.due_at)).collect::<Vec<_>>()
+        };
+        // No route leads to the other one any more.
+        let facts = OutboxFacts { told: vec![(1, 1), (1, 7)], ..OutboxFacts::default() };
+        assert_eq!(dues(&facts), [(1, at(5)), (7, at(60))]);
+        let last = vec![(1, at(-30)), (7, at(-30))];
+        let facts = OutboxFacts { last, others: vec![1, 7], ..facts };
+        assert_eq!(dues(&facts), [(1, at(60)), (7, at(270))]);
     }
 
     #[test]

@@ -66,6 +66,8 @@ mod metrics;
 mod migrate_command;
 mod migrations;
 mod node_wire;
+mod notification_kills;
+mod notification_lanes;
 mod notifications;
 mod pages_elsewhere;
 mod postgres_outcomes;

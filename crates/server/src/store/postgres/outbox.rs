@@ -30,13 +30,13 @@ pub(super) async fn tell(
 
 /// The channels and routes as they are set.
 pub(super) async fn routing(snapshot: &impl GenericClient) -> Result<Routing, Error> {
-    const CHANNELS: &str = "select id, is_default from channels where is_enabled order by id";
+    const CHANNELS: &str = "select id, name, is_default from channels where is_enabled order by id";
     const ROUTES: &str = "select route from routes order by position";
     let channels = snapshot.prepare_cached(CHANNELS).await?;
     let channels = snapshot.query(&channels, &[]).await?;
     let channels = channels
         .iter()
-        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?)))
         .collect::<Result<_, Error>>()?;
     let routes = snapshot.prepare_cached(ROUTES).await?;
     let routes = snapshot.query(&routes, &[]).await?;

@@ -32,11 +32,12 @@ pub(super) fn tell(
 
 /// The channels and routes as they are set.
 pub(super) fn routing(snapshot: &Connection) -> rusqlite::Result<Routing> {
-    const CHANNELS: &str = "select id, is_default from channels where is_enabled = 1 order by id";
+    const CHANNELS: &str =
+        "select id, name, is_default from channels where is_enabled = 1 order by id";
     const ROUTES: &str = "select route from routes order by position";
     let channels = snapshot
         .prepare_cached(CHANNELS)?
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
         .collect::<rusqlite::Result<_>>()?;
     let routes = snapshot
         .prepare_cached(ROUTES)?
