@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
 use crate::{
     clock::Clock,
@@ -17,6 +17,10 @@ use crate::{
 
 /// How often it is looked for messages that are due.
 pub const DISPATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How many channels may ask the database at the same time. PostgreSQL has 8 connections for everything but ingest, and whoever
+/// waits for one for 5 s gives up: 200 channels would leave none to others, nor to one another.
+const TURNS: usize = 3;
 
 /// How often it is tried again to note what became of an attempt, a second apart. A lease lasts 25 s, of which an attempt takes 15
 /// at most.
@@ -59,6 +63,7 @@ pub(crate) async fn dispatch(
         clock: &clock,
         metrics: Some(&metrics),
         holder: &holder,
+        turns: Semaphore::new(TURNS),
     };
     // Looking and sending go on side by side: while the database does not answer, those who were sent something may.
     let (tell, told) = mpsc::channel(1);
@@ -131,7 +136,8 @@ pub async fn dispatch_once(
     clock: &Clock,
     holder: &str,
 ) -> Result<(), StoreError> {
-    let sending = Sending { store, courier, clock, metrics: None, holder };
+    let turns = Semaphore::new(TURNS);
+    let sending = Sending { store, courier, clock, metrics: None, holder, turns };
     let due = store.due_channels(clock.now()).await?;
     if due.is_empty() {
         return Ok(());
@@ -149,6 +155,8 @@ struct Sending<'a> {
     clock: &'a Clock,
     metrics: Option<&'a Metrics>,
     holder: &'a str,
+    /// Permits to ask the database.
+    turns: Semaphore,
 }
 
 impl Sending<'_> {
@@ -191,6 +199,7 @@ impl Sending<'_> {
     ) -> Result<(), StoreError> {
         let mut held: Option<Lane> = None;
         loop {
+            let turn = self.turn().await;
             // Renewed for each attempt.
             let now = self.clock.now();
             let Some(lane) = self.store.lease_channel(channel, self.holder, now).await? else {
@@ -201,18 +210,19 @@ impl Sending<'_> {
                 };
             };
             let sent = match self.courier.open(&lane) {
-                Ok(open) => self.send_one(&lane, &*open, settings).await,
+                Ok(open) => self.send_one(turn, &lane, &*open, settings).await,
                 Err(why) => {
+                    let _turn = turn;
                     tracing::warn!(channel = lane.name, why, "a channel cannot be used");
                     self.store.postpone_channel(&lane, &why, now).await.map(|()| None)
                 }
             };
             match sent {
                 Ok(Some(pause)) if pause <= SHORT_PAUSE => tokio::time::sleep(pause).await,
-                Ok(_) => return self.store.release_channel(&lane).await,
+                Ok(_) => return self.release(&lane).await,
                 Err(error) => {
                     // If that is not possible either, the lease ends by itself.
-                    let _ = self.store.release_channel(&lane).await;
+                    let _ = self.release(&lane).await;
                     return Err(error);
                 }
             }
@@ -220,9 +230,19 @@ impl Sending<'_> {
         }
     }
 
+    async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        self.turns.acquire().await.ok()
+    }
+
+    async fn release(&self, lane: &Lane) -> Result<(), StoreError> {
+        let _turn = self.turn().await;
+        self.store.release_channel(lane).await
+    }
+
     /// Sends one message. Answers the pause before the next one; `None` when there is none to be sent now.
     async fn send_one(
         &self,
+        turn: Option<SemaphorePermit<'_>>,
         lane: &Lane,
         open: &dyn OpenChannel,
         settings: &Arc<FleetSettings>,
@@ -234,6 +254,7 @@ impl Sending<'_> {
         if self.clock.now() >= lane.leased_until {
             return Ok(Some(Duration::ZERO));
         }
+        drop(turn);
         let attempt = open.deliver(&message).await;
         let is_noted = self.end_attempt(lane, &message, &attempt).await?;
         let (name, id) = (&lane.name, &message.message_id);
@@ -271,12 +292,14 @@ impl Sending<'_> {
     ) -> Result<bool, StoreError> {
         let mut tries = 0;
         loop {
+            let turn = self.turn().await;
             match self.store.end_attempt(lane, message, attempt, self.clock.now()).await {
                 // Nothing was changed.
                 Err(StoreError::Unavailable(_) | StoreError::Transient(_))
                     if tries < NOTE_AGAIN =>
                 {
                     tries += 1;
+                    drop(turn);
                     tokio::time::sleep(DISPATCH_INTERVAL).await;
                 }
                 other => return other,

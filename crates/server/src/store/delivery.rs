@@ -275,10 +275,16 @@ pub enum Attempt {
 pub(super) fn retry_after(failures: u64, asked: Option<Duration>, spread: f64) -> Duration {
     /// What a receiver may ask for at most: an hour.
     const LONGEST_ASKED: Duration = Duration::from_secs(3_600);
+    /// And at least: a second, so that a limit of requests costs little time. One that asks for no more and then fails again
+    /// would get a request each second for as long as it fails, so from the third time on it is a minute.
+    const SHORTEST_ASKED: Duration = Duration::from_secs(1);
+    const SHORTEST_ASKED_AGAIN: Duration = Duration::from_secs(60);
+    const AGAIN: u64 = 3;
     let place = usize::try_from(failures.saturating_sub(1)).unwrap_or(usize::MAX);
     let own = RETRIES[place.min(RETRIES.len() - 1)];
     let own = Duration::from_secs(own).mul_f64(spread.clamp(0.8, 1.2));
-    asked.map_or(own, |asked| asked.min(LONGEST_ASKED).max(Duration::from_secs(1)))
+    let shortest = if failures < AGAIN { SHORTEST_ASKED } else { SHORTEST_ASKED_AGAIN };
+    asked.map_or(own, |asked| asked.clamp(shortest, LONGEST_ASKED))
 }
 
 /// Which messages to list.
@@ -482,8 +488,12 @@ mod tests {
         let own = |failures| retry_after(failures, None, 1.0).as_secs();
         assert_eq!([1, 2, 3, 10, 11, 1_000].map(own), [5, 30, 120, 28_800, 28_800, 28_800]);
         assert_eq!(retry_after(1, None, 9.0), Duration::from_secs(6));
-        let asked = |seconds| retry_after(9, Some(Duration::from_secs(seconds)), 1.0).as_secs();
-        assert_eq!([0, 90, 7_200].map(asked), [1, 90, 3_600]);
+        let asked = |failures, seconds| {
+            retry_after(failures, Some(Duration::from_secs(seconds)), 1.0).as_secs()
+        };
+        assert_eq!([0, 7, 90, 7_200].map(|seconds| asked(2, seconds)), [1, 7, 90, 3_600]);
+        // Who always asks for a second is not asked each second.
+        assert_eq!([0, 7, 90, 7_200].map(|seconds| asked(3, seconds)), [60, 60, 90, 3_600]);
     }
 
     #[test]

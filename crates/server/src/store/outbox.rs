@@ -95,6 +95,8 @@ pub(super) struct BundleWrite {
     pub(super) group: String,
     /// When a new one is due.
     pub(super) due_at: Timestamp,
+    /// When one that exists is due at last: it says nothing but that all is over.
+    pub(super) due_by: Option<Timestamp>,
     pub(super) added: Vec<(i64, ItemKind)>,
     pub(super) removed: Vec<(i64, ItemKind)>,
     /// Whether nothing is left in it.
@@ -107,6 +109,8 @@ struct Bundle {
     channel: i64,
     group: String,
     due_at: Timestamp,
+    /// When it is due if it says nothing but that all is over.
+    closes_at: Option<Timestamp>,
     before: Vec<(i64, ItemKind)>,
     items: Vec<(i64, ItemKind)>,
 }
@@ -127,6 +131,7 @@ pub(super) fn bundle_writes(
             channel: open.channel,
             group: open.group.clone(),
             due_at: now,
+            closes_at: None,
             before: open.items.clone(),
             items: open.items.clone(),
         })
@@ -206,12 +211,12 @@ fn end(
         let target = targets.iter().find(|(target, _)| target == channel);
         let timing = target.map_or(Timing::BUILT_IN, |(_, timing)| *timing);
         // A message that says that all is well again does not wait for its turn.
-        let due_at = if facts.others.contains(channel) {
-            due(facts, *channel, timing, now)
-        } else {
-            now.saturating_add_milliseconds(timing.wait)
-        };
-        bundle_of(bundles, *channel, group, due_at).add((event.id, ItemKind::Resolved));
+        let closes_at =
+            (!facts.others.contains(channel)).then(|| now.saturating_add_milliseconds(timing.wait));
+        let due_at = closes_at.unwrap_or_else(|| due(facts, *channel, timing, now));
+        let bundle = bundle_of(bundles, *channel, group, due_at);
+        bundle.closes_at = closes_at;
+        bundle.add((event.id, ItemKind::Resolved));
     }
 }
 
@@ -235,6 +240,7 @@ fn bundle_of<'a>(
             channel,
             group: group.to_owned(),
             due_at,
+            closes_at: None,
             before: Vec::new(),
             items: Vec::new(),
         });
@@ -264,6 +270,9 @@ impl Bundle {
             channel: self.channel,
             group: self.group,
             due_at: self.due_at,
+            due_by: self.closes_at.filter(|_| {
+                self.id.is_some() && self.items.iter().all(|(_, what)| *what == ItemKind::Resolved)
+            }),
             is_dropped: self.id.is_some() && self.items.is_empty(),
             added,
             removed,
@@ -369,6 +378,27 @@ mod tests {
             ..event(1, IncidentChange::Resolved)
         };
         assert_eq!(writes(&facts, &[merged]), []);
+    }
+
+    #[test]
+    fn that_all_is_over_waits_for_no_interval() {
+        let facts = OutboxFacts {
+            open: open(&[(2, ItemKind::Opened)]),
+            told: vec![(1, 1)],
+            last: vec![(1, at(-30))],
+            ..OutboxFacts::default()
+        };
+        let ends = |ids: &[i64], facts: &OutboxFacts| {
+            let events: Vec<_> =
+                ids.iter().map(|id| event(*id, IncidentChange::Resolved)).collect();
+            let [write] = &writes(facts, &events)[..] else { panic!() };
+            (write.id, write.due_by)
+        };
+        assert_eq!(ends(&[1, 2], &facts), (Some(5), Some(at(60))));
+        // Something else is to be told, or is still open.
+        assert_eq!(ends(&[1], &facts), (Some(5), None));
+        let facts = OutboxFacts { others: vec![1], ..facts };
+        assert_eq!(ends(&[1, 2], &facts), (Some(5), None));
     }
 
     #[test]

@@ -234,7 +234,7 @@ fn next_message(
     ";
     let transaction =
         writer.connection().transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if !is_last_holder(&transaction, lane)? {
+    if !holds(&transaction, lane, now)? {
         return Ok(None);
     }
     loop {
@@ -393,6 +393,7 @@ fn hold(
         channel: lane.channel,
         group: due.group.clone(),
         due_at: until,
+        due_by: None,
         added: items,
         removed: Vec::new(),
         is_dropped: false,
@@ -534,7 +535,7 @@ fn end_attempt(
     const VERSION: &str = "update notify_state set version = version + 1";
     let transaction =
         writer.connection().transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if !holds(&transaction, lane, now)? {
+    if !is_last_holder(&transaction, lane)? {
         return Ok(false);
     }
     let at = now.as_millisecond();
@@ -629,6 +630,7 @@ fn add_reminders(
             channel,
             group,
             due_at: now,
+            due_by: None,
             added: vec![(incident.id, ItemKind::Reminder)],
             removed: Vec::new(),
             is_dropped: false,

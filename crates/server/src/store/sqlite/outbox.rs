@@ -176,6 +176,7 @@ pub(super) fn keep(
             do update set due_at = min(due_at, excluded.due_at)
         returning id
     "#;
+    const DUE_BY: &str = "update notifications set due_at = min(due_at, ?2) where id = ?1";
     const ADD_ITEM: &str = "
         insert into notification_items (notification, incident, what, at) values (?1, ?2, ?3, ?4) on conflict do nothing
     ";
@@ -207,6 +208,10 @@ pub(super) fn keep(
         transaction.prepare_cached(REMOVE_ITEM)?.execute(params![id, incident, what.as_str()])?;
         let entry = params![incident, at, write.channel, what.as_str()];
         transaction.prepare_cached(NOTE_DROPPED)?.execute(entry)?;
+    }
+    if let Some(due_by) = write.due_by {
+        let mut update = transaction.prepare_cached(DUE_BY)?;
+        update.execute([id, due_by.as_millisecond()])?;
     }
     if write.is_dropped {
         transaction.prepare_cached(DROP)?.execute(params![id, at])?;
