@@ -98,6 +98,8 @@ async fn half_hour_begins(fixture: &Telling, half: usize) {
         events.extend((0..FAILING - 1).map(|number| success(&device(ended, number), now)));
     }
     fixture.post("/api/sync-events", &Value::Array(events)).await.json(200);
+    // A read waits until what was reported can be read.
+    fixture.get(&format!("/api/device/{}", device(half, 0))).await.data(200);
     let open = half + 1 + (FAILING - 1) * HOUR.min(half + 1);
     let open = i64::try_from(open).unwrap();
     poll(async || {
