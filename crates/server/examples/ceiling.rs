@@ -1,11 +1,12 @@
 //! The ceiling that ingest is measured against: axum parses the same JSON and answers the same 201,
-//! and stores nothing. `bench/run` drives it beside the real server.
+//! and stores nothing. `bench/run` drives it beside the real server. Whatever is posted to `/messages` it takes, as a receiver of
+//! messages does.
 //!
 //! Usage: `ceiling PORT`
 
 use std::error::Error;
 
-use axum::{Json, Router, http::StatusCode, routing::post};
+use axum::{Json, Router, body::Bytes, http::StatusCode, routing::post};
 use serde::{Deserialize, Serialize};
 
 #[derive(Deserialize)]
@@ -57,6 +58,9 @@ async fn create(Json(event): Json<Event>) -> (StatusCode, Json<Created>) {
 async fn main() -> Result<(), Box<dyn Error>> {
     let port: u16 = std::env::args().nth(1).ok_or("usage: ceiling PORT")?.parse()?;
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
-    axum::serve(listener, Router::new().route("/api/sync-event", post(create))).await?;
+    let router = Router::new()
+        .route("/api/sync-event", post(create))
+        .route("/messages", post(async |_: Bytes| StatusCode::NO_CONTENT));
+    axum::serve(listener, router).await?;
     Ok(())
 }

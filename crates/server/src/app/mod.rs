@@ -21,7 +21,7 @@ use crate::{
     net::{self, ConnectionSettings, Listeners, Tls},
     notify::{
         courier::SystemCourier,
-        dispatch::{Courier, dispatch},
+        dispatch::{Courier, dispatch, holder_name},
         heartbeat,
         secrets::Secrets,
         sender::Sender,
@@ -154,7 +154,7 @@ async fn serve(
     let courier = Arc::new(courier(&settings, &clock)?);
     if settings.watches_fleet {
         let node = format!("{address} ({})", std::process::id());
-        let holder = node.clone();
+        let holder = holder_name(&node, &Randomness::system()).map_err(AppError::Notify)?;
         let watch = fleet::watch(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node);
         tasks.start("fleet health", forever(watch));
         let carrier: Arc<dyn Courier> = Arc::<SystemCourier>::clone(&courier);

@@ -6,15 +6,25 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
 use crate::{
     clock::Clock,
     metrics::Metrics,
+    random::Randomness,
     store::{Attempt, FleetSettings, Lane, MessageText, OutgoingMessage, Store, StoreError},
 };
 
 /// How often it is looked for messages that are due.
 pub const DISPATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How many channels may ask the database at the same time. PostgreSQL has 8 connections for everything but ingest, and whoever
+/// waits for one for 5 s gives up: 200 channels would leave none to others, nor to one another.
+const TURNS: usize = 3;
+
+/// How often it is tried again to note what became of an attempt, a second apart. A lease lasts 25 s, of which an attempt takes 15
+/// at most.
+const NOTE_AGAIN: u32 = 10;
 
 /// A channel that asks for a pause of up to this is not given back in between.
 const SHORT_PAUSE: Duration = Duration::from_secs(1);
@@ -39,7 +49,7 @@ pub trait OpenChannel: Send + Sync {
     async fn deliver(&self, message: &OutgoingMessage) -> Attempt;
 }
 
-/// Sends what is due for as long as the server runs. `holder` is what this server is called.
+/// Sends what is due for as long as the server runs. `holder` is what this server is called, and no other one.
 pub(crate) async fn dispatch(
     store: Arc<dyn Store>,
     courier: Arc<dyn Courier>,
@@ -47,52 +57,73 @@ pub(crate) async fn dispatch(
     metrics: Arc<Metrics>,
     holder: String,
 ) {
-    let mut lanes = FuturesUnordered::new();
-    let mut busy = BTreeSet::new();
+    let sending = Sending {
+        store: &*store,
+        courier: &*courier,
+        clock: &clock,
+        metrics: Some(&metrics),
+        holder: &holder,
+        turns: Semaphore::new(TURNS),
+    };
+    // Looking and sending go on side by side: while the database does not answer, those who were sent something may.
+    let (tell, told) = mpsc::channel(1);
+    tokio::join!(look(&*store, &clock, tell), sending.send_to_all(told));
+}
+
+/// Channels that have something to be sent, and the settings by which messages are made.
+type Work = (Vec<i64>, Arc<FleetSettings>);
+
+/// Looks for messages that are due.
+async fn look(store: &dyn Store, clock: &Clock, tell: mpsc::Sender<Work>) {
     let mut ticks = tokio::time::interval(DISPATCH_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut is_first = true;
     loop {
-        tokio::select! {
-            Some(channel) = lanes.next() => {
-                busy.remove(&channel);
+        ticks.tick().await;
+        // A clock that is not set would send everything, or nothing.
+        let Ok(now) = clock.check() else { continue };
+        let work = async {
+            if is_first {
+                store.forget_leases().await?;
             }
-            _ = ticks.tick() => {
-                // A clock that is not set would send everything, or nothing.
-                let Ok(now) = clock.check() else { continue };
-                let due = store.due_channels(now).await;
-                let settings = match &due {
-                    Ok(due) if due.iter().any(|channel| !busy.contains(channel)) => {
-                        store.fleet_settings().await.map(Arc::new)
-                    }
-                    Ok(_) => continue,
-                    Err(_) => Err(StoreError::Failed(String::new())),
-                };
-                let (due, settings) = match (due, settings) {
-                    (Ok(due), Ok(settings)) => (due, settings),
-                    (Err(error), _) | (_, Err(error)) => {
-                        tracing::debug!(%error, "messages wait while the database is away");
-                        continue;
-                    }
-                };
-                for channel in due {
-                    if busy.insert(channel) {
-                        let sending = Sending {
-                            store: &*store,
-                            courier: &*courier,
-                            clock: &clock,
-                            metrics: Some(&metrics),
-                            holder: &holder,
-                        };
-                        let settings = Arc::clone(&settings);
-                        lanes.push(async move {
-                            sending.send_to(channel, &settings).await;
-                            channel
-                        });
-                    }
+            let due = store.due_channels(now).await?;
+            let settings = match due[..] {
+                [] => None,
+                _ => Some(Arc::new(store.fleet_settings().await?)),
+            };
+            Ok::<_, StoreError>((due, settings))
+        };
+        match work.await {
+            Ok((due, settings)) => {
+                is_first = false;
+                if let Some(settings) = settings
+                    && tell.send((due, settings)).await.is_err()
+                {
+                    return;
                 }
             }
+            Err(error) => log_failure(&error, None),
         }
     }
+}
+
+fn log_failure(error: &StoreError, channel: Option<i64>) {
+    if let StoreError::Unavailable(error) = error {
+        // Ingest logs that already.
+        tracing::debug!(error, channel, "messages wait while the database is away");
+    } else {
+        tracing::warn!(%error, channel, "sending messages failed; it will be tried again");
+    }
+}
+
+/// What a server is called among those that send. Its address and its process may have the same numbers as another's: in
+/// containers they always have.
+///
+/// # Errors
+/// When the system gives no random numbers.
+pub(crate) fn holder_name(node: &str, randomness: &Randomness) -> Result<String, String> {
+    let [a, b, c, d, ..] = randomness.bytes()?;
+    Ok(format!("{node} {:08x}", u32::from_be_bytes([a, b, c, d])))
 }
 
 /// Sends everything that is due at the clock's present, channel after channel. A backtest calls it at each instant.
@@ -105,7 +136,8 @@ pub async fn dispatch_once(
     clock: &Clock,
     holder: &str,
 ) -> Result<(), StoreError> {
-    let sending = Sending { store, courier, clock, metrics: None, holder };
+    let turns = Semaphore::new(TURNS);
+    let sending = Sending { store, courier, clock, metrics: None, holder, turns };
     let due = store.due_channels(clock.now()).await?;
     if due.is_empty() {
         return Ok(());
@@ -123,13 +155,39 @@ struct Sending<'a> {
     clock: &'a Clock,
     metrics: Option<&'a Metrics>,
     holder: &'a str,
+    /// Permits to ask the database.
+    turns: Semaphore,
 }
 
 impl Sending<'_> {
+    /// Sends to the channels that it is told of, to all of them at once.
+    async fn send_to_all(&self, mut told: mpsc::Receiver<Work>) {
+        let mut lanes = FuturesUnordered::new();
+        let mut busy = BTreeSet::new();
+        loop {
+            tokio::select! {
+                Some(channel) = lanes.next() => {
+                    busy.remove(&channel);
+                }
+                work = told.recv() => {
+                    let Some((due, settings)) = work else { return };
+                    for channel in due {
+                        if busy.insert(channel) {
+                            let settings = Arc::clone(&settings);
+                            lanes.push(async move {
+                                self.send_to(channel, &settings).await;
+                                channel
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     async fn send_to(&self, channel: i64, settings: &Arc<FleetSettings>) {
         if let Err(error) = self.try_send_to(channel, settings).await {
-            // The lease ends by itself, and the messages are sent again.
-            tracing::debug!(%error, channel, "messages wait while the database is away");
+            log_failure(&error, Some(channel));
         }
     }
 
@@ -139,30 +197,52 @@ impl Sending<'_> {
         channel: i64,
         settings: &Arc<FleetSettings>,
     ) -> Result<(), StoreError> {
+        let mut held: Option<Lane> = None;
         loop {
+            let turn = self.turn().await;
             // Renewed for each attempt.
             let now = self.clock.now();
             let Some(lane) = self.store.lease_channel(channel, self.holder, now).await? else {
-                return Ok(());
+                // Somebody may be changing the channel. What is held is not kept from anybody until then.
+                return match held {
+                    Some(lane) => self.store.release_channel(&lane).await,
+                    None => Ok(()),
+                };
             };
-            let pause = match self.courier.open(&lane) {
-                Ok(open) => self.send_one(&lane, &*open, settings).await?,
+            let sent = match self.courier.open(&lane) {
+                Ok(open) => self.send_one(turn, &lane, &*open, settings).await,
                 Err(why) => {
-                    self.store.postpone_channel(&lane, &why, now).await?;
+                    let _turn = turn;
                     tracing::warn!(channel = lane.name, why, "a channel cannot be used");
-                    None
+                    self.store.postpone_channel(&lane, &why, now).await.map(|()| None)
                 }
             };
-            match pause {
-                Some(pause) if pause <= SHORT_PAUSE => tokio::time::sleep(pause).await,
-                _ => return self.store.release_channel(&lane).await,
+            match sent {
+                Ok(Some(pause)) if pause <= SHORT_PAUSE => tokio::time::sleep(pause).await,
+                Ok(_) => return self.release(&lane).await,
+                Err(error) => {
+                    // If that is not possible either, the lease ends by itself.
+                    let _ = self.release(&lane).await;
+                    return Err(error);
+                }
             }
+            held = Some(lane);
         }
+    }
+
+    async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        self.turns.acquire().await.ok()
+    }
+
+    async fn release(&self, lane: &Lane) -> Result<(), StoreError> {
+        let _turn = self.turn().await;
+        self.store.release_channel(lane).await
     }
 
     /// Sends one message. Answers the pause before the next one; `None` when there is none to be sent now.
     async fn send_one(
         &self,
+        turn: Option<SemaphorePermit<'_>>,
         lane: &Lane,
         open: &dyn OpenChannel,
         settings: &Arc<FleetSettings>,
@@ -170,8 +250,13 @@ impl Sending<'_> {
         let now = self.clock.now();
         let message = self.store.next_message(lane, settings, &open.text(), now).await?;
         let Some(message) = message else { return Ok(None) };
+        // This server may have stood still, and another one may be sending.
+        if self.clock.now() >= lane.leased_until {
+            return Ok(Some(Duration::ZERO));
+        }
+        drop(turn);
         let attempt = open.deliver(&message).await;
-        let is_noted = self.store.end_attempt(lane, &message, &attempt, self.clock.now()).await?;
+        let is_noted = self.end_attempt(lane, &message, &attempt).await?;
         let (name, id) = (&lane.name, &message.message_id);
         let (result, pause) = match &attempt {
             Attempt::Delivered(pause) => {
@@ -196,5 +281,42 @@ impl Sending<'_> {
         }
         // Another server has the channel by now.
         Ok(pause.filter(|_| is_noted))
+    }
+
+    /// Notes what became of an attempt, also when the database is away for some seconds: what is not noted is sent again.
+    async fn end_attempt(
+        &self,
+        lane: &Lane,
+        message: &OutgoingMessage,
+        attempt: &Attempt,
+    ) -> Result<bool, StoreError> {
+        let mut tries = 0;
+        loop {
+            let turn = self.turn().await;
+            match self.store.end_attempt(lane, message, attempt, self.clock.now()).await {
+                // Nothing was changed.
+                Err(StoreError::Unavailable(_) | StoreError::Transient(_))
+                    if tries < NOTE_AGAIN =>
+                {
+                    tries += 1;
+                    drop(turn);
+                    tokio::time::sleep(DISPATCH_INTERVAL).await;
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_with_the_same_numbers_have_names_of_their_own() {
+        let name = || holder_name("0.0.0.0:3000 (1)", &Randomness::system()).unwrap();
+        let (one, other) = (name(), name());
+        assert!(one.starts_with("0.0.0.0:3000 (1) ") && other.starts_with("0.0.0.0:3000 (1) "));
+        assert_ne!(one, other);
     }
 }

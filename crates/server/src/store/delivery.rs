@@ -49,10 +49,15 @@ pub const REFUSALS: u64 = 3;
 /// Messages on their way.
 #[async_trait]
 pub trait Delivery: Send + Sync {
+    /// Gives back the channels that were leased when a server ended in the middle of sending. Whoever sends calls it before the
+    /// first message. It does nothing where other servers may be sending: their leases end by themselves.
+    async fn forget_leases(&self) -> Result<(), StoreError>;
+
     /// The channels that have a message to be sent at `now`, and that nobody else is sending to.
     async fn due_channels(&self, now: Timestamp) -> Result<Vec<i64>, StoreError>;
 
-    /// Takes a channel for 25 s, or renews that. `None` when another server has it, or it is gone or disabled.
+    /// Takes a channel for 25 s, or renews that. `None` when another server has it, or is changing it at this moment, and when
+    /// it is gone, disabled, or waits. The latter does not count for its holder, who has waited.
     async fn lease_channel(
         &self,
         channel: i64,
@@ -80,7 +85,8 @@ pub trait Delivery: Send + Sync {
         now: Timestamp,
     ) -> Result<Option<OutgoingMessage>, StoreError>;
 
-    /// Notes what became of an attempt. False when another server has the channel by now; then nothing is noted.
+    /// Notes what became of an attempt. False when another server has had the channel since; then nothing is noted. An attempt
+    /// counts that took longer than the lease, or whose channel was disabled meanwhile: the receiver may have the message.
     async fn end_attempt(
         &self,
         lane: &Lane,
@@ -137,8 +143,10 @@ pub struct Lane {
     pub secrets: Option<Vec<u8>>,
     /// How people want its messages.
     pub template: Option<String>,
-    /// Who sends.
+    /// Who sends. No two servers have the same name.
     pub holder: String,
+    /// Until when nobody else does.
+    pub leased_until: Timestamp,
     /// How many attempts have failed since the last one that did not.
     pub failures: u64,
 }
@@ -267,10 +275,16 @@ pub enum Attempt {
 pub(super) fn retry_after(failures: u64, asked: Option<Duration>, spread: f64) -> Duration {
     /// What a receiver may ask for at most: an hour.
     const LONGEST_ASKED: Duration = Duration::from_secs(3_600);
+    /// And at least: a second, so that a limit of requests costs little time. One that asks for no more and then fails again
+    /// would get a request each second for as long as it fails, so from the third time on it is a minute.
+    const SHORTEST_ASKED: Duration = Duration::from_secs(1);
+    const SHORTEST_ASKED_AGAIN: Duration = Duration::from_secs(60);
+    const AGAIN: u64 = 3;
     let place = usize::try_from(failures.saturating_sub(1)).unwrap_or(usize::MAX);
     let own = RETRIES[place.min(RETRIES.len() - 1)];
     let own = Duration::from_secs(own).mul_f64(spread.clamp(0.8, 1.2));
-    asked.map_or(own, |asked| asked.min(LONGEST_ASKED).max(Duration::from_secs(1)))
+    let shortest = if failures < AGAIN { SHORTEST_ASKED } else { SHORTEST_ASKED_AGAIN };
+    asked.map_or(own, |asked| asked.clamp(shortest, LONGEST_ASKED))
 }
 
 /// Which messages to list.
@@ -439,12 +453,13 @@ fn quiet_until(item: &DueItem, settings: &FleetSettings, now: Timestamp) -> Opti
 
 /// What routes ask of an incident that is stored. `None` when foreign SQL has written it.
 pub(super) fn about<'a>(
-    incident: &Incident,
+    incident: &'a Incident,
     group: &'a str,
     tags: &'a [String],
 ) -> Option<About<'a>> {
     Some(About {
         scope: IncidentScope::from_word(&incident.scope)?,
+        subject: &incident.subject,
         group,
         kind: ProblemKind::from_word(&incident.kind)?,
         severity: Severity::from_word(&incident.severity)?,
@@ -487,8 +502,12 @@ mod tests {
         let own = |failures| retry_after(failures, None, 1.0).as_secs();
         assert_eq!([1, 2, 3, 10, 11, 1_000].map(own), [5, 30, 120, 28_800, 28_800, 28_800]);
         assert_eq!(retry_after(1, None, 9.0), Duration::from_secs(6));
-        let asked = |seconds| retry_after(9, Some(Duration::from_secs(seconds)), 1.0).as_secs();
-        assert_eq!([0, 90, 7_200].map(asked), [1, 90, 3_600]);
+        let asked = |failures, seconds| {
+            retry_after(failures, Some(Duration::from_secs(seconds)), 1.0).as_secs()
+        };
+        assert_eq!([0, 7, 90, 7_200].map(|seconds| asked(2, seconds)), [1, 7, 90, 3_600]);
+        // Who always asks for a second is not asked each second.
+        assert_eq!([0, 7, 90, 7_200].map(|seconds| asked(3, seconds)), [60, 60, 90, 3_600]);
     }
 
     #[test]
@@ -501,6 +520,7 @@ mod tests {
             secrets: Some(b"hidden".to_vec()),
             template: Some("hidden".to_owned()),
             holder: "a".to_owned(),
+            leased_until: Timestamp::from_millisecond(0).unwrap(),
             failures: 0,
         };
         let shown = format!("{lane:?}");

@@ -99,6 +99,8 @@ pub(super) struct BundleWrite {
     /// When a new one is due. One that waits for the end of a quiet time is looked at again then, because what is added may
     /// not wait.
     pub(super) due_at: Timestamp,
+    /// When one that exists is due at last: it says nothing but that all is over.
+    pub(super) due_by: Option<Timestamp>,
     pub(super) added: Vec<(i64, ItemKind)>,
     pub(super) removed: Vec<(i64, ItemKind)>,
     /// Whether nothing is left in it.
@@ -112,6 +114,8 @@ struct Bundle {
     group: String,
     /// When the first of what was added is to be told.
     due_at: Option<Timestamp>,
+    /// When it is due if it says nothing but that all is over.
+    closes_at: Option<Timestamp>,
     before: Vec<(i64, ItemKind)>,
     items: Vec<(i64, ItemKind)>,
 }
@@ -132,13 +136,14 @@ pub(super) fn bundle_writes(
             channel: open.channel,
             group: open.group.clone(),
             due_at: None,
+            closes_at: None,
             before: open.items.clone(),
             items: open.items.clone(),
         })
         .collect();
     for event in events {
         if event.what == IncidentChange::Resolved {
-            end(&mut bundles, facts, group, event, now);
+            end(&mut bundles, facts, routing, group, event, now);
         } else {
             begin(&mut bundles, facts, routing, group, event, now);
         }
@@ -155,20 +160,8 @@ fn begin(
     event: &IncidentEvent,
     now: Timestamp,
 ) {
-    let tags = facts.tags.iter().find(|(device, _)| *device == event.subject);
-    let about = About {
-        scope: event.scope,
-        group,
-        kind: event.kind,
-        severity: event.severity,
-        tags: tags.map_or(&[], |(_, tags)| tags),
-    };
     let item = (event.id, ItemKind::of(event.what));
-    for (channel, timing) in routing.targets(about) {
-        if event.scope == IncidentScope::Channel && routing.is_named(channel, &event.subject) {
-            // It would learn of its own failure once that is over.
-            continue;
-        }
+    for (channel, timing) in routing.targets(about(facts, group, event)) {
         let is_told = facts.told.contains(&(event.id, channel));
         let ended = bundles.iter_mut().find(|bundle| {
             bundle.channel == channel && bundle.items.contains(&(event.id, ItemKind::Resolved))
@@ -187,10 +180,24 @@ fn begin(
     }
 }
 
+/// What routes ask of an incident.
+fn about<'a>(facts: &'a OutboxFacts, group: &'a str, event: &'a IncidentEvent) -> About<'a> {
+    let tags = facts.tags.iter().find(|(device, _)| *device == event.subject);
+    About {
+        scope: event.scope,
+        subject: &event.subject,
+        group,
+        kind: event.kind,
+        severity: event.severity,
+        tags: tags.map_or(&[], |(_, tags)| tags),
+    }
+}
+
 /// Takes up the end of an incident.
 fn end(
     bundles: &mut Vec<Bundle>,
     facts: &OutboxFacts,
+    routing: &Routing,
     group: &str,
     event: &IncidentEvent,
     now: Timestamp,
@@ -202,20 +209,28 @@ fn end(
     if event.resolution == Some(Resolution::Merged) {
         return;
     }
+    let targets = routing.targets(about(facts, group, event));
     let told = facts.told.iter().filter(|(incident, _)| *incident == event.id);
     for (_, channel) in told {
+        // Who would not be told any more that it opened is told that it ended.
+        let target = targets.iter().find(|(target, _)| target == channel);
+        let timing = target.map_or(Timing::BUILT_IN, |(_, timing)| *timing);
         // A message that says that all is well again does not wait for its turn.
+        let can_close = !facts.others.contains(channel);
+        let closes_at = now.saturating_add_milliseconds(timing.wait);
         let tells_more = |bundle: &Bundle| {
             bundle.channel == *channel
                 && bundle.group == group
                 && bundle.items.iter().any(|(_, what)| *what != ItemKind::Resolved)
         };
-        let due_at = if facts.others.contains(channel) || bundles.iter().any(tells_more) {
-            due(facts, *channel, Timing::BUILT_IN, now)
+        let due_at = if can_close && !bundles.iter().any(tells_more) {
+            closes_at
         } else {
-            now.saturating_add_milliseconds(Timing::BUILT_IN.wait)
+            due(facts, *channel, timing, now)
         };
-        bundle_of(bundles, *channel, group, due_at).add((event.id, ItemKind::Resolved));
+        let bundle = bundle_of(bundles, *channel, group, due_at);
+        bundle.closes_at = can_close.then_some(closes_at);
+        bundle.add((event.id, ItemKind::Resolved));
     }
 }
 
@@ -239,6 +254,7 @@ fn bundle_of<'a>(
             channel,
             group: group.to_owned(),
             due_at: None,
+            closes_at: None,
             before: Vec::new(),
             items: Vec::new(),
         });
@@ -270,6 +286,9 @@ impl Bundle {
             channel: self.channel,
             group: self.group,
             due_at: self.due_at.unwrap_or(now),
+            due_by: self.closes_at.filter(|_| {
+                self.id.is_some() && self.items.iter().all(|(_, what)| *what == ItemKind::Resolved)
+            }),
             is_dropped: self.id.is_some() && self.items.is_empty(),
             added,
             removed,
@@ -318,7 +337,7 @@ mod tests {
 
     /// Channel 1 is the only one, and gets everything.
     fn writes(facts: &OutboxFacts, events: &[IncidentEvent]) -> Vec<BundleWrite> {
-        let routing = Routing::stored(vec![(1, true, "ops".to_owned())], &[]);
+        let routing = Routing::stored(vec![(1, "ops".to_owned(), true)], &[]);
         bundle_writes(facts, &routing, "school", events, at(0))
     }
 
@@ -407,6 +426,51 @@ mod tests {
         let device =
             IncidentEvent { subject: "ops".to_owned(), ..event(1, IncidentChange::Opened) };
         assert_eq!(writes(&facts, &[device]).len(), 1);
+    }
+
+    #[test]
+    fn that_all_is_over_waits_for_no_interval() {
+        let facts = OutboxFacts {
+            open: open(&[(2, ItemKind::Opened)]),
+            told: vec![(1, 1)],
+            last: vec![(1, at(-30))],
+            ..OutboxFacts::default()
+        };
+        let ends = |ids: &[i64], facts: &OutboxFacts| {
+            let events: Vec<_> =
+                ids.iter().map(|id| event(*id, IncidentChange::Resolved)).collect();
+            let [write] = &writes(facts, &events)[..] else { panic!() };
+            (write.id, write.due_by)
+        };
+        assert_eq!(ends(&[1, 2], &facts), (Some(5), Some(at(60))));
+        // Something else is to be told, or is still open.
+        assert_eq!(ends(&[1], &facts), (Some(5), None));
+        let facts = OutboxFacts { others: vec![1], ..facts };
+        assert_eq!(ends(&[1, 2], &facts), (Some(5), None));
+    }
+
+    #[test]
+    fn an_end_waits_as_long_as_its_route_says() {
+        let route = serde_json::json!({
+            "match": {
+                "groups": ["school"], "tags": [], "kinds": [], "scopes": [], "severity_at_least": "info",
+            },
+            "channels": [1], "wait_seconds": 5, "interval_seconds": 90, "remind_seconds": null,
+            "digest": null, "stop": false,
+        });
+        let channels = vec![(1, "ops".to_owned(), true), (7, "desk".to_owned(), true)];
+        let routing = Routing::stored(channels, &[route.to_string()]);
+        let ended = [event(1, IncidentChange::Resolved)];
+        let dues = |facts: &OutboxFacts| {
+            let writes = bundle_writes(facts, &routing, "school", &ended, at(0));
+            writes.iter().map(|write| (write.channel, write.due_at)).collect::<Vec<_>>()
+        };
+        // No route leads to the other one any more.
+        let facts = OutboxFacts { told: vec![(1, 1), (1, 7)], ..OutboxFacts::default() };
+        assert_eq!(dues(&facts), [(1, at(5)), (7, at(60))]);
+        let last = vec![(1, at(-30)), (7, at(-30))];
+        let facts = OutboxFacts { last, others: vec![1, 7], ..facts };
+        assert_eq!(dues(&facts), [(1, at(60)), (7, at(270))]);
     }
 
     #[test]

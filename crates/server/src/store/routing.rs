@@ -22,7 +22,7 @@ pub(super) struct Routing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RoutedChannel {
     pub(super) id: i64,
-    name: String,
+    pub(super) name: String,
     /// Whether it gets what no route matches.
     pub(super) is_default: bool,
 }
@@ -51,6 +51,7 @@ impl Timing {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct About<'a> {
     pub(super) scope: IncidentScope,
+    pub(super) subject: &'a str,
     pub(super) group: &'a str,
     pub(super) kind: ProblemKind,
     pub(super) severity: Severity,
@@ -59,11 +60,12 @@ pub(super) struct About<'a> {
 }
 
 impl Routing {
-    /// Reads channels and routes as they are stored: of a channel its id, whether it is a default, and its name. What foreign
-    /// SQL made wrong is left out.
-    pub(super) fn stored(channels: Vec<(i64, bool, String)>, routes: &[String]) -> Self {
-        let channel = |(id, is_default, name)| RoutedChannel { id, name, is_default };
-        let channels = channels.into_iter().map(channel).collect();
+    /// Reads channels and routes as they are stored. What foreign SQL made wrong is left out.
+    pub(super) fn stored(channels: Vec<(i64, String, bool)>, routes: &[String]) -> Self {
+        let channels = channels
+            .into_iter()
+            .map(|(id, name, is_default)| RoutedChannel { id, name, is_default })
+            .collect();
         let routes = routes
             .iter()
             .filter_map(|text| Route::from_json(&serde_json::from_str(text).ok()?))
@@ -76,17 +78,13 @@ impl Routing {
         self.channels.is_empty()
     }
 
-    /// Whether this is the name of a channel that is enabled.
-    pub(super) fn is_named(&self, channel: i64, name: &str) -> bool {
-        self.channels.iter().any(|known| known.id == channel && known.name == name)
-    }
-
     /// Whether routes ask for the tags of devices.
     pub(super) fn asks_for_tags(&self) -> bool {
         self.routes.iter().any(|route| !route.matching.tags.is_empty())
     }
 
-    /// The channels that are told of an incident, each once. Of several routes to a channel, the first one counts.
+    /// The channels that are told of an incident, each once. Of several routes to a channel, the first one counts. That a channel
+    /// does not work is told by others.
     pub(super) fn targets(&self, about: About<'_>) -> Vec<(i64, Timing)> {
         let mut targets: Vec<(i64, Timing)> = Vec::new();
         let mut is_matched = false;
@@ -96,8 +94,8 @@ impl Routing {
             }
             is_matched = true;
             for channel in &route.channels {
-                let is_enabled = self.channels.iter().any(|enabled| enabled.id == *channel);
-                if is_enabled && !targets.iter().any(|(known, _)| known == channel) {
+                let can_tell = self.can_tell(about).any(|enabled| enabled.id == *channel);
+                if can_tell && !targets.iter().any(|(known, _)| known == channel) {
                     targets.push((*channel, Timing::of(route)));
                 }
             }
@@ -106,10 +104,17 @@ impl Routing {
             }
         }
         if !is_matched {
-            let defaults = self.channels.iter().filter(|channel| channel.is_default);
+            let defaults = self.can_tell(about).filter(|channel| channel.is_default);
             targets.extend(defaults.map(|channel| (channel.id, Timing::BUILT_IN)));
         }
         targets
+    }
+
+    /// The channels that are enabled, but for the one that an incident is about.
+    fn can_tell(&self, about: About<'_>) -> impl Iterator<Item = &RoutedChannel> {
+        let is_about =
+            move |name: &str| about.scope == IncidentScope::Channel && about.subject == name;
+        self.channels.iter().filter(move |channel| !is_about(&channel.name))
     }
 
     /// After what time a channel is told again of an incident; `None` when it is not.
@@ -193,6 +198,7 @@ mod tests {
     fn about<'a>(group: &'a str, severity: Severity) -> About<'a> {
         About {
             scope: IncidentScope::Device,
+            subject: "pi",
             group,
             kind: ProblemKind::Silent,
             severity,
@@ -221,9 +227,9 @@ mod tests {
             route.to_string()
         };
         let routes: Vec<_> = routes.iter().map(stored).collect();
-        let channels = [(1, true, "ops"), (2, false, "school"), (3, true, "chat")];
-        let channels = channels.map(|(id, is_default, name)| (id, is_default, name.to_owned()));
-        Routing::stored(channels.to_vec(), &routes)
+        let channels = [(1, true), (2, false), (3, true)];
+        let named = channels.map(|(id, is_default)| (id, format!("channel-{id}"), is_default));
+        Routing::stored(named.to_vec(), &routes)
     }
 
     fn ids(routing: &Routing, about: About<'_>) -> Vec<i64> {
@@ -263,6 +269,15 @@ mod tests {
         assert_eq!(ids(&of(json!({"kinds": ["failing"]})), tagged), [1, 3]);
         assert_eq!(ids(&of(json!({"scopes": ["device"], "kinds": ["silent"]})), tagged), [2]);
         assert!(of(json!({"tags": ["wall"]})).asks_for_tags());
+    }
+
+    #[test]
+    fn a_channel_is_not_told_of_itself() {
+        let of = |scope, subject| About { scope, subject, ..about("", Severity::Critical) };
+        for routing in [routing(&[]), routing(&[json!({"match": {}, "channels": [1, 3]})])] {
+            assert_eq!(ids(&routing, of(IncidentScope::Channel, "channel-1")), [3]);
+            assert_eq!(ids(&routing, of(IncidentScope::Device, "channel-1")), [1, 3]);
+        }
     }
 
     #[test]

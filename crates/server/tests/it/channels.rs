@@ -362,6 +362,9 @@ async fn a_receiver_that_does_not_answer_is_not_waited_for() {
         (Reply::Stall, "no answer within 0.6 s"),
         (Reply::Close, "the connection ended without an answer"),
         (Reply::Garbage, "the connection ended without an answer"),
+        (Reply::Cut("HTTP/1.1 20"), "the connection ended without an answer"),
+        (Reply::Cut("HTTP/1.1 204 No Content\r\nx-"), "the connection ended without an answer"),
+        (Reply::Drip("HTTP/1.1 204 No Content\r\nx-slow: "), "no answer within 0.6 s"),
     ] {
         let receiver = Receiver::start(move |_| reply.clone()).await;
         for kind in HTTP_KINDS {
@@ -394,6 +397,13 @@ async fn only_the_beginning_of_an_answer_is_read() {
         (Reply::Endless("200 OK"), true),
         (Reply::StallWithin("500 Internal Server Error"), false),
         (Reply::StallWithin("200 OK"), true),
+        (Reply::Drip("HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1000\r\n\r\n"), false),
+        (Reply::Drip("HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n"), true),
+        (
+            Reply::Cut("HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1000\r\n\r\nbeg"),
+            false,
+        ),
+        (Reply::Cut("HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nbeg"), true),
         (Reply::says("500 Internal Server Error", "ä".repeat(1_000_000)), false),
     ] {
         let receiver = Receiver::start({

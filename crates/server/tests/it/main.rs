@@ -66,6 +66,8 @@ mod metrics;
 mod migrate_command;
 mod migrations;
 mod node_wire;
+mod notification_kills;
+mod notification_lanes;
 mod notification_list;
 mod notification_scenarios;
 mod notification_times;

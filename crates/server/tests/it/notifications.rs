@@ -38,15 +38,15 @@ use crate::support::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// After this time a message is due, in seconds.
-const WAIT: i64 = 61;
+pub(crate) const WAIT: i64 = 61;
 
 /// After this time another message about the same group is due.
 const INTERVAL: i64 = 301;
 
 /// A server that may send to this machine, and a store beside it, by which a test sweeps when it likes.
-struct Telling {
+pub(crate) struct Telling {
     server: TestServer,
-    store: Arc<dyn Store>,
+    pub(crate) store: Arc<dyn Store>,
 }
 
 impl std::ops::Deref for Telling {
@@ -81,11 +81,11 @@ impl Fixture for Telling {
 }
 
 impl Telling {
-    fn pass(&self, seconds: i64) {
+    pub(crate) fn pass(&self, seconds: i64) {
         self.clock.set(self.clock.now().saturating_add_milliseconds(seconds * 1000));
     }
 
-    async fn webhook(&self, name: &str, receiver: &Receiver) -> Value {
+    pub(crate) async fn webhook(&self, name: &str, receiver: &Receiver) -> Value {
         let body = json!({
             "name": name, "kind": "webhook", "url": receiver.url("/hook"), "default": true,
         });
@@ -131,7 +131,7 @@ impl Telling {
     }
 }
 
-async fn poll<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn poll<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let until = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = look().await {
@@ -143,7 +143,7 @@ async fn poll<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
 }
 
 /// What a receiver has, once there are so many.
-async fn arrived(receiver: &Receiver, count: usize) -> Vec<Received> {
+pub(crate) async fn arrived(receiver: &Receiver, count: usize) -> Vec<Received> {
     poll(async || Some(receiver.received()).filter(|received| received.len() >= count)).await
 }
 
@@ -163,12 +163,12 @@ async fn changeable() -> (Receiver, Arc<AtomicU16>) {
     (receiver, status)
 }
 
-fn id(received: &Received) -> &str {
+pub(crate) fn id(received: &Received) -> &str {
     received.header("webhook-id")
 }
 
 /// The incidents that a message tells: what has happened, and to whom.
-fn told(received: &Received) -> Vec<(String, String)> {
+pub(crate) fn told(received: &Received) -> Vec<(String, String)> {
     let incidents = received.json()["data"]["incidents"].take();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let incidents = incidents.as_array().unwrap().iter();

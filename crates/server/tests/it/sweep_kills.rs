@@ -86,7 +86,7 @@ fn expected_incidents(rounds: usize) -> Vec<String> {
 }
 
 /// What a sweep has left to do.
-async fn left(database: &TestDatabase) -> i64 {
+pub(crate) async fn left(database: &TestDatabase) -> i64 {
     let health_of = match database.file() {
         Some(_) => "h.device = d.id",
         None => "h.device_id = d.device_id",
@@ -99,7 +99,7 @@ async fn left(database: &TestDatabase) -> i64 {
     database.number(&left).await
 }
 
-async fn wait_until_nothing_is_left(database: &TestDatabase) {
+pub(crate) async fn wait_until_nothing_is_left(database: &TestDatabase) {
     let until = std::time::Instant::now() + PATIENCE;
     while left(database).await > 0 {
         assert!(std::time::Instant::now() < until, "{} are left", left(database).await);

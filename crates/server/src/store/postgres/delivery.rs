@@ -38,6 +38,11 @@ use crate::store::{
 
 #[async_trait]
 impl Delivery for PostgresStore {
+    async fn forget_leases(&self) -> Result<(), StoreError> {
+        // Other servers may be sending.
+        Ok(())
+    }
+
     async fn due_channels(&self, now: Timestamp) -> Result<Vec<i64>, StoreError> {
         const DUE: &str = "
             select c.id
@@ -63,19 +68,20 @@ impl Delivery for PostgresStore {
         holder: &str,
         now: Timestamp,
     ) -> Result<Option<Lane>, StoreError> {
-        // Whoever is at it at this moment has it.
+        // Whoever is at it at this moment has it. Sweeps that add messages to it do not keep it from anybody: they lock its key.
         const LEASE: &str = "
             update channels set lease = $2, leased_until = $4
              where id = (select id from channels
-                          where id = $1 and is_enabled and (lease is null or lease = $2 or leased_until <= $3)
-                            for update skip locked)
+                          where id = $1 and is_enabled
+                            and (lease = $2 or (lease is null or leased_until <= $3) and coalesce(next_send_at, $3) <= $3)
+                            for no key update skip locked)
             returning name, kind, config, secrets, template, failures
         ";
-        let until = now.saturating_add_milliseconds(LEASED).to_jiff();
+        let leased_until = now.saturating_add_milliseconds(LEASED);
         self.call(async |connection| {
             let lease = connection.prepare_cached(LEASE).await?;
-            let row =
-                connection.query_opt(&lease, &[&channel, &holder, &now.to_jiff(), &until]).await?;
+            let (now, until) = (now.to_jiff(), leased_until.to_jiff());
+            let row = connection.query_opt(&lease, &[&channel, &holder, &now, &until]).await?;
             let lane = |row: Row| {
                 let failures: i64 = row.try_get(5)?;
                 Ok::<_, Error>(Lane {
@@ -86,6 +92,7 @@ impl Delivery for PostgresStore {
                     secrets: row.try_get(3)?,
                     template: row.try_get(4)?,
                     holder: holder.to_owned(),
+                    leased_until,
                     failures: u64::try_from(failures).unwrap_or(0),
                 })
             };
@@ -233,6 +240,9 @@ async fn next_message(
         };
         let mut due = due(&row)?;
         if due.text.is_none() {
+            if !lock_incidents(&transaction, due.id).await? {
+                return Ok(None);
+            }
             let Some(facts) = facts_of(&transaction, lane, settings, &due, now).await? else {
                 continue;
             };
@@ -284,14 +294,40 @@ fn due(row: &Row) -> Result<Due, Error> {
     })
 }
 
-/// Whether the lane is still its holder's. It stays so until the end of the transaction.
+/// Whether the lane is still its holder's, who may send. It stays so until the end of the transaction. A sweep that adds messages
+/// to it does not wait for that: it locks the key, and waiting for one another could go round in a circle.
 async fn holds(transaction: &Transaction<'_>, lane: &Lane, now: Timestamp) -> Result<bool, Error> {
     const HOLDS: &str = "
-        select 1 from channels where id = $1 and lease = $2 and leased_until > $3 and is_enabled for update
+        select 1 from channels
+         where id = $1 and lease = $2 and leased_until > $3 and is_enabled
+           for no key update
     ";
     let holds = transaction.prepare_cached(HOLDS).await?;
     let values: [&(dyn ToSql + Sync); 3] = [&lane.channel, &lane.holder, &now.to_jiff()];
     Ok(transaction.query_opt(&holds, &values).await?.is_some())
+}
+
+/// Whether nobody else has had the lane since, however late it is. It stays so until the end of the transaction.
+async fn is_last_holder(transaction: &Transaction<'_>, lane: &Lane) -> Result<bool, Error> {
+    const IS_LAST: &str = "select 1 from channels where id = $1 and lease = $2 for no key update";
+    let is_last = transaction.prepare_cached(IS_LAST).await?;
+    Ok(transaction.query_opt(&is_last, &[&lane.channel, &lane.holder]).await?.is_some())
+}
+
+/// Locks the incidents that a message tells of, because entries are added to their timelines; false when a step of a sweep is
+/// changing one of them. Then the message, which is locked already, must wait until later: the step is about to lock it, too,
+/// and neither would go on.
+async fn lock_incidents(transaction: &Transaction<'_>, notification: i64) -> Result<bool, Error> {
+    const LOCK: &str = "
+        with told as (select distinct incident from notification_items where notification = $1),
+             locked as (select id from incidents
+                         where id in (select incident from told)
+                         order by id
+                           for no key update skip locked)
+        select (select count(*) from locked) = (select count(*) from told)
+    ";
+    let lock = transaction.prepare_cached(LOCK).await?;
+    transaction.query_one(&lock, &[&notification]).await?.try_get(0)
 }
 
 async fn items_of(
@@ -382,6 +418,7 @@ async fn hold(
         channel: lane.channel,
         group: due.group.clone(),
         due_at: until,
+        due_by: None,
         added: items,
         removed: Vec::new(),
         is_dropped: false,
@@ -459,7 +496,7 @@ async fn open_incidents(transaction: &Transaction<'_>) -> Result<(Vec<ItemFacts>
     Ok((items, total.cast_unsigned()))
 }
 
-/// Notes in the timelines of incidents that somebody is told.
+/// Notes in the timelines of incidents, which are locked, that somebody is told.
 async fn note_told(
     transaction: &Transaction<'_>,
     lane: &Lane,
@@ -470,16 +507,9 @@ async fn note_told(
         insert into incident_entries (incident, id, at, what, "by", details)
         select $1, 1 + coalesce(max(id), 0), $2, 'told', null, $3 from incident_entries where incident = $1
     "#;
-    // A step of a sweep adds entries to the same timelines: whoever comes second waits.
-    const LOCK: &str = "
-        select 1 from incidents where id in (select incident from notification_items where notification = $1)
-         order by id for update
-    ";
     // What was told is dated by the moment at which it is made up.
     const DATE: &str = "update notification_items set at = $2 where notification = $1";
     let at = now.to_jiff();
-    let lock = transaction.prepare_cached(LOCK).await?;
-    transaction.query(&lock, &[&notification]).await?;
     let told = transaction.prepare_cached(TOLD).await?;
     for (incident, what) in items_of(transaction, notification).await? {
         let details = told_details(lane, what).to_string();
@@ -527,7 +557,11 @@ async fn end_attempt(
     ";
     const VERSION: &str = "update notify_state set version = version + 1";
     let transaction = begin(connection).await?;
-    if !holds(&transaction, lane, now).await? {
+    if matches!(outcome, Attempt::Disabled(_)) {
+        // Changes of channels lock this first, too.
+        transaction.execute(VERSION, &[]).await?;
+    }
+    if !is_last_holder(&transaction, lane).await? {
         return Ok(false);
     }
     let at = now.to_jiff();
@@ -557,7 +591,6 @@ async fn end_attempt(
         Attempt::Disabled(error) => {
             transaction.execute(FAILED, &[&notification, &at, error]).await?;
             transaction.execute(DISABLE, &[&lane.channel, error, &at]).await?;
-            transaction.execute(VERSION, &[]).await?;
         }
     }
     transaction.commit().await?;
@@ -607,6 +640,7 @@ async fn add_reminders(
             channel,
             group,
             due_at: now,
+            due_by: None,
             added: vec![(incident.id, ItemKind::Reminder)],
             removed: Vec::new(),
             is_dropped: false,

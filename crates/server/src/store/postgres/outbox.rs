@@ -32,7 +32,7 @@ pub(super) async fn tell(
 
 /// The channels and routes as they are set.
 pub(super) async fn routing(snapshot: &impl GenericClient) -> Result<Routing, Error> {
-    const CHANNELS: &str = "select id, is_default, name from channels where is_enabled order by id";
+    const CHANNELS: &str = "select id, name, is_default from channels where is_enabled order by id";
     const ROUTES: &str = "select route from routes order by position";
     let channels = snapshot.prepare_cached(CHANNELS).await?;
     let channels = snapshot.query(&channels, &[]).await?;
@@ -158,6 +158,7 @@ pub(super) async fn keep(
             do update set due_at = least(notifications.due_at, excluded.due_at)
         returning id
     "#;
+    const DUE_BY: &str = "update notifications set due_at = least(due_at, $2) where id = $1";
     const ADD_ITEMS: &str = "
         insert into notification_items (notification, incident, what, at)
         select $1, incident, what, $4 from unnest($2::bigint[], $3::text[]) as given (incident, what)
@@ -204,6 +205,10 @@ pub(super) async fn keep(
         transaction.execute(&remove, &[&id, incident, &what.as_str()]).await?;
         let note = transaction.prepare_cached(NOTE_DROPPED).await?;
         transaction.execute(&note, &[incident, &at, &write.channel, &what.as_str()]).await?;
+    }
+    if let Some(due_by) = write.due_by {
+        let update = transaction.prepare_cached(DUE_BY).await?;
+        transaction.execute(&update, &[&id, &due_by.to_jiff()]).await?;
     }
     if write.is_dropped {
         let drop = transaction.prepare_cached(DROP).await?;

@@ -1,5 +1,5 @@
-//! Messages on their way, in SQLite. `notify::dispatch` calls it through `Delivery`. There is one server, but what it had
-//! begun when it was killed is still leased for some seconds.
+//! Messages on their way, in SQLite. `notify::dispatch` calls it through `Delivery`. There is one server, so what is leased when
+//! it starts was leased by one that was killed.
 
 use std::sync::Arc;
 
@@ -36,6 +36,12 @@ use crate::store::{
 
 #[async_trait]
 impl Delivery for SqliteStore {
+    async fn forget_leases(&self) -> Result<(), StoreError> {
+        const FORGET: &str =
+            "update channels set lease = null, leased_until = null where lease is not null";
+        self.writer.call(|writer| writer.connection().execute(FORGET, []).map(|_| ())).await
+    }
+
     async fn due_channels(&self, now: Timestamp) -> Result<Vec<i64>, StoreError> {
         const DUE: &str = "
             select c.id
@@ -62,14 +68,16 @@ impl Delivery for SqliteStore {
     ) -> Result<Option<Lane>, StoreError> {
         const LEASE: &str = "
             update channels set lease = ?2, leased_until = ?4
-             where id = ?1 and is_enabled = 1 and (lease is null or lease = ?2 or leased_until <= ?3)
+             where id = ?1 and is_enabled = 1
+               and (lease = ?2 or (lease is null or leased_until <= ?3) and ifnull(next_send_at, ?3) <= ?3)
             returning name, kind, config, secrets, template, failures
         ";
         let holder = holder.to_owned();
-        let until = now.saturating_add_milliseconds(LEASED).as_millisecond();
+        let leased_until = now.saturating_add_milliseconds(LEASED);
         self.writer
             .call(move |writer| {
-                let values = params![channel, holder, now.as_millisecond(), until];
+                let (now, until) = (now.as_millisecond(), leased_until.as_millisecond());
+                let values = params![channel, holder, now, until];
                 writer
                     .connection()
                     .prepare_cached(LEASE)?
@@ -83,6 +91,7 @@ impl Delivery for SqliteStore {
                             secrets: row.get(3)?,
                             template: row.get(4)?,
                             holder: holder.clone(),
+                            leased_until,
                             failures: u64::try_from(failures).unwrap_or(0),
                         })
                     })
@@ -277,7 +286,7 @@ fn next_message(
     }
 }
 
-/// Whether the lane is still its holder's.
+/// Whether the lane is still its holder's, who may send.
 fn holds(transaction: &Transaction<'_>, lane: &Lane, now: Timestamp) -> rusqlite::Result<bool> {
     const HOLDS: &str = "
         select exists (select 1 from channels
@@ -285,6 +294,13 @@ fn holds(transaction: &Transaction<'_>, lane: &Lane, now: Timestamp) -> rusqlite
     ";
     let values = params![lane.channel, lane.holder, now.as_millisecond()];
     transaction.prepare_cached(HOLDS)?.query_row(values, |row| row.get(0))
+}
+
+/// Whether nobody else has had the lane since, however late it is.
+fn is_last_holder(transaction: &Transaction<'_>, lane: &Lane) -> rusqlite::Result<bool> {
+    const IS_LAST: &str = "select exists (select 1 from channels where id = ?1 and lease = ?2)";
+    let mut is_last = transaction.prepare_cached(IS_LAST)?;
+    is_last.query_row(params![lane.channel, lane.holder], |row| row.get(0))
 }
 
 fn items_of(
@@ -375,6 +391,7 @@ fn hold(
         channel: lane.channel,
         group: due.group.clone(),
         due_at: until,
+        due_by: None,
         added: items,
         removed: Vec::new(),
         is_dropped: false,
@@ -505,7 +522,7 @@ fn end_attempt(
     const VERSION: &str = "update notify_state set version = version + 1";
     let transaction =
         writer.connection().transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if !holds(&transaction, lane, now)? {
+    if !is_last_holder(&transaction, lane)? {
         return Ok(false);
     }
     let at = now.as_millisecond();
@@ -600,6 +617,7 @@ fn add_reminders(
             channel,
             group,
             due_at: now,
+            due_by: None,
             added: vec![(incident.id, ItemKind::Reminder)],
             removed: Vec::new(),
             is_dropped: false,

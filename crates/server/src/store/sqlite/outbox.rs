@@ -35,7 +35,7 @@ pub(super) fn tell(
 /// The channels and routes as they are set.
 pub(super) fn routing(snapshot: &Connection) -> rusqlite::Result<Routing> {
     const CHANNELS: &str =
-        "select id, is_default, name from channels where is_enabled = 1 order by id";
+        "select id, name, is_default from channels where is_enabled = 1 order by id";
     const ROUTES: &str = "select route from routes order by position";
     let channels = snapshot
         .prepare_cached(CHANNELS)?
@@ -179,6 +179,7 @@ pub(super) fn keep(
             do update set due_at = min(due_at, excluded.due_at)
         returning id
     "#;
+    const DUE_BY: &str = "update notifications set due_at = min(due_at, ?2) where id = ?1";
     const ADD_ITEM: &str = "
         insert into notification_items (notification, incident, what, at) values (?1, ?2, ?3, ?4) on conflict do nothing
     ";
@@ -217,6 +218,10 @@ pub(super) fn keep(
         transaction.prepare_cached(REMOVE_ITEM)?.execute(params![id, incident, what.as_str()])?;
         let entry = params![incident, at, write.channel, what.as_str()];
         transaction.prepare_cached(NOTE_DROPPED)?.execute(entry)?;
+    }
+    if let Some(due_by) = write.due_by {
+        let mut update = transaction.prepare_cached(DUE_BY)?;
+        update.execute([id, due_by.as_millisecond()])?;
     }
     if write.is_dropped {
         transaction.prepare_cached(DROP)?.execute(params![id, at])?;

@@ -387,6 +387,11 @@ impl Serving {
         self.client.address()
     }
 
+    /// The number of its process.
+    pub(crate) fn process(&self) -> u32 {
+        self.running.child.id()
+    }
+
     /// Sends a signal, as supervisors and terminals do.
     pub(crate) fn signal(&self, name: &str) {
         self.running.signal(name);

@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -13,6 +13,7 @@ use serde_json::Value;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpListener,
+    sync::Semaphore,
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
@@ -27,6 +28,8 @@ pub(crate) struct Received {
     pub(crate) line: String,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
+    /// When all of it was there.
+    pub(crate) at: Instant,
 }
 
 impl Received {
@@ -54,6 +57,31 @@ pub(crate) enum Reply {
     Garbage,
     /// A body that does not end for as long as somebody reads it.
     Endless(&'static str),
+    /// The beginning of an answer. Then the connection ends.
+    Cut(&'static str),
+    /// The beginning of an answer, and then a letter now and then.
+    Drip(&'static str),
+    /// Nothing until the test opens the gate, and then this.
+    Behind(Gate, Box<Reply>),
+}
+
+/// What holds answers back until it is opened.
+#[derive(Debug, Clone)]
+pub(crate) struct Gate(Arc<Semaphore>);
+
+impl Gate {
+    pub(crate) fn closed() -> Self {
+        Self(Arc::new(Semaphore::new(0)))
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.close();
+    }
+
+    async fn passed(&self) {
+        // It is open when there is nothing to wait for any more.
+        let _ = self.0.acquire().await;
+    }
 }
 
 impl Reply {
@@ -131,8 +159,12 @@ async fn serve(
     reply: impl Fn(&Received) -> Reply,
 ) {
     let Ok(Some(request)) = timeout(PATIENCE, read(&mut stream)).await else { return };
-    let reply = reply(&request);
+    let mut reply = reply(&request);
     noted.lock().unwrap().push(request);
+    while let Reply::Behind(gate, then) = reply {
+        gate.passed().await;
+        reply = *then;
+    }
     // Whoever asks may be gone before the answer's end.
     let _ = match reply {
         Reply::Answer(status, headers, body) => {
@@ -162,6 +194,17 @@ async fn serve(
             }
             written
         }
+        Reply::Cut(beginning) => stream.write_all(beginning.as_bytes()).await,
+        Reply::Drip(beginning) => {
+            let mut written = stream.write_all(beginning.as_bytes()).await;
+            let until = Instant::now() + PATIENCE;
+            while written.is_ok() && Instant::now() < until {
+                sleep(Duration::from_millis(100)).await;
+                written = stream.write_all(b"x").await;
+            }
+            written
+        }
+        Reply::Behind(..) => Ok(()),
     };
     let _ = stream.shutdown().await;
 }
@@ -194,7 +237,7 @@ async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Option<Received> {
             return None;
         }
     }
-    Some(Received { line, headers, body })
+    Some(Received { line, headers, body, at: Instant::now() })
 }
 
 /// The present time, for receivers that compare it with a signature's.
