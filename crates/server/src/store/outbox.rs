@@ -6,10 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use pisync_core::{
-    Timestamp,
-    health::{IncidentScope, Resolution},
-};
+use pisync_core::{Timestamp, health::Resolution};
 
 use super::{
     incident_steps::{IncidentChange, IncidentEvent},
@@ -313,7 +310,7 @@ pub(super) fn by_group(events: &[(String, IncidentEvent)]) -> BTreeMap<String, V
 
 #[cfg(test)]
 mod tests {
-    use pisync_core::health::{ProblemKind, Severity};
+    use pisync_core::health::{IncidentScope, ProblemKind, Severity};
 
     use super::*;
 
