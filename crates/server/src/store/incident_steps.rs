@@ -213,12 +213,17 @@ impl IncidentRow {
         self.resolved_at.is_none()
     }
 
+    /// When it opened, or was opened again the last time.
+    fn last_opened_at(&self) -> Timestamp {
+        self.reopenings.last().copied().unwrap_or(self.opened_at)
+    }
+
     /// Whether anybody knows of it.
     fn is_told(&self, settings: &FleetSettings, now: Timestamp) -> bool {
         if !settings.routing.is_empty() {
             return self.is_told;
         }
-        let opened_at = self.reopenings.last().copied().unwrap_or(self.opened_at);
+        let opened_at = self.last_opened_at();
         now.as_millisecond() - opened_at.as_millisecond() >= TOLD_AFTER
     }
 }
@@ -854,20 +859,22 @@ impl Step<'_> {
         let group = self.open(IncidentScope::Group, &facts.group, kind).cloned();
         let (with, without): (Vec<&TroubleRow>, Vec<&TroubleRow>) =
             facts.devices.iter().partition(|device| self.is_here(device) && device.has(kind));
-        let mut is_covered = false;
+        // Since when an incident of many is open that takes devices over.
+        let mut covered_since: Option<Timestamp> = None;
         if let Some(fleet) = &fleet {
             self.join(fleet, &with, &without);
-            is_covered = true;
+            covered_since = Some(fleet.last_opened_at());
         }
         let mut left_over = Vec::new();
         match &group {
             Some(group) => {
-                is_covered =
-                    self.go_on(index, group, &with, &without, fleet.is_some(), &mut left_over)
-                        || is_covered;
+                let goes_on =
+                    self.go_on(index, group, &with, &without, fleet.is_some(), &mut left_over);
+                let opened_at = goes_on.then(|| group.last_opened_at());
+                covered_since = covered_since.into_iter().chain(opened_at).min();
             }
             None if fleet.is_none() => {
-                is_covered = self.open_group(index, kind, &with) || is_covered;
+                covered_since = self.open_group(index, kind, &with).then_some(self.now);
             }
             None => {}
         }
@@ -878,30 +885,36 @@ impl Step<'_> {
             .cloned()
             .collect();
         for own in &of_devices {
-            self.own_incident(own, is_covered);
+            self.own_incident(own, covered_since);
         }
         let has_own: BTreeSet<&str> = of_devices.iter().map(|own| own.subject.as_str()).collect();
-        if !is_covered {
-            for device in with.into_iter().chain(left_over.iter()) {
-                if !has_own.contains(device.device_id.as_str()) {
-                    self.open_device(device, kind);
-                }
+        for device in with.into_iter().chain(left_over.iter()) {
+            let is_covered = covered_since.is_some_and(|opened_at| {
+                !device.is_long(kind, opened_at) || self.is_member(group.as_ref(), device)
+            });
+            if !is_covered && !has_own.contains(device.device_id.as_str()) {
+                self.open_device(device, kind);
             }
         }
+    }
+
+    /// Whether a device is a member of an incident of the group, not only presumed.
+    fn is_member(&self, incident: Option<&IncidentRow>, device: &TroubleRow) -> bool {
+        let Some(incident) = incident else { return false };
+        self.facts.members.iter().any(|(id, member, presumed)| {
+            Some(*id) == incident.id && member.device_id == device.device_id && !presumed
+        })
     }
 
     /// Takes devices with the problem into an incident of many, and lets those without leave.
     fn join(&mut self, incident: &IncidentRow, with: &[&TroubleRow], without: &[&TroubleRow]) {
         let kind = incident.kind;
-        let is_member = |device: &str| {
-            let of = |(id, member, presumed): &(i64, TroubleRow, bool)| {
-                Some(*id) == incident.id && member.device_id == device && !presumed
-            };
-            self.facts.members.iter().any(of)
-        };
+        let opened_at = incident.last_opened_at();
         let joined: Vec<_> = with
             .iter()
-            .filter(|device| !device.is_long(kind, self.now) && !is_member(&device.device_id))
+            .filter(|device| {
+                !device.is_long(kind, opened_at) && !self.is_member(Some(incident), device)
+            })
             .map(|device| {
                 let jobs = Value::from(device.jobs(kind)).to_string();
                 (device.device_id.clone(), jobs, false)
@@ -1052,7 +1065,7 @@ impl Step<'_> {
     }
 
     /// Brings a device's own incident up to date.
-    fn own_incident(&mut self, own: &IncidentRow, is_covered: bool) {
+    fn own_incident(&mut self, own: &IncidentRow, covered_since: Option<Timestamp>) {
         let (kind, now) = (own.kind, self.now);
         let device = self.facts.devices.iter().find(|device| device.device_id == own.subject);
         let Some(device) = device else {
@@ -1062,13 +1075,11 @@ impl Step<'_> {
             && device.has(kind)
         {
             let group = state.group.clone();
-            let is_merged = is_covered
-                && group == self.facts.group
-                && !own.is_told(self.settings, now)
-                && !device.is_long(kind, now);
+            let is_covered = group == self.facts.group
+                && covered_since.is_some_and(|opened_at| !device.is_long(kind, opened_at));
+            let is_merged = is_covered && !own.is_told(self.settings, now);
             let summary = summary_of_device(device, kind);
             let (since, jobs) = (device.since(kind), device.jobs(kind));
-            let joins = is_covered && group == self.facts.group && !device.is_long(kind, now);
             let write = self.write(own);
             write.incident.group = group;
             write.incident.calm_at = None;
@@ -1078,7 +1089,7 @@ impl Step<'_> {
             if is_merged {
                 resolve(write, Resolution::Merged, now);
             }
-            if joins {
+            if is_covered {
                 self.take_over(&own.subject, kind, jobs);
             }
             return;
@@ -1185,7 +1196,7 @@ impl Concern {
         Self {
             kind: own.kind,
             since: own.since,
-            from: last_opening(own),
+            from: own.last_opened_at(),
             jobs: jobs_of(own.kind, &own.summary["jobs"]),
             is_failures: texts(&own.summary["reasons"]).any(|reason| reason == FAILURES),
         }
@@ -1197,7 +1208,7 @@ impl Concern {
         Self {
             kind: incident.kind,
             since: incident.since,
-            from: last_opening(incident).max(member.joined_at),
+            from: incident.last_opened_at().max(member.joined_at),
             jobs: jobs_of(
                 incident.kind,
                 &serde_json::from_str(&member.jobs).unwrap_or(Value::Null),
@@ -1209,10 +1220,6 @@ impl Concern {
 
 /// The word for failed runs in the reasons of an incident.
 const FAILURES: &str = "failures";
-
-fn last_opening(incident: &IncidentRow) -> Timestamp {
-    incident.reopenings.last().copied().unwrap_or(incident.opened_at)
-}
 
 /// The jobs of a JSON array; null is silence of the device as a whole, and failures of reports that name no job.
 fn jobs_of(kind: ProblemKind, jobs: &Value) -> Option<Vec<String>> {
