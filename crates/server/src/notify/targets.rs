@@ -204,12 +204,14 @@ const SPECIAL_V4: [(Ipv4Net, &str); 16] = [
     (v4([255, 255, 255, 255], 32), "a broadcast address"),
 ];
 
-const SPECIAL_V6: [(Ipv6Net, &str); 15] = [
+const SPECIAL_V6: [(Ipv6Net, &str); 16] = [
     (v6([0, 0, 0, 0, 0, 0, 0, 0], 128), "an address of this machine"),
     (v6([0, 0, 0, 0, 0, 0, 0, 1], 128), "a loopback address"),
     (v6([0, 0, 0, 0, 0, 0xffff, 0, 0], 96), "a mapped IPv4 address"),
     (v6([0, 0, 0, 0, 0, 0, 0, 0], 96), "a reserved address"),
     (NAT64, "a translated (NAT64) address"),
+    // RFC 2765.
+    (v6([0, 0, 0, 0, 0xffff, 0, 0, 0], 96), "a translated (SIIT) address"),
     (v6([0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48), "a translated (NAT64) address"),
     (v6([0x100, 0, 0, 0, 0, 0, 0, 0], 64), "a reserved address"),
     (v6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0], 32), "a documentation address"),
@@ -319,6 +321,7 @@ mod tests {
             "::1",
             "::7f00:1",
             "64:ff9b::7f00:1",
+            "::ffff:0:7f00:1",
             "64:ff9b::808:808",
             "64:ff9b:1::1",
             "100::1",

@@ -88,6 +88,8 @@ impl Channel for EmailChannel {
     fn render(&self, message: &Message, template: Option<String>) -> Rendered {
         let built_in = message.text();
         let subject: String = built_in.subject.chars().take(SUBJECT).collect();
+        // In a header this begins an encoded word (RFC 2047), which the name of a device must not be.
+        let subject = subject.replace("=?", "= ?");
         let text = text_of(message, template, Self::escape);
         Rendered {
             content_type: CONTENT_TYPE.to_owned(),

@@ -410,8 +410,8 @@ impl ChannelConfig {
 
     /// Texts that must not appear in what is kept of a receiver's answer: the secrets, and the parts of secret URLs.
     fn redactable(&self) -> Vec<String> {
-        /// Shorter parts, such as `hooks` or `v2`, are no secrets.
-        const LEAST: usize = 8;
+        /// Shorter parts, such as `v2`, are no secrets.
+        const LEAST: usize = 6;
         let mut texts = Vec::new();
         let mut values: Vec<Value> = self.secrets().into_iter().map(|(_, value)| value).collect();
         while let Some(value) = values.pop() {
@@ -432,6 +432,9 @@ impl ChannelConfig {
                         texts.extend(parts.into_iter().flatten());
                         texts.extend([path, decoded]);
                     }
+                    // A value of a header may begin with its scheme (`Bearer`), and a signing secret with `whsec_`.
+                    let pieces = secret.split([' ', '_']).filter(|piece| piece.len() >= LEAST);
+                    texts.extend(pieces.map(str::to_owned));
                     texts.push(secret);
                 }
                 Value::Object(fields) => values.extend(fields.into_iter().map(|(_, value)| value)),
