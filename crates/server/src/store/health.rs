@@ -323,6 +323,31 @@ pub(super) const HEALTH_COLUMNS: &str = r#"
     h.policy_version
 "#;
 
+/// A problem as it is kept in `device_health`.
+#[derive(Debug, Clone)]
+pub(super) struct KeptProblem {
+    pub(super) kind: String,
+    pub(super) job: Option<String>,
+    pub(super) reason: String,
+    pub(super) since: Timestamp,
+}
+
+impl KeptProblem {
+    /// Reads the JSON array of `device_health`. What foreign SQL made wrong is left out.
+    pub(super) fn read(problems: &str) -> Vec<Self> {
+        let problems: Value = serde_json::from_str(problems).unwrap_or(Value::Null);
+        let read = |problem: &Value| {
+            Some(Self {
+                kind: problem["kind"].as_str()?.to_owned(),
+                job: problem["job"].as_str().map(str::to_owned),
+                reason: problem["reason"].as_str()?.to_owned(),
+                since: Timestamp::parse_iso8601(problem["since"].as_str()?)?,
+            })
+        };
+        problems.as_array().into_iter().flatten().filter_map(read).collect()
+    }
+}
+
 /// The state of a job as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct JobHealthRow {
@@ -461,13 +486,9 @@ impl DeviceRow {
         let is_silent = |kept: &HealthRow| {
             // A device that is silent, or overdue, for another reason than a single job.
             kept.is_overdue
-                || serde_json::from_str::<Value>(&kept.problems).is_ok_and(|problems| {
-                    problems
-                        .as_array()
-                        .into_iter()
-                        .flatten()
-                        .any(|problem| problem["kind"] == silent && problem["job"].is_null())
-                })
+                || KeptProblem::read(&kept.problems)
+                    .iter()
+                    .any(|problem| problem.kind == silent && problem.job.is_none())
         };
         let mut jobs: Vec<JobFacts> = self
             .jobs

@@ -6,7 +6,7 @@
 //! problem: they are its members, and have no incident of their own.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -14,15 +14,15 @@ use async_trait::async_trait;
 use pisync_core::{
     Timestamp,
     health::{
-        EffectivePolicy, IncidentScope, Level, Policy, ProblemKind, Resolution, Severity, State,
-        Tally, Threshold,
+        EffectivePolicy, IncidentScope, Level, Policy, ProblemKind, Reason, Resolution, Severity,
+        State, Tally, Threshold,
         incident::{self, CALM_FOR, LEAST_LONG, REOPENED_WITHIN},
         resolve::Decided,
     },
 };
 use serde_json::{Value, json};
 
-use super::{DeviceSettings, FleetSettings, LevelSettings, StoreError};
+use super::{DeviceSettings, FleetSettings, LevelSettings, StoreError, health::KeptProblem};
 
 /// How many devices a step takes up at a time.
 pub(super) const DEVICES_AT_ONCE: i64 = 500;
@@ -249,31 +249,6 @@ pub(super) struct TroubleState {
     pub(super) reports: String,
     /// Its own policy, as JSON.
     pub(super) policy: String,
-}
-
-/// A problem as it is kept in `device_health`.
-#[derive(Debug, Clone)]
-pub(super) struct KeptProblem {
-    kind: String,
-    job: Option<String>,
-    reason: String,
-    since: Timestamp,
-}
-
-impl KeptProblem {
-    /// Reads the JSON array of `device_health`. What foreign SQL made wrong is left out.
-    pub(super) fn read(problems: &str) -> Vec<Self> {
-        let problems: Value = serde_json::from_str(problems).unwrap_or(Value::Null);
-        let read = |problem: &Value| {
-            Some(Self {
-                kind: problem["kind"].as_str()?.to_owned(),
-                job: problem["job"].as_str().map(str::to_owned),
-                reason: problem["reason"].as_str()?.to_owned(),
-                since: Timestamp::parse_iso8601(problem["since"].as_str()?)?,
-            })
-        };
-        problems.as_array().into_iter().flatten().filter_map(read).collect()
-    }
 }
 
 impl TroubleState {
@@ -511,6 +486,8 @@ struct Step<'a> {
     facts: &'a GroupFacts,
     settings: &'a FleetSettings,
     now: Timestamp,
+    /// The members of the group's open incidents that have not left and are not only presumed: incident and device.
+    members: HashSet<(i64, &'a str)>,
     /// By scope, subject and kind.
     writes: BTreeMap<(IncidentScope, String, ProblemKind), IncidentWrite>,
 }
@@ -521,7 +498,9 @@ pub(super) fn group_writes(
     settings: &FleetSettings,
     now: Timestamp,
 ) -> Vec<IncidentWrite> {
-    let mut step = Step { facts, settings, now, writes: BTreeMap::new() };
+    let members = facts.members.iter().filter(|(.., presumed)| !presumed);
+    let members = members.map(|(id, member, _)| (*id, member.device_id.as_str())).collect();
+    let mut step = Step { facts, settings, now, members, writes: BTreeMap::new() };
     for (index, kind) in KINDS.into_iter().enumerate() {
         step.kind(index, kind);
     }
@@ -890,7 +869,8 @@ impl Step<'_> {
         let has_own: BTreeSet<&str> = of_devices.iter().map(|own| own.subject.as_str()).collect();
         for device in with.into_iter().chain(left_over.iter()) {
             let is_covered = covered_since.is_some_and(|opened_at| {
-                !device.is_long(kind, opened_at) || self.is_member(group.as_ref(), device)
+                !device.is_long(kind, opened_at)
+                    || group.as_ref().is_some_and(|group| self.is_member(group, device))
             });
             if !is_covered && !has_own.contains(device.device_id.as_str()) {
                 self.open_device(device, kind);
@@ -899,11 +879,8 @@ impl Step<'_> {
     }
 
     /// Whether a device is a member of an incident of the group, not only presumed.
-    fn is_member(&self, incident: Option<&IncidentRow>, device: &TroubleRow) -> bool {
-        let Some(incident) = incident else { return false };
-        self.facts.members.iter().any(|(id, member, presumed)| {
-            Some(*id) == incident.id && member.device_id == device.device_id && !presumed
-        })
+    fn is_member(&self, incident: &IncidentRow, device: &TroubleRow) -> bool {
+        incident.id.is_some_and(|id| self.members.contains(&(id, device.device_id.as_str())))
     }
 
     /// Takes devices with the problem into an incident of many, and lets those without leave.
@@ -912,9 +889,7 @@ impl Step<'_> {
         let opened_at = incident.last_opened_at();
         let joined: Vec<_> = with
             .iter()
-            .filter(|device| {
-                !device.is_long(kind, opened_at) && !self.is_member(Some(incident), device)
-            })
+            .filter(|device| !device.is_long(kind, opened_at) && !self.is_member(incident, device))
             .map(|device| {
                 let jobs = Value::from(device.jobs(kind)).to_string();
                 (device.device_id.clone(), jobs, false)
@@ -1198,7 +1173,8 @@ impl Concern {
             since: own.since,
             from: own.last_opened_at(),
             jobs: jobs_of(own.kind, &own.summary["jobs"]),
-            is_failures: texts(&own.summary["reasons"]).any(|reason| reason == FAILURES),
+            is_failures: texts(&own.summary["reasons"])
+                .any(|reason| reason == Reason::Failures.as_str()),
         }
     }
 
@@ -1213,13 +1189,11 @@ impl Concern {
                 incident.kind,
                 &serde_json::from_str(&member.jobs).unwrap_or(Value::Null),
             ),
-            is_failures: reasons.peek().is_none() || reasons.any(|reason| reason == FAILURES),
+            is_failures: reasons.peek().is_none()
+                || reasons.any(|reason| reason == Reason::Failures.as_str()),
         }
     }
 }
-
-/// The word for failed runs in the reasons of an incident.
-const FAILURES: &str = "failures";
 
 /// The jobs of a JSON array; null is silence of the device as a whole, and failures of reports that name no job.
 fn jobs_of(kind: ProblemKind, jobs: &Value) -> Option<Vec<String>> {

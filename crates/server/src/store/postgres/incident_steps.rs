@@ -20,11 +20,12 @@ use super::{
 };
 use crate::store::{
     FleetSettings, StoreError,
+    health::KeptProblem,
     incident_steps::{
         ASKED_MEMBERS, DEVICES_AT_ONCE, FLEET, FleetFacts, GoneMember, GroupFacts,
         INCIDENT_COLUMNS, IncidentColumns, IncidentEvent, IncidentRow, IncidentSteps,
-        IncidentWrite, KINDS, KeptProblem, Reconciled, TroubleRow, TroubleState, WantedMembers,
-        fleet_writes, group_writes, reopened_since,
+        IncidentWrite, KINDS, Reconciled, TroubleRow, TroubleState, WantedMembers, fleet_writes,
+        group_writes, reopened_since,
     },
 };
 

@@ -158,7 +158,7 @@ pub(super) async fn keep(
             do update set due_at = least(notifications.due_at, excluded.due_at)
         returning id
     "#;
-    const DUE_BY: &str = "update notifications set due_at = least(due_at, $2) where id = $1";
+    const SOONER: &str = "update notifications set due_at = least(due_at, $2) where id = $1";
     const ADD_ITEMS: &str = "
         insert into notification_items (notification, incident, what, at)
         select $1, incident, what, $4 from unnest($2::bigint[], $3::text[]) as given (incident, what)
@@ -175,7 +175,6 @@ pub(super) async fn keep(
           from incident_entries
          where incident = $1
     "#;
-    const SOONER: &str = "update notifications set due_at = least(due_at, $2) where id = $1";
     let (at, due_at) = (now.to_jiff(), write.due_at.to_jiff());
     let id: i64 = match write.id {
         Some(id) => {
@@ -207,8 +206,8 @@ pub(super) async fn keep(
         transaction.execute(&note, &[incident, &at, &write.channel, &what.as_str()]).await?;
     }
     if let Some(due_by) = write.due_by {
-        let update = transaction.prepare_cached(DUE_BY).await?;
-        transaction.execute(&update, &[&id, &due_by.to_jiff()]).await?;
+        let sooner = transaction.prepare_cached(SOONER).await?;
+        transaction.execute(&sooner, &[&id, &due_by.to_jiff()]).await?;
     }
     if write.is_dropped {
         let drop = transaction.prepare_cached(DROP).await?;

@@ -179,7 +179,7 @@ pub(super) fn keep(
             do update set due_at = min(due_at, excluded.due_at)
         returning id
     "#;
-    const DUE_BY: &str = "update notifications set due_at = min(due_at, ?2) where id = ?1";
+    const SOONER: &str = "update notifications set due_at = min(due_at, ?2) where id = ?1";
     const ADD_ITEM: &str = "
         insert into notification_items (notification, incident, what, at) values (?1, ?2, ?3, ?4) on conflict do nothing
     ";
@@ -195,7 +195,6 @@ pub(super) fn keep(
          where incident = ?1
     "#;
     let at = now.as_millisecond();
-    const SOONER: &str = "update notifications set due_at = min(due_at, ?2) where id = ?1";
     let due_at = write.due_at.as_millisecond();
     let id = match write.id {
         Some(id) => {
@@ -220,8 +219,7 @@ pub(super) fn keep(
         transaction.prepare_cached(NOTE_DROPPED)?.execute(entry)?;
     }
     if let Some(due_by) = write.due_by {
-        let mut update = transaction.prepare_cached(DUE_BY)?;
-        update.execute([id, due_by.as_millisecond()])?;
+        transaction.prepare_cached(SOONER)?.execute([id, due_by.as_millisecond()])?;
     }
     if write.is_dropped {
         transaction.prepare_cached(DROP)?.execute(params![id, at])?;
